@@ -1,6 +1,6 @@
 """LaVIT's stage 1 as the LAVIS model `lavit_tokenizer`: selector, merger, codebook and decoder, from pictures alone.
 
-The model and its loss are `seed_multimodal.tokenizers.lavit_training`. One run trains without codes first
+The model and its loss are `seed_multimodal.lavit.training`. One run trains without codes first
 (`model.codebook_warmup`), then with them.
 """
 
@@ -19,13 +19,13 @@ from seed_lavis.initial_weights import WITHOUT_TOWER, load_finetuned, load_tower
 from seed_lavis.log import log
 from seed_lavis.options import APPLICATION, LavitOptions
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.export import Stage1Sizes
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights
 from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_export import Stage1Sizes
-from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 
 LATER = ("tokenizer.vit_proj.", "decoder.unet_")

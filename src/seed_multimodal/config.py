@@ -35,7 +35,7 @@ ALIASES = {
     "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.systems.seed_x_files:words",
     "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
         "seed_multimodal.systems.seed_x_files:tower",
-    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.vision.resampler:ResamplerConfig",
+    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
     "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.systems.seed_x_files:Unchanged",
     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
         "seed_multimodal.systems.seed_x_files:language_model",

@@ -1,9 +1,7 @@
-"""The vision tower of Qwen-VL-Chat, with its attention pool, as the file that SEED-X's YAML files name.
+"""The vision encoder of Qwen-VL-Chat, with its attention pool, as the file that SEED-X's YAML files name.
 
     python src/tools/reload_qwen_vit.py            pretrained/Qwen-VL-Chat → pretrained/QwenViT/qwen_vit_G.pt
     python src/tools/reload_qwen_vit.py --source /data/Qwen-VL-Chat --dtype fp16
-
-Run again after an interruption: finished shards are not read twice.
 """
 
 import sys

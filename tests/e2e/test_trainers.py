@@ -103,7 +103,7 @@ def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weigh
     """What DeepSpeed's own script makes of a checkpoint, one file or shards, is an agent again."""
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    from seed_multimodal.language.agent_weights import load_agent
+    from seed_multimodal.seed_x.modeling import load_agent
     from seed_multimodal.training.distributed import ProcessGroup
     from seed_multimodal.training.llm.compose import compose
     from seed_multimodal.training.llm.trainer_settings import read_run

@@ -12,7 +12,7 @@ from torch import Tensor
 from seed_multimodal.detokenizers.autoencoder import pixels_of
 from seed_multimodal.detokenizers.lavit import LavitPixels
 from seed_multimodal.detokenizers.sdxl_adapter import size_ids
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
+from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.weights import assign_strictly
 
 MLP_RATIO = 4.3637  # released; its product with the width is cut to a whole number

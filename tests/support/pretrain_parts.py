@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_files import save_dynamic_tokenizer
 
 SIDE, CODES, PATCHES = 16, 8, 16
 SIZES = LavitTokenizerConfig(

@@ -18,10 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seed_multimodal.errors import SeedError
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Output
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.loop_settings import StageSettings

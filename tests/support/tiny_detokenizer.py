@@ -11,7 +11,7 @@ import tiny_sdxl
 import torch
 from PIL import Image
 
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"

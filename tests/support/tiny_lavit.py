@@ -19,10 +19,10 @@ from tiny_sdxl import SIZES as SDXL
 from tiny_sdxl import sdxl_folder, unet
 
 from seed_multimodal.language.lavit import LavitTokenizer
+from seed_multimodal.lavit.checkpoints import reading_state, save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_files import reading_state, save_dynamic_tokenizer
 
 WIDTH = 32  # of the language model
 CODES, CODE_DIM, PATCHES = 24, 8, 16

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
 
 TINY = LavitTokenizerConfig(
     vit=EvaConfig(image_size=16, patch_size=4, width=16, depth=2, heads=2, mlp_width=24), vit_head=8, merger_depth=2,

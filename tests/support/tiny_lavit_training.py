@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from tiny_lavit_tokenizer import TINY, tiny_tokenizer
 
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_files import save_dynamic_tokenizer
+from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "lavit_detokenizer"

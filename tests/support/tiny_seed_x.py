@@ -17,10 +17,9 @@ import torch
 from tiny_sdxl import SIZES, adapter, sdxl_folder
 from tiny_sdxl import WIDTH as FEATURES
 
-from seed_multimodal.language.continuous import AgentSettings, ContinuousLVLM
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
-from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +105,7 @@ def write_configs(home: Path) -> Path:
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
     """A Qwen-VL-Chat of which the tower is in the last shards; gives the tower."""
-    from seed_multimodal.vision.qwen_vit import IN_QWEN_VL
+    from seed_multimodal.seed_x.vision import IN_QWEN_VL
 
     torch.manual_seed(7)
     tower = _spread(QwenVit(TOWER))

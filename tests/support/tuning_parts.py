@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 
 SIDE, K = 28, 16
 SIZES = QwenVitConfig(image_size=SIDE, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=K,

@@ -40,7 +40,7 @@ def export(args: argparse.Namespace) -> int:
 
 def export_lavit(args: argparse.Namespace) -> int:
     """A LaVIT tokenizer and its decoder from a checkpoint of stage 1."""
-    from seed_multimodal.tokenizers.lavit_export import export_stage1
+    from seed_multimodal.lavit.export import export_stage1
 
     other = [f"--{name.replace('_', '-')}" for name in ("stage1", "stage2", "released", "text_tokenizer", "image")
              if getattr(args, name)] + ["--kind"] * (args.kind != "auto")

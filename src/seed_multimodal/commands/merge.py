@@ -93,10 +93,10 @@ def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
     import torch
 
     from seed_multimodal.errors import CheckpointError
-    from seed_multimodal.language.continuous import AgentSettings
+    from seed_multimodal.seed_x.modeling import AgentSettings
+    from seed_multimodal.seed_x.vision import Resampler
     from seed_multimodal.settings import read_settings
-    from seed_multimodal.systems.seed_x_parts import AgentSizes
-    from seed_multimodal.vision.resampler import Resampler
+    from seed_multimodal.systems.seed_x_spec import AgentSizes
 
     where, values = str(found.source), _plain(Path(file), "agent") if file else found.agent
     losses = {one.name: values[one.name] for one in fields(AgentSettings) if one.name in values}

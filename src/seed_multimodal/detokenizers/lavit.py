@@ -1,4 +1,4 @@
-"""LaVIT's pixel decoders: the conditions that `tokenizers.lavit_decoder` makes of codes become pictures.
+"""LaVIT's pixel decoders: the conditions that `lavit.decoder` makes of codes become pictures.
 
     pixels = LavitPixels.from_pretrained("pretrained/LaVIT-7B-v2/highres_pixel_decoding")
     pictures = pixels.draw(decoder(rows), *RATIOS["3:2"], generator=torch.Generator().manual_seed(42))
@@ -36,9 +36,9 @@ from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
 from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.lavit.decoder import Conditions
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import check_value, setting
-from seed_multimodal.tokenizers.lavit_decoder import Conditions
 
 SIDE = 1024  # of the square one
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", UNCONDITIONAL)

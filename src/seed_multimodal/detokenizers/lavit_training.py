@@ -28,8 +28,8 @@ from seed_multimodal.detokenizers.lavit_unconditional import UNCONDITIONAL, empt
 from seed_multimodal.detokenizers.pipelines import refuse_unfilled
 from seed_multimodal.detokenizers.sdxl_adapter import Trained
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.settings import check_settings, check_value, setting
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head
 
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the heads' names
 

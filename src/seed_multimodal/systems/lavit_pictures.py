@@ -21,12 +21,12 @@ from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, Ima
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.open import DETAIL
 from seed_multimodal.language.lavit import several
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.systems.chat import as_text
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.systems.pictures import is_codes, is_picture
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
 
 AT_ONCE = 16  # pictures in one pass of the tower
 WRITER, READER = "writer", "reader"
@@ -38,7 +38,7 @@ class LavitPictures(PictureHalf):
     Args:
         writer: the tokenizer whose codes are drawn; None: a system that reads pictures only.
         reader: the tokenizer that the language model sees with; None: a system that draws only.
-        selection: "draw" or "threshold", see `tokenizers.lavit_selector`.
+        selection: "draw" or "threshold", see `lavit.modeling.choose`.
         options: of `PictureHalf`.
 
     Attributes:

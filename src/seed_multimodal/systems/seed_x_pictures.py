@@ -25,9 +25,9 @@ from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
 from seed_multimodal.images.aspect import UNIT, Ratio, drawing_size, with_ratio
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.settings import check_value
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 REMEMBERED = 16  # pictures whose features are kept: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the tower

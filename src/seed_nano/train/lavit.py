@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_training import TRIED, LavitStage1, LavitStage1Weights
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.training import TRIED, LavitStage1, LavitStage1Weights
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup

@@ -9,7 +9,7 @@ from lavit_pixels import decoder_config
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head
+from seed_multimodal.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.weights import assign_strictly
 
 KIND = "lavit_decoder"

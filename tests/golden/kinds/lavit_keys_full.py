@@ -13,8 +13,8 @@ import torch
 from runner import assert_same, files_named, read_json
 from torch import nn
 
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, Head, LavitDecoderConfig
+from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 
 KIND = "lavit_keys_full"
 TOKENIZER = "visual_tokenizer.json"

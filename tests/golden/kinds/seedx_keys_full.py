@@ -19,9 +19,8 @@ from torch import nn
 import seed_multimodal  # noqa: F401  (before diffusers)
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerXLV2
-from seed_multimodal.language.continuous import ContinuousLVLM
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
-from seed_multimodal.vision.resampler import INPUT_RESAMPLER, OUTPUT_RESAMPLER, Resampler
+from seed_multimodal.seed_x.modeling import ContinuousLVLM
+from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVit, QwenVitConfig, Resampler
 
 KIND = "seedx_keys_full"
 Table = dict[str, dict[str, Any]]

@@ -15,10 +15,10 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from seedx_common import seedx_tokenizer
 
-from seed_multimodal.language.continuous import AgentSettings, Answer, ContinuousLVLM, Prompt
 from seed_multimodal.language.generation import GenerationSettings, ImageSpanLogitsProcessor
 from seed_multimodal.language.llama import ROTARY, force_special_ids
-from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.seed_x.modeling import AgentSettings, Answer, ContinuousLVLM, Prompt
+from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seedx_lvlm"

@@ -10,9 +10,8 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor, nn
 
-from seed_multimodal.vision.positions import resize_square, sine_table
-from seed_multimodal.vision.qwen_vit import QwenVit, QwenVitConfig
-from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.nn.layers import resize_square
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig, sine_table
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seedx_visual"

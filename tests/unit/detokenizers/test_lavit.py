@@ -17,7 +17,7 @@ from torch import Tensor
 from seed_multimodal.detokenizers.lavit import RATIOS, UNCONDITIONAL, LavitDefaults, LavitPixels
 from seed_multimodal.detokenizers.layout import LayoutDecoder
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.tokenizers.lavit_decoder import Conditions
+from seed_multimodal.lavit.decoder import Conditions
 
 N, WIDTH, POOLED, NOTHING = (tiny_lavit_pixels.TOKENS, tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED,
                              tiny_lavit_pixels.NOTHING)

@@ -18,7 +18,7 @@ from seed_multimodal.detokenizers.lavit_training import (
     read_unet,
 )
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder
+from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.training.llm.memory import GIB
 from seed_multimodal.training.pixel_decoder.memory import held_memory
 

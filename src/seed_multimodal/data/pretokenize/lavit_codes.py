@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import check_value
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, padded
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_selector import MODES
 
 NONE = -1
 
@@ -56,7 +55,8 @@ class DynamicCodes(nn.Module):
         """See the class."""
         generators = [torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
                       for one in pixels.cpu().contiguous()]
-        codes, _ = padded(self.tokenizer.encode(pixels, mode=self.selection, generator=generators), NONE)
+        found = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
+        codes = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=NONE)
         return nn.functional.pad(codes, [0, self.config.num_query - codes.shape[1]], value=NONE)
 
 

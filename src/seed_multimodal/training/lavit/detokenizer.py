@@ -28,8 +28,8 @@ from seed_multimodal.detokenizers.lavit_training import (
 from seed_multimodal.detokenizers.lavit_unconditional import UNCONDITIONAL, is_sdxl
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.nn.layers import checkpointed
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.lavit.detokenizer_settings import LavitPixelModel, read_lavit_pixel_run

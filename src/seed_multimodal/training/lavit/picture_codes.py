@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seed_multimodal.data.stream.pair_dataset import sample_seed
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.training.frozen_features import FrozenFeatures
 
 Mode = Literal["draw", "threshold"]

@@ -14,12 +14,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer, TokenMerger, kept_rows
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer, kept_rows
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_merger import Merger
-from seed_multimodal.tokenizers.lavit_selector import MODES
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -34,7 +32,7 @@ class VisualModel:
     """The frozen tokenizer of stage 1, and where the trained merger and projector start.
 
     Attributes:
-        path: the tokenizer's folder, a released model's or ours (`tokenizers.lavit_files`).
+        path: the tokenizer's folder, a released model's or ours (`lavit.checkpoints`).
         start: a `visual_weight` file, or a folder with one; None: stage 1's merger, and a new projector.
         selection: `draw` (as released: each patch by its probability, a function of seed and sample here) or
             `threshold`.
@@ -121,7 +119,7 @@ class VisualTokens:
         """Of merger and projector."""
         sizes = self.config
         with torch.device("meta"):
-            merger = Merger(sizes.vit.width, sizes.merger_depth, sizes.merger_heads, sizes.merger_mlp_width)
+            merger = TokenMerger(sizes)
         return sum(value.numel() for value in merger.parameters()) + (sizes.vit.width + 1) * sizes.llm_width
 
     def picture_bytes(self, checkpointing: bool) -> float:
@@ -136,7 +134,7 @@ class VisualTokens:
             8 * patches * sizes.merger_mlp_width)
         return block + sizes.merger_depth * stream if checkpointing else sizes.merger_depth * block
 
-    def trained_parts(self, width: int) -> tuple[Merger, nn.Linear]:
+    def trained_parts(self, width: int) -> tuple[TokenMerger, nn.Linear]:
         """What is trained, in fp32: the merger, and the projector to a language model of this width.
 
         Raises:
@@ -145,7 +143,7 @@ class VisualTokens:
         sizes = self.config
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.settings.seed)
-            merger = Merger(sizes.vit.width, sizes.merger_depth, sizes.merger_heads, sizes.merger_mlp_width)
+            merger = TokenMerger(sizes)
             projector = nn.Linear(sizes.vit.width, width)
         if self.settings.start is None:
             merger.load_state_dict(self._start)

@@ -6,7 +6,7 @@
     train_stage(task, "work")
 
 One run does both halves: `codebook_warmup` steps without codes, then the codebook's start and training with it. The log
-has what a plot needs: `loss_cosine` (see `lavit_training.REFERENCE`), `kept`, `tokens` of a picture with their spread,
+has what a plot needs: `loss_cosine` (see `lavit.training.REFERENCE`), `kept`, `tokens` of a picture with their spread,
 `codebook_used` and `perplexity`.
 """
 
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.nn.quantizer import CodebookUsage
-from seed_multimodal.tokenizers.lavit_training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, evaluation_mode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.loop_settings import StageSettings

@@ -23,6 +23,7 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.features import DTYPES
@@ -31,7 +32,6 @@ from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.training.seed_x.detokenizer_settings import DetokenizerModel, read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.task_run import run_task
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 
 class DetokenizerTask(PixelTask):

@@ -11,10 +11,10 @@ from seed_multimodal.detokenizers.sdxl_adapter import Trained
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.detokenizers.sdxl_training import ConditionDropout
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.seed_x.vision import QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.pixel_decoder.settings import PixelRun, read_pixel_run
-from seed_multimodal.vision.qwen_vit import QwenVitConfig
 
 
 @dataclass

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from seed_multimodal.detokenizers.sdxl import pooled_tokens
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.seed_x.tuning_settings import TowerModel
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 
 class TowerFeatures(FrozenFeatures):

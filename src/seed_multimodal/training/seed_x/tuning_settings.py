@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.continuous import AgentSettings
+from seed_multimodal.seed_x.modeling import AgentSettings
+from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import nearest, read_settings, setting
-from seed_multimodal.vision.qwen_vit import QwenVitConfig
-from seed_multimodal.vision.resampler import INPUT_RESAMPLER, OUTPUT_RESAMPLER, ResamplerConfig
 
 AGENT_TARGETS = ("src.models.mllm.seed_x.ContinuousLVLM.from_pretrained", "src.models.mllm.seed_x.ContinuousLVLM")
 TOWER_TARGETS = ("src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",)
@@ -25,7 +24,7 @@ class AgentModel:
     """The resamplers and the losses.
 
     Attributes:
-        path: weights to start from, as `agent_weights.load_agent` reads them (also with a language model's or a LoRA's
+        path: weights to start from, as `load_agent` reads them (also with a language model's or a LoRA's
             among them); None: new ones.
         losses: weights of the two losses and the like.
         seed: of new weights.

@@ -3,7 +3,7 @@
 The data workers give views as pixels; the frozen tower turns those that are read or written into features on the
 device; `ContinuousLVLM` gives both losses. What is trained: the language model (a LoRA, its embeddings and norms, or
 all of it), both resamplers and the vectors of a view's place. A checkpoint's `model.safetensors` holds exactly that, by
-the released names, and `agent_weights.load_agent` reads it. In log lines `text_loss` is that of words and `image_loss`
+the released names, and `load_agent` reads it. In log lines `text_loss` is that of words and `image_loss`
 the distance of written features; their weighted sum is `loss`.
 
 Padded micro-batches: the mean of the micro-batches' means, as released. Packed ones: each learned word of a step weighs
@@ -29,10 +29,11 @@ from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import find_file
 from seed_multimodal.language.adapters import AGENT_CONFIG
-from seed_multimodal.language.agent_weights import load_agent
-from seed_multimodal.language.continuous import POOLED, ContinuousLVLM
 from seed_multimodal.language.seed_x import seed_x_words
+from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
+from seed_multimodal.seed_x.vision import ADVICE, FILES, QwenVitConfig, Resampler
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
@@ -45,8 +46,6 @@ from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
 from seed_multimodal.training.task import WEIGHTS
-from seed_multimodal.vision.qwen_vit import QwenVitConfig, count_tower
-from seed_multimodal.vision.resampler import Resampler, count_weights
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA_FIELDS = (*RECORDED, "modules_to_save")
@@ -86,11 +85,14 @@ class TuningTask(LlmTask):
 
     def beside(self) -> Beside:
         """The resamplers, and the tower in the training's precision."""
-        agent, sizes = self.agent_settings, self.tower_settings.sizes
+        agent = self.agent_settings
         one = agent.input_resampler
-        trained = count_weights(one, trained=True) + count_weights(agent.output_resampler, trained=True)
+        with torch.device("meta"):
+            resamplers = [Resampler(one), Resampler(agent.output_resampler)]
+        trained = sum(value.numel() for part in resamplers for value in part.parameters() if value.requires_grad)
         trained += 4 * one.embed_dim if agent.losses.add_patch_pos else 0
-        tower = count_tower(find_folder(self.tower_settings.path), sizes)
+        state = load_state_dict(find_file(find_folder(self.tower_settings.path), FILES, ADVICE), mapped=True)
+        tower = sum(value.numel() for value in state.values())
         return Beside(trained, tower * _DTYPES[self.settings.precision].itemsize)
 
     def make_module(self) -> nn.Module:

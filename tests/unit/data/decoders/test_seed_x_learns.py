@@ -14,12 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.data.decoders.pictured import PictureSequence, batch_rows
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.language.continuous import ContinuousLVLM, Prompt
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.seed_x import Box, SeedXPrompts, read_boxes
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.vision.resampler import Resampler, ResamplerConfig
+from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
+from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 
 TEXTS = ["[INST] Generate an image: a cat [/INST]\n", "It is a dog.", "Swap it. What is it? Where is it? A cat."] * 20
 K, PLACES = 16, 16

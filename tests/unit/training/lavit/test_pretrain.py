@@ -23,10 +23,10 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import read_settings
 from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.pretrain_settings import load_visual, read_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask

@@ -15,7 +15,7 @@ import torch
 import warm_python
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.lavit_training import LavitStage1
+from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance
 from seed_multimodal.training.lavit.tokenizer_task import measure, stage1_groups
 

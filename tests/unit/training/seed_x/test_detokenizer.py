@@ -16,6 +16,7 @@ from tiny_detokenizer import CONFIGS, ROOT, config, losses, write_parts
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.pixel_decoder.features import (
@@ -29,7 +30,6 @@ from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
 from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as APPLICATION_OF
 from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 CPU = torch.device("cpu")
 
@@ -110,7 +110,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
     (1, {"model": {"stage": 3}}, ConfigError, "stage must be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained must be 'key_value' or 'all'"),
     (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
-    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "/nowhere: there is no such folder; SEED-X's vision tower"),
+    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
     (1, {"model": {"resampler": {**vars(tiny_sdxl.SIZES), "embedding_dim": 12}}}, ConfigError,
      "the resampler reads embeddings of width 12, but the tower makes 24"),

@@ -20,10 +20,10 @@ from seed_multimodal.data.stream.order import EpochOrder, MixedOrder, drawn_indi
 from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
 from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.pixel_decoder.features import LatentMoments, load_autoencoder
 from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
-from seed_multimodal.vision.qwen_vit import QwenVit
 
 
 @pytest.fixture(scope="module")

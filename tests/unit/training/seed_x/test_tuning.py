@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.agent_weights import load_agent
+from seed_multimodal.seed_x.modeling import load_agent
+from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.memory import Beside, MemoryPlan
 from seed_multimodal.training.llm.train import train_llm
@@ -22,7 +23,6 @@ from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
-from seed_multimodal.vision.qwen_vit import QwenVit
 from seed_multimodal.weights import load_state_dict
 
 CASES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from seed_multimodal.commands.merge import main
-from seed_multimodal.language.agent_weights import load_agent
+from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.systems.seed_x import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.train import train_llm

@@ -9,12 +9,10 @@ import stage1_toy as toy
 import torch
 import torch.nn.functional as F
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights, moving_codebook
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.tokenizers.lavit import DynamicTokenizer
-from seed_multimodal.tokenizers.lavit_decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.tokenizers.lavit_files import load_dynamic_tokenizer, save_dynamic_tokenizer
-from seed_multimodal.tokenizers.lavit_training import LavitStage1, LavitStage1Weights, moving_codebook
 
 
 @pytest.fixture
@@ -33,7 +31,7 @@ def gumbel(seed: int, count: int = 6) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_the_loss_is_the_published_formula(model: LavitStage1, features: torch.Tensor, quantize: bool) -> None:
+def test_forward_is_the_published_formula(model: LavitStage1, features: torch.Tensor, quantize: bool) -> None:
     model.eval()
     out = model(features, quantize=quantize, noise=gumbel(1))
     keep = model.tokenizer.select(features, noise=gumbel(1)).keep_BN > 0.5
@@ -53,11 +51,11 @@ def test_the_loss_is_the_published_formula(model: LavitStage1, features: torch.T
     torch.testing.assert_close(out.kept, share)
     expected = out.loss_cosine + 2 * (1 / 3 - share) ** 2 + (out.loss_commitment if quantize else 0)
     torch.testing.assert_close(out.loss, expected)
-    assert out.counts_B.tolist() == keep.sum(1).tolist() and len(out.rows_TC) == keep.sum()
+    assert out.counts_B.tolist() == keep.sum(1).tolist()
 
 
-def test_a_share_of_the_batch_not_of_a_picture(model: LavitStage1, features: torch.Tensor) -> None:
-    """One picture that keeps all beside two that keep one patch: the share is right on, so nothing is to be paid."""
+def test_kept_share_is_of_the_batch(model: LavitStage1, features: torch.Tensor) -> None:
+    """One image that keeps everything and two that keep one patch."""
     noise = torch.zeros(3, toy.PATCHES, 2)
     noise[:, :, 1], noise[0, :, 0] = 50.0, 100.0
     out = model(features[:3], quantize=False, noise=noise)
@@ -67,7 +65,7 @@ def test_a_share_of_the_batch_not_of_a_picture(model: LavitStage1, features: tor
 
 
 @pytest.mark.parametrize("quantize", [False, True])
-def test_a_decision_gets_what_it_changes_as_gradient(model: LavitStage1, features: torch.Tensor, quantize: bool
+def test_decisions_give_the_change_of_the_loss_as_gradient(model: LavitStage1, features: torch.Tensor, quantize: bool
                                                      ) -> None:
     keep = model.tokenizer.select(features, noise=gumbel(2)).keep_BN > 0.5
     keep[0] = False
@@ -96,7 +94,7 @@ def test_a_decision_gets_what_it_changes_as_gradient(model: LavitStage1, feature
     assert not any(part.grad is not None and part.grad.any() for part in model.parameters())
 
 
-def test_gradients_reach_what_is_trained(model: LavitStage1, features: torch.Tensor) -> None:
+def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: torch.Tensor) -> None:
     frozen = toy.stage1(weights=LavitStage1Weights(ratio=0.0), freeze_selector=True)
     for one, learns in ((model, True), (frozen, False)):
         one.train()(features, quantize=True, noise=gumbel(2)).loss.backward()
@@ -107,7 +105,7 @@ def test_gradients_reach_what_is_trained(model: LavitStage1, features: torch.Ten
     assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
 
 
-def test_moving_averages_are_those_of_a_plain_loop() -> None:
+def test_moving_codebook_follows_a_plain_loop() -> None:
     decay, generator = 0.8, torch.Generator().manual_seed(0)
     quantizer = moving_codebook(VectorQuantizer(6, 3, unit_rows=True), decay).train()
     rows = quantizer.embedding.weight.clone()
@@ -128,7 +126,7 @@ def test_moving_averages_are_those_of_a_plain_loop() -> None:
     torch.testing.assert_close(quantizer.ema_count, torch.tensor(count))
 
 
-def test_the_finished_parts_encode_and_decode_as_the_training_did(
+def test_finished_networks_encode_and_decode_as_in_training(
     model: LavitStage1, features: torch.Tensor, tmp_path: Path
 ) -> None:
     pixels = torch.randn(2, 3, 32, 32)
@@ -147,19 +145,3 @@ def test_the_finished_parts_encode_and_decode_as_the_training_did(
     cosine = (1 - F.cosine_similarity(rebuilt, again.patch_features(pixels), dim=-1)).mean()
     torch.testing.assert_close(cosine, out.loss_cosine, rtol=1e-3, atol=1e-4)
     assert not any(part.requires_grad for part in (*tokenizer.parameters(), *decoder.parameters()))
-
-
-def test_many_distances_are_found_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    quantizer = VectorQuantizer(8, 4, sections=2)
-    torch.nn.init.normal_(quantizer.embedding.weight)
-    points = torch.randn(11, 2, 4)
-    whole = quantizer.nearest(points)
-    monkeypatch.setattr("seed_multimodal.nn.quantizer.SCORES", 24)  # three points at once
-    assert torch.equal(quantizer.nearest(points), whole)
-
-
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ConfigError, match="The tokenizer has 16 patches, the decoder 9"):
-        LavitStage1(DynamicTokenizer(toy.SIZES), CodeDecoder(LavitDecoderConfig(
-            head="lowres", tokens=9, code_dim=16, width=32, depth=1, heads=2, mlp_width=32, feature_dim=32)))
-    assert LavitStage1Weights().keep == pytest.approx(1 / 3) and LavitStage1Weights().ratio == 2

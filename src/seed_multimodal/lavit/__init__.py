@@ -1,0 +1,1 @@
+"""LaVIT: images as a variable number of tokens for a language model."""

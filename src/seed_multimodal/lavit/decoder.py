@@ -1,0 +1,179 @@
+"""LaVIT's decoder: a variable number of codebook rows becomes patch features and the conditions of a U-Net.
+
+    decoder = CodeDecoder.from_pretrained("LaVIT-7B-v2", head="highres")
+    conditions = decoder([tokenizer.embed_codes(codes) for codes in images])
+
+Learned queries, one for each patch, attend to the rows and to each other. The position of a row is its rank among the
+image's rows. Two heads exist: `highres` makes the conditions of SDXL, `lowres` those of Stable Diffusion 1. Rows that
+pad a shorter image are masked (the original subtracts 10,000 from their scores, which gives the same numbers).
+
+Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B images, n rows of one
+image, L rows of the longest, C code width, N queries, D width, F features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import LAVIT_WHERE, find_file
+from seed_multimodal.lavit.modeling import CrossAttention
+from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
+from seed_multimodal.settings import setting
+from seed_multimodal.weights import load_state_dict
+
+Head = Literal["highres", "lowres"]
+ORIGINAL: dict[Head, str] = {"highres": "highres_tokenizer_decoder.bin", "lowres": "tokenizer_decoder.bin"}
+FOLDER = "visual_tokenizer"  # of the original files
+EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class LavitDecoderConfig:
+    """Sizes of `CodeDecoder`; the defaults are the original ones.
+
+    Attributes:
+        tokens: N, queries and the most rows of an image. code_dim: C. feature_dim: F.
+        width, depth, heads, mlp_width: of the blocks; the pool has as many heads.
+        prompt_dim: width of a prompt embedding (`highres`: of its first part); pooled_dim: of the second part and of
+            the pooled embedding.
+        grad_checkpoint: recomputes the blocks in the backward pass.
+    """
+
+    head: Head = "highres"
+    tokens: int = setting(256, least=1)
+    code_dim: int = setting(32, least=1)
+    width: int = setting(1408, least=1)
+    depth: int = setting(12, least=1)
+    heads: int = setting(16, least=1)
+    mlp_width: int = setting(6144, least=1)
+    feature_dim: int = setting(1408, least=1)
+    prompt_dim: int = setting(768, least=1)
+    pooled_dim: int = setting(1280, least=1)
+    grad_checkpoint: bool = False
+
+    @property
+    def context_dim(self) -> int:
+        """Width of the prompt embeddings (original: 2048 and 768)."""
+        return self.prompt_dim + (self.pooled_dim if self.head == "highres" else 0)
+
+
+class Conditions(NamedTuple):
+    """Conditions of a U-Net: `prompt_embeds` `[B, N, context_dim]`, `pooled` `[B, pooled_dim]` or None, and the
+    `features` `[B, N, F]` that they were made of."""
+
+    prompt_embeds: Tensor
+    pooled: Tensor | None = None
+    features: Tensor | None = None
+
+
+class DecoderBlock(nn.Module):
+    """`x += self(norm0 x); x += cross(norm1 x, rows); x += mlp(norm2 x)`; the rows are not normalised."""
+
+    def __init__(self, config: LavitDecoderConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.norm0 = LayerNorm(width, eps=EPS)
+        self.self_attn = Attention(width, config.heads)
+        self.norm1 = LayerNorm(width, eps=EPS)
+        self.cross_attn = CrossAttention(width, config.heads, F.scaled_dot_product_attention)
+        self.norm2 = LayerNorm(width, eps=EPS)
+        self.mlp = Mlp(width, config.mlp_width)
+
+    def forward(self, x_BND: Tensor, rows_BLD: Tensor, valid_BL: Tensor) -> Tensor:
+        """`[B, N, D]`, `[B, L, D]` → `[B, N, D]`."""
+        x_BND = x_BND + self.self_attn(self.norm0(x_BND))
+        x_BND = x_BND + self.cross_attn(self.norm1(x_BND), rows_BLD, valid_BL[:, None, None])
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class CodeDecoder(PretrainedNetwork):
+    """Codebook rows of each image → patch features (`features`) → conditions of a U-Net (`forward`)."""
+
+    config_class = LavitDecoderConfig
+    config: LavitDecoderConfig
+
+    def __init__(self, config: LavitDecoderConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or LavitDecoderConfig()
+        width, features = config.width, config.feature_dim
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
+        self.query_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
+        self.in_proj = nn.Linear(config.code_dim, width)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.norm = LayerNorm(width, eps=EPS)
+        self.decode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, features))
+        if config.head == "highres":
+            self.unet_proj_1 = nn.Linear(features, config.prompt_dim)
+            self.unet_proj_2 = nn.Linear(features, config.pooled_dim)
+            self.unet_attnpool = AttentionPool(config.tokens, features, config.heads, config.pooled_dim)
+        else:
+            self.unet_proj = nn.Linear(features, config.prompt_dim)
+        for table in (self.pos_embed, self.query_embed):
+            nn.init.trunc_normal_(table, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        if config.grad_checkpoint:
+            checkpoint_layers(self)
+
+    def features(self, rows: Sequence[Tensor]) -> Tensor:
+        """Rows of each image `[n, C]`, 1 ≤ n ≤ N, in raster order of its kept patches → features `[B, N, F]`."""
+        lengths = torch.tensor([len(row) for row in rows], device=self.pos_embed.device)
+        rows_BLC = pad_sequence([row.to(self.in_proj.weight.device) for row in rows], batch_first=True)
+        if not torch.is_autocast_enabled(rows_BLC.device.type):
+            rows_BLC = rows_BLC.to(self.in_proj.weight.dtype)
+        longest = rows_BLC.shape[1]
+        rows_BLD = self.in_proj(rows_BLC)
+        rows_BLD = rows_BLD + self.pos_embed[:, :longest].to(rows_BLD.dtype)
+        valid_BL = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        x_BND = self.query_embed.expand(len(rows), -1, -1)
+        for block in self.blocks:
+            x_BND = block(x_BND, rows_BLD, valid_BL)
+        return self.decode_task_layer(self.norm(x_BND))
+
+    def forward(self, rows: Sequence[Tensor]) -> Conditions:
+        """Rows of each image (as for `features`) → conditions."""
+        return self.conditions(self.features(rows))
+
+    def conditions(self, features_BNF: Tensor) -> Conditions:
+        """Features `[B, N, F]` → conditions of the head."""
+        if self.config.head == "lowres":
+            return Conditions(self.unet_proj(features_BNF), None, features_BNF)
+        prompt = torch.cat([self.unet_proj_1(features_BNF), self.unet_proj_2(features_BNF)], dim=-1)
+        return Conditions(prompt, self.unet_attnpool(features_BNF), features_BNF)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, head: Head | None = None, config: LavitDecoderConfig | None = None,
+                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CodeDecoder:
+        """A decoder in eval mode, of a folder of `save_pretrained`, LaVIT's folder or one of its two files.
+
+        Args:
+            head: of LaVIT's folder; None: the one that is there (`highres` if both are).
+            config: sizes of an original file; None: the original ones.
+
+        Raises:
+            CheckpointError: a file that is missing, damaged, incomplete, or of another size.
+        """
+        names = [name for kind, name in ORIGINAL.items() if head in (None, kind)]
+        inner = Path(folder) / FOLDER
+        file = find_file(inner if inner.is_dir() else folder, [*names, WEIGHTS], LAVIT_WHERE)
+        if file.name == WEIGHTS:
+            config = cls.read_config(file.with_name(CONFIG))
+        else:
+            file_head: Head = "highres" if file.stem.startswith("highres") else "lowres"
+            config = dataclasses.replace(config or LavitDecoderConfig(), head=file_head)
+        if head not in (None, config.head):
+            raise CheckpointError(f"{file}: holds the {config.head} decoder, not the {head} one.")
+        return cls.from_state_dict(config, load_state_dict(file, mapped=True), file, device=device, dtype=dtype)

@@ -1,0 +1,79 @@
+"""A checkpoint of LaVIT's stage 1 becomes folders that the library loads: `tokenizer` and `decoder`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seed_multimodal.disk import making_folder, output_folder, read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.training import LavitStage1
+from seed_multimodal.likeness import same_weights, some_weights
+from seed_multimodal.settings import read_settings
+from seed_multimodal.tokenizers.initial import load_tower
+from seed_multimodal.weights import assign_strictly, load_state_dict
+
+MODEL_TYPE = "lavit_stage1"
+
+
+@dataclass(frozen=True)
+class Stage1Sizes:
+    """Sizes of both networks; `config.json` of a run. `tower`: `some_weights` of the run's vision encoder, which its
+    checkpoints leave out."""
+
+    tokenizer: LavitTokenizerConfig
+    decoder: LavitDecoderConfig
+    tower: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"model_type": MODEL_TYPE, **asdict(self)}
+
+    @classmethod
+    def read(cls, file: Path) -> Stage1Sizes:
+        """Inverse of `to_dict`; raises `ConfigError` for a file that is missing, damaged, or of another model."""
+        values = read_json_object(file, ConfigError)
+        if values.pop("model_type", None) != MODEL_TYPE:
+            raise ConfigError(f"{file}: this is not the configuration of a run of LaVIT's stage 1.")
+        return read_settings(cls, values, str(file))
+
+
+def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path | None = None,
+                  config: str | Path | None = None, force: bool = False) -> tuple[Path, Path]:
+    """Write `out/tokenizer` (without projector) and `out/decoder` (its untrained U-Net heads are random).
+
+    Args:
+        vision: the vision encoder of the run, unless the checkpoint holds it.
+        config: sizes; by default `config.json` beside the checkpoint.
+        force: replace a folder that is not empty.
+
+    Raises:
+        CheckpointError: not such a checkpoint, no vision encoder or another one than in the training.
+        ConfigError: no sizes, or `out` is not empty.
+    """
+    file = Path(checkpoint)
+    state = load_state_dict(file)
+    target = output_folder(out, force=force, what="the tokenizer", read=[checkpoint, vision])
+    sizes = Stage1Sizes.read(Path(config) if config else file.with_name("config.json"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # two exports give the same heads
+        model = LavitStage1(DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder))
+    encoder = model.tokenizer.encoder
+    if vision is not None:
+        load_tower(encoder, vision, None)
+        if sizes.tower and not same_weights(sizes.tower, some_weights(encoder)):
+            raise CheckpointError(f"{vision}: not the vision encoder that {file} was trained with; give the file of "
+                                  "the run's model.vit_weights.")
+        state |= {f"tokenizer.encoder.{name}": value for name, value in encoder.state_dict().items()}
+    assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
+    tokenizer, decoder = model.finished()
+    with making_folder(target, out, ConfigError) as folder:
+        save_dynamic_tokenizer(tokenizer, folder / "tokenizer")
+        decoder.save_pretrained(folder / "decoder")
+    return target / "tokenizer", target / "decoder"

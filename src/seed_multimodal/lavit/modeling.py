@@ -1,0 +1,337 @@
+"""LaVIT's dynamic tokenizer: an image becomes as many tokens as its content needs.
+
+    pixels ─ EVA ViT ─► features ─ token selector ─► kept patches ─ token merger ─► rows ─┬─ projector ─► LLM input
+                                                                                          └─ quantizer ─► codes
+
+    tokenizer = load_dynamic_tokenizer(folder)                            # checkpoints.py
+    codes = tokenizer.encode(pixels, mode="threshold")                    # [LongTensor[n]], 0 … codebook_size − 1
+
+The vision encoder is used without its final norm and class token. The language model reads continuous rows and writes
+codes; the original model has one token merger for each. With half-precision layers everything runs under autocast and
+the residual streams stay fp32, as in the original; codes are compared in fp32 (in bf16 some codes would change).
+
+Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B batch,
+H heads, N patches (Q of queries, K of keys), D vision width, T rows of all images, C code width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.nn.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.layers import LayerNorm, Mlp, checkpoint_layers, heads_first, heads_last
+from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.settings import setting
+
+MODES = ("draw", "threshold")
+EPSILON = 1e-6
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@dataclass(frozen=True)
+class LavitTokenizerConfig:
+    """Sizes of the dynamic tokenizer; the defaults are the original ones.
+
+    Attributes:
+        vit_head: width of the vision encoder's unused classification head (stored with a final norm); 0: no head.
+        llm_width: of the language model that reads the continuous rows.
+        grad_checkpoint: recomputes the token merger's blocks in the backward pass.
+    """
+
+    vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))
+    vit_head: int = setting(1024, least=0)
+    merger_depth: int = setting(12, least=1)
+    merger_heads: int = setting(16, least=1)
+    merger_mlp_width: int = setting(6144, least=1)
+    codebook_size: int = setting(16384, least=1)
+    codebook_dim: int = setting(32, least=1)
+    llm_width: int = setting(4096, least=1)
+    grad_checkpoint: bool = False
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image, the most tokens that it can have."""
+        return self.vit.grid**2
+
+
+# ---- token selector
+
+
+class Selection(NamedTuple):
+    """Log-probabilities of (keep, drop) `[B, N, 2]` and the decision `[B, N]` (1 kept, 0 dropped), both fp32."""
+
+    log_probs_BN2: Tensor
+    keep_BN: Tensor
+
+
+class TokenSelector(nn.Module):
+    """Half of the channels stay each patch's own, the other half is replaced by its mean over the image."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_conv = nn.Sequential(LayerNorm(width, eps=1e-5), nn.Linear(width, width), nn.GELU())
+        self.out_conv = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4),
+                                      nn.GELU(), nn.Linear(width // 4, 2), nn.LogSoftmax(dim=-1))
+
+    def forward(self, x_BND: Tensor, policy_BN1: Tensor | None = None) -> Tensor:
+        """Features `[B, N, D]` → log-probabilities `[B, N, 2]` (keep first), fp32; `policy_BN1` weighs the mean."""
+        local, shared = self.in_conv(x_BND.float()).chunk(2, dim=-1)
+        policy_BN1 = torch.ones_like(shared[..., :1], dtype=torch.float32) if policy_BN1 is None else policy_BN1
+        mean = (shared.float() * policy_BN1).sum(1, True) / policy_BN1.sum(1, True)
+        return self.out_conv(torch.cat([local, mean.to(local.dtype).expand_as(local)], dim=-1)).float()
+
+
+def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators = None,
+           noise: Tensor | None = None) -> Selection:
+    """The hard decision, with the gradient of the soft one; every image keeps at least its most probable patch.
+
+    The original draws at inference, too: each patch is kept independently with its probability (Gumbel noise at
+    temperature 1), so tokens differ from call to call unless the noise is seeded.
+
+    Args:
+        mode: `draw`, or `threshold` (p_keep > 0.5), which is deterministic.
+        generator: of the noise: one for the batch, or one for each image, which makes an image's tokens independent of
+            its batch; None: torch's global generator.
+        noise: Gumbel noise `[B, N, 2]` instead of a draw.
+    """
+    if mode not in MODES:
+        raise ConfigError(f"Unknown selection {mode!r}: use {' or '.join(MODES)}.")
+    log_probs_BN2 = log_probs_BN2.float()
+    if mode == "draw":
+        noise = gumbel_noise(log_probs_BN2.shape, log_probs_BN2.device, generator) if noise is None else noise
+        soft_BN2 = (log_probs_BN2 + noise.to(log_probs_BN2)).softmax(-1)
+        hard_BN, soft_BN = (soft_BN2.argmax(-1) == 0).float(), soft_BN2[..., 0]
+    else:
+        soft_BN = log_probs_BN2[..., 0].exp()
+        hard_BN = (soft_BN > 0.5).float()
+    best_BN = F.one_hot(log_probs_BN2[..., 0].argmax(1), hard_BN.shape[1])
+    hard_BN = hard_BN + best_BN * (hard_BN.sum(1, keepdim=True) == 0)
+    return Selection(log_probs_BN2, hard_BN + (soft_BN - soft_BN.detach()) if soft_BN.requires_grad else hard_BN)
+
+
+def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generators = None) -> Tensor:
+    """Standard Gumbel noise, fp32, drawn in the order of `torch.nn.functional.gumbel_softmax`."""
+    if generator is None or isinstance(generator, torch.Generator):
+        waits = torch.empty(tuple(shape), device=device if generator is None else generator.device)
+        waits.exponential_(generator=generator)
+        return -waits.clamp_min_(torch.finfo(waits.dtype).tiny).log().to(device)
+    return torch.stack([gumbel_noise(shape[1:], device, one) for one in generator])
+
+
+# ---- token merger
+
+
+def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
+    """Weights over the keys, computed in fp32; gradients flow into `allowed` (1 visible, 0 masked, broadcast).
+
+    `e = exp(score − max over all keys) · allowed`, `w = (e + ε / K) / (Σ e + ε)`: a query without a visible key
+    averages everything.
+    """
+    scores = scores_BHQK.float()
+    weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * allowed
+    weights = (weights + EPSILON / weights.shape[-1]) / (weights.sum(-1, keepdim=True) + EPSILON)
+    return weights.to(scores_BHQK.dtype)
+
+
+def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, allowed: Tensor) -> Tensor:
+    """Attention with `masked_softmax`."""
+    weights = masked_softmax((q_BHNd * q_BHNd.shape[-1] ** -0.5) @ k_BHNd.transpose(-1, -2), allowed)
+    return weights.to(v_BHNd.dtype) @ v_BHNd
+
+
+def causal_mask(keep_BN: Tensor) -> Tensor:
+    """`[B, N]` → `[B, 1, N, N]`: a patch sees the kept patches before it, and itself."""
+    self_NN = torch.eye(keep_BN.shape[1], dtype=keep_BN.dtype, device=keep_BN.device)
+    return (keep_BN[:, None, None, :] * (1 - self_NN) + self_NN).tril()
+
+
+def dropped_mask(keep_BN: Tensor) -> Tensor:
+    """`[B, N]` → `[B, 1, 1, N]`: every patch sees the dropped ones."""
+    return 1 - keep_BN[:, None, None, :]
+
+
+class CausalAttention(nn.Module):
+    """Self-attention over the kept patches so far."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, allowed: Tensor) -> Tensor:
+        """`[B, N, D]`, `causal_mask` → `[B, N, D]`."""
+        q, k, v = (heads_first(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
+        return self.proj(heads_last(masked_attention(q, k, v, allowed)))
+
+
+class CrossAttention(nn.Module):
+    """Attention to other tokens; `attend(q, k, v, mask)` on `[B, H, N, d]`."""
+
+    def __init__(self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention) -> None:
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.query, self.key, self.value, self.proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x_BND: Tensor, source_BND: Tensor, mask: Tensor) -> Tensor:
+        """Queries `[B, N, D]`, sources `[B, K, D]` → `[B, N, D]`."""
+        q, k, v = (heads_first(part, self.heads)
+                   for part in (self.query(x_BND), self.key(source_BND), self.value(source_BND)))
+        return self.proj(heads_last(self.attend(q, k, v, mask)))
+
+
+class MergerBlock(nn.Module):
+    """Attention to kept patches so far, attention to dropped patches, MLP; pre-norm."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int) -> None:
+        super().__init__()
+        self.norm0 = LayerNorm(width, eps=1e-5)
+        self.token_causal_attn = CausalAttention(width, heads)
+        self.norm1 = LayerNorm(width, eps=1e-5)
+        self.token_cross_attn = CrossAttention(width, heads)
+        self.norm2 = LayerNorm(width, eps=1e-5)
+        self.mlp = Mlp(width, mlp_width)
+
+    def forward(self, x_BND: Tensor, source_BND: Tensor, causal: Tensor, dropped: Tensor) -> Tensor:
+        """`[B, N, D]` → `[B, N, D]`."""
+        x_BND = x_BND + self.token_causal_attn(self.norm0(x_BND), causal)
+        x_BND = x_BND + self.token_cross_attn(self.norm1(x_BND), source_BND, dropped)
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class TokenMerger(nn.Module):
+    """Folds the content of dropped patches into the kept ones; all positions are computed, only kept ones are used."""
+
+    def __init__(self, config: LavitTokenizerConfig) -> None:
+        super().__init__()
+        width = config.vit.width
+        self.blocks = nn.ModuleList(MergerBlock(width, config.merger_heads, config.merger_mlp_width)
+                                    for _ in range(config.merger_depth))
+        self.ln_vision = LayerNorm(width, eps=1e-5)
+        self.norm = LayerNorm(width, eps=1e-5)
+        if config.grad_checkpoint:
+            checkpoint_layers(self)
+
+    def forward(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
+        """Raw features `[B, N, D]`, kept (1) or dropped (0) `[B, N]` → `[B, N, D]` in the features' dtype."""
+        causal, dropped = causal_mask(keep_BN.float()), dropped_mask(keep_BN.float())
+        source_BND, x_BND = self.ln_vision(features_BND), features_BND
+        for block in self.blocks:
+            x_BND = block(x_BND, source_BND, causal, dropped)
+        return self.norm(x_BND)
+
+
+# ---- tokenizer
+
+
+class LavitVit(EvaVit):
+    """EVA ViT whose norm and head are stored, but not used."""
+
+    def __init__(self, config: EvaConfig, head_width: int) -> None:
+        super().__init__(config)
+        if head_width:
+            self.norm = LayerNorm(config.width, eps=1e-6)
+            self.head = nn.Linear(config.width, head_width)
+
+
+class DynamicTokenizer(PretrainedNetwork):
+    """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
+
+    Keyword arguments named `selection` are those of `choose`. `vit_proj` (to the language model's width) is None where
+    the weights are for generation only.
+    """
+
+    config_class, model_type = LavitTokenizerConfig, "lavit_tokenizer"
+    config: LavitTokenizerConfig
+
+    def __init__(self, config: LavitTokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.vit.width
+        self.encoder = LavitVit(config.vit, config.vit_head)
+        self.token_predictor = TokenSelector(width)
+        self.causal_encoder = TokenMerger(config)
+        self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
+                                               nn.Linear(width, config.codebook_dim))
+        self.vit_proj: nn.Linear | None = nn.Linear(width, config.llm_width)
+
+    @property
+    def transform(self) -> ImageTransform:
+        """An image of any size → pixels of the vision encoder's size (not cropped), bicubic, CLIP's normalisation."""
+        return seed_image_processor(self.config.vit.image_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.encode_task_layer[0].weight.device
+
+    def patch_features(self, pixels_B3HW: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → the last block's patches `[B, N, D]`, fp32, without the class token."""
+        with self.precision():
+            return self.encoder(pixels_B3HW)[:, 1:].float()
+
+    def select(self, features_BND: Tensor, **selection: Any) -> Selection:
+        """Features → the decision about each patch; differentiable (straight through)."""
+        with self.precision():
+            log_probs_BN2 = self.token_predictor(features_BND)
+        return choose(log_probs_BN2, **selection)
+
+    def merge(self, features_BND: Tensor, keep_BN: Tensor) -> Tensor:
+        """Features `[B, N, D]`, kept (1) or not `[B, N]` → `[B, N, D]` fp32; only rows of kept patches have meaning."""
+        with self.precision():
+            return self.causal_encoder(features_BND, keep_BN).float()
+
+    def to_codebook(self, rows_TD: Tensor) -> Tensor:
+        """Merged rows `[T, D]` → queries of the codebook `[T, C]` fp32, not normalised yet."""
+        with self.precision():
+            return self.encode_task_layer(rows_TD).float()
+
+    def quantize_rows(self, rows_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Merged rows `[T, D]` → codes `[T]` int64 and codebook rows `[T, C]` (no gradient to `rows_TD`)."""
+        codes_T = self.quantize.nearest(self.to_codebook(rows_TD))
+        return codes_T, self.quantize.lookup(codes_T)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Codes `[...]` int64 → their codebook rows `[..., C]`."""
+        return self.quantize.lookup(codes)
+
+    def rows(self, pixels_B3HW: Tensor, **selection: Any) -> tuple[Tensor, Tensor]:
+        """Pixels → merged rows of the kept patches of all images `[T, D]`, and the count of each image `[B]` int64."""
+        features_BND = self.patch_features(pixels_B3HW)
+        keep_BN = self.select(features_BND, **selection).keep_BN
+        return kept_rows(self.merge(features_BND, keep_BN), keep_BN)
+
+    def continuous(self, pixels_B3HW: Tensor, **selection: Any) -> list[Tensor]:
+        """Pixels → the language model's input of each image, `[n_b, llm_width]`; needs `vit_proj`."""
+        assert self.vit_proj is not None
+        rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
+        with self.precision():
+            return list(self.vit_proj(rows_TD).split(counts_B.tolist()))
+
+    @torch.no_grad()
+    def encode(self, pixels_B3HW: Tensor, **selection: Any) -> list[Tensor]:
+        """Pixels → the codes of each image `[n_b]` int64, 0 … codebook_size − 1."""
+        rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
+        return list(self.quantize_rows(rows_TD)[0].split(counts_B.tolist()))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast to the layers' precision if that is half; otherwise a surrounding autocast applies."""
+        dtype = self.encode_task_layer[0].weight.dtype
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+
+def kept_rows(merged_BND: Tensor, keep_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """`[B, N, D]` → rows of kept patches in raster order `[T, D]`, and the count of each image `[B]` int64."""
+    kept_BN = keep_BN > 0.5
+    return merged_BND[kept_BN], kept_BN.sum(1)

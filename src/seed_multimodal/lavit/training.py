@@ -1,0 +1,220 @@
+"""Stage 1 of LaVIT: token selector, token merger and codebook learn by rebuilding the features of a frozen encoder.
+
+    loss = mean over patches of (1 − cos(x, x̂)) + λ (ρ − share of kept patches)² [+ commitment to the codes]
+
+The share counts over the batch of all processes, so an image with more content may keep more. The token selector learns
+from what its decisions change: one patch of an image is decided the other way, the image is rebuilt again, and the
+difference in its loss is the gradient of that patch's probability. (A straight-through gradient is many times the real
+change for a dropped patch.)
+
+Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept rows of all images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators, Selection
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.settings import setting
+from seed_multimodal.tokenizers.stage2_base import cosine
+
+REFERENCE = 0.18
+"""Cosine loss at which the original tokenizer converged (about 0.3 if codes were used from the start)."""
+TRIED = 2
+"""Of one image in so many a decision is tried the other way, which costs as much as the loss's own forward pass."""
+
+
+@dataclass(frozen=True)
+class LavitStage1Weights:
+    """Factors of the loss: `keep` is ρ, the share to keep; `ratio` is λ; `commitment` pulls rows to their codes."""
+
+    keep: float = setting(1 / 3, least=0, most=1)
+    ratio: float = setting(2.0, least=0)
+    commitment: float = setting(1.0, least=0)
+
+
+@dataclass(kw_only=True)
+class LavitStage1Output:
+    """Losses `[]` (`loss` is the weighted sum), the share of kept patches of all processes, the number of patches of
+    each image, and the codes of all images."""
+
+    loss: Tensor
+    loss_cosine: Tensor
+    loss_ratio: Tensor
+    loss_commitment: Tensor | None
+    kept: Tensor
+    counts_B: Tensor
+    codes_T: Tensor | None
+
+    def numbers(self) -> dict[str, Tensor]:
+        """Scalars for a log: parts of the loss, the kept share, and tokens per image (mean, deviation, extremes)."""
+        counts_B = self.counts_B.float()
+        values = {
+            "loss_cosine": self.loss_cosine, "loss_ratio": self.loss_ratio, "loss_commitment": self.loss_commitment,
+            "kept": self.kept, "tokens": counts_B.mean(), "tokens_deviation": counts_B.std(correction=0),
+            "tokens_least": counts_B.min(), "tokens_most": counts_B.max()}
+        return {name: value.detach() for name, value in values.items() if value is not None}
+
+
+class LavitStage1(nn.Module):
+    """A dynamic tokenizer and its decoder, with the loss of stage 1.
+
+    Args:
+        tokenizer: its encoder and projector are frozen; its quantizer is replaced by one with moving averages.
+        decoder: its heads for a U-Net are frozen.
+        freeze_selector: keeps the token selector as it is once codes are used.
+
+    `use_codes`, `codes` and `features` are those of `training.codebook.CodedModel`.
+    """
+
+    def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,
+                 ema_decay: float = 0.99, freeze_selector: bool = False) -> None:
+        super().__init__()
+        self.tokenizer, self.decoder = tokenizer, decoder
+        self.weights = weights or LavitStage1Weights()
+        self.freeze_selector, self.use_codes = freeze_selector, True
+        self.codes: Tensor | None = None
+        self.features: Tensor | None = None
+        tokenizer.quantize = moving_codebook(tokenizer.quantize, ema_decay)
+        for name, parameter in self.named_parameters():
+            if name.startswith(("tokenizer.encoder.", "tokenizer.vit_proj.", "decoder.unet_")):
+                parameter.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As usual; the frozen vision encoder stays in eval mode."""
+        super().train(mode)
+        self.tokenizer.encoder.eval()
+        return self
+
+    @property
+    def quantize(self) -> VectorQuantizer:
+        """The codebook in training."""
+        return self.tokenizer.quantize
+
+    def patch_features(self, batch: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]`, or features as they are, → `[B, N, D]` fp32 without gradient."""
+        if batch.ndim == 3:
+            return batch.float()
+        with torch.no_grad():
+            return self.tokenizer.patch_features(batch)
+
+    def forward(self, batch: Tensor, *, quantize: bool | None = None, generator: Generators = None,
+                noise: Tensor | None = None) -> LavitStage1Output:
+        """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`; `quantize`: with codes, by default as
+        `use_codes`; `generator`, `noise`: of the selector's draw."""
+        quantize = self.use_codes if quantize is None else quantize
+        features_BND = self.patch_features(batch)
+        selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
+        kept_BN = selection.keep_BN.detach() > 0.5
+        rows_TC = self.rows_of(features_BND, kept_BN)
+        decoded_TC, commitment, codes_T = self.quantize(rows_TC) if quantize else (rows_TC, None, None)
+        errors_B, cosine_B = self.errors(features_BND, decoded_TC, kept_BN)
+        own_share = selection.keep_BN.mean()  # the share of all processes has the gradient of this one's
+        share = own_share + (mean_of_all(own_share.detach()) - own_share.detach())
+        loss_ratio = (self.weights.keep - share).square()
+        loss = errors_B.mean() + self.weights.ratio * loss_ratio
+        if commitment is not None:
+            count = torch.tensor(float(len(rows_TC)), device=rows_TC.device)
+            commitment = commitment * (count / mean_of_all(count))  # processes keep different numbers of rows
+            loss = loss + self.weights.commitment * commitment
+        if self.training and selection.log_probs_BN2.requires_grad:
+            p_keep_BN = selection.log_probs_BN2[..., 0].exp()
+            loss = loss + self.decisions(features_BND[::TRIED], p_keep_BN[::TRIED], kept_BN[::TRIED],
+                                         errors_B.detach()[::TRIED], quantize)
+        self.features, self.codes = rows_TC.detach().float(), codes_T
+        return LavitStage1Output(loss=loss, loss_cosine=cosine_B.mean(), loss_ratio=loss_ratio,
+                                 loss_commitment=commitment, kept=share.detach(), counts_B=kept_BN.sum(1),
+                                 codes_T=codes_T)
+
+    def select(self, features_BND: Tensor, frozen: bool = False, generator: Generators = None,
+               noise: Tensor | None = None) -> Selection:
+        """The selector's draw, in eval mode with a fixed seed by default; without gradient if `frozen`."""
+        if not self.training and generator is None and noise is None:
+            generator = torch.Generator(features_BND.device).manual_seed(0)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return self.tokenizer.select(features_BND, generator=generator, noise=noise)
+
+    def rows_of(self, features_BND: Tensor, kept_BN: Tensor) -> Tensor:
+        """Rows of the kept patches before the quantizer, on the unit sphere `[T, C]`."""
+        merged_TD = self.tokenizer.merge(features_BND, kept_BN.float())[kept_BN]
+        return self.quantize.prepare(self.tokenizer.to_codebook(merged_TD))
+
+    def errors(self, features_BND: Tensor, rows_TC: Tensor, kept_BN: Tensor) -> tuple[Tensor, Tensor]:
+        """Each image's part of the loss and its cosine loss, both `[B]`, when the decoder reads these rows."""
+        rebuilt_BND = self.decoder.features(list(rows_TC.split(kept_BN.sum(1).tolist())))
+        cosine_B = (1 - cosine(rebuilt_BND, features_BND)).mean(1)
+        return cosine_B + self.other_errors(features_BND, rebuilt_BND), cosine_B
+
+    def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor | float:
+        """Hook for further errors of each image, `[B]`."""
+        return 0.0
+
+    def decisions(self, features_BND: Tensor, p_keep_BN: Tensor, kept_BN: Tensor, errors_B: Tensor, quantize: bool
+                  ) -> Tensor:
+        """0, with the gradient of the expected loss with respect to `p_keep_BN`, estimated from one patch of each
+        image that is decided the other way."""
+        place_B1 = self.places(features_BND)[:, None]
+        was_kept_B = kept_BN.gather(1, place_B1)[:, 0]
+        other_BN = kept_BN ^ F.one_hot(place_B1[:, 0], kept_BN.shape[1]).bool()
+        other_BN = torch.where(other_BN.any(1, keepdim=True), other_BN, kept_BN)  # the last one stays
+        with torch.no_grad():
+            rows_TC = self.rows_of(features_BND, other_BN)
+            if quantize:
+                rows_TC = self.quantize.lookup(self.quantize.nearest(rows_TC))
+            change_B = self.errors(features_BND, rows_TC, other_BN)[0] - errors_B
+        cost_of_keeping_B = torch.where(was_kept_B, -change_B, change_B)
+        expected = kept_BN.shape[1] * (cost_of_keeping_B * p_keep_BN.gather(1, place_B1)[:, 0]).mean()
+        return expected - expected.detach()
+
+    def places(self, features_BND: Tensor) -> Tensor:
+        """The patch of each image whose decision is tried the other way, int64 `[B]`."""
+        return torch.randint(features_BND.shape[1], (len(features_BND),), device=features_BND.device)
+
+    def codebook_points(self, batch: Tensor) -> Tensor:
+        """Rows of a batch's kept patches before the quantizer `[T, C]`, for the codebook's start."""
+        features_BND = self.patch_features(batch)
+        return self.rows_of(features_BND, self.select(features_BND).keep_BN > 0.5)
+
+    @torch.no_grad()
+    def start_share(self) -> None:
+        """Set the selector's last biases so that it begins by keeping about the share ρ, not one half."""
+        keep = min(max(self.weights.keep, 1e-3), 1 - 1e-3)
+        self.tokenizer.token_predictor.out_conv[4].bias.copy_(torch.tensor([keep, 1 - keep]).log())
+
+    def finished(self) -> tuple[DynamicTokenizer, CodeDecoder]:
+        """The trained networks in eval mode (the same tensors), the codebook without its averages, and without the
+        projector, which stage 2 trains."""
+        trained = self.quantize
+        codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
+        codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
+        self.tokenizer.quantize = codebook.to(trained.embedding.weight.device)
+        self.tokenizer.vit_proj = None
+        return self.tokenizer.requires_grad_(False).eval(), self.decoder.requires_grad_(False).eval()
+
+
+def moving_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
+    """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
+    quantizer = VectorQuantizer(start.size, start.dim, legacy=True, unit_rows=True, ema_decay=decay)
+    with torch.no_grad():
+        quantizer.embedding.weight.copy_(F.normalize(start.embedding.weight.float(), dim=-1))
+        quantizer.ema_sum.copy_(quantizer.embedding.weight)
+        quantizer.ema_count.fill_(1.0)
+    return quantizer.to(start.embedding.weight.device)
+
+
+def mean_of_all(value: Tensor) -> Tensor:
+    """The mean of a scalar over all processes, without gradient."""
+    if not dist.is_initialized():
+        return value
+    total = value.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()

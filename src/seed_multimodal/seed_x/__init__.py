@@ -1,0 +1,1 @@
+"""SEED-X: images as continuous features for a language model, drawn again by SDXL."""

@@ -1,0 +1,304 @@
+"""`ContinuousLVLM`: a stock LLaMA that reads images as features and writes them as features (SEED-X's "agent").
+
+                features [256, 4096] ─► input resampler + place of the view ─► 64 embeddings ─┐
+    tokens ─► embeddings ─────────────────────────────────────────────────────────────────────┴► LLaMA ─► tokens
+                                                  states at 64 image words ─► output resampler ─► features [64, 4096]
+
+Training: cross-entropy of the tokens, and the distance of the written features to those of the image, averaged over
+each 4 neighbours. The states are those AT the image words, after the final norm, not those that predict them. Both
+resamplers take part in every step, with weight zero where the batch has no image for them, so that all processes
+compute gradients of the same parameters and ZeRO-3 gathers them in one order.
+
+Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names are the original ones.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from seed_multimodal.errors import DataError, RequestError
+from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, ImageStates, generate_ids
+from seed_multimodal.language.llama import ROTARY
+from seed_multimodal.language.seed_x import answer_text, seed_x_words
+from seed_multimodal.language.shards import weight_files
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed_x.vision import place_features
+from seed_multimodal.settings import setting
+from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+
+IGNORED = -100
+POOLED = 4  # neighbours that are averaged to one target
+
+
+@dataclass(frozen=True)
+class AgentSettings:
+    """Weights of the two losses; whether views have a place; targets averaged over 4 neighbours (`vit_down`); squared
+    distance (`mse`) or 1 - cosine. The defaults are the original ones."""
+
+    lm_loss_scale: float = setting(1.0, least=0)
+    rec_loss_scale: float = setting(6.0, least=0)
+    add_patch_pos: bool = True
+    vit_down: bool = True
+    mse: bool = True
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Input of the model.
+
+    Attributes:
+        ids: tokens, `<s>` first; images as `SeedXVocabulary.read_ids` gives them.
+        features: [views, N, K] of the vision encoder, of all views of all images in order; None without images.
+        positions: [views, 2], the centre of each view, x and y in 0..1.
+        places: indices of `ids` where the features are put (`SeedXPrompts.places`); None: all image words.
+    """
+
+    ids: Sequence[int]
+    features: Tensor | None = None
+    positions: Tensor | None = None
+    places: Sequence[int] | None = None
+
+
+@dataclass
+class Answer:
+    """New tokens up to `</s>` (a forced `<img>` first), their parts (texts, whole and broken images), the features
+    [n, 64, K] of each whole image, and the text."""
+
+    ids: list[int]
+    parts: list[AnswerPart]
+    features: Tensor
+    text: str = ""
+
+
+class ContinuousLVLM(nn.Module):
+    """The language model with its two resamplers.
+
+    Args:
+        llm: a stock `LlamaForCausalLM`, or one with a LoRA.
+        input_resampler: features [B, N, K] → [B, 64, D], D the width of the language model.
+        output_resampler: states [B, 64, D] → [B, 64, K].
+    """
+
+    def __init__(self, llm: Any, input_resampler: nn.Module, output_resampler: nn.Module,
+                 settings: AgentSettings | None = None) -> None:
+        super().__init__()
+        self.settings = settings or AgentSettings()
+        self.llm = llm
+        self.input_resampler, self.output_resampler = input_resampler, output_resampler
+        if self.settings.add_patch_pos:
+            width = llm.config.hidden_size
+            self.patch_pos_embed = nn.Parameter(width**-0.5 * torch.randn(4, width))
+
+    @classmethod
+    def from_pretrained(cls, llm: Any, input_resampler: nn.Module, output_resampler: nn.Module,
+                        pretrained_model_path: str | Path | None = None, **settings: Any) -> ContinuousLVLM:
+        """The model with the weights of a file or folder (`load_agent`); `settings`: `AgentSettings`."""
+        model = cls(llm, input_resampler, output_resampler, AgentSettings(**settings))
+        if pretrained_model_path is not None:
+            load_agent(model, pretrained_model_path)
+        return model
+
+    # ---- training
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_embeds: Tensor | None,
+                embeds_gen_mask: Tensor | None, embeds_cmp_mask: Tensor | None, ids_gen_mask: Tensor,
+                ids_cmp_mask: Tensor, patch_positions: Tensor | None = None, position_ids: Tensor | None = None,
+                ) -> dict[str, Tensor]:
+        """A batch → `total_loss`, `lm_loss`, `rec_loss`.
+
+        Args:
+            input_ids, attention_mask, labels: [B, L]; label -100 is not learned; padding on the right.
+            image_embeds: [N, places, K], features of all views of the batch, in the order of their words.
+            embeds_gen_mask, embeds_cmp_mask: bool [N], views that are written and read; others are left out.
+            ids_gen_mask, ids_cmp_mask: bool [B, L], their image words.
+            patch_positions: [N, 2]. position_ids: [B, L], of packed sequences.
+
+        Raises:
+            DataError: another number of image words than views.
+        """
+        read, drawn = _chosen(image_embeds, embeds_cmp_mask), _chosen(image_embeds, embeds_gen_mask)
+        embeds = self.embed(input_ids, ids_cmp_mask, read, _chosen(patch_positions, embeds_cmp_mask))
+        if read is None:
+            sizes: Any = self.input_resampler.config
+            blank = embeds.new_zeros(1, 1, sizes.kv_dim or sizes.embed_dim)
+            embeds = embeds + 0.0 * self._read(blank, embeds.new_zeros(1, 2)).sum().to(embeds)
+        states: Tensor = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=attention_mask,
+                                                position_ids=position_ids, use_cache=False).last_hidden_state
+        lm_loss = self.language_loss(states, labels)
+        if drawn is None:
+            _check_count(int(ids_gen_mask.sum()), 0, "written")
+            rec_loss = 0.0 * self.written_features(states[:1, :1]).float().sum()
+        else:
+            rec_loss = self.regression_loss(states[ids_gen_mask], drawn)
+        total = self.settings.lm_loss_scale * lm_loss + self.settings.rec_loss_scale * rec_loss
+        return {"total_loss": total, "lm_loss": lm_loss, "rec_loss": rec_loss}
+
+    def language_loss(self, states: Tensor, labels: Tensor) -> Tensor:
+        """States and labels [B, L] → cross-entropy of each next token; 0 where nothing is learned."""
+        learned = labels[:, 1:] != IGNORED  # of a row of SEED-X a tenth or less
+        logits = self.llm.get_output_embeddings()(states[:, :-1][learned]).float()
+        total = functional.cross_entropy(logits, labels[:, 1:][learned], reduction="sum")
+        return total / learned.sum().clamp(min=1)
+
+    def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
+        """States at the image words [n · 64, D], features of those images [n, N, K] → their distance."""
+        if not len(states) or len(states) % len(features):
+            raise DataError(f"The batch has {len(features)} images to write, but {len(states)} image words for them.")
+        target = features.detach().to(states.device)
+        if self.settings.vit_down:
+            target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)
+        written = self.written_features(states.unflatten(0, (len(features), -1))).float()
+        if self.settings.mse:
+            return functional.mse_loss(written, target.float())
+        return (1 - functional.cosine_similarity(written, target.float(), dim=-1)).mean()
+
+    # ---- reading and writing
+
+    def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None) -> Tensor:
+        """Tokens [B, L] → embeddings [B, L, D], with features [n, N, K] of views, whose centres are `positions` [n, 2],
+        in the places of `mask` (bool [B, L]), in order.
+
+        Raises:
+            DataError: another number of places than the features fill.
+        """
+        embeds: Tensor = self.llm.get_input_embeddings()(ids)
+        read = None if features is None else self._read(features, positions).flatten(0, 1)
+        _check_count(int(mask.sum()), 0 if read is None else len(read), "read")
+        return embeds if read is None else embeds.masked_scatter(mask[..., None], read.to(embeds))
+
+    def embed_prompts(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> list[Tensor]:
+        """Embeddings [L, D] of each prompt, with its features in their places.
+
+        Raises:
+            RequestError: another number of features than the prompt has places.
+        """
+        device, rows = self.llm.get_input_embeddings().weight.device, []
+        for number, prompt in enumerate(prompts):
+            places = seed_x_words(tokenizer).places(list(prompt.ids))
+            places = places if prompt.places is None else sorted(set(places) & set(prompt.places))
+            wanted = len(places) // tokenizer.vocabulary.tokens_per_image
+            views = 0 if prompt.features is None else len(prompt.features)
+            if views != wanted:
+                raise RequestError(f"Prompt {number} has places for {wanted} views of images, but there are features "
+                                   f"of {views}.")
+            mask = torch.zeros(1, len(prompt.ids), dtype=torch.bool, device=device)
+            mask[0, places] = True
+            ids = torch.tensor([list(prompt.ids)], device=device)
+            rows.append(self.embed(ids, mask, prompt.features if views else None, prompt.positions)[0])
+        return rows
+
+    def written_features(self, states: Tensor) -> Tensor:
+        """States at image words [n, 64, D] → features [n, 64, K]."""
+        features: Tensor = self.output_resampler(states.to(next(self.output_resampler.parameters())))
+        return features
+
+    def _read(self, features: Tensor, positions: Tensor | None) -> Tensor:
+        read: Tensor = self.input_resampler(features.to(next(self.input_resampler.parameters())))
+        if not self.settings.add_patch_pos:
+            return read
+        assert positions is not None
+        return read + place_features(positions, self.patch_pos_embed)[:, None].to(read)
+
+    # ---- generation
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, tokenizer: MultimodalTokenizer,
+                 streamer: Any = None, watch: Callable[[], None] | None = None, *, released: bool = False,
+                 seeds: Sequence[int] | None = None) -> list[Answer]:
+        """Answer every prompt as if it were alone; other arguments and errors as of `generate_ids`."""
+        states = ImageStates()
+        answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
+                               embed=self.reader(prompts, tokenizer), states=states, released=released, seeds=seeds)
+        return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
+
+    def reader(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> Callable[[Tensor], Tensor]:
+        """`embed` of `generate_ids`: left-padded ids, which may end with further tokens, → embeddings."""
+        rows = self.embed_prompts(prompts, tokenizer)
+        longest = max(map(len, rows))
+
+        def embed(ids: Tensor) -> Tensor:
+            embeds: Tensor = self.llm.get_input_embeddings()(ids).clone()
+            for line, row in zip(embeds, rows, strict=True):
+                line[longest - len(row):longest] = row
+            return embeds
+
+        return embed
+
+    @torch.inference_mode()
+    def written(self, states: ImageStates, runs: Sequence[Sequence[int]], row: int = 0) -> Tensor:
+        """Features [n, 64, K] of images whose words are at these places of an answer."""
+        return self.written_features(torch.stack([states.at(row, places) for places in runs]))
+
+    def _answer(self, ids: list[int], row: int, states: ImageStates, tokenizer: MultimodalTokenizer,
+                end: Sequence[int]) -> Answer:
+        opening = [id for id in end if id == tokenizer.vocabulary.boi_id]  # the prompt began the first image
+        parts = split_answer([*opening, *ids], tokenizer)
+        drawn = [part for part in parts if isinstance(part, ImagePart)]
+        runs = [range(at := part.place - len(opening), at + len(part.codes)) for part in drawn]
+        features = self.written(states, runs, row) if runs else torch.zeros(0, 0, 0)
+        return Answer(ids, parts, features, answer_text(ids, tokenizer))
+
+
+def _chosen(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    """The rows of `mask`; None where it has none."""
+    if values is None or mask is None or not bool(mask.any()):
+        return None
+    return values[mask.to(values.device)]
+
+
+def _check_count(places: int, features: int, what: str) -> None:
+    if places != features:
+        raise DataError(f"The batch has {places} image words of images that are {what}, but features for {features}.")
+
+
+# ---- weights
+
+
+LLM = "llm."
+_WRAPPERS = ("module.", "_orig_mod.")
+_POSITIONS = "*_resampler.pos_embed"  # fixed sines, which an export of the trained tensors leaves out
+_FROZEN = (f"{LLM}*.base_layer.*", f"{LLM}*.original_module.*")  # of a LoRA
+
+
+def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -> LoadReport:
+    """Put the weights of a file or folder (also what DeepSpeed's `zero_to_fp32.py` writes) into a `ContinuousLVLM`.
+
+    Resamplers and `patch_pos_embed` must be complete: the original files hold these 23 tensors alone. Tensors of the
+    language model, and the frozen base of a LoRA, must be complete or absent. peft before 0.7 wrote a layer's frozen
+    weight as `q_proj.weight`, later `q_proj.base_layer.weight`.
+
+    Args:
+        language: False: leaves out the tensors of a language model.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown, or of another size; damaged or unsafe files.
+    """
+    expected, state = model.state_dict(), {}
+    for file in weight_files(Path(source)):
+        for name, value in load_state_dict(file, mapped=True).items():
+            while name.startswith(_WRAPPERS):
+                name = name.partition(".")[2]
+            if language or not name.startswith(LLM):
+                stem, _, last = name.rpartition(".")
+                newer = f"{stem}.base_layer.{last}"
+                state[newer if name not in expected and newer in expected else name] = value
+    state |= {name: state[other] for name, other in _tied(expected).items() if other in state and name not in state}
+    families = [*_FROZEN, _POSITIONS] if any(name.startswith(LLM) for name in state) else [f"{LLM}*", _POSITIONS]
+    absent = [family for family in families if not fnmatch.filter(state, family)]
+    return assign_strictly(model, state, source, allow_missing=absent, allow_unexpected=[ROTARY])
+
+
+def _tied(expected: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are others' (a head tied to the embeddings), which a file holds once."""
+    first: dict[tuple[int, ...], str] = {}
+    return {name: other for name, value in expected.items()
+            if (other := first.setdefault((value.data_ptr(), *value.shape), name)) != name and value.data_ptr()}

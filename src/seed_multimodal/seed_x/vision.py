@@ -1,0 +1,259 @@
+"""SEED-X's vision encoder (Qwen-VL's ViT-bigG, 1.9 billion parameters) and Qwen-VL's resampler.
+
+    encoder = QwenVit.from_pretrained("pretrained/QwenViT/qwen_vit_G.pt", device="cuda", dtype=torch.float16)
+    features = encoder(pixels)                      # [B, 3, 448, 448] → [B, 256, 4096]
+
+The encoder has no class token; its fused attention projection holds query, key and value of the first head, then those
+of the second, and so on; position tables are resized bicubically to the image's grid. A resampler is one
+cross-attention from learned queries; its keys carry positions, its values do not. SEED-X has three: the encoder's
+attention pool and the language model's input and output resampler.
+
+Source: SEED-X's code (`qwen_visual.py`, from Qwen-VL); parameter names are the original ones. Shape suffixes: B images,
+N patches, Q queries, W encoder width, D output width, K width of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.hub import find_file
+from seed_multimodal.nn.layers import LayerNorm, checkpoint_layers, heads_last, resize_square
+from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
+from seed_multimodal.settings import setting
+from seed_multimodal.weights import load_state_dict
+
+FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
+IN_QWEN_VL = "transformer.visual."  # before the encoder's names in Qwen-VL's own checkpoints
+ADVICE = ("SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it out of "
+          "pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt")
+
+
+# ---- resampler
+
+
+@dataclass(frozen=True)
+class ResamplerConfig:
+    """Sizes of a resampler: `grid_size`² queries of width `embed_dim` attend to features of width `kv_dim` (None:
+    `embed_dim`, and the features are not projected)."""
+
+    grid_size: int = setting(least=1)
+    embed_dim: int = setting(least=1)
+    num_heads: int = setting(least=1)
+    kv_dim: int | None = setting(None, least=1)
+    norm_eps: float = setting(1e-5, above=0)
+
+
+INPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=5120, num_heads=32, kv_dim=4096)  # of SEED-X-17B
+OUTPUT_RESAMPLER = ResamplerConfig(grid_size=8, embed_dim=4096, num_heads=32, kv_dim=5120)
+
+
+def sine_table(width: int, grid: int) -> Tensor:
+    """Sines and cosines of the columns in the first half of the channels, of the rows in the second: `[grid², width]`.
+
+    Source: MAE's `get_2d_sincos_pos_embed`; frequencies are 10000^(-i / (width / 4)), computed in fp64.
+    """
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns, rows = waves[None].expand(grid, -1, -1), waves[:, None].expand(-1, grid, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1).float()
+
+
+class Resampler(nn.Module):
+    """One cross-attention from `grid_size`² learned queries to the features of an image."""
+
+    def __init__(self, config: ResamplerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, kv_dim = config.embed_dim, config.kv_dim or config.embed_dim
+        self.pos_embed = nn.Parameter(sine_table(width, config.grid_size), requires_grad=False)
+        self.query = nn.Parameter(torch.zeros(config.grid_size**2, width))
+        self.kv_proj = nn.Identity() if kv_dim == width else nn.Linear(kv_dim, width, bias=False)
+        self.attn = nn.MultiheadAttention(width, config.num_heads, batch_first=True)
+        self.ln_q = LayerNorm(width, eps=config.norm_eps)
+        self.ln_kv = LayerNorm(width, eps=config.norm_eps)
+        nn.init.trunc_normal_(self.query, std=0.02)
+        for module in (self.kv_proj, self.attn.out_proj):
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+
+    def forward(self, x_BNK: Tensor) -> Tensor:
+        """Features `[B, g², kv_dim]`, row by row → `[B, grid_size², embed_dim]`."""
+        values = self.ln_kv(self.kv_proj(x_BNK))
+        keys = values + resize_square(self.pos_embed, math.isqrt(values.shape[1])).to(values.dtype)
+        queries = (self.ln_q(self.query) + self.pos_embed).to(values.dtype).expand(len(values), -1, -1)
+        return self.attn(queries, keys, values, need_weights=False)[0]
+
+
+def place_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
+    """Centres (x, y) of views in [0, 1] → `½ · (x, y, 1 - x, 1 - y) · table`, `[B, D]` (the paper omits the ½)."""
+    centres_B2 = centres_B2.to(table_4D)
+    return torch.cat([centres_B2, 1 - centres_B2], dim=-1) / 2 @ table_4D
+
+
+# ---- vision encoder
+
+
+@dataclass(frozen=True)
+class QwenVitConfig:
+    """Sizes of the vision encoder; the defaults are the original ones.
+
+    Attributes:
+        position_grid: side of the stored position table.
+        pool_heads: heads of the attention pool; None: one for every 128 channels.
+        patch_pos: adds the place of the view (off in every original model: their agent adds it).
+        grad_checkpoint: recomputes the blocks in the backward pass.
+    """
+
+    image_size: int = setting(448, least=1)
+    patch_size: int = setting(14, least=1)
+    width: int = setting(1664, least=1)
+    layers: int = setting(48, least=1)
+    heads: int = setting(16, least=1)
+    mlp_ratio: float = setting(4.9231, above=0)
+    output_dim: int = setting(4096, least=1)
+    n_queries: int = setting(256, least=1)
+    position_grid: int = setting(16, least=1)
+    pool_heads: int | None = setting(None, least=1)
+    patch_pos: bool = False
+    grad_checkpoint: bool = False
+
+    @property
+    def pool(self) -> ResamplerConfig:
+        """Sizes of the attention pool."""
+        heads = self.pool_heads or max(1, self.output_dim // 128)
+        return ResamplerConfig(grid_size=math.isqrt(self.n_queries), embed_dim=self.output_dim, num_heads=heads,
+                               kv_dim=self.width, norm_eps=1e-6)
+
+
+class QwenAttention(nn.Module):
+    """Full self-attention; the fused projection is laid out per head."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj = nn.Linear(width, 3 * width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """`[B, N, W]` → `[B, N, W]`."""
+        fused = self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, 3 W / heads]
+        return self.out_proj(heads_last(F.scaled_dot_product_attention(*fused.chunk(3, dim=-1))))
+
+
+class QwenBlock(nn.Module):
+    """Pre-norm transformer block with exact GELU."""
+
+    def __init__(self, config: QwenVitConfig) -> None:
+        super().__init__()
+        hidden = int(config.width * config.mlp_ratio)
+        self.ln_1 = LayerNorm(config.width, eps=1e-6)
+        self.ln_2 = LayerNorm(config.width, eps=1e-6)
+        self.attn = QwenAttention(config.width, config.heads)
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(config.width, hidden), gelu=nn.GELU(), c_proj=nn.Linear(hidden, config.width)))
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """`[B, N, W]` → `[B, N, W]`."""
+        x_BNW = x_BNW + self.attn(self.ln_1(x_BNW))
+        return x_BNW + self.mlp(self.ln_2(x_BNW))
+
+
+class QwenBlocks(nn.Module):
+    """The blocks in order."""
+
+    def __init__(self, config: QwenVitConfig) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(QwenBlock(config) for _ in range(config.layers))
+
+    def forward(self, x_BNW: Tensor) -> Tensor:
+        """`[B, N, W]` → `[B, N, W]`."""
+        for block in self.resblocks:
+            x_BNW = block(x_BNW)
+        return x_BNW
+
+
+class QwenVit(PretrainedNetwork):
+    """The vision encoder; `forward` returns the pooled, projected features, not normalised."""
+
+    config_class, model_type = QwenVitConfig, "qwen_vit"
+    config: QwenVitConfig
+
+    def __init__(self, config: QwenVitConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.positional_embedding = nn.Parameter(torch.zeros(config.position_grid**2, config.width))
+        self.proj = nn.Parameter(torch.zeros(config.output_dim, config.output_dim))
+        if config.patch_pos:
+            self.patch_pos_embed = nn.Parameter(torch.zeros(4, config.output_dim))
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.ln_pre = LayerNorm(config.width, eps=1e-6)
+        self.transformer = QwenBlocks(config)
+        self.attn_pool = Resampler(config.pool)
+        self.ln_post = LayerNorm(config.output_dim, eps=1e-6)
+        self.init_weights()
+        if config.grad_checkpoint:
+            checkpoint_layers(self)
+
+    def init_weights(self) -> None:
+        """Initialisation for training from scratch; residual projections shrink with depth."""
+        nn.init.trunc_normal_(self.positional_embedding, std=0.02)
+        nn.init.normal_(self.proj, std=self.config.output_dim**-0.5)
+        if self.config.patch_pos:
+            nn.init.normal_(self.patch_pos_embed, std=self.config.output_dim**-0.5)
+        for module in self.transformer.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for number, block in enumerate(self.transformer.resblocks, start=1):
+                block.attn.out_proj.weight.div_(math.sqrt(2 * number))
+                block.mlp.c_proj.weight.div_(math.sqrt(2 * number))
+
+    def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` of whole patches → features `[B, n_queries, output_dim]`.
+
+        `patch_positions` (with `patch_pos` only): centre (x, y) in [0, 1] of each view in its image, `[B, 2]`.
+        """
+        patches = self.conv1(images.to(self.conv1.weight.dtype)).flatten(2).transpose(1, 2)
+        positions = resize_square(self.positional_embedding, math.isqrt(patches.shape[1]))
+        x_BQD = self.attn_pool(self.transformer(self.ln_pre(patches + positions.to(patches.dtype))))
+        if patch_positions is not None:
+            x_BQD = x_BQD + place_features(patch_positions, self.patch_pos_embed)[:, None]
+        return self.ln_post(x_BQD) @ self.proj
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, config: QwenVitConfig | None = None,
+                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                        log: Callable[[str], None] | None = None) -> Self:
+        """A vision encoder in eval mode, frozen.
+
+        Args:
+            folder: that holds weights, or their file (`qwen_vit_G.pt`, safetensors, also Qwen-VL's own).
+            config: sizes; None: of `config.json` beside the weights, else the original ones.
+            log: receives one line about what was loaded.
+
+        Raises:
+            CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
+        """
+        file = find_file(Path(folder).expanduser(), FILES, ADVICE)
+        state = load_state_dict(file, mapped=True)
+        state = {name.removeprefix(IN_QWEN_VL): value for name, value in state.items()
+                 if name.startswith(IN_QWEN_VL)} or state
+        sizes = file.with_name(CONFIG)
+        if config is None and sizes.is_file() and read_json_object(sizes).get("model_type") == cls.model_type:
+            config = cls.read_config(sizes)
+        encoder = cls.from_state_dict(config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True)
+        if log is not None:
+            log(f"{encoder.load_report}.")
+        return encoder

@@ -1,0 +1,97 @@
+"""LaVIT's decoder at a tiny size: padding, positions, gradients, its files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+
+SIZES = {"tokens": 16, "code_dim": 8, "width": 32, "depth": 2, "heads": 4, "mlp_width": 48, "feature_dim": 24,
+         "prompt_dim": 12, "pooled_dim": 20}
+
+
+def decoder(head: str = "highres", seed: int = 0, **sizes: bool) -> CodeDecoder:
+    torch.manual_seed(seed)
+    model = CodeDecoder(LavitDecoderConfig(head=head, **SIZES, **sizes))  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def rows(*lengths: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randn(length, SIZES["code_dim"], generator=generator) for length in lengths]
+
+
+@pytest.mark.parametrize("head", ["highres", "lowres"])
+@torch.no_grad()
+def test_forward_gives_an_image_alone_and_in_a_batch_the_same_conditions(head: str) -> None:
+    model, images = decoder(head), rows(3, 16, 1, 9)
+    together = model(images)
+    for number, one in enumerate(images):
+        alone = model([one])
+        assert torch.allclose(alone.prompt_embeds[0], together.prompt_embeds[number], atol=1e-5)
+        if head == "highres":
+            assert torch.allclose(alone.pooled[0], together.pooled[number], atol=1e-5)
+    assert together.prompt_embeds.shape == (4, 16, model.config.context_dim)
+    assert (together.pooled is None) == (head == "lowres")
+
+
+@torch.no_grad()
+def test_position_of_a_row_is_its_rank() -> None:
+    model, (one,) = decoder(), rows(4)
+    assert not torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-3)
+    model.pos_embed.zero_()
+    assert torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-5)
+
+
+def test_conditions_train_every_parameter_and_recomputing_changes_nothing() -> None:
+    plain, again, images = decoder(), decoder(grad_checkpoint=True), rows(3, 5)
+    for model in (plain, again):
+        conditions = model(images)
+        (conditions.prompt_embeds.square().mean() + conditions.pooled.square().mean()).backward()
+    for (name, first), second in zip(plain.named_parameters(), again.parameters(), strict=True):
+        assert first.grad is not None and first.grad.abs().sum() > 0, name
+        assert torch.allclose(first.grad, second.grad, atol=1e-6), name
+
+
+@torch.no_grad()
+def test_from_pretrained_reads_own_folders_and_original_files(tmp_path: Path) -> None:
+    high, low = decoder("highres"), decoder("lowres", seed=1)
+    high.save_pretrained(tmp_path / "own")
+    half = CodeDecoder.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
+    embeds = half(rows(3)).prompt_embeds
+    assert half.config == high.config and embeds.dtype == torch.bfloat16
+    assert torch.cosine_similarity(embeds.float().flatten(), high(rows(3)).prompt_embeds.flatten(), dim=0) > 0.995
+    with pytest.raises(CheckpointError, match="holds the highres decoder, not the lowres one"):
+        CodeDecoder.from_pretrained(tmp_path / "own", head="lowres")
+    original = tmp_path / "LaVIT" / "visual_tokenizer"
+    original.mkdir(parents=True)
+    torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
+    torch.save(low.state_dict(), original / "tokenizer_decoder.bin")
+    for place in (tmp_path / "LaVIT", original):
+        for head, model in (("highres", high), ("lowres", low), (None, high)):
+            found = CodeDecoder.from_pretrained(place, head=head, config=LavitDecoderConfig(**SIZES))
+            assert found.config.head == model.config.head and not found.training
+            assert torch.equal(found(rows(3)).prompt_embeds, model(rows(3)).prompt_embeds)
+
+
+def test_from_pretrained_refuses_wrong_files(tmp_path: Path) -> None:
+    state, file = decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin"
+    config = LavitDecoderConfig(**SIZES)
+    with pytest.raises(CheckpointError, match="rain1011/LaVIT-7B-v2"):
+        CodeDecoder.from_pretrained(tmp_path / "absent")
+    for content, sizes, message in (
+            (state, None, "tensors have another size"),
+            ({**state, "more": torch.zeros(1)}, config, "unknown to the model: 'more'"),
+            ({name: value for name, value in state.items() if name != "query_embed"}, config,
+             "1 tensors are missing from the file: 'query_embed'"),
+            ({"model": Path}, config, "more than tensors")):
+        torch.save(content, file)
+        with pytest.raises(CheckpointError, match=message):
+            CodeDecoder.from_pretrained(file, config=sizes)

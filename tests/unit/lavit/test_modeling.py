@@ -1,0 +1,158 @@
+"""LaVIT's dynamic tokenizer at a tiny size: token merger, token selector, codes and continuous rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from torch import Tensor
+
+from seed_multimodal.lavit.modeling import DynamicTokenizer, TokenMerger, choose, gumbel_noise, masked_softmax
+from seed_multimodal.nn.layers import cast_layers
+
+IMAGES, PATCHES, WIDTH = 4, 16, 16
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.fixture(scope="module")
+def model() -> DynamicTokenizer:
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return torch.randn(IMAGES, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def log_probs() -> Tensor:
+    return F.log_softmax(2 * torch.randn(IMAGES, PATCHES, 2, generator=torch.Generator().manual_seed(2)), -1)
+
+
+# ---- token merger
+
+
+def test_masked_softmax_is_its_formula() -> None:
+    scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
+    weights = masked_softmax(scores, allowed)
+    e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
+    assert torch.allclose(weights, (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6), atol=1e-7)
+    assert torch.allclose(masked_softmax(scores, torch.zeros(5)), torch.full_like(scores, 0.2))
+    dominated = masked_softmax(torch.tensor([[[[100.0, 1.0, 2.0]]]]), torch.tensor([0.0, 1, 1]))
+    assert torch.allclose(dominated, torch.full_like(dominated, 1 / 3))
+    half = masked_softmax(scores.bfloat16(), torch.ones(5))
+    assert torch.equal(half, masked_softmax(scores.bfloat16().float(), torch.ones(5)).bfloat16())
+
+
+def changed(features: Tensor, patch: int) -> Tensor:
+    other = features.clone()
+    other[:, patch] += torch.randn(WIDTH)
+    return other
+
+
+@torch.no_grad()
+def test_merger_is_causal_over_kept_patches_and_sees_dropped_ones_by_cross_attention() -> None:
+    merger, features, keep = TokenMerger(TINY).eval(), torch.randn(2, PATCHES, WIDTH), torch.ones(2, PATCHES)
+    keep[:, [3, 7]] = 0
+    kept, before = keep[0] > 0, merger(features, keep)
+    later, dropped = merger(changed(features, 9), keep), merger(changed(features, 7), keep)
+    assert (before - later)[:, :9].abs().max() < 1e-5 and (before - later)[:, 9:].abs().amax(2).min() > 1e-3
+    assert (before - dropped)[:, kept].abs().amax(2).min() > 1e-3
+    for block in merger.blocks:
+        block.token_cross_attn.value.weight.zero_()
+    assert (merger(features, keep) - merger(changed(features, 7), keep))[:, kept].abs().max() < 1e-5
+
+
+# ---- token selector
+
+
+def test_draw_keeps_patches_with_their_probability(log_probs: Tensor) -> None:
+    draws = 4000
+    frequency = choose(log_probs[:1].expand(draws, -1, -1), generator=generators(3)[0]).keep_BN.mean(0)
+    p = log_probs[0, :, 0].exp()
+    assert ((frequency - p).abs() < 4.5 * (p * (1 - p) / draws).sqrt() + 1e-3).all()
+
+
+def test_global_draw_is_torchs_gumbel_softmax(log_probs: Tensor) -> None:
+    torch.manual_seed(7)
+    keep = choose(log_probs).keep_BN
+    torch.manual_seed(7)
+    assert torch.equal(keep, F.gumbel_softmax(log_probs, tau=1, hard=True)[..., 0].round())
+
+
+def test_generator_for_each_image_makes_it_independent_of_its_batch(log_probs: Tensor) -> None:
+    together = choose(log_probs, generator=generators(*range(IMAGES))).keep_BN
+    alone = [choose(log_probs[i:i + 1], generator=generators(i)).keep_BN for i in range(IMAGES)]
+    assert torch.equal(together, torch.cat(alone))
+    assert not torch.equal(together, choose(log_probs, generator=generators(*range(1, IMAGES + 1))).keep_BN)
+
+
+@pytest.mark.parametrize("mode", ["draw", "threshold"])
+def test_empty_image_keeps_its_most_probable_patch(mode: str) -> None:
+    p = torch.full((2, PATCHES), 1e-12)
+    p[0, 5], p[1, 2] = 1e-9, 0.9999999
+    keep = choose(torch.stack([p.log(), (1 - p).log()], -1), mode=mode, generator=generators(0)[0]).keep_BN
+    assert keep.nonzero().tolist() == [[0, 5], [1, 2]]
+
+
+@pytest.mark.parametrize("mode", ["draw", "threshold"])
+def test_decisions_are_hard_with_the_gradient_of_the_soft_ones(mode: str, log_probs: Tensor) -> None:
+    noise = gumbel_noise(log_probs.shape, log_probs.device, generators(4)[0])
+    logits, soft = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
+    keep = choose(logits, mode=mode, noise=noise).keep_BN
+    value = (soft + noise).softmax(-1)[..., 0] if mode == "draw" else soft[..., 0].exp()
+    assert torch.equal(keep, (value > 0.5).float())
+    weights = torch.randn(IMAGES, PATCHES)
+    (keep * weights).sum().backward()
+    (value * weights).sum().backward()
+    assert torch.allclose(logits.grad, soft.grad, atol=1e-6)
+
+
+def test_training_reaches_the_selector_through_the_merger(pixels: Tensor) -> None:
+    model = tiny_tokenizer().requires_grad_(True).train()
+    model.rows(pixels, generator=generators(*range(IMAGES)))[0].square().sum().backward()
+    gradients = [p.grad for p in model.token_predictor.parameters()]
+    assert all(g is not None and torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
+
+
+# ---- images to rows and codes
+
+
+@pytest.mark.parametrize("mode", ["threshold", "draw"])
+def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
+    mode: str, model: DynamicTokenizer, pixels: Tensor
+) -> None:
+    def options(*seeds: int) -> dict[str, object]:
+        return {"mode": mode, "generator": generators(*seeds)}
+
+    codes, rows = model.encode(pixels, **options(*range(IMAGES))), model.continuous(pixels, **options(*range(IMAGES)))
+    assert len({len(one) for one in codes}) > 1, "the images should differ in their number of tokens"
+    for i in range(IMAGES):
+        assert torch.equal(model.encode(pixels[i:i + 1], **options(i))[0], codes[i])
+        assert torch.allclose(model.continuous(pixels[i:i + 1], **options(i))[0], rows[i], atol=1e-5)
+        assert rows[i].shape == (len(codes[i]), TINY.llm_width)
+
+
+# ---- precision
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_layers_keep_an_fp32_stream(dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor) -> None:
+    half = cast_layers(tiny_tokenizer(), dtype)
+    features, want = half.patch_features(pixels), model.patch_features(pixels)
+    assert features.dtype == torch.float32
+    assert not torch.equal(features, features.to(dtype).float()), "the stream was rounded"
+    assert (features - want).abs().max() < 0.02 * want.abs().max()
+    keep = model.select(want, mode="threshold").keep_BN
+    merged, exact = half.merge(want, keep), model.merge(want, keep)
+    assert merged.dtype == torch.float32 and (merged - exact).abs().max() < 0.05 * exact.abs().max()
+    assert half.continuous(pixels, mode="threshold")[0].dtype == dtype
+    assert half.select(want).log_probs_BN2.dtype == torch.float32
+    with torch.autocast("cpu", dtype):  # a surrounding autocast does the same for fp32 layers
+        around = model.patch_features(pixels)
+    assert around.dtype == torch.float32 and not torch.equal(around, want)

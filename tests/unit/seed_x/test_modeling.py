@@ -1,0 +1,301 @@
+"""The agent on a tiny random LLaMA: losses, gradients in every kind of batch, written features, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seed_x
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.errors import CheckpointError, DataError, RequestError
+from seed_multimodal.language.generation import GenerationSettings
+from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.language.seed_x import SeedXPrompts
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, Prompt, load_agent
+from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
+
+WIDTH, FEATURES, PLACES = 32, 16, 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+    return tiny_seed_x.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH, **settings: Any) -> ContinuousLVLM:
+    torch.manual_seed(seed)
+    llm: Any = LlamaForCausalLM(LlamaConfig(
+        vocab_size=tokens, hidden_size=width, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=160))
+    force_special_ids(llm)
+    agent = ContinuousLVLM(llm, Resampler(ResamplerConfig(2, width, 4, FEATURES)),
+                           Resampler(ResamplerConfig(2, FEATURES, 4, width)), AgentSettings(**settings))
+    for parameter in agent.parameters():
+        if parameter.ndim > 1 and parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.4)
+    if lora:
+        agent.llm = get_peft_model(llm, LoraConfig(r=2, target_modules=["q_proj", "down_proj"],
+                                                   task_type="CAUSAL_LM", modules_to_save=["norm"]))
+    return agent.eval()
+
+
+@pytest.fixture(scope="module")
+def agent(tokenizer: MultimodalTokenizer) -> ContinuousLVLM:
+    return agent_of(len(tokenizer))
+
+
+def batch_of(tokenizer: MultimodalTokenizer, read: int, written: int) -> dict[str, Any]:
+    """One row: images of two views that are read, text, images that are written; one more view is left out."""
+    words, text = tokenizer.vocabulary, tokenizer.encode("It is a cat.")
+    ids = [1, *words.read_ids(2) * read, *text, *words.run() * written, 2]
+    behind = len(ids) - 1 - 6 * written
+    code = torch.tensor([[words.is_code_id(id) for id in ids]])
+    reads = torch.arange(len(ids))[None] < behind
+    generator, views = torch.Generator().manual_seed(1), torch.arange(2 * read + written + 1)
+    return {"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+            "labels": torch.tensor([ids]).masked_fill(code, -100), "ids_cmp_mask": code & reads,
+            "ids_gen_mask": code & ~reads,
+            "image_embeds": torch.randn(len(views), PLACES, FEATURES, generator=generator),
+            "patch_positions": torch.rand(len(views), 2, generator=generator),
+            "embeds_cmp_mask": views < 2 * read,
+            "embeds_gen_mask": (views >= 2 * read) & (views < 2 * read + written)}
+
+
+# ---- training
+
+
+@pytest.mark.parametrize(("read", "written"), [(1, 1), (2, 0), (0, 2), (0, 0)])
+@pytest.mark.parametrize("views", [True, False])
+def test_every_parameter_gets_a_gradient_in_every_batch(
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read: int, written: int, views: bool
+) -> None:
+    batch = batch_of(tokenizer, read, written)
+    if not views:
+        if read or written:
+            return
+        batch |= dict.fromkeys(("image_embeds", "patch_positions", "embeds_cmp_mask", "embeds_gen_mask"))
+    agent.zero_grad(set_to_none=True)
+    before = torch.get_rng_state()
+    losses = agent(**batch)
+    losses["total_loss"].backward()
+    assert torch.equal(before, torch.get_rng_state())  # the stand-ins draw nothing
+    assert torch.allclose(losses["total_loss"], losses["lm_loss"] + 6 * losses["rec_loss"])
+    assert bool(losses["lm_loss"] > 0) and bool(losses["rec_loss"] > 0) == bool(written)
+    for name, parameter in agent.named_parameters():
+        assert (parameter.grad is None) == name.endswith("pos_embed") or name == "patch_pos_embed", name
+        used = read if name.startswith(("input", "patch")) else written if name.startswith("output") else 1
+        if parameter.grad is not None:
+            assert bool(torch.isfinite(parameter.grad).all()), name
+            assert bool(parameter.grad.abs().sum() > 0) == bool(used), name
+
+
+def test_losses_are_transformers_and_the_mean_squared_distance(
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer
+) -> None:
+    batch = batch_of(tokenizer, 1, 1)
+    losses = agent(**batch)
+    read = agent.input_resampler(batch["image_embeds"][:2])
+    x = batch["patch_positions"][:2]
+    place = 0.5 * (x[:, :1] * agent.patch_pos_embed[0] + x[:, 1:] * agent.patch_pos_embed[1]
+                   + (1 - x[:, :1]) * agent.patch_pos_embed[2] + (1 - x[:, 1:]) * agent.patch_pos_embed[3])
+    embeds = agent.llm.get_input_embeddings()(batch["input_ids"]).clone()
+    embeds[batch["ids_cmp_mask"]] = (read + place[:, None]).flatten(0, 1)
+    output = agent.llm(inputs_embeds=embeds, labels=batch["labels"], output_hidden_states=True)
+    assert torch.allclose(losses["lm_loss"], output.loss, atol=1e-6)
+    written = agent.output_resampler(output.hidden_states[-1][batch["ids_gen_mask"]][None])
+    target = batch["image_embeds"][2].reshape(4, 4, FEATURES).mean(1)  # 4 neighbours in a row, not 2 x 2
+    assert torch.allclose(losses["rec_loss"], ((written[0] - target) ** 2).mean(), atol=1e-6)
+
+
+def test_padding_and_unlearned_rows_change_nothing(agent: ContinuousLVLM, tokenizer: MultimodalTokenizer) -> None:
+    batch = batch_of(tokenizer, 1, 1)
+    padded = {**batch, **{name: torch.nn.functional.pad(batch[name], (0, 7), value=fill) for name, fill in (
+        ("input_ids", 0), ("attention_mask", 0), ("labels", -100), ("ids_cmp_mask", False), ("ids_gen_mask", False))}}
+    for name, value in agent(**batch).items():
+        assert torch.allclose(value, agent(**padded)[name], atol=1e-6)
+    batch = batch_of(tokenizer, 1, 0)
+    assert agent(**{**batch, "labels": torch.full_like(batch["labels"], -100)})["total_loss"].item() == 0.0
+
+
+@pytest.mark.parametrize(("mask", "views", "message"), [
+    ("embeds_cmp_mask", [0, 0, 0, 0], "8 image words of images that are read, but features for 0"),
+    ("embeds_cmp_mask", [1, 1, 1, 0], "8 image words of images that are read, but features for 12"),
+    ("embeds_gen_mask", [0, 0, 0, 0], "4 image words of images that are written, but features for 0"),
+    ("embeds_gen_mask", [1, 1, 1, 0], "3 images to write, but 4 image words")])
+def test_forward_refuses_wrong_counts(agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, mask: str,
+                                      views: list[int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        agent(**{**batch_of(tokenizer, 1, 1), mask: torch.tensor(views).bool()})
+
+
+def test_lora_with_checkpointed_activations_trains(agent: ContinuousLVLM, tokenizer: MultimodalTokenizer) -> None:
+    tuned, batch = agent_of(len(tokenizer), lora=True).train(), batch_of(tokenizer, 1, 1)
+    tuned.llm.get_input_embeddings().requires_grad_(True)
+    tuned.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    losses = tuned(**batch)
+    assert torch.allclose(losses["total_loss"], agent(**batch)["total_loss"], atol=1e-6)  # a fresh LoRA changes nothing
+    losses["total_loss"].backward()
+    for name, parameter in tuned.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_stays_near(agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, autocast: bool) -> None:
+    """A language model in bf16 with resamplers in fp32, and everything in fp32 under autocast."""
+    other = agent_of(len(tokenizer))
+    if not autocast:
+        other.llm.bfloat16()
+    for read, written in ((1, 1), (0, 0)):
+        batch = batch_of(tokenizer, read, written)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            losses = other(**batch)
+        assert losses["total_loss"].dtype == torch.float32
+        assert torch.allclose(losses["total_loss"], agent(**batch)["total_loss"], rtol=0.05)
+        losses["total_loss"].backward()
+
+
+# ---- generation
+
+
+def prompts_of(tokenizer: MultimodalTokenizer) -> list[Prompt]:
+    """Two with images in different numbers of views, two without."""
+    templates, generator, prompts = SeedXPrompts(tokenizer), torch.Generator().manual_seed(5), []
+    for text, views in (("What is this animal? It is a cat.", [2]), ("a", []), ("<image> or <image>?", [1, 3]),
+                        ("Hello, hello there! What?", [])):
+        n = sum(views)
+        shown = (torch.randn(n, PLACES, FEATURES, generator=generator), torch.rand(n, 2, generator=generator))
+        prompts.append(Prompt(templates.ask(text, views), *(shown if n else ())))
+    return prompts
+
+
+def plain_features(agent: ContinuousLVLM, prompt: Prompt, ids: list[int], tokenizer: MultimodalTokenizer) -> Tensor:
+    """Of the images of an answer, by one forward pass over prompt and answer."""
+    words, everything = tokenizer.vocabulary, torch.tensor([[*prompt.ids, *ids]])
+    mask = torch.zeros_like(everything, dtype=torch.bool)
+    mask[0, words.places(prompt.ids)] = True
+    with torch.no_grad():
+        embeds = agent.embed(everything, mask, prompt.features, prompt.positions)
+        states = agent.llm(inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1][0, len(prompt.ids):]
+        ends = [place for place, id in enumerate(ids) if id == words.eoi_id]
+        return torch.cat([agent.output_resampler(states[None, end - 4:end]) for end in ends])
+
+
+@pytest.mark.parametrize("settings", [
+    GenerationSettings(max_new_tokens=30, do_sample=False, force_image=True),
+    GenerationSettings(max_new_tokens=16, do_sample=False, num_beams=3, force_image=True),
+    GenerationSettings(max_new_tokens=16, seed=3, top_p=1.0, top_k=0, temperature=2.0, force_image=True)])
+def test_generate_writes_the_features_of_a_plain_forward(
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, settings: GenerationSettings
+) -> None:
+    prompts = prompts_of(tokenizer)
+    answers = agent.generate(prompts, settings, tokenizer)
+    assert len({tuple(answer.ids) for answer in answers}) > 1
+    for prompt, answer in zip(prompts, answers, strict=True):
+        expected = plain_features(agent, prompt, answer.ids, tokenizer)
+        assert len(answer.features) >= 1 and torch.allclose(answer.features, expected, atol=2e-5)
+        alone = agent.generate([prompt], settings, tokenizer)[0]
+        assert alone.ids == answer.ids and torch.allclose(alone.features, answer.features, atol=2e-5)
+
+
+def test_embed_prompts_puts_features_and_centres_in_their_places(
+    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer
+) -> None:
+    first, second, third, _ = prompts_of(tokenizer)
+    rows = agent.embed_prompts([first, second, third], tokenizer)
+    plain = agent.llm.get_input_embeddings()(torch.tensor(third.ids))
+    changed = (rows[2] != plain).any(1).nonzero().flatten().tolist()
+    assert changed == tokenizer.vocabulary.places(third.ids) and len(changed) == 16
+    assert torch.equal(rows[1], agent.llm.get_input_embeddings()(torch.tensor(second.ids)))
+    assert third.features is not None and third.positions is not None
+    for other in (Prompt(third.ids, third.features.flip(0), third.positions),
+                  Prompt(third.ids, third.features, third.positions.flip(0))):
+        assert not torch.allclose(agent.embed_prompts([other], tokenizer)[0], rows[2], atol=1e-3)
+    some = agent.embed_prompts([Prompt(third.ids, third.features[:1], third.positions[:1], changed[:4])], tokenizer)[0]
+    assert torch.allclose(some[changed[:4]], rows[2][changed[:4]], atol=1e-5)
+    assert torch.equal(some[changed[4:]], plain[changed[4:]])  # `places`: the others keep their own embeddings
+    with pytest.raises(RequestError, match="Prompt 1 has places for 2 views of images, but there are features of 0"):
+        agent.embed_prompts([second, Prompt(first.ids)], tokenizer)
+
+
+# ---- weights
+
+
+def tensors_of(agent: ContinuousLVLM, llm: bool = True) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in agent.state_dict().items() if llm or not name.startswith("llm.")}
+
+
+def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
+    state = agent.state_dict()
+    return all(torch.equal(state[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_load_agent_of_the_23_tensors_keeps_the_language_model(name: str, tmp_path: Path) -> None:
+    source, target = agent_of(40, 0), agent_of(40, 1)
+    tensors, before = tensors_of(source, llm=False), tensors_of(target)
+    assert len(tensors) == 23
+    (save_file if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
+    for place in (tmp_path / name, tmp_path):
+        assert len(load_agent(target, place).loaded) == 23 and holds(target, tensors)
+    assert holds(target, {name: value for name, value in before.items() if name.startswith("llm.")})
+    again = ContinuousLVLM.from_pretrained(target.llm, target.input_resampler, target.output_resampler, tmp_path,
+                                           rec_loss_scale=3.0)
+    assert again.settings.rec_loss_scale == 3.0 and holds(again, tensors)
+
+
+def test_load_agent_with_the_language_model_and_a_wrappers_names(tmp_path: Path) -> None:
+    tensors, target = tensors_of(agent_of(40, 0)), agent_of(40, 1)
+    stored = {**tensors, "llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    torch.save({f"module.{name}": value for name, value in stored.items()}, tmp_path / "a.bin")
+    load_agent(target, tmp_path / "a.bin")
+    assert holds(target, tensors)
+
+
+@pytest.mark.parametrize("old", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_load_agent_of_a_lora_from_shards(old: bool, frozen: bool, tmp_path: Path) -> None:
+    """What `zero_to_fp32.py` writes, with or without the frozen tensors, in the names of old and new peft."""
+    source, target = agent_of(40, 0, lora=True), agent_of(40, 1, lora=True)
+    tensors = {name: value for name, value in tensors_of(source).items() if frozen or not (
+        "base_layer" in name or "original_module" in name or name.endswith("resampler.pos_embed"))}
+    stored = {name.replace(".base_layer.", ".") if old else name: value for name, value in tensors.items()}
+    folder, names, index = tmp_path / "pytorch_model.bin", sorted(stored), {}
+    folder.mkdir()
+    for number in range(2):
+        file = f"pytorch_model-0000{number + 1}-of-00002.bin"
+        torch.save({name: stored[name] for name in names[number::2]}, folder / file)
+        index |= dict.fromkeys(names[number::2], file)
+    (folder / "pytorch_model.bin.index.json").write_text(str({"weight_map": index}).replace("'", '"'))
+    load_agent(target, folder)
+    assert holds(target, tensors) and (frozen or not holds(target, tensors_of(source)))
+
+
+def test_load_agent_refuses_what_does_not_fit(tmp_path: Path) -> None:
+    agent, tuned, whole = agent_of(40, 1), agent_of(40, 1, lora=True), tensors_of(agent_of(40, 0))
+    tensors, lora = tensors_of(agent_of(40, 0), llm=False), tensors_of(agent_of(40, 0, lora=True))
+    base = next(name for name in lora if ".base_layer." in name)
+
+    def without(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in state.items() if key != name}
+
+    for model, content, message in (
+            (agent, tensors_of(agent_of(40, 0, width=64), llm=False), "tensors have another size, first 'patch_pos"),
+            (agent, without("patch_pos_embed", tensors), "missing from the file: 'patch_pos_embed'"),
+            (agent, without("input_resampler.pos_embed", tensors), "missing from the file: 'input_resampler.pos_em"),
+            (agent, {**tensors, "unet.x": torch.ones(1)}, "unknown to the model: 'unet.x'"),
+            (agent, without("llm.lm_head.weight", whole), "missing from the file: 'llm.lm_head.weight'"),
+            (agent, lora, "missing from the file: 'llm"), (tuned, whole, "missing from the file: 'llm"),
+            (tuned, without(base, lora), "missing from the file")):
+        torch.save(content, tmp_path / "agent.bin")
+        before = tensors_of(model)
+        with pytest.raises(CheckpointError, match=message):
+            load_agent(model, tmp_path / "agent.bin")
+        assert holds(model, before)
