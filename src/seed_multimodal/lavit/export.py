@@ -51,11 +51,9 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
     Args:
         vision: the vision encoder of the run, unless the checkpoint holds it.
         config: sizes; by default `config.json` beside the checkpoint.
-        force: replace a folder that is not empty.
 
     Raises:
         CheckpointError: not such a checkpoint, no vision encoder or another one than in the training.
-        ConfigError: no sizes, or `out` is not empty.
     """
     file = Path(checkpoint)
     state = load_state_dict(file)

@@ -98,15 +98,6 @@ class ContinuousLVLM(nn.Module):
             width = llm.config.hidden_size
             self.patch_pos_embed = nn.Parameter(width**-0.5 * torch.randn(4, width))
 
-    @classmethod
-    def from_pretrained(cls, llm: Any, input_resampler: nn.Module, output_resampler: nn.Module,
-                        pretrained_model_path: str | Path | None = None, **settings: Any) -> ContinuousLVLM:
-        """The model with the weights of a file or folder (`load_agent`); `settings`: `AgentSettings`."""
-        model = cls(llm, input_resampler, output_resampler, AgentSettings(**settings))
-        if pretrained_model_path is not None:
-            load_agent(model, pretrained_model_path)
-        return model
-
     # ---- training
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, image_embeds: Tensor | None,

@@ -128,13 +128,6 @@ class QwenVitConfig:
     patch_pos: bool = False
     grad_checkpoint: bool = False
 
-    @property
-    def pool(self) -> ResamplerConfig:
-        """Sizes of the attention pool."""
-        heads = self.pool_heads or max(1, self.output_dim // 128)
-        return ResamplerConfig(grid_size=math.isqrt(self.n_queries), embed_dim=self.output_dim, num_heads=heads,
-                               kv_dim=self.width, norm_eps=1e-6)
-
 
 class QwenAttention(nn.Module):
     """Full self-attention; the fused projection is laid out per head."""
@@ -199,7 +192,9 @@ class QwenVit(PretrainedNetwork):
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.ln_pre = LayerNorm(config.width, eps=1e-6)
         self.transformer = QwenBlocks(config)
-        self.attn_pool = Resampler(config.pool)
+        self.attn_pool = Resampler(ResamplerConfig(
+            grid_size=math.isqrt(config.n_queries), embed_dim=config.output_dim, kv_dim=config.width, norm_eps=1e-6,
+            num_heads=config.pool_heads or max(1, config.output_dim // 128)))
         self.ln_post = LayerNorm(config.output_dim, eps=1e-6)
         self.init_weights()
         if config.grad_checkpoint:
