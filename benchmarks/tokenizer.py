@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.compile import fast_encode
-from seed_multimodal.systems.system_file import read_system_json
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 VARIANTS = ("plain", "modules", "compiled")
@@ -34,8 +34,7 @@ COMPARED = 64  # images whose codes are compared with float32's
 def load(model: str, device: torch.device) -> Seed2Tokenizer:
     """The tokenizer in float32."""
     if model != "original":
-        folder = system_folder(model)
-        return Seed2Tokenizer.from_pretrained(folder / read_system_json(folder).tokenizer, device=device)
+        return Seed2Tokenizer.from_pretrained(SystemConfig.read(system_folder(model)).tokenizer, device=device)
     with torch.device("meta"):
         tokenizer = Seed2Tokenizer(Seed2Config())
     fill_random(tokenizer, device, torch.float32)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.peaks import known_peak
-from seed_multimodal.systems.system_file import read_system_json
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.training.llm.flops import step_flops
@@ -46,10 +46,9 @@ def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config
     """Sizes of the language model, its vocabulary, sizes of the tokenizer."""
     if model == "original":
         return VICUNA_7B, ImageVocabulary(), Seed2Config()
-    folder = system_folder(model)
-    file = read_system_json(folder)
-    llm = json.loads((folder / file.llm / "config.json").read_text())
-    tokenizer = Seed2Config.read(folder / file.tokenizer / "config.json")
+    config = SystemConfig.read(system_folder(model))
+    llm = json.loads((config.llm / "config.json").read_text())
+    tokenizer = Seed2Config.read(config.tokenizer / "config.json")
     words = ImageVocabulary(llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size)
     return {name: llm[name] for name in VICUNA_7B}, words, tokenizer
 

@@ -61,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
-    from seed_multimodal.systems.lavit_files import LavitSpec
     from seed_multimodal.systems.open_system import open_system
 
     check_address(args.host, args.port)
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
     except CheckpointError as error:
-        made_for_reading = isinstance(system.spec, LavitSpec) and not system.spec.has("decoder", "pixels")
+        made_for_reading = system.spec.system == "lavit" and not system.spec.has("decoder", "pixels")
         if system.pictures.can_draw and not made_for_reading:
             raise
         print(f"{error} Pictures are read and described.")

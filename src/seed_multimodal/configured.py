@@ -70,9 +70,10 @@ def seed_llama_tokenizer(
 
 def picture_half(model: str, *, device: str = "auto", dtype: str = "auto") -> PictureHalf:
     """As `picture_codec`, of any system: SEED-X's reads and draws features, LaVIT's codes of any number."""
-    from seed_multimodal.systems.open_system import kind_of, open_pictures
+    from seed_multimodal.system.config import SystemConfig
+    from seed_multimodal.systems.open_system import open_pictures
 
-    if kind_of(model) != "seed_llama":
+    if SystemConfig.find(model).system != "seed_llama":
         return open_pictures(model, device=device, dtype=dtype)
     return picture_codec(model, device=device, dtype=dtype)
 
@@ -87,16 +88,16 @@ def picture_codec(model: str, *, device: str = "auto", dtype: str = "auto") -> P
         CheckpointError: a part that is not there.
     """
     from seed_multimodal.device import RELEASED_FP16, choose_device
-    from seed_multimodal.systems.domain import load_domain
+    from seed_multimodal.system.config import SystemConfig
+    from seed_multimodal.system.domain import load_domain
     from seed_multimodal.systems.pictures import open_codec
-    from seed_multimodal.systems.system_spec import find_pictures
 
-    parts = find_pictures(model)
+    spec = SystemConfig.find(model, system="seed_llama").require("tokenizer")
+    assert spec.tokenizer is not None
     runtime = choose_device(device, dtype, fp16=RELEASED_FP16)
-    drawing = parts.detokenizer
-    codec = open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing and (local_folder(drawing) or drawing),
-                       transform=parts.transform, device=runtime.device, dtype=runtime.dtype)
-    codec.domain = load_domain(parts.learned.domain, parts.learned.domain_threshold)
+    codec = open_codec(spec.tokenizer, vision=spec.vision, detokenizer=spec.detokenizer, transform=spec.transform,
+                       device=runtime.device, dtype=runtime.dtype)
+    codec.domain = load_domain(spec.domain, spec.domain_threshold)
     return codec
 
 
@@ -118,9 +119,9 @@ def system_from_configs(
     from seed_multimodal.language.prompts import template_for
     from seed_multimodal.language.tasks import RELEASED_TASKS
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama
-    from seed_multimodal.systems.system_spec import RELEASED_GENERATION, SystemSpec
 
     _refuse_missing(model, tokenizer)
     precision = {} if dtype == "auto" else {"dtype": dtype}
@@ -138,9 +139,9 @@ def system_from_configs(
     packed = {} if quantization is None else {f"load_in_{bits}": bits == quantization for bits in ("8bit", "4bit")}
     start: Any = language_model if os.path.isdir(model) else instantiate
     llm = start(str(model), device_map=llm_device, **precision, **packed)
-    spec = SystemSpec(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), detokenizer=None,
-                      template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION),
-                      tasks=RELEASED_TASKS)
+    spec = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model),
+                        image_size=words.pictures.model.config.vit.image_size, tasks=RELEASED_TASKS,
+                        template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     return SeedLlama(spec, words.text, llm, words.pictures)
 
 

@@ -13,13 +13,10 @@ from pathlib import Path
 
 from seed_multimodal.errors import CheckpointError, first_line
 
-NANO = "pretrained/nano"
 SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
 DOWNLOADS_OFF = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
-# What `--model` takes beside folders.
-SYSTEMS = ("nano", "8b", "14b", "seed-x", "seed-x-i", "seed-x-edit", "nano-x", "lavit", "nano-lavit")
-SHIPPED = {"nano": NANO, "nano-x": "pretrained/nano-x", "nano-lavit": "pretrained/nano-lavit"}
+SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
@@ -31,13 +28,23 @@ LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hu
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
+WEIGHTS = ("*.json", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
+
+
 @dataclass(frozen=True)
 class ReleasedPart:
-    """Folder below the repository, name on the hub, and what else belongs into the folder."""
+    """Folder below the repository root, name on the hub, what else belongs into the folder, and the files that are
+    fetched from the hub (shell patterns)."""
 
     folder: str
     hub: str
     remark: str = ""
+    files: tuple[str, ...] = WEIGHTS
+
+    @property
+    def what(self) -> str:
+        """What to download, in words."""
+        return f"{self.hub}{self.remark}"
 
 
 PARTS = {
@@ -45,14 +52,18 @@ PARTS = {
     "8b": ReleasedPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
     "14b": ReleasedPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
     "unclip": ReleasedPart("pretrained/stable-diffusion-2-1-unclip", "stabilityai/stable-diffusion-2-1-unclip",
-                           " (or a mirror)"),
+                           " (or a mirror)", ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors")),
     "8b-pretrain": ReleasedPart("pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"),
     "vicuna": ReleasedPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
     "llama2": ReleasedPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
-    "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `systems.seed_x_spec`
+    "seed-x": ReleasedPart("pretrained", SEED_X),  # several folders: see `system.config`
     "lavit": ReleasedPart("pretrained/LaVIT-7B-v2", LAVIT),
-    "qwen-vl": ReleasedPart("pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat"),
-    "sdxl": ReleasedPart("pretrained/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0"),
+    "qwen-vl": ReleasedPart("pretrained/Qwen-VL-Chat", "Qwen/Qwen-VL-Chat", files=(*WEIGHTS, "*.py", "*.tiktoken")),
+    "qwen-vit": ReleasedPart("pretrained/QwenViT", "", "what src/tools/reload_qwen_vit.py takes out of "
+                             "Qwen/Qwen-VL-Chat"),
+    "sdxl": ReleasedPart("pretrained/stable-diffusion-xl-base-1.0", "stabilityai/stable-diffusion-xl-base-1.0",
+                         " (unet/config.json, vae and scheduler)",
+                         ("unet/config.json", "vae/config.json", "vae/*.safetensors", "scheduler/*")),
 }
 
 
@@ -75,14 +86,10 @@ def locate_system(name: str | Path) -> Path | None:
     return locate(SHIPPED.get(str(name).lower(), name))
 
 
-def runs_now(*names: str) -> str:
-    """The first of these shipped systems that is on this disk; "": none, where the package is installed by itself."""
-    return next((name for name in names if locate_system(name) is not None), "")
-
-
-def or_take(*names: str) -> str:
-    """The end of a sentence about weights that are not there; "" where none of these shipped systems is either."""
-    name = runs_now(*names)
+def or_take(system: str) -> str:
+    """The end of a sentence about weights that are not there; "" where no shipped model is either."""
+    names = {"seed_x": ("nano-x", "nano"), "lavit": ("nano-lavit", "nano")}.get(system, ("nano",))
+    name = next((name for name in names if locate_system(name) is not None), "")
     return name and f"; or take --model {name} (of the server: --system {name}), which runs now"
 
 
@@ -106,10 +113,7 @@ def local_folder(name: str | Path, *, cache: bool = True) -> Path | None:
     found = locate(name) or locate(released_folder(name))
     if found is not None or not (cache and is_hub_name(name)):
         return found
-    try:
-        return fetch(str(name))  # from the local cache only, unless HF_HUB_OFFLINE=0
-    except CheckpointError:
-        return None
+    return fetched(str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS))
 
 
 def llm_kind(name: str | Path) -> str:
@@ -120,7 +124,7 @@ def llm_kind(name: str | Path) -> str:
 def download(kind: str) -> str:
     """What to download for a part, in words; `llm` stands for some language model."""
     part = PARTS.get(kind)
-    return "a LLaMA folder" if part is None else f"{part.hub}{part.remark}"
+    return "a LLaMA folder" if part is None else part.what
 
 
 def not_on_disk(missing: Iterable[tuple[str, str | Path]]) -> str:
@@ -164,9 +168,16 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     return fetch(str(path_or_id), files, advice)
 
 
-def fetch(hub_id: str, files: Sequence[str] | None = None, advice: str = "") -> Path:
-    """Snapshot folder of those `files` (shell patterns; None: all) of a hub repository, from the local cache when it is
-    there.
+def fetched(hub_id: str, files: Sequence[str]) -> Path | None:
+    """As `fetch`; None: not reachable, or no repository is named."""
+    try:
+        return fetch(hub_id, files) if hub_id else None
+    except CheckpointError:
+        return None
+
+
+def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
+    """Snapshot folder of those `files` (shell patterns) of a hub repository, from the local cache when it is there.
 
     Raises:
         CheckpointError: not reachable, with `advice` on what to put where instead.
@@ -175,7 +186,7 @@ def fetch(hub_id: str, files: Sequence[str] | None = None, advice: str = "") -> 
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=None if files is None else list(files)))
+        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = first_line(error)
         if os.environ.get("HF_HUB_OFFLINE") == "1":

@@ -10,12 +10,23 @@ from seed_multimodal.commands.common import add_json
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.system_folder import PARTS
+
+# Flags of each system; those in brackets can be left out.
+PARTS: dict[str, dict[str, str]] = {
+    "seed_llama": {"llm": "[language model]", "tokenizer": "folder that seed export-tokenizer made, with words",
+                   "detokenizer": "[stable-unCLIP folder; default: the tokenizer's diffusion_model]"},
+    "seed_x": {"llm": "language model", "agent": "resamplers: of a merged agent, or a checkpoint of the tuning",
+               "tokenizer": "words", "vision": "vision encoder", "detokenizer": "[adapter of either stage]",
+               "sdxl": "[SDXL's unet/config.json, vae and scheduler]"},
+    "lavit": {"llm": "[checkpoint of stage 2]", "words": "[text tokenizer; default: in the language model's folder]",
+              "tokenizer": "what seed export-tokenizer --lavit made, with its decoder",
+              "decoder": "[decoder of codes; default: the one trained with the pixels, else the tokenizer's]",
+              "pixels": "[result of the pixel decoder's training, OUTPUT_DIR/pixels]"}}
 
 
 def assemble(args: argparse.Namespace) -> int:
     """Make the folder and print its path."""
-    from seed_multimodal.systems.assemble import assemble_system
+    from seed_multimodal.system.assemble import assemble_system
 
     parts = {name: value for name in PARTS[args.kind] if (value := getattr(args, name)) is not None}
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}

@@ -96,7 +96,7 @@ def _agent(file: str | None, found: TrainedTensors) -> dict[str, Any]:
     from seed_multimodal.seed_x.modeling import AgentSettings
     from seed_multimodal.seed_x.vision import Resampler
     from seed_multimodal.settings import read_settings
-    from seed_multimodal.systems.seed_x_spec import AgentSizes
+    from seed_multimodal.systems.seed_x_parts import AgentSizes
 
     where, values = str(found.source), _plain(Path(file), "agent") if file else found.agent
     losses = {one.name: values[one.name] for one in fields(AgentSettings) if one.name in values}

@@ -64,9 +64,8 @@ def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
 
 def _round_trip(args: argparse.Namespace) -> int:
     from seed_multimodal.commands.pictures import load_codec
-    from seed_multimodal.systems.system_spec import RELEASED_NAMES
 
-    if args.model in RELEASED_NAMES:
+    if args.model in ("released", "8b", "14b"):
         require(["tokenizer", "unclip"])
     codec = load_codec(args)
     codes = codec.tokenize(args.image or cat_picture())

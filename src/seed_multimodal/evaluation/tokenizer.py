@@ -29,9 +29,8 @@ from seed_multimodal.hub import locate
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.systems.open_system import kind_of
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.pictures import PictureCodec, open_codec
-from seed_multimodal.systems.system_spec import find_pictures
 from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.tokenizers.initial import check_unclip
 from seed_multimodal.tokenizers.stage1 import Stage1Model
@@ -65,7 +64,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     """Load a system's tokenizer, or a tokenizer alone, with the parts that belong to it.
 
     Args:
-        model, decoder: see `find_pictures`. clip: CLIP folder of the target embedding; default: the decoder's
+        model: see `SystemConfig.find`. clip: CLIP folder of the target embedding; default: the decoder's
             `image_encoder`, else the original one. "none" leaves decoder or clip out.
         stage1: stage-1 checkpoint with the text path. clip_text: CLIP folder with a text encoder.
         text_tokenizer: word pieces of stage 1; default: those in the tokenizer's folder, else bert-base-uncased.
@@ -73,9 +72,11 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     Raises:
         CheckpointError: no such tokenizer, or a part that is missing or does not fit it.
     """
-    if (kind := kind_of(str(model))) != "seed_llama":
-        raise CheckpointError(f"{model}: is a {kind}; this measures SEED-2's kind of tokenizer.")
-    parts = find_pictures(model)
+    parts = SystemConfig.find(model)
+    if parts.system != "seed_llama":
+        raise CheckpointError(f"{model}: is a {parts.system}; this measures SEED-2's kind of tokenizer.")
+    parts.require("tokenizer")
+    assert parts.tokenizer is not None
     drawing = parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
     codec = open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing, transform=parts.transform,
                        device=runtime.device, dtype=runtime.dtype)

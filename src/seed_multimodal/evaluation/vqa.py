@@ -111,7 +111,7 @@ class Questions:
         lavit = isinstance(system, Lavit)
         self.rule: Rule = lavit_answer if lavit else vqa_answer
         # nano-lavit and its kind are asked as they were trained, with the question as it is written.
-        self.question: Rule = QuestionProcessor() if lavit and system.spec.released else str
+        self.question: Rule = QuestionProcessor() if lavit and system.spec.original else str
         self.lemma: Rule = str
         if lavit and LEMMATISED not in (run.truth or run.annotations).stem:  # LaVIT's answers are lemmatised
             self.lemma = system.lemmatizer = system.lemmatizer or Lemmatizer()

@@ -35,15 +35,13 @@ from seed_multimodal.language.lavit import (
 from seed_multimodal.language.lavit_generation import CodeSettings, WrittenPicture
 from seed_multimodal.language.lemmatizer import Lemmatizer
 from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.batch import BATCH
 from seed_multimodal.systems.chat import as_text
-from seed_multimodal.systems.lavit_files import LavitSpec, find_lavit
 from seed_multimodal.systems.lavit_language import Inputs, LavitLanguage, Seeds, Watch
-from seed_multimodal.systems.lavit_memory import plan_lavit, read_lavit_sizes
 from seed_multimodal.systems.lavit_message import MessageSystem
 from seed_multimodal.systems.lavit_parts import MODES, check_belonging, load_language, load_pictures
 from seed_multimodal.systems.lavit_pictures import LavitPictures, composed_parts, drawn_texts
-from seed_multimodal.systems.memory_plan import MemoryPlan
 from seed_multimodal.systems.picture_half import off_loaded, one_seed_each, resident
 from seed_multimodal.systems.pictures import is_picture
 from seed_multimodal.systems.talking import Log
@@ -66,11 +64,10 @@ class Lavit(MessageSystem):
 
     decode_keys = DECODE_KEYS
     tokenizer: LavitTokenizer
-    memory: MemoryPlan | None = None
     lemmatizer: Callable[[str], str] | None = None
 
-    def __init__(self, spec: LavitSpec, tokenizer: LavitTokenizer, llm: Any, pictures: LavitPictures, log: Log = None,
-                 *, resident: Callable[..., Any] | None = None) -> None:
+    def __init__(self, spec: SystemConfig, tokenizer: LavitTokenizer, llm: Any, pictures: LavitPictures,
+                 log: Log = None, *, resident: Callable[..., Any] | None = None) -> None:
         """`resident`: inside it, the language model is where it computes."""
         self.spec, self.log, self.tokenizer, self.llm, self.pictures = spec, log, tokenizer, llm, pictures
         inside = {} if resident is None else {"resident": resident}
@@ -78,7 +75,7 @@ class Lavit(MessageSystem):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | LavitSpec, *, head: str | None = None, device: str = "auto", dtype: Any = "auto",
+        cls, name: str | Path | SystemConfig, *, head: str | None = None, device: str = "auto", dtype: Any = "auto",
         quantization: str | None = None, image_device: str | None = None, drawing_device: str | None = None,
         modes: Collection[str] = MODES, check_safety: bool = False, offload: bool | Collection[str] = False,
         log: Log = print, **parts: Any,
@@ -94,28 +91,22 @@ class Lavit(MessageSystem):
             modes: "understanding", "generation" or both: parts of the other are not read.
             check_safety: drawings that the folder's safety checker flags become black.
             offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder".
-            log: also gets the memory plan where a GPU is used.
-            parts: single parts, see `find_lavit`.
+            parts: single parts, see `SystemConfig.find`.
 
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
         """
-        spec = name if isinstance(name, LavitSpec) else find_lavit(name, head=head, **parts)
+        spec = name if isinstance(name, SystemConfig) else SystemConfig.find(name, system="lavit", head=head, **parts)
         spec.require("llm", "words", "tokenizer")
         runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         there = choose_for_pictures(here.device if drawing_device is None else drawing_device, dtype, here, log)
-        memory = plan_lavit(read_lavit_sizes(spec), runtime, here, there, quantization, offload, modes)
-        if log and any(place.device.type != "cpu" for place in (runtime, here, there)):
-            log(str(memory))
         leaves = "llm" in off_loaded(offload) and quantization is None
         words, llm = load_language(spec, runtime, quantization, leaves)
         pictures = load_pictures(spec, here, there, modes, offload, check_safety)
         check_belonging(spec, words, llm, pictures)
         pictures.log = log
-        system = cls(spec, words, llm, pictures, log, resident=partial(resident, llm, runtime.device, leaves))
-        system.memory = memory
-        return system
+        return cls(spec, words, llm, pictures, log, resident=partial(resident, llm, runtime.device, leaves))
 
     # ---- reading
 

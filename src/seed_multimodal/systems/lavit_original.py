@@ -29,11 +29,12 @@ from seed_multimodal.language.lavit import QUESTION, QuestionProcessor, several
 from seed_multimodal.language.lavit_generation import CodeSettings
 from seed_multimodal.language.padding import padded_left
 from seed_multimodal.lavit.decoder import Conditions
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.systems.lavit_files import LLM, NAME, LavitSpec, find_lavit, is_lavit_layout
 from seed_multimodal.systems.lavit_parts import GENERATION, UNDERSTANDING, load_pictures
 from seed_multimodal.systems.lavit_pictures import LavitPictures
 
+LLM = "language_model"
 HERE = ("", ".", "./")  # the default of `model_path`
 LaVITQuestionProcessor = QuestionProcessor
 
@@ -60,7 +61,7 @@ def build_model(
         load_tokenizer: False: pictures are seldom read, so the tokenizer stays on the CPU.
         pixel_decoding: "lowres", or anything else for highres, as released.
         check_safety: drawings that the safety checker flags become black.
-        local_files_only: True: the copy in the hub client's cache does not do.
+        local_files_only: without effect: HF_HUB_OFFLINE decides about downloads.
         model_sub_dir: the language model's folder.
 
     Raises:
@@ -108,7 +109,7 @@ class LaVITforUnderstanding(_Model):
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
         self.system = Lavit.from_pretrained(
-            original_spec(model_path, model_sub_dir, local_files_only), device=original_device(device_id),
+            original_spec(model_path, model_sub_dir), device=original_device(device_id),
             dtype=original_dtype(model_dtype), modes=(UNDERSTANDING,), log=None)
         self.pictures = self.system.pictures
 
@@ -149,7 +150,7 @@ class LaVITforGeneration(_Model):
         check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
         device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False,
     ) -> None:
-        spec = original_spec(model_path, model_sub_dir, local_files_only, _head(pixel_decoding))
+        spec = original_spec(model_path, model_sub_dir, _head(pixel_decoding))
         self.system = Lavit.from_pretrained(
             spec, device=original_device(device_id), dtype=original_dtype(model_dtype), modes=(GENERATION,),
             check_safety=check_safety, offload=() if load_tokenizer else ("encoder",), log=None)
@@ -237,7 +238,7 @@ class LaVITDetokenizer(_Model):
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:
-        spec = original_spec(model_path, LLM, local_files_only, _head(pixel_decoding))
+        spec = original_spec(model_path, head=_head(pixel_decoding))
         runtime = choose_device(original_device(device_id), original_dtype(model_dtype), None)
         self.pictures = load_pictures(spec, runtime, runtime, (GENERATION,))
 
@@ -258,18 +259,20 @@ class LaVITDetokenizer(_Model):
                                   num_inference_steps=num_inference_steps, guidance_scale=guidance_scale)
 
 
-def original_spec(model_path: str | Path, model_sub_dir: str = LLM, local_files_only: bool = True,
-                  head: str | None = None) -> LavitSpec:
+def original_spec(model_path: str | Path, model_sub_dir: str = LLM, head: str | None = None) -> SystemConfig:
     """The parts at a path; the default path stands for the released folder below `pretrained/`.
 
     Args:
         head: of a released folder; one with `system.json` has its own.
     """
     place = Path(model_path)
-    usual = str(model_path) in HERE and not is_lavit_layout(place) and not (place / "system.json").is_file()
-    name: str | Path = NAME if usual else model_path
-    spec = find_lavit(name, llm_folder=model_sub_dir, local_only=local_files_only)
-    return find_lavit(name, head=head, llm_folder=model_sub_dir) if spec.released and head != spec.head else spec
+    usual = str(model_path) in HERE and not any((place / one).exists() for one in ("visual_tokenizer", "system.json"))
+    name: str | Path = "lavit" if usual else model_path
+    spec = SystemConfig.find(name, system="lavit")
+    spec = SystemConfig.find(name, head=head) if spec.original else spec
+    if model_sub_dir != LLM and spec.llm is not None:
+        spec.llm = spec.llm.parent / model_sub_dir
+    return spec
 
 
 def _images(samples: Mapping[str, Any]) -> list[Any]:

@@ -20,8 +20,8 @@ from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import check_keys
-from seed_multimodal.systems.domain import load_domain
-from seed_multimodal.systems.lavit_files import DECODERS, VISUAL, LavitSpec, weights_file
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.domain import load_domain
 from seed_multimodal.systems.lavit_pictures import LavitPictures
 from seed_multimodal.systems.picture_half import off_loaded
 
@@ -58,7 +58,7 @@ class CodeDrawer:
         self.pixels.check_settings(**settings)
 
 
-def load_language(spec: LavitSpec, runtime: Runtime, quantization: str | None = None,
+def load_language(spec: SystemConfig, runtime: Runtime, quantization: str | None = None,
                   offload_llm: bool = False) -> tuple[LavitTokenizer, Any]:
     """The text tokenizer and the language model.
 
@@ -66,6 +66,7 @@ def load_language(spec: LavitSpec, runtime: Runtime, quantization: str | None = 
         CheckpointError: missing or damaged files, or a language model with too few words.
     """
     spec.require("llm", "words")
+    assert spec.llm is not None
     words = LavitTokenizer.from_pretrained(spec.words or spec.llm)
     llm = load_llm(spec.llm, device="cpu" if offload_llm else runtime.device, dtype=runtime.dtype,
                    quantization=quantization)
@@ -73,7 +74,7 @@ def load_language(spec: LavitSpec, runtime: Runtime, quantization: str | None = 
     return words, llm
 
 
-def load_tokenizers(spec: LavitSpec, here: Runtime, modes: Collection[str],
+def load_tokenizers(spec: SystemConfig, here: Runtime, modes: Collection[str],
                     offload: bool = False) -> tuple[DynamicTokenizer | None, DynamicTokenizer | None]:
     """(whose codes are drawn, which the language model sees with), of the `modes` that the folder has; they share all
     but the merger. None: not there.
@@ -82,12 +83,13 @@ def load_tokenizers(spec: LavitSpec, here: Runtime, modes: Collection[str],
         CheckpointError: missing or damaged files.
     """
     spec.require("tokenizer")
+    assert spec.tokenizer is not None
     check_keys((modes,) if isinstance(modes, str) else modes, MODES, "modes")
     if not modes:
         raise ConfigError(f"A system is opened for one of {', '.join(MODES)} at least.")
     options: dict[str, Any] = {"device": "cpu" if offload else here.device, "dtype": here.dtype,
                                "config": spec.sizes.get("tokenizer")}
-    if spec.released:
+    if spec.original and spec.llm:
         options["language_model"] = str(spec.llm.resolve())
     reads = UNDERSTANDING in modes and spec.has("understanding")
     if reads and GENERATION in modes:
@@ -99,7 +101,7 @@ def load_tokenizers(spec: LavitSpec, here: Runtime, modes: Collection[str],
     return writer, reader if reader is not None and reader.vit_proj is not None else None
 
 
-def load_pictures(spec: LavitSpec, here: Runtime, there: Runtime, modes: Collection[str] = MODES,
+def load_pictures(spec: SystemConfig, here: Runtime, there: Runtime, modes: Collection[str] = MODES,
                   offload: bool | Collection[str] = False, check_safety: bool = False) -> LavitPictures:
     """The picture half: the tokenizers now, the decoders when they are first needed.
 
@@ -120,24 +122,24 @@ def load_pictures(spec: LavitSpec, here: Runtime, there: Runtime, modes: Collect
     return half
 
 
-def open_drawer(spec: LavitSpec, there: Runtime, check_safety: bool = False) -> CodeDrawer:
+def open_drawer(spec: SystemConfig, there: Runtime, check_safety: bool = False) -> CodeDrawer:
     """Both decoders, on the CPU.
 
     Raises:
         CheckpointError: missing or damaged files, or parts of different sizes.
     """
     spec.require("decoder", "pixels")
-    place: Any = spec.decoder or weights_file(spec.tokenizer / VISUAL / DECODERS[spec.head])
-    assert spec.pixels is not None
-    decoder = CodeDecoder.from_pretrained(place, head=spec.head, config=spec.sizes.get("decoder"), dtype=there.dtype)
+    assert spec.decoder is not None and spec.pixels is not None
+    decoder = CodeDecoder.from_pretrained(spec.decoder, head=spec.head, config=spec.sizes.get("decoder"),
+                                          dtype=there.dtype)
     pixels = LavitPixels.from_pretrained(spec.pixels, dtype=there.dtype, check_safety=check_safety, safety=spec.safety)
     if pixels.embedding_dim != decoder.config.context_dim:
-        raise CheckpointError(f"{spec.pixels}: its U-Net reads width {pixels.embedding_dim}, but the decoder {place} "
-                              f"writes width {decoder.config.context_dim}; they do not belong together.")
+        raise CheckpointError(f"{spec.pixels}: its U-Net reads width {pixels.embedding_dim}, but the decoder "
+                              f"{spec.decoder} writes width {decoder.config.context_dim}; they do not belong together.")
     return CodeDrawer(decoder, pixels)
 
 
-def check_belonging(spec: LavitSpec, words: LavitTokenizer, llm: Any, pictures: LavitPictures) -> None:
+def check_belonging(spec: SystemConfig, words: LavitTokenizer, llm: Any, pictures: LavitPictures) -> None:
     """Refuse parts of different sizes (`CheckpointError`)."""
     for model in filter(None, (pictures.writer, pictures.reader)):
         here, there = (words.vocabulary.n_codes, words.vocabulary.tokens_per_image), (

@@ -22,7 +22,7 @@ from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.open import ImageLimits, ImageSource, open_image
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
-from seed_multimodal.systems.domain import Domain
+from seed_multimodal.system.domain import Domain
 
 Picture = ImageSource
 PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded

@@ -23,14 +23,14 @@ from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, is_file
 from seed_multimodal.settings import check_value
-from seed_multimodal.systems.domain import load_domain
+from seed_multimodal.system.domain import load_domain
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
 from seed_multimodal.tokenizers.encoder import First
 from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
-    from seed_multimodal.systems.system_spec import SystemSpec
+    from seed_multimodal.system.config import SystemConfig
 
 Codes = Tensor | Sequence[int]
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as near to the whole picture as twelve, at a quarter of their time
@@ -227,7 +227,7 @@ def open_codec(
 
 
 def load_codec(
-    spec: SystemSpec, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype,
+    spec: SystemConfig, vocabulary: ImageVocabulary, *, device: torch.device, dtype: torch.dtype,
     load_decoder: bool = True,
 ) -> PictureCodec:
     """The picture half of a system, its de-tokenizer to be loaded on first use.
@@ -235,6 +235,7 @@ def load_codec(
     Raises:
         CheckpointError: weights that are missing or damaged; `ConfigError`: another codebook than the vocabulary's.
     """
+    assert spec.tokenizer is not None
     codec = open_codec(spec.tokenizer, vision=spec.vision, detokenizer=spec.detokenizer if load_decoder else None,
                        transform={**spec.transform, "image_size": spec.image_size}, device=device, dtype=dtype)
     has = (codec.model.config.codebook_size, codec.model.config.num_query)

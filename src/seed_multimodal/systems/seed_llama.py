@@ -27,12 +27,12 @@ from seed_multimodal.language.generation import GenerationSettings, generate_ids
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Content, as_text, to_turns
 from seed_multimodal.systems.picture_half import Picture
 from seed_multimodal.systems.pictures import PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Speaker
-from seed_multimodal.systems.system_spec import SystemSpec, find_system
 from seed_multimodal.systems.talking import Log, Painted, Request, TalkingSystem
 from seed_multimodal.tokenizers.encoder import First, several_counts
 
@@ -49,7 +49,7 @@ class SeedLlama(TalkingSystem):
 
     decode_keys = DECODE_KEYS
 
-    def __init__(self, spec: SystemSpec, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec,
+    def __init__(self, spec: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, pictures: PictureCodec,
                  log: Log = None) -> None:
         self.spec, self.tasks, self.log = spec, spec.tasks, log
         self.tokenizer, self.llm, self.pictures = tokenizer, llm, pictures
@@ -62,16 +62,17 @@ class SeedLlama(TalkingSystem):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | None = None, *, llm: str | Path | None = None, tokenizer: str | Path | None = None,
-        detokenizer: str | Path | None = None, vision: str | Path | None = None, template: str | None = None,
-        device: str = "auto", dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
-        load_decoder: bool = True, offload_encoder: bool = False, offload_decoder: bool = False, log: Log = print,
+        cls, name: str | Path | SystemConfig | None = None, *, llm: str | Path | None = None,
+        tokenizer: str | Path | None = None, detokenizer: str | Path | None = None, vision: str | Path | None = None,
+        template: str | None = None, device: str = "auto", dtype: Any = "auto", quantization: str | None = None,
+        image_device: str | None = None, load_decoder: bool = True, offload_encoder: bool = False,
+        offload_decoder: bool = False, log: Log = print,
     ) -> SeedLlama:
         """Load a system; its de-tokenizer is loaded when the first picture is drawn.
 
         Args:
-            name: `nano`, `8b`, `14b`, or a folder with `system.json`.
-            llm, tokenizer, detokenizer, vision, template: single parts, see `system_spec.find_system`.
+            name: `nano`, `8b`, `14b`, a folder with `system.json` or of a LLaMA, or a config.
+            llm, tokenizer, detokenizer, vision, template: single parts, see `SystemConfig.find`.
             device, dtype: see `choose_device`; the choice goes to `log`. On CUDA `auto` is float16 for pictures and
                 beside 8-bit weights, bfloat16 for other language models.
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
@@ -82,8 +83,11 @@ class SeedLlama(TalkingSystem):
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
         """
-        spec = find_system(name, llm=llm, tokenizer=tokenizer, detokenizer=detokenizer, vision=vision,
-                           template=template)
+        spec = name if isinstance(name, SystemConfig) else SystemConfig.find(
+            name, system="seed_llama", llm=llm, tokenizer=tokenizer, detokenizer=detokenizer, vision=vision,
+            template=template)
+        spec.require("llm", "tokenizer")
+        assert spec.llm is not None and spec.tokenizer is not None
         runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)

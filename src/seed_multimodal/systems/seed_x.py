@@ -42,14 +42,13 @@ from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
-from seed_multimodal.systems.memory_plan import MemoryPlan, plan_memory, read_sizes
 from seed_multimodal.systems.picture_half import Picture, off_loaded, resident
 from seed_multimodal.systems.pictures import is_codes, is_picture
 from seed_multimodal.systems.seed_x_parts import load_agent_model, load_pictures
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures, SeenPicture
-from seed_multimodal.systems.seed_x_spec import SeedXSpec, find_seed_x
 from seed_multimodal.systems.speaker import Speaker
 from seed_multimodal.systems.talking import Log, Painted, Request, TalkingSystem
 
@@ -90,9 +89,8 @@ class SeedX(TalkingSystem):
     """
 
     decode_keys = DECODE_KEYS
-    memory: MemoryPlan | None = None  # how much it needs where
 
-    def __init__(self, spec: SeedXSpec, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
+    def __init__(self, spec: SystemConfig, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
                  pictures: FeaturePictures, log: Log = None, *, offload_llm: bool = False) -> None:
         self.spec, self.tasks, self.log = spec, spec.tasks, log
         self.tokenizer, self.agent, self.llm, self.pictures = tokenizer, agent, agent.llm, pictures
@@ -105,7 +103,7 @@ class SeedX(TalkingSystem):
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path | SeedXSpec | None = None, *, llm: str | Path | None = None,
+        cls, name: str | Path | SystemConfig | None = None, *, llm: str | Path | None = None,
         agent: str | Path | None = None, tokenizer: str | Path | None = None, vision: str | Path | None = None,
         sdxl: str | Path | None = None, detokenizer: str | Path | None = None, tuned: bool | None = None,
         device: str = "auto", dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
@@ -117,34 +115,30 @@ class SeedX(TalkingSystem):
         Args:
             name: `seed-x`, `seed-x-i`, `seed-x-edit`, a folder with `system.json`, or parts that were found before.
             llm, agent, tokenizer, vision, sdxl, detokenizer, tuned: single parts (folders or hub names), see
-                `seed_x_spec.find_seed_x`.
+                `SystemConfig.find`.
             device, dtype: of the language model and the agent, see `choose_device`.
             quantization: "8bit" or "4bit" for the language model, on CUDA devices and CPUs.
             image_device, drawing_device: where pictures are read and drawn, if not on `device`.
             load_decoder: False: a system that never draws.
-            log: also gets the memory plan where a GPU is used; the attribute `memory` has it.
             offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder"; a
                 quantised language model stays there.
 
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
         """
-        spec = name if isinstance(name, SeedXSpec) else find_seed_x(
-            name, llm=llm, agent=agent, tokenizer=tokenizer, vision=vision, sdxl=sdxl, detokenizer=detokenizer,
-            tuned=tuned)
+        spec = name if isinstance(name, SystemConfig) else SystemConfig.find(
+            name, system="seed_x", llm=llm, agent=agent, tokenizer=tokenizer, vision=vision, sdxl=sdxl,
+            detokenizer=detokenizer, tuned=tuned)
+        spec.require("llm", "agent", "tokenizer", "vision")
+        assert spec.tokenizer is not None
         runtime = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         here = choose_for_pictures(runtime.device if image_device is None else image_device, dtype, runtime, log)
         there = choose_for_pictures(here.device if drawing_device is None else drawing_device, dtype, here, log)
-        memory = plan_memory(read_sizes(spec), runtime, here, there, quantization, offload, load_decoder)
-        if log and any(place.device.type != "cpu" for place in (runtime, here, there)):
-            log(str(memory))
         words = MultimodalTokenizer.from_pretrained(spec.tokenizer)
         offload_llm = "llm" in off_loaded(offload) and quantization is None
         model = load_agent_model(spec, words, runtime, quantization, offload_llm)
         pictures = load_pictures(spec, here, there, load_decoder, offload)
-        system = cls(spec, words, model, pictures, log, offload_llm=offload_llm)
-        system.memory = memory
-        return system
+        return cls(spec, words, model, pictures, log, offload_llm=offload_llm)
 
     # ---- tasks
 

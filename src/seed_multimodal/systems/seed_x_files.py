@@ -18,15 +18,17 @@ from seed_multimodal.config import instantiate
 from seed_multimodal.detokenizers.sdxl_adapter import SIZES
 from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
+from seed_multimodal.hub import PARTS, locate
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.modeling import AgentSettings
 from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import check_keys, read_settings
-from seed_multimodal.systems.seed_x_spec import PARTS, SHARED, AgentSizes, SeedXSpec, checked_parts
+from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.systems.seed_x_parts import AgentSizes
 
 T = TypeVar("T")
-SDXL = f"pretrained/{SHARED['sdxl']}"
+SDXL = PARTS["sdxl"].folder
 STRAY = "image_start_id"  # a key of the released tower's file, there with a quotation mark too many
 
 
@@ -131,7 +133,7 @@ def adapter(resampler: ResamplerSizes, pretrained_model_path: str, vit_down: boo
     return Adapter(path, None if _is_beside(path, SIZES) else resampler)
 
 
-def spec_of_files(files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: str | Path = SDXL) -> SeedXSpec:
+def spec_of_files(files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: str | Path = SDXL) -> SystemConfig:
     """The parts that YAML files describe, checked to be there.
 
     Args:
@@ -143,27 +145,33 @@ def spec_of_files(files: Mapping[str, str | Path], *, tuned: bool = True, sdxl: 
         CheckpointError: parts that are not there: all of them, and what to put where. ConfigError: a file that is not
             there, describes something else, or sizes that do not fit each other.
     """
-    found: dict[str, Any] = {"name": "SEED-X", "tuned": tuned, "detokenizer": None}
+    found: dict[str, Any] = {}
+    sizes: dict[str, Any] = {}
+    lora = None
     if "tokenizer" in files:
         found["tokenizer"] = _read(files["tokenizer"], Words).path
     if "llm" in files:
         model = _read(files["llm"], LanguageModel)
-        found |= {"llm": model.path, "lora": model.lora}
+        found["llm"], lora = model.path, model.lora
     if "visual_encoder" in files:
         seen = _read(files["visual_encoder"], Tower)
-        found |= {"vision": seen.path, "tower_sizes": seen.sizes}
+        found["vision"], sizes["vision"] = seen.path, seen.sizes
     if "agent" in files:
         resamplers = _read(files["agent"], AgentFile)
-        found |= {"agent": resamplers.path, "agent_sizes": resamplers.sizes}
+        found["agent"], sizes["agent"] = resamplers.path, resamplers.sizes
     if "adapter" in files:
         drawing = _read(files["adapter"], Adapter)
-        found |= {"detokenizer": drawing.path, "adapter_sizes": drawing.sizes, "sdxl": Path(sdxl)}
+        found |= {"detokenizer": drawing.path, "sdxl": Path(sdxl)}
+        sizes["detokenizer"] = drawing.sizes
     if "discrete_model" in files:
         _read(files["discrete_model"], Unchanged)
-    spec = SeedXSpec(**found)
+    spec = SystemConfig.find("seed-x-i", **found, tuned=tuned)
+    spec.name, spec.sizes, spec.lora = "SEED-X", sizes, lora
+    for key in SYSTEM_PARTS["seed_x"].keys() - found.keys():
+        setattr(spec, key, None)
     if "image_transform" in files:
         _check_transform(_read(files["image_transform"], ImageTransform), spec, files["image_transform"])
-    return checked_parts(spec, [name for name in found if name in PARTS])
+    return spec.require(*found)
 
 
 def shown_file(file: str | Path) -> Path:
@@ -181,13 +189,14 @@ def _read(file: str | Path, kind: type[T]) -> T:
     return made
 
 
-def _check_transform(transform: ImageTransform, spec: SeedXSpec, file: str | Path) -> None:
+def _check_transform(transform: ImageTransform, spec: SystemConfig, file: str | Path) -> None:
     """Views are made as the released transform makes them; another one cannot be asked for."""
     if transform.keep_ratio:
         raise ConfigError(f"{file}: keep_ratio: the views of a picture are squares already; set it to False.")
-    if spec.tower_sizes is not None and transform.image_size != spec.tower_sizes.image_size:
-        raise ConfigError(f"{file}: image_size {transform.image_size}, but the vision tower takes "
-                          f"{spec.tower_sizes.image_size}.")
+    sizes = spec.sizes.get("vision")
+    if sizes is not None and transform.image_size != sizes.image_size:
+        raise ConfigError(f"{file}: image_size {transform.image_size}, but the vision encoder takes "
+                          f"{sizes.image_size}.")
 
 
 def _path(value: Any) -> Path:

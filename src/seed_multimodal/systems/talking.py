@@ -23,9 +23,9 @@ from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import check_value, nearest, read_settings
+from seed_multimodal.system.domain import read_known_words
 from seed_multimodal.systems.batch import BatchMethods
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_parts, as_text, read_messages
-from seed_multimodal.systems.domain import read_known_words
 from seed_multimodal.systems.pictures import is_picture
 from seed_multimodal.systems.speaker import Event, Speaker
 

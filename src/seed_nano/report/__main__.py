@@ -21,7 +21,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys
-from seed_multimodal.systems.open_system import kind_of
+from seed_multimodal.system.config import SystemConfig
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, sections_of
@@ -34,7 +34,7 @@ def report(options: argparse.Namespace) -> int:
     """The command."""
     splits = list(dict.fromkeys(map(str.strip, options.splits.split(","))))
     check_keys(splits, HELD_OUT_SPLITS, "Split")
-    start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), kind_of(options.model)
+    start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), SystemConfig.find(options.model).system
     writable_folder(options.out, ConfigError)
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device,

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from seed_multimodal.configured import picture_half
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
-from seed_multimodal.systems.domain import DomainHead, load_domain
+from seed_multimodal.system.domain import DomainHead, load_domain
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import StageTask

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
 from seed_multimodal.language.lemmatizer import Lemmatizer
-from seed_multimodal.systems.open_system import kind_of, open_system
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.systems.open_system import open_system
 
 Images = Sequence[Image.Image]
 LONGEST_TEXT = 110  # tokens: an answer without end would delay its whole batch
@@ -30,7 +31,7 @@ class System:
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
-        self.image_size, self.codebook_size = getattr(inner.spec, "image_size", 64), inner.tokenizer.vocabulary.n_codes
+        self.image_size, self.codebook_size = inner.spec.image_size or 64, inner.tokenizer.vocabulary.n_codes
 
     def facts(self) -> dict[str, Any]:
         """Settings that the numbers depend on."""
@@ -184,4 +185,4 @@ ADAPTERS: dict[str, type[System]] = {"seed_llama": SeedLlamaSystem, "seed_x": Se
 
 def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:
     """The system of a folder or name; `options` and errors as of `open_system`."""
-    return ADAPTERS[kind_of(model)](open_system(model, **options), batch, seed)
+    return ADAPTERS[SystemConfig.find(model).system](open_system(model, **options), batch, seed)

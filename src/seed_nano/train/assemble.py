@@ -15,7 +15,7 @@ from seed_multimodal.disk import read_json_object, replace_copy, replace_text
 from seed_multimodal.language.adapters import AGENT_CONFIG
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
-from seed_multimodal.system_folder import join
+from seed_multimodal.system.assemble import join
 from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.training.seed_x.tuning_settings import read_agent
 from seed_multimodal.training.seed_x.tuning_task import build_agent

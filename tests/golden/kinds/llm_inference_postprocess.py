@@ -21,7 +21,7 @@ from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.systems.system_spec import RELEASED_GENERATION
+from seed_multimodal.system.config import RELEASED_GENERATION
 
 KIND = "llm_inference_postprocess"
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}

@@ -284,7 +284,7 @@ def test_weights_that_are_not_numbers_are_named(tiny_folder: Path) -> None:
 @pytest.mark.parametrize("key", ["tokenizer", "llm", "detokenizer", "vision", "template", "image_size", "transform",
                                  "generation", "tasks", "unknown"])
 def test_system_json(tiny_folder: Path, tmp_path: Path, key: str) -> None:
-    from seed_multimodal.systems.system_spec import find_system
+    from seed_multimodal.system.config import SystemConfig
 
     whole = json.loads((tiny_folder / "system.json").read_text())
     for name in ("seed_tokenizer", "seed_llama"):
@@ -298,7 +298,7 @@ def test_system_json(tiny_folder: Path, tmp_path: Path, key: str) -> None:
         (tmp_path / "system.json").write_text(json.dumps({**whole, key: value}))
 
         def load() -> None:
-            find_system(tmp_path)
+            SystemConfig.find(tmp_path)
             if key in inner or key in ("template", "image_size"):
                 SeedLlama.from_pretrained(tmp_path, device="cpu", log=None).describe(PICTURE, max_new_tokens=1)
 

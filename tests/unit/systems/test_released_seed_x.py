@@ -16,8 +16,8 @@ from PIL import Image
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.seed_x import Box
 from seed_multimodal.language.vocabulary import SeedXVocabulary
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.seed_x import Detection, SeedX
-from seed_multimodal.systems.seed_x_spec import find_seed_x
 
 ROOT = Path(__file__).resolve().parents[3]
 CAR = ROOT / "demo_images" / "car.jpg"
@@ -28,7 +28,7 @@ BOX, CORNERS, WORDS = Box(114, 174, 115, 56), (302, 782, 918, 1082), [32218, 322
 def missing() -> str:
     """What the check lacks on this machine, "" for nothing."""
     try:
-        find_seed_x("seed-x")
+        SystemConfig.find("seed-x").require("llm", "agent", "tokenizer", "vision")
     except CheckpointError as error:
         return str(error)
     if not CAR.is_file():

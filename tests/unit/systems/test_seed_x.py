@@ -17,6 +17,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.seed_x import Box
+from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.seed_x import Detection, SeedX
 
 WIDE = (48, 30)
@@ -253,8 +254,6 @@ def test_beams_draw_too(tiny_x: SeedX) -> None:
 
 
 def test_released_folders_by_their_short_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from seed_multimodal.systems.seed_x_spec import find_seed_x
-
     home = tiny_seed_x.build_released(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     for name, tuned, stage in (("seed-x", False, 4), ("seed-x-i", True, 4), ("SEED-X-Edit", True, 8)):
@@ -262,9 +261,9 @@ def test_released_folders_by_their_short_names(tmp_path: Path, monkeypatch: pyte
         assert system.spec.tuned is tuned
         assert system.pictures.decoder.adapter.unet.config.in_channels == stage
         assert isinstance(system.describe(picture(), max_new_tokens=3), str)
-    assert find_seed_x(home).tuned  # a copy of the hub's repository: the instruction-tuned model of it
+    assert SystemConfig.find(home).tuned  # a copy of the hub's repository: the instruction-tuned model of it
     shutil.rmtree(home / "QwenViT")
-    with pytest.raises(CheckpointError, match="put there pretrained/QwenViT .*reload_qwen_vit.py.*--model nano"):
+    with pytest.raises(CheckpointError, match="reload_qwen_vit.py .* into pretrained/QwenViT.*--model nano"):
         SeedX.from_pretrained("seed-x", device="cpu", log=None)
 
 
@@ -273,11 +272,10 @@ def test_the_hub_s_repository_by_its_name_and_in_its_client_s_cache(
 ) -> None:
     from huggingface_hub import constants
 
-    from seed_multimodal.systems.seed_x_spec import HUB, find_seed_x
-
     monkeypatch.chdir(tmp_path)
     home = tiny_seed_x.build_released(tmp_path / "pretrained")
-    assert find_seed_x(HUB).llm == Path("pretrained/seed_x_i/llm") and find_seed_x(HUB).tuned
+    found = SystemConfig.find("AILab-CVC/SEED-X-17B")
+    assert found.llm == Path("pretrained/seed_x_i/llm") and found.tuned
     kept = tmp_path / "cache" / "models--AILab-CVC--SEED-X-17B"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs" / "main").write_text("0" * 40)
@@ -285,19 +283,17 @@ def test_the_hub_s_repository_by_its_name_and_in_its_client_s_cache(
         shutil.copytree(home / part, kept / "snapshots" / ("0" * 40) / part)
         shutil.rmtree(home / part)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    spec = find_seed_x("seed-x-edit")
+    spec = SystemConfig.find("seed-x-edit").require("llm")
     assert spec.llm == kept / "snapshots" / ("0" * 40) / "seed_x_edit" / "llm" and spec.grids == ("1x1",)
     assert SeedX.from_pretrained("seed-x-edit", device="cpu", log=None).pictures.reads_condition
     with pytest.raises(CheckpointError, match="seed_x/llm"):
         (home / "seed_x").rename(home / "elsewhere")
-        find_seed_x("seed-x")
+        SystemConfig.find("seed-x").require("llm")
 
 
 def test_what_is_not_there(tiny_x_folder: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder; give seed-x, seed-x-i, seed-x-edit"):
+    with pytest.raises(CheckpointError, match="no such folder; give nano, .* seed-x-i, seed-x-edit"):
         SeedX.from_pretrained("nowhere/at_all", log=None)
-    with pytest.raises(ConfigError, match="Name a system"):
-        SeedX.from_pretrained(log=None)
     closed = SeedX.from_pretrained(tiny_x_folder, device="cpu", load_decoder=False, log=None)
     with pytest.raises(CheckpointError, match="load_decoder=False"):
         closed.draw("a fish")
@@ -321,7 +317,7 @@ def test_parts_of_another_size(damaged: Path) -> None:
 def test_the_folder_says_which_system_it_is(damaged: Path, tiny_x_folder: Path) -> None:
     from seed_multimodal.systems.seed_llama import SeedLlama
 
-    with pytest.raises(ConfigError, match="describes another system, seed_x"):
+    with pytest.raises(ConfigError, match="is another system, seed_x"):
         SeedLlama.from_pretrained(tiny_x_folder, log=None)
     values = json.loads((damaged / "system.json").read_text())
     (damaged / "system.json").write_text(json.dumps({**values, "system": "seed_y"}))

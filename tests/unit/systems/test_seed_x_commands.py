@@ -12,7 +12,6 @@ from PIL import Image
 from seed_multimodal.cli import main
 from seed_multimodal.commands.common import KEPT_RATIOS
 from seed_multimodal.images.aspect import Ratio
-from seed_multimodal.systems.open_system import kind_of
 
 ROOT = Path(__file__).resolve().parents[3]
 FEW = ("--max-new-tokens", "8")
@@ -110,11 +109,6 @@ def test_a_merged_agent_s_folder_by_its_name(tmp_path: Path, shown: str, monkeyp
     capsys.readouterr()  # what libraries say while the parts are made
     assert main(["ask", shown, "What is it?", "--model", "mine", "--device", "cpu", "--json", *FEW]) == 0
     assert isinstance(said(capsys)[0]["answer"], str)
-
-
-def test_the_kind_of_a_name(tiny_x_folder: Path, tiny_folder: Path) -> None:
-    assert kind_of(tiny_x_folder) == kind_of("seed-x") == kind_of("SEED-X-Edit") == "seed_x"
-    assert kind_of(tiny_folder) == kind_of("nano") == kind_of("8b") == kind_of("nowhere") == "seed_llama"
 
 
 @pytest.mark.parametrize(("name", "folder"), [

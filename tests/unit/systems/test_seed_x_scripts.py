@@ -254,7 +254,7 @@ def test_a_part_that_is_not_there_is_named(here: Path, capsys: pytest.CaptureFix
     file.write_text(file.read_text().replace("seed_x_i/agent", "elsewhere/agent"))
     assert seed_x_script("eval_img2text_seed_x_i", ["--device", "cpu"]) == 2
     said = capsys.readouterr().err
-    assert "put there pretrained/elsewhere/agent/pytorch_model.bin (of AILab-CVC/SEED-X-17B); or" in said
+    assert "download AILab-CVC/SEED-X-17B into pretrained/elsewhere/agent/pytorch_model.bin (details" in said
 
 
 @pytest.mark.parametrize(("file", "before", "after", "sentence"), [
@@ -269,7 +269,7 @@ def test_a_part_that_is_not_there_is_named(here: Path, capsys: pytest.CaptureFix
     ("visual_encoder/qwen_vitg_448", "layers: 1", "lairs: 1", "did you mean 'layers'"),
     ("visual_encoder/qwen_vitg_448", "layers: 1", "layers: many", "layers must be"),
     ("processer/qwen_448_transform", "keep_ratio: false", "keep_ratio: true", "set it to False"),
-    ("processer/qwen_448_transform", "image_size: 16", "image_size: 32", "but the vision tower takes 16"),
+    ("processer/qwen_448_transform", "image_size: 16", "image_size: 32", "but the vision encoder takes 16"),
     ("processer/qwen_448_transform", "src.processer.transforms.get_transform",
      "src.models.tokenizer.discrete_models.DiscreteModleIdentity", "unknown key"),
     ("tokenizer/clm_llama_tokenizer_224loc_anyres", "transformers.LlamaTokenizer.from_pretrained",

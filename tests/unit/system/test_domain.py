@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 import seed_multimodal
 from seed_multimodal.configured import picture_half
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.systems.domain import load_domain
+from seed_multimodal.system.domain import load_domain
 from seed_multimodal.systems.open_system import open_system
 from seed_multimodal.systems.picture_half import PictureHalf
 from seed_nano.report.domain import fit

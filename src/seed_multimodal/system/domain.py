@@ -1,13 +1,11 @@
-"""What a system was trained on: which pictures look like it, and which words it knows.
+"""What a system was trained on: which images look like it, and which words it knows.
 
-Two files of a system's folder, named by `system.json`:
+Two files that `system.json` may name:
 
-    domain         a small head on one layer of the vision tower; a picture that it scores above `domain_threshold` is
+    domain         a small head on one layer of the vision encoder; an image that it scores above `domain_threshold` is
                    unlike those of the training
     known_words    {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
                     "examples": {"animal": ["cat", "dog", "horse"], …}}
-
-A system without them (`null`) takes any picture and any word.
 """
 
 from __future__ import annotations
@@ -29,11 +27,10 @@ from seed_multimodal.weights import load_state_dict
 
 # A word in any alphabet, not the end of `2nd`; a number; or an emoji.
 _WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]")
-_SHOWN = 40  # letters of a word in a sentence
 
 
 class DomainHead(nn.Module):
-    """Tokens of a layer [B, T, W] → scores [B], high for pictures unlike those of the training."""
+    """Tokens of a layer [B, T, W] → scores [B], high for images unlike those of the training."""
 
     def __init__(self, tokens: int, width: int, projected: int = 8, hidden: int = 32) -> None:
         super().__init__()
@@ -44,7 +41,7 @@ class DomainHead(nn.Module):
         self.score = nn.Linear(hidden, 1)
 
     def forward(self, tokens_BTW: Tensor) -> Tensor:
-        """[B, T, W] → [B]."""
+        """Scores, see the class."""
         projected = F.gelu(self.project((tokens_BTW - self.mean) / self.scale))
         scores: Tensor = self.score(F.gelu(self.hidden(projected.flatten(1))))[:, 0]
         return scores
@@ -52,7 +49,7 @@ class DomainHead(nn.Module):
 
 @dataclass(frozen=True)
 class Domain:
-    """A head with what its file says: the `name` of what was learned, and the tower's `layer` whose tokens it reads."""
+    """A head with the `name` of what was learned, and the vision encoder's `layer` whose tokens it reads."""
 
     name: str
     layer: str
@@ -60,7 +57,7 @@ class Domain:
     threshold: float
 
     def note(self, tokens_BTW: Tensor) -> str:
-        """One sentence where pictures are unlike those of the training, or nothing."""
+        """One sentence where images are unlike those of the training, or nothing."""
         with torch.inference_mode():
             unlike = (self.head(tokens_BTW) > self.threshold).nonzero()[:, 0].tolist()
         if not unlike:
@@ -70,24 +67,24 @@ class Domain:
 
 
 def load_domain(file: Path | None, threshold: float) -> Domain | None:
-    """The domain in a file; None for none. Raises `CheckpointError` for a file that is missing or something else."""
+    """The domain in a file, if one is named; `CheckpointError` for a file that is missing or something else."""
     if file is None:
         return None
     state = {name: value.float() for name, value in load_state_dict(file).items()}
     try:
         with safe_open(file, framework="pt") as handle:
-            said = handle.metadata()
+            about = handle.metadata()
         (projected, width), (hidden, tokens) = state["project.weight"].shape, state["hidden.weight"].shape
         head = DomainHead(tokens // projected, width, projected, hidden)
         head.load_state_dict(state)
-        return Domain(said["name"], said["layer"], head.requires_grad_(False), threshold)
+        return Domain(about["name"], about["layer"], head.requires_grad_(False), threshold)
     except (KeyError, ValueError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{file}: holds no domain of a system; `domain` of system.json may be null.") from error
 
 
 @dataclass(frozen=True)
 class KnownWords:
-    """What a file of known words says; `examples`: names for words that mean several of them."""
+    """A file of known words; `examples`: names for words that mean several of them."""
 
     about: str
     names: tuple[str, ...]
@@ -99,21 +96,17 @@ class KnownWords:
         longest = sorted(map(re.escape, self.names), key=len, reverse=True)
         return re.compile(rf"(?<!\w)(?:{'|'.join(longest)})(?!\w)")
 
-    @cached_property
-    def _plain(self) -> frozenset[str]:
-        return frozenset(self.words)
-
     def unknown(self, text: str) -> list[str]:
-        """Words of a text that are not known, in order, each once, in lower case; a part of a name (`fire`) is unknown,
-        too."""
+        """Unknown words of a text in order, each once, in lower case; a part of a name (`fire`) is unknown, too."""
         plain = re.sub(r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
         words = dict.fromkeys(_WORD.findall(self._named.sub(" ", plain)))
-        return [word for word in words if word not in self._plain
+        known = frozenset(self.words)
+        return [word for word in words if word not in known
                 and (len(word) > 1 or not word.isascii() or word.isdigit())]
 
     def note(self, text: str) -> str:
-        """One sentence about words that are not known, with names for the first that means several; or nothing."""
-        unknown = [word if len(word) <= _SHOWN else f"{word[:_SHOWN]}…" for word in self.unknown(text)]
+        """One sentence about unknown words, with names for the first that means several; or nothing."""
+        unknown = [word if len(word) <= 40 else f"{word[:40]}…" for word in self.unknown(text)]
         if not unknown:
             return ""
         examples = next((self.examples[one] for word in unknown for one in (word, word.removesuffix("s"))

@@ -1,0 +1,294 @@
+"""One description of a system: the keys of `system.json`, where its parts are, and where the originals' come from.
+
+    config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
+    config.require("llm", "tokenizer")     # CheckpointError: what to download and where to put it
+
+A folder has a `system.json`, or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
+`agent`), a LLaMA in the place of SEED-LLaMA's, or an image tokenizer alone. `system.json` holds paths of parts relative
+to its folder (defaults: `PARTS`), and the settings that belong to the weights (`SETTINGS`):
+
+    {"tokenizer": "seed_tokenizer", "llm": "seed_llama", "image_size": 64, "transform": {"type": "clip"},
+     "generation": {"max_new_tokens": 128}, "tasks": {"draw_response": "Here is the picture."}, "previews": [8, 16]}
+    {"system": "lavit", "words": "../nano/words", "head": "highres", "generation": {"describe": {"num_beams": 1}}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from seed_multimodal import hub
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.prompts import template_for
+from seed_multimodal.language.tasks import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts
+from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a system: what it is, and its path in a system's folder; of the original its key in `hub.PARTS`, its
+    path there, and the files of its folder that are needed."""
+
+    what: str
+    path: str | None = None
+    source: str = ""
+    inside: str = ""
+    files: tuple[str, ...] = ()
+
+
+INSIDE = "diffusion_model"  # of a tokenizer's folder
+PARTS: dict[str, dict[str, Part]] = {
+    "seed_llama": {
+        "llm": Part("language model", "seed_llama", "{model}"),
+        "tokenizer": Part("image tokenizer", "seed_tokenizer", "tokenizer"),
+        "detokenizer": Part("diffusion model", f"seed_tokenizer/{INSIDE}", "unclip"),
+        "vision": Part("vision encoder")},
+    "seed_x": {
+        "llm": Part("language model", "llm", "seed-x", "{model}/llm"),
+        "agent": Part("agent (resamplers)", "agent", "seed-x", "{model}/agent"),
+        "tokenizer": Part("text tokenizer", "tokenizer", "seed-x", "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"),
+        "vision": Part("vision encoder", "vision", "qwen-vit"),
+        "sdxl": Part("SDXL (unet/config.json, vae and scheduler)", "sdxl", "sdxl"),
+        "detokenizer": Part("SDXL adapter", "detokenizer", "seed-x", "seed_detokenizer/{stage}_stage")},
+    "lavit": {
+        "llm": Part("language model", "llm", "lavit", "language_model"),
+        "words": Part("text tokenizer"),
+        "tokenizer": Part("dynamic tokenizer", "tokenizer", "lavit", "",
+                          ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")),
+        "understanding": Part("token merger and projector of stage 2", None, "lavit", "language_model",
+                              ("visual_weight.bin",)),  # ours: in the tokenizer
+        "decoder": Part("decoder of codes", "decoder", "lavit", "visual_tokenizer/{head}tokenizer_decoder.bin"),
+        "pixels": Part("pixel decoder (unet, vae and scheduler)", "pixels", "lavit", "{head}pixel_decoding"),
+        "safety": Part("safety checker", None, "lavit", "pixel_decoding")}}
+
+BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}  # of the original SEED-LLaMA
+BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer alone, as its evaluation resizes
+# Keys of `system.json` with their defaults: of each system, and of all.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "seed_llama": {"template": "vicuna", "image_size": 224, "transform": {}, "generation": {}, "tasks": DEFAULT_TASKS},
+    "seed_x": {"tuned": True, "grids": ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"),
+               "edit_grids": ("1x1",), "generation": {"max_new_tokens": 512, "do_sample": False},
+               "tasks": SEED_X_TASKS},
+    "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""}}
+COMMON = ("system", "previews", "domain", "domain_threshold", "known_words")
+
+# The originals' inference scripts (top_k 50 is the library default that they run under).
+RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
+_SEED_LLAMA = {"transform": BILINEAR, "generation": RELEASED_GENERATION, "tasks": RELEASED_TASKS}
+# Original models: system, what fills the braces in `PARTS`, settings over `SETTINGS`.
+ORIGINALS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "8b": ("seed_llama", {"model": "8b"}, {**_SEED_LLAMA, "template": "vicuna"}),
+    "14b": ("seed_llama", {"model": "14b"}, {**_SEED_LLAMA, "template": "llama2"}),
+    "seed-x": ("seed_x", {"model": "seed_x", "stage": "first"}, {"tuned": False}),
+    "seed-x-i": ("seed_x", {"model": "seed_x_i", "stage": "first"}, {}),
+    "seed-x-edit": ("seed_x", {"model": "seed_x_edit", "stage": "second"}, {"grids": ("1x1",)}),
+    "lavit": ("lavit", {}, {})}
+ALIASES = {"released": "8b", hub.PARTS["8b"].hub: "8b", hub.PARTS["14b"].hub: "14b", hub.SEED_X: "seed-x-i",
+           hub.LAVIT: "lavit"}
+NAMES = (*hub.SHIPPED, *ORIGINALS)
+
+
+@dataclass(kw_only=True)
+class SystemConfig:
+    """Everything a system needs to know before it loads a tensor.
+
+    `original` is the short name of the original whose files these are ("": parts as `system.json` names them); LaVIT's
+    `tokenizer` is then the whole folder, its `decoder` a file.
+    """
+
+    system: str = "seed_llama"
+    name: str = ""
+    original: str = ""
+    llm: Path | None = None
+    tokenizer: Path | None = None  # SEED-LLaMA: of images and text; SEED-X: of text; LaVIT: of images
+    detokenizer: Path | None = None
+    vision: Path | None = None
+    agent: Path | None = None
+    sdxl: Path | None = None
+    words: Path | None = None  # None: LaVIT's text tokenizer is in `llm`
+    decoder: Path | None = None
+    pixels: Path | None = None
+    safety: Path | None = None
+    template: str = "vicuna"
+    image_size: int | None = setting(None, least=1)
+    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))
+    tuned: bool = True  # to follow instructions; SEED-X without it continues texts
+    grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # views of images that are read
+    edit_grids: tuple[str, ...] = ("1x1",)
+    head: Literal["highres", "lowres"] = "highres"
+    selection: Literal["draw", "threshold"] = "draw"
+    generation: dict[str, Any] = field(default_factory=dict)
+    tasks: TaskPrompts = DEFAULT_TASKS
+    answer_after: str = ""
+    previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
+    domain: Path | None = None  # see `system.domain`
+    domain_threshold: float = 0.0
+    known_words: Path | None = None
+    sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
+    lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
+    origins: dict[str, tuple[hub.ReleasedPart, str]] = field(default_factory=dict)  # of an original's parts
+
+    @classmethod
+    def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
+        """The config of a name or folder (None: of the `llm` that is given); whether parts are there is for `require`.
+
+        Args:
+            system: the kind that it must be; None: any.
+            given: parts (paths or hub names), `template`, `tuned` and `head`, where they are not None.
+
+        Raises:
+            CheckpointError: no such folder. ConfigError: another kind of system, a wrong `system.json`.
+        """
+        given = {key: value for key, value in given.items() if value is not None}
+        name, head = given.get("llm", "") if name is None else name, given.get("head")
+        short = ALIASES.get(str(name), str(name).lower())
+        config = cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
+        if system not in (None, config.system):
+            raise ConfigError(f"{name}: is another system, {config.system}, no {system}.")
+        if head not in (None, config.head):
+            raise ConfigError(f"{name}: its pixel decoder is {config.head}, not {head}.")
+        check_keys(given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}")
+        for key, value in given.items():
+            setattr(config, key, hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value)
+        if config.original and config.system == "seed_llama" and "detokenizer" not in given:
+            config.detokenizer = _diffusion_of(config.tokenizer) or config.detokenizer
+        return config
+
+    @classmethod
+    def read(cls, folder: Path) -> SystemConfig:
+        """The `system.json` of a folder; keys that begin with `_` are remarks.
+
+        Raises:
+            ConfigError: no JSON, an unknown key (the nearest is named) or a wrong value.
+        """
+        from seed_multimodal.images.transforms import get_transform
+
+        file = folder / "system.json"
+        values = {key: value for key, value in read_json_object(file, ConfigError).items() if not key.startswith("_")}
+        kind = check_value(str, values.get("system", "seed_llama"), f"{file}: system", choices=tuple(PARTS))
+        check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
+        if isinstance(values.get("tasks"), dict):
+            values["tasks"] = {**dataclasses.asdict(SETTINGS[kind]["tasks"]), **values["tasks"]}
+        paths = {key: part.path for key, part in PARTS[kind].items() if part.path}
+        config = read_settings(cls, {**SETTINGS[kind], **paths, **values}, str(file))
+        check_keys(config.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
+        if kind == "lavit":
+            check_value(dict[str, dict[str, Any]], config.generation, f"{file}: generation")
+        config.name, config.transform = str(folder), {**BILINEAR, **config.transform}
+        for key, value in vars(config).items():
+            if isinstance(value, Path):
+                setattr(config, key, folder / value)
+        return config
+
+    @classmethod
+    def _of_folder(cls, name: str | Path, head: str | None) -> SystemConfig:
+        """A shipped system, or what a folder or hub repository holds."""
+        folder = hub.locate_system(name) or hub.local_folder(name)
+        if folder is None or not str(name):
+            near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
+            raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
+                                  f"system.json. {hub.where_shipped(name)}".rstrip())
+        if (folder / "system.json").is_file():
+            config = cls.read(folder)
+        elif _is_tokenizer(folder):
+            config = cls(tokenizer=folder)
+            config.detokenizer = _diffusion_of(folder) or hub.locate(hub.PARTS["unclip"].folder)
+        elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
+            config = cls._original("seed-x-i", folder)
+        elif (sizes := folder / "config.json").is_file():
+            config = cls._original("8b")
+            config.llm, config.template = folder, template_for(read_json_object(sizes, ConfigError).get("hidden_size"))
+        elif any((folder / one).is_dir() for one in ("visual_tokenizer", "language_model")):
+            config = cls._original("lavit", folder, head)
+        else:
+            raise CheckpointError(f"{folder}: holds no system: neither system.json, nor the folders of an original "
+                                  "model, nor a language model or an image tokenizer.")
+        config.name = str(folder)
+        return config
+
+    @classmethod
+    def _original(cls, short: str, home: Path | None = None, head: str | None = None) -> SystemConfig:
+        """An original model, in a copy of its repository (`home`) or below `pretrained/`."""
+        kind, own_names, settings = ORIGINALS[short]
+        config = cls(**{**SETTINGS[kind], **settings, "head": head or "highres"}, system=kind, name=short,
+                     original=short)
+        names = {**own_names, "head": "highres_" if config.head == "highres" else ""}
+        for key, part in PARTS[kind].items():
+            if part.source:
+                source, inside = hub.PARTS[part.source.format(**names)], part.inside.format(**names)
+                config.origins[key], place = (source, inside), Path(source.folder, inside)
+                if home is not None:
+                    own = home / place.relative_to(hub.PARTS["lavit" if kind == "lavit" else "seed-x"].folder)
+                    place = own if kind == "lavit" or _there(own) else place
+                if key != "understanding":
+                    setattr(config, key, _there(place) or place)
+        if kind == "seed_x" and home is not None and (home / "llm").is_dir():  # a merged agent
+            config.llm, config.agent = home / "llm", home / "agent"
+            config.tokenizer = config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
+        return config
+
+    def has(self, *parts: str) -> bool:
+        """Whether these parts are on this disk; also LaVIT's "understanding"."""
+        return not any(self._missing(key) is not None for key in parts)
+
+    def require(self, *parts: str) -> SystemConfig:
+        """Itself, with these parts on this disk (an original's from the hub, where that is allowed).
+
+        Raises:
+            CheckpointError: parts that are missing: what to download and where to put it.
+        """
+        for key in parts:
+            if key in self.origins and not self.has(key):
+                source, inside = self.origins[key]
+                files = PARTS[self.system][key].files or ((f"{inside}*",) if inside else source.files)
+                usual = Path(source.folder, inside)
+                if getattr(self, key, None) == usual and (cached := hub.fetched(source.hub, files)):
+                    setattr(self, key, _there(cached / inside) or usual)
+        if self.has(*parts):
+            return self
+        wanted = dict[str, list[str]]()
+        for key, part in PARTS[self.system].items():
+            others = key in self.origins and key != "safety" and getattr(self, key, None)  # are named at once
+            if (place := self._missing(key)) is not None and (key in parts or others):
+                wanted.setdefault(self.origins[key][0].what if key in self.origins else part.what, []).append(place)
+        if self.original:
+            listed = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
+            raise CheckpointError(f"{self.name}: its weights are not on this disk: download {listed} (details in "
+                                  f"pretrained/README.md){hub.or_take(self.system)}.")
+        texts = [f"its {what} is not there" + (f": put it at {place}" if place else " (seed assemble joins parts)")
+                 for what, (place,) in wanted.items()]
+        raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
+
+    def _missing(self, key: str) -> str | None:
+        """The first path of a part that is not there ("": none is named); None: it is complete."""
+        place = getattr(self, ("llm" if self.original else "tokenizer") if key == "understanding" else key)
+        if place is None:
+            return None if key == "words" else ""
+        files = [place / file for file in PARTS[self.system][key].files] if self.original else []
+        return next((str(one) for one in files or [place] if not _there(one)), None)
+
+
+def _there(place: Path) -> Path | None:
+    """A path here or below the repository root; tensors may be in `.safetensors` for `.bin`."""
+    return hub.locate(place) or (hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None)
+
+
+def _is_tokenizer(place: Path) -> bool:
+    """Whether this is an image tokenizer alone: a file, ours by its `config.json`, or an original one."""
+    if place.is_file():
+        return True
+    config = place / "config.json"
+    ours = config.is_file() and read_json_object(config).get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
+    return ours or any(place.glob("seed_quantizer.*")) or any(place.glob("causal_qformer.*"))
+
+
+def _diffusion_of(tokenizer: Path | None) -> Path | None:
+    """The diffusion model in a tokenizer's folder, or beside its file."""
+    assert tokenizer is not None
+    inside = (tokenizer.parent if tokenizer.is_file() else tokenizer) / INSIDE
+    return inside if inside.is_dir() else None

@@ -1,0 +1,147 @@
+"""The config of a system: what a name or folder is, what `system.json` may hold, which parts are missing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from seed_multimodal import hub
+from seed_multimodal.cli import main
+from seed_multimodal.configured import language_model, picture_codec, seed_llama_tokenizer
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.systems.seed_llama import SeedLlama
+
+FOX = str(Path(__file__).resolve().parents[3] / "images" / "fox.png")
+
+
+@pytest.fixture
+def no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current folder, and a repository, without any weights; `pretrained/` is looked for here."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
+    return tmp_path
+
+
+def test_find_reads_the_system_json_of_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    config = SystemConfig.find(tiny_folder)
+    assert config.llm == tiny_folder / "seed_llama" and config.template == "vicuna" and config.image_size == 32
+    assert config.detokenizer == tiny_folder / "seed_tokenizer" / "diffusion_model" and config.has("detokenizer")
+    assert config.tasks.draw_request("a red apple.") == "Please draw a red apple."
+    other = SystemConfig.find(tiny_folder, detokenizer=tmp_path, template="llama2")
+    assert other.detokenizer == tmp_path and other.template == "llama2"
+
+
+@pytest.mark.parametrize(("name", "system", "llm"), [
+    ("nano", "seed_llama", "nano/seed_llama"), ("NANO-X", "seed_x", "nano-x/llm"),
+    ("nano-lavit", "lavit", "nano-lavit/llm"), ("8b", "seed_llama", "seed_llama_8b_sft"),
+    ("AILab-CVC/seed-llama-14b-sft", "seed_llama", "seed_llama_14b_sft"), ("SEED-X-Edit", "seed_x", "seed_x_edit/llm"),
+    ("AILab-CVC/SEED-X-17B", "seed_x", "seed_x_i/llm"),
+    ("lavit", "lavit", "LaVIT-7B-v2/language_model"), ("rain1011/LaVIT-7B-v2", "lavit", "LaVIT-7B-v2/language_model")])
+def test_find_of_names(name: str, system: str, llm: str) -> None:
+    config = SystemConfig.find(name)
+    assert config.system == system and str(config.llm).endswith(f"pretrained/{llm}")
+
+
+def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path) -> None:
+    alone = SystemConfig.find(tiny_folder / "seed_tokenizer")
+    assert alone.transform["interpolation"] == "bicubic" and alone.llm is None
+    assert alone.detokenizer == tiny_folder / "seed_tokenizer" / "diffusion_model"
+    with pytest.raises(CheckpointError, match=r"seed_tokenizer: its language model is not there \(seed assemble"):
+        alone.require("llm")
+    merged = SystemConfig.find(None, llm=tiny_folder / "seed_llama", tokenizer=tiny_folder / "seed_tokenizer")
+    assert merged.require("llm", "tokenizer").template == "vicuna" and merged.generation["do_sample"] is True
+    assert merged.detokenizer == alone.detokenizer
+    for part in ("llm", "agent"):
+        (no_weights / "mine" / part).mkdir(parents=True)
+    agent = SystemConfig.find("mine")
+    assert agent.system == "seed_x" and agent.agent == Path("mine/agent") and str(agent.vision) == "pretrained/QwenViT"
+    with pytest.raises(CheckpointError, match="holds no system"):
+        SystemConfig.find(no_weights)
+
+
+@pytest.mark.parametrize(("name", "near"), [
+    ("8c", " (did you mean '8b'?)"), ("nanno", " (did you mean 'nano'?)"), ("no/such/folder", ""), ("me/mine", "")])
+def test_find_of_what_is_not_there_lists_the_names(name: str, near: str, no_weights: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        SystemConfig.find(name)
+    assert str(caught.value).startswith(f"{name}: there is no such folder{near}; give nano, nano-x, nano-lavit, 8b, ")
+
+
+@pytest.mark.parametrize(("name", "parts"), [
+    ("8b", ("AILab-CVC/seed-tokenizer-2 and eva_vit_g.pth into pretrained/seed_tokenizer", "-8b-sft into", "unclip")),
+    ("seed-x", ("AILab-CVC/SEED-X-17B into pretrained/seed_x/llm", "reload_qwen_vit.py", "pretrained/QwenViT")),
+    ("lavit", ("rain1011/LaVIT-7B-v2 into pretrained/LaVIT-7B-v2/language_model", "eva_vitg_psz14.bin"))])
+def test_require_names_all_that_an_original_needs(name: str, parts: tuple[str, ...], no_weights: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        SystemConfig.find(name).require("tokenizer")
+    assert all(part in str(caught.value) for part in parts) and "runs now" not in str(caught.value)
+    (no_weights / "pretrained" / "nano").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f"^{name}: .* --model nano .*which runs now.$"):
+        SystemConfig.find(name).require("llm")
+
+
+def test_shipped_systems_that_are_not_there_are_not_downloaded(no_weights: Path) -> None:
+    for name in hub.SHIPPED:
+        with pytest.raises(CheckpointError, match=f"^{name}: there is no such folder; .* to pretrained/{name}.$"):
+            SystemConfig.find(name)
+
+
+def test_parts_named_as_on_the_hub_are_found_in_pretrained(no_weights: Path, tiny_folder: Path) -> None:
+    assert hub.local_folder("AILab-CVC/seed-tokenizer-2") is None
+    with pytest.raises(CheckpointError, match=r"eva_vit_g.pth into pretrained/seed_llama_tokenizer.*--tokenizer"):
+        seed_llama_tokenizer("pretrained/seed_llama_tokenizer", device="cpu")
+    (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
+    assert hub.local_folder("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
+    shutil.copytree(tiny_folder / "seed_llama", no_weights / "pretrained" / "seed_llama_8b_sft")
+    assert language_model("AILab-CVC/seed-llama-8b-sft", device="cpu").config.model_type == "llama"
+
+
+def test_require_fetches_the_files_of_a_part_alone(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched = []
+    monkeypatch.setattr(hub, "fetch", lambda name, files, advice="": fetched.append((name, *files)) or no_weights)
+    for name, part in (("lavit", "pixels"), ("seed-x-edit", "llm")):
+        with pytest.raises(CheckpointError):
+            SystemConfig.find(name).require(part)
+    assert fetched == [("rain1011/LaVIT-7B-v2", "highres_pixel_decoding*"),
+                       ("AILab-CVC/SEED-X-17B", "seed_x_edit/llm*")]
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ('{"transform": {"keepratio": true}}', "transform: unknown key 'keepratio'"), ("{", "not valid json"),
+    ("[]", "json object"), ('{"tokeniser": "x"}', r"unknown key 'tokeniser' \(did you mean 'tokenizer'"),
+    ('{"tasks": {"paint": "x"}}', "'paint'"), ('{"tasks": {"draw": "no place"}}', "caption"),
+    ('{"system": "seed_y"}', "system must be one of"), ('{"system": "lavit", "grids": ["1x1"]}', "'grids'"),
+    ('{"system": "lavit", "generation": {"draw": 3}}', "generation.draw must be"), ('{"image_size": 0}', "at least 1")])
+def test_read_refuses_a_wrong_system_json(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "system.json").write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        SystemConfig.find(tmp_path)
+
+
+def test_a_folder_without_a_language_model_reads_and_draws_images(
+    tiny_folder: Path, tiny_x_folder: Path, tiny_lavit_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for source, parts in ((tiny_folder, ("seed_llama",)), (tiny_x_folder, ("llm", "agent", "tokenizer")),
+                          (tiny_lavit_folder, ("llm",))):
+        home = shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns(*parts[:2]))
+        assert main(["tokenize", FOX, "--model", str(home)]) == (2 if source == tiny_x_folder else 0)
+        assert main(["reconstruct", FOX, "--model", str(home), "--out", str(tmp_path)]) == 0
+        capsys.readouterr()
+        assert main(["describe", FOX, "--model", str(home)]) == 2
+        assert f"{home}: its language model is not there: put it at {home / parts[0]}" in capsys.readouterr().err
+
+
+def test_a_missing_diffusion_model_is_an_error_when_it_draws(tiny_folder: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(tiny_folder, tmp_path / "copy")
+    shutil.rmtree(home / "seed_tokenizer" / "diffusion_model")
+    system = SeedLlama.from_pretrained(home, device="cpu", log=None)
+    with pytest.raises(CheckpointError, match="diffusion_model"):
+        system.draw("a cat")
+    (home / "system.json").write_text(json.dumps({"generation": {"max_tokens": 3}, "image_size": 32}))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        SeedLlama.from_pretrained(home, device="cpu", log=None)
+    assert picture_codec(str(home), device="cpu").tokenize(FOX).shape == (1, 32)
