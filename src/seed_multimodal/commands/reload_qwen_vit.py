@@ -6,12 +6,10 @@ Only the shards that the index names for the vision encoder are read.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from seed_multimodal.disk import read_json_object, replace_text, writing
+from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
@@ -33,12 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _reload(args: argparse.Namespace) -> int:
-    import torch
-
     from seed_multimodal.device import DTYPES
-    from seed_multimodal.seed_x.vision import IN_QWEN_VL, QwenVit, QwenVitConfig
-    from seed_multimodal.settings import read_settings
-    from seed_multimodal.weights import assign_strictly, load_state_dict, save_torch
+    from seed_multimodal.seed_x.vision import IN_QWEN_VL
+    from seed_multimodal.weights import load_state_dict, save_torch
 
     target, source = Path(args.out), locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
@@ -46,22 +41,15 @@ def _reload(args: argparse.Namespace) -> int:
     index = first_file(source, INDEXES)
     if index is None:
         raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; {WHERE}.")
-    files = sorted({file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name})
-    tensors = {name.removeprefix(IN_QWEN_VL): value for file in files
-               for name, value in load_state_dict(source / file, mapped=True).items() if name.startswith(IN_QWEN_VL)}
+    places = {name: file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name}
+    tensors = {}
+    for file in sorted(set(places.values())):
+        shard = load_state_dict(source / file, mapped=True)
+        tensors |= {name.removeprefix(IN_QWEN_VL): shard[name] for name, place in places.items() if place == file}
     if args.dtype != "keep":
         tensors = {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}
-    known = {field.name for field in dataclasses.fields(QwenVitConfig)}
-    visual = read_json_object(source / "config.json").get("visual", {})
-    config = read_settings(QwenVitConfig, {key: value for key, value in visual.items() if key in known}, str(source))
-    with torch.device("meta"):
-        encoder = QwenVit(config).bfloat16()
-    report = assign_strictly(encoder, tensors, source, foreign=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with writing(target):
-        save_torch({name: tensors[name] for name in report.loaded}, target)
-        if config != QwenVitConfig():
-            values = {"model_type": QwenVit.model_type, **dataclasses.asdict(config)}
-            replace_text(target.with_name("config.json"), json.dumps(values, indent=2) + "\n")
-    log_line(f"{target}: {len(report.loaded)} tensors")
+        save_torch(tensors, target)
+    log_line(f"{target}: {len(tensors)} tensors")
     return DONE

@@ -110,12 +110,8 @@ def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: st
 
 def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understanding: DynamicTokenizer | None = None,
                            tower: tuple[str | Path, str] | None = None) -> Path:
-    """Write our own folder, without training state.
-
-    Args:
-        understanding: its token merger and projector go into a file of their own.
-        tower: a file that holds the vision encoder, and the prefix of its names: referred to, not stored again.
-    """
+    """Write our own folder, without training state. Token merger and projector of `understanding` go into a file of
+    their own; a vision encoder in `tower` (file, prefix of its names) is referred to, not stored again."""
     place = Path(folder)
     place.mkdir(parents=True, exist_ok=True)
     left_out = ("quantize.ema_", *((ENCODER,) if tower else ()))

@@ -42,12 +42,9 @@ EPS = 1e-5
 class LavitDecoderConfig:
     """Sizes of `CodeDecoder`; the defaults are the original ones.
 
-    Attributes:
-        tokens: N, queries and the most rows of an image. code_dim: C. feature_dim: F.
-        width, depth, heads, mlp_width: of the blocks; the pool has as many heads.
-        prompt_dim: width of a prompt embedding (`highres`: of its first part); pooled_dim: of the second part and of
-            the pooled embedding.
-        grad_checkpoint: recomputes the blocks in the backward pass.
+    `tokens`: N, the most rows of an image; `code_dim`: C; `feature_dim`: F. `prompt_dim`: width of a prompt embedding
+    (`highres`: of its first part); `pooled_dim`: of its second part and of the pooled embedding. `grad_checkpoint`:
+    recomputes the blocks in the backward pass.
     """
 
     head: Head = "highres"
@@ -157,15 +154,8 @@ class CodeDecoder(PretrainedNetwork):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, head: Head | None = None, config: LavitDecoderConfig | None = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CodeDecoder:
-        """A decoder in eval mode, of a folder of `save_pretrained`, LaVIT's folder or one of its two files.
-
-        Args:
-            head: of LaVIT's folder; None: the one that is there (`highres` if both are).
-            config: sizes of an original file; None: the original ones.
-
-        Raises:
-            CheckpointError: a file that is missing, damaged, incomplete, or of another size.
-        """
+        """As `PretrainedNetwork`; also LaVIT's folder (`head`: which file, by default `highres` if both are there) or
+        one of its two files (`config`: their sizes, by default the original ones)."""
         names = [name for kind, name in ORIGINAL.items() if head in (None, kind)]
         inner = Path(folder) / FOLDER
         file = find_file(inner if inner.is_dir() else folder, [*names, WEIGHTS], LAVIT_WHERE)

@@ -26,10 +26,8 @@ from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import setting
 from seed_multimodal.tokenizers.stage2_base import cosine
 
-REFERENCE = 0.18
-"""Cosine loss at which the original tokenizer converged (about 0.3 if codes were used from the start)."""
-TRIED = 2
-"""Of one image in so many a decision is tried the other way, which costs as much as the loss's own forward pass."""
+REFERENCE = 0.18  # cosine loss at which the original tokenizer converged (about 0.3 with codes from the start)
+TRIED = 2  # of one image in so many a decision is tried the other way, which costs a forward pass
 
 
 @dataclass(frozen=True)

@@ -203,9 +203,8 @@ class QwenVit(PretrainedNetwork):
     def init_weights(self) -> None:
         """Initialisation for training from scratch; residual projections shrink with depth."""
         nn.init.trunc_normal_(self.positional_embedding, std=0.02)
-        nn.init.normal_(self.proj, std=self.config.output_dim**-0.5)
-        if self.config.patch_pos:
-            nn.init.normal_(self.patch_pos_embed, std=self.config.output_dim**-0.5)
+        for table in (self.proj, self.patch_pos_embed) if self.config.patch_pos else (self.proj,):
+            nn.init.normal_(table, std=self.config.output_dim**-0.5)
         for module in self.transformer.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
