@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
 
-from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
+from seed_multimodal.seed.diffusion import UnclipDetokenizer
 from seed_multimodal.systems.open_system import open_system
 
 UNET = {"sample_size": 96, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024,
@@ -33,16 +33,13 @@ def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
-
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
-    return UnclipDetokenizer(SeedUnclipPipeline(
-        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None,
-        image_normalizer=StableUnCLIPImageNormalizer(1024).to(runtime.device, runtime.dtype),
-        image_noising_scheduler=DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
-        unet=fill_random(unet, runtime.device, runtime.dtype), vae=fill_random(vae, runtime.device, runtime.dtype),
-        scheduler=DDIMScheduler(prediction_type="v_prediction", clip_sample=False)))
+    return UnclipDetokenizer(
+        fill_random(unet, runtime.device, runtime.dtype), fill_random(vae, runtime.device, runtime.dtype),
+        DDIMScheduler(prediction_type="v_prediction", clip_sample=False),
+        StableUnCLIPImageNormalizer(1024).to(runtime.device, runtime.dtype),
+        DDPMScheduler(beta_schedule="squaredcos_cap_v2"))
 
 
 def run(options: argparse.Namespace) -> None:
@@ -53,21 +50,20 @@ def run(options: argparse.Namespace) -> None:
     if options.model == "original":
         decoder: Any = random_detokenizer(runtime)
         embeds = torch.randn(max(options.batches), decoder.embedding_dim)
-        tasks = {"reconstruct": lambda count: decoder.decode(embeds[:count], **steps)}
+        tasks = {"reconstruct": lambda count: decoder(embeds[:count], **steps)}
     else:
         system = open_system(system_folder(options.model), device=options.device, dtype=options.dtype, log=None)
-        decoder = getattr(system.pictures.decoder, "pixels", system.pictures.decoder)  # LaVIT's has two parts
+        decoder = system.pictures.decoder
         images = input_images(max(options.batches))
         tasks = {"draw": lambda count: system.draw_all(["a red fish"] * count, **steps),
                  "edit": lambda count: system.edit_all(images[:count], "Put it at night.", **steps),
                  "reconstruct": lambda count: system.reconstruct(images[:count], **steps)}
 
     def compiled(batch: int) -> Timed:  # for the rest of the run
-        for unet in [part for model in decoder.models for part in model.modules() if "UNet2D" in type(part).__name__]:
-            unet.to(memory_format=torch.channels_last).compile()
+        decoder.unet.to(memory_format=torch.channels_last).compile()
         return Timed(lambda: tasks["reconstruct"](batch), batch)
 
-    settings = {"parameters": sum(p.numel() for model in decoder.models for p in model.parameters()),
+    settings = {"parameters": sum(p.numel() for model in decoder.parts.values() for p in model.parameters()),
                 "steps": options.steps or decoder.defaults.num_inference_steps}
     for name, draw in tasks.items():
         variants = {"plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),

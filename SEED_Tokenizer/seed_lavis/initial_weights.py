@@ -16,13 +16,13 @@ from seed_lavis.base import frozen_names
 from seed_lavis.log import log
 from seed_lavis.options import Stage2Options, locate
 from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.eva import eva_from_clip
 from seed_multimodal.tokenizers import initial
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.tokenizers.initial import load_blip2
 from seed_multimodal.tokenizers.released import TOWER, VISION_URL
-from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), train it (model.freeze_vit=False), or "

@@ -17,9 +17,9 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
-    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.images.open import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
+    from seed_multimodal.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.systems.lavit import Lavit as Lavit
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
@@ -45,7 +45,7 @@ _LAZY = {
     "Lavit": "seed_multimodal.systems.lavit",
     "SeedLlamaTokenizer": "seed_multimodal.systems.llama_tokenizer",
     "Seed2Tokenizer": "seed_multimodal.tokenizers.seed2",
-    "UnclipDetokenizer": "seed_multimodal.detokenizers.unclip",
+    "UnclipDetokenizer": "seed_multimodal.seed.diffusion",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",
     "open_image": "seed_multimodal.images.open",
 }

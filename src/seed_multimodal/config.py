@@ -43,7 +43,7 @@ ALIASES = {
         "seed_multimodal.systems.seed_x_files:language_model_with_lora",
     "peft.LoraConfig": "seed_multimodal.systems.seed_x_files:lora",
     "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.systems.seed_x_files:agent",
-    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.detokenizers.sdxl_resampler:ResamplerSizes",
+    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
     "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained":
         "seed_multimodal.systems.seed_x_files:adapter",
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":

@@ -9,10 +9,8 @@ import torch
 from runner import assert_close, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.detokenizers.autoencoder import pixels_of
-from seed_multimodal.detokenizers.lavit import LavitPixels
-from seed_multimodal.detokenizers.sdxl_adapter import size_ids
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.weights import assign_strictly
 
 MLP_RATIO = 4.3637  # released; its product with the width is cut to a whole number
@@ -34,28 +32,24 @@ def part(weights: Tensors, name: str) -> Tensors:
     return {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
 
 
-def pixel_decoder(config: dict[str, Any], weights: Tensors) -> LavitPixels:
+def pixel_decoder(config: dict[str, Any], weights: Tensors) -> LavitDetokenizer:
     import diffusers
 
     unet = diffusers.UNet2DConditionModel.from_config(config["unet"]).eval()
     vae = diffusers.AutoencoderKL.from_config(config["vae"]).eval()
     assign_strictly(unet, part(weights, "unet"), "unet")
     assign_strictly(vae, part(weights, "vae"), "vae")
-    return LavitPixels(unet, vae, diffusers.DDIMScheduler.from_config(config["scheduler"]))
+    return LavitDetokenizer(unet, vae, diffusers.DDIMScheduler.from_config(config["scheduler"]))
 
 
-def check_latents(model: LavitPixels, made: Conditions, case: dict[str, Any], name: str, want: Tensors) -> None:
-    """One case. The recorded sizes count eight pixels a latent, while the tiny autoencoder makes two of it: so the
-    pipeline is told them here."""
-    size, start = (case["height"], case["width"]), want[f"{name}.initial_latents"]
-    assert start.shape[2:] == tuple(one // 8 for one in size), f"{name}: another size of the latents"
-    ids = size_ids(size, original=case.get("original_size"), crop=case.get("crops_coords_top_left", (0, 0)),
-                   count=len(start))
-    nothing, mask = model._unconditional(made.prompt_embeds)
-    latents = model.pipeline(start, made.prompt_embeds, nothing, mask, made.pooled, ids, steps=STEPS, guidance=GUIDANCE)
-    vae = model.pipeline.vae
-    assert_close(latents / vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
-    pixels = (pixels_of(vae, latents) * 0.5 + 0.5).clamp(0, 1).mul(255).round().permute(0, 2, 3, 1)
+def check_latents(model: LavitDetokenizer, made: Conditions, case: dict[str, Any], name: str, want: Tensors) -> None:
+    """One case: the recorded noise has a latent for eight pixels, whatever the tiny autoencoder makes of one."""
+    start = want[f"{name}.initial_latents"]
+    assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), f"{name}: another size of the latents"
+    settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
+    latents = model.denoise(settings, [torch.Generator()] * len(start), **made._asdict(), start=start)
+    assert_close(latents / model.vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
+    pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
     assert_close(pixels, want[f"{name}.image_uint8"], 2, 0, f"{name}.image_uint8")
 
 

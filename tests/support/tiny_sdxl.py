@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes, ResamplerXLV2
+from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
 
 WIDTH = 24  # of visual embeddings
 SIZES = ResamplerSizes(dim=16, depth=1, dim_head=4, heads=2, num_queries=4, embedding_dim=WIDTH, output1_dim=6,

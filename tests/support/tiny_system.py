@@ -35,7 +35,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
     tokenizer = MultimodalTokenizer.train(SENTENCES * 4, home / "seed_tokenizer", vocab_size=340, n_codes=N_CODES)
     _write_image_tokenizer(home / "seed_tokenizer")
     _write_llm(home / "seed_llama", len(tokenizer))
-    _write_detokenizer(home / "seed_tokenizer" / "diffusion_model")
+    write_detokenizer(home / "seed_tokenizer" / "diffusion_model")
     (home / "system.json").write_text(json.dumps({
         "tokenizer": "seed_tokenizer", "llm": "seed_llama", "detokenizer": "seed_tokenizer/diffusion_model",
         "template": "vicuna", "image_size": IMAGE_SIZE,
@@ -70,11 +70,12 @@ def _write_llm(folder: Path, vocab_size: int) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def _write_detokenizer(folder: Path) -> None:
+def write_detokenizer(folder: Path) -> None:
+    """A stable-unCLIP of 2 x GRID pixels with a layout decoder."""
     from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 
-    from seed_multimodal.detokenizers.layout import LayoutDecoder
+    from seed_multimodal.diffusion.layout import LayoutDecoder
 
     vae = AutoencoderKL(
         block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,

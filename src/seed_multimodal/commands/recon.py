@@ -117,8 +117,8 @@ def require(model: str, diffusion: str | None = None) -> None:
     Raises:
         CheckpointError: the tokenizer, the diffusion model or both are not on disk.
     """
-    from seed_multimodal.detokenizers.stable_diffusion import WHERE
     from seed_multimodal.hub import locate
+    from seed_multimodal.seed.diffusion import SD_WHERE
     from seed_multimodal.systems.seed1 import find_diffusion
     from seed_multimodal.tokenizers.checkpoints import find_files
     from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
@@ -132,13 +132,13 @@ def require(model: str, diffusion: str | None = None) -> None:
         parts.append(Seed1Tokenizer.layout.advice(model))
     drawing = find_diffusion(place or Path(model), diffusion)
     if not drawing.exists():
-        parts.append(WHERE)
+        parts.append(SD_WHERE)
     if parts:
         raise CheckpointError(f"the weights of SEED-1 are not on this disk: {', and '.join(parts)}.")
 
 
 def _check_latents(decoder: Any, args: argparse.Namespace) -> None:
-    own = {"C": decoder.pipeline.unet.config.in_channels, "f": decoder.factor}
+    own = {"C": decoder.unet.config.in_channels, "f": decoder.factor}
     for flag, value in own.items():
         if getattr(args, flag) not in (None, value):
             raise ConfigError(f"--{flag} {getattr(args, flag)}: this diffusion model has {value}.")
@@ -149,7 +149,7 @@ def _draw(model: Seed1, codes: list[int], args: argparse.Namespace) -> list[Path
     size = {"height": args.H, "width": args.W}
     if None in size.values() and any(size.values()):
         decoder = model.codec.decoder
-        usual = decoder.pipeline.unet.config.sample_size * decoder.factor
+        usual = decoder.unet.config.sample_size * decoder.factor
         size = {name: value or usual for name, value in size.items()}
     pictures = []
     for iteration in range(args.n_iter):
@@ -157,7 +157,7 @@ def _draw(model: Seed1, codes: list[int], args: argparse.Namespace) -> list[Path
         pictures += model.draw([codes] * args.n_samples, seed=list(range(first, first + args.n_samples)),
                                batch_size=args.n_samples, num_inference_steps=args.ddim_steps,
                                guidance_scale=args.scale, **size,
-                               scheduler="DPMSolverMultistepScheduler" if args.dpm_solver else "plms")
+                               scheduler="DPMSolverMultistepScheduler" if args.dpm_solver else None)
     written, out = [], Path(args.out)
     if not args.skip_save:
         written += [save_picture(picture, next_name(out / "samples", "{:04d}.png")) for picture in pictures]

@@ -1,1 +1,1 @@
-"""SEED-1 and SEED-2: tokenizers, their training stages, checkpoints and export."""
+"""SEED-1 and SEED-2: tokenizers, de-tokenizers, training stages, checkpoints and export."""

@@ -99,7 +99,7 @@ class _Model:
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
-        height, width = self.pictures.decoder.pixels.ratio_size(ratio)
+        height, width = self.pictures.decoder.ratio_size(ratio)
         return height, width
 
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
-import torch
-from PIL import Image
-from torch import Tensor
-
-from seed_multimodal.detokenizers.lavit import LavitPixels
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.finite import not_numbers
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import check_keys
 from seed_multimodal.system.config import SystemConfig
@@ -27,35 +22,6 @@ from seed_multimodal.systems.picture_half import off_loaded
 
 UNDERSTANDING, GENERATION = "understanding", "generation"
 MODES = (UNDERSTANDING, GENERATION)
-
-
-class CodeDrawer:
-    """Codebook rows to pictures: the decoder of codes, and the pixel decoder.
-
-    Attributes:
-        decoder: rows → conditions. pixels: conditions → pictures.
-    """
-
-    def __init__(self, decoder: CodeDecoder, pixels: LavitPixels) -> None:
-        self.decoder, self.pixels = decoder, pixels
-
-    def to(self, device: str | torch.device) -> CodeDrawer:
-        """Move both; returns self."""
-        self.decoder.to(device)
-        self.pixels.to(device)
-        return self
-
-    @wraps(LavitPixels.decode)
-    def decode(self, rows: list[Tensor], **settings: Any) -> list[Image.Image]:
-        """Rows `[n, C]` of each picture → pictures; `settings` of `LavitPixels.decode`."""
-        conditions = self.decoder(rows)
-        if any(one is not None and not bool(torch.isfinite(one).all()) for one in conditions):
-            raise not_numbers("The decoder of codes", self.decoder)
-        return self.pixels.decode(conditions, **settings)
-
-    def check_settings(self, **settings: Any) -> None:
-        """Refuse settings that `decode` would refuse, without drawing: `ConfigError`."""
-        self.pixels.check_settings(**settings)
 
 
 def load_language(spec: SystemConfig, runtime: Runtime, quantization: str | None = None,
@@ -122,7 +88,7 @@ def load_pictures(spec: SystemConfig, here: Runtime, there: Runtime, modes: Coll
     return half
 
 
-def open_drawer(spec: SystemConfig, there: Runtime, check_safety: bool = False) -> CodeDrawer:
+def open_drawer(spec: SystemConfig, there: Runtime, check_safety: bool = False) -> LavitDetokenizer:
     """Both decoders, on the CPU.
 
     Raises:
@@ -132,11 +98,8 @@ def open_drawer(spec: SystemConfig, there: Runtime, check_safety: bool = False) 
     assert spec.decoder is not None and spec.pixels is not None
     decoder = CodeDecoder.from_pretrained(spec.decoder, head=spec.head, config=spec.sizes.get("decoder"),
                                           dtype=there.dtype)
-    pixels = LavitPixels.from_pretrained(spec.pixels, dtype=there.dtype, check_safety=check_safety, safety=spec.safety)
-    if pixels.embedding_dim != decoder.config.context_dim:
-        raise CheckpointError(f"{spec.pixels}: its U-Net reads width {pixels.embedding_dim}, but the decoder "
-                              f"{spec.decoder} writes width {decoder.config.context_dim}; they do not belong together.")
-    return CodeDrawer(decoder, pixels)
+    return LavitDetokenizer.from_pretrained(spec.pixels, decoder, dtype=there.dtype, check_safety=check_safety,
+                                            safety=spec.safety)
 
 
 def check_belonging(spec: SystemConfig, words: LavitTokenizer, llm: Any, pictures: LavitPictures) -> None:

@@ -192,7 +192,7 @@ class LavitPictures(PictureHalf):
             seed: one for all pictures or one each; None: torch's global generator.
             batch_size: pictures per pass through the U-Net.
             first: refused.
-            decode: of `LavitPixels.decode`: `ratio` ("3:2") or `height` and `width`, `num_inference_steps`,
+            decode: of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, `num_inference_steps`,
                 `guidance_scale`, `scheduler`, …; None for the usual.
 
         Raises:
@@ -201,17 +201,14 @@ class LavitPictures(PictureHalf):
         self.refuse_first(first)
         check_value(int, batch_size, "batch_size", least=1)
         rows = self.check_codes(codes)
-        generators = None
-        if seed is not None:
-            generators = [torch.Generator().manual_seed(one) for one in one_seed_each(seed, len(rows))]
+        seeds = None if seed is None else one_seed_each(seed, len(rows))
         self.check_keys(decode)
         pictures: list[Image.Image] = []
         for start in range(0, len(rows), batch_size):
             part = slice(start, start + batch_size)
             with self.drawing(), Progress("drawing", None, log=self.log) as bar:
-                pictures += self.decoder.decode(
-                    self.rows_of(rows[part]), generator=None if generators is None else generators[part],
-                    on_step=partial(_tell, bar), **decode)
+                pictures += self.decoder(self.rows_of(rows[part]), seeds=None if seeds is None else seeds[part],
+                                         callback=partial(_tell, bar), **decode)
         return pictures
 
     def rows_of(self, codes: Sequence[Tensor]) -> list[Tensor]:

@@ -7,7 +7,6 @@ A half may be used from several threads: it reads or draws for one of them at a 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,8 +25,6 @@ from seed_multimodal.system.domain import Domain
 
 Picture = ImageSource
 PARTS = frozenset(("llm", "encoder", "decoder"))  # of a system, that can be off-loaded
-
-NOT_SETTINGS = ("generator", "batch_size", "conditions", "on_step")  # arguments of `decode` that a request has not
 
 
 def off_loaded(parts: bool | Collection[str]) -> frozenset[str]:
@@ -109,17 +106,22 @@ class PictureHalf:
             self.offload_encoder, self.offload_decoder = encoder, decoder
             if encoder:
                 self.encoder.to("cpu")
-            if decoder and self._decoder is not None:
-                self._decoder.to("cpu")
+            self._place_decoder()
 
     def to(self, device: torch.device) -> None:
         """Move everything to another device; what is offloaded stays on the CPU while it is not in use."""
         with self._lock:
             self.device = self.drawing_device = device
             self.model.to(device)
-            if self._decoder is not None:
-                self._decoder.to(device)
             self.offload(encoder=self.offload_encoder, decoder=self.offload_decoder)
+
+    def _place_decoder(self) -> None:
+        if self._decoder is None:
+            return
+        if self.offload_decoder and self.drawing_device.type != "cpu":
+            self._decoder.enable_cpu_offload(self.drawing_device)
+        else:
+            self._decoder.to(self.drawing_device)
 
     @property
     def can_draw(self) -> bool:
@@ -140,14 +142,12 @@ class PictureHalf:
                                           "False), so it cannot draw.")
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
-                self._decoder.to("cpu" if self.offload_decoder else self.drawing_device)
+                self._place_decoder()
             return self._decoder
 
     def check_keys(self, decode: Mapping[str, Any]) -> None:
         """Refuse settings that the de-tokenizer has not: `ConfigError` names the nearest."""
-        known = [name for name, kind in inspect.signature(self.decoder.decode).parameters.items()
-                 if kind.kind is kind.KEYWORD_ONLY and name not in NOT_SETTINGS]
-        check_keys(decode, [*known, *self.own_settings], "Drawing setting")
+        check_keys(decode, [*self.decoder.setting_names, *self.own_settings], "Drawing setting")
 
     def check_drawing(self, **decode: Any) -> None:
         """Refuse settings of `draw` before a language model works for it.
@@ -171,8 +171,8 @@ class PictureHalf:
 
     @contextlib.contextmanager
     def drawing(self) -> Iterator[None]:
-        """As `reading`, of the de-tokenizer."""
-        with self._lock, resident(self.decoder, self.drawing_device, self.offload_decoder):
+        """Inside, this thread alone uses the de-tokenizer."""
+        with self._lock:
             yield
 
 

@@ -173,9 +173,8 @@ class PictureCodec(PictureHalf):
                     raise not_numbers("The image tokenizer", self.model)
                 if avoided is not None:
                     own = avoided.expand(len(rows), -1)[start:start + len(embeds)]
-                    decode[decoder.negatives] = self.model.decode(own)
-                generators = [torch.Generator("cpu").manual_seed(s) for s in seeds[start:start + batch_size]]
-                pictures += decoder.decode(embeds, generator=generators, **decode)
+                    decode["negative_embeds"] = self.model.decode(own)
+                pictures += decoder(embeds, seeds=seeds[start:start + batch_size], **decode)
         return pictures
 
     def preview(self, codes: Sequence[int], seed: int | None = None, **decode: Any) -> Image.Image:
@@ -185,7 +184,7 @@ class PictureCodec(PictureHalf):
         draw = partial(self.draw, [list(codes)], seed=seed or 0, first=len(codes), **decode)
         try:
             return draw(num_inference_steps=min(steps, PREVIEW_STEPS))[0]
-        except ConfigError:  # a scheduler that needs more (PNDM, four) must not end the answer
+        except ValueError:  # of a scheduler that needs more steps (PNDM, four)
             return draw(num_inference_steps=given)[0]
 
 
@@ -215,8 +214,8 @@ def open_codec(
     Raises:
         CheckpointError: weights that are missing or damaged.
     """
-    from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
     from seed_multimodal.images.transforms import get_transform
+    from seed_multimodal.seed.diffusion import UnclipDetokenizer
 
     model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device=device, dtype=dtype)
     load = None

@@ -104,16 +104,16 @@ class Seed1:
 
 def find_diffusion(folder: Path, diffusion: str | Path | None = None) -> Path:
     """The diffusion model that belongs to a tokenizer folder (or file); not checked to be there."""
-    from seed_multimodal.detokenizers.stable_diffusion import FOLDER
+    from seed_multimodal.seed.diffusion import SD_FOLDER
 
     if diffusion is not None:
         return locate(diffusion) or Path(diffusion)
     home = folder if folder.is_dir() else folder.parent
     beside = next((home / name for name in DIFFUSION_NAMES if (home / name).exists()), None)
-    return beside or locate(FOLDER) or Path(FOLDER)
+    return beside or locate(SD_FOLDER) or Path(SD_FOLDER)
 
 
 def _open_decoder(place: Path, device: torch.device, dtype: torch.dtype, safety_checker: bool) -> Any:
-    from seed_multimodal.detokenizers.stable_diffusion import StableDiffusionDetokenizer
+    from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer
 
     return StableDiffusionDetokenizer.from_pretrained(place, device=device, dtype=dtype, safety_checker=safety_checker)

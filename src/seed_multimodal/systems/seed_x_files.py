@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from seed_multimodal.config import instantiate
-from seed_multimodal.detokenizers.sdxl_adapter import SIZES
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import PARTS, locate
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes
 from seed_multimodal.seed_x.modeling import AgentSettings
 from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import check_keys, read_settings

@@ -26,8 +26,8 @@ from seed_multimodal.systems.picture_half import off_loaded
 from seed_multimodal.systems.seed_x_pictures import FeaturePictures
 
 if TYPE_CHECKING:
-    from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ def open_decoder(spec: SystemConfig, width: int, there: Runtime) -> SdxlDetokeni
     Raises:
         CheckpointError: missing or damaged files, an adapter of another width.
     """
-    from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
+    from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 
     spec.require("sdxl", "detokenizer")
     assert spec.sdxl is not None and spec.detokenizer is not None

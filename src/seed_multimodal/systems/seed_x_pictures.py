@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.detokenizers.sdxl import pooled_tokens
+from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import not_numbers
 from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
@@ -129,9 +129,9 @@ class FeaturePictures(PictureHalf):
 
     def _look_at_nothing(self) -> None:
         """Let the de-tokenizer know what guidance steers away from."""
-        if self.decoder.empty_features is None:
+        if self.decoder.null_embeds is None:
             size = self.views.image_size
-            self.decoder.empty_features = self.features(torch.zeros(1, 3, size, size)).cpu()
+            self.decoder.null_embeds = self.features(torch.zeros(1, 3, size, size)).cpu()
 
     @torch.inference_mode()
     def draw(self, features: Tensor, *, seed: Any = 0,
@@ -143,13 +143,12 @@ class FeaturePictures(PictureHalf):
             conditions: for a second stage, a picture (or None) for each drawn one, whose aspect ratio it gets.
             ratio: how, see `images.aspect`; "square" leaves it square.
             seed: one for all pictures, or one each.
-            decode: of `SdxlDetokenizer.decode`: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`,
+            decode: of `SdxlDetokenizer`: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`,
                 `height` and `width`, `scheduler`, …
 
         Raises:
             ConfigError: an unknown setting, a condition for a first stage. CodesError: another number of conditions.
         """
-        decoder = self.decoder
         self.check_keys(decode)
         check_value(Ratio, ratio, "ratio")
         decode = {name: value for name, value in decode.items() if value is not None}  # None: the usual
@@ -163,8 +162,7 @@ class FeaturePictures(PictureHalf):
         seeds = one_seed_each(seed, len(features))
         drawn = []
         for row, one, condition in zip(features, seeds, given, strict=True):
-            with self.drawing():  # each: an off-loaded U-Net leaves before the autoencoder works
-                decoder.frees_unet = self.offload_decoder and self.drawing_device.type != "cpu"
+            with self.drawing():
                 drawn.append(self._one(row[None], one, condition, ratio, decode))
         return drawn
 
@@ -195,15 +193,14 @@ class FeaturePictures(PictureHalf):
              decode: dict[str, Any]) -> Image.Image:
         decoder = self.decoder
         if condition is None or {"height", "width"} & set(decode):
-            shown: dict[str, Any] = {"conditions": [condition]} if self.reads_condition else {}
+            shown: dict[str, Any] = {"condition_images": [condition]} if self.reads_condition else {}
         else:
-            side = decoder.checked_size(None, None)[0]
+            side = decoder.size(decoder.defaults)[0]
             unit = UNIT if side % UNIT == 0 else max(8, decoder.factor)
             width, height = drawing_size(condition.size, side, ratio, unit)
-            shown = {"conditions": [condition], "width": width, "height": height}
-        picture = decoder.decode(features, generator=torch.Generator("cpu").manual_seed(seed), **shown,
-                                 **decode)[0]
-        if condition is None or ratio == "square" or "height" in decode or not isinstance(picture, Image.Image):
+            shown = {"condition_images": [condition], "width": width, "height": height}
+        picture: Image.Image = decoder(features, seeds=[seed], **shown, **decode)[0]
+        if condition is None or ratio == "square" or "height" in decode:
             return picture
         return with_ratio(picture, condition.size)
 

@@ -37,7 +37,7 @@ class System:
         """Settings that the numbers depend on."""
         decoder = self.inner.pictures.decoder
         return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.spec.generation,
-                **vars(getattr(decoder, "pixels", decoder).defaults)}
+                **vars(decoder.defaults)}
 
     def encode(self, images: Images) -> list[Any]:
         """Images as the language model reads them."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.detokenizers.autoencoder import ELSEWHERE
+from seed_multimodal.diffusion.base import VAE_ELSEWHERE
 from seed_multimodal.disk import read_json_object, replace_copy, replace_text
 from seed_multimodal.language.adapters import AGENT_CONFIG
 from seed_multimodal.nn.eva import clip_from_eva
@@ -118,7 +118,7 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
 def _name_autoencoder(space: SuccessorWorkspace) -> None:
     folder = space.decoder_folder
     place = Path(os.path.relpath(space.autoencoder.resolve(), folder.resolve())).as_posix()
-    replace_text(folder / ELSEWHERE, json.dumps({"folder": place}))
+    replace_text(folder / VAE_ELSEWHERE, json.dumps({"folder": place}))
 
 
 def _halved(out: Path) -> dict[str, Any]:

@@ -19,9 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.denoising import Noised
-from seed_multimodal.detokenizers.layout import LayoutDecoder
-from seed_multimodal.detokenizers.sdxl import LAYOUT
+from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.diffusion.training import Noised
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict

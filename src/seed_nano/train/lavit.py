@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -25,7 +26,6 @@ from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.schedules import batch_indices
-from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 from seed_nano.train.task import NanoTask, map_scenes
 from seed_nano.train.vision import LABELS

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, to_signed
 from seed_nano.train.vae import THINGS_WEIGHT

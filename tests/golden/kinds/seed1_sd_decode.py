@@ -1,8 +1,9 @@
-"""SEED-1's drawing: noise schedule, PLMS steps, latents, pictures and the grid, through diffusers' own pipeline.
+"""SEED-1's drawing: noise schedule, PLMS steps, latents, images and the grid.
 
 The recorded starting noise is used, since what a process draws depends on its device and history. Where the number of
-steps divides 1000 the folder's own sampler is checked too. Not checked: `pred_x0` (diffusers does not show it; `x_prev`
-follows from it), what the original refuses (3 or 9 steps, two embeddings a call: both work here), the watermark.
+steps divides 1000 the folder's own sampler is checked too; else its time steps are not CompVis'. Not checked:
+`pred_x0` (`x_prev` follows from it), what the original refuses (3 or 9 steps, two embeddings a call: both work here),
+the watermark.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import Tensors
 
-from seed_multimodal.detokenizers.stable_diffusion import StableDiffusionDetokenizer
+from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seed1_sd_decode"
@@ -62,9 +63,21 @@ def build(sizes: dict[str, Any], weights: Tensors, names: dict[str, str]) -> Sta
                     allow_missing=["encoder.*", "quant_conv.*"])
     settings = dict(sizes["diffusers"]["scheduler"])
     scheduler = getattr(diffusers, settings.pop("_class")).from_config(settings)
-    return StableDiffusionDetokenizer(diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=_text_encoder(sizes["text_encoder"], weights), tokenizer=_tokenizer(sizes), unet=unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False))
+    return StableDiffusionDetokenizer(unet, vae, scheduler, tokenizer=_tokenizer(sizes),
+                                      text_encoder=_text_encoder(sizes["text_encoder"], weights))
+
+
+def plms(config: Any, steps: list[int]) -> Any:
+    """The folder's sampler at the time steps of the CompVis program, the second of which is done twice."""
+    from diffusers import PNDMScheduler
+
+    class Plms(PNDMScheduler):
+        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+            super().set_timesteps(num_inference_steps, device)
+            self._timesteps = np.array(steps[::-1])
+            self.timesteps = torch.tensor([steps[0], steps[1], *steps[1:]])
+
+    return Plms.from_config(config)
 
 
 @contextmanager
@@ -84,7 +97,7 @@ def watched(model: StableDiffusionDetokenizer, scheduler: Any):
         seen["x_prev"].append(result[0])
         return result
 
-    handle, scheduler.step = model.pipeline.unet.register_forward_pre_hook(note, with_kwargs=True), stepped
+    handle, scheduler.step = model.unet.register_forward_pre_hook(note, with_kwargs=True), stepped
     try:
         yield seen
     finally:
@@ -93,27 +106,25 @@ def watched(model: StableDiffusionDetokenizer, scheduler: Any):
 
 
 def check_parts(model: StableDiffusionDetokenizer, given: Tensors, want: Tensors) -> None:
-    pipeline = model.pipeline
-    assert_close(pipeline.scheduler.betas, want["schedule.betas"], 1e-9, 1e-5, "betas")
-    assert_close(pipeline.scheduler.alphas_cumprod, want["schedule.alphas_cumprod"], 1e-7, 1e-5, "alphas_cumprod")
-    output = pipeline.unet(want["unet.x"], want["unet.t"], encoder_hidden_states=want["unet.context"]).sample
+    assert_close(model.scheduler.betas, want["schedule.betas"], 1e-9, 1e-5, "betas")
+    assert_close(model.scheduler.alphas_cumprod, want["schedule.alphas_cumprod"], 1e-7, 1e-5, "alphas_cumprod")
+    output = model.unet(want["unet.x"], want["unet.t"], encoder_hidden_states=want["unet.context"]).sample
     assert_close(output, want["unet.out"], 1e-5, 1e-4, "unet.out")
-    raw = pipeline.vae.decode(want["default.latents"][:1] / pipeline.vae.config.scaling_factor).sample
+    raw = model.vae.decode(want["default.latents"][:1] / model.vae.config.scaling_factor).sample
     assert_close(raw, want["vae.raw"], 2e-4, 1e-4, "vae.raw")
     assert_close(given["text_features"], want["unet.context"][1:], 0, 0, "the conditional half")
 
 
 def check_case(model: StableDiffusionDetokenizer, case: str, record: dict[str, Any], given: Tensors,
                want: Tensors) -> None:
-    from seed_multimodal.detokenizers.plms import PlmsScheduler
-
-    start = given[f"{case}.x_T"]
-    options = {"embeds": given["text_features"].expand(len(start), -1, -1), "latents": start,
-               "num_inference_steps": record["steps_requested"], "guidance_scale": record["scale"]}
-    scheduler = PlmsScheduler.from_sampler(model.pipeline.scheduler.config)
+    start, usual, times = given[f"{case}.x_T"], model.scheduler, record["timesteps"]
+    embeds = given["text_features"].expand(len(start), -1, -1)
+    settings = model.check_settings(num_inference_steps=record["steps_requested"], guidance_scale=record["scale"])
+    model.scheduler = scheduler = plms(usual.config, times)
     with watched(model, scheduler) as seen:
-        images = np.stack(model.decode(**options, scheduler=scheduler, output_type="np"))
-    times = record["timesteps"]
+        latents = model.denoise(settings, [], embeds, start=start)
+    model.scheduler = usual
+    images = model.decode(latents).permute(0, 2, 3, 1).numpy()
     assert_same(seen["timesteps"], [times[0], times[1], *times[1:]], f"{case}: time steps of the U-Net's calls")
     if isinstance(record["unet_calls"], list):
         calls = [[shape, time] for shape, time in zip(seen["shapes"], seen["timesteps"], strict=True)]
@@ -133,15 +144,15 @@ def check_case(model: StableDiffusionDetokenizer, case: str, record: dict[str, A
     assert_close(seen["x_prev"][-1], want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents")
     check_pictures(model, case, images, want)
     if "diffusers_pndm_max_diff" in record:
-        usual = torch.stack(list(model.decode(**options, output_type="latent")))
-        assert_close(usual, want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents by the folder's sampler")
+        latents = model.denoise(settings, [], embeds, start=start)
+        assert_close(latents, want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents by the folder's sampler")
 
 
 def check_pictures(model: StableDiffusionDetokenizer, case: str, images: np.ndarray, want: Tensors) -> None:
     from seed_multimodal.commands.recon import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
-    pictures = model.pipeline.image_processor.numpy_to_pil(images)
+    pictures = model.to_images(want[f"{case}.latents"])
     pixels = np.stack([np.asarray(picture) for picture in pictures]).astype(int)
     assert_close(pixels, want[f"{case}.png"].int(), 1, 0, f"{case}.png")
     if f"{case}.grid" in want:

@@ -17,7 +17,7 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import Tensors
 
-from seed_multimodal.detokenizers.unclip import UnclipDetokenizer
+from seed_multimodal.seed.diffusion import UnclipDetokenizer
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seed2_unclip_decode"
@@ -61,37 +61,31 @@ def build(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
     import diffusers
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
-    from seed_multimodal.detokenizers.unclip_pipeline import SeedUnclipPipeline
-
     unet = diffusers.UNet2DConditionModel.from_config(sizes["unet"]).eval()
     vae = diffusers.AutoencoderKL.from_config(sizes["vae"]).eval()
     normalizer = StableUnCLIPImageNormalizer(sizes["embedding_dim"])
     for name, module in (("unet", unet), ("vae", vae), ("image_normalizer", normalizer)):
         assign_strictly(module, _part(weights, name), name)
-    return UnclipDetokenizer(SeedUnclipPipeline(
-        feature_extractor=None, image_encoder=None, image_normalizer=normalizer,
-        image_noising_scheduler=_scheduler(sizes["image_noising_scheduler"]), tokenizer=_tokenizer(sizes),
-        text_encoder=_text_encoder(sizes["text_encoder"], _part(weights, "text_encoder")), unet=unet,
-        scheduler=_scheduler(next(iter(sizes["schedulers"].values()))), vae=vae))
+    return UnclipDetokenizer(
+        unet, vae, _scheduler(next(iter(sizes["schedulers"].values()))), normalizer,
+        _scheduler(sizes["image_noising_scheduler"]), tokenizer=_tokenizer(sizes),
+        text_encoder=_text_encoder(sizes["text_encoder"], _part(weights, "text_encoder")))
 
 
 @contextmanager
 def replayed(noises: list[torch.Tensor]):
     """Hand out recorded noise instead of drawing it; all of it must be used."""
-    from diffusers.pipelines.stable_diffusion import pipeline_stable_unclip_img2img
+    original, rest = torch.randn, list(noises)
 
-    original, rest = pipeline_stable_unclip_img2img.randn_tensor, list(noises)
+    def recorded(*_: Any, generator: Any = None, **__: Any) -> torch.Tensor:
+        assert rest, "the model drew more noise than was recorded"
+        return rest.pop(0)[0]
 
-    def recorded(shape: tuple[int, ...], **_: Any) -> torch.Tensor:
-        assert rest, "the pipeline drew more noise than was recorded"
-        assert tuple(shape) == tuple(rest[0].shape), f"drew noise {tuple(shape)}, recorded {tuple(rest[0].shape)}"
-        return rest.pop(0)
-
-    pipeline_stable_unclip_img2img.randn_tensor = recorded
+    torch.randn = recorded
     try:
         yield
     finally:
-        pipeline_stable_unclip_img2img.randn_tensor = original
+        torch.randn = original
     assert not rest, f"{len(rest)} recorded noise tensors were not drawn"
 
 
@@ -105,7 +99,7 @@ def watched(model: UnclipDetokenizer):
         seen.setdefault("class_labels", keywords["class_labels"])
         seen.setdefault("prompt_embeds", keywords["encoder_hidden_states"])
 
-    handle = model.pipeline.unet.register_forward_pre_hook(note, with_kwargs=True)
+    handle = model.unet.register_forward_pre_hook(note, with_kwargs=True)
     try:
         yield seen
     finally:
@@ -118,16 +112,15 @@ def _noises(want: Tensors, prefix: str) -> list[torch.Tensor]:
 
 def check_case(model: UnclipDetokenizer, case: str, record: dict[str, Any], given: Tensors, want: Tensors) -> None:
     kind = case.split(".")[1]
-    with replayed(_noises(want, case)), watched(model) as seen:
-        if kind == "two_per_prompt":
-            latents = torch.cat([given["latents"], given["latents"].flip(-1)])
-            result = model.pipeline(image_embeds=given["image_embeds"], latents=latents, num_images_per_prompt=2,
-                                    num_inference_steps=record["steps"], output_type="latent").images
-        else:
-            negatives = given["negative_image_embeds"] if kind == "negative" else None
-            result = model.decode(given["image_embeds"], negative_image_embeds=negatives, latents=given["latents"],
-                                  num_inference_steps=record["steps"], output_type="latent", **ARGUMENTS[kind])
-            result = torch.stack(list(result))
+    settings = model.check_settings(num_inference_steps=record["steps"], **ARGUMENTS.get(kind, {}))
+    embeds, start = given["image_embeds"], given["latents"]
+    noises, generators = _noises(want, case), [torch.Generator()]
+    if kind == "two_per_prompt":  # one noise for both
+        start, embeds, generators = torch.cat([start, start.flip(-1)]), embeds.expand(2, -1), 2 * generators
+        noises = [noise for noise in noises for _ in range(2)]
+    with replayed(noises), watched(model) as seen:
+        result = model.denoise(settings, generators, embeds, start=start,
+                               negatives=given["negative_image_embeds"] if kind == "negative" else None)
     assert_same(seen["timesteps"], record["timesteps"], f"{case}timesteps")
     assert_close(seen["class_labels"], want[f"{case}class_labels"], 1e-5, 1e-5, f"{case}class_labels")
     if f"{case}prompt_embeds" in want:
@@ -140,23 +133,25 @@ def check(folder: Path) -> None:
     sizes, meta = read_json(folder / "config.json"), read_json(folder / "meta.json")
     weights, given, want = (read_tensors(folder / f"{part}.safetensors") for part in ("weights", "inputs", "outputs"))
     model = build(sizes, weights)
-    tokenizer = model.pipeline.tokenizer
+    tokenizer = model.tokenizer
     ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length).input_ids
     assert_same(ids, meta["empty_prompt_ids"], "token ids of the empty prompt")
     for level in sorted({int(name.split(".")[1]) for name in given if name.startswith("noising.")}):
-        output = model.pipeline.noise_image_embeddings(given[f"noising.{level}.embeds"], level,
-                                                       noise=given[f"noising.{level}.noise"])
+        noise, embeds = given[f"noising.{level}.noise"], given[f"noising.{level}.embeds"]
+        with replayed(list(noise.split(1))):
+            output = model.noised(embeds, level, [torch.Generator()] * len(embeds))
         assert_close(output, want[f"noising.{level}.output"], 1e-5, 1e-5, f"noising.{level}")
     steps: dict[str, int] = {}
     for case, record in meta["cases"].items():
         name = case.split(".")[0]
         steps[name] = record["steps"]
-        model.pipeline.scheduler = _scheduler(sizes["schedulers"][name])
+        model.scheduler = _scheduler(sizes["schedulers"][name])
         if record["ok"]:
             check_case(model, case, record, given, want)
     for name in (n for n in sizes["schedulers"] if f"{n}.image.float" in want):
-        model.pipeline.scheduler = _scheduler(sizes["schedulers"][name])
+        model.scheduler = _scheduler(sizes["schedulers"][name])
         with replayed(_noises(want, f"{name}.image.")):
-            picture = model.decode(given["image_embeds"], latents=given["latents"], num_inference_steps=steps[name],
-                                   output_type="np")
-        assert_close(picture[0], want[f"{name}.image.float"][0], 2e-3, 0, f"{name}.image")
+            latents = model.denoise(model.check_settings(num_inference_steps=steps[name]), [torch.Generator()],
+                                    given["image_embeds"], start=given["latents"])
+        pixels = model.decode(latents)[0].permute(1, 2, 0)
+        assert_close(pixels, want[f"{name}.image.float"][0], 2e-3, 0, f"{name}.image")

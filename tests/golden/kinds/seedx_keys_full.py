@@ -17,8 +17,7 @@ from runner import assert_same, files_named, read_json
 from torch import nn
 
 import seed_multimodal  # noqa: F401  (before diffusers)
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerXLV2
+from seed_multimodal.seed_x.adapter import ResamplerXLV2, SDXLAdapter
 from seed_multimodal.seed_x.modeling import ContinuousLVLM
 from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVit, QwenVitConfig, Resampler
 

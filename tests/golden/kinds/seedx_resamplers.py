@@ -12,8 +12,8 @@ import torch
 from runner import assert_close, read_json, read_tensors
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes, ResamplerXLV2
 from seed_multimodal.nn.layers import AttentionPool
+from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seedx_resamplers"

@@ -15,10 +15,9 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.denoising import denoising_loss
-from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes, ResamplerXLV2
+from seed_multimodal.diffusion.training import denoising_loss
+from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seedx_sdxl_adapter"
@@ -56,24 +55,25 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     assign_strictly(vae, _part(weights, "vae"), "vae")
     settings = dict(sizes["scheduler"])
     scheduler = getattr(diffusers, settings.pop("cls") + "Scheduler").from_config(settings)
-    made = SdxlDetokenizer.of(adapter, vae, scheduler)
+    made = SdxlDetokenizer(adapter, vae, scheduler)
     assert_same(adapter.reads_condition, stage == 2, "stage")
     return made
 
 
 def check_prompts(model: SdxlDetokenizer, tower: Tower, given: Tensors, want: Tensors) -> None:
-    model.look_at_nothing(tower, given["picture"].shape[-1])
+    model.set_null_embeds(tower, given["picture"].shape[-1])
     inputs = {"tensor": tower(given["picture"]), "embeds_down": given["embeds_pooled4"],
               "embeds_nodown": given["embeds16"], "embeds": given["embeds16"]}
     for case in sorted({name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}):
         embeds = inputs[case.rsplit("_", 1)[0]]
-        made = model._prompts(embeds, model._negatives(None, embeds) if case.endswith("_neg") else None)
-        names = {"prompt_embeds": "embeds", "pooled_prompt_embeds": "pooled", "negative_prompt_embeds": "neg_embeds",
-                 "negative_pooled_prompt_embeds": "neg_pooled"}
+        away = case.endswith("_neg")
+        prompt, pooled = model.prompts(embeds, model.null_embeds if away else None)
+        made = {"embeds": prompt[-len(embeds):], "pooled": pooled[-len(embeds):]}
+        made |= {"neg_embeds": prompt[:len(embeds)], "neg_pooled": pooled[:len(embeds)]} if away else {}
         recorded = {name for name in want if name.startswith(f"get_image_embeds.{case}.")}
-        assert_same({f"get_image_embeds.{case}.{names[name]}" for name in made}, recorded, f"results of {case}")
+        assert_same({f"get_image_embeds.{case}.{name}" for name in made}, recorded, f"results of {case}")
         for name, value in made.items():
-            key = f"get_image_embeds.{case}.{names[name]}"
+            key = f"get_image_embeds.{case}.{name}"
             assert_close(value, want[key], 1e-5, 1e-4, key)
 
 
@@ -102,22 +102,21 @@ def check_training(adapter: SDXLAdapter, name: str, meta: dict[str, Any], given:
 def check_pictures(model: SdxlDetokenizer, tower: Tower, given: Tensors, want: Tensors) -> None:
     features, start = tower(given["picture"]), given["pipe.init_latents"]
     side = start.shape[-1] * model.factor
-    common: dict[str, Any] = {"latents": start, "height": side, "width": side, "num_inference_steps": 4}
     source = Image.fromarray(given["pipe.latent_image_uint8"].numpy())
     for name in (name for name in want if name.startswith("pipe.")):
         _, kind, rest = name.split(".", 2)
         case, what = rest.rsplit(".", 1)
         if (kind == "edit") != model.adapter.reads_condition:
             continue
-        options = dict(common, output_type="latent" if what == "latents" else "pt")
+        options: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": 4}
         embeds = features
         if case == "from_embeds":  # with the released guidance of 7.5
             embeds, options["num_inference_steps"] = given["embeds_pooled4"], 3
         else:
             options["guidance_scale"] = float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0
-        if kind == "edit" and case != "no_image":
-            options["conditions"] = [source]
-        made = torch.stack(list(model.decode(embeds, **options)))
+        made = model.denoise(model.check_settings(**options), [torch.Generator()], embeds, model.null_embeds,
+                             [source] if kind == "edit" and case != "no_image" else None, start)
+        made = made if what == "latents" else model.decode(made)
         assert_close(made, want[name], 1e-4, 1e-3, name)
 
 
@@ -128,7 +127,7 @@ def check(folder: Path) -> None:
     tower = Tower(_part(weights, "encoder.conv"))
     first, second = (build(sizes, weights, stage) for stage in (1, 2))
     check_prompts(first, tower, given, want)
-    second.look_at_nothing(tower, given["picture"].shape[-1])
+    second.set_null_embeds(tower, given["picture"].shape[-1])
     for model in (first, second):
         check_pictures(model, tower, given, want)
     check_training(first.adapter, "adapter.full_False", meta, given, want)

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from seed_multimodal.config import instantiate
-from seed_multimodal.detokenizers.stable_diffusion import StableDiffusionDetokenizer
 from seed_multimodal.device import RELEASED_FP16, _resolve_dtype
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer
 from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer
 from seed_multimodal.systems.seed1 import Seed1
 
@@ -108,8 +108,8 @@ def test_negatives_are_codes_in_any_batch(tokenizer: SeedLlamaTokenizer) -> None
     assert same(one[:1], avoided[:1]) and not same(one[1:], avoided[1:])
     assert not same(tokenizer.decode_image(codes[:1], other[:1]), plain)
     decoder, model = tokenizer.pictures.decoder, tokenizer.pictures.model
-    by_hand = decoder.decode(model.decode(codes[:1]), negative_image_embeds=model.decode(negative[:1]),
-                             generator=torch.Generator().manual_seed(0), guidance_scale=5.0, num_inference_steps=3)
+    by_hand = decoder(model.decode(codes[:1]), negative_embeds=model.decode(negative[:1]),
+                      seeds=[0], guidance_scale=5.0, num_inference_steps=3)
     assert same(by_hand, avoided[:1])
     nine = codes.repeat(2, 1)[:9]  # more than one pass of 8
     assert same(tokenizer.decode_image(nine, negative[:1], 5.0, 3)[5:9], one[:4])
@@ -135,8 +135,8 @@ def test_seed1_steers_away_from_codes(tmp_path: Path) -> None:
     plain, steered = (model.draw(codes, num_inference_steps=2, guidance_scale=9.0, negative_codes=rows)
                       for rows in (None, negative))
     assert len(steered) == 3 and not same(plain, steered)
-    assert same(model.draw(codes, num_inference_steps=2, guidance_scale=9.0, batch_size=2, negative_codes=negative),
-                steered)
+    parts = model.draw(codes, num_inference_steps=2, guidance_scale=9.0, batch_size=2, negative_codes=negative)
+    assert all(np.abs(np.asarray(a, dtype=int) - np.asarray(b)).max() <= 1 for a, b in zip(parts, steered, strict=True))
 
 
 def test_moving_takes_the_drawing_half_along(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +158,7 @@ def test_fp16_of_a_yaml(tiny_folder: Path, tmp_path: Path, lines: str, dtype: to
                     f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nload_diffusion: True\n{lines}\n")
     tokenizer = instantiate(file, device="cpu")
     assert isinstance(tokenizer, SeedLlamaTokenizer) and tokenizer.fp16 is fp16
-    assert tokenizer.pictures.model.dtype == dtype and tokenizer.pictures.decoder.pipeline.unet.dtype == dtype
+    assert tokenizer.pictures.model.dtype == dtype and tokenizer.pictures.decoder.unet.dtype == dtype
     assert tokenizer.encode_image(image_pil=Image.new("RGB", (9, 9))).shape == (1, 32)
 
 

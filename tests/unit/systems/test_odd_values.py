@@ -182,10 +182,6 @@ def test_tensors(tiny: SeedLlama) -> None:
     for value in (codes.to("meta"), codes.to_sparse()):
         with pytest.raises(CodesError, match="plain tensor"):
             tiny.reconstruct(value)
-    embeds = tiny.pictures.model.decode(codes)
-    for more in ({"generator": object()}, {"generator": [None]}, {"latents": torch.zeros(1, 3, 8, 8)},
-                 {"latents": torch.zeros(4, 8, 8)}):
-        assert answers_or_refuses(lambda o=more: tiny.pictures.decoder.decode(embeds, **o), f"{more}")
 
 
 def test_pictures(tiny: SeedLlama) -> None:
@@ -219,20 +215,6 @@ def test_arrays_and_open_files_are_pictures(tiny: SeedLlama, tmp_path: Path) -> 
     assert torch.equal(tiny.tokenize([ARRAY, PICTURE]), want[[0, 0]])
 
 
-@pytest.mark.slow
-def test_schedulers_that_do_not_fit(tiny: SeedLlama) -> None:
-    import diffusers
-
-    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-    codes = tiny.tokenize(PICTURE)
-    usual = tiny.pictures.decoder.pipeline.scheduler
-    told = {name: answers_or_refuses(lambda n=name: tiny.reconstruct(codes, scheduler=n, num_inference_steps=2), name)
-            for name in names}
-    assert tiny.pictures.decoder.pipeline.scheduler is usual
-    assert told["DDIMScheduler"] is None and told["EulerDiscreteScheduler"] is None
-    assert "EulerDiscreteScheduler" in (told["FlowMatchEulerDiscreteScheduler"] or "")
-
-
 def test_temperatures_without_warmth_are_greedy(tiny: SeedLlama) -> None:
     greedy = tiny.chat(MESSAGE, max_new_tokens=8, do_sample=False).ids
     for cold in (0, 1e-45, 1e-38, 1e-10, 1e-5):
@@ -247,8 +229,7 @@ def test_weights_that_are_not_numbers_are_named(tiny_folder: Path) -> None:
     codes = system.tokenize(PICTURE)[0].tolist()
     sound = system.chat(MESSAGE, max_new_tokens=3).ids
     parts = {"The language model": (system.llm, lambda: system.describe(codes)),
-             "The image tokenizer": (system.pictures.model, lambda: system.tokenize(PICTURE)),
-             "The diffusion model": (system.pictures.decoder.pipeline.unet, lambda: system.reconstruct(codes))}
+             "The image tokenizer": (system.pictures.model, lambda: system.tokenize(PICTURE))}
     for who, (model, call) in parts.items():
         name, weight = [pair for pair in model.named_parameters() if "attn" in pair[0] and pair[1].ndim > 1][0]
         before = weight.detach().clone()
@@ -273,7 +254,7 @@ def test_weights_that_are_not_numbers_are_named(tiny_folder: Path) -> None:
     assert system.chat(MESSAGE, max_new_tokens=3).ids == sound
     with pytest.raises(ImageError, match="pixels hold NaN"):
         system.encode_pixels(torch.full((1, 3, 32, 32), math.nan))
-    with pytest.raises(GenerationError, match="too extreme"):
+    with pytest.raises(GenerationError, match="computed NaN or infinity"):
         system.reconstruct(codes, guidance_scale=1e38)
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import default_collate
 from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
 from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.data.stream.pair_dataset import SourceDataset
-from seed_multimodal.detokenizers.sdxl_adapter import size_ids
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, ImageTransform, plain_rgb, resize_passes, to_bytes

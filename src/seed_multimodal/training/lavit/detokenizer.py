@@ -1,8 +1,8 @@
 """LaVIT's pixel decoders as a task of the loop: a U-Net learns to draw pictures from their own codes.
 
 The frozen tokenizer makes a picture's codes and the frozen blocks of the code decoder features of these; the heads
-behind them are trained with the U-Net. What the paper says and what is our choice: `detokenizers/lavit_training.py`,
-and the configurations' comments. OUTPUT_DIR/pixels is the result, for `LavitPixels.from_pretrained`, and in it
+behind them are trained with the U-Net. What the paper says and what is our choice: `lavit/pixel_training.py`,
+and the configurations' comments. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`, and in it
 `decoder/`, for `CodeDecoder.from_pretrained`.
 """
 
@@ -16,19 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.autoencoder import autoencoder_folder
-from seed_multimodal.detokenizers.lavit import LavitPixels
-from seed_multimodal.detokenizers.lavit_training import (
-    LavitPixelLoss,
-    TrainedPixels,
-    decoder_for,
-    empty_text_of,
-    read_unet,
-)
-from seed_multimodal.detokenizers.lavit_unconditional import UNCONDITIONAL, is_sdxl
+from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl
+from seed_multimodal.lavit.pixel_training import LavitPixelLoss, TrainedPixels, decoder_for, load_empty_text
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -46,7 +39,7 @@ KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the tra
 class LavitPixelTask(PixelTask):
     """One run in one process."""
 
-    result, kind, parts, frozen = "pixels", LavitPixels, "U-Net and code decoder", "tokenizer"
+    result, kind, parts, frozen = "pixels", LavitDetokenizer, "U-Net and code decoder", "tokenizer"
     module: TrainedPixels
 
     def __init__(self, run: PixelRun[LavitPixelModel], group: ProcessGroup, device: torch.device) -> None:
@@ -80,7 +73,7 @@ class LavitPixelTask(PixelTask):
         """See `PixelTask`."""
         model = self.model
         place = Path(model.start) if model.start else self.folder
-        unet = read_unet(place)
+        unet = LavitDetokenizer.load_unet(place)
         decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
         if new:
             self._log(f"{model.decoder} has no head for this U-Net: a new one is trained.")
@@ -88,8 +81,8 @@ class LavitPixelTask(PixelTask):
         if rows != made or self.places != decoder.config.tokens:
             raise ConfigError(f"model: the code decoder reads {decoder.config.tokens} rows of width {made}, but the "
                               f"tokenizer makes up to {self.places} of width {rows}.")
-        nothing = None if is_sdxl(unet) else empty_text_of(self.folder, int(unet.config.cross_attention_dim))
-        module = TrainedPixels(unet, decoder, nothing).train()
+        null_embeds = None if is_sdxl(unet) else load_empty_text(self.folder, int(unet.config.cross_attention_dim))
+        module = TrainedPixels(unet, decoder, null_embeds).train()
         module.set_trainable(model.trained)
         if model.gradient_checkpointing:
             unet.enable_gradient_checkpointing(checkpointed)
@@ -102,18 +95,18 @@ class LavitPixelTask(PixelTask):
         return self.loss(model, self.schedule, latents, rows, time_ids, generator=generator)
 
     def save_result(self, module: nn.Module, folder: Path) -> None:
-        """For `LavitPixels.from_pretrained`, with the decoder."""
+        """For `LavitDetokenizer.from_pretrained`, with the decoder."""
         assert isinstance(module, TrainedPixels)
         module.unet.save_pretrained(folder / "unet")
         module.decoder.save_pretrained(folder / DECODER)
-        shutil.copytree(autoencoder_folder(self.folder), folder / "vae", dirs_exist_ok=True)
+        shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
         for name in KEPT:
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
             elif (self.folder / name).is_file():
                 shutil.copy2(self.folder / name, folder / name)
-        if module.nothing is not None:
-            torch.save(module.nothing.cpu(), folder / UNCONDITIONAL)
+        if module.null_embeds is not None:
+            torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)
 
     def about_model(self) -> dict[str, Any]:
         """What is trained, and from which codes. Folders may move: the weights say whether they are others."""

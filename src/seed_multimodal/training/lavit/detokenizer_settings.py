@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.stream.drawn_pairs import DrawnView
-from seed_multimodal.detokenizers.sdxl_adapter import Trained
+from seed_multimodal.diffusion.training import Trained
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.lavit.picture_codes import Mode

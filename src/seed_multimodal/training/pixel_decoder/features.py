@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.detokenizers.autoencoder import read_autoencoder
-from seed_multimodal.detokenizers.denoising import training_schedule
-from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer
-from seed_multimodal.detokenizers.schedulers import read_scheduler
+from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.training import training_schedule
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -98,19 +96,19 @@ class PictureFeatures:
         self.moments.release()
 
 
-def load_autoencoder(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any:
+def load_autoencoder(folder: str | Path, kind: type[Detokenizer]) -> Any:
     """A diffusers folder's autoencoder in float32; `kind` says in errors what the folder should be.
 
     Raises:
         CheckpointError: not there, or not complete.
     """
-    return read_autoencoder(find_folder(folder, NEEDED, kind.where), kind)
+    return kind.load_vae(find_folder(folder, NEEDED, kind.where))
 
 
-def load_schedule(folder: str | Path, kind: type[PipelineDetokenizer]) -> Any:
+def load_schedule(folder: str | Path, kind: type[Detokenizer]) -> Any:
     """The noise schedule of a diffusers folder, for training. Raises CheckpointError: not there."""
     place = find_folder(folder, NEEDED, kind.where)
-    return training_schedule(read_scheduler(place, kind.where))
+    return training_schedule(kind.load_scheduler(place))
 
 
 def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:

@@ -20,8 +20,8 @@ from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, by_size, open_pi
 from seed_multimodal.data.stream.order import MixedOrder
 from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset, sample_seed
 from seed_multimodal.data.stream.step_batches import StepBatches, block_of
-from seed_multimodal.detokenizers.pipelines import PipelineDetokenizer
 from seed_multimodal.device import copy_to
+from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.checkpoint_folders import check_shared
@@ -67,7 +67,7 @@ class PixelTask(Task):
     quiet_keys = _QUIET
     start_hint = "model.start"
     result: ClassVar[str]
-    kind: ClassVar[type[PipelineDetokenizer]]
+    kind: ClassVar[type[Detokenizer]]
     parts: ClassVar[str]
     frozen: ClassVar[str]
     reads_condition = False

@@ -2,7 +2,7 @@
 
 Stage 1: the resampler and the U-Net's keys and values learn to draw from a frozen tower's embeddings. Stage 2: the
 first convolution also reads the latents of a condition picture, the source of an edit or zeros. What the paper says and
-what is our choice: `detokenizers/sdxl_training.py`, and the configurations' comments.
+what is our choice: `diffusion/training.py`, and the configurations' comments.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
-from seed_multimodal.detokenizers.sdxl_adapter import SIZES, SDXLAdapter
-from seed_multimodal.detokenizers.sdxl_training import AdapterLoss, adapter_from_sdxl
+from seed_multimodal.diffusion.training import AdapterLoss
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.seed_x.adapter import SIZES, SDXLAdapter
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -119,8 +119,8 @@ def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
         CheckpointError: weights that are not there. ConfigError: a first stage that begins with a second one.
     """
     sdxl = find_folder(settings.sdxl, ("unet/*",), SDXL_WHERE)
-    adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train() if settings.start else adapter_from_sdxl(
-        sdxl, settings.resampler, seed=settings.seed)
+    adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train() if settings.start else SDXLAdapter.from_unet(
+        SdxlDetokenizer.load_unet(sdxl), settings.resampler, settings.seed)
     if settings.stage == 2:
         adapter.add_condition_channels()
     elif adapter.reads_condition:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from seed_multimodal.detokenizers.sdxl_adapter import Trained
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerSizes
-from seed_multimodal.detokenizers.sdxl_training import ConditionDropout
+from seed_multimodal.diffusion.training import ConditionDropout, Trained
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.seed_x.adapter import ResamplerSizes
 from seed_multimodal.seed_x.vision import QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.llm.model_settings import find_folder

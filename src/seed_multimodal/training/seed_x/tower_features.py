@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.sdxl import pooled_tokens
+from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed_x.vision import QwenVit

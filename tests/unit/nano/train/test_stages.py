@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seed_multimodal.detokenizers.layout import LayoutDecoder
+from seed_multimodal.diffusion.layout import LayoutDecoder
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings

@@ -16,13 +16,12 @@ from tiny_lavit_tokenizer import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.denoising import training_schedule
-from seed_multimodal.detokenizers.lavit import LavitPixels
-from seed_multimodal.detokenizers.lavit_training import HEADS, LavitPixelLoss, TrainedPixels, read_unet
-from seed_multimodal.detokenizers.sdxl_adapter import size_ids
+from seed_multimodal.diffusion.training import size_ids, training_schedule
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.lavit.pixel_training import HEADS, LavitPixelLoss, TrainedPixels
 from seed_multimodal.training.lavit.detokenizer import train_lavit_detokenizer
 from seed_multimodal.training.lavit.detokenizer_settings import read_lavit_pixel_run
 from seed_multimodal.training.lavit.picture_codes import PictureCodes
@@ -58,11 +57,11 @@ def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head:
     same = {name for name, value in decoder.state_dict().items() if torch.equal(value, start.get(name, torch.ones(0)))}
     same -= {"unet_attnpool.k_proj.bias"}  # moves all scores alike
     assert same == {name for name in start if not name.startswith(HEADS)}
-    moved, unet = read_unet(tmp_path / "run" / "pixels"), read_unet(parts / head)
+    moved, unet = LavitDetokenizer.load_unet(tmp_path / "run" / "pixels"), LavitDetokenizer.load_unet(parts / head)
     assert not any(torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True))
-    pixels = LavitPixels.from_pretrained(tmp_path / "run" / "pixels")
+    pixels = LavitDetokenizer.from_pretrained(tmp_path / "run" / "pixels")
     with torch.no_grad():
-        pictures = pixels.draw(decoder([torch.randn(n, 4) for n in (3, 9)]), 16, 24, num_inference_steps=2)
+        pictures = pixels(decoder([torch.randn(n, 4) for n in (3, 9)]), height=16, width=24, num_inference_steps=2)
     assert [picture.size for picture in pictures] == [(24, 16)] * 2
 
 
@@ -107,11 +106,11 @@ def test_the_share_without_conditions() -> None:
 def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path, head: Any) -> None:
     """The same prediction as the drawing program's for what it steers away from, whatever the codes; with conditions
     the codes count."""
-    pixels, decoder = LavitPixels.from_pretrained(parts / head), code_decoder(head)
+    pixels, decoder = LavitDetokenizer.from_pretrained(parts / head), code_decoder(head)
     if head == "lowres":
         decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 14)
         decoder.config = decoder.config.__class__(**{**vars(decoder.config), "prompt_dim": 14})
-    model = TrainedPixels(pixels.pipeline.unet, decoder, pixels.nothing).eval()
+    model = TrainedPixels(pixels.unet, decoder, pixels.null_embeds).eval()
     noisy, steps, ids = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), size_ids((16, 16), count=2)
     rows = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]
     without = torch.tensor([True, False])
@@ -121,7 +120,7 @@ def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path,
     told = decoder(rows[0])
     asked: list[dict[str, Any]] = []
     model.unet.register_forward_pre_hook(lambda module, given, options: asked.append(dict(options)), with_kwargs=True)
-    pixels.draw(told, 16, 16, num_inference_steps=1, guidance_scale=3.0)
+    pixels(told, num_inference_steps=1, guidance_scale=3.0)
     wanted = model.unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **asked[0]).sample
     torch.testing.assert_close(wanted[0], made[0][0], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(wanted[3], made[0][1], atol=1e-5, rtol=1e-4)
@@ -177,8 +176,8 @@ def test_kept_codes_and_latents_give_the_same_numbers(parts: Path, tmp_path: Pat
     ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
     ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer .* sees 16 pixels a side"),
     ({"data": {"sources": [{"name": "a", "condition_key": "x"}]}}, ConfigError, "LaVIT reads no condition picture"),
-    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere: there is no such folder"),
-    ({"model": {"start": "/nowhere"}}, CheckpointError, "/nowhere: there is no such folder"),
+    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
+    ({"model": {"start": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
     ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere/.*there is no such file"),
     ({"model": {"decoder": "/nowhere"}}, CheckpointError, "/nowhere: there is no such"),
     ({"model": {"selection": "all"}}, ConfigError, "selection must be 'draw' or 'threshold'"),

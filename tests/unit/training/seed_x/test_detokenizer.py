@@ -13,9 +13,9 @@ import tiny_sdxl
 import torch
 from tiny_detokenizer import CONFIGS, ROOT, config, losses, write_parts
 
-from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.seed_x.adapter import SDXLAdapter
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
@@ -52,8 +52,8 @@ def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, s
     assert moved - {"conv_in.bias"} and all("to_k" in name or "to_v" in name for name in moved - {"conv_in.bias"})
     assert ("conv_in.bias" in moved) == (stage == 2)
     detokenizer = SdxlDetokenizer.from_pretrained(parts / "sdxl", tmp_path / "run" / "adapter")
-    detokenizer.look_at_nothing(QwenVit.from_pretrained(parts / "tower"), 16)
-    pictures = detokenizer.decode(torch.randn(2, 16, tiny_sdxl.WIDTH), num_inference_steps=2, height=16, width=16)
+    detokenizer.set_null_embeds(QwenVit.from_pretrained(parts / "tower"), 16)
+    pictures = detokenizer(torch.randn(2, 16, tiny_sdxl.WIDTH), num_inference_steps=2, height=16, width=16)
     assert [picture.size for picture in pictures] == [(16, 16)] * 2
 
 

@@ -17,9 +17,9 @@ from PIL import Image
 from tiny_detokenizer import TOWER, config, losses, write_parts
 
 from seed_multimodal.data.stream.order import EpochOrder, MixedOrder, drawn_indices
-from seed_multimodal.detokenizers.sdxl import SdxlDetokenizer
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
 from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.seed_x.adapter import SDXLAdapter
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.pixel_decoder.features import LatentMoments, load_autoencoder
 from seed_multimodal.training.seed_x.detokenizer import train_detokenizer

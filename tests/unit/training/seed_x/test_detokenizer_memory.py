@@ -15,9 +15,8 @@ from tiny_detokenizer import (
 )
 
 import seed_multimodal  # noqa: F401  (before diffusers)
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter
-from seed_multimodal.detokenizers.sdxl_resampler import ResamplerXLV2
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.seed_x.adapter import ResamplerXLV2, SDXLAdapter
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.llm.memory import GIB
 from seed_multimodal.training.pixel_decoder.memory import held_memory

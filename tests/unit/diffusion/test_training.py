@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,14 +10,16 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from seed_multimodal.detokenizers.denoising import denoising_loss, min_snr_weight, noise_target, training_schedule
-from seed_multimodal.detokenizers.sdxl_adapter import SDXLAdapter, size_ids
-from seed_multimodal.detokenizers.sdxl_training import (
+from seed_multimodal.diffusion.training import (
     AdapterLoss,
     ConditionDropout,
-    adapter_from_sdxl,
+    denoising_loss,
+    min_snr_weight,
+    noise_target,
+    size_ids,
+    training_schedule,
 )
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 
 NEVER = ConditionDropout(0.0, 0.0, 0.0)
 
@@ -90,7 +91,7 @@ def test_dropped_conditions(schedule: Any) -> None:
     batch, watched = _batch(200), Recorder()
     AdapterLoss(dropout)(watched, schedule, **batch, generator=torch.Generator().manual_seed(0))
     no_embeds, no_picture = dropout.draw(200, torch.Generator().manual_seed(0))
-    assert bool((watched.embeds[no_embeds] == 0.5).all()), "an empty picture's embeddings, not zeros"
+    assert bool((watched.embeds[no_embeds] == 0.5).all()), "an empty image's embeddings, not zeros"
     torch.testing.assert_close(watched.embeds[~no_embeds], batch["image_embeds"][~no_embeds])
     assert not watched.condition[no_picture].any()
     torch.testing.assert_close(watched.condition[~no_picture], batch["condition_latents"][~no_picture])
@@ -117,7 +118,7 @@ def test_velocities_and_weights(schedule: Any) -> None:
     assert halves.dtype == torch.float32
     weighted = AdapterLoss(NEVER, min_snr=5.0)(Recorder(), schedule, **_batch(32))
     assert weighted["total_loss"].item() < weighted["mse"].item()
-    with pytest.raises(ConfigError, match="prediction_type is 'sample'; adapters are trained with 'epsilon' or"):
+    with pytest.raises(ConfigError, match="prediction_type is 'sample'; training needs 'epsilon' or"):
         noise_target(DDPMScheduler(prediction_type="sample"), latents, noise, steps)
 
 
@@ -152,24 +153,3 @@ def test_keys_values_and_resampler_learn(stage: int, schedule: Any) -> None:
     assert losses[-1] < 0.97 * losses[0], "little can be learned through keys and values alone"
     moved = {name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name, value in adapter.named_parameters() if value.requires_grad}
-
-
-# ---- beginning
-
-
-def test_training_begins_with_sdxls_own_unet(tmp_path: Path) -> None:
-    folder = tiny_sdxl.sdxl_folder(tmp_path / "sdxl")
-    adapter = adapter_from_sdxl(folder, tiny_sdxl.SIZES, seed=3)
-    assert isinstance(adapter, SDXLAdapter) and adapter.training and not adapter.reads_condition
-    for name, value in tiny_sdxl.unet().state_dict().items():
-        assert torch.equal(adapter.unet.state_dict()[name], value), name
-    torch.manual_seed(99)
-    again = adapter_from_sdxl(folder, tiny_sdxl.SIZES, seed=3)
-    assert torch.equal(again.resampler.latents, adapter.resampler.latents)
-    weights = next((folder / "unet").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match="sdxl: not a complete SDXL folder") as caught:
-        adapter_from_sdxl(folder, tiny_sdxl.SIZES)
-    assert "\n" not in str(caught.value)
-    with pytest.raises(CheckpointError, match="no such folder; download the diffusers folder of SDXL"):
-        adapter_from_sdxl(tmp_path / "absent", tiny_sdxl.SIZES)

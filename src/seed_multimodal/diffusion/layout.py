@@ -1,9 +1,9 @@
-"""What a small U-Net is told about the layout of the picture that an embedding shows.
+"""Layouts for the small U-Nets of the shipped models: where things belong, read from an embedding.
 
-A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong. This
-module reads the expected latents out of the embedding and offers them twice: as cross-attention tokens of the places
-(`prompt_embeds`), and as the mean of the latents from which sampling starts (`warm_latents`; the noise
-schedule of such a model ends at a signal share above zero). Released SEED-2 decoders have none and need none.
+A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong.
+`LayoutDecoder` predicts the expected latents and offers them twice: as cross-attention tokens of the places
+(`prompt_embeds`), and as the mean of the latents from which sampling starts (`warm_latents`; the noise schedule of such
+a model ends at a signal share above zero). Original de-tokenizers have none and need none.
 """
 
 from __future__ import annotations
@@ -17,34 +17,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.vision.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
-UNSURE = 0.25  # share of the samples whose things are named less surely in training than the heads do
+LAYOUT = "layout"  # folder of a layout decoder, beside the U-Net's or an adapter's weights
+UNSURE = 0.25  # share of the training samples whose things are named less surely than the heads do
 REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
+
+
+def pooled_tokens(features: Tensor, count: int) -> Tensor:
+    """`[B, N, W]` → `[B, count, W]`: means of neighbours in raster order; unchanged if N is no multiple of `count`."""
+    group, rest = divmod(features.shape[1], count)
+    return features if rest or group < 2 else F.avg_pool1d(features.mT, group).mT
+
+
+class LabelHeads(nn.Module):
+    """Linear classifiers of an embedding of that width, one for each label; `classes`: label → number of classes."""
+
+    def __init__(self, width: int, classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.width, self.classes = width, dict(classes)
+        self.layers = nn.ModuleDict({name: nn.Linear(width, count) for name, count in classes.items()})
+
+    def forward(self, embedding: Tensor) -> dict[str, Tensor]:
+        """Logits `[B, classes]` of every label from embeddings `[B, E]`."""
+        return {name: layer(embedding).float() for name, layer in self.layers.items()}
+
+    def loss(self, embedding: Tensor, labels_BL: Tensor) -> Tensor:
+        """Mean cross entropy of the labels, class numbers in the order of `classes`; -100 is ignored."""
+        logits = self(embedding).values()
+        return torch.stack([F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits)]).mean()
+
+    def divergence(self, embedding: Tensor, teacher: Tensor) -> Tensor:
+        """KL divergence `[B]` of the labels of embeddings from those of the teacher's (no gradient); mean, fp32."""
+        with torch.autocast(embedding.device.type, enabled=False):
+            with torch.no_grad():
+                target = self(teacher.float())
+            return torch.stack([F.kl_div(logits.log_softmax(1), target[name].softmax(1), reduction="none").sum(1)
+                                for name, logits in self(embedding.float()).items()]).mean(0)
+
+    @torch.no_grad()
+    def right(self, embedding: Tensor, labels_BL: Tensor) -> Tensor:
+        """Which labels are predicted correctly, bool `[B, L]`."""
+        return torch.stack([logits.argmax(1) for logits in self(embedding).values()], 1) == labels_BL
+
+    @classmethod
+    def load(cls, file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:
+        """Frozen heads from their state dict; `labels`: the order of the heads, which a file does not keep.
+
+        Raises:
+            CheckpointError: not there, damaged, or heads of other labels.
+        """
+        state = load_state_dict(file)
+        sizes = {name.split(".")[1]: value.shape for name, value in state.items() if name.endswith(".weight")}
+        if not sizes or labels is not None and set(labels) != set(sizes):
+            raise CheckpointError(f"{file}: holds heads of {', '.join(sorted(sizes)) or 'no labels'}, not of "
+                                  f"{', '.join(labels or ('any',))}.")
+        heads = cls(next(iter(sizes.values()))[1], {name: sizes[name][0] for name in labels or sizes})
+        assign_strictly(heads, state, file)
+        return heads.requires_grad_(False).eval()
 
 
 class LayoutDecoder(nn.Module):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of the places `[B, (g/p)², D]`.
 
     Linear heads name what the embedding shows. Name, style and embedding of each thing become one small feature map,
-    which is placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015, at
-    anchors): a thing is learned once for all its places. Convolutions join these maps, a map of the background and a
-    coarse picture that is read from the embedding. Embeddings do not tell the small shifts of a picture's things; while
-    it is trained it is told the true spots, so that it does not learn to blur over them.
+    placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015, at anchors): a thing
+    is learned once for all its places. Convolutions join these maps, a map of the background and a coarse image read
+    from the embedding. Training gives the true places, which embeddings do not hold, so that it does not learn to blur.
 
     Args:
         classes: classes of the labels `first` and `second` (things, of which the second's classes begin with the
             first's), `style`, `background`, `layout`.
         anchors: for each class of `layout` where things stand: (0 for the first thing or 1 for the second, x, y, side),
-            in shares of the picture.
+            in shares of the image.
         width: of names; channels: of the latents; features, side: of a thing's map; hidden, depth: width and blocks of
-            the convolutions; coarse: side of the coarse picture; patch: side p of the latents that a token stands for.
+            the convolutions; coarse: side of the coarse image; patch: side p of the latents that a token stands for.
         cross_dim: width of the tokens; 0: there are none.
-        keeps: width of the convolutions that decide where the latents of a condition picture stay; 0: it reads none.
-        reading: (W, n): the embedding is that of several patches side by side, W numbers each, of which `reading` makes
-            n first; everything else reads those.
+        keeps: width of the convolutions that decide where the latents of a condition image stay; 0: none.
+        reading: (W, n): a linear layer first reduces each W numbers of the embedding to n.
     """
 
     def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
@@ -87,8 +139,8 @@ class LayoutDecoder(nn.Module):
         """Expected latents and tokens.
 
         Args:
-            spots: where things really stand, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
-            condition: latents `[B, C, g, g]` of a picture that stays where the embedding does not say otherwise; a
+            spots: true places of the things, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
+            condition: latents `[B, C, g, g]` of an image that stays where the embedding does not say otherwise; a
                 sample of zeros has none.
         """
         embedding = self.read(embedding)
@@ -122,8 +174,8 @@ class LayoutDecoder(nn.Module):
         return torch.where((condition != 0).flatten(1).any(1)[:, None, None, None], joined, mean)
 
     def _shares(self, embedding: Tensor) -> dict[str, Tensor]:
-        """Probabilities of every label's classes; in training some things are named less surely, so that the less sure
-        a name is, the more is drawn from the embedding: things never seen are drawn so."""
+        """Probabilities of every label's classes; in training less sure ones for some things, so that things never seen
+        are drawn from the embedding."""
         logits = self.heads(embedding)
         if self.training:
             unsure = torch.rand(2, len(embedding), 1, device=embedding.device)
@@ -146,32 +198,30 @@ class LayoutDecoder(nn.Module):
         far = offset.detach().abs().amax(-1)[:, None]  # [B, 1, g², K]
         others = role[:, None, None] != torch.arange(2, device=maps.device)[None, :, None, None]
         near, spot = far.masked_fill(others, torch.inf).min(-1)  # [B, 2, g²]
-        found = offset[:, None].expand(-1, 2, -1, -1, -1).gather(3, spot[..., None, None].expand(-1, -1, -1, 1, 2))
-        placed = F.grid_sample(maps, found.reshape(-1, g, g, 2), align_corners=False).unflatten(0, (-1, 2))
+        nearest = offset[:, None].expand(-1, 2, -1, -1, -1).gather(3, spot[..., None, None].expand(-1, -1, -1, 1, 2))
+        placed = F.grid_sample(maps, nearest.reshape(-1, g, g, 2), align_corners=False).unflatten(0, (-1, 2))
         return placed * near.isfinite().unflatten(2, (g, g))[:, :, None]
 
-    def latents(self, embedding: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Expected latents `[B, C, g, g]`; `condition` as of `forward`."""
-        return self(embedding, condition=condition)[0]
+    def flat(self, embeds: Tensor) -> Tensor:
+        """Embeddings `[B, E]`, or `[B, N, W]` averaged to as many as it reads, in its precision and on its device."""
+        if embeds.ndim == 3:
+            embeds = pooled_tokens(embeds, max(self.sizes["embedding"] // embeds.shape[2], 1)).flatten(1)
+        return embeds.to(self.mood.weight.dtype)
 
-    def prompt_embeds(self, embedding: Tensor) -> Tensor:
-        """One token for each square of latents, row by row: `[B, (g/p)², D]`."""
-        return self(embedding)[1]
-
-    def warm_latents(
-        self, embedding: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None, scheduler: Any,
-        condition: Tensor | None = None, size: tuple[int, int] | None = None
-    ) -> Tensor:
+    def warm_latents(self, embeds: Tensor, generators: Sequence[torch.Generator], scheduler: Any,
+                     condition: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Start of sampling: expected latents and noise, mixed as at the schedule's last training step.
 
-        `size`: height and width of the latents, None for g × g; the layout is stretched over another one.
+        Args:
+            embeds: as of `flat`. size: height and width of the latents; the layout is stretched over another than g.
         """
-        mean = self.latents(embedding, condition)
+        flat = self.flat(embeds)
+        mean = self(flat, condition=None if condition is None else condition.to(flat))[0]
         if size is not None and size != tuple(mean.shape[2:]):
             mean = F.interpolate(mean.float(), size, mode="bilinear", antialias=True).to(mean.dtype)
+        noise = torch.stack([torch.randn(mean.shape[1:], generator=one) for one in generators]).to(mean)
         signal = float(scheduler.alphas_cumprod[-1])
-        noise = _noise_like(mean, generator)
-        return signal ** 0.5 * mean + (1.0 - signal) ** 0.5 * noise
+        return signal**0.5 * mean + (1.0 - signal) ** 0.5 * noise
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
         """Write `config.json` and `model.safetensors`."""
@@ -182,17 +232,13 @@ class LayoutDecoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LayoutDecoder:
-        """Read what `save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: no or damaged `config.json`, or weights of another size.
-        """
+        """Read what `save_pretrained` wrote. Raises `CheckpointError`: not there, damaged, or of another size."""
         home = Path(folder)
+        sizes = read_json_object(home / "config.json")
         try:
-            sizes = json.loads((home / "config.json").read_text())
             with torch.device("meta"):  # weights that are replaced use up none of the caller's random numbers
                 module = cls(**sizes)
-        except (OSError, ValueError, TypeError, RuntimeError) as error:  # also brackets nested without end
+        except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{home / 'config.json'}: not a layout configuration "
                                   f"({first_line(error)}).") from error
         assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
@@ -212,12 +258,3 @@ def _keeping(channels: int, width: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(3 * channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, width, 3, padding=2, dilation=2),
         nn.SiLU(), nn.Conv2d(width, width, 3, padding=3, dilation=3), nn.SiLU(), last)
-
-
-def _noise_like(value: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
-    """Gaussian noise of `value`'s shape; with a list of generators, sample i depends on generator i alone."""
-    if isinstance(generator, Sequence):
-        rows = [torch.randn(value.shape[1:], generator=g, device=g.device) for g in generator]
-        return torch.stack(rows).to(value.device, value.dtype)
-    device = generator.device if generator is not None else value.device
-    return torch.randn(value.shape, generator=generator, device=device).to(value.device, value.dtype)

@@ -1,0 +1,151 @@
+"""Training losses of U-Nets: noise, targets, weights of time steps, and the loss of SEED-X's SDXL adapters.
+
+`min_snr` weighs time steps by their signal-to-noise ratio, capped (Hang et al. 2023). In SEED-X's paper the embeddings
+of a frozen vision encoder condition SDXL, whose own loss trains the resampler and the U-Net's keys and values; the
+second stage also reads the latents of a condition image. The original repository has no training program, so the shares
+of samples without conditions are our choice (as InstructPix2Pix's), and so is `min_snr` (off by default).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_settings, setting
+
+Trained = Literal["key_value", "all"]  # of a U-Net
+
+
+@dataclass(frozen=True)
+class Noised:
+    """Noised latents `[B, C, h, w]`, their time steps `[B]`, the target, and weights `[B]` in the loss (None: none)."""
+
+    latents: Tensor
+    steps: Tensor
+    target: Tensor
+    weight: Tensor | None
+
+    @classmethod
+    def draw(cls, schedule: Any, latents: Tensor, min_snr: float | None = None,
+             generator: torch.Generator | None = None) -> Noised:
+        """Noise and time steps by `generator`, on the CPU; min_snr: cap γ of the weights, None for none."""
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
+        steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator).to(
+            latents.device)
+        weight = None if min_snr is None else min_snr_weight(schedule, steps, min_snr)
+        return cls(schedule.add_noise(latents, noise, steps), steps, noise_target(schedule, latents, noise, steps),
+                   weight)
+
+    def losses(self, prediction: Tensor) -> dict[str, Tensor]:
+        """`total_loss`, the weighted mean; `mse`, the plain mean, without gradient."""
+        return {"total_loss": denoising_loss(prediction, self.target, self.weight),
+                "mse": denoising_loss(prediction.detach(), self.target)}
+
+
+def training_schedule(scheduler: Any) -> Any:
+    """A `DDPMScheduler` with the noise schedule of a folder's sampler (SDXL's, Euler, adds noise on another scale)."""
+    from diffusers import DDPMScheduler
+
+    return DDPMScheduler.from_config(scheduler.config)
+
+
+def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error in float32 of `[B, C, h, w]`, samples weighted by `weight` `[B]`."""
+    if weight is None:
+        return F.mse_loss(prediction.float(), target.float())
+    each = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
+    return (each * weight).mean()
+
+
+def noise_target(schedule: Any, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+    """What the U-Net should predict: the noise, or the velocity; `ConfigError` for a schedule of neither."""
+    kind = schedule.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return schedule.get_velocity(latents, noise, steps)
+    raise ConfigError(f"The scheduler's prediction_type is {kind!r}; training needs 'epsilon' or 'v_prediction'.")
+
+
+def min_snr_weight(schedule: Any, steps: Tensor, cap: float) -> Tensor:
+    """Weights `[B]` of time steps: min(SNR, cap) / SNR for noise, / (SNR + 1) for velocity (Hang et al. 2023)."""
+    share = schedule.alphas_cumprod.to(steps.device)[steps]
+    ratio = share / (1 - share)
+    return ratio.clamp(max=cap) / (ratio + (schedule.config.prediction_type == "v_prediction"))
+
+
+def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
+             count: int = 1) -> Tensor:
+    """SDXL's size conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop, target size.
+
+    Args:
+        size: (height, width) of the image in pixels; original: of the file it was cut from, None for the same.
+        crop: (top, left) of the cut.
+    """
+    return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(count, -1)
+
+
+def train_unet(unet: Any, which: Trained) -> None:
+    """Switch on the gradients of a whole U-Net ("all"), or of the keys and values of its attentions."""
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Shares of the samples without embeddings, without the condition image, and without both."""
+
+    embeds: float = setting(0.05, least=0, most=1)
+    picture: float = setting(0.05, least=0, most=1)
+    both: float = setting(0.05, least=0, most=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "condition dropout")
+        if self.embeds + self.picture + self.both > 1:
+            raise ConfigError("condition dropout: embeds, picture and both must be at most 1 together, not "
+                              f"{self.embeds + self.picture + self.both:g}.")
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Which samples lose their embeddings, and which their condition image: bool `[count]` each, on the CPU."""
+        at = torch.rand(count, generator=generator)
+        both = at < self.both
+        embeds = both | (at - self.both < self.embeds)
+        picture = both | (~embeds & (at - self.both - self.embeds < self.picture))
+        return embeds, picture
+
+
+@dataclass(frozen=True)
+class AdapterLoss:
+    """The loss of a training step of either stage; min_snr: cap γ of the time steps' weights, None for none."""
+
+    dropout: ConditionDropout = field(default_factory=ConditionDropout)
+    min_snr: float | None = setting(None, above=0)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "adapter loss")
+
+    def __call__(self, adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
+                 empty_features: Tensor, condition_latents: Tensor | None = None,
+                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Losses (`Noised.losses`) of latents noised at random time steps.
+
+        Args:
+            adapter: an `SDXLAdapter`, or a wrapper of it (DDP). schedule: of `training_schedule`.
+            latents: `[B, C, h, w]` of the images, multiplied by the autoencoder's scaling factor.
+            image_embeds: `[B, N, W]`. empty_features: `[1, N, W]`, the vision encoder's of an empty image.
+            time_ids: `[B, 6]` (`size_ids`).
+            condition_latents: `[B, C, h, w]` not so multiplied, for a second stage; None: every sample without.
+            generator: on the CPU, of all random choices.
+        """
+        device = latents.device
+        without_embeds, without_picture = self.dropout.draw(len(latents), generator)
+        noised = Noised.draw(schedule, latents, self.min_snr, generator)
+        embeds = torch.where(without_embeds.to(device)[:, None, None], empty_features.to(image_embeds), image_embeds)
+        if condition_latents is not None:
+            condition_latents = condition_latents * ~without_picture.to(device)[:, None, None, None]
+        return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))

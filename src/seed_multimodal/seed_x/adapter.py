@@ -1,0 +1,250 @@
+"""SEED-X's SDXL adapter: an SDXL U-Net whose text conditions a resampler makes from visual embeddings.
+
+The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were released, each as one file of
+`unet.*` (1,680 keys) and `resampler.*` (62): the first draws from embeddings alone (4 input channels), the second also
+reads the latents of a condition image (8). The second's first convolution begins as the first's with zeros for the new
+channels; the original code forgot to copy that convolution's bias.
+
+Shape suffixes: B images, N embeddings of an image, Q queries, D width of the queries, H heads, d width of a head.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.diffusion.training import Trained, train_unet
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, find_file
+from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
+from seed_multimodal.settings import check_settings, check_value, read_settings, setting
+from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
+
+WEIGHTS, SIZES = "model.safetensors", "resampler.json"
+FILES = (WEIGHTS, "pytorch_model.safetensors", "pytorch_model.bin")
+FIRST_LAYER = "unet.conv_in.weight"
+
+
+@dataclass(frozen=True)
+class ResamplerSizes:
+    """Sizes of `ResamplerXLV2`; the defaults are those of both released adapters.
+
+    Attributes:
+        dim, depth: width D and layers. heads, dim_head: of the attention; the pool has as many heads.
+        num_queries: Q, the length of the prompt. embedding_dim: width of the visual embeddings.
+        output1_dim, output2_dim: widths of the two text encoders' hidden states; the pooled output has the second.
+        normalize: scale each channel's values over the embeddings of an image to length 1 (released: off).
+    """
+
+    dim: int = setting(1024, least=1)
+    depth: int = setting(4, least=0)
+    dim_head: int = setting(64, least=1)
+    heads: int = setting(16, least=1)
+    num_queries: int = setting(64, least=1)
+    embedding_dim: int = setting(4096, least=1)
+    output1_dim: int = setting(768, least=1)
+    output2_dim: int = setting(1280, least=1)
+    ff_mult: int = setting(4, least=1)
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self, "resampler")
+        if self.dim % self.heads:
+            raise ConfigError(f"resampler: dim must be a multiple of heads, not {self.dim} with {self.heads} heads.")
+
+    @property
+    def prompt_dim(self) -> int:
+        """Width of the prompt embeddings, which the U-Net's cross-attention reads."""
+        return self.output1_dim + self.output2_dim
+
+
+class ResamplerXLV2(nn.Module):
+    """Visual embeddings `[B, N, embedding_dim]`, any N (released: 64 or 256), → prompt and pooled embeddings.
+
+    Released size: 62 keys, 61,245,696 parameters.
+    """
+
+    def __init__(self, sizes: ResamplerSizes | None = None) -> None:
+        super().__init__()
+        self.sizes = sizes = sizes or ResamplerSizes()
+        width = sizes.dim
+        self.latents = nn.Parameter(torch.randn(1, sizes.num_queries, width) / width**0.5)
+        self.proj_in = nn.Linear(sizes.embedding_dim, width)
+        self.norm_out = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(nn.ModuleList([
+            PerceiverAttention(width, sizes.heads, sizes.dim_head), _feed_forward(width, sizes.ff_mult * width),
+        ]) for _ in range(sizes.depth))
+        self.unet_proj_1 = nn.Linear(width, sizes.output1_dim)
+        self.unet_proj_2 = nn.Linear(width, sizes.output2_dim)
+        self.unet_attnpool = AttentionPool(sizes.num_queries, width, sizes.heads, sizes.output2_dim)
+
+    def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        """Prompt embeddings `[B, Q, output1_dim + output2_dim]` and pooled ones `[B, output2_dim]`."""
+        queries_BQD = self.latents.expand(len(embeds), -1, -1)
+        if self.sizes.normalize:
+            embeds = F.normalize(embeds, dim=1)
+        x_BND = self.proj_in(embeds)
+        for attention, feed_forward in self.layers:  # type: ignore[misc]
+            queries_BQD = queries_BQD + attention(x_BND, queries_BQD)
+            queries_BQD = queries_BQD + feed_forward(queries_BQD)
+        queries_BQD = self.norm_out(queries_BQD)
+        prompt = torch.cat([self.unet_proj_1(queries_BQD), self.unet_proj_2(queries_BQD)], dim=-1)
+        return prompt, self.unet_attnpool(queries_BQD)
+
+
+class PerceiverAttention(nn.Module):
+    """Queries attend to the embeddings and to themselves; no biases."""
+
+    def __init__(self, width: int, heads: int, dim_head: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, width, bias=False)
+
+    def forward(self, x_BND: Tensor, queries_BQD: Tensor) -> Tensor:
+        """`[B, N, D]`, `[B, Q, D]` → `[B, Q, D]`."""
+        queries = self.norm2(queries_BQD)
+        key, value = self.to_kv(torch.cat([self.norm1(x_BND), queries], dim=1)).chunk(2, dim=-1)
+        out_BHQd = F.scaled_dot_product_attention(*(heads_first(one, self.heads)
+                                                    for one in (self.to_q(queries), key, value)))
+        return self.to_out(heads_last(out_BHQd))
+
+
+def _feed_forward(width: int, hidden: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(),
+                         nn.Linear(hidden, width, bias=False))
+
+
+class SDXLAdapter(nn.Module):
+    """U-Net (4 input channels, or 8 to read a condition image) and resampler, the released checkpoints' two parts.
+
+    Raises `ConfigError` where the U-Net's conditions are not SDXL's, or of other widths than the resampler's results.
+    """
+
+    load_report: LoadReport | None = None
+
+    def __init__(self, unet: Any, resampler: ResamplerXLV2) -> None:
+        super().__init__()
+        self.unet, self.resampler = unet, resampler
+        config, sizes = unet.config, resampler.sizes
+        if config.addition_embed_type != "text_time":
+            raise ConfigError(f"The U-Net is none of SDXL's kind: its addition_embed_type is "
+                              f"{config.addition_embed_type!r}, not 'text_time'.")
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        if (sizes.prompt_dim, sizes.output2_dim) != (config.cross_attention_dim, pooled):
+            raise ConfigError(f"The resampler makes prompt embeddings of width {sizes.prompt_dim} and pooled ones of "
+                              f"{sizes.output2_dim}, but the U-Net reads {config.cross_attention_dim} and {pooled}.")
+        if config.in_channels not in (config.out_channels, 2 * config.out_channels):
+            raise ConfigError(f"The U-Net has {config.in_channels} input channels; an adapter has "
+                              f"{config.out_channels}, or {2 * config.out_channels} to read a condition image.")
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of the latents that are drawn."""
+        return int(self.unet.config.out_channels)
+
+    @property
+    def reads_condition(self) -> bool:
+        """Whether this is the second stage, which reads the latents of a condition image."""
+        return int(self.unet.config.in_channels) > self.latent_channels
+
+    def forward(self, noisy_latents: Tensor, timesteps: Tensor, image_embeds: Tensor, time_ids: Tensor,
+                condition_latents: Tensor | None = None) -> Tensor:
+        """The U-Net's prediction `[B, C, h, w]`.
+
+        Args:
+            noisy_latents: `[B, C, h, w]`; timesteps: `[B]`. image_embeds: `[B, N, W]`.
+            time_ids: `[B, 6]`, SDXL's size conditions (`size_ids`).
+            condition_latents: `[B, C, h, w]` of the condition image, for the second stage; None stands for zeros.
+        """
+        noisy_latents = noisy_latents.to(self.unet.dtype)  # under DeepSpeed the weights are in half precision
+        prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
+        if self.reads_condition:
+            condition = torch.zeros_like(noisy_latents) if condition_latents is None else condition_latents
+            noisy_latents = torch.cat([noisy_latents, condition.to(noisy_latents.dtype)], dim=1)
+        return self.unet(noisy_latents, timesteps, encoder_hidden_states=prompt,
+                         added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+
+    def add_condition_channels(self) -> None:
+        """Make a first stage a second one that draws as before, whatever the condition image; else nothing."""
+        if self.reads_condition:
+            return
+        first, channels = self.unet.conv_in, 2 * self.latent_channels
+        wide = nn.Conv2d(channels, first.out_channels, first.kernel_size, first.stride, first.padding,
+                         device=first.weight.device, dtype=first.weight.dtype)
+        with torch.no_grad():
+            wide.weight.zero_()[:, :first.in_channels] = first.weight
+            wide.bias.copy_(first.bias)
+        self.unet.conv_in = wide
+        self.unet.register_to_config(in_channels=channels)
+
+    def set_trainable(self, which: Trained = "key_value") -> list[nn.Parameter]:
+        """Switch on what is trained, and return those parameters: the resampler, and of the U-Net all or a part.
+
+        "key_value" (first stage in the paper: training the whole U-Net distorts details): keys and values of the
+        attentions, and the first convolution if a condition image is read. The original code handed them to the
+        optimiser without ever switching them on. "all": the whole U-Net (the released second stage).
+        """
+        train_unet(self.unet, check_value(Trained, which, "What is trained"))
+        self.unet.conv_in.requires_grad_(which == "all" or self.reads_condition)
+        self.resampler.requires_grad_(True)
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    @classmethod
+    def from_unet(cls, unet: Any, sizes: ResamplerSizes | None = None, seed: int = 0) -> SDXLAdapter:
+        """What training begins with: SDXL's own U-Net and an untrained resampler, drawn by `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return cls(unet, ResamplerXLV2(sizes).to(unet.dtype)).train()
+
+    @classmethod
+    def from_pretrained(cls, checkpoint: str | Path, sdxl: str | Path, *, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SDXLAdapter:
+        """An adapter in eval mode; its `load_report` counts what was read.
+
+        Args:
+            checkpoint: a `.bin` or `.safetensors` file, or the folder (or hub name) that holds one; `resampler.json`
+                in it gives the resampler's sizes, `sizes` or the released ones otherwise.
+            sdxl: SDXL's diffusers folder: only `unet/config.json` is read, the weights are in the checkpoint.
+
+        Raises:
+            CheckpointError: a file that is not there, damaged, not complete, or of an adapter of another size.
+        """
+        from diffusers import UNet2DConditionModel
+
+        file = find_file(checkpoint, FILES, SDXL_ADAPTER_WHERE)
+        listed = file.parent / SIZES
+        if listed.is_file():
+            sizes = read_settings(ResamplerSizes, read_json_object(listed, ConfigError), str(listed))
+        config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
+        state = load_state_dict(file, mapped=True)
+        if FIRST_LAYER not in state:
+            raise CheckpointError(f"{file}: no SDXL adapter: it holds no tensor {FIRST_LAYER!r}; {SDXL_ADAPTER_WHERE}.")
+        try:
+            with torch.device("meta"):
+                unet: Any = UNet2DConditionModel.from_config({**config, "in_channels": state[FIRST_LAYER].shape[1]})
+                adapter = cls(unet, ResamplerXLV2(sizes)).to(dtype)
+        except (ConfigError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise CheckpointError(f"{file}: does not belong to the U-Net that {sdxl}/unet/config.json describes "
+                                  f"({first_line(error)}).") from error
+        adapter.load_report = assign_strictly(adapter, state, file, foreign=True, device=device)
+        return adapter.eval()
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
+        """Write the weights (converted to `dtype`) and the resampler's sizes into a folder, for `from_pretrained`."""
+        home = Path(folder)
+        save_state_dict({name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()},
+                        home / WEIGHTS)
+        replace_text(home / SIZES, json.dumps(dataclasses.asdict(self.resampler.sizes), indent=1) + "\n")
+        return home

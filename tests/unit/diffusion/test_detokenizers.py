@@ -1,0 +1,235 @@
+"""What every de-tokenizer does: batches, seeds, settings, schedulers, CPU off-loading, damaged folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_lavit_pixels
+import tiny_sdxl
+import tiny_seed1
+import tiny_system
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
+
+FAMILIES = ("sd", "unclip", "unclip_layout", "sdxl", "sdxl_edit", "lavit", "lavit_sd")
+SEEDS = [1, 2, 3]
+
+
+@dataclass
+class Case:
+    """A model with what it draws three images from; `more`: further arguments with one entry for each image."""
+
+    model: Any
+    conditions: Any
+    more: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, rows: list[int], seeds: list[int] | None, **settings: Any) -> np.ndarray:
+        values = self.conditions
+        chosen = values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
+        more = {name: [value[row] for row in rows] for name, value in self.more.items()}
+        images = self.model(chosen, seeds=seeds, **more, **{"num_inference_steps": 2, **settings})
+        return np.stack([np.asarray(image, dtype=np.int32) for image in images])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("models")
+    tiny_seed1.diffusion_folder(place / "sd")
+    torch.manual_seed(0)
+    tiny_system.write_detokenizer(place / "unclip_layout")
+    shutil.copytree(place / "unclip_layout", place / "unclip", ignore=shutil.ignore_patterns("layout"))
+    tiny_sdxl.sdxl_folder(place / "sdxl_base")
+    for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
+        tiny_sdxl.adapter(stage).save_pretrained(place / name)
+    tiny_lavit_pixels.folder(place / "lavit", "highres")
+    tiny_lavit_pixels.folder(place / "lavit_sd", "lowres")
+    return place
+
+
+def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
+    make = torch.Generator().manual_seed(3)
+    if family == "sd":
+        return Case(StableDiffusionDetokenizer.from_pretrained(place / "sd", dtype=dtype),
+                    3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=make))
+    if family.startswith("unclip"):
+        return Case(UnclipDetokenizer.from_pretrained(place / family, dtype=dtype),
+                    3 * torch.randn(3, tiny_system.EMBEDDING, generator=make))
+    if family.startswith("sdxl"):
+        model = SdxlDetokenizer.from_pretrained(place / "sdxl_base", place / family, dtype=dtype)
+        model.set_null_embeds(tiny_sdxl.Tower(), 16)
+        conditions = [Image.effect_noise((16, 16), 90).convert("RGB"), None, Image.new("RGB", (9, 5), "red")]
+        return Case(model, torch.randn(3, 4, tiny_sdxl.WIDTH, generator=make),
+                    {"condition_images": conditions} if family == "sdxl_edit" else {})
+    torch.manual_seed(7)
+    high, width, pooled = family == "lavit", tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED
+    decoder = CodeDecoder(LavitDecoderConfig(
+        head="highres" if high else "lowres", tokens=8, code_dim=4, width=8, depth=1, heads=2, mlp_width=8,
+        feature_dim=8, prompt_dim=width - pooled if high else width, pooled_dim=pooled)).eval()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return Case(LavitDetokenizer.from_pretrained(place / family, decoder, dtype=dtype),
+                [torch.randn(length, 4, generator=make) for length in (3, 8, 5)])
+
+
+@pytest.fixture(params=FAMILIES)
+def case(place: Path, request: pytest.FixtureRequest) -> Case:
+    return open_case(place, request.param)
+
+
+def test_a_drawing_depends_on_condition_and_seed_only(case: Case) -> None:
+    together = case.draw([0, 1, 2], SEEDS)
+    assert np.abs(case.draw([0, 1, 2], SEEDS, batch_size=2) - together).max() <= 1
+    for row, seed in enumerate(SEEDS):
+        assert np.abs(case.draw([row], [seed])[0] - together[row]).max() <= 1
+    swapped = case.draw([2, 0], [3, 9])
+    assert np.abs(swapped[0] - together[2]).max() <= 1
+    assert np.abs(swapped[1] - together[0]).max() > 5, "another seed gives another image"
+    torch.manual_seed(5)
+    drawn = case.draw([0], None)
+    torch.manual_seed(5)
+    assert np.array_equal(case.draw([0], None), drawn), "without seeds: torch's global generator"
+    with pytest.raises(ConfigError, match="3 images need as many seeds, not 1"):
+        case.draw([0, 1, 2], [1])
+
+
+def test_guidance_of_one_runs_the_unet_once_a_step(case: Case) -> None:
+    rows: list[int] = []
+    steps: list[tuple[int, int]] = []
+    hook = case.model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    for guidance in (1.0, 3.0):
+        case.draw([0, 1], [1, 2], guidance_scale=guidance, num_inference_steps=2, scheduler="DDIMScheduler",
+                  callback=lambda done, total: steps.append((done, total)))
+    hook.remove()
+    assert rows == [2, 2, *(6, 6)] if case.more else [2, 2, 4, 4]
+    assert steps == [(1, 2), (2, 2)] * 2
+    assert len(case.model([] if isinstance(case.conditions, list) else case.conditions[:0])) == 0
+
+
+def test_cpu_offload_draws_the_same(case: Case) -> None:
+    """Here between the CPU and the CPU: every part has its hook, and `to` takes them off."""
+    plain = case.draw([0, 1], [1, 2])
+    case.model.enable_cpu_offload("cpu")
+    assert all(hasattr(part, "_hf_hook") for part in case.model.parts.values())
+    assert np.array_equal(case.draw([0, 1], [1, 2]), plain)
+    assert not any(hasattr(part, "_hf_hook") for part in case.model.to("cpu").parts.values())
+    assert np.array_equal(case.draw([0, 1], [1, 2]), plain)
+
+
+@pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
+def test_half_precision(place: Path, family: str) -> None:
+    half, full = open_case(place, family, torch.bfloat16), open_case(place, family)
+    assert half.model.unet.dtype == torch.bfloat16
+    assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        drawn = half.draw([0, 1, 2], SEEDS, guidance_scale=1.0)
+    assert np.abs(drawn - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
+
+
+@pytest.mark.parametrize(("settings", "sentence"), [
+    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
+    ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
+    ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)"),
+    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number"),
+    ({"scheduler": "DDIMSheduler"}, r"Unknown scheduler 'DDIMSheduler' \(did you mean 'DDIMScheduler'\?\)")])
+def test_settings_are_checked_without_drawing(case: Case, settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        case.model.check_settings(**settings)
+    assert case.model.check_settings(num_inference_steps=7, scheduler=None).num_inference_steps == 7
+
+
+def test_sizes(place: Path) -> None:
+    for family in ("sd", "sdxl", "lavit"):
+        case = open_case(place, family)
+        assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
+        for settings, sentence in (({"height": 16}, "both, or neither"),
+                                   ({"height": 16, "width": 20}, "width must be a multiple of 8 pixels, not 20")):
+            with pytest.raises(ConfigError, match=sentence):
+                case.draw([0], [1], **settings)
+    with pytest.raises(ConfigError, match="unknown key 'height'"):
+        open_case(place, "unclip").draw([0], [1], height=16, width=16)
+
+
+def test_any_scheduler_by_name(place: Path) -> None:
+    case = open_case(place, "sd")
+    usual = case.model.scheduler
+    names = ("PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "LCMScheduler")
+    drawn = {name: case.draw([0], [1], scheduler=name, num_inference_steps=6) for name in (None, *names)}
+    assert case.model.scheduler is usual and np.array_equal(drawn[None], drawn["PNDMScheduler"])
+    assert all(np.abs(drawn[name] - drawn[None]).max() > 1 for name in names[1:])
+
+
+def test_defaults_of_a_folder(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "sd", tmp_path / "sd")
+    (tmp_path / "sd" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0}))
+    model = open_case(tmp_path, "sd").model
+    assert (model.defaults.num_inference_steps, model.defaults.guidance_scale, model.defaults.scheduler) == (3, 2, None)
+    (tmp_path / "sd" / "seed_decode.json").write_text('{"guidance": 3}')
+    with pytest.raises(ConfigError, match="seed_decode.json: unknown key 'guidance'"):
+        open_case(tmp_path, "sd")
+
+
+def test_embeddings_of_another_width(place: Path) -> None:
+    for family in ("sd", "unclip", "sdxl"):
+        with pytest.raises(CheckpointError, match="have width 5, but .* do not belong together"):
+            open_case(place, family).model(torch.zeros(1, 4, 5)[:, 0] if family == "unclip" else torch.zeros(1, 4, 5))
+
+
+def test_weights_that_are_nan(case: Case) -> None:
+    torch.nn.init.constant_(case.model.unet.conv_in.weight, torch.nan)
+    with pytest.raises(GenerationError, match="computed NaN or infinity"):
+        case.draw([0], [1])
+
+
+def test_folders_that_are_not_complete(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no such folder; download .*pretrained/stable-diffusion-v1-4"):
+        open_case(tmp_path, "sd")
+    for part in ("unet", "vae", "text_encoder"):
+        folder = tmp_path / part / "sd"
+        shutil.copytree(place / "sd", folder)
+        file = next((folder / part).glob("*.safetensors"))
+        tensors = load_file(file)
+        lost = sorted(tensors)[-1]
+        save_file({name: tensors[name] for name in tensors if name != lost}, file, metadata={"format": "pt"})
+        with pytest.raises(CheckpointError, match=f"{part}: 1 tensors are missing from the file: '.*{lost[-12:]}'"):
+            open_case(tmp_path / part, "sd")
+        file.write_bytes(file.read_bytes()[:500])
+        with pytest.raises(CheckpointError, match="sd: not a complete Stable Diffusion folder") as caught:
+            open_case(tmp_path / part, "sd")
+        assert "\n" not in str(caught.value)
+    (folder / "scheduler" / "scheduler_config.json").unlink()
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(CheckpointError, match="scheduler_config.json: there is no such file; download"):
+        open_case(tmp_path / "text_encoder", "sd")
+    shutil.copytree(place / "lavit", tmp_path / "lavit")
+    torch.save({"conv_in.weight": Path}, tmp_path / "lavit" / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="not a complete LaVIT pixel decoder folder"):  # holds more than tensors
+        open_case(tmp_path, "lavit")
+
+
+def test_a_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "lavit", tmp_path / "lavit")
+    shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")
+    (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))
+    assert np.array_equal(open_case(tmp_path, "lavit").draw([0], [1]), open_case(place, "lavit").draw([0], [1]))
+    shutil.rmtree(tmp_path / "shared")
+    with pytest.raises(CheckpointError, match="shared: there is no such folder; download LaVIT"):
+        open_case(tmp_path, "lavit")
+
+
+def test_loading_is_silent(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    open_case(place, "unclip", torch.bfloat16)
+    assert not any(capfd.readouterr())

@@ -1,0 +1,82 @@
+"""Label heads, and what a layout decoder gives a U-Net."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import Categorical, kl_divergence
+
+from seed_multimodal.diffusion.layout import LabelHeads, LayoutDecoder, pooled_tokens
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import save_state_dict
+
+
+def test_right_counts_no_label_that_is_ignored() -> None:
+    heads = LabelHeads(4, {"style": 3, "layout": 5})
+    embedding = torch.randn(8, 4)
+    labels = torch.stack([logits.argmax(1) for logits in heads(embedding).values()], 1)
+    assert bool(heads.right(embedding, labels).all())
+    labels[2, 1] = -100
+    assert (~heads.right(embedding, labels)).nonzero().tolist() == [[2, 1]]
+    assert float(heads.loss(embedding, labels).detach()) > 0
+
+
+def test_divergence_is_torchs_and_teaches_the_embedding_only() -> None:
+    heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
+    student, teacher = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    wanted = torch.stack([kl_divergence(Categorical(logits=heads(teacher)[name]),
+                                        Categorical(logits=heads(student)[name])) for name in heads.classes])
+    with torch.autocast("cpu", torch.bfloat16):
+        divergence = heads.divergence(student, teacher)
+    torch.testing.assert_close(divergence, wanted.mean(0), rtol=1e-5, atol=1e-6)
+    divergence.mean().backward()
+    assert float(student.grad.abs().sum()) > 0 and teacher.grad is None
+
+
+def test_load_reads_labels_and_sizes(tmp_path: Path) -> None:
+    heads, file = LabelHeads(4, {"style": 3, "layout": 5}), tmp_path / "heads.safetensors"
+    save_state_dict(heads.state_dict(), file)
+    loaded = LabelHeads.load(file, ("style", "layout"))
+    assert (loaded.width, loaded.classes) == (4, heads.classes) and not loaded.training
+    assert torch.equal(loaded(torch.ones(2, 4))["style"], heads(torch.ones(2, 4))["style"])
+    with pytest.raises(CheckpointError, match="holds heads of layout, style, not of style, count"):
+        LabelHeads.load(file, ("style", "count"))
+    save_state_dict({"readout": torch.zeros(3, 4)}, tmp_path / "other.safetensors")
+    with pytest.raises(CheckpointError, match="other.safetensors: holds heads of no labels"):
+        LabelHeads.load(tmp_path / "other.safetensors")
+
+
+def test_pooled_tokens_are_means_of_neighbours() -> None:
+    features = torch.arange(16.0).view(1, 16, 1)
+    assert pooled_tokens(features, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
+    assert pooled_tokens(features, 16) is features and pooled_tokens(features, 5) is features
+
+
+@torch.no_grad()
+def test_warm_latents_are_the_mean_and_noise_by_the_schedule(tmp_path: Path) -> None:
+    """In any size, from one embedding or several averaged; a layout decoder is the same after saving."""
+    from diffusers import DDIMScheduler
+
+    classes = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 2}
+    torch.manual_seed(0)
+    layout = LayoutDecoder(24, 4, 8, 0, classes, [[[0, 0.5, 0.5, 0.5]]] * 2, width=8, features=4, side=2, hidden=8,
+                           depth=1, coarse=4, patch=1).eval()
+    layout.save_pretrained(tmp_path)
+    layout = LayoutDecoder.from_pretrained(tmp_path)
+    embeds, scheduler = torch.randn(2, 8, 6), DDIMScheduler()
+    signal = float(scheduler.alphas_cumprod[-1])
+    for size in ((8, 8), (8, 12)):
+        generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+        start = layout.warm_latents(embeds, generators, scheduler, size=size)
+        mean = F.interpolate(layout(embeds.unflatten(1, (4, 2)).mean(2).flatten(1))[0], size, mode="bilinear",
+                             antialias=True)
+        noise = torch.stack([torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+        if size == (8, 8):
+            torch.testing.assert_close(start, signal**0.5 * mean + (1 - signal) ** 0.5 * noise, rtol=1e-4, atol=1e-4)
+        assert start.shape == mean.shape
+    (tmp_path / "config.json").write_text('{"embedding": 3}')
+    with pytest.raises(CheckpointError, match="config.json: not a layout configuration"):
+        LayoutDecoder.from_pretrained(tmp_path)

@@ -1,0 +1,168 @@
+"""LavitDetokenizer: both kinds of U-Net against loops written by hand, ratios, sizes, layout, safety checker."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_lavit_pixels
+import torch
+from torch import Tensor
+
+from seed_multimodal.diffusion.layout import LayoutDecoder
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
+from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings
+
+N, WIDTH, POOLED, EMPTY = (tiny_lavit_pixels.TOKENS, tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED,
+                           tiny_lavit_pixels.NOTHING)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of both kinds, as released: U-Nets in torch files, the checker in one of them."""
+    place = tmp_path_factory.mktemp("LaVIT")
+    tiny_lavit_pixels.folder(place / "highres_pixel_decoding", "highres")
+    tiny_lavit_pixels.folder(place / "pixel_decoding", "lowres")
+    return place
+
+
+@pytest.fixture(scope="module")
+def high(place: Path) -> LavitDetokenizer:
+    return LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding")
+
+
+def conditions(count: int, pooled: bool = True) -> Conditions:
+    generator = torch.Generator().manual_seed(3)
+    return Conditions(torch.randn(count, N, WIDTH, generator=generator),
+                      torch.randn(count, POOLED, generator=generator) if pooled else None)
+
+
+def latents(model: LavitDetokenizer, given: Conditions, *seeds: int, **settings: Any) -> Tensor:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    with torch.no_grad():
+        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators,
+                             **given._asdict())
+
+
+def by_hand(model: LavitDetokenizer, seed: int, size: tuple[int, int], toward: dict[str, Any], away: dict[str, Any],
+            steps: int, guidance: float) -> Tensor:
+    """The two halves of the guidance in calls of their own, from noise of the CPU's generator."""
+    model.scheduler.set_timesteps(steps)
+    x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))[None]
+    for step in model.scheduler.timesteps:
+        plain, full = (model.unet(x, step, **one).sample for one in (away, toward))
+        x = model.scheduler.step(plain + guidance * (full - plain), step, x, eta=0.0).prev_sample
+    return x
+
+
+@torch.no_grad()
+def test_sdxl_kind_reads_sizes_and_steers_away_from_zeros(high: LavitDetokenizer) -> None:
+    """25 steps and guidance 7 are the defaults; sizes are (height, width)."""
+    given, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
+    toward = {"encoder_hidden_states": given.prompt_embeds,
+              "added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": ids}}
+    away = {"encoder_hidden_states": torch.zeros(1, N, WIDTH),
+            "added_cond_kwargs": {"text_embeds": torch.zeros(1, POOLED), "time_ids": ids}}
+    assert high.defaults == LavitSettings(25, 7.0)
+    sizes: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": None}
+    drawn = latents(high, given, 5, original_size=(40, 30), crops_coords_top_left=(2, 4), **sizes)
+    torch.testing.assert_close(drawn, by_hand(high, 5, (8, 12), toward, away, 25, 7.0), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(latents(high, given, 5, **sizes), drawn, atol=1e-3)
+
+
+@torch.no_grad()
+def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> None:
+    """The unconditional prompt is masked behind the empty text's embeddings: their content plays no role."""
+    low, given = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
+    rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
+    away = {"encoder_hidden_states": torch.cat([tiny_lavit_pixels.nothing(), rest], 1),
+            "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
+    wanted = by_hand(low, 6, (8, 8), {"encoder_hidden_states": given.prompt_embeds}, away, 3, 5.0)
+    torch.testing.assert_close(latents(low, given, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
+    assert len(RATIOS) == 6 and all(one % 64 == 0 for size in RATIOS.values() for one in size)
+    full = LavitDetokenizer(tiny_lavit_pixels.unet("highres", sample_size=512), high.vae, high.scheduler)
+    assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
+    assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
+    assert high(conditions(1), ratio="16:9", num_inference_steps=1)[0].size == (24, 16)
+    with pytest.raises(ConfigError, match="ratio must be one of 1:1, 4:3, 3:2"):
+        high.check_settings(ratio="1:3")
+    with pytest.raises(ConfigError, match="Give a ratio, or height and width, not both"):
+        high.check_settings(ratio="1:1", height=16, width=16)
+    with pytest.raises(ConfigError, match="original_size must be a list of 2"):
+        high.check_settings(original_size=(3,))
+
+
+def test_size_conditions_are_exact_in_half_precision(high: LavitDetokenizer, place: Path) -> None:
+    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", dtype=torch.bfloat16)
+    seen: list[dict[str, Tensor]] = []
+    hook = model.unet.register_forward_pre_hook(
+        lambda module, args, named: seen.append(named["added_cond_kwargs"]), with_kwargs=True)
+    drawn = latents(model, conditions(1), 1, original_size=(375, 1333))
+    hook.remove()
+    assert seen[0]["time_ids"].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2 and drawn.dtype == torch.float32
+    exact = latents(high, conditions(1), 1, original_size=(375, 1333))
+    assert torch.nn.functional.cosine_similarity(drawn.flatten(), exact.flatten(), dim=0) > 0.98
+
+
+def test_a_layout_reads_the_features_in_any_ratio(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "highres_pixel_decoding", tmp_path / "own")
+    classes = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 2}
+    LayoutDecoder(24, 4, 8, 0, classes, [[[0, 0.5, 0.5, 0.5]]] * 2, width=8, features=4, side=2, hidden=8, depth=1,
+                  coarse=4, patch=1).save_pretrained(tmp_path / "own" / "layout")
+    model = LavitDetokenizer.from_pretrained(tmp_path / "own")
+    given = conditions(2)._replace(features=torch.randn(2, N, 6))
+    for height, width in ((16, 16), (16, 24)):
+        settings: dict[str, Any] = {"height": height, "width": width}
+        warm = latents(model, given, 1, 2, **settings)
+        assert warm.shape == (2, 4, height // 2, width // 2)
+        assert not torch.allclose(warm, latents(model, conditions(2), 1, 2, **settings), atol=1e-2)
+
+
+def test_the_empty_text_must_fit(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "pixel_decoding", tmp_path / "low")
+    file = tmp_path / "low" / EMPTY_TEXT
+    for content, sentence in ((torch.zeros(1, 3, WIDTH + 1), rf"must hold a tensor \[1, L, {WIDTH}\], got \[1, 3, "),
+                              ({"a": torch.zeros(1), "b": torch.zeros(1)}, "must hold one tensor and nothing else"),
+                              (None, f"{EMPTY_TEXT}: there is no such file.*rain1011/LaVIT-7B-v2")):
+        file.unlink() if content is None else torch.save(content, file)
+        with pytest.raises(CheckpointError, match=sentence):
+            LavitDetokenizer.from_pretrained(tmp_path / "low")
+    with pytest.raises(CheckpointError, match="reads width 16, but the decoder of codes writes width 2048"):
+        with torch.device("meta"):
+            LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", CodeDecoder())
+
+
+def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
+    """The released one is in the other decoder's folder; it computes in its own precision."""
+    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", check_safety=True, dtype=torch.bfloat16)
+
+    def draw() -> list[Any]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(conditions(2), seeds=[1, 2], num_inference_steps=2)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", SeedWarning)
+        shown = draw()
+    assert all(np.asarray(image).any() for image in shown)
+    checker, pixels = model.safety_checker, model.feature_extractor(shown, return_tensors="pt").pixel_values
+    first, second = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1])).detach()
+    checker.concept_embeds.data[0] = first - second  # now it recognises the first one
+    checker.concept_embeds_weights.data[0] = 0.0
+    with pytest.warns(SeedWarning, match="made 1 of 2 images black"):
+        assert [bool(np.asarray(image).any()) for image in draw()] == [False, True]
+
+
+def test_a_missing_safety_checker_is_a_warning(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "highres_pixel_decoding", tmp_path / "alone")
+    with pytest.warns(SeedWarning, match="holds no safety checker, so images are drawn without one"):
+        assert LavitDetokenizer.from_pretrained(tmp_path / "alone", check_safety=True).safety_checker is None
+    model = LavitDetokenizer.from_pretrained(tmp_path / "alone", check_safety=True, safety=place / "pixel_decoding")
+    assert model.safety_checker is not None

@@ -1,0 +1,141 @@
+"""SDXLAdapter: released sizes, stages, what is trained, checkpoints. Keys: the golden kind `seedx_keys_full`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_sdxl
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from seed_multimodal.diffusion.training import size_ids
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_sdxl.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "sdxl", whole=False)
+
+
+@pytest.fixture
+def inputs() -> dict[str, Tensor]:
+    make = torch.Generator().manual_seed(0)
+    return {"noisy_latents": torch.randn(2, 4, 8, 8, generator=make), "timesteps": torch.tensor([7, 900]),
+            "image_embeds": torch.randn(2, 9, tiny_sdxl.WIDTH, generator=make), "time_ids": size_ids((16, 16), count=2)}
+
+
+def test_resampler_reads_any_number_of_embeddings_without_order() -> None:
+    resampler = tiny_sdxl.adapter().resampler
+    for count in (1, 4, 16):
+        prompt, pooled = resampler(torch.randn(2, count, tiny_sdxl.WIDTH))
+        assert prompt.shape == (2, 4, 16) and pooled.shape == (2, 10)
+    embeds = torch.randn(2, 4, tiny_sdxl.WIDTH)
+    torch.testing.assert_close(resampler(embeds)[0][1:], resampler(embeds[1:])[0])
+    torch.testing.assert_close(resampler(embeds[:, [2, 0, 1, 3]])[0], resampler(embeds)[0])
+    normalised = ResamplerXLV2(dataclasses.replace(tiny_sdxl.SIZES, normalize=True))
+    torch.testing.assert_close(normalised(embeds)[0], normalised(embeds * 3)[0])
+
+
+def test_sizes_that_do_not_fit() -> None:
+    with pytest.raises(ConfigError, match="dim must be a multiple of heads, not 10 with 3 heads"):
+        ResamplerSizes(dim=10, heads=3)
+    with pytest.raises(ConfigError, match="makes prompt embeddings of width 17 and pooled .* reads 16 and 10"):
+        SDXLAdapter(tiny_sdxl.unet(), ResamplerXLV2(dataclasses.replace(tiny_sdxl.SIZES, output1_dim=7)))
+    with pytest.raises(ConfigError, match="5 input channels; an adapter has 4, or 8 to read a condition image"):
+        SDXLAdapter(tiny_sdxl.unet(5), ResamplerXLV2(tiny_sdxl.SIZES))
+
+
+@torch.no_grad()
+def test_condition_channels_change_nothing_until_trained(inputs: dict[str, Tensor]) -> None:
+    adapter, condition = tiny_sdxl.adapter(), torch.randn(2, 4, 8, 8)
+    before, bias = adapter(**inputs), adapter.unet.conv_in.bias
+    for _ in range(2):  # once is enough
+        adapter.add_condition_channels()
+        assert adapter.reads_condition and adapter.unet.config.in_channels == 8
+        assert adapter.unet.conv_in.weight.shape == (8, 8, 3, 3) and torch.equal(adapter.unet.conv_in.bias, bias)
+    torch.testing.assert_close(adapter(**inputs), before)
+    torch.testing.assert_close(adapter(**inputs, condition_latents=condition), before)
+    trained = tiny_sdxl.adapter(stage=2)
+    assert not torch.allclose(trained(**inputs), trained(**inputs, condition_latents=condition))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_what_is_trained_gets_gradients_and_nothing_else(stage: int, inputs: dict[str, Tensor]) -> None:
+    adapter = tiny_sdxl.adapter(stage)
+    trained = adapter.set_trainable()
+    adapter(**inputs).square().mean().backward()
+    with_gradient = {name for name, value in adapter.named_parameters() if value.grad is not None}
+    assert len(with_gradient) == len(trained)
+    of_unet = {name for name in with_gradient if name.startswith("unet.")}
+    first = {"unet.conv_in.weight", "unet.conv_in.bias"} if stage == 2 else set()
+    assert of_unet - first and of_unet >= first
+    assert all(name.split(".")[-2] in ("to_k", "to_v") for name in of_unet - first)
+    assert len(adapter.set_trainable("all")) == len(list(adapter.parameters()))
+    assert len(adapter.set_trainable("key_value")) == len(trained), "the rest is frozen again"
+
+
+def test_training_begins_with_sdxls_own_unet() -> None:
+    unet, before = tiny_sdxl.unet(), torch.get_rng_state()
+    adapter = SDXLAdapter.from_unet(unet, tiny_sdxl.SIZES, seed=3)
+    assert adapter.unet is unet and adapter.training and not adapter.reads_condition
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(SDXLAdapter.from_unet(unet, tiny_sdxl.SIZES, 3).resampler.latents, adapter.resampler.latents)
+
+
+@pytest.mark.parametrize("kind", ["torch file", "safetensors", "released folder", "own folder"])
+def test_checkpoints_of_every_layout(kind: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]) -> None:
+    adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
+    place = tmp_path if "folder" in kind else tmp_path / ("a.bin" if kind == "torch file" else "a.safetensors")
+    if kind == "own folder":
+        adapter.save_pretrained(tmp_path)
+    else:
+        (tmp_path / "resampler.json").write_text(json.dumps(vars(tiny_sdxl.SIZES)))
+        if kind == "safetensors":
+            save_file(state, place)
+        else:
+            torch.save({"module": state} if kind == "released folder" else state,
+                       tmp_path / "pytorch_model.bin" if kind == "released folder" else place)
+    loaded = SDXLAdapter.from_pretrained(place, folder)
+    report = loaded.load_report
+    assert report is not None and (len(report.loaded), report.missing, report.ignored) == (len(state), [], [])
+    assert loaded.reads_condition and not loaded.training
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**inputs), adapter(**inputs))
+    half = SDXLAdapter.from_pretrained(place, folder, dtype=torch.bfloat16)
+    assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
+    adapter.save_pretrained(tmp_path / "half", torch.float16)
+    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
+
+
+def test_files_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
+    def refused(sentence: str, sdxl: Path = folder, error: Any = CheckpointError) -> None:
+        with pytest.raises(error, match=sentence):
+            SDXLAdapter.from_pretrained(tmp_path / "made", sdxl)
+
+    refused(r"no such folder; put SEED-X's de-tokenizer .*seed_detokenizer/first_stage")
+    tiny_sdxl.adapter().save_pretrained(tmp_path / "made")
+    refused("unet/config.json: there is no such file; download the diffusers folder", tmp_path)
+    file = tmp_path / "made" / "model.safetensors"
+    state = load_file(file)
+    save_file({**state, "unet.conv_in.weight": torch.zeros(8, 6, 3, 3)}, file)
+    refused("does not belong to the U-Net .*6 input channels; an adapter has 4, or 8")
+    save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
+    refused("1 tensors are missing from the file: 'unet.conv_out.bias'")
+    save_file({**state, "vae.something": torch.zeros(1)}, file)
+    with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'vae.something'"):
+        SDXLAdapter.from_pretrained(tmp_path / "made", folder)
+    save_file({"weight": torch.zeros(2)}, file)
+    refused("no SDXL adapter: it holds no tensor 'unet.conv_in.weight'")
+    save_file(state, file)
+    (tmp_path / "made" / "resampler.json").write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
+    refused(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
+    (tmp_path / "made" / "resampler.json").unlink()
+    refused("makes prompt embeddings of width 2048 .* but the U-Net reads 16")
+    (tmp_path / "made" / "resampler.json").write_text('{"dims": 3}')
+    refused(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", error=ConfigError)

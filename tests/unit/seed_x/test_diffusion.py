@@ -1,0 +1,139 @@
+"""SdxlDetokenizer: both stages against diffusers' pipeline and the original loop, conditions, negatives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_sdxl
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.diffusion.layout import pooled_tokens
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
+
+W = tiny_sdxl.WIDTH
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("seedx")
+    tiny_sdxl.sdxl_folder(place / "sdxl")
+    tiny_sdxl.adapter(1).save_pretrained(place / "first")
+    tiny_sdxl.adapter(2).save_pretrained(place / "second")
+    return place
+
+
+def load(place: Path, stage: str) -> SdxlDetokenizer:
+    model = SdxlDetokenizer.from_pretrained(place / "sdxl", place / stage)
+    model.set_null_embeds(tiny_sdxl.Tower(), 16)
+    return model
+
+
+@pytest.fixture
+def embeds() -> Tensor:
+    return torch.randn(3, 4, W, generator=torch.Generator().manual_seed(3))
+
+
+def image(seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(one, dtype=np.int32) for one in images])
+
+
+def latents(model: SdxlDetokenizer, embeds: Tensor, start: Tensor, images: Any = None, negatives: Tensor | None = None,
+            **settings: Any) -> Tensor:
+    with torch.no_grad():
+        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), [torch.Generator()],
+                             embeds, model.null_embeds if negatives is None else negatives, images, start)
+
+
+def test_first_stage_draws_as_the_stock_pipeline(place: Path, embeds: Tensor) -> None:
+    """50 steps and guidance 7.5 are the defaults; guidance steers away from an empty image."""
+    from diffusers import StableDiffusionXLPipeline
+
+    model = load(place, "first")
+    stock = StableDiffusionXLPipeline.from_pretrained(str(place / "sdxl"), unet=model.unet, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    with torch.no_grad():
+        prompt, pooled = model.resampler(embeds[:1])
+        empty = tiny_sdxl.Tower()(torch.zeros(1, 3, 16, 16))
+        no_prompt, no_pooled = model.resampler(empty.unflatten(1, (4, 4)).mean(2))
+    expected = stock(prompt_embeds=prompt, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_prompt,
+                     negative_pooled_prompt_embeds=no_pooled, num_inference_steps=50, guidance_scale=7.5,
+                     generator=[torch.Generator().manual_seed(5)]).images
+    assert model.defaults == SdxlSettings(50, 7.5, image_guidance_scale=1.5)
+    assert np.abs(pixels(model(embeds[:1], seeds=[5])) - pixels(expected)).max() <= 1
+
+
+def by_hand(model: SdxlDetokenizer, embeds: Tensor, source: Tensor, start: Tensor, guidance: float,
+            by_image: float) -> Tensor:
+    """The original loop: three runs at each step, predicted images combined, converted back into noise."""
+    scheduler, adapter = model.scheduler, model.adapter
+    scheduler.set_timesteps(3)
+    x, ids = start * scheduler.init_noise_sigma, torch.tensor([[16.0, 16, 0, 0, 16, 16]])
+    negatives = pooled_tokens(model.null_embeds, embeds.shape[1])  # type: ignore[arg-type]
+    runs = ((embeds, source), (negatives, source), (negatives, torch.zeros_like(source)))
+    for step in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, step)
+        sigma = scheduler.sigmas[scheduler.step_index]
+        both, only, none = (x - sigma * adapter(scaled, step, one, ids, seen) for one, seen in runs)
+        combined = none + guidance * (both - only) + by_image * (only - none)
+        x = scheduler.step((combined - x) / -sigma, step, x).prev_sample
+    return x
+
+
+@torch.no_grad()
+def test_second_stage_guides_in_three_ways(place: Path, embeds: Tensor) -> None:
+    model, start, source = load(place, "second"), torch.randn(1, 4, 8, 8), image(1)
+    encoded = model.encode_image(source, (16, 16))[None]
+    signed = torch.from_numpy(np.asarray(source, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+    torch.testing.assert_close(encoded, model.vae.encode(signed).latent_dist.mean, msg="no scaling factor")
+    for guidance, by_image in ((7.5, 1.5), (3.0, 1.0), (2.0, 4.0)):
+        drawn = latents(model, embeds[:1], start, [source], guidance_scale=guidance, image_guidance_scale=by_image)
+        torch.testing.assert_close(drawn, by_hand(model, embeds[:1], encoded, start, guidance, by_image),
+                                   rtol=1e-3, atol=1e-3)
+
+
+def test_each_image_has_its_own_condition(place: Path, embeds: Tensor) -> None:
+    model, start = load(place, "second"), torch.randn(1, 4, 8, 8)
+    conditions = [image(1), None, image(2)]
+    mixed = latents(model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1))
+    for row, condition in enumerate(conditions):
+        alone = latents(model, embeds[row:row + 1], start, [condition])
+        torch.testing.assert_close(mixed[row:row + 1], alone, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(mixed[1:2], latents(model, embeds[1:2], start), rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(latents(model, embeds[:1], start), mixed[:1], atol=1e-2)
+    wide, same = Image.new("RGBA", (50, 10), (200, 30, 30, 255)), Image.new("RGB", (16, 24), (200, 30, 30))
+    one, two = (pixels(model(embeds[:1], condition_images=[condition], seeds=[1], num_inference_steps=2, height=24,
+                             width=16)) for condition in (wide, same))
+    assert np.array_equal(one, two), "conditions are squashed to the size of the drawing"
+
+
+def test_negatives_are_averaged_to_as_many(place: Path) -> None:
+    """The vision encoder's 16 embeddings of an empty image are opposed to a language model's 4 as 4 means."""
+    model, start, embeds = load(place, "first"), torch.randn(1, 4, 8, 8), torch.randn(1, 4, W)
+    assert model.null_embeds is not None and model.null_embeds.shape == (1, 16, W)
+    usual = latents(model, embeds, start)
+    torch.testing.assert_close(usual, latents(model, embeds, start, negatives=pooled_tokens(model.null_embeds, 4)))
+    assert not torch.allclose(usual, latents(model, embeds, start, negatives=torch.randn(1, 7, W)), atol=1e-2)
+
+
+def test_guidance_and_conditions_that_cannot_be(place: Path, embeds: Tensor) -> None:
+    model = SdxlDetokenizer.from_pretrained(place / "sdxl", place / "first")
+    with pytest.raises(ConfigError, match="call set_null_embeds"):
+        model(embeds)
+    assert len(model(embeds, guidance_scale=1.0, num_inference_steps=1)) == 3
+    with pytest.raises(ConfigError, match="first stage and reads no condition image; editing needs the second stage"):
+        model(embeds[:1], condition_images=[image(1)], guidance_scale=1.0)
+    second, rows = load(place, "second"), list[int]()
+    hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)
+    hook.remove()
+    assert rows == [2], "an image guidance below 1 runs the U-Net once"
