@@ -18,7 +18,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.open import ImageSource
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
-from seed_multimodal.language.captions import BlipCaption
+from seed_multimodal.language.words import BlipCaption
 from seed_multimodal.settings import check_keys
 
 

@@ -12,7 +12,7 @@ from seed_lavis.context import RunContext
 from seed_lavis.options import APPLICATION, RunOptions, locate
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.hub import PARTS
-from seed_multimodal.language.tokenizer_files import ADDED, MODEL, read_files
+from seed_multimodal.language.tokenizer import ADDED, MODEL, read_files
 from seed_multimodal.lavit.training import REFERENCE
 from seed_multimodal.progress import duration
 from seed_multimodal.tokenizers.qformer import QFormerConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seed_lavis.options import locate
-from seed_multimodal.language.word_pieces import BertWords, PieceWords, open_words
+from seed_multimodal.language.words import BertWords, PieceWords, open_words
 
 
 def caption_words(source: str, max_length: int) -> BertWords | PieceWords:

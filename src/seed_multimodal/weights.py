@@ -23,9 +23,11 @@ from typing import IO, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replacing, replacing_path, set_default_mode
+from seed_multimodal.disk import read_json_object, replacing, replacing_path, set_default_mode
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 _WRAPPERS = ("model", "state_dict", "module")
 # What torch's reader raises for a file with some wrong bytes.
 _DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionError, TypeError, AttributeError,
@@ -79,6 +81,40 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
         raise CheckpointError(f"{file}: the weights file is empty.")
     loaded = _read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file, mapped)
     return _unwrap(loaded, file)
+
+
+def weight_files(source: str | Path) -> list[Path]:
+    """Weights files of a checkpoint: the file itself, or those of a folder, by its index if it has one.
+
+    Raises:
+        CheckpointError: there are none, or one that the index names is missing.
+    """
+    source = Path(source)
+    if source.is_file():
+        return [source]
+    if not source.is_dir():
+        raise CheckpointError(f"{source}: there is no such checkpoint.")
+    index = next((source / name for name in INDEXES if (source / name).is_file()), None)
+    if index is not None:
+        places = read_json_object(index).get("weight_map")
+        if not isinstance(places, dict):
+            raise CheckpointError(f"{index}: not an index of shards: it holds no 'weight_map'.")
+        files = sorted({source / str(name) for name in places.values()})
+    else:
+        files = [source / name for name in SINGLE if (source / name).is_file()][:1]
+        files = files or sorted([*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")])
+    if not files:
+        raise CheckpointError(f"{source}: there are no weights (*.safetensors or *.bin) in it.")
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing is not None:
+        raise CheckpointError(f"{missing}: this shard is missing, although {index} names it.")
+    return files
+
+
+def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights file or of a folder with one or several, mapped where the format allows; raises as
+    `weight_files` and `load_state_dict`."""
+    return {name: value for file in weight_files(source) for name, value in load_state_dict(file, mapped=True).items()}
 
 
 def _read_safetensors(file: Path) -> Mapping[str, object]:

@@ -14,7 +14,7 @@ from seed_multimodal.errors import ConfigError
 
 def export(args: argparse.Namespace) -> int:
     """Join, write, read back, compare; print what came from where, or one JSON object with `--json`."""
-    from seed_multimodal.language.tokenizer_files import check_codebook, read_files
+    from seed_multimodal.language.tokenizer import check_codebook, read_files
     from seed_multimodal.tokenizers.export import export_tokenizer
 
     if args.lavit or not args.stage2:

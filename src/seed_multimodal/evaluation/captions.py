@@ -1,13 +1,13 @@
-"""Captions of images, scored as COCO's evaluation does (`language.caption_scores`)."""
+"""Captions of images, scored as COCO's evaluation does (`caption_scores`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from seed_multimodal.caption_scores import caption_scores
 from seed_multimodal.data.formats.benchmarks import Sample
 from seed_multimodal.evaluation.answers import Line, Run
-from seed_multimodal.language.caption_scores import caption_scores
 
 
 class Captions:

@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
-from seed_multimodal.language.captions import caption_text
-from seed_multimodal.language.word_pieces import open_words
+from seed_multimodal.language.words import caption_text, open_words
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.tokenizers.checkpoints import fill_tower
 from seed_multimodal.tokenizers.clip_weights import load_clip_text

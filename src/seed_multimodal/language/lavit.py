@@ -30,11 +30,17 @@ from seed_multimodal.errors import (
     CodesError,
     RequestError,
 )
-from seed_multimodal.language.captions import question_text
 from seed_multimodal.language.padding import embeds_padded_left, padded_left
-from seed_multimodal.language.tokenizer import MultimodalTokenizer, plain_text
-from seed_multimodal.language.tokenizer_files import CONFIG, read_text_files, train_model, write_files
+from seed_multimodal.language.tokenizer import (
+    CONFIG,
+    MultimodalTokenizer,
+    plain_text,
+    read_text_files,
+    train_model,
+    write_files,
+)
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.words import question_text
 from seed_multimodal.settings import check_settings, check_value, setting
 
 Side = Literal["caption", "answer"]

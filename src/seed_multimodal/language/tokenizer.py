@@ -1,92 +1,99 @@
-"""Text and pictures -> token ids and back, exactly as the slow LLaMA tokenizer of transformers 4.30.2 did it.
+"""Text and images → token ids and back, exactly as the slow LLaMA tokenizer of transformers 4.30.2 did it.
 
 The released models were trained with that version; later ones treat the blanks around `<img>`, `</img>` and the codes
 differently and give ids the models never saw. The rules, on the plain `sentencepiece` package:
 
 * encode: the text is cut at every special or added word, longest match first; white space next to an added word is
-  dropped on both sides (not next to `<s>`, `</s>`, `<unk>`); each remaining stretch is encoded on its own, so its first
+  dropped on both sides (not next to `<s>`, `</s>`, `<unk>`); each remaining segment is encoded on its own, so its first
   piece starts with the dummy blank.
-* decode: stretches of ordinary pieces and every added word are joined by single blanks; `</s>` is no added word, so it
-  is written inside its stretch, and a special word that does not open its stretch puts a blank BEFORE the stretch
-  so far (a quirk callers depend on).
+* decode: segments of ordinary pieces and every added word are joined by single blanks; `</s>` is no added word, so it
+  is written inside its segment, and a special word that does not open its segment puts a blank BEFORE the segment so
+  far (a quirk callers depend on).
 
-`encode` turns the names of control words in the text into control ids. Text typed by users goes through
-`encode_parts`, which does not.
+A tokenizer folder holds `tokenizer.model` (SentencePiece), `added_tokens.json` (word → id), and optionally
+`special_tokens_map.json` (white space next to special words) and `tokenizer_config.json` (`tokens_per_image`).
 """
 
 from __future__ import annotations
 
-import operator
+import io
+import json
+import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from seed_multimodal.errors import CodesError, RequestError, first_line
-from seed_multimodal.language.tokenizer_files import (
-    NUMBERED_WORD,
-    TokenizerFiles,
-    read_files,
-    train_model,
-    write_files,
-)
-from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
+import sentencepiece as spm
 
+from seed_multimodal.disk import read_json_object, replace_text, replacing
+from seed_multimodal.errors import CheckpointError, CodesError, DataError, RequestError
+from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
+
+MODEL, ADDED, CONFIG, SPECIAL = (
+    "tokenizer.model", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json")
 Part = str | Sequence[int]
+_CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
+_NUMBERED_WORD = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
+_DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+
+
+@dataclass
+class TokenizerFiles:
+    """The content of a tokenizer folder.
+
+    Attributes:
+        special: special word → whether white space is dropped before and after it.
+        raw: file name → bytes, for saving them again.
+    """
+
+    processor: spm.SentencePieceProcessor
+    vocabulary: ImageVocabulary
+    added: dict[str, int]
+    special: dict[str, tuple[bool, bool]]
+    raw: dict[str, bytes]
 
 
 class MultimodalTokenizer:
     """A SentencePiece model, the image words on top, and the released rules of white space."""
 
-    bos_id = 1
-    eos_id = 2
-    pad_id = 0  # the released tokenizer pads with <unk>
-    unk_id = 0
+    bos_id, eos_id = 1, 2
+    unk_id = pad_id = 0  # the released tokenizer pads with <unk>
 
     def __init__(self, files: TokenizerFiles) -> None:
-        """Wrap what `tokenizer_files.read_files` read; use `from_pretrained` or `train`."""
+        """Wrap the content of a folder; use `from_pretrained` or `train`."""
         self._files = files
         self._sp = files.processor
         self.vocabulary: ImageVocabulary = files.vocabulary
-        self._added = dict(files.added)
         self._added_names = {id: name for name, id in files.added.items()}
-        self._special = {word.text: word for word in files.special}
-        special_ids = {word.text: self.word_id(word.text) for word in files.special}
+        special_ids = {word: self.word_id(word) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
-        self._control = {**self._added, **special_ids}
+        self._control = {**files.added, **special_ids}
         # Numbered words by their shape: an alternative for each of thousands would be tried one by one.
-        others = sorted((word for word in self._control if not NUMBERED_WORD.fullmatch(word)), key=len, reverse=True)
-        self._words = re.compile("|".join([NUMBERED_WORD.pattern, *(re.escape(word) for word in others)]))
+        others = sorted((word for word in self._control if not _NUMBERED_WORD.fullmatch(word)), key=len, reverse=True)
+        self._words = re.compile("|".join([_NUMBERED_WORD.pattern, *map(re.escape, others)]))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalTokenizer:
-        """Read `tokenizer.model`, `added_tokens.json` and the optional configuration files of a folder.
-
-        Raises:
-            CheckpointError: a file that is missing, damaged, or numbers the image words otherwise.
-        """
+        """Read a folder; raises `CheckpointError` if a file is missing, damaged or numbers the words otherwise."""
         return cls(read_files(Path(folder)))
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
-        n_locations: int = 0,
-    ) -> MultimodalTokenizer:
-        """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder, read it back.
+    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
+              n_locations: int = 0) -> MultimodalTokenizer:
+        """Learn a byte-fallback BPE model with LLaMA's settings from `texts` and write a tokenizer folder.
 
         Args:
             vocab_size: text pieces, the 259 of bytes and control words included.
             n_codes: image words put on top.
             n_locations: places on a side of the grid of boxes; with some, the words are SEED-X's.
-
-        Raises:
-            DataError: `vocab_size` does not fit the texts.
         """
-        model = train_model(texts, vocab_size)
-        write_files(Path(folder), model, n_codes, tokens_per_image, n_locations)
+        write_files(Path(folder), train_model(texts, vocab_size), n_codes, tokens_per_image, n_locations)
         return cls.from_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the folder again (as it was read)."""
+        """Write the folder as it was read."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.raw.items():
@@ -98,30 +105,20 @@ class MultimodalTokenizer:
 
     def word_id(self, word: str) -> int:
         """Id of a piece or word (`▁hell`, `<img_00005>`); `unk_id` for what is none."""
-        found = self._added.get(plain_text(word))
-        return self._sp.PieceToId(word) if found is None else found
-
-    # ---------------------------------------------------------------------------------------------- encoding
+        return self._files.added[word] if word in self._files.added else self._sp.PieceToId(word)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """One string -> ids, control words in it included; `add_bos` puts `<s>` in front.
-
-        Raises:
-            RequestError: no text, or one that is not Unicode.
-        """
-        ids = [self.bos_id] if add_bos else []
-        pieces = self._cut(plain_text(text))  # text, word, text, word, …, text
+        """One string → ids, names of control words in it included; `add_bos` puts `<s>` in front."""
+        pieces = self._cut(plain_text(text))
         for place in range(1, len(pieces), 2):
-            strip_left, strip_right = self._strips(pieces[place])
+            strip_left, strip_right = self._files.special.get(pieces[place], (True, True))
             if strip_left:
                 pieces[place - 1] = pieces[place - 1].rstrip()
             if strip_right:
                 pieces[place + 1] = pieces[place + 1].lstrip()
+        ids = [self.bos_id] if add_bos else []
         for place, piece in enumerate(pieces):
-            if place % 2:
-                ids.append(self._control[piece])
-            elif piece:
-                ids.extend(self._sp.EncodeAsIds(piece))
+            ids += [self._control[piece]] if place % 2 else self._sp.EncodeAsIds(piece)
         return ids
 
     def control_words(self, text: str) -> list[str]:
@@ -129,7 +126,7 @@ class MultimodalTokenizer:
         return self._cut(text)[1::2]
 
     def _cut(self, text: str) -> list[str]:
-        """Stretches of text and control words in turn, a stretch (possibly empty) first and last."""
+        """Segments of text and control words in turn, a segment (possibly empty) first and last."""
         pieces: list[str] = []
         start = 0
         for match in self._words.finditer(text):
@@ -138,24 +135,19 @@ class MultimodalTokenizer:
                 start = match.end()
         return [*pieces, text[start:]]
 
-    def _strips(self, word: str) -> tuple[bool, bool]:
-        special = self._special.get(word)
-        return (special.lstrip, special.rstrip) if special is not None else (True, True)
-
-    def encode_parts(
-        self, parts: Sequence[Part], strip: bool = True, allow_control: bool = False, add_bos: bool = False
-    ) -> list[int]:
-        """A list of text spans and pictures -> ids.
+    def encode_parts(self, parts: Sequence[Part], strip: bool = True, allow_control: bool = False,
+                     add_bos: bool = False) -> list[int]:
+        """Texts and images → ids.
 
         Args:
-            parts: a string is one span, encoded on its own; a sequence of ints is the codes of one picture; `Ids` are
-                put in as they are.
-            strip: drop white space next to pictures, as the released tokenizer does.
+            parts: a string is encoded on its own; a sequence of ints is the codes of one image; `Ids` are put in as
+                they are.
+            strip: drop white space next to images, as the released tokenizer does.
             allow_control: read control words (`</s>`, `<img>`, …) in the text; by default they are ordinary letters.
             add_bos: put `<s>` in front.
 
         Raises:
-            CodesError: a picture without exactly `tokens_per_image` codes of the codebook.
+            CodesError: an image without exactly `tokens_per_image` codes of the codebook.
             RequestError: a text that is not Unicode.
         """
         ids = [self.bos_id] if add_bos else []
@@ -167,35 +159,25 @@ class MultimodalTokenizer:
                 part = part.lstrip()
             if strip and place + 1 < len(parts) and not isinstance(parts[place + 1], str):
                 part = part.rstrip()
-            if part:
-                ids.extend(self.encode(part) if allow_control else self._sp.EncodeAsIds(plain_text(part)))
+            ids.extend(self.encode(part) if allow_control else self._sp.EncodeAsIds(plain_text(part)))
         return ids
 
-    # ---------------------------------------------------------------------------------------------- decoding
-
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids -> text with image words written out and blanks as transformers 4.30.2 places them.
-
-        Raises:
-            CodesError: what is no id, or one outside the vocabulary.
-        """
+        """Ids → text, image words written out; raises `CodesError` for an id outside the vocabulary."""
         texts: list[str] = []
-        stretch: list[int] = []
+        segment: list[int] = []
         for id in self.checked_ids(ids):
             if skip_special_tokens and id in self._special_ids:
                 continue
             if id in self._added_names:
-                if stretch:
-                    texts.append(self._decode_stretch(stretch))
-                    stretch = []
+                texts += [self._decode_segment(segment)] if segment else []
                 texts.append(self._added_names[id])
+                segment = []
             else:
-                stretch.append(id)
-        if stretch:
-            texts.append(self._decode_stretch(stretch))
-        return " ".join(texts)
+                segment.append(id)
+        return " ".join([*texts, self._decode_segment(segment)] if segment else texts)
 
-    def _decode_stretch(self, ids: list[int]) -> str:
+    def _decode_segment(self, ids: list[int]) -> str:
         text = ""
         pieces: list[int] = []
         after_special = False
@@ -204,44 +186,150 @@ class MultimodalTokenizer:
                 pieces.append(id)
                 after_special = False
                 continue
-            if place and not after_special:
-                text += " "
+            text += " " if place and not after_special else ""
             text += self._sp.DecodeIds(pieces) + self._sp.IdToPiece(id)
             pieces = []
             after_special = True
         return text + self._sp.DecodeIds(pieces)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids -> their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
+        """Ids → their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
         return [self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
                 for id in self.checked_ids(ids)]
 
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """A row of ids as plain ints; raises CodesError for what is none, or outside the vocabulary."""
-        try:
-            found = list(map(operator.index, ids))
-        except TypeError as error:
-            raise CodesError(f"Token ids are rows of whole numbers ({first_line(error)}).") from error
-        outside = next((id for id in found if not 0 <= id < self.vocabulary.size), None)
+        """A row of ids as plain ints; raises `CodesError` for one outside the vocabulary."""
+        values = [int(id) for id in ids]
+        outside = next((id for id in values if not 0 <= id < self.vocabulary.size), None)
         if outside is not None:
             raise CodesError(f"Token id {outside} is outside the vocabulary of {self.vocabulary.size} words.")
-        return found
+        return values
 
 
 def plain_text(text: str, what: str = "The text") -> str:
-    """The text itself.
-
-    Raises:
-        RequestError: it is none, or holds what is no character: a lone surrogate, or (from a file name, the command
-            line or a pipe) a byte that is not UTF-8. The sentence begins with `what`.
-    """
-    if not isinstance(text, str):
-        raise RequestError(f"{what} must be a text, not {type(text).__name__}.")
+    """The text itself; raises `RequestError` if it is none, or holds lone surrogates (bytes that are not UTF-8)."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:
-        code = ord(text[error.start])
-        found = f"the byte 0x{code - 0xDC00:02x}, which is not UTF-8," if 0xDC80 <= code <= 0xDCFF else (
-            f"half a character (\\u{code:04x})")
-        raise RequestError(f"{what} holds {found} at place {error.start + 1}; give plain Unicode text.") from None
+    except (AttributeError, UnicodeEncodeError):
+        raise RequestError(f"{what} must be plain Unicode text.") from None
     return text
+
+
+def read_files(folder: Path) -> TokenizerFiles:
+    """Read and check a tokenizer folder.
+
+    Raises:
+        CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
+    """
+    files = read_text_files(folder, lambda n_text, config: ImageVocabulary(n_text), needed=(MODEL, ADDED))
+    added, n_text = read_json_object(folder / ADDED), files.vocabulary.n_text
+    config = read_json_object(folder / CONFIG) if CONFIG in files.raw else {}
+    per_image, n_codes = config.get("tokens_per_image"), sum(1 for name in added if _CODE_WORD.fullmatch(name))
+    try:
+        if PATCH not in added:
+            vocabulary = ImageVocabulary(n_text, n_codes, int(per_image or 32))
+        elif n_text == SeedXVocabulary.n_text:  # the released order
+            vocabulary = SeedXVocabulary(tokens_per_image=int(per_image or 64))
+        else:
+            vocabulary = SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / ADDED}: the image words cannot be read ({error!r}).") from error
+    words = vocabulary.words
+    wrong = next((name for name in sorted(set(added) | set(words)) if added.get(name) != words.get(name)), None)
+    if wrong is not None:
+        raise CheckpointError(f"{folder / ADDED}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} "
+                              f"text pieces and {n_codes} codes it must have {words.get(wrong)}.")
+    if (folder / "config.json").is_file() and "codebook_size" in (sizes := read_json_object(folder / "config.json")):
+        check_codebook(folder, vocabulary, sizes["codebook_size"],
+                       sizes.get("num_query", vocabulary.tokens_per_image), folder)
+    files.added, files.vocabulary = added, vocabulary
+    return files
+
+
+def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
+                   tokenizer: str | Path) -> None:
+    """Refuse (`CheckpointError`) words for other codes than an image tokenizer has."""
+    if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):
+        raise CheckpointError(f"{words}: has words for {vocabulary.n_codes} codes, {vocabulary.tokens_per_image} to a "
+                              f"picture, but the image tokenizer {tokenizer} has {codes}, {per_image} to a picture; "
+                              f"train stage 2 with model.n_embed={vocabulary.n_codes}, or take other words.")
+
+
+def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], ImageVocabulary],
+                    needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
+    """Read a plain LLaMA tokenizer, whose image words have no spelling (LaVIT).
+
+    Args:
+        vocabulary: the number of text pieces and the content of `tokenizer_config.json` → the words.
+        needed: files that must be there.
+    """
+    if not os.path.isdir(folder):
+        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
+                              "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
+    raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
+    for name in needed:
+        if not raw.get(name):
+            raise CheckpointError(f"{folder / name}: this tokenizer file is missing or empty.")
+    processor = spm.SentencePieceProcessor()
+    try:
+        processor.LoadFromSerializedProto(raw[MODEL])
+    except (RuntimeError, OSError) as error:
+        raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
+    if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
+        raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
+    config, entries = (read_json_object(folder / name) if name in raw else {} for name in (CONFIG, SPECIAL))
+    return TokenizerFiles(processor, vocabulary(processor.GetPieceSize(), config), {}, _special_words(entries), raw)
+
+
+def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
+    """Special word → whether white space is dropped before and after it: as a dictionary entry says; on both sides of
+    a plain string (as in transformers 4.30.2); on no side of LLaMA's own three."""
+    values = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
+    words = dict.fromkeys(_DEFAULTS.values(), (False, False))
+    words |= {entry: (True, True) for entry in values if isinstance(entry, str)}
+    return words | {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
+                    for entry in reversed(values) if isinstance(entry, dict) and "content" in entry}
+
+
+def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0,
+                spelled: bool = True) -> None:
+    """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words), readable by
+    transformers' LlamaTokenizer, too; without `spelled` the image words have no names (LaVIT)."""
+    processor = spm.SentencePieceProcessor()
+    processor.LoadFromSerializedProto(model)
+    n_text = processor.GetPieceSize()
+    vocabulary = SeedXVocabulary.after(n_text, tokens_per_image, n_codes, n_locations) if n_locations else (
+        ImageVocabulary(n_text, n_codes, tokens_per_image))
+    special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+               for key, text in _DEFAULTS.items()}
+    config = {
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
+        "clean_up_tokenization_spaces": False, "pad_token": None, "legacy": True, "sp_model_kwargs": {},
+        "tokens_per_image": tokens_per_image, **({} if spelled else {"image_codes": n_codes}),
+        **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
+    }
+    files = {**({ADDED: vocabulary.words} if spelled else {}), SPECIAL: special, CONFIG: config}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    with replacing(folder / MODEL) as handle:  # last: a folder that has it is complete
+        handle.write(model)
+
+
+def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A SentencePiece BPE model with LLaMA's settings: byte fallback, dummy blank, digits apart, no normalisation;
+    raises `DataError` if `vocab_size` cannot be reached with the texts."""
+    sentences = [line for text in texts for line in text.split("\n") if line.strip()]
+    model = io.BytesIO()
+    try:
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
+            add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
+            split_digits=True, allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2,
+            max_sentence_length=1 << 16)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[-200:]
+        raise DataError(f"A tokenizer of {vocab_size} pieces cannot be learnt from {len(sentences)} lines: {reason}"
+                        ) from error
+    return model.getvalue()

@@ -1,10 +1,8 @@
-"""The vocabulary of pictures: ids of the image codes and of the two brackets around them.
+"""Ids of the image tokens: one per code, behind the text pieces, and the two brackets around an image.
 
-Layout: text pieces first, then one word per code, then `<img>` and `</img>`. The released models have 32,000 + 8,192
-+ 2 = 40,194 words; one picture is always `<img>` + 32 codes + `</img>` = 34 of them.
-
-SEED-X's image words are no codes: they only hold a picture's places, always the same words in the same order, and the
-model reads and writes continuous features there. It has words for parts of a picture and for boxes beside them.
+The released models have 32,000 + 8,192 + 2 = 40,194 words; an image is always `<img>` + 32 codes + `</img>`. SEED-X's
+image words are no codes but placeholders, always the same words in the same order, where the model reads and writes
+continuous features; it has words for the views of an image and for boxes, too.
 """
 
 from __future__ import annotations
@@ -12,19 +10,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from seed_multimodal.errors import CodesError, RequestError
 
-BOI = "<img>"
-EOI = "</img>"
-PLACEHOLDER = "<image>"  # stands for a picture in texts shown to people; never a word of the vocabulary
-PATCH, PATCH_END = "<patch>", "</patch>"  # around one part of a picture that the model reads (SEED-X)
+BOI, EOI = "<img>", "</img>"
+PLACEHOLDER = "<image>"  # stands for an image in texts shown to people; never a word of the vocabulary
+PATCH, PATCH_END = "<patch>", "</patch>"  # around one view of an image (SEED-X)
 BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
 BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")
 
 
 class Ids(tuple[int, ...]):
-    """A part of a prompt given by its ids; texts beside it lose their white space there, as beside a picture."""
+    """A part of a prompt given by its ids; texts beside it lose their white space there, as beside an image."""
 
 
 def code_token(code: int) -> str:
@@ -32,13 +30,22 @@ def code_token(code: int) -> str:
     return f"<img_{code:05d}>"
 
 
+def location_word(place: int) -> str:
+    """The word of a place on the grid of boxes: `<loc-112>`."""
+    return f"<loc-{place}>"
+
+
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids."""
+    """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids.
+
+    `in_order`: whether an image's words are always the first codes, one after the other.
+    """
 
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
+    in_order: ClassVar[bool] = False
 
     @property
     def code_start(self) -> int:
@@ -62,13 +69,14 @@ class ImageVocabulary:
 
     @property
     def image_length(self) -> int:
-        """Ids one picture takes, brackets included."""
+        """Ids of one image, brackets included."""
         return self.tokens_per_image + 2
 
     @property
-    def in_order(self) -> bool:
-        """Whether a picture's words are always the first codes, one after the other."""
-        return False
+    def words(self) -> dict[str, int]:
+        """Every word behind the text pieces, and its id."""
+        codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
+        return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
 
     def is_code_id(self, id: int) -> bool:
         """Whether `id` is the word of an image code."""
@@ -79,11 +87,7 @@ class ImageVocabulary:
         return self.is_code_id(id) or id in (self.boi_id, self.eoi_id)
 
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
-        """Codes -> ids.
-
-        Raises:
-            CodesError: a code outside 0..n_codes-1.
-        """
+        """Codes → ids; raises `CodesError` for a code outside 0..n_codes-1."""
         values = [int(code) for code in codes]
         for place, code in enumerate(values):
             if not 0 <= code < self.n_codes:
@@ -91,44 +95,26 @@ class ImageVocabulary:
         return [self.code_start + code for code in values]
 
     def id_to_code(self, ids: Iterable[int]) -> list[int]:
-        """Ids -> codes.
-
-        Raises:
-            CodesError: an id that is no image code.
-        """
-        values = [int(id) for id in ids]
-        for place, id in enumerate(values):
-            if not self.is_code_id(id):
-                raise CodesError(f"Token id {id} at place {place} is not an image code "
-                                 f"({self.code_start}..{self.code_start + self.n_codes - 1}).")
-        return [id - self.code_start for id in values]
+        """Ids → codes; raises `CodesError` for an id that is no image code."""
+        codes = [int(id) - self.code_start for id in ids]
+        for place, code in enumerate(codes):
+            if not 0 <= code < self.n_codes:
+                raise CodesError(f"Token id {code + self.code_start} at place {place} is not an image code.")
+        return codes
 
     def check_codes(self, codes: Sequence[int]) -> list[int]:
-        """The codes of one whole picture as plain ints.
-
-        Raises:
-            CodesError: not `tokens_per_image` of them, or one outside the codebook.
-        """
+        """The codes of one whole image as plain ints; raises `CodesError` for another number of them or wrong ones."""
         if len(codes) != self.tokens_per_image:
             raise CodesError(f"A picture has {self.tokens_per_image} codes, not {len(codes)}.")
         return [id - self.code_start for id in self.code_to_id(codes)]
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
-        """`<img>`, the codes, `</img>` as ids.
-
-        Raises:
-            CodesError: as `check_codes`.
-        """
+        """`<img>`, the codes, `</img>` as ids; raises as `check_codes`."""
         return [self.boi_id, *self.code_to_id(self.check_codes(codes)), self.eoi_id]
 
     def image_text(self, codes: Iterable[int]) -> str:
-        """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes (not checked)."""
+        """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes."""
         return BOI + "".join(code_token(int(code)) for code in codes) + EOI
-
-
-def location_word(place: int) -> str:
-    """The word of a place on the grid of boxes: `<loc-112>`."""
-    return f"<loc-{place}>"
 
 
 @dataclass(frozen=True)
@@ -136,8 +122,7 @@ class SeedXVocabulary(ImageVocabulary):
     """SEED-X's words; the defaults are the released ones (32,330 in all).
 
     `tokens_per_image` of the `n_codes` image words are used. `brackets`, `patches`, `locations` and `boxes` are the ids
-    of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one. Source: SEED-X's
-    released tokenizer.
+    of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one.
     """
 
     n_codes: int = 100
@@ -148,113 +133,91 @@ class SeedXVocabulary(ImageVocabulary):
     patches: int = 32102
     locations: int = 32104
     boxes: int = 32328
+    in_order: ClassVar[bool] = True
 
     @classmethod
     def after(cls, n_text: int, tokens_per_image: int, n_codes: int = 100, n_locations: int = 224) -> SeedXVocabulary:
         """The words behind `n_text` text pieces, in the released order."""
-        starts = [n_text]
-        for size in (n_codes, 2, 2, n_locations):
-            starts.append(starts[-1] + size)
-        return cls(n_text, n_codes, tokens_per_image, n_locations, *starts)
+        brackets = n_text + n_codes
+        return cls(n_text, n_codes, tokens_per_image, n_locations, n_text, brackets, brackets + 2, brackets + 4,
+                   brackets + 4 + n_locations)
 
     @classmethod
     def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
-        """The vocabulary whose `words` a tokenizer's added words should be, whatever their order.
-
-        Raises:
-            KeyError: one of the first words of each kind is missing.
-        """
+        """The vocabulary of a tokenizer's added words, in whatever order; raises `KeyError` if the first of a kind is
+        missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
         starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
         return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
 
     @property
     def words(self) -> dict[str, int]:
-        """Every word behind the text pieces, and its id."""
-        found = {code_token(code): self.codes + code for code in range(self.n_codes)}
-        found |= {BOI: self.brackets, EOI: self.brackets + 1, PATCH: self.patches, PATCH_END: self.patches + 1}
-        found |= {location_word(place): self.locations + place for place in range(self.n_locations)}
-        return {**found, BOX: self.boxes, BOX_END: self.boxes + 1}
+        locations = {location_word(place): self.locations + place for place in range(self.n_locations)}
+        return {**super().words, PATCH: self.patches, PATCH_END: self.patches + 1, **locations, BOX: self.boxes,
+                BOX_END: self.boxes + 1}
 
     @property
     def code_start(self) -> int:
-        """See `ImageVocabulary`."""
         return self.codes
 
     @property
     def boi_id(self) -> int:
-        """See `ImageVocabulary`."""
         return self.brackets
 
     @property
     def size(self) -> int:
-        """See `ImageVocabulary`."""
-        return self.n_text + self.n_codes + 2 + 2 + self.n_locations + 2
-
-    @property
-    def in_order(self) -> bool:
-        """See `ImageVocabulary`."""
-        return True
+        return self.n_text + self.n_codes + self.n_locations + 6
 
     def is_image_word(self, id: int) -> bool:
         """See `ImageVocabulary`; `<patch>` and `</patch>` are such words, too."""
         return super().is_image_word(id) or id in (self.patches, self.patches + 1)
 
     def run(self, tokens: int = 0) -> list[int]:
-        """`<img>`, its words (`tokens` of them; 0: as many as a picture has), `</img>`."""
+        """`<img>`, its placeholders (`tokens` of them; 0: as many as an image has), `</img>`."""
         return [self.boi_id, *range(self.codes, self.codes + (tokens or self.tokens_per_image)), self.eoi_id]
 
     def read_ids(self, views: int, tokens: int = 0) -> Ids:
-        """The words of a picture that the model reads: each part in `<patch>` … `</patch>`, last the whole picture.
+        """The words of an image that the model reads: each part in `<patch>` … `</patch>`, the whole image last.
 
         Args:
-            views: parts and the whole picture together.
-            tokens: words of one view; 0: as many as a picture has.
-
-        Raises:
-            RequestError: no view.
+            views: parts and the whole image together.
+            tokens: words of one view; 0: as many as an image has.
         """
-        if views < 1:
-            raise RequestError(f"A picture is read in at least one view, not {views}.")
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
 
     def box_parts(self, text: str) -> list[str | Ids]:
-        """A text as the parts of a prompt, its words of boxes as such.
-
-        Raises:
-            RequestError: a location outside the grid.
-        """
+        """A text as the parts of a prompt, its words of boxes as ids; raises `RequestError` for a location outside the
+        grid."""
         parts: list[str | Ids] = []
         done, known = 0, self.words if BOX_WORDS.search(text) else {}
-        for found in BOX_WORDS.finditer(text):
-            names = re.findall("<[^>]+>", found[0])
+        for match in BOX_WORDS.finditer(text):
+            names = re.findall("<[^>]+>", match[0])
             wrong = next((name for name in names if name not in known), None)
             if wrong is not None:
                 raise RequestError(f"{wrong} lies outside the grid of {self.n_locations} places.")
-            parts += [text[done:found.start()], Ids(known[name] for name in names)]
-            done = found.end()
+            parts += [text[done:match.start()], Ids(known[name] for name in names)]
+            done = match.end()
         return [part for part in [*parts, text[done:]] if part]
 
     def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the image words inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put; an
-        `<img>` at the very end begins a picture that is to be written.
+        """Indices of the placeholders inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put; an
+        `<img>` at the very end begins an image that is to be written.
 
         Raises:
             RequestError: a bracket that is not closed, or words inside that are no whole view.
         """
-        ids = list(ids)
-        found: list[int] = []
+        places: list[int] = []
+        ids, start = list(ids), 0
         closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}
         inside = self.run()[1:-1]
-        place = 0
-        while place < len(ids) - (ids[-1:] == [self.boi_id]):
-            if ids[place] in closing:
-                end = place + len(inside) + 1
-                if ids[place + 1:end] != inside or ids[end:end + 1] != [closing[ids[place]]]:
-                    raise RequestError(f"The words of a picture at token {place} of the prompt are not the "
+        while start < len(ids) - (ids[-1:] == [self.boi_id]):
+            if ids[start] in closing:
+                end = start + len(inside) + 1
+                if ids[start + 1:end] != inside or ids[end:end + 1] != [closing[ids[start]]]:
+                    raise RequestError(f"The words of a picture at token {start} of the prompt are not the "
                                        f"{len(inside)} of a whole view.")
-                found += range(place + 1, end)
-                place = end
-            place += 1
-        return found
+                places += range(start + 1, end)
+                start = end
+            start += 1
+        return places

@@ -29,11 +29,10 @@ from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
 from seed_multimodal.language.generation import GenerationSettings, ImageStates, generate_ids
 from seed_multimodal.language.llama import ROTARY
 from seed_multimodal.language.seed_x import answer_text, seed_x_words
-from seed_multimodal.language.shards import weight_files
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.vision import place_features
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 
 IGNORED = -100
 POOLED = 4  # neighbours that are averaged to one target
@@ -274,14 +273,13 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
         CheckpointError: tensors that are missing, unknown, or of another size; damaged or unsafe files.
     """
     expected, state = model.state_dict(), {}
-    for file in weight_files(Path(source)):
-        for name, value in load_state_dict(file, mapped=True).items():
-            while name.startswith(_WRAPPERS):
-                name = name.partition(".")[2]
-            if language or not name.startswith(LLM):
-                stem, _, last = name.rpartition(".")
-                newer = f"{stem}.base_layer.{last}"
-                state[newer if name not in expected and newer in expected else name] = value
+    for name, value in load_checkpoint(source).items():
+        while name.startswith(_WRAPPERS):
+            name = name.partition(".")[2]
+        if language or not name.startswith(LLM):
+            stem, _, last = name.rpartition(".")
+            newer = f"{stem}.base_layer.{last}"
+            state[newer if name not in expected and newer in expected else name] = value
     state |= {name: state[other] for name, other in _tied(expected).items() if other in state and name not in state}
     families = [*_FROZEN, _POSITIONS] if any(name.startswith(LLM) for name in state) else [f"{LLM}*", _POSITIONS]
     absent = [family for family in families if not fnmatch.filter(state, family)]

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from seed_multimodal.diffusion.base import VAE_ELSEWHERE
 from seed_multimodal.disk import read_json_object, replace_copy, replace_text
-from seed_multimodal.language.adapters import AGENT_CONFIG
+from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.system.assemble import join

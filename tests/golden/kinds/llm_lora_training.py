@@ -149,7 +149,7 @@ def check_gradients(parameters: dict[str, Any], want: Tensors, meta: dict[str, A
 def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
     """Our merge of the base and the adapter's file, from disk to disk."""
     from seed_multimodal.language.llama import load_llm
-    from seed_multimodal.language.merge import merge_adapter
+    from seed_multimodal.language.lora import merge_adapter
 
     adapter, out = save_adapter(model, place / "adapter"), place / "merged"
     embedding = adapter_state(model)["base_model.model.model.embed_tokens.weight"]

@@ -21,7 +21,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import TYPES, ImageTransform, get_transform, seed_image_processor
-from seed_multimodal.language.captions import caption_text, question_text
+from seed_multimodal.language.words import caption_text, question_text
 
 KIND = "preprocessing"
 PIXEL_TOLERANCE = 2e-2

@@ -29,7 +29,7 @@ def pair_batches(spec: Any, seed: int, batch_size: int, world: int, workers: int
     from seed_multimodal.data.stream.step_batches import StepBatches
     from seed_multimodal.images.train_transforms import TrainTransform
     from seed_multimodal.images.transforms import normalise
-    from seed_multimodal.language.captions import BlipCaption
+    from seed_multimodal.language.words import BlipCaption
 
     class OnDevice(StepBatches):
         """Pictures arrive as bytes and are normalised where they are used."""

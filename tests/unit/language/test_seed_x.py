@@ -19,8 +19,7 @@ from seed_multimodal.language.seed_x import (
     read_boxes,
     without_words,
 )
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.tokenizer_files import ADDED
+from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
 from seed_multimodal.language.vocabulary import Ids, SeedXVocabulary
 
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seedx_sequences" / "tokenizer"
@@ -48,8 +47,6 @@ def test_places_of_views(seedx_tokenizer: MultimodalTokenizer) -> None:
     for wrong in (ids[:-1], ids[:-3], [1, words.boi_id, 5, words.eoi_id], [words.patches]):
         with pytest.raises(RequestError, match=r"at token \d+ of the prompt are not the 4 of a whole view\."):
             words.places(wrong)
-    with pytest.raises(RequestError, match="at least one view, not 0"):
-        words.read_ids(0)
 
 
 def changed_words(folder: Path, **changes: object) -> Path:
@@ -63,19 +60,12 @@ def changed_words(folder: Path, **changes: object) -> Path:
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"<box_start>": None}, "SEED-X's word '<box_start>' is missing"), ({"<img_00000>": "x"}, "SEED-X's word"),
-    ({"<loc-5>": None}, "not those from 480 to"), ({"<loc-5>": 480}, "'<loc-5>' has id 480"),
-    ({"<box_start>": 480}, "not those from 480 to 809, each once")])
+    ({"<box_start>": None}, "cannot be read .*<box_start>"), ({"<img_00000>": "x"}, "image words cannot be read"),
+    ({"<loc-5>": None}, "'<loc-2[0-9]+>' has id"), ({"<loc-5>": 480}, "'<loc-5>' has id 480"),
+    ({"<box_start>": 480}, "'<box_end>' has id")])
 def test_damaged_words_are_refused(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=message):
         MultimodalTokenizer.from_pretrained(changed_words(tmp_path / "words", **changes))
-
-
-def test_too_many_words_a_picture(tmp_path: Path) -> None:
-    folder = changed_words(tmp_path / "words")
-    (folder / "tokenizer_config.json").write_text('{"tokens_per_image": 101}')
-    with pytest.raises(CheckpointError, match="takes 101 words, but there are 100"):
-        MultimodalTokenizer.from_pretrained(folder)
 
 
 def test_white_space_beside_every_word(seedx_tokenizer: MultimodalTokenizer) -> None:

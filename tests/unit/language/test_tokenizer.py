@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.errors import CheckpointError, CodesError, DataError
+from seed_multimodal.errors import CheckpointError, CodesError, DataError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [3, 0, 23, 7, 7]
 
 
-def test_trained_folder_has_llamas_layout(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
+def test_train_gives_llamas_layout(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
     words = tokenizer.vocabulary
     assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
     assert len(tokenizer) == words.size == 356
@@ -23,7 +23,7 @@ def test_trained_folder_has_llamas_layout(tokenizer: MultimodalTokenizer, tokeni
 
 
 @pytest.mark.parametrize("text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"])
-def test_any_text_survives(tokenizer: MultimodalTokenizer, text: str) -> None:
+def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str) -> None:
     ids = tokenizer.encode(text)
     assert 0 not in ids
     assert tokenizer.decode(ids) == text
@@ -39,7 +39,7 @@ def test_from_pretrained_refuses_words_for_another_codebook(tokenizer_folder: Pa
         MultimodalTokenizer.from_pretrained(folder)
 
 
-def test_training_is_repeatable(tmp_path: Path) -> None:
+def test_train_twice_gives_equal_files(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
         MultimodalTokenizer.train(iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
@@ -47,23 +47,7 @@ def test_training_is_repeatable(tmp_path: Path) -> None:
     assert MultimodalTokenizer.from_pretrained(tmp_path / "a").vocabulary.tokens_per_image == 32
 
 
-def test_the_model_is_written_last(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").mkdir()  # writing ends there, as if the process were killed
-    with pytest.raises(OSError, match="tokenizer_config"):
-        MultimodalTokenizer.train(["the cat sat on the mat"] * 30, tmp_path, vocab_size=270, n_codes=4)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"]
-
-
-def test_training_refusals(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no text"):
-        MultimodalTokenizer.train([" ", "\n"], tmp_path, vocab_size=300, n_codes=4)
-    for size in (100, 5000):  # fewer than the bytes; more than the text can give
-        with pytest.raises(DataError, match=f"{size} pieces"):
-            MultimodalTokenizer.train(["a cat"], tmp_path, vocab_size=size, n_codes=4)
-
-
-def test_white_space_next_to_pictures_is_dropped(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer) -> None:
     image = tokenizer.vocabulary.image_ids(CODES)
     tight = tokenizer.encode("USER:") + image + tokenizer.encode("hello")
     text = tokenizer.vocabulary.image_text(CODES)
@@ -75,13 +59,13 @@ def test_white_space_next_to_pictures_is_dropped(tokenizer: MultimodalTokenizer)
     assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
 
 
-def test_white_space_next_to_special_words_stays(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_keeps_white_space_next_to_special_words(tokenizer: MultimodalTokenizer) -> None:
     blank = tokenizer.encode(" ")
     assert tokenizer.encode("<s> ") == [1, *blank]
     assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
 
 
-def test_typed_control_words_stay_letters(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_parts_reads_control_words_as_letters(tokenizer: MultimodalTokenizer) -> None:
     typed = "</s><img><img_00001></img><unk><s>"
     ids = tokenizer.encode_parts([typed])
     assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
@@ -91,26 +75,14 @@ def test_typed_control_words_stay_letters(tokenizer: MultimodalTokenizer) -> Non
     assert tokenizer.encode_parts([typed], allow_control=True) == control
 
 
-def test_words_of_the_shape_but_outside_the_codebook_are_text(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_of_words_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:
     for name in ("<img_00024>", "<img_0001>", "<img_99999>", "<img_00001", "<IMG>", "<img_０００１２>"):
         assert all(id < tokenizer.vocabulary.n_text for id in tokenizer.encode(name)), name
     ids = tokenizer.encode("<img_00024><img_00023>")
     assert ids[-1] == tokenizer.vocabulary.n_text + 23
 
 
-def test_wrong_codes_are_refused(tokenizer: MultimodalTokenizer) -> None:
-    for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
-        with pytest.raises(CodesError):
-            tokenizer.encode_parts(["x", codes])
-
-
-def test_decoding_ids_outside_the_vocabulary(tokenizer: MultimodalTokenizer) -> None:
-    for id in (-1, len(tokenizer)):
-        with pytest.raises(CodesError, match=f"id {id} "):
-            tokenizer.decode([5, id])
-
-
-def test_brackets_listed_as_special_are_skipped_when_asked(tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path: Path) -> None:
     """The released folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
     folder = tmp_path / "released"
     shutil.copytree(tokenizer_folder, folder)
@@ -125,34 +97,37 @@ def test_brackets_listed_as_special_are_skipped_when_asked(tokenizer_folder: Pat
     assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
 
 
-def test_saved_folder_is_the_same(tokenizer: MultimodalTokenizer, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_save_pretrained_writes_the_same_files(tokenizer: MultimodalTokenizer, tokenizer_folder: Path, tmp_path: Path
+                                               ) -> None:
     tokenizer.save_pretrained(tmp_path / "copy")
     names = sorted(file.name for file in tokenizer_folder.iterdir())
     assert names == sorted(file.name for file in (tmp_path / "copy").iterdir())
     assert all((tokenizer_folder / n).read_bytes() == (tmp_path / "copy" / n).read_bytes() for n in names)
 
 
-def test_damaged_folders(tokenizer_folder: Path, tmp_path: Path) -> None:
-    def broken(name: str, content: bytes | None) -> Path:
-        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        shutil.copytree(tokenizer_folder, folder)
-        (folder / name).unlink()
-        if content is not None:
-            (folder / name).write_bytes(content)
-        return folder
+def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+    for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
+        with pytest.raises(CodesError):
+            tokenizer.encode_parts(["x", codes])
+    for id in (-1, len(tokenizer)):
+        with pytest.raises(CodesError, match=f"id {id} "):
+            tokenizer.decode([5, id])
+    with pytest.raises(RequestError, match="plain Unicode"):
+        tokenizer.encode("\ud800")
+    for size in (100, 5000):  # fewer than the bytes; more than the text can give
+        with pytest.raises(DataError, match=f"{size} pieces"):
+            MultimodalTokenizer.train(["a cat"], tmp_path, vocab_size=size, n_codes=4)
 
-    added = json.loads((tokenizer_folder / "added_tokens.json").read_text())
-    shifted = json.dumps({name: id + 1 for name, id in added.items()}).encode()
-    without = json.dumps({name: id for name, id in added.items() if name != "<img>"}).encode()
-    hole = json.dumps({name: id for name, id in added.items() if name != "<img_00003>"}).encode()
-    for name, content, message in [
-            ("tokenizer.model", None, "missing or empty"), ("tokenizer.model", b"", "missing or empty"),
-            ("tokenizer.model", b"junk", "not a SentencePiece model"), ("added_tokens.json", b"{", "not valid json"),
-            ("added_tokens.json", b"[]", "json object"), ("added_tokens.json", b"{}", "at least one image word"),
-            ("added_tokens.json", shifted, "it must have"), ("added_tokens.json", without, "'<img>' is missing"),
-            ("added_tokens.json", hole, "must have"),
-            ("tokenizer_config.json", b'{"tokens_per_image": 0}', "at least")]:
-        with pytest.raises(CheckpointError, match=message):
-            MultimodalTokenizer.from_pretrained(broken(name, content))
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("tokenizer.model", b"", "missing or empty"), ("tokenizer.model", b"junk", "not a SentencePiece model"),
+    ("added_tokens.json", b"{", "not valid json"), ("added_tokens.json", b"{}", "it must have"),
+    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have")])
+def test_from_pretrained_of_a_damaged_folder(tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes,
+                                             message: str) -> None:
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
+    (folder / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        MultimodalTokenizer.from_pretrained(folder)
     with pytest.raises(CheckpointError, match="no such tokenizer folder"):
         MultimodalTokenizer.from_pretrained(tmp_path / "absent")

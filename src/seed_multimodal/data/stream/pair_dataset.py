@@ -93,7 +93,7 @@ class PairDataset(SourceDataset):
             whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
             named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
             Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
-        text_transform: caption -> caption (`language.captions.BlipCaption`); None keeps it. Must draw nothing.
+        text_transform: caption -> caption (`language.words.BlipCaption`); None keeps it. Must draw nothing.
         log: see `SourceDataset`.
     """
 

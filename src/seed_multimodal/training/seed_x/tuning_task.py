@@ -30,7 +30,7 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import find_file
-from seed_multimodal.language.adapters import AGENT_CONFIG
+from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.vision import ADVICE, FILES, QwenVitConfig, Resampler

@@ -20,7 +20,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.train_transforms import TrainTransform
 from seed_multimodal.images.transforms import normalise, seed_image_processor
-from seed_multimodal.language.captions import BlipCaption
+from seed_multimodal.language.words import BlipCaption
 
 PLAIN = seed_image_processor(16)
 

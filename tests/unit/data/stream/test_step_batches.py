@@ -23,7 +23,7 @@ from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches, join_batches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.train_transforms import TrainTransform
-from seed_multimodal.language.captions import BlipCaption
+from seed_multimodal.language.words import BlipCaption
 from seed_multimodal.training.schedules import batch_indices
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores

@@ -1,7 +1,7 @@
-"""Scores of captions by pycocoevalcap, as COCO's evaluation computes them: BLEU-1…4, ROUGE-L, CIDEr; METEOR and SPICE.
+"""COCO's caption scores by pycocoevalcap: BLEU-1…4, ROUGE-L, CIDEr; METEOR and SPICE.
 
 The Penn Treebank tokenizer, METEOR and SPICE are Java programs. Without Java words are split at blanks and punctuation,
-the two scores are missing, and the notes say so.
+and both scores are missing.
 """
 
 from __future__ import annotations
@@ -9,13 +9,10 @@ from __future__ import annotations
 import contextlib
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
-
-from seed_multimodal.errors import first_line
 
 Key = TypeVar("Key", int, str, int | str)
 NO_JAVA = ("Scores were computed without Java: words were split at blanks and punctuation instead of by the Penn "
@@ -27,13 +24,10 @@ NO_PARSER = ("SPICE is missing: `python -c 'from pycocoevalcap.spice.spice impor
 
 def caption_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequence[str]], java: bool | None = None
                    ) -> tuple[dict[str, float], list[str]]:
-    """Corpus scores of one caption per image against its references, and notes on what could not be computed.
+    """Corpus scores of one caption per image against its references, and notes on missing scores.
 
     Args:
         java: whether to run the Java programs; None: if Java is installed.
-
-    Raises:
-        ImportError: pycocoevalcap (the extra eval) is missing.
     """
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
@@ -42,22 +36,18 @@ def caption_scores(captions: Mapping[Key, str], references: Mapping[Key, Sequenc
     from pycocoevalcap.spice import spice
 
     java = shutil.which("java") is not None if java is None else java
-    wanted = _tokenized({key: references[key] for key in captions}, java)
-    made = _tokenized({key: [caption] for key, caption in captions.items()}, java)
+    expected = _tokenized({key: references[key] for key in captions}, java)
+    answers = _tokenized({key: [caption] for key, caption in captions.items()}, java)
     scorers: dict[str, Any] = {"ROUGE_L": Rouge, "CIDEr": Cider}
-    parser = Path(spice.__file__).with_name("lib") / PARSER  # else Spice() would download it
     if java:
-        scorers |= {"METEOR": Meteor, **({"SPICE": spice.Spice} if parser.is_file() else {})}
-    notes = [] if "SPICE" in scorers else [NO_PARSER if java else NO_JAVA]
+        scorers["METEOR"] = Meteor
+        if Path(spice.__file__).with_name("lib").joinpath(PARSER).is_file():  # else Spice() would download it
+            scorers["SPICE"] = spice.Spice
     with contextlib.redirect_stdout(sys.stderr):  # the scorers print
-        values = Bleu(4).compute_score(wanted, made, verbose=0)[0]
-        scores = {f"Bleu_{order}": float(value) for order, value in enumerate(values, 1)}
-        for name, scorer in scorers.items():
-            try:
-                scores[name] = float(scorer().compute_score(wanted, made)[0])
-            except (OSError, ValueError, subprocess.SubprocessError) as error:  # of the Java programs
-                notes.append(f"{name} could not be computed ({first_line(error)}).")
-    return scores, notes
+        bleu = Bleu(4).compute_score(expected, answers, verbose=0)[0]
+        scores = {f"Bleu_{order}": float(value) for order, value in enumerate(bleu, 1)}
+        scores |= {name: float(scorer().compute_score(expected, answers)[0]) for name, scorer in scorers.items()}
+    return scores, [] if "SPICE" in scorers else [NO_PARSER if java else NO_JAVA]
 
 
 def _tokenized(texts: Mapping[Key, Sequence[str]], java: bool) -> dict[Key, list[str]]:
@@ -67,5 +57,5 @@ def _tokenized(texts: Mapping[Key, Sequence[str]], java: bool) -> dict[Key, list
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
     lines = {key: [{"caption": " ".join(text.split())} for text in several] for key, several in texts.items()}
-    found: dict[Key, list[str]] = PTBTokenizer().tokenize(lines)
-    return found
+    tokens: dict[Key, list[str]] = PTBTokenizer().tokenize(lines)
+    return tokens

@@ -1,0 +1,247 @@
+"""Trained checkpoints merged into a LLaMA by peft, and saved as a plain folder that every loader takes.
+
+Read are peft's adapter folders and what DeepSpeed's `zero_to_fp32.py` writes of a run, whose names carry the prefixes
+of the engine, the training module and peft. The checkpoint of a tuned SEED-X holds its resamplers' tensors, too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.device import DTYPES
+from seed_multimodal.disk import making_folder, output_folder, read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.llama import BOS, force_special_ids, load_llm
+from seed_multimodal.weights import load_checkpoint, save_state_dict
+
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_CONFIG = "adapter_config.json"
+AGENT_CONFIG = "agent.json"  # beside the tensors of a tuned SEED-X: sizes of the resamplers, LoRA
+LLM_FOLDER, AGENT_FOLDER = "llm", "agent"
+VISUAL = "visual_weight.safetensors"  # LaVIT's token merger and projection, copied as they are
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PREFIX = "base_model.model."
+SEQUENCES, LENGTH = 3, 24  # of the ids whose logits are compared
+# Largest relative difference of the logits (root mean square) by the precision of the saved weights.
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+_AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
+_OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
+_FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # the base's own, saved beside the adapter
+_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
+
+
+@dataclass
+class TrainedWeights:
+    """The tensors of a trained checkpoint.
+
+    Attributes:
+        lora: low-rank matrices, by peft's names without their prefix.
+        whole: tensors that take the place of the base's, by its names.
+        agent: SEED-X's resamplers; `agent_config`: the content of `agent.json`, empty without one.
+        config: fields of `peft.LoraConfig`.
+    """
+
+    source: Path
+    lora: dict[str, Tensor] = field(default_factory=dict)
+    whole: dict[str, Tensor] = field(default_factory=dict)
+    agent: dict[str, Tensor] = field(default_factory=dict)
+    agent_config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> TrainedWeights:
+    """Read an adapter folder, a checkpoint of SEED-X's tuning, or a file or folder of `zero_to_fp32.py`.
+
+    Args:
+        lora: fields of `LoraConfig` where there is no `adapter_config.json` or `agent.json`.
+    """
+    place = Path(source)
+    trained = TrainedWeights(place)
+    adapter = next((place / name for name in ADAPTER_FILES if (place / name).is_file()), place)
+    for name, value in load_checkpoint(adapter).items():
+        name = _OUTER.sub("", name)
+        if name.startswith(_AGENT):
+            trained.agent[name] = value
+            continue
+        name = name.removeprefix(PREFIX).replace(".base_layer.bias", ".bias")
+        if not any(part in name for part in _FROZEN):
+            name = re.sub(r"\.default(?=\.|$)", "", name.replace(".modules_to_save.default.", "."))
+            (trained.lora if ".lora_" in name else trained.whole)[name] = value
+    home = place if place.is_dir() else place.parent
+    file = next((folder / AGENT_CONFIG for folder in (home, home.parent) if (folder / AGENT_CONFIG).is_file()), None)
+    if trained.agent and file is not None:
+        trained.agent_config = read_json_object(file)
+    trained.config = (read_json_object(home / ADAPTER_CONFIG) if (home / ADAPTER_CONFIG).is_file() else
+                      dict(trained.agent_config.get("lora") or lora or {}))
+    return trained
+
+
+def merge_into(llama: Any, source: str | Path, lora: Mapping[str, Any] | None = None) -> None:
+    """Change a LLaMA's weights as a trained checkpoint says; arguments as of `read_trained`.
+
+    Raises:
+        CheckpointError: tensors that the model does not have, or of another size.
+    """
+    model = _with_trained(llama, read_trained(source, lora))
+    if model is not llama:
+        model.merge_and_unload()
+
+
+@torch.no_grad()
+def _with_trained(llama: Any, trained: TrainedWeights) -> Any:
+    """The LLaMA with the whole tensors in place; with low-rank matrices a `PeftModel` around it."""
+    if llama.config.tie_word_embeddings and not _still_tied(trained):
+        llama.config.tie_word_embeddings = False
+        llama.lm_head.weight = torch.nn.Parameter(llama.model.embed_tokens.weight.clone())
+    own = dict(llama.named_parameters(remove_duplicate=False))
+    for name, value in trained.whole.items():
+        if name not in own or own[name].shape != value.shape:
+            size = tuple(own[name].shape) if name in own else "missing"
+            raise CheckpointError(f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}.")
+        own[name].data = value.to(own[name])  # not in place: it may be a view of the base's file
+    return _with_lora(llama, trained) if trained.lora else llama
+
+
+def _still_tied(trained: TrainedWeights) -> bool:
+    """Whether one matrix can still be both embeddings."""
+    if any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora):
+        return False
+    return HEAD not in trained.whole or (
+        EMBEDDING in trained.whole and torch.equal(trained.whole[EMBEDDING], trained.whole[HEAD]))
+
+
+def _with_lora(llama: Any, trained: TrainedWeights) -> Any:
+    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+
+    config = trained.config
+    if not config.get("r") or not config.get("lora_alpha"):
+        raise CheckpointError(f"{trained.source}: holds LoRA matrices, but nothing says their r and lora_alpha "
+                              f"({ADAPTER_CONFIG}, or peft_config of the model's configuration).")
+    if str(config.get("init_lora_weights")).startswith(_CHANGE_BASE):
+        raise CheckpointError(f"{trained.source}: an adapter with init_lora_weights {config['init_lora_weights']!r} "
+                              f"belongs to a base that was changed for it, and cannot be merged.")
+    known = set(inspect.signature(LoraConfig).parameters) - {
+        "modules_to_save", "bias", "ensure_weight_tying", "inference_mode", "layers_to_transform", "layers_pattern"}
+    values = {key: value for key, value in config.items() if key in known}
+    values |= {"target_modules": sorted({name.rpartition(".lora_")[0] for name in trained.lora})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied embeddings, and of deprecated names inside transformers
+        try:
+            model = get_peft_model(llama, LoraConfig(**values)).eval()
+            result = set_peft_model_state_dict(model, {PREFIX + name: value for name, value in trained.lora.items()})
+        except (TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[-1].strip().rstrip(".")
+            raise CheckpointError(f"{trained.source}: not an adapter of this model ({reason}).") from error
+    wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
+    if wrong:
+        raise CheckpointError(f"{trained.source}: not a complete adapter of this model, first {wrong[0]!r}.")
+    return model
+
+
+def merge_adapter(
+    base: str | Path | None, trained: str | Path, out: str | Path, *, tokenizer: Any = None,
+    lora: Mapping[str, Any] | None = None, dtype: str = "fp32", max_shard_size: str | int = "5GB", verify: bool = True,
+    force: bool = False, agent: Callable[[TrainedWeights], Mapping[str, Any]] | None = None,
+) -> str:
+    """Write a plain LLaMA folder, complete or not at all; of a tuned SEED-X its subfolders `llm` and `agent`. Returns a
+    summary for the log.
+
+    Products are computed in fp32, so memory holds the model in fp32.
+
+    Args:
+        base: LLaMA folder; None if `trained` is a whole model.
+        trained: as of `read_trained`, or the folder of a whole model, which is only saved again.
+        tokenizer: its vocabulary must be the result's, and its files are saved with the weights.
+        dtype: fp32 (as released), bf16, fp16, or base.
+        verify: compare the logits of the saved model with those of base and adapter.
+        agent: gives the content of a SEED-X agent's `config.json`.
+
+    Raises:
+        CheckpointError: missing, damaged or foreign tensors, another vocabulary, logits that differ.
+        ConfigError: no base, or an `out` that is not empty or holds what is read.
+    """
+    place = Path(trained)
+    target = output_folder(out, force=force, what="the merged model", read=(base, place),
+                           called="what is to be merged")
+    is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
+    changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
+    agent_config = agent(changes) if agent is not None and changes.agent else None
+    llama = _load_base(place if is_whole else base, changes, tokenizer)
+    model = _with_trained(llama, changes)
+    expected = _logits(model) if verify else None
+    llama = model.merge_and_unload() if changes.lora else llama
+    precision = DTYPES[dtype] if dtype != "base" else _stored_dtype(place if is_whole else base)
+    force_special_ids(llama.to(precision))
+    merged = len({name.rpartition(".lora_")[0] for name in changes.lora})
+    summary = (f"{out}: {len(llama.state_dict())} tensors, {merged} with LoRA merged in, {len(changes.whole)} replaced "
+               f"by trained ones, {llama.config.vocab_size} words; ")
+    compared = "logits not compared"
+    with making_folder(target, out) as folder:
+        inner = folder / LLM_FOLDER if changes.agent else folder
+        llama.save_pretrained(inner, max_shard_size=max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(inner)
+        if (place / VISUAL).is_file():
+            shutil.copyfile(place / VISUAL, inner / VISUAL)
+        if changes.agent:
+            save_state_dict(changes.agent, folder / AGENT_FOLDER / "model.safetensors")
+        if agent_config is not None:
+            (folder / AGENT_FOLDER / "config.json").write_text(json.dumps(agent_config, indent=1), encoding="utf-8")
+        del model, llama
+        if expected is not None:
+            difference = float((_logits(load_llm(inner)) - expected).norm() / expected.norm())
+            if not difference <= TOLERANCES[precision]:
+                raise CheckpointError(f"{out}: the merged model's logits differ from those of base and adapter by "
+                                      f"{difference:.1e} (relative; allowed: {TOLERANCES[precision]:.0e}).")
+            compared = f"logits as before (relative difference {difference:.1e})"
+    beside = f" {len(changes.agent)} tensors of the resamplers beside it, in {AGENT_FOLDER}." if changes.agent else ""
+    return f"{summary}{compared}.{beside}"
+
+
+def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any) -> Any:
+    """The base in fp32, with the rows that the trained embeddings have."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if base is not None:
+        llama = load_llm(base)
+    elif trained.agent_config.get("llm"):  # trained whole; its configuration is in agent.json
+        llama = LlamaForCausalLM(LlamaConfig(**trained.agent_config["llm"])).eval()
+        missing = [name for name, _ in llama.named_parameters() if name not in trained.whole]
+        if missing:
+            raise CheckpointError(f"{trained.source}: {missing[0]!r} is missing from it.")
+    else:
+        raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
+    trained_ends = [trained.whole[name] for name in (EMBEDDING, HEAD) if name in trained.whole]
+    complete = len(trained_ends) == 2 or (trained_ends and llama.config.tie_word_embeddings)
+    words = len(trained_ends[0]) if complete else llama.config.vocab_size
+    if tokenizer is not None and words != tokenizer.vocabulary.size:
+        raise CheckpointError(f"{trained.source}: has {words} words, but the tokenizer has "
+                              f"{tokenizer.vocabulary.size}; they do not belong together.")
+    if words != llama.config.vocab_size:
+        llama.resize_token_embeddings(words, mean_resizing=False)
+    return llama
+
+
+def _stored_dtype(folder: str | Path | None) -> torch.dtype:
+    """Precision of a model's weights by its configuration."""
+    values = read_json_object(Path(folder) / "config.json") if folder is not None else {}
+    return getattr(torch, str(values.get("dtype") or values.get("torch_dtype") or "float32"))
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    """Logits `[S, L, words]` of seeded ids."""
+    ids = torch.randint(3, model.config.vocab_size, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids[:, 0] = BOS
+    return model(input_ids=ids).logits.float()

@@ -1,0 +1,238 @@
+"""Merging: as peft merges, from every layout of base and adapter, compared, complete or not at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import warm_python
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.lora import merge_adapter, merge_into
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+LORA: dict[str, Any] = {
+    "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "task_type": "CAUSAL_LM",
+    "modules_to_save": ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"],
+    "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
+
+
+def make_base(folder: Path, words: int, width: int = 32, **config: Any) -> Path:
+    torch.manual_seed(width)
+    LlamaForCausalLM(LlamaConfig(
+        vocab_size=words, hidden_size=width, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=64, initializer_range=0.3, bos_token_id=0, eos_token_id=1, pad_token_id=-1,
+        use_cache=False, **config)).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base: Path, words: int, folder: Path, **lora: Any) -> Any:
+    """An adapter with every number moved, written to `folder` by peft; returns the model."""
+    llama = LlamaForCausalLM.from_pretrained(base)
+    if llama.config.vocab_size != words:
+        llama.resize_token_embeddings(words, mean_resizing=False)
+    model = get_peft_model(llama, LoraConfig(**copy.deepcopy({**LORA, **lora})))  # peft changes lists it is given
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty_like(parameter).normal_(0, 0.1, generator=generator))
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.clone() for name, value in get_peft_model_state_dict(
+        model, save_embedding_layers=False).items()}, folder / "adapter_model.safetensors")
+    values = {**LORA, **lora, "peft_type": "LORA", "base_model_name_or_path": str(base)}
+    (folder / "adapter_config.json").write_text(json.dumps(values))
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def words(tokenizer: MultimodalTokenizer) -> int:
+    return tokenizer.vocabulary.size
+
+
+@pytest.fixture(scope="module")
+def trained(words: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A base without image words, an adapter with them, and what peft computes of both."""
+    folder = tmp_path_factory.mktemp("trained")
+    base, adapter = make_base(folder / "base", 330), folder / "adapter"
+    model = make_adapter(base, words, adapter)
+    with torch.no_grad():
+        expected = model(input_ids=sample_ids(words)).logits
+        return SimpleNamespace(base=base, adapter=adapter, logits=expected,
+                               merged=copy.deepcopy(model).merge_and_unload().state_dict(), model=model)
+
+
+def sample_ids(words: int) -> torch.Tensor:
+    return torch.randint(3, words, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def check_logits(folder: Path, expected: torch.Tensor, load: Callable[..., Any] = load_llm) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder)(input_ids=sample_ids(expected.shape[-1])).logits, expected, atol=1e-4,
+                                   rtol=1e-4)
+
+
+def test_merge_adapter_equals_peft(trained: SimpleNamespace, tokenizer: MultimodalTokenizer, words: int, tmp_path: Path
+                                   ) -> None:
+    out = tmp_path / "merged"
+    summary = merge_adapter(trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB")
+    assert f": {len(trained.merged)} tensors, 14 with LoRA merged in, 7 replaced by trained ones, {words} w" in summary
+    assert "logits as before" in summary and (out / "model.safetensors.index.json").is_file()
+    state = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
+    assert state.keys() == trained.merged.keys()
+    for name, value in state.items():
+        torch.testing.assert_close(value, trained.merged[name], atol=1e-6, rtol=1e-6, msg=name)
+    check_logits(out, trained.logits)
+    check_logits(out, trained.logits, AutoModelForCausalLM.from_pretrained)
+    config = json.loads((out / "config.json").read_text())
+    assert [config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "use_cache")] == [
+        1, 2, 0, words, True]
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert len(MultimodalTokenizer.from_pretrained(out)) == words
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_merge_adapter_of_bin_shards_in_other_precisions(trained: SimpleNamespace, tmp_path: Path) -> None:
+    """Base in two .bin shards with rotary buffers, adapter as peft 0.4 wrote it."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(trained.base, base)
+    state = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = list(state)
+    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in shards.items():
+        extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)} if "00001-of" in file else {}
+        torch.save({**{name: state[name] for name in part}, **extra}, base / file)
+    (base / "pytorch_model.bin.index.json").write_text(json.dumps(
+        {"metadata": {}, "weight_map": {name: file for file, part in shards.items() for name in part}}))
+    adapter.mkdir()
+    torch.save(load_file(trained.adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    shutil.copy(trained.adapter / "adapter_config.json", adapter)
+    for dtype, stored in (("bf16", torch.bfloat16), ("base", torch.float32)):
+        assert "logits as before" in merge_adapter(base, adapter, tmp_path / "out", dtype=dtype, force=True)
+        assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {stored}
+        config = json.loads((tmp_path / "out" / "config.json").read_text())
+        assert config["dtype"] == str(stored).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_merge_adapter_of_tied_embeddings(words: int, together: bool, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", words, tie_word_embeddings=True)
+    model = make_adapter(base, words, tmp_path / "adapter", ensure_weight_tying=together)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    # Trained apart they cannot be one matrix any more.
+    assert ("lm_head.weight" not in state) == config["tie_word_embeddings"] == together
+    with torch.no_grad():
+        check_logits(tmp_path / "out", model(input_ids=sample_ids(words)).logits)
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_merge_adapter_of_trained_biases(words: int, bias: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", words, attention_bias=True)
+    model = make_adapter(base, words, tmp_path / "adapter", bias=bias)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
+    with torch.no_grad():
+        check_logits(tmp_path / "out", model(input_ids=sample_ids(words)).logits)
+
+
+def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace, tmp_path: Path) -> None:
+    zero, whole, out = tmp_path / "zero", tmp_path / "whole", tmp_path / "out"
+    zero.mkdir()
+    torch.save({f"module.llm.{name}": p.detach().clone() for name, p in trained.model.named_parameters()
+                if p.requires_grad}, zero / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="nothing says their r and lora_alpha"):
+        merge_adapter(trained.base, zero, out)
+    merge_adapter(trained.base, zero, out, lora=LORA)
+    check_logits(out, trained.logits)
+    saved = load_file(out / "model.safetensors")
+    merge_adapter(None, out, tmp_path / "again", dtype="bf16")  # a whole model
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert all(torch.equal(saved[name].bfloat16(), again[name]) for name in saved)
+    whole.mkdir()
+    save_file({f"module.llm.{name}": value for name, value in saved.items()}, whole / "model.safetensors")
+    merge_adapter(trained.base, whole, tmp_path / "full")
+    full = load_file(tmp_path / "full" / "model.safetensors")
+    assert all(torch.equal(saved[name], full[name]) for name in saved)
+
+
+def test_merge_into_changes_a_loaded_model(words: int, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", words)
+    model = make_adapter(base, words, tmp_path / "adapter")
+    llama = load_llm(base)
+    names = list(llama.state_dict())
+    merge_into(llama, tmp_path / "adapter")
+    assert list(llama.state_dict()) == names
+    with torch.no_grad():
+        ids = sample_ids(words)
+        torch.testing.assert_close(llama(ids).logits, model(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+
+
+A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda s: {k: v for k, v in s.items() if k != A}, r"not a complete adapter .*q_proj\.lora_A"),
+    (lambda s: {**s, A: torch.zeros(3, 32)}, "not an adapter of this model .*size mismatch"),
+    (lambda s: {**s, "base_model.model.model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, "in the base it is"),
+    (lambda s: {k: v for k, v in s.items() if "lm_head" not in k}, "has 330 words, but the token"),
+    (lambda s: {k: v for k, v in s.items() if "_head" not in k and "embed" not in k}, "has 330 words, but the token")])
+def test_merge_adapter_of_other_tensors_leaves_nothing(
+        trained: SimpleNamespace, tokenizer: MultimodalTokenizer, change: Any, message: str, tmp_path: Path) -> None:
+    adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
+    save_file(change(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        merge_adapter(trained.base, adapter, tmp_path / "out", tokenizer=tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_merge_adapter_with_a_wrong_base_or_place(trained: SimpleNamespace, words: int, tmp_path: Path) -> None:
+    wide = make_base(tmp_path / "wide", words, width=64)
+    with pytest.raises(CheckpointError, match=r"but in the base it is \(\d+, 64\)"):
+        merge_adapter(wide, trained.adapter, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="there is no language model"):
+        merge_adapter(tmp_path, trained.adapter, tmp_path / "out")
+    with pytest.raises(ConfigError, match="A base model is needed"):
+        merge_adapter(None, trained.adapter, tmp_path / "out")
+    with pytest.raises(ConfigError, match="exists already and is not empty"):
+        merge_adapter(trained.base, trained.adapter, wide)
+    run = shutil.copytree(trained.adapter, tmp_path / "run")
+    with pytest.raises(ConfigError, match="run: holds what is to be merged"):
+        merge_adapter(trained.base, run, run, force=True)
+    values = json.loads((run / "adapter_config.json").read_text())
+    (run / "adapter_config.json").write_text(json.dumps({**values, "init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(CheckpointError, match="init_lora_weights 'pissa_niter_4'"):
+        merge_adapter(trained.base, run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "wide"]
+
+
+@pytest.mark.process
+def test_merge_lora_weights_program(trained: SimpleNamespace, tokenizer_folder: Path, tmp_path: Path) -> None:
+    configs = ROOT / "MultiModalLLM" / "configs" / "model"
+    words = tmp_path / "tokenizer.yaml"
+    words.write_text("_target_: src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
+                     f"pretrained_model_name_or_path: {tokenizer_folder}\n")
+    command = [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/tools/merge_lora_weights.py"), "--model_cfg",
+               str(configs / "vicuna_7b_lora_pretrained.yaml"), "--tokenizer_cfg", str(words), "--base_model",
+               str(trained.base), "--lora_model", str(trained.adapter), "--save_path", str(tmp_path / "merged")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "14 with LoRA merged in" in run.stderr and "logits as before" in run.stderr
+    check_logits(tmp_path / "merged", trained.logits)
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "not empty (--force replaces it)." in again.stderr
+    assert "Traceback" not in again.stderr
