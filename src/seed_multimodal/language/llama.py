@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
 from seed_multimodal.hub import PARTS, is_hub_name
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -93,9 +94,9 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
             f"download huggingface.co/{origin} into {source}, or use the nano model, which is in pretrained/nano."
             if origin else "give the folder of a LLaMA."))
     try:
-        values, _ = LlamaConfig.get_config_dict(str(source))
+        values = LlamaConfig.get_config_dict(source)[0] if on_hub else read_json_object(Path(source) / "config.json")
         config = LlamaConfig.from_dict({**values, **SPECIAL})
-    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
         raise CheckpointError(f"{source}: its configuration cannot be read ({first_line(error)}).") from error
     if values.get("model_type") != "llama":
         raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "

@@ -14,7 +14,6 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.any_resolution import AnyResolution, read_grids
-
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import merge_into
 from seed_multimodal.language.seed_x import seed_x_words
