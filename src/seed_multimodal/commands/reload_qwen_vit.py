@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
@@ -42,7 +43,7 @@ def _reload(args: argparse.Namespace) -> int:
     if index is None:
         raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; {WHERE}.")
     places = {name: file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name}
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for file in sorted(set(places.values())):
         shard = load_state_dict(source / file, mapped=True)
         tensors |= {name.removeprefix(IN_QWEN_VL): shard[name] for name, place in places.items() if place == file}
