@@ -16,7 +16,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
 
 SOURCE, TARGET = "pretrained/Qwen-VL-Chat", "pretrained/QwenViT/qwen_vit_G.pt"
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 WHERE = f"download Qwen/Qwen-VL-Chat to {SOURCE}, or name its folder with --source"
 
 
@@ -34,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reload(args: argparse.Namespace) -> int:
     from seed_multimodal.device import DTYPES
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
-    from seed_multimodal.weights import load_state_dict, save_torch
+    from seed_multimodal.weights import INDEXES, load_state_dict, save_torch
 
     target, source = Path(args.out), locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
