@@ -84,8 +84,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
     except CheckpointError as error:
-        made_for_reading = system.spec.system == "lavit" and not system.spec.has("decoder", "pixels")
-        if system.pictures.can_draw and not made_for_reading:
+        if system.pictures.can_draw and system.spec.can_draw:  # damaged rather than left out
             raise
         print(f"{error} Pictures are read and described.")
     pixels = args.max_megapixels * 1_000_000

@@ -14,11 +14,10 @@ from typing import Any
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.language.prompts import template_for
-from seed_multimodal.system.config import BICUBIC, INSIDE, PARTS, SystemConfig
+from seed_multimodal.system.config import BICUBIC, DRAWING, INSIDE, PARTS, SystemConfig
 
 OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors",
                                      "manifest.json", ".*")
-DRAWING = ("detokenizer", "decoder", "pixels")  # null where they are missing: the system cannot draw
 VISUAL = "visual_weight.safetensors"  # LaVIT's second stage, which trainings write beside the language model
 
 
@@ -64,11 +63,11 @@ def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[s
     shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
     for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()
-    named: dict[str, str | None] = {name: name if (folder / name).exists() else None for name in PARTS[kind]
-                                    if name in DRAWING or (folder / name).exists()}
-    if kind == "seed_llama" and named["detokenizer"] is None and (folder / "tokenizer" / INSIDE).is_dir():
-        named["detokenizer"] = f"tokenizer/{INSIDE}"
-    replace_text(folder / "system.json", json.dumps({**settings, "system": kind, **named}, indent=1))
+    named = {name: name for name in PARTS[kind] if (folder / name).exists()}
+    if kind == "seed_llama" and (folder / "tokenizer" / INSIDE).is_dir():
+        named = {"detokenizer": f"tokenizer/{INSIDE}", **named}
+    missing = {name: None for name in DRAWING if name in PARTS[kind]}  # the system cannot draw
+    replace_text(folder / "system.json", json.dumps({**settings, "system": kind, **missing, **named}, indent=1))
 
 
 def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:

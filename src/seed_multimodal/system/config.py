@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object
@@ -29,10 +29,9 @@ from seed_multimodal.language.tasks import DEFAULT_TASKS, RELEASED_TASKS, SEED_X
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 
-@dataclass(frozen=True)
-class Part:
-    """A part of a system: what it is, and its path in a system's folder; of the original its key in `hub.PARTS`, its
-    path there, and the files of its folder that are needed."""
+class Part(NamedTuple):
+    """A part: what it is, its path in a system's folder; of the original its key in `hub.PARTS`, its path there, and
+    those files of its folder that are needed."""
 
     what: str
     path: str | None = None
@@ -66,6 +65,7 @@ PARTS: dict[str, dict[str, Part]] = {
         "pixels": Part("pixel decoder (unet, vae and scheduler)", "pixels", "lavit", "{head}pixel_decoding"),
         "safety": Part("safety checker", None, "lavit", "pixel_decoding")}}
 
+DRAWING = ("detokenizer", "sdxl", "decoder", "pixels")
 BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}  # of the original SEED-LLaMA
 BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer alone, as its evaluation resizes
 # Keys of `system.json` with their defaults: of each system, and of all.
@@ -95,11 +95,8 @@ NAMES = (*hub.SHIPPED, *ORIGINALS)
 
 @dataclass(kw_only=True)
 class SystemConfig:
-    """Everything a system needs to know before it loads a tensor.
-
-    `original` is the short name of the original whose files these are ("": parts as `system.json` names them); LaVIT's
-    `tokenizer` is then the whole folder, its `decoder` a file.
-    """
+    """Everything a system needs to know before it loads a tensor; `original` is the short name of the original whose
+    files these are (LaVIT's `tokenizer` is then the whole folder, its `decoder` a file)."""
 
     system: str = "seed_llama"
     name: str = ""
@@ -137,9 +134,7 @@ class SystemConfig:
     def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
         """The config of a name or folder (None: of the `llm` that is given); whether parts are there is for `require`.
 
-        Args:
-            system: the kind that it must be; None: any.
-            given: parts (paths or hub names), `template`, `tuned` and `head`, where they are not None.
+        `system` is the kind that it must be; `given` are parts (paths or hub names), `template`, `tuned` and `head`.
 
         Raises:
             CheckpointError: no such folder. ConfigError: another kind of system, a wrong `system.json`.
@@ -155,8 +150,8 @@ class SystemConfig:
         check_keys(given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}")
         for key, value in given.items():
             setattr(config, key, hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value)
-        if config.original and config.system == "seed_llama" and "detokenizer" not in given:
-            config.detokenizer = _diffusion_of(config.tokenizer) or config.detokenizer
+        if config.original and config.system == "seed_llama" and config.tokenizer and "detokenizer" not in given:
+            config.detokenizer = _there(config.tokenizer / INSIDE) or config.detokenizer
         return config
 
     @classmethod
@@ -193,16 +188,18 @@ class SystemConfig:
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
             raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
                                   f"system.json. {hub.where_shipped(name)}".rstrip())
+        model = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
+        ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
-        elif _is_tokenizer(folder):
-            config = cls(tokenizer=folder)
-            config.detokenizer = _diffusion_of(folder) or hub.locate(hub.PARTS["unclip"].folder)
+        elif ours or folder.is_file() or any(folder.glob("seed_quantizer.*")) or any(folder.glob("causal_qformer.*")):
+            inside = (folder.parent if folder.is_file() else folder) / INSIDE
+            config = cls(tokenizer=folder, detokenizer=_there(inside) or _there(Path(hub.PARTS["unclip"].folder)))
         elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):
             config = cls._original("seed-x-i", folder)
-        elif (sizes := folder / "config.json").is_file():
+        elif model:
             config = cls._original("8b")
-            config.llm, config.template = folder, template_for(read_json_object(sizes, ConfigError).get("hidden_size"))
+            config.llm, config.template = folder, template_for(model.get("hidden_size"))
         elif any((folder / one).is_dir() for one in ("visual_tokenizer", "language_model")):
             config = cls._original("lavit", folder, head)
         else:
@@ -232,6 +229,11 @@ class SystemConfig:
             config.tokenizer = config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
         return config
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether all parts that only draw are on this disk."""
+        return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
+
     def has(self, *parts: str) -> bool:
         """Whether these parts are on this disk; also LaVIT's "understanding"."""
         return not any(self._missing(key) is not None for key in parts)
@@ -243,18 +245,17 @@ class SystemConfig:
             CheckpointError: parts that are missing: what to download and where to put it.
         """
         for key in parts:
-            if key in self.origins and not self.has(key):
-                source, inside = self.origins[key]
+            source, inside = self.origins.get(key, (None, ""))
+            if source and getattr(self, key, None) == (usual := Path(source.folder, inside)) and not self.has(key):
                 files = PARTS[self.system][key].files or ((f"{inside}*",) if inside else source.files)
-                usual = Path(source.folder, inside)
-                if getattr(self, key, None) == usual and (cached := hub.fetched(source.hub, files)):
-                    setattr(self, key, _there(cached / inside) or usual)
+                cached = hub.fetched(source.hub, files)
+                setattr(self, key, cached and _there(cached / inside) or usual)
         if self.has(*parts):
             return self
         wanted = dict[str, list[str]]()
         for key, part in PARTS[self.system].items():
-            others = key in self.origins and key != "safety" and getattr(self, key, None)  # are named at once
-            if (place := self._missing(key)) is not None and (key in parts or others):
+            all_at_once = key in self.origins and key != "safety" and getattr(self, key, None)
+            if (place := self._missing(key)) is not None and (key in parts or all_at_once):
                 wanted.setdefault(self.origins[key][0].what if key in self.origins else part.what, []).append(place)
         if self.original:
             listed = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
@@ -276,19 +277,3 @@ class SystemConfig:
 def _there(place: Path) -> Path | None:
     """A path here or below the repository root; tensors may be in `.safetensors` for `.bin`."""
     return hub.locate(place) or (hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None)
-
-
-def _is_tokenizer(place: Path) -> bool:
-    """Whether this is an image tokenizer alone: a file, ours by its `config.json`, or an original one."""
-    if place.is_file():
-        return True
-    config = place / "config.json"
-    ours = config.is_file() and read_json_object(config).get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
-    return ours or any(place.glob("seed_quantizer.*")) or any(place.glob("causal_qformer.*"))
-
-
-def _diffusion_of(tokenizer: Path | None) -> Path | None:
-    """The diffusion model in a tokenizer's folder, or beside its file."""
-    assert tokenizer is not None
-    inside = (tokenizer.parent if tokenizer.is_file() else tokenizer) / INSIDE
-    return inside if inside.is_dir() else None

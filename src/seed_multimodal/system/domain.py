@@ -2,8 +2,8 @@
 
 Two files that `system.json` may name:
 
-    domain         a small head on one layer of the vision encoder; an image that it scores above `domain_threshold` is
-                   unlike those of the training
+    domain         a small head on one layer of the vision encoder, which scores images unlike the training's above
+                   `domain_threshold`
     known_words    {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
                     "examples": {"animal": ["cat", "dog", "horse"], …}}
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -43,8 +43,7 @@ class DomainHead(nn.Module):
     def forward(self, tokens_BTW: Tensor) -> Tensor:
         """Scores, see the class."""
         projected = F.gelu(self.project((tokens_BTW - self.mean) / self.scale))
-        scores: Tensor = self.score(F.gelu(self.hidden(projected.flatten(1))))[:, 0]
-        return scores
+        return torch.as_tensor(self.score(F.gelu(self.hidden(projected.flatten(1))))[:, 0])
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,12 @@ class Domain:
             unlike = (self.head(tokens_BTW) > self.threshold).nonzero()[:, 0].tolist()
         if not unlike:
             return ""
-        which = "This" if len(tokens_BTW) == 1 else f"Picture {', '.join(str(place + 1) for place in unlike)}"
+        which = "This" if len(tokens_BTW) == 1 else f"Picture {', '.join(str(index + 1) for index in unlike)}"
         return f"{which} does not look like {self.name}; for photographs use the original weights."
 
 
 def load_domain(file: Path | None, threshold: float) -> Domain | None:
-    """The domain in a file, if one is named; `CheckpointError` for a file that is missing or something else."""
+    """The domain in a file, if one is named; `CheckpointError` for a missing or another file."""
     if file is None:
         return None
     state = {name: value.float() for name, value in load_state_dict(file).items()}
@@ -91,17 +90,12 @@ class KnownWords:
     words: tuple[str, ...]
     examples: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
-    @cached_property
-    def _named(self) -> re.Pattern[str]:
-        longest = sorted(map(re.escape, self.names), key=len, reverse=True)
-        return re.compile(rf"(?<!\w)(?:{'|'.join(longest)})(?!\w)")
-
     def unknown(self, text: str) -> list[str]:
         """Unknown words of a text in order, each once, in lower case; a part of a name (`fire`) is unknown, too."""
         plain = re.sub(r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
-        words = dict.fromkeys(_WORD.findall(self._named.sub(" ", plain)))
-        known = frozenset(self.words)
-        return [word for word in words if word not in known
+        longest = "|".join(sorted(map(re.escape, self.names), key=len, reverse=True))
+        words = dict.fromkeys(_WORD.findall(re.sub(rf"(?<!\w)(?:{longest})(?!\w)", " ", plain)))
+        return [word for word in words if word not in self.words
                 and (len(word) > 1 or not word.isascii() or word.isdigit())]
 
     def note(self, text: str) -> str:

@@ -15,14 +15,10 @@ from seed_multimodal.systems.talking import Log, System
 def open_system(name: str | Path, *, device: str = "auto", dtype: Any = "auto", quantization: str | None = None,
                 image_device: str | None = None, offload: bool | Collection[str] = False,
                 log: Log = print) -> System:
-    """The system of a name or folder; arguments as of the systems' own `from_pretrained`.
+    """The system of a name or folder; arguments and errors as of the systems' own `from_pretrained`.
 
-    Args:
-        offload: parts are on their device only while they work, or these of "llm", "encoder" and "decoder" (of
-            SEED-LLaMA those that read and draw pictures).
-
-    Raises:
-        CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
+    `offload`: parts are on their device only while they work, or these of "llm", "encoder" and "decoder" (of SEED-LLaMA
+    those that read and draw images).
     """
     spec = SystemConfig.find(name)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "quantization": quantization,
