@@ -145,7 +145,7 @@ def test_a_system_that_only_draws_or_reads_says_so(tiny_lavit_folder: Path, tmp_
     shutil.rmtree(folder / "decoder")
     reads = create_app(Lavit.from_pretrained(folder, device="cpu", log=None)).test_client()
     said = ask(reads, "a fish", force_boi=True)
-    assert said["status"] == 400 and "its decoder of codes is not there, so it cannot draw" in said["error"]
+    assert said["status"] == 400 and "its decoder of codes is not there: put it at" in said["error"]
 
 
 @pytest.mark.process
@@ -153,10 +153,10 @@ def test_the_program_serves_a_folder_for_understanding(tiny_lavit_folder: Path, 
     folder = Path(shutil.copytree(tiny_lavit_folder, tmp_path / "tiny"))
     shutil.rmtree(folder / "pixels")
     with serving(folder) as (address, lines):
-        assert "its pixel decoder (unet, vae, scheduler) is not there, so it cannot draw" in "".join(lines)
+        assert "its pixel decoder (unet, vae and scheduler) is not there: put it at" in "".join(lines)
         assert requests.post(address, json=body("<image>", noise(1)), timeout=60).json()["text"]
         said = requests.post(address, json=body("a fish", force_boi=True), timeout=60)
-        assert said.status_code == 400 and "so it cannot draw" in said.json()["error"]
+        assert said.status_code == 400 and "is not there: put it at" in said.json()["error"]
 
 
 def test_a_client_that_left_ends_the_answer(tiny_lavit: Lavit) -> None:
