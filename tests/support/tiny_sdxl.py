@@ -22,7 +22,7 @@ def unet(channels: int = 4) -> Any:
     return UNet2DConditionModel(
         sample_size=8, in_channels=channels, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, cross_attention_dim=SIZES.prompt_dim, attention_head_dim=(2, 4), use_linear_projection=True,
+        norm_num_groups=4, cross_attention_dim=16, attention_head_dim=(2, 4), use_linear_projection=True,
         transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + SIZES.output2_dim)
 

@@ -2,17 +2,17 @@
 
     images = detokenizer(embeds, seeds=[1, 2, 3], num_inference_steps=20)
 
-Every image has its own generator, so a drawing depends on its embeddings and its seed, never on the rest of its batch.
-Latents stay float32 between the steps, whatever precision the U-Net computes in.
+A drawing depends on its embeddings and its seed, never on the rest of its batch. Latents stay float32 between the
+steps, whatever precision the U-Net computes in.
 """
 
 from __future__ import annotations
 
-import contextlib
+import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -31,14 +31,21 @@ from seed_multimodal.weights import refuse_tensors
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
 Generators = Sequence[torch.Generator]
 Callback = Callable[[int, int], None]  # steps done, steps in all
+CLASSES = {  # of a diffusers folder's sub-folders
+    "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
+    "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
+    "image_normalizer": ("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer"),
+    "safety_checker": ("diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"),
+    "feature_extractor": ("transformers", "CLIPImageProcessor")}
+OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part → the sub-folder that must be there
+            "safety_checker": "safety_checker", "feature_extractor": "safety_checker"}
 
 
 @dataclass(frozen=True)
 class DrawingSettings:
     """Settings of a drawing; `seed_decode.json` in a diffusion folder changes the defaults.
 
-    A guidance of 1 or less runs the U-Net once per step. `scheduler`: name of a diffusers class that takes over the
-    folder's noise schedule.
+    A guidance of 1 or less runs the U-Net once per step. `scheduler`: name of a diffusers class.
     """
 
     num_inference_steps: int = setting(20, least=1)
@@ -48,7 +55,7 @@ class DrawingSettings:
 
 @dataclass(frozen=True)
 class SizedSettings(DrawingSettings):
-    """With the size of the images in pixels; by default that of the U-Net's training."""
+    """With the size of the images in pixels; None: that of the U-Net's training."""
 
     height: int | None = setting(None, least=8, most=16_384)
     width: int | None = setting(None, least=8, most=16_384)
@@ -58,15 +65,15 @@ class Detokenizer:
     """Base class; a subclass defines `denoise` and a `__call__` that documents its conditions.
 
     Attributes:
-        kind: of folder, in error messages; where: what to download for it.
-        part_names: attributes with weights, in the order of use.
-        device: where the parts compute.
+        kind, where: of folder, and what to download, in error messages. device: where the parts compute.
+        part_names: attributes with weights, in the order of use. float32: of these, those that no dtype changes.
     """
 
     kind: ClassVar[str]
     where: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
     part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")
+    float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")
     decode_at_once: ClassVar[int] = 1  # latents in one call of the autoencoder, whose memory grows with their number
     denoise: Callable[..., Tensor]  # (settings, generators, callback=…, **conditions) → latents [B, C, h, w]
 
@@ -78,20 +85,14 @@ class Detokenizer:
         self.safety_checker, self.feature_extractor = safety_checker, feature_extractor
         self.defaults = defaults or self.settings_class()
         self.device, self._hooks = torch.device(unet.device), list[Any]()
+        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels along a side of one latent
 
     # ---- settings
-
-    @classmethod
-    def read_defaults(cls, place: Path) -> Any:
-        """Default settings of a diffusion folder."""
-        file = place / DEFAULTS
-        return read_settings(cls.settings_class, read_json_object(file, ConfigError), str(file)) if file.is_file() \
-            else cls.settings_class()
 
     @property
     def setting_names(self) -> list[str]:
         """What `__call__` accepts as drawing settings."""
-        return [entry.name for entry in fields(self.defaults)]
+        return list(vars(self.defaults))
 
     def check_settings(self, **given: Any) -> Any:
         """The defaults with the given settings over them (None: the default).
@@ -107,11 +108,6 @@ class Detokenizer:
             scheduler_class(settings.scheduler)
         self.size(settings)
         return settings
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a side of one latent (8 for Stable Diffusion)."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     def size(self, settings: Any) -> tuple[int, int]:
         """Height and width of an image; `ConfigError` for one alone, or no whole number of latents."""
@@ -134,6 +130,7 @@ class Detokenizer:
         Args:
             conditions: arguments of `denoise`, with one row for each image, or None; the first is never None.
             seeds: one for each image; None: drawn from torch's global generator.
+            callback: called after each step with the steps done and in all.
         """
         count = len(next(iter(conditions.values())))
         seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
@@ -155,14 +152,14 @@ class Detokenizer:
 
         Args:
             conditions: the U-Net's arguments, R·B rows for R runs of each image. guide: its R·B predictions → B.
-            callback: called after each step. concatenated: `[R·B, …, h, w]`, further input channels.
+            concatenated: further input channels `[R·B, …, h, w]`.
         """
-        scheduler, device = self.scheduler, self.device
+        scheduler = self.scheduler
         if settings.scheduler is not None:
             scheduler = scheduler_class(settings.scheduler).from_config(scheduler.config)
-        scheduler.set_timesteps(settings.num_inference_steps, device=device)
+        scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         runs = len(conditions["encoder_hidden_states"]) // len(start)
-        latents = start.to(device, torch.float32) * scheduler.init_noise_sigma
+        latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
         own = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for done, step in enumerate(scheduler.timesteps, start=1):
             noisy = scheduler.scale_model_input(latents.repeat(runs, 1, 1, 1), step)
@@ -179,18 +176,22 @@ class Detokenizer:
         return torch.stack([torch.randn(shape, generator=one, dtype=dtype or self.unet.dtype) for one in generators])
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
-        """Latents as PIL images; black those that the safety checker recognises.
-
-        Raises:
-            GenerationError: NaN or infinity.
-        """
+        """Latents as PIL images, black where the safety checker flags them. Raises `GenerationError`: NaN."""
         pixels = self.decode(latents)
         if not bool(torch.isfinite(pixels).all()):
             raise GenerationError("The diffusion model computed NaN or infinity: its weights are damaged, or float16 "
                                   "is too narrow for them (use bfloat16 or float32).")
         array = (pixels.permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")
-        images = [Image.fromarray(row) for row in array]
-        return images if self.safety_checker is None else self._without_unsafe(images)
+        images, checker = [Image.fromarray(row) for row in array], self.safety_checker
+        if checker is None:
+            return images
+        with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
+            seen = self.feature_extractor(images, return_tensors="pt").pixel_values.to(self.device, checker.dtype)
+            flags = checker(clip_input=seen, images=np.zeros((len(images), 1)))[1]
+        if any(flags):
+            warnings.warn(f"The safety checker made {sum(flags)} of {len(images)} images black.", SeedWarning,
+                          stacklevel=2)
+        return [Image.new("RGB", image.size) if flag else image for image, flag in zip(images, flags, strict=True)]
 
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in 0…1 `[B, 3, H, W]`, in the autoencoder's own precision whatever the caller's autocast."""
@@ -199,17 +200,6 @@ class Detokenizer:
             pixels = torch.cat([vae.decode((part.to(self.device) / vae.config.scaling_factor).to(vae.dtype)).sample
                                 for part in latents.split(self.decode_at_once)])
         return (pixels * 0.5 + 0.5).clamp(0, 1)
-
-    def _without_unsafe(self, images: list[Image.Image]) -> list[Image.Image]:
-        """Flagged images black. The checker computes in its own precision, also under autocast."""
-        checker = self.safety_checker
-        pixels = self.feature_extractor(images, return_tensors="pt").pixel_values.to(self.device, checker.dtype)
-        with torch.autocast(self.device.type, enabled=False), quiet_loading("diffusers"):
-            flags = checker(clip_input=pixels, images=np.zeros((len(images), 1)))[1]
-        if any(flags):
-            warnings.warn(f"The safety checker made {sum(flags)} of {len(images)} images black.", SeedWarning,
-                          stacklevel=2)
-        return [Image.new("RGB", image.size) if flag else image for image, flag in zip(images, flags, strict=True)]
 
     # ---- devices
 
@@ -240,97 +230,69 @@ class Detokenizer:
     # ---- loading
 
     @classmethod
-    @contextlib.contextmanager
-    def reading(cls, place: Path) -> Iterator[None]:
-        """Inside, diffusers and transformers load in silence; what they raise becomes a `CheckpointError`."""
+    def load_parts(cls, place: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
+        """Arguments of the constructor from a diffusion folder: named parts, default settings, layout."""
+        parts: dict[str, Any] = {
+            name: cls.load_part(place, name, torch.float32 if name in cls.float32 else dtype)
+            for name in names if name not in OPTIONAL or (place / OPTIONAL[name]).is_dir()}
+        if (file := place / DEFAULTS).is_file():
+            parts["defaults"] = read_settings(cls.settings_class, read_json_object(file, ConfigError), str(file))
+        return parts | cls.load_layout(place)
+
+    @staticmethod
+    def load_layout(place: Path) -> dict[str, Any]:
+        """The layout decoder of a small model, as an argument of the constructor."""
+        return {"layout": LayoutDecoder.from_pretrained(place / LAYOUT)} if (place / LAYOUT).is_dir() else {}
+
+    @classmethod
+    def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        """A scheduler, or a part of `CLASSES`: models in eval mode on the CPU.
+
+        Raises:
+            CheckpointError: not there, damaged, or without some of its tensors (the libraries only warn of these).
+        """
         from safetensors import SafetensorError
 
+        if name.endswith("scheduler"):
+            config = read_json_object(place / name / "scheduler_config.json", CheckpointError, cls.where)
+            return scheduler_class(str(config.get("_class_name"))).from_config(config)
+        folder = vae_folder(place) if name == "vae" else place / name
+        if not folder.is_dir():  # diffusers would take it for a hub name
+            raise CheckpointError(f"{folder}: there is no such folder; {cls.where}.")
+        module, kind = CLASSES[name]
+        part_class = getattr(importlib.import_module(module), kind)
+        network = issubclass(part_class, nn.Module)
+        options = {"torch_dtype": dtype, "output_loading_info": True} if network else {}
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                yield
+                part = part_class.from_pretrained(folder, local_files_only=True, **options)
         except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise CheckpointError(f"{place}: not a complete {cls.kind} folder ({first_line(error)}); "
                                   f"{cls.where}.") from error
-
-    @classmethod
-    def load_part(cls, kind: Any, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A model in a sub-folder, in eval mode on the CPU; `kind`: its class in diffusers or transformers.
-
-        Raises:
-            CheckpointError: not there, damaged, or without some of its tensors (both libraries only warn of these).
-        """
-        if not (place / name).is_dir():  # else a hub name
-            raise CheckpointError(f"{place / name}: there is no such folder; {cls.where}.")
-        with cls.reading(place):
-            part, info = kind.from_pretrained(place, subfolder=name, torch_dtype=dtype, local_files_only=True,
-                                              output_loading_info=True)
-        refuse_tensors(sorted(info["missing_keys"]), (), place / name, "missing from the file")
+        if not network:
+            return part
+        part, info = part
+        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")
+        if name == "unet":
+            part.register_to_config(_name_or_path="")  # no machine's path in what is saved
         return part.eval()
 
-    @classmethod
-    def load_unet(cls, place: Path, dtype: torch.dtype = torch.float32) -> Any:
-        """The U-Net of a diffusion folder; errors as `load_part`."""
-        from diffusers import UNet2DConditionModel
 
-        unet = cls.load_part(UNet2DConditionModel, place, "unet", dtype)
-        unet.register_to_config(_name_or_path="")  # no machine's path in what is saved
-        return unet
-
-    @classmethod
-    def load_vae(cls, place: Path, dtype: torch.dtype = torch.float32) -> Any:
-        """The autoencoder of a diffusion folder; errors as `load_part`."""
-        from diffusers import AutoencoderKL
-
-        folder = vae_folder(place)
-        return cls.load_part(AutoencoderKL, folder.parent, folder.name, dtype)
-
-    @classmethod
-    def load_scheduler(cls, place: Path, name: str = "scheduler") -> Any:
-        """A scheduler of a diffusion folder. Raises `CheckpointError`: not there."""
-        file = place / name / "scheduler_config.json"
-        config = read_json_object(file, CheckpointError, cls.where)
-        return scheduler_class(str(config.get("_class_name", file))).from_config(config)
-
-    @staticmethod
-    def load_layout(place: Path) -> LayoutDecoder | None:
-        """The layout decoder that a small model's folder holds."""
-        return LayoutDecoder.from_pretrained(place / LAYOUT) if (place / LAYOUT).is_dir() else None
-
-    @classmethod
-    def load_safety_checker(cls, place: Path) -> dict[str, Any]:
-        """Stable Diffusion's checker of a folder, as arguments of the constructor; nothing where there is none."""
-        if not (place / "safety_checker").is_dir():
-            return {}
-        from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-        from transformers import CLIPImageProcessor
-
-        with cls.reading(place):
-            extractor = CLIPImageProcessor.from_pretrained(place, subfolder="feature_extractor", local_files_only=True)
-        return {"safety_checker": cls.load_part(StableDiffusionSafetyChecker, place, "safety_checker"),
-                "feature_extractor": extractor}
-
-    @classmethod
-    def load_text_encoder(cls, place: Path, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-        """Tokenizer and text encoder of a folder, as arguments of the constructor; nothing where there is none."""
-        if not (place / "text_encoder").is_dir():
-            return {}
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        with cls.reading(place):
-            tokenizer = CLIPTokenizer.from_pretrained(place, subfolder="tokenizer", local_files_only=True)
-        return {"text_encoder": cls.load_part(CLIPTextModel, place, "text_encoder", dtype), "tokenizer": tokenizer}
+def check_width(embeds: Tensor, width: int) -> None:
+    """Refuse embeddings of another width (`CheckpointError`)."""
+    if embeds.shape[-1] != width:
+        raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
+                              f"{width}: tokenizer and de-tokenizer do not belong together.")
 
 
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:
     """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first; of `[B, …]` up to a scale of 1."""
     def combine(prediction: Tensor) -> Tensor:
-        if scale <= 1:
-            return prediction
         away, toward = prediction.chunk(2)
         return away + scale * (toward - away)
 
-    return combine
+    return combine if scale > 1 else lambda prediction: prediction
 
 
 def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None) -> Tensor:
@@ -340,11 +302,6 @@ def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length
     masked = getattr(text_encoder.config, "use_attention_mask", False)
     hidden: Tensor = text_encoder(words.input_ids, attention_mask=words.attention_mask if masked else None)[0]
     return hidden
-
-
-def each(values: Tensor, count: int) -> Tensor:
-    """`[B, …]` or `[1, …]` as `[B, …]`."""
-    return values.expand(count, *values.shape[1:])
 
 
 def scheduler_class(name: str) -> Any:

@@ -23,7 +23,7 @@ Trained = Literal["key_value", "all"]  # of a U-Net
 
 @dataclass(frozen=True)
 class Noised:
-    """Noised latents `[B, C, h, w]`, their time steps `[B]`, the target, and weights `[B]` in the loss (None: none)."""
+    """Noised latents `[B, C, h, w]`, their time steps `[B]`, the target, and weights in the loss `[B]` or None."""
 
     latents: Tensor
     steps: Tensor
@@ -48,7 +48,7 @@ class Noised:
 
 
 def training_schedule(scheduler: Any) -> Any:
-    """A `DDPMScheduler` with the noise schedule of a folder's sampler (SDXL's, Euler, adds noise on another scale)."""
+    """A `DDPMScheduler` with a sampler's noise schedule (SDXL's sampler, Euler, adds noise on another scale)."""
     from diffusers import DDPMScheduler
 
     return DDPMScheduler.from_config(scheduler.config)
@@ -81,12 +81,8 @@ def min_snr_weight(schedule: Any, steps: Tensor, cap: float) -> Tensor:
 
 def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
              count: int = 1) -> Tensor:
-    """SDXL's size conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop, target size.
-
-    Args:
-        size: (height, width) of the image in pixels; original: of the file it was cut from, None for the same.
-        crop: (top, left) of the cut.
-    """
+    """SDXL's size conditions `[count, 6]` (Podell et al. 2023, 2.2): original and target size as (height, width), and
+    the crop between them as (top, left)."""
     return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(count, -1)
 
 
@@ -132,14 +128,12 @@ class AdapterLoss:
     def __call__(self, adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
                  empty_features: Tensor, condition_latents: Tensor | None = None,
                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Losses (`Noised.losses`) of latents noised at random time steps.
+        """Losses (`Noised.losses`) of an `SDXLAdapter`, or a wrapper of it, at random time steps.
 
         Args:
-            adapter: an `SDXLAdapter`, or a wrapper of it (DDP). schedule: of `training_schedule`.
-            latents: `[B, C, h, w]` of the images, multiplied by the autoencoder's scaling factor.
-            image_embeds: `[B, N, W]`. empty_features: `[1, N, W]`, the vision encoder's of an empty image.
-            time_ids: `[B, 6]` (`size_ids`).
-            condition_latents: `[B, C, h, w]` not so multiplied, for a second stage; None: every sample without.
+            latents: `[B, C, h, w]`, times the autoencoder's scaling factor. image_embeds: `[B, N, W]`.
+            time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, the vision encoder's of an empty image.
+            condition_latents: `[B, C, h, w]` without that factor, for a second stage; None: every sample without.
             generator: on the CPU, of all random choices.
         """
         device = latents.device

@@ -6,8 +6,7 @@
 Two were released. A U-Net of SDXL's kind (`highres_pixel_decoding`) reads prompt and pooled embeddings and sizes;
 guidance steers away from zeros. One of Stable Diffusion 1's kind (`pixel_decoding`) reads prompt embeddings alone;
 guidance steers away from the empty text's embeddings (`uncond_embeddings.bin`), and the rest of that prompt is masked.
-The U-Net reads codes alone, never the words of a request. Sizes, latents and the autoencoder are float32 whatever the
-U-Net's precision (in bfloat16 a height of 375 pixels would become 376).
+Sizes are float32 whatever the U-Net's precision (in bfloat16 a height of 375 pixels would become 376).
 """
 
 from __future__ import annotations
@@ -39,12 +38,8 @@ CHECKERS = "pixel_decoding"  # the released folder with the safety checker, for 
 
 @dataclass(frozen=True)
 class LavitSettings(SizedSettings):
-    """Defaults of the original `generate_image`.
-
-    Attributes:
-        ratio: one of `RATIOS` instead of height and width. original_size, crops_coords_top_left: SDXL's other size
-            conditions, (height, width) and (top, left); None for the image's own size.
-    """
+    """Defaults of the original `generate_image`; `ratio`: one of `RATIOS` instead of height and width. The last two are
+    SDXL's other size conditions, (height, width) and (top, left)."""
 
     num_inference_steps: int = setting(25, least=1)
     guidance_scale: float = 7.0
@@ -54,15 +49,12 @@ class LavitSettings(SizedSettings):
 
 
 class LavitDetokenizer(Detokenizer):
-    """Rows of the codebook, or `Conditions` made of them, → images.
+    """Rows of the codebook → images, by a decoder of codes and a U-Net; without decoder from its `Conditions`.
 
-    Attributes:
-        decoder: rows → conditions; None where conditions are given.
-        null_embeds: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
+    `null_embeds`: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
     """
 
-    kind, where = "LaVIT pixel decoder", LAVIT_WHERE
-    settings_class = LavitSettings
+    kind, where, settings_class = "LaVIT pixel decoder", LAVIT_WHERE, LavitSettings
     part_names = ("decoder", *Detokenizer.part_names)
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, *, decoder: CodeDecoder | None = None,
@@ -77,29 +69,28 @@ class LavitDetokenizer(Detokenizer):
         """Load a diffusion folder. A U-Net in a torch file (`.bin`, as released) is read as tensors only.
 
         Args:
-            check_safety: check every image (warns if there is no checker). safety: folder with `safety_checker` and
-                `feature_extractor`; None: `folder`, or `pixel_decoding` in the same place.
-            dtype: of the U-Net.
+            check_safety: check every image (warns if there is no checker). safety: folder with the checker; None:
+                `folder`, or `pixel_decoding` in the same place. dtype: of the U-Net.
 
         Raises:
             CheckpointError: something is not there (with what to download), damaged, or does not fit the rest.
         """
         place = find_folder(folder, NEEDED, LAVIT_WHERE)
-        unet = cls.load_unet(place, dtype)
-        width = int(unet.config.cross_attention_dim)
+        parts = cls.load_parts(place, dtype, "scheduler", "unet", "vae")
+        width = int(parts["unet"].config.cross_attention_dim)
         if decoder is not None and decoder.config.context_dim != width:
             raise CheckpointError(f"{place}: its U-Net reads width {width}, but the decoder of codes writes width "
                                   f"{decoder.config.context_dim}; they do not belong together.")
-        checker = {}
         if check_safety:
             home = Path(safety or place)
-            checker = cls.load_safety_checker(home) or cls.load_safety_checker(home.parent / CHECKERS)
-            if not checker:
-                warnings.warn(f"{home}: holds no safety checker, so images are drawn without one.", SeedWarning,
-                              stacklevel=2)
-        return cls(unet, cls.load_vae(place), cls.load_scheduler(place), decoder=decoder,
-                   null_embeds=None if is_sdxl(unet) else read_empty_text(place, width),
-                   defaults=cls.read_defaults(place), layout=cls.load_layout(place), **checker).to(device)
+            home = home if (home / "safety_checker").is_dir() else home.parent / CHECKERS
+            if (home / "safety_checker").is_dir():
+                parts |= {name: cls.load_part(home, name) for name in ("safety_checker", "feature_extractor")}
+            else:
+                warnings.warn(f"{safety or place}: holds no safety checker, so images are drawn without one.",
+                              SeedWarning, stacklevel=2)
+        return cls(**parts, decoder=decoder, null_embeds=None if is_sdxl(parts["unet"]) else read_empty_text(
+            place, width)).to(device)
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of one of `RATIOS` in this U-Net's size."""
@@ -118,16 +109,11 @@ class LavitDetokenizer(Detokenizer):
     def __call__(self, codes: Sequence[Tensor] | Conditions, *, seeds: Sequence[int] | None = None,
                  batch_size: int | None = None, callback: Callback | None = None, **settings: Any
                  ) -> list[Image.Image]:
-        """Draw images.
+        """Draw images from the codebook's rows of each, `[n, C]`, or their conditions.
 
-        Args:
-            codes: the codebook's rows of each image, `[n, C]`, or their conditions.
-            seeds, batch_size, callback: as of `Detokenizer.draw`. settings: fields of `LavitSettings`.
-
-        Raises:
-            ConfigError: unknown settings, or out of range.
+        `seeds, batch_size, callback`: as of `Detokenizer.draw`. `settings`: fields of `LavitSettings`.
         """
-        rows: dict[str, Any] = dict(codes._asdict()) if isinstance(codes, Conditions) else {"rows": codes}
+        rows: dict[str, Any] = codes._asdict() if isinstance(codes, Conditions) else {"rows": codes}
         return self.draw(rows, seeds, batch_size, callback, self.check_settings(**settings))
 
     def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] = (),
@@ -137,28 +123,27 @@ class LavitDetokenizer(Detokenizer):
         if prompt_embeds is None:
             assert self.decoder is not None
             prompt_embeds, pooled, features = self.decoder(rows)
-        size, device, dtype = self.size(settings), self.device, self.unet.dtype
+        size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
         if start is None and self.layout is not None and features is not None:
             height, width = (side // self.factor for side in size)
             start = self.layout.warm_latents(features.to(device), generators, self.scheduler, size=(height, width))
         start = self.noise(generators, size, torch.float32) if start is None else start
-        prompt, runs = prompt_embeds.to(device, dtype), 1
-        conditions: dict[str, Any] = {}
-        if settings.guidance_scale > 1:
+        prompt, mask = prompt_embeds.to(device, self.unet.dtype), None
+        if guided:
             away, mask = unconditional(prompt, self.null_embeds)
-            if mask is not None:
-                conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
-            prompt, runs = torch.cat([away, prompt]), 2
+            prompt = torch.cat([away, prompt])
+        conditions: dict[str, Any] = {"encoder_hidden_states": prompt}
+        if mask is not None:
+            conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
         if is_sdxl(self.unet):
             assert pooled is not None
-            pooled = pooled.to(device, dtype)
+            pooled = pooled.to(prompt)
             ids = size_ids(size, original=settings.original_size, crop=settings.crops_coords_top_left,
                            count=len(prompt))
             conditions["added_cond_kwargs"] = {
-                "text_embeds": pooled if runs == 1 else torch.cat([torch.zeros_like(pooled), pooled]),
+                "text_embeds": torch.cat([torch.zeros_like(pooled), pooled]) if guided else pooled,
                 "time_ids": ids.to(device)}
-        return self.sample(start, {"encoder_hidden_states": prompt, **conditions}, guidance(settings.guidance_scale),
-                           settings, generators, callback)
+        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
 
 
 def is_sdxl(unet: Any) -> bool:
@@ -177,11 +162,7 @@ def unconditional(prompt: Tensor, null_embeds: Tensor | None) -> tuple[Tensor, T
 
 
 def read_empty_text(place: Path, width: int) -> Tensor:
-    """The empty text's embeddings `[1, L, W]` of a folder of the second kind.
-
-    Raises:
-        CheckpointError: not there, or of another size.
-    """
+    """The empty text's embeddings `[1, L, W]` of a folder. Raises `CheckpointError`: not there, or of another size."""
     file = place / EMPTY_TEXT
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file, which a U-Net of Stable Diffusion 1's kind needs; "

@@ -39,19 +39,15 @@ class TrainedPixels(nn.Module):
         super().__init__()
         self.unet, self.decoder = unet, decoder
         self.register_buffer("null_embeds", null_embeds, persistent=False)
-        config = decoder.config
-        widths = config.context_dim, config.pooled_dim if config.head == "highres" else 0
-        if widths != unet_widths(unet):
-            raise ConfigError(f"The code decoder makes prompt and pooled embeddings of widths {widths}, but the U-Net "
-                              f"reads {unet_widths(unet)}.")
+        made, read = (decoder.config.head, decoder.config.context_dim), (head_of(unet), unet.config.cross_attention_dim)
+        if made != read:
+            raise ConfigError(f"The code decoder makes conditions {made}, but the U-Net reads {read}.")
 
     def forward(self, noisy_latents: Tensor, steps: Tensor, rows: Sequence[Tensor], time_ids: Tensor, without: Tensor
                 ) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`.
+        """The U-Net's prediction `[B, C, h, w]`, from the codebook's rows `[n, C]` of each image.
 
-        Args:
-            noisy_latents: `[B, C, h, w]`; steps: `[B]`. rows: of the codebook, `[n, C]` of each image.
-            time_ids: `[B, 6]` (`size_ids`), for a U-Net of SDXL's kind. without: bool `[B]`, without conditions.
+        `time_ids`: `[B, 6]` (`size_ids`); `without`: bool `[B]`, which images have no conditions.
         """
         with torch.no_grad():
             features = self.decoder.features(rows)
@@ -85,49 +81,38 @@ class LavitPixelLoss:
 
     def __call__(self, model: nn.Module, schedule: Any, latents: Tensor, rows: Sequence[Tensor], time_ids: Tensor, *,
                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Losses (`Noised.losses`) of `TrainedPixels`, or a wrapper of it, at random time steps.
-
-        Args:
-            schedule: of `training_schedule`. latents: times the autoencoder's scaling factor.
-            generator: on the CPU, of all random choices.
-        """
+        """Losses (`Noised.losses`) of `TrainedPixels`, or a wrapper of it, at random time steps; latents are multiplied
+        by the autoencoder's scaling factor, `generator` (on the CPU) makes all random choices."""
         without = torch.rand(len(latents), generator=generator) < self.dropout
         noised = Noised.draw(schedule, latents, self.min_snr, generator)
         return noised.losses(model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device)))
 
 
-def unet_widths(unet: Any) -> tuple[int, int]:
-    """Width of a U-Net's prompt embeddings, and of its pooled ones (0: it reads none)."""
-    config = unet.config
-    pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim if is_sdxl(unet) else 0
-    return int(config.cross_attention_dim), int(pooled)
+def head_of(unet: Any) -> Head:
+    """The head that makes conditions for a U-Net."""
+    return "highres" if is_sdxl(unet) else "lowres"
 
 
 def load_empty_text(place: Path, width: int) -> Tensor:
-    """The empty text's embeddings `[1, L, width]` of a folder of Stable Diffusion 1's kind: its file, or computed.
-
-    Raises:
-        CheckpointError: neither the file nor a text encoder is there, or damaged.
-    """
+    """The empty text's embeddings `[1, L, width]` of Stable Diffusion 1's kind: from their file, or computed."""
     if (place / EMPTY_TEXT).is_file() or not (place / "text_encoder").is_dir():
         return read_empty_text(place, width)
-    parts = LavitDetokenizer.load_text_encoder(place)
+    encoder, tokenizer = (LavitDetokenizer.load_part(place, name) for name in ("text_encoder", "tokenizer"))
     with torch.no_grad():
-        return empty_prompt(**parts, device=torch.device("cpu")).float()
+        return empty_prompt(encoder, tokenizer, torch.device("cpu"))
 
 
 def decoder_for(unet: Any, place: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
-    """A code decoder with heads for this U-Net, and whether they are new (drawn by `seed`): those of stage 1 may be for
-    the other kind. Raises `CheckpointError`: no decoder is there, or it is damaged."""
-    head: Head = "highres" if is_sdxl(unet) else "lowres"
+    """A code decoder with heads for this U-Net, and whether they are new: stage 1's may be for the other kind."""
+    head, read = head_of(unet), unet.config
     try:
         return CodeDecoder.from_pretrained(place, head=head), False
     except CheckpointError:
         found = CodeDecoder.from_pretrained(place)
         if found.config.head == head:
             raise
-    width, pooled = unet_widths(unet)
-    config = dataclasses.replace(found.config, head=head, prompt_dim=width - pooled,
+    pooled = read.projection_class_embeddings_input_dim - 6 * read.addition_time_embed_dim if is_sdxl(unet) else 0
+    config = dataclasses.replace(found.config, head=head, prompt_dim=read.cross_attention_dim - pooled,
                                  pooled_dim=pooled or found.config.pooled_dim)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -4,8 +4,8 @@
     images = detokenizer(tokenizer.decode(codes), seeds=[0])
 
 SEED-1's embeddings stand in the place of a text prompt's; SEED-2's is a CLIP image embedding. Noise level 0 of unCLIP
-still adds a little noise to it, so an image also depends on its seed there. Unlike the original programs, which drew
-one image at a time from one noise tensor, every image has its own noise. There is no watermark.
+still adds a little noise to it, so the seed counts there, too. The original programs drew one image at a time from one
+noise tensor; here every image has its own noise. There is no watermark.
 """
 
 from __future__ import annotations
@@ -13,42 +13,40 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import (
-    Callback,
-    Detokenizer,
-    DrawingSettings,
-    Generators,
-    SizedSettings,
-    each,
-    empty_prompt,
-    guidance,
-)
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.diffusion import base
+from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, guidance
 from seed_multimodal.hub import UNCLIP_WHERE, find_folder
 from seed_multimodal.settings import setting
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
 SD_WHERE = (f"download the diffusers folder of Stable Diffusion 1.4 (hf download CompVis/stable-diffusion-v1-4 "
             f"--local-dir {SD_FOLDER}, or a mirror of it; a single .ckpt file is not read)")
-NEEDED = ("unet/*", "vae/*", "scheduler/*", "text_encoder/*", "tokenizer/*", "safety_checker/*", "feature_extractor/*",
-          "image_normalizer/*", "image_noising_scheduler/*")
 
 
 class SeedDetokenizer(Detokenizer):
-    """Shared by both: a call with embeddings of images, and an empty prompt to steer away from."""
+    """Shared by both: loading, and a call with embeddings."""
 
-    decode_at_once = 8
+    float32, decode_at_once = ("safety_checker",), 8
+    folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+    embedding_dim: int  # width of the embeddings that the model was trained on
 
-    @property
-    def embedding_dim(self) -> int:
-        """Width of the embeddings that the model was trained on."""
-        raise NotImplementedError
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32, safety_checker: bool = True) -> Self:
+        """Load a diffusers folder; `safety_checker`: use the folder's, if it holds one (a flagged image is black).
+
+        Raises:
+            CheckpointError: not there (with what to download), not complete, or damaged.
+        """
+        names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
+        place = find_folder(folder, [f"{name}/*" for name in names], cls.where)
+        return cls(**cls.load_parts(place, dtype, *names)).to(device)
 
     def __call__(self, embeds: Tensor, *, negative_embeds: Tensor | None = None, seeds: Sequence[int] | None = None,
                  batch_size: int | None = None, callback: Callback | None = None, **settings: Any
@@ -62,16 +60,14 @@ class SeedDetokenizer(Detokenizer):
         Raises:
             ConfigError: unknown settings, or out of range. CheckpointError: embeddings of another width.
         """
-        if embeds.shape[-1] != self.embedding_dim:
-            raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
-                                  f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
-        negatives = None if negative_embeds is None else each(negative_embeds, len(embeds))
+        base.check_width(embeds, self.embedding_dim)
+        negatives = None if negative_embeds is None else negative_embeds.expand_as(embeds)
         return self.draw({"embeds": embeds, "negatives": negatives}, seeds, batch_size, callback,
                          self.check_settings(**settings))
 
 
 @dataclass(frozen=True)
-class StableDiffusionSettings(SizedSettings):
+class StableDiffusionSettings(base.SizedSettings):
     """Defaults of the original SEED-1."""
 
     num_inference_steps: int = setting(50, least=1)
@@ -81,24 +77,10 @@ class StableDiffusionSettings(SizedSettings):
 class StableDiffusionDetokenizer(SeedDetokenizer):
     """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
 
-    kind, where = "Stable Diffusion", SD_WHERE
-    settings_class = StableDiffusionSettings
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32, safety_checker: bool = True) -> StableDiffusionDetokenizer:
-        """Load a diffusers folder; `safety_checker`: use the folder's, if it holds one (a flagged image is black).
-
-        Raises:
-            CheckpointError: not there (with what to download), not complete, or damaged.
-        """
-        place = find_folder(folder, NEEDED, SD_WHERE)
-        checker = cls.load_safety_checker(place) if safety_checker else {}
-        return cls(cls.load_unet(place, dtype), cls.load_vae(place, dtype), cls.load_scheduler(place),
-                   defaults=cls.read_defaults(place), **cls.load_text_encoder(place, dtype), **checker).to(device)
+    kind, where, settings_class = "Stable Diffusion", SD_WHERE, StableDiffusionSettings
 
     @property
-    def embedding_dim(self) -> int:
+    def embedding_dim(self) -> int:  # type: ignore[override]
         """Width W."""
         return int(self.unet.config.cross_attention_dim)
 
@@ -108,17 +90,17 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
             if negatives is None and self.text_encoder is not None:
-                negatives = empty_prompt(self.text_encoder, self.tokenizer, self.device, prompt.shape[1])
-            negatives = torch.zeros_like(prompt) if negatives is None else negatives
-            prompt = torch.cat([each(negatives, len(prompt)).to(prompt), prompt])
+                negatives = base.empty_prompt(self.text_encoder, self.tokenizer, self.device, prompt.shape[1])
+            negatives = torch.zeros_like(prompt) if negatives is None else negatives.to(prompt)
+            prompt = torch.cat([negatives.expand_as(prompt), prompt])
         start = self.noise(generators, self.size(settings)) if start is None else start
         return self.sample(start, {"encoder_hidden_states": prompt}, guidance(settings.guidance_scale), settings,
                            generators, callback)
 
 
 @dataclass(frozen=True)
-class UnclipSettings(DrawingSettings):
-    """`noise_level`: noise added to the embedding, up to the length of the noising schedule."""
+class UnclipSettings(base.DrawingSettings):
+    """`noise_level`: how much noise is added to the embedding, in steps of the noising schedule."""
 
     noise_level: int = setting(0, least=0, most=999)
 
@@ -126,47 +108,29 @@ class UnclipSettings(DrawingSettings):
 class UnclipDetokenizer(SeedDetokenizer):
     """SEED-2: image embeddings `[B, E]` → images. Without text encoder the prompt is zeros, or the layout's tokens."""
 
-    kind, where = "stable-unCLIP", UNCLIP_WHERE
-    settings_class = UnclipSettings
+    kind, where, settings_class = "stable-unCLIP", UNCLIP_WHERE, UnclipSettings
+    folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, image_normalizer: Any, image_noising_scheduler: Any,
                  **options: Any) -> None:
         super().__init__(unet, vae, scheduler, **options)
         self.image_normalizer, self.image_noising_scheduler = image_normalizer, image_noising_scheduler
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
-                        dtype: torch.dtype = torch.float32) -> UnclipDetokenizer:
-        """Load a diffusers folder, without its CLIP image encoder; errors as of `StableDiffusionDetokenizer`."""
-        from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
-
-        place = find_folder(folder, NEEDED, UNCLIP_WHERE)
-        return cls(cls.load_unet(place, dtype), cls.load_vae(place, dtype), cls.load_scheduler(place),
-                   cls.load_part(StableUnCLIPImageNormalizer, place, "image_normalizer", dtype),
-                   cls.load_scheduler(place, "image_noising_scheduler"), defaults=cls.read_defaults(place),
-                   layout=cls.load_layout(place), **cls.load_text_encoder(place, dtype)).to(device)
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width E."""
-        return int(self.image_normalizer.mean.shape[1])
+        self.embedding_dim = int(image_normalizer.mean.shape[1])
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        guided, dtype = settings.guidance_scale > 1, self.unet.dtype
         embeds = embeds.to(self.device)
         if start is None and self.layout is not None:
             start = self.layout.warm_latents(embeds, generators, self.scheduler)
-        labels = self.noised(embeds, settings.noise_level, generators)
-        if guided:
+        labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
+        if settings.guidance_scale > 1:
             away = torch.zeros_like(labels) if negatives is None else self.noised(negatives, 0, generators)
             labels = torch.cat([away, labels])
-        prompt, no_prompt = self.prompts(embeds)
+            prompt = torch.cat([prompt if self.layout is None else torch.zeros_like(prompt), prompt])
         start = self.noise(generators, self.size(settings)) if start is None else start
-        prompt = torch.cat([no_prompt, prompt]) if guided else prompt
-        return self.sample(start, {"encoder_hidden_states": prompt.to(dtype), "class_labels": labels},
-                           guidance(settings.guidance_scale), settings, generators, callback)
+        conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
+        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
 
     def noised(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
         """The U-Net's class labels `[B, 2 E]`: noised embeddings and the sinusoid of the level."""
@@ -181,13 +145,11 @@ class UnclipDetokenizer(SeedDetokenizer):
         sinusoid = get_timestep_embedding(levels, embeds.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0)
         return torch.cat([mixed, sinusoid.to(mixed)], dim=1)
 
-    def prompts(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
-        """What the cross-attention reads, and its unconditional half, `[B, n, D]`."""
+    def prompt(self, embeds: Tensor) -> Tensor:
+        """What the cross-attention reads, `[B, n, D]`: the layout's tokens, the empty prompt, or zeros."""
         if self.layout is not None:
-            tokens = self.layout(self.layout.flat(embeds))[1]
-        elif self.text_encoder is not None:
-            tokens = each(empty_prompt(self.text_encoder, self.tokenizer, self.device), len(embeds))
-            return tokens, tokens
-        else:
-            tokens = torch.zeros(len(embeds), 1, self.unet.config.cross_attention_dim, device=self.device)
-        return tokens, torch.zeros_like(tokens)
+            return self.layout(self.layout.flat(embeds))[1]
+        if self.text_encoder is not None:
+            empty = base.empty_prompt(self.text_encoder, self.tokenizer, self.device)
+            return empty.expand(len(embeds), *empty.shape[1:])
+        return torch.zeros(len(embeds), 1, self.unet.config.cross_attention_dim, device=self.device)

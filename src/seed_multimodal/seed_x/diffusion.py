@@ -6,13 +6,12 @@
     images = detokenizer(features, condition_images=[source], seeds=[42])
 
 Guidance steers away from what the vision encoder sees in pixels of zero, CLIP's mean colour. The second stage guides as
-InstructPix2Pix (Brooks et al. 2023, equation 3): the U-Net runs three times a step, and the prediction is
+InstructPix2Pix (Brooks et al. 2023, equation 3), with three runs of the U-Net a step:
 
     none + guidance_scale · (both − image) + image_guidance_scale · (image − none)
 
-SEED-X's own pipeline combined the predicted images instead of the predicted noises, which is the same, both being
-linear in one another. The autoencoder computes in float32 whatever the U-Net's precision: SDXL's overflows in float16.
-An MLLM writes 64 embeddings of an image, the vision encoder 256; the adapters read either. There is no watermark.
+SEED-X's own pipeline combined predicted images instead of noises, which is the same (both are linear in one another).
+The autoencoder computes in float32: SDXL's overflows in float16. There is no watermark.
 """
 
 from __future__ import annotations
@@ -26,17 +25,15 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, each, guidance
+from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, check_width, guidance
 from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.seed_x.adapter import ResamplerSizes, SDXLAdapter
 from seed_multimodal.settings import setting
-
-NEEDED = ("unet/config.json", "vae/*", "scheduler/*")
 
 
 @dataclass(frozen=True)
@@ -49,21 +46,21 @@ class SdxlSettings(SizedSettings):
 
 
 class SdxlDetokenizer(Detokenizer):
-    """Embeddings `[B, N, W]` (released: N is 64 or 256) → images.
+    """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images.
 
     Attributes:
         adapter: U-Net and resampler.
         null_embeds: embeddings of an empty image, `[1, N, W]`, which guidance steers away from by default.
     """
 
-    kind, where = "SDXL", SDXL_WHERE
-    settings_class = SdxlSettings
+    kind, where, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
 
     def __init__(self, adapter: SDXLAdapter, vae: Any, scheduler: Any, *, null_embeds: Tensor | None = None,
                  **options: Any) -> None:
         super().__init__(adapter.unet, vae, scheduler, **options)
         self.adapter, self.resampler, self.null_embeds = adapter, adapter.resampler, null_embeds
+        self.embedding_dim = adapter.resampler.sizes.embedding_dim
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, adapter: str | Path, *, device: str | torch.device = "cpu",
@@ -77,17 +74,11 @@ class SdxlDetokenizer(Detokenizer):
         Raises:
             CheckpointError: something is not there (with what to download), damaged, or of another model.
         """
-        place = find_folder(folder, NEEDED, SDXL_WHERE)
-        scheduler, vae = cls.load_scheduler(place), cls.load_vae(place)
+        place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_WHERE)
+        parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
             weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
-        return cls(weights, vae, scheduler, defaults=cls.read_defaults(place),
-                   layout=cls.load_layout(Path(adapter))).to(device)
-
-    @property
-    def embedding_dim(self) -> int:
-        """Width W of the embeddings that the resampler reads (4096 for the released ones)."""
-        return self.resampler.sizes.embedding_dim
+        return cls(weights, **parts | cls.load_layout(Path(adapter))).to(device)
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:
@@ -111,19 +102,19 @@ class SdxlDetokenizer(Detokenizer):
             ConfigError: unknown settings, or out of range; a condition for a first stage. CheckpointError: embeddings
                 of another width.
         """
-        chosen, count = self.check_settings(**settings), len(embeds)
-        if embeds.shape[-1] != self.embedding_dim:
-            raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
-                                  f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
+        chosen = self.check_settings(**settings)
+        check_width(embeds, self.embedding_dim)
         if condition_images is not None and not self.adapter.reads_condition:
             raise ConfigError("This de-tokenizer is of the first stage and reads no condition image; editing needs the "
                               "second stage (seed_detokenizer/second_stage).")
         negatives = self.null_embeds if negative_embeds is None else negative_embeds
-        if negatives is None and self.guides(chosen):
+        if negatives is not None:
+            negatives = negatives.expand(len(embeds), -1, -1)
+        elif self.guides(chosen):
             raise ConfigError("Guidance needs the embeddings of an empty image: call set_null_embeds(encoder, size) "
                               "once, give negative_embeds, or set guidance_scale to 1.")
-        return self.draw({"embeds": embeds, "negatives": None if negatives is None else each(negatives, count),
-                          "images": condition_images}, seeds, batch_size, callback, chosen)
+        return self.draw({"embeds": embeds, "negatives": negatives, "images": condition_images}, seeds, batch_size,
+                         callback, chosen)
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""
@@ -133,8 +124,9 @@ class SdxlDetokenizer(Detokenizer):
                 images: Sequence[Image.Image | None] | None = None, start: Tensor | None = None,
                 callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        size, count, guided = self.size(settings), len(embeds), self.guides(settings)
-        condition = self._condition(images, count, size) if self.adapter.reads_condition else None
+        size, guided, condition = self.size(settings), self.guides(settings), None
+        if self.adapter.reads_condition:
+            condition = torch.stack([self.encode_image(image, size) for image in images or [None] * len(embeds)])
         embeds = embeds.to(self.device, self.unet.dtype)
         if start is None and self.layout is not None:
             start = self.layout.warm_latents(embeds, generators, self.scheduler, condition)
@@ -142,38 +134,31 @@ class SdxlDetokenizer(Detokenizer):
         prompt, pooled = self.prompts(embeds, negatives if guided else None)
         conditions = {"encoder_hidden_states": prompt, "added_cond_kwargs": {
             "text_embeds": pooled, "time_ids": size_ids(size, count=len(prompt)).to(self.device)}}
-        if guided and condition is not None:
-            condition = torch.cat([condition, condition, torch.zeros_like(condition)])
+        guide = guidance(settings.guidance_scale if guided else 1.0)
 
         def three_way(prediction: Tensor) -> Tensor:
             both, image, none = prediction.chunk(3)
             return none + settings.guidance_scale * (both - image) + settings.image_guidance_scale * (image - none)
 
-        guide = three_way if guided and condition is not None else guidance(settings.guidance_scale if guided else 1.0)
+        if guided and condition is not None:
+            condition, guide = torch.cat([condition, condition, torch.zeros_like(condition)]), three_way
         return self.sample(start, conditions, guide, settings, generators, callback, condition)
 
     def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Prompt and pooled embeddings of all runs: with the condition image, both, image and none; else none, both."""
-        prompt, pooled = self.resampler(embeds)
+        """Prompt and pooled embeddings of all runs: in the second stage of both, image, none; else of none, both."""
+        given = self.resampler(embeds)
         if negatives is None:
-            return prompt, pooled
-        other, other_pooled = self.resampler(pooled_tokens(negatives.to(embeds), embeds.shape[1]))
-        if self.adapter.reads_condition:
-            return torch.cat([prompt, other, other]), torch.cat([pooled, other_pooled, other_pooled])
-        return torch.cat([other, prompt]), torch.cat([other_pooled, pooled])
+            return given
+        away = self.resampler(pooled_tokens(negatives.to(embeds), embeds.shape[1]))
+        runs = (given, away, away) if self.adapter.reads_condition else (away, given)
+        return torch.cat([prompt for prompt, _ in runs]), torch.cat([pooled for _, pooled in runs])
 
-    def _condition(self, images: Sequence[Image.Image | None] | None, count: int, size: tuple[int, int]) -> Tensor:
-        """Latents of the condition images, zeros where there is none: `[B, C, h, w]` in float32."""
-        height, width = (side // self.factor for side in size)
-        latents = torch.zeros(count, self.adapter.latent_channels, height, width, device=self.device)
-        for row, image in enumerate(images or ()):
-            if image is not None:
-                latents[row] = self.encode_image(image, size)
-        return latents
-
-    def encode_image(self, image: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Latents `[C, h, w]` of an image squashed to (height, width): the distribution's mode, without the scaling
-        factor, as in InstructPix2Pix and SEED-X's original code."""
+    def encode_image(self, image: Image.Image | None, size: tuple[int, int]) -> Tensor:
+        """Latents `[C, h, w]` of an image squashed to (height, width), zeros without one: the distribution's mode,
+        without the scaling factor, as in InstructPix2Pix and SEED-X's original code."""
+        if image is None:
+            height, width = (side // self.factor for side in size)
+            return torch.zeros(self.adapter.latent_channels, height, width, device=self.device)
         pixels = to_bytes(resize_passes(image.convert("RGB"), size[::-1], Image.Resampling.BICUBIC))
         mode: Tensor = self.vae.encode((pixels / 127.5 - 1.0)[None].to(self.device)).latent_dist.mode()
         return mode[0]

@@ -46,11 +46,6 @@ def _batch(count: int) -> dict[str, Tensor]:
             "condition_latents": torch.randn(count, 4, 8, 8, generator=make)}
 
 
-def test_size_conditions_are_height_first() -> None:
-    assert size_ids((768, 1344)).tolist() == [[768, 1344, 0, 0, 768, 1344]]
-    assert size_ids((8, 16), original=(100, 50), crop=(3, 4), count=2).tolist() == [[100, 50, 3, 4, 8, 16]] * 2
-
-
 def test_latents_are_noised_by_the_samplers_schedule(schedule: Any) -> None:
     """Euler's own `add_noise` has another scale; the training schedule keeps betas and prediction type."""
     assert isinstance(schedule, DDPMScheduler)
@@ -66,19 +61,6 @@ def test_latents_are_noised_by_the_samplers_schedule(schedule: Any) -> None:
     assert made["total_loss"].requires_grad and not made["mse"].requires_grad
     torch.testing.assert_close(watched.embeds, batch["image_embeds"])
     torch.testing.assert_close(watched.condition, batch["condition_latents"])
-
-
-def test_random_choices_are_the_generators(schedule: Any) -> None:
-    """Equal seeds give equal steps, noise and dropped conditions, whatever the process drew before."""
-    seen = []
-    for _ in range(2):
-        watched = Recorder()
-        torch.rand(3)
-        AdapterLoss(ConditionDropout(0.3, 0.3, 0.1))(watched, schedule, **_batch(16),
-                                                     generator=torch.Generator().manual_seed(5))
-        seen.append((watched.noisy, watched.steps, watched.embeds, watched.condition))
-    for one, other in zip(*seen, strict=True):
-        assert torch.equal(one, other)
 
 
 def test_dropped_conditions(schedule: Any) -> None:
@@ -122,14 +104,11 @@ def test_velocities_and_weights(schedule: Any) -> None:
         noise_target(DDPMScheduler(prediction_type="sample"), latents, noise, steps)
 
 
-@pytest.mark.parametrize(("make", "said"), [
-    (lambda: ConditionDropout(0.5, 0.4, 0.2), "must be at most 1 together, not 1.1"),
-    (lambda: ConditionDropout(-0.1), "embeds must be at least 0, not -0.1"),
-    (lambda: AdapterLoss(min_snr=0.0), "min_snr must be above 0, not 0.0"),
-    (lambda: AdapterLoss(dropout=0.1), "dropout must be .*not 0.1")])
-def test_settings_that_cannot_be(make: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
-        make()
+def test_settings_that_cannot_be() -> None:
+    with pytest.raises(ConfigError, match="must be at most 1 together, not 1.1"):
+        ConditionDropout(0.5, 0.4, 0.2)
+    with pytest.raises(ConfigError, match="min_snr must be above 0, not 0.0"):
+        AdapterLoss(min_snr=0.0)
 
 
 @pytest.mark.slow

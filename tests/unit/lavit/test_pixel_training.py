@@ -15,7 +15,7 @@ from seed_multimodal.lavit.pixel_training import HEADS, TrainedPixels, decoder_f
 
 
 def test_a_head_for_the_other_kind_is_new_and_the_rest_stays(tmp_path: Path) -> None:
-    high, low = (LavitDetokenizer.load_unet(diffusion(tmp_path / head, head))  # type: ignore[arg-type]
+    high, low = (LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
                  for head in ("highres", "lowres"))
     stage1, place = code_decoder(), tmp_path / "decoder"
     stage1.save_pretrained(place)
@@ -26,7 +26,7 @@ def test_a_head_for_the_other_kind_is_new_and_the_rest_stays(tmp_path: Path) -> 
     assert all(torch.equal(value, stage1.state_dict()[name]) for name, value in other.state_dict().items()
                if not name.startswith(HEADS))
     assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)
-    with pytest.raises(ConfigError, match=r"embeddings of widths \(14, 0\), but the U-Net reads \(16, 10\)"):
+    with pytest.raises(ConfigError, match=r"makes conditions \('lowres', 14\), but the U-Net reads \('highres', 16\)"):
         TrainedPixels(high, other)
     (place / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="model.safetensors"):

@@ -45,10 +45,8 @@ def test_resampler_reads_any_number_of_embeddings_without_order() -> None:
 def test_sizes_that_do_not_fit() -> None:
     with pytest.raises(ConfigError, match="dim must be a multiple of heads, not 10 with 3 heads"):
         ResamplerSizes(dim=10, heads=3)
-    with pytest.raises(ConfigError, match="makes prompt embeddings of width 17 and pooled .* reads 16 and 10"):
+    with pytest.raises(CheckpointError, match=r"widths \(17, 10\), but the U-Net reads \(16, 10\)"):
         SDXLAdapter(tiny_sdxl.unet(), ResamplerXLV2(dataclasses.replace(tiny_sdxl.SIZES, output1_dim=7)))
-    with pytest.raises(ConfigError, match="5 input channels; an adapter has 4, or 8 to read a condition image"):
-        SDXLAdapter(tiny_sdxl.unet(5), ResamplerXLV2(tiny_sdxl.SIZES))
 
 
 @torch.no_grad()
@@ -123,8 +121,6 @@ def test_files_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     refused("unet/config.json: there is no such file; download the diffusers folder", tmp_path)
     file = tmp_path / "made" / "model.safetensors"
     state = load_file(file)
-    save_file({**state, "unet.conv_in.weight": torch.zeros(8, 6, 3, 3)}, file)
-    refused("does not belong to the U-Net .*6 input channels; an adapter has 4, or 8")
     save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
     refused("1 tensors are missing from the file: 'unet.conv_out.bias'")
     save_file({**state, "vae.something": torch.zeros(1)}, file)
@@ -136,6 +132,6 @@ def test_files_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "made" / "resampler.json").write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
     refused(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
     (tmp_path / "made" / "resampler.json").unlink()
-    refused("makes prompt embeddings of width 2048 .* but the U-Net reads 16")
+    refused(r"widths \(2048, 1280\), but the U-Net reads \(16, 10\)")
     (tmp_path / "made" / "resampler.json").write_text('{"dims": 3}')
     refused(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", error=ConfigError)

@@ -73,7 +73,7 @@ class LavitPixelTask(PixelTask):
         """See `PixelTask`."""
         model = self.model
         place = Path(model.start) if model.start else self.folder
-        unet = LavitDetokenizer.load_unet(place)
+        unet = LavitDetokenizer.load_part(place, "unet")
         decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
         if new:
             self._log(f"{model.decoder} has no head for this U-Net: a new one is trained.")

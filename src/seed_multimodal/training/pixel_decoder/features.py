@@ -102,13 +102,13 @@ def load_autoencoder(folder: str | Path, kind: type[Detokenizer]) -> Any:
     Raises:
         CheckpointError: not there, or not complete.
     """
-    return kind.load_vae(find_folder(folder, NEEDED, kind.where))
+    return kind.load_part(find_folder(folder, NEEDED, kind.where), "vae")
 
 
 def load_schedule(folder: str | Path, kind: type[Detokenizer]) -> Any:
     """The noise schedule of a diffusers folder, for training. Raises CheckpointError: not there."""
     place = find_folder(folder, NEEDED, kind.where)
-    return training_schedule(kind.load_scheduler(place))
+    return training_schedule(kind.load_part(place, "scheduler"))
 
 
 def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:

@@ -120,7 +120,7 @@ def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     """
     sdxl = find_folder(settings.sdxl, ("unet/*",), SDXL_WHERE)
     adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train() if settings.start else SDXLAdapter.from_unet(
-        SdxlDetokenizer.load_unet(sdxl), settings.resampler, settings.seed)
+        SdxlDetokenizer.load_part(sdxl, "unet"), settings.resampler, settings.seed)
     if settings.stage == 2:
         adapter.add_condition_channels()
     elif adapter.reads_condition:

@@ -57,7 +57,7 @@ def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head:
     same = {name for name, value in decoder.state_dict().items() if torch.equal(value, start.get(name, torch.ones(0)))}
     same -= {"unet_attnpool.k_proj.bias"}  # moves all scores alike
     assert same == {name for name in start if not name.startswith(HEADS)}
-    moved, unet = LavitDetokenizer.load_unet(tmp_path / "run" / "pixels"), LavitDetokenizer.load_unet(parts / head)
+    moved, unet = (LavitDetokenizer.load_part(place, "unet") for place in (tmp_path / "run" / "pixels", parts / head))
     assert not any(torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True))
     pixels = LavitDetokenizer.from_pretrained(tmp_path / "run" / "pixels")
     with torch.no_grad():
