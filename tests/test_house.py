@@ -307,7 +307,7 @@ LINES = {
     "src/seed_multimodal": 45_400, "src/seed_multimodal/commands": 2550, "src/seed_multimodal/data": 11_150,
     "src/seed_multimodal/diffusion": 720, "src/seed_multimodal/images": 1390, "src/seed_multimodal/language": 2950,
     "src/seed_multimodal/serving": 2070, "src/seed_multimodal/systems": 4270, "src/seed_multimodal/tokenizers": 2640,
-    "src/seed_multimodal/system": 490,
+    "src/seed_multimodal/system": 520,
     "src/seed_multimodal/training": 9490, "src/seed_multimodal/nn": 670,
     "src/seed_multimodal/seed": 200, "SEED_Tokenizer": 2500, "MultiModalLLM": 330, "tests": 40_200}
 

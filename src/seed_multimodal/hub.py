@@ -28,7 +28,7 @@ LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hu
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 
 
-WEIGHTS = ("*.json", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
+WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,10 @@
-"""A system folder made of parts (`seed assemble`): copied under the names that `system.json` gives them, without what
-only training needs; `tower.json` and `vae.json`, which name files of other systems, are rewritten for their new place.
+"""A system folder made of parts (`seed assemble`) or of a system: parts are copied under the names in `system.json`,
+without what only training needs; `tower.json` and `vae.json`, which name files of other systems, are rewritten.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from typing import Any
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.language.prompts import template_for
-from seed_multimodal.system.config import BICUBIC, DRAWING, INSIDE, PARTS, SystemConfig
+from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PARTS, SETTINGS, SystemConfig
 
 OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors",
                                      "manifest.json", ".*")
@@ -52,18 +53,46 @@ def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
     return target
 
 
-def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
+    """Write a system with a model card as one folder that names no others; parts that are missing are left out.
+
+    Raises:
+        ConfigError: `out` is not empty (`force` replaces it), or the system is LaVIT in the original's file layout.
+    """
+    if config.original == "lavit":
+        raise ConfigError(f"{config.name}: its parts are one folder in the original's layout already; copy that.")
+    kind = config.system
+    parts = {key: getattr(config, key) for key in PARTS[kind] if getattr(config, key, None) and config.has(key)}
+    if kind == "seed_llama" and "detokenizer" in parts and parts["detokenizer"].parent == parts["tokenizer"]:
+        del parts["detokenizer"]  # copied with the tokenizer
+    settings = {key: getattr(config, key) for key in (*COMMON, *SETTINGS[kind]) if getattr(config, key) is not None}
+    if "tasks" in settings:
+        settings["tasks"] = dataclasses.asdict(config.tasks)
+    target = output_folder(out, force=force, what="the system", read=parts.values())
+    with making_folder(target, out, ConfigError) as folder:
+        for key in {"domain", "known_words"} & settings.keys():
+            settings[key] = Path(shutil.copy2(settings[key], folder)).name
+        join(kind, folder, parts, settings, whole=True)
+        card = Path(config.name) / "README.md"
+        text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens this folder.\n"
+        replace_text(folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text)
+    return target
+
+
+def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any], whole: bool = False) -> None:
     """Copy parts into a system's folder (their names there, which may be below a part; what is there already stays) and
-    write its `system.json`."""
+    write its `system.json`; `whole`: also files of other systems that they name."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, source in parts.items():
-        _copy(source, folder / name)
+        _copy(source, folder / name, whole)
     if kind == "lavit" and (folder / "llm" / VISUAL).is_file():
         (folder / "llm" / VISUAL).replace(folder / "tokenizer" / VISUAL)
     shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
     for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()
     named = {name: name for name in PARTS[kind] if (folder / name).exists()}
+    if "vision" in parts and parts["vision"].is_file():  # beside SEED-2's tokenizer
+        named["vision"] = f"vision/{parts['vision'].name}"
     if kind == "seed_llama" and (folder / "tokenizer" / INSIDE).is_dir():
         named = {"detokenizer": f"tokenizer/{INSIDE}", **named}
     missing = {name: None for name in DRAWING if name in PARTS[kind]}  # the system cannot draw
@@ -80,7 +109,7 @@ def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
     return {"head": sizes["decoder"].get("head", "highres")} if kind == "lavit" and "decoder" in sizes else {}
 
 
-def _copy(source: Path, place: Path) -> None:
+def _copy(source: Path, place: Path, whole: bool) -> None:
     """A folder's files, or one file into the folder `place`."""
     if source.is_file():
         place.mkdir(parents=True, exist_ok=True)
@@ -93,4 +122,7 @@ def _copy(source: Path, place: Path) -> None:
             if key and not (named := (file.parent / values[key]).resolve()).is_relative_to(source.resolve()):
                 copied = place / file.relative_to(source)
                 values[key] = Path(os.path.relpath(named, copied.parent.resolve())).as_posix()
+                if whole:
+                    values[key] = f"shared_{named.name}"
+                    (shutil.copytree if named.is_dir() else shutil.copy2)(named, copied.parent / values[key])
                 replace_text(copied, json.dumps(values) + "\n")
