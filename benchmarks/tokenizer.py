@@ -24,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.compile import fast_encode
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
 
 VARIANTS = ("plain", "modules", "compiled")
 COMPARED = 64  # images whose codes are compared with float32's

@@ -14,6 +14,7 @@ Tokenizer: `plain` are the modules; `compiled` (CUDA) compiles the step's forwar
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -27,9 +28,9 @@ from torch import Tensor, nn
 from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.peaks import known_peak
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.training import Stage2Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.tokenizers.stage2 import Stage2Model
 from seed_multimodal.training.llm.flops import step_flops
 from seed_multimodal.training.llm.loss import packed_loss
 from seed_multimodal.training.llm.model import build_llm
@@ -129,8 +130,8 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
 
 def tokenizer_step(options: argparse.Namespace, runtime: Runtime, batch: int, variant: str) -> Timed:
     """A step of stage 2 with given target embeddings."""
-    sizes = read_sizes(options.model)[2].to_dict()
-    config = Seed2Config.from_dict({**sizes, "use_qformer_image": True, "reverse_depth": 4, "recon_s": True})
+    sizes = read_sizes(options.model)[2]
+    config = dataclasses.replace(sizes, use_qformer_image=True, reverse_depth=4, recon_s=True)
     torch.manual_seed(0)
     with torch.device(runtime.device):
         model = Stage2Model(config)

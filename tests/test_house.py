@@ -304,12 +304,11 @@ LINES = {
     "src/seed_nano": 5000, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1000,
     "tests/unit/nano": 1200, "src/seed_multimodal/lavit": 1800, "src/seed_multimodal/seed_x": 1500,
     # Not rewritten yet: today's lines.
-    "src/seed_multimodal": 45_400, "src/seed_multimodal/commands": 2550, "src/seed_multimodal/data": 11_150,
+    "src/seed_multimodal": 44_300, "src/seed_multimodal/commands": 2550, "src/seed_multimodal/data": 11_150,
     "src/seed_multimodal/diffusion": 720, "src/seed_multimodal/images": 1390, "src/seed_multimodal/language": 2950,
-    "src/seed_multimodal/serving": 2070, "src/seed_multimodal/systems": 4270, "src/seed_multimodal/tokenizers": 2640,
-    "src/seed_multimodal/system": 520,
-    "src/seed_multimodal/training": 9490, "src/seed_multimodal/nn": 670,
-    "src/seed_multimodal/seed": 200, "SEED_Tokenizer": 2500, "MultiModalLLM": 330, "tests": 40_200}
+    "src/seed_multimodal/serving": 2070, "src/seed_multimodal/systems": 4270, "src/seed_multimodal/system": 520,
+    "src/seed_multimodal/training": 9490, "src/seed_multimodal/nn": 680,
+    "src/seed_multimodal/seed": 1810, "SEED_Tokenizer": 2500, "MultiModalLLM": 330, "tests": 38_600}
 
 
 @pytest.mark.parametrize("folder", LINES)
@@ -354,7 +353,7 @@ def test_nothing_unsafe_or_tied_to_one_device():
 # ---- the import graph
 
 # A room may import itself and what stands before it. Other modules of the package's root are below all rooms, or above.
-ROOMS = ("images", "nn", "diffusion", "seed", "tokenizers", "language", "system", "seed_x", "lavit", "data",
+ROOMS = ("images", "nn", "diffusion", "seed", "language", "system", "seed_x", "lavit", "data",
          "training", "systems", "configured", "evaluation", "serving", "commands")
 ABOVE = ("cli", "quickstart", "__main__", "")  # "" is the package itself, which names its public objects
 

@@ -1,7 +1,7 @@
 """SEED-2's, SEED-1's and LaVIT's tokenizer training on LAVIS: its parts, registered.
 
 `register()` fills LAVIS's registry; everything else happens through LAVIS's `Config` and a YAML file, see train.py.
-The models are those of `seed_multimodal.tokenizers`; the loop, the data and the weights are the library's too.
+The models are those of `seed_multimodal.seed` and `lavit`; the loop, the data and the weights are the library's too.
 """
 
 from __future__ import annotations

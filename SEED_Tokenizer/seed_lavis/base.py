@@ -20,8 +20,8 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
+from seed_multimodal.seed.configuration import QFormerConfig
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.qformer import QFormerConfig
 
 MODEL_CONFIG = str(APPLICATION / "lavis" / "configs" / "models" / "blip2" / "blip2_pretrain.yaml")
 

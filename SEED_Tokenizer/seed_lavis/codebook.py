@@ -39,7 +39,7 @@ class CodebookMixin:
 
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:
         """Features of a batch before the quantiser `[B, 32, d]`."""
-        return self.pre_quant_from_features(self.encoder_output(batch["image"]))  # type: ignore[attr-defined]
+        return self.encode_task_layer(self.encoder_output(batch["image"]))  # type: ignore[attr-defined]
 
     def note_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
         """Keep the last batch's codes and features."""

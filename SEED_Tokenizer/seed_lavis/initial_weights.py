@@ -19,10 +19,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.eva import eva_from_clip
-from seed_multimodal.tokenizers import initial
-from seed_multimodal.tokenizers.clip_weights import load_clip_vision
-from seed_multimodal.tokenizers.initial import load_blip2
-from seed_multimodal.tokenizers.released import TOWER, VISION_URL
+from seed_multimodal.seed.checkpoints import VISION, VISION_URL, load_blip2, load_clip_vision, load_vision
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 WITHOUT_TOWER = (f"give its file as model.vit_weights (download {VISION_URL}), train it (model.freeze_vit=False), or "
@@ -63,7 +60,7 @@ def start_stage2(model: Any) -> None:
         state = load_state_dict(file)
         report = model.load_stage1(state, file)
         log(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
-        if not any(name.startswith(f"{TOWER}blocks") for name in state):
+        if not any(name.startswith(f"{VISION}blocks") for name in state):
             if not options.vit_weights:
                 raise ConfigError(f"{file} holds no vision tower: {WITHOUT_TOWER}.")
             load_tower(model, options.vit_weights)
@@ -90,7 +87,7 @@ def load_finetuned(model: Any) -> None:
 def load_tower(model: Any, source: str) -> None:
     """The tower's weights from a file or folder that the YAML names."""
     model.vision_file = locate(source)
-    initial.load_tower(model.visual_encoder, model.vision_file, log)
+    load_vision(model.visual_encoder, model.vision_file, log)
 
 
 def is_tower_of(tower: nn.Module, clip: Any) -> bool:

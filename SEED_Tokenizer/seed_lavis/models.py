@@ -1,6 +1,6 @@
 """SEED-2's two training stages as LAVIS models, `blip2_casual` (sic) and `blip2_codebook_all_image`.
 
-The models themselves, their losses included, are `seed_multimodal.tokenizers.stage1` and `stage2`.
+The models themselves, their losses included, are in `seed_multimodal.seed.training`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from seed_lavis.options import Stage1Options, Stage2Options
 from seed_lavis.text import caption_words
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.training import Stage1Model, Stage2Model, Stage2Weights
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Weights
 
 
 @registry.register_model("blip2_casual")

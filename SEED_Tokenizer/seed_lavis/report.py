@@ -15,7 +15,7 @@ from seed_multimodal.hub import PARTS
 from seed_multimodal.language.tokenizer import ADDED, MODEL, read_files
 from seed_multimodal.lavit.training import REFERENCE
 from seed_multimodal.progress import duration
-from seed_multimodal.tokenizers.qformer import QFormerConfig
+from seed_multimodal.seed.configuration import QFormerConfig
 
 NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2",
          "lavit-stage1": "LaVIT's stage 1 (tokenizer)"}

@@ -1,6 +1,6 @@
 """SEED-1's stage 2 as the LAVIS model `seed1_codebook_text`: codes towards Stable Diffusion's text features.
 
-The model and its losses are `seed_multimodal.tokenizers.seed1_stage2`. It starts from the same stage 1 as SEED-2.
+The model and its losses are in `seed_multimodal.seed.training`. It starts from the same stage 1 as SEED-2.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from seed_lavis.log import log
 from seed_lavis.options import Seed1Options, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.seed.configuration import Seed1Config
+from seed_multimodal.seed.training import Seed1Stage2Model, Seed1Stage2Weights
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.seed1 import Seed1Config
-from seed_multimodal.tokenizers.seed1_stage2 import Seed1Stage2Model, Seed1Stage2Weights
 
 TEXT_WHERE = ("download text_encoder and tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) and put them "
               "at pretrained/stable-diffusion-v1-4, or give their folder as model.text_encoder")
@@ -53,7 +53,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         if target is None:
             ids = samples["input_ids"] if "input_ids" in samples else self._ids(samples)
             with torch.autocast(self.device.type, enabled=False):
-                target = self.text_features(None if ids is None else ids.to(self.device)).float()
+                target = self.target_of(None, None if ids is None else ids.to(self.device)).float()
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
         return self.with_log(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,

@@ -20,11 +20,11 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.images.open import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
     from seed_multimodal.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
+    from seed_multimodal.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
     from seed_multimodal.systems.lavit import Lavit as Lavit
     from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer as SeedLlamaTokenizer
     from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
     from seed_multimodal.systems.seed_x import SeedX as SeedX
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer as Seed2Tokenizer
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ _LAZY = {
     "SeedX": "seed_multimodal.systems.seed_x",
     "Lavit": "seed_multimodal.systems.lavit",
     "SeedLlamaTokenizer": "seed_multimodal.systems.llama_tokenizer",
-    "Seed2Tokenizer": "seed_multimodal.tokenizers.seed2",
+    "Seed2Tokenizer": "seed_multimodal.seed.modeling",
     "UnclipDetokenizer": "seed_multimodal.seed.diffusion",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",
     "open_image": "seed_multimodal.images.open",

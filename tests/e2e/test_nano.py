@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal import SeedLlama, open_image
-from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_nano.report.judge import Judge
 from seed_nano.report.scoring import all_words, picture_words, right_labels
 from seed_nano.world.scene import Scene, render
@@ -61,7 +61,7 @@ def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     distance = [np.mean([np.square(_pixels(a) - _pixels(b)).mean() for a, b in zip(step, ladder[-1], strict=True)])
                 for step in ladder]
     assert distance[0] > distance[1] > distance[2] > distance[3] == 0
-    embeddings = [seed.pictures.model.decode(codes, first=count) for count in counts]
+    embeddings = [seed.pictures.model.decode(codes, torch.full((len(codes),), count)) for count in counts]
     likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
     assert likeness == sorted(likeness) and likeness[0] < likeness[2]
 

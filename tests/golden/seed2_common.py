@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Config
+from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 
 Tensors = dict[str, torch.Tensor]
 

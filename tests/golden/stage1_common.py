@@ -10,8 +10,8 @@ import torch.distributed as dist
 from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import Tensors, qformer_config, vit_config
 
-from seed_multimodal.tokenizers.seed2 import Seed2Config
-from seed_multimodal.tokenizers.stage1 import Stage1Model, Stage1Output
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.training import Stage1Model, Stage1Output
 from seed_multimodal.weights import assign_strictly
 
 

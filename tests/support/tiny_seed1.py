@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.nn.eva import EvaConfig, EvaVit
-from seed_multimodal.tokenizers.qformer import QFormer, QFormerConfig
-from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
+from seed_multimodal.seed.configuration import QFormerConfig, Seed1Config
+from seed_multimodal.seed.modeling import Seed1Tokenizer
+from seed_multimodal.seed.qformer import QFormer
 
 TEXT_TOKENS, TEXT_WIDTH = 7, 16
 

@@ -47,8 +47,8 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
 
 def _write_image_tokenizer(folder: Path) -> None:
     from seed_multimodal.nn.eva import EvaConfig
-    from seed_multimodal.tokenizers.qformer import QFormerConfig
-    from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+    from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+    from seed_multimodal.seed.modeling import Seed2Tokenizer
 
     config = Seed2Config(
         vit=EvaConfig(image_size=IMAGE_SIZE, patch_size=8, width=24, depth=1, heads=2, mlp_width=48),

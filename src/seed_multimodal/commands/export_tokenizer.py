@@ -15,7 +15,7 @@ from seed_multimodal.errors import ConfigError
 def export(args: argparse.Namespace) -> int:
     """Join, write, read back, compare; print what came from where, or one JSON object with `--json`."""
     from seed_multimodal.language.tokenizer import check_codebook, read_files
-    from seed_multimodal.tokenizers.export import export_tokenizer
+    from seed_multimodal.seed.export import export_tokenizer
 
     if args.lavit or not args.stage2:
         return export_lavit(args)
@@ -26,13 +26,12 @@ def export(args: argparse.Namespace) -> int:
     cat = cat_picture()
     picture = args.image or (cat if cat.is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, picture=picture, beside=beside,
+                              kind=args.kind, released=args.released, image=picture, beside=beside,
                               check=check, force=args.force)
     if args.json:
         print(json.dumps({
             "folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,
-            "ignored": report.ignored, "picture": str(picture or "generated"), "codes": report.codes,
-            "verified": report.verified}))
+            "ignored": report.ignored, "picture": str(picture or "generated"), "codes": report.codes}))
     else:
         print("\n".join(report.lines()))
     return DONE
@@ -66,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "unless a stage trained it")
     parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
                         "(default: by its decode side; with both, seed2)")
-    parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else read "
-                        "off the weights)")
+    parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else the "
+                        "released ones)")
     parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
     parser.add_argument("--released", action="store_true", help="also the released files: seed_quantizer.pt (SEED-1: "
                         "causal_qformer.pth, seed_tokenizer.pth) and eva_vit_g.pth")

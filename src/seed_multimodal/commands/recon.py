@@ -118,18 +118,18 @@ def require(model: str, diffusion: str | None = None) -> None:
         CheckpointError: the tokenizer, the diffusion model or both are not on disk.
     """
     from seed_multimodal.hub import locate
+    from seed_multimodal.seed.checkpoints import SEED1, find_files
+    from seed_multimodal.seed.configuration import Seed1Config
     from seed_multimodal.seed.diffusion import SD_WHERE
     from seed_multimodal.systems.seed1 import find_diffusion
-    from seed_multimodal.tokenizers.checkpoints import find_files
-    from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
 
     place, parts = locate(model), []
     try:
-        find_files(place or model, Seed1Tokenizer.layout, Seed1Config.model_type)
+        find_files(place or model, SEED1, Seed1Config.model_type)
     except CheckpointError:
         if place is not None and (place.is_file() or (place / "config.json").is_file()):
             raise  # there is something, so its own sentence is the better one
-        parts.append(Seed1Tokenizer.layout.advice(model))
+        parts.append(SEED1.advice(model))
     drawing = find_diffusion(place or Path(model), diffusion)
     if not drawing.exists():
         parts.append(SD_WHERE)

@@ -20,8 +20,8 @@ from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.systems.seed_llama import SeedLlama
-from seed_multimodal.tokenizers.clip_weights import load_clip_vision
 from seed_multimodal.weights import load_state_dict
 
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")

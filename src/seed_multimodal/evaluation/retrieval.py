@@ -22,11 +22,9 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.language.words import caption_text, open_words
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.tokenizers.checkpoints import fill_tower
-from seed_multimodal.tokenizers.clip_weights import load_clip_text
-from seed_multimodal.tokenizers.released import TOWER
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
+from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LEVELS = (1, 5, 10)
@@ -155,10 +153,10 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     model.to_empty(device="cpu")
     positions = model.Qformer.bert.embeddings.position_ids
     positions.copy_(torch.arange(positions.shape[1])[None])
-    rest = {name: value for name, value in state.items() if not name.startswith(TOWER)}
+    rest = {name: value for name, value in state.items() if not name.startswith(VISION)}
     assign_strictly(model, rest, file, allow_missing=["*position_ids"], allow_unexpected=STAGE1_IGNORED, foreign=True)
-    vision = {name.removeprefix(TOWER): value for name, value in state.items() if name.startswith(TOWER)}
+    vision = {name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)}
     model.visual_encoder = EvaVit(tokenizer.config.vit) if vision else tokenizer.visual_encoder
     if vision:
-        fill_tower(model.visual_encoder, vision, file)
+        fill_vision(model.visual_encoder, vision, file)
     return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

@@ -29,11 +29,10 @@ from seed_multimodal.hub import locate
 from seed_multimodal.images.open import open_image
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.pictures import PictureCodec, open_codec
-from seed_multimodal.tokenizers.clip_weights import CLIP_FOLDER, load_clip_vision
-from seed_multimodal.tokenizers.initial import check_unclip
-from seed_multimodal.tokenizers.stage1 import Stage1Model
 
 Log = Callable[[str], None]
 Place = str | Path | None
@@ -81,8 +80,6 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     codec = open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing, transform=parts.transform,
                        device=runtime.device, dtype=runtime.dtype)
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
-    if drawing is not None:
-        check_unclip(drawing, width, None)
     inside = drawing / "image_encoder" if drawing is not None else None
     usual = inside if inside is not None and (inside / "config.json").is_file() else locate(f"pretrained/{CLIP_FOLDER}")
     target = usual if clip is None else None if str(clip) == "none" else Path(clip)
@@ -220,9 +217,8 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
     tokenizer, stage1 = opened.codec.model, opened.stage1
     pixels = torch.stack([opened.codec.transform(image) for image in images]).to(tokenizer.device, tokenizer.dtype)
     vision = tokenizer.visual_encoder(pixels)
-    query = tokenizer.query_features_from(tokenizer.ln_vision(vision))
-    codes = tokenizer.quantize.nearest(tokenizer.pre_quant_from_features(query))
-    up = tokenizer.upsample(tokenizer.quantize.lookup(codes))
+    codes = tokenizer.quantize.nearest(tokenizer.encode_task_layer(tokenizer.query_features_from(vision)))
+    up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(codes))
     decoded = tokenizer.project_image(tokenizer.image_tokens(up)).float()
     found = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
     if opened.clip is not None:

@@ -15,8 +15,8 @@ from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.likeness import same_weights, some_weights
+from seed_multimodal.seed.checkpoints import load_vision
 from seed_multimodal.settings import read_settings
-from seed_multimodal.tokenizers.initial import load_tower
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 MODEL_TYPE = "lavit_stage1"
@@ -64,7 +64,7 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
         model = LavitStage1(DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder))
     encoder = model.tokenizer.encoder
     if vision is not None:
-        load_tower(encoder, vision, None)
+        load_vision(encoder, vision, None)
         if sizes.tower and not same_weights(sizes.tower, some_weights(encoder)):
             raise CheckpointError(f"{vision}: not the vision encoder that {file} was trained with; give the file of "
                                   "the run's model.vit_weights.")

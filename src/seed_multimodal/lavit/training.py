@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators, Selection
 from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.seed.training import cosine
 from seed_multimodal.settings import setting
-from seed_multimodal.tokenizers.stage2_base import cosine
 
 REFERENCE = 0.18  # cosine loss at which the original tokenizer converged (about 0.3 with codes from the start)
 TRIED = 2  # of one image in so many a decision is tried the other way, which costs a forward pass

@@ -35,7 +35,7 @@ CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 class PretrainedNetwork(nn.Module):
     """Base of networks that are built as `cls(config)`; `load_report`: names of the tensors that were read."""
 
-    config_class: ClassVar[type]
+    config_class: ClassVar[Any]
     model_type: ClassVar[str] = ""
     config: Any
     load_report: LoadReport | None = None

@@ -123,7 +123,7 @@ class SeedLlamaTokenizer:
                               f"{len(given)}.")
         if image_torch is None:
             image_torch = self.processor(self.pictures.open(given[0]))
-        pixels = self.pictures.model.check_images(image_torch)
+        pixels = image_torch if image_torch.ndim == 4 else image_torch[None]
         return self.pictures.encode(pixels).to(self.device)
 
     def decode_image(self, indices: Codes | Sequence[Sequence[int]],

@@ -19,14 +19,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CodesError, ConfigError, ImageError
+from seed_multimodal.errors import CodesError, ConfigError, ImageError, first_line
 from seed_multimodal.finite import damaged_tensor, not_numbers
 from seed_multimodal.images.open import DETAIL, is_file
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.domain import load_domain
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each
-from seed_multimodal.tokenizers.encoder import First
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
 
 if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -73,7 +72,7 @@ class PictureCodec(PictureHalf):
     def see(self, pictures: Sequence[Any]) -> None:
         """See `PictureHalf`."""
         pixels = [one if isinstance(one, Tensor) else self.transform(self.open(one)) for one in pictures]
-        self.encoder(self.model.check_images(torch.stack(pixels)).to(self.device, self.model.dtype))
+        self.encoder(torch.stack(pixels).to(self.device, self.model.dtype))
 
     def tokenize(self, pictures: Picture | Sequence[Picture], *, once: bool = False) -> Tensor:
         """One picture or several -> codes [B, 32] int64 on the CPU; `once`: by `encode_once`."""
@@ -87,9 +86,8 @@ class PictureCodec(PictureHalf):
         """Normalised pixels [B, 3, S, S] -> codes [B, 32] int64 on the CPU.
 
         Raises:
-            ImageError: pixels of another shape or type, or NaN. CheckpointError: weights that are NaN.
+            ImageError: pixels of another size, or NaN. CheckpointError: weights that are NaN.
         """
-        pixels = self.model.check_images(pixels)
         with self.reading():
             codes = self.model.encode(pixels.to(self.device)).cpu()
             if bool((codes == codes[:, :1]).all(dim=1).any()):  # NaN features have one code in all 32 places
@@ -110,7 +108,6 @@ class PictureCodec(PictureHalf):
 
         The codes of the last `REMEMBERED` different pictures are kept by the content of their pixels.
         """
-        pixels = self.model.check_images(pixels)
         names = [hashlib.blake2b(row.contiguous().numpy(), digest_size=16).digest() for row in pixels.float().cpu()]
         with self._lock:
             new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self._known}
@@ -129,7 +126,34 @@ class PictureCodec(PictureHalf):
         Raises:
             CodesError: wrong number of codes, or one outside the codebook.
         """
-        return self.model.check_codes(codes)
+        return self._rows(codes, self.model.config.num_query)
+
+    def _rows(self, codes: Any, shortest: int) -> Tensor:
+        count, size = self.model.config.num_query, self.model.config.codebook_size
+        try:
+            codes = torch.as_tensor(codes)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise CodesError(f"Codes must be rows of {count} whole numbers ({first_line(error)}).") from error
+        if codes.dtype.is_floating_point and codes.numel():
+            raise CodesError(f"Codes must be whole numbers, got {str(codes.dtype).removeprefix('torch.')}.")
+        codes = codes[None] if codes.ndim == 1 else codes
+        if codes.ndim != 2 or not shortest <= codes.shape[1] <= count:
+            raise CodesError(f"An image has {count} codes, got an array of shape {list(codes.shape)}.")
+        outside = (codes < 0) | (codes >= size)
+        if bool(outside.any()):
+            row, column = outside.nonzero()[0].tolist()
+            raise CodesError(f"Code {int(codes[row, column])} (image {row}, position {column}) is outside the "
+                             f"codebook 0..{size - 1}.")
+        return torch.nn.functional.pad(codes.long(), (0, count - codes.shape[1]))
+
+    def check_counts(self, first: Any) -> list[int]:
+        """Numbers of codes to draw from as a list, empty for None."""
+        if first is None:
+            return []
+        if not isinstance(self.model, Seed2Tokenizer):
+            raise ConfigError("SEED-1 makes no picture from its first codes alone; SEED-2 does.")
+        return [check_value(int, one, "The number of codes to draw from", least=1, most=self.model.config.num_query)
+                for one in (first if isinstance(first, list | tuple | range) else [first])]
 
     def check_drawing(self, *, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any) -> None:
         """See `PictureHalf`."""
@@ -139,14 +163,14 @@ class PictureCodec(PictureHalf):
 
     def draw(
         self, codes: Codes | Sequence[Sequence[int]], *, seed: int | Sequence[int] = 0, batch_size: int = 8,
-        first: First = None, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
+        first: Any = None, negative_codes: Codes | Sequence[Sequence[int]] | None = None, **decode: Any,
     ) -> list[Image.Image]:
         """Codes -> pictures.
 
         Args:
             codes: [B, 32], or the 32 codes of one picture.
             first: draw from so many of the codes only; one number for all pictures, one each, or several for one
-                picture, which is then drawn from each number (see `CodeTokenizer.decode`).
+                picture, which is then drawn from each number (see `SeedTokenizer.decode`).
             negative_codes: codes of what to steer away from: one row for all pictures, or one for each.
             seed: one for all pictures, or one each.
             batch_size: pictures per pass through the U-Net.
@@ -157,7 +181,13 @@ class PictureCodec(PictureHalf):
             ConfigError: a seed that is no whole number of 64 bits, a batch size below 1, an unknown option.
         """
         check_value(int, batch_size, "batch_size", least=1)
-        rows, wanted = self.model.check_prefixes(codes, first)
+        counts = self.check_counts(first)
+        rows = self._rows(codes, max(counts, default=self.model.config.num_query))
+        rows = rows.expand(len(counts), -1) if len(rows) == 1 and counts else rows
+        if counts and len(counts) not in (1, len(rows)):
+            raise ConfigError(f"{len(rows)} pictures were given with {len(counts)} numbers of codes; give one for "
+                              f"all, or one each.")
+        wanted = torch.tensor(counts).expand(len(rows)) if counts else None
         seeds = one_seed_each(seed, len(rows))
         avoided = None if negative_codes is None else self.check_codes(negative_codes)
         if avoided is not None and len(avoided) not in (1, len(rows)):
@@ -168,7 +198,7 @@ class PictureCodec(PictureHalf):
         with self.drawing():
             for start in range(0, len(rows), batch_size):
                 embeds = self.model.decode(rows[start:start + batch_size],
-                                           first=None if wanted is None else wanted[start:start + batch_size])
+                                           None if wanted is None else wanted[start:start + batch_size])
                 if not bool(torch.isfinite(embeds).all()):
                     raise not_numbers("The image tokenizer", self.model)
                 if avoided is not None:

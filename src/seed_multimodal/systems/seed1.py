@@ -22,15 +22,15 @@ from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.seed.checkpoints import SEED1
+from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.systems.picture_half import Picture
 from seed_multimodal.systems.pictures import Codes, PictureCodec
-from seed_multimodal.tokenizers.released import SEED1
-from seed_multimodal.tokenizers.seed1 import Seed1Tokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from seed_multimodal.tokenizers.seed1 import Seed1Config
+    from seed_multimodal.seed.configuration import Seed1Config
 
 DEFAULT_FOLDER = "pretrained"
 # Where a tokenizer folder's own diffusion model may lie; the last is the original's single file.
@@ -55,7 +55,7 @@ class Seed1:
         """Load the tokenizer now and the de-tokenizer when the first picture is drawn.
 
         Args:
-            folder: tokenizer folder or file, see `tokenizers.checkpoints`.
+            folder: tokenizer folder or file, see `seed.checkpoints`.
             diffusion: diffusers folder of Stable Diffusion 1; default: `diffusion_model` or `stable-diffusion-v1-4`
                 in `folder`, else `pretrained/stable-diffusion-v1-4`.
             vision: file of the vision tower, if it is not in or beside `folder`.

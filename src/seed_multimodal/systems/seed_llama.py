@@ -34,7 +34,6 @@ from seed_multimodal.systems.picture_half import Picture
 from seed_multimodal.systems.pictures import PictureCodec, is_picture, load_codec
 from seed_multimodal.systems.speaker import Speaker
 from seed_multimodal.systems.talking import Log, Painted, Request, TalkingSystem
-from seed_multimodal.tokenizers.encoder import First, several_counts
 
 DECODE_KEYS = ("num_inference_steps", "guidance_scale", "noise_level", "scheduler", "negative_codes")
 
@@ -118,7 +117,7 @@ class SeedLlama(TalkingSystem):
         return torch.cat([self.pictures.tokenize(images[start:start + batch_size])
                           for start in range(0, max(len(images), 1), batch_size)])
 
-    def reconstruct(self, images_or_codes: Any, seed: int = 0, *, codes: First = None,
+    def reconstruct(self, images_or_codes: Any, seed: int = 0, *, codes: Any = None,
                     **decode: Any) -> list[Image.Image]:
         """Pictures, or their codes ([B, 32] or the 32 of one), drawn again; `decode` goes to the de-tokenizer.
 
@@ -152,7 +151,7 @@ class SeedLlama(TalkingSystem):
         request = self.drawing_request(text, verbatim)
         drawn = self._drawn("draw", [request], self.tasks.draw_response, {**options, "seed": seed}, codes,
                             self.tasks.draw_words)
-        return drawn if several_counts(codes) else drawn[0]
+        return drawn if isinstance(codes, list | tuple | range) else drawn[0]
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""
@@ -202,9 +201,9 @@ class SeedLlama(TalkingSystem):
         """Codes [B, 32] of the pictures of a conversation, each encoded once."""
         return self.pictures.tokenize(images, once=True)
 
-    def _drawn(self, task: str, content: list[Any], opening: str, options: dict[str, Any], first: First = None,
+    def _drawn(self, task: str, content: list[Any], opening: str, options: dict[str, Any], first: Any = None,
                words: int = 0) -> list[Image.Image]:
         decode = self._take_decode(options)
-        self.pictures.model.check_counts(first)
+        self.pictures.check_counts(first)
         _, part, seed = self._one_picture(task, content, opening, options, decode, words)
         return self.pictures.draw([part.codes], seed=seed, first=first, **decode)

@@ -15,8 +15,8 @@ from seed_multimodal.disk import read_json_object, replace_copy, replace_text
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
+from seed_multimodal.seed.checkpoints import VISION
 from seed_multimodal.system.assemble import join
-from seed_multimodal.tokenizers.released import TOWER
 from seed_multimodal.training.seed_x.tuning_settings import read_agent
 from seed_multimodal.training.seed_x.tuning_task import build_agent
 from seed_multimodal.weights import load_state_dict, save_state_dict
@@ -93,7 +93,7 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
     replace_text(space.out / "system.json", json.dumps(
         {**read_json_object(templates / "system.json"), "image_size": size}, indent=1))
     sizes = _halved(space.out)
-    share_encoder(decoder / "image_encoder", space.words_folder / "model.safetensors", TOWER)
+    share_encoder(decoder / "image_encoder", space.words_folder / "model.safetensors", VISION)
     return sizes
 
 

@@ -21,7 +21,7 @@ from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynam
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import TRIED, LavitStage1, LavitStage1Weights
-from seed_multimodal.tokenizers.seed2 import Seed2Config
+from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask

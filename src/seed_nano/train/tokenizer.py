@@ -15,9 +15,9 @@ from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.disk import replace_copy
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.export import export_tokenizer
-from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
+from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.seed.export import export_tokenizer
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_nano.train.task import map_scenes
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.records import Record, record_at, scenes_of, with_pictures

@@ -22,8 +22,8 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.tokenizers.seed2 import Seed2Config
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.weights import save_state_dict
 from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at

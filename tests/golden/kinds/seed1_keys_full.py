@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 from runner import assert_same, read_json
 
-from seed_multimodal.tokenizers.seed1 import Seed1Config, Seed1Tokenizer
+from seed_multimodal.seed.configuration import Seed1Config
+from seed_multimodal.seed.modeling import Seed1Tokenizer
 
 KIND = "seed1_keys_full"
 

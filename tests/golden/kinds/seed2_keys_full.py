@@ -15,9 +15,9 @@ import torch
 from runner import assert_same, files_named, read_json
 from torch import nn
 
-from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
-from seed_multimodal.tokenizers.stage1 import Stage1Model
-from seed_multimodal.tokenizers.stage2 import Stage2Model
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.seed.training import Stage1Model, Stage2Model
 
 KIND = "seed2_keys_full"
 

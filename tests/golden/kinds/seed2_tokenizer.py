@@ -11,7 +11,7 @@ import torch
 from runner import assert_close, read_json, read_tensors
 from seed2_common import tokenizer_config
 
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.weights import assign_strictly
 
 KIND = "seed2_tokenizer"
@@ -23,7 +23,7 @@ def _reverse_depth(names: list[str], otherwise: int) -> int:
 
 
 def _decode_checked(model: Seed2Tokenizer, codes: torch.Tensor, want: dict[str, torch.Tensor], suffix: str) -> None:
-    tokens = model.image_tokens(model.upsample(model.quantize.lookup(codes)))
+    tokens = model.image_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
     assert_close(tokens, want["blocks_image_out" + suffix], 1e-5, 1e-4, "blocks_image_out" + suffix)
     if "image_down_out" + suffix in want:
         assert_close(model.image_down(tokens), want["image_down_out" + suffix], 1e-5, 1e-4, "image_down_out" + suffix)
@@ -46,12 +46,12 @@ def check(folder: Path) -> None:
     assert_close(model.ln_vision(vit), want["ln_vision"], 1e-5, 1e-4, "ln_vision")
     queries = model.query_features(given["image"])
     assert_close(queries, want["query_output"], 1e-5, 1e-4, "query_output")
-    pre_quant = model.pre_quant_from_features(queries)
+    pre_quant = model.encode_task_layer(queries)
     assert_close(pre_quant, want["pre_quant"], 1e-5, 1e-4, "pre_quant")
     quant, _, indices = model.quantize(pre_quant)
     assert torch.equal(indices, want["indices"]), "indices of the quantiser differ"
     assert_close(quant, want["quant"], 1e-5, 1e-4, "quant")
-    assert_close(model.upsample(quant), want["decode_task_output"], 1e-5, 1e-4, "decode_task_output")
+    assert_close(model.decode_task_layer(quant), want["decode_task_output"], 1e-5, 1e-4, "decode_task_output")
 
     assert torch.equal(model.encode(given["image"]), want["indices"]), "encode gives other codes"
     assert torch.equal(model.encode(given["image"], batch_size=1), want["indices"]), "encode one by one: other codes"

@@ -15,7 +15,7 @@ from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import ClearGradients, Tensors, recorded_adamw, recorded_steps
 from stage1_common import build, compare, run, worker
 
-from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.seed.training import Stage1Model
 
 KIND = "stage1_losses"
 

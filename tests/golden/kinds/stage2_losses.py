@@ -15,7 +15,7 @@ from runner import assert_close, assert_same, read_json, read_tensors
 from seed2_common import ClearGradients, Tensors, recorded_adamw, recorded_steps, tokenizer_config
 from torch import nn
 
-from seed_multimodal.tokenizers.stage2 import Stage2Model, Stage2Output, Stage2Weights
+from seed_multimodal.seed.training import Stage2Model, Stage2Output, Stage2Weights
 from seed_multimodal.weights import assign_strictly
 
 KIND = "stage2_losses"
@@ -103,9 +103,10 @@ def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> Non
         assert_close(features, want["get_discrete_features_for_decode"], 1e-4, 1e-4, "decoded features")
     if "forward_image.0" in want:
         quant, _, _ = tokenizer.quantize(tokenizer.pre_quant(image))
-        rebuilt = tokenizer.rebuild_queries(tokenizer.upsample(quant))
+        rebuilt = tokenizer.rebuild_queries(tokenizer.decode_task_layer(quant))
         assert_close(rebuilt, want["forward_image.0"], 1e-5, 1e-4, "forward_image.0")
-        assert_close(tokenizer.vision_features(image), want["forward_image.1"], 1e-5, 1e-4, "forward_image.1")
+        vision = tokenizer.ln_vision(tokenizer.visual_encoder(image))
+        assert_close(vision, want["forward_image.1"], 1e-5, 1e-4, "forward_image.1")
 
 
 def check(folder: Path) -> None:

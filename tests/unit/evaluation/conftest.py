@@ -48,9 +48,9 @@ class Stages:
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     from seed_multimodal.nn.eva import EvaConfig
-    from seed_multimodal.tokenizers.qformer import QFormerConfig
-    from seed_multimodal.tokenizers.seed2 import Seed2Config, Seed2Tokenizer
-    from seed_multimodal.tokenizers.stage1 import Stage1Model
+    from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+    from seed_multimodal.seed.modeling import Seed2Tokenizer
+    from seed_multimodal.seed.training import Stage1Model
 
     folder, words = tmp_path_factory.mktemp("stages"), "a red green blue grey square of".split()
     config = Seed2Config(

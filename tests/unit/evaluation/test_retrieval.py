@@ -12,8 +12,8 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation import retrieval as module
 from seed_multimodal.evaluation.retrieval import clip_texts, load_stage1, ranks, retrieval, stage1_texts
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
-from seed_multimodal.tokenizers.stage1 import Stage1Model
+from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.seed.training import Stage1Model
 
 NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 

@@ -65,7 +65,7 @@ def test_run_pass_computes_what_the_models_compute(stages, listed):
     assert found["codes"].tolist() == tokenizer.encode(pixels).tolist()
     causal = F.normalize(stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1)
     np.testing.assert_allclose(found["causal"], causal.detach().numpy(), atol=1e-5)
-    up = tokenizer.upsample(tokenizer.quantize.lookup(torch.from_numpy(found["codes"])))
+    up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(found["codes"])))
     rebuilt = F.normalize(stage1.vision_proj(tokenizer.rebuild_queries(up)[:, -1]), dim=-1)
     np.testing.assert_allclose(found["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
     decoded = F.normalize(tokenizer.decode(found["codes"].tolist()), dim=-1)

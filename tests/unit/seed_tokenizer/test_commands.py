@@ -38,7 +38,7 @@ def test_both_stages_and_export(start, tmp_path):
         assert f'"{key}"' in log, key
 
     from seed_multimodal.cli import main
-    from seed_multimodal.tokenizers.seed2 import Seed2Tokenizer
+    from seed_multimodal.seed.modeling import Seed2Tokenizer
 
     command = shlex.split(line.removeprefix("Next: seed "))  # as it is printed, but for the folder
     assert main([*command[:-1], str(tmp_path / "tokenizer")]) == 0

@@ -20,7 +20,7 @@ TOWER = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "i
 
 def other_tower(home: Path) -> Path:
     """A tower of the same size with other weights."""
-    from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+    from seed_multimodal.seed.checkpoints import load_clip_vision
 
     vision = load_clip_vision(TOWER, log=None)
     vision.load_state_dict({name: 1.1 * value for name, value in vision.state_dict().items()})

@@ -159,7 +159,7 @@ def test_the_tower_can_start_from_a_clip_folder():
     from omegaconf import OmegaConf
     from seed_lavis.models import Blip2Casual
 
-    from seed_multimodal.tokenizers.clip_weights import load_clip_vision
+    from seed_multimodal.seed.checkpoints import load_clip_vision
 
     folder = "pretrained/nano/seed_tokenizer/diffusion_model/image_encoder"
     model = Blip2Casual.from_config(OmegaConf.create({

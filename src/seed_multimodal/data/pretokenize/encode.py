@@ -26,8 +26,8 @@ from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.compile import fast_encode
+from seed_multimodal.seed.modeling import SeedTokenizer
 from seed_multimodal.settings import check_keys, setting
-from seed_multimodal.tokenizers.encoder import CodeTokenizer
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -77,7 +77,7 @@ class Encoder:
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
         self.dtype = str(dtype).removeprefix("torch.")
         self._log, self.most = log, sys.maxsize
-        compiled = on_gpu and isinstance(model, CodeTokenizer)
+        compiled = on_gpu and isinstance(model, SeedTokenizer)
         self.compiled = compiled if settings.compile is None else settings.compile
         self._encode_pixels = fast_encode(model, dtype, compile=self.compiled)
         if self.compiled and settings.compile is None:

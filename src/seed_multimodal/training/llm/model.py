@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
+from seed_multimodal.nn.pretrained import WEIGHTS
 from seed_multimodal.settings import check_keys
-from seed_multimodal.tokenizers.released import OURS, SEED2
 from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
 from seed_multimodal.training.llm.lora import (
     adapter_state,
@@ -182,9 +182,10 @@ def read_codebook(folder: Path, n_codes: int) -> tuple[Tensor, int]:
     Raises:
         CheckpointError: no weights or no codebook there, or not of `n_codes` codes.
     """
-    file = next((folder / name for name in (OURS, *SEED2.files[0]) if (folder / name).is_file()), None)
+    file = next((folder / name for name in (WEIGHTS, "seed_quantizer.safetensors", "seed_quantizer.pt")
+                 if (folder / name).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder}: holds no tokenizer weights ({OURS} or {SEED2.main}).")
+        raise CheckpointError(f"{folder}: holds no tokenizer weights ({WEIGHTS} or seed_quantizer.pt).")
     codebook = load_state_dict(file).get("quantize.embedding.weight")
     if codebook is None or len(codebook) != n_codes:
         found = "no codebook" if codebook is None else f"a codebook of {len(codebook)} codes"

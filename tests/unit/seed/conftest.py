@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.tokenizers.qformer import QFormerConfig
-from seed_multimodal.tokenizers.seed2 import Seed2Config
+from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal random numbers, no downloads, and no vision encoder in a cache."""
     torch.manual_seed(0)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch_hub"))
 
 
 @pytest.fixture

@@ -1,45 +1,21 @@
 """The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention in stage 1.
 
-A BERT (post-norm) with cross-attention to the image in every second layer. As released:
-queries get no position embedding, their order comes only from the vectors and the causal mask; the mask is on
-exactly when there are 32 queries; queries and text have separate feed-forward layers; masked scores get -10000.
-Parameter names are those of the released checkpoints (`bert.encoder.layer.N.attention.self.query.weight` …).
+A BERT (post-norm) with cross-attention to the image in every second layer. As released: queries get no position
+embedding, their order comes only from the vectors and the causal mask; queries and text have separate feed-forward
+layers; masked scores get -10000. Parameter names are the released ones
+(`bert.encoder.layer.N.attention.self.query.weight` …).
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import LayerNorm, heads_first, heads_last
-from seed_multimodal.settings import setting
+from seed_multimodal.seed.configuration import QFormerConfig
 
 MASKED = -10000.0
-
-
-@dataclass(frozen=True)
-class QFormerConfig:
-    """Sizes of a Q-Former; the defaults are the released ones.
-
-    `causal_queries`: the number of queries at which their self-attention becomes causal (released: exactly 32).
-    """
-
-    width: int = setting(768, least=1)
-    depth: int = setting(12, least=1)
-    heads: int = setting(12, least=1)
-    mlp_width: int = setting(3072, least=1)
-    cross_attention_freq: int = setting(2, least=1)
-    max_positions: int = setting(512, least=1)
-    dropout: float = setting(0.1, least=0, most=1)
-    causal_queries: int = setting(32, least=0)
-
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
 
 
 class _Projections(nn.Module):
@@ -101,31 +77,26 @@ class QFormerLayer(nn.Module):
         super().__init__()
         self.attention = _AttentionLayer(config, config.width)
         self.crossattention = _AttentionLayer(config, encoder_width) if has_cross else None
-        self.intermediate = _Intermediate(config) if has_text else None
-        self.output = _Residual(config.mlp_width, config) if has_text else None
+        if has_text:
+            self.intermediate = _Intermediate(config)
+            self.output = _Residual(config.mlp_width, config)
         self.intermediate_query = _Intermediate(config)
         self.output_query = _Residual(config.mlp_width, config)
 
-    def forward(self, x: Tensor, queries: int, mask: Tensor | None, causal: bool,
-                encoded: Tensor | None, encoded_mask: Tensor | None) -> Tensor:
-        """`x` `[B, queries + text, D]`, `encoded` `[B, N, W]`; masks are additive and broadcast over heads."""
+    def forward(self, x: Tensor, queries: int, mask: Tensor | None, causal: bool, encoded: Tensor | None) -> Tensor:
+        """`x` `[B, queries + text, D]`, `encoded` `[B, N, W]`; the mask is additive and broadcast over heads."""
         x = self.attention(x, x, mask, causal)
-        parts = []
-        if queries:
-            q = x[:, :queries]
-            if self.crossattention is not None and encoded is not None:
-                q = self.crossattention(q, encoded, encoded_mask)
-            parts.append(self.output_query(self.intermediate_query(q), q))
-        if x.shape[1] > queries:
-            text = x[:, queries:]
-            if self.intermediate is None or self.output is None:
-                raise ConfigError("This Q-Former was built without a text path.")
-            parts.append(self.output(self.intermediate(text), text))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        q, text = x[:, :queries], x[:, queries:]
+        if not queries:
+            return self.output(self.intermediate(text), text)
+        if self.crossattention is not None and encoded is not None:
+            q = self.crossattention(q, encoded)
+        q = self.output_query(self.intermediate_query(q), q)
+        return torch.cat([q, self.output(self.intermediate(text), text)], dim=1) if text.shape[1] else q
 
 
 class _Embeddings(nn.Module):
-    """LayerNorm over queries followed by text words with positions that start at 0 for the text."""
+    """LayerNorm over queries followed by word pieces with positions that start at 0 for the text."""
 
     position_ids: Tensor
 
@@ -183,35 +154,29 @@ class QFormer(nn.Module):
         self.bert = _Bert(config, encoder_width, vocab_size)
         self.apply(_init_bert)
         if lm_head:
-            if vocab_size is None:
-                raise ConfigError("The prediction head needs a text path: give vocab_size.")
             self.cls = nn.Module()
             self.cls.predictions = predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
             _init_bert(predictions.transform["dense"])
 
     def forward(self, queries: Tensor | None = None, encoded: Tensor | None = None, *,
-                input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                encoded_mask: Tensor | None = None) -> Tensor:
+                input_ids: Tensor | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Hidden states `[B, Q + T, D]`: queries first, then text.
 
         Args:
-            queries: `[B, Q, D]`; causal among themselves when Q is `config.causal_queries`; they see all text.
+            queries: `[B, Q, D]`; they see all text.
             encoded: image features `[B, N, W]` for the cross-attention of the queries.
-            input_ids: `[B, T]` int64; text sees everything that is not padding.
-            attention_mask: `[B, T]`, 1 for words and 0 for padding (default: no padding).
-            encoded_mask: `[B, N]`, 0 for image features to ignore.
+            input_ids: `[B, T]` int64; `attention_mask` `[B, T]`: 0 for padding (default: none).
         """
         x = self.bert.embeddings(queries, input_ids)
         count = 0 if queries is None else queries.shape[1]
         mask, causal = self._mask(x, count, attention_mask)
-        cross_mask = None if encoded_mask is None else _additive(encoded_mask[:, None, None], x.dtype)
         for layer in self.bert.encoder.layer:
-            x = layer(x, count, mask, causal, encoded, cross_mask)
+            x = layer(x, count, mask, causal, encoded)
         return x
 
     def _mask(self, x: Tensor, queries: int, attention_mask: Tensor | None) -> tuple[Tensor | None, bool]:
-        is_causal = queries == self.config.causal_queries
-        length = x.shape[1]
+        """Additive mask of the self-attention (None: none), and whether PyTorch's causal one does instead."""
+        is_causal, length = queries == self.config.causal_queries, x.shape[1]
         if attention_mask is None:
             if not is_causal or length == queries:
                 return None, is_causal
@@ -223,17 +188,13 @@ class QFormer(nn.Module):
             square = torch.ones(length, length, dtype=torch.long, device=x.device)
             square[:queries, :queries].tril_()
             visible = visible * square
-        return _additive(visible, x.dtype), False
+        return (1 - visible).to(x.dtype) * MASKED, False
 
     def copy_text_to_query(self) -> None:
         """Start the queries' feed-forward layers from the text's, as stage 1 does from BERT weights."""
         for layer in self.bert.encoder.layer:
             for name in ("intermediate", "output"):
                 layer.get_submodule(f"{name}_query").load_state_dict(layer.get_submodule(name).state_dict())
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    return (1 - visible).to(dtype) * MASKED
 
 
 def _init_bert(module: nn.Module) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.tokenizers.qformer import MASKED, QFormer, QFormerConfig
+from seed_multimodal.seed.configuration import QFormerConfig
+from seed_multimodal.seed.qformer import MASKED, QFormer
 
 CONFIG = QFormerConfig(width=24, depth=3, heads=3, mlp_width=40, max_positions=20, dropout=0.1)
 
@@ -31,21 +32,21 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
     return torch.stack(rows)
 
 
-def test_32_queries_are_strictly_causal(model: QFormer) -> None:
+def test_forward_32_queries_are_causal(model: QFormer) -> None:
     moved = _influence(model, 32)
     assert torch.equal(moved, torch.ones(32, 32, dtype=torch.bool).triu())
 
 
-def test_any_other_number_of_queries_sees_everything(model: QFormer) -> None:
+def test_forward_other_numbers_of_queries_see_everything(model: QFormer) -> None:
     assert bool(_influence(model, 31).all())
 
 
-def test_the_causal_number_is_a_setting() -> None:
+def test_forward_causal_number_is_a_setting() -> None:
     model = QFormer(dataclasses.replace(CONFIG, causal_queries=8), 16).eval()
     assert torch.equal(_influence(model, 8), torch.ones(8, 8, dtype=torch.bool).triu())
 
 
-def test_with_text_queries_stay_causal_and_both_sides_see_each_other(model: QFormer) -> None:
+def test_forward_with_text_both_sides_see_each_other(model: QFormer) -> None:
     ids = torch.tensor([[2, 5, 6, 3]])
     one_layer = QFormer(dataclasses.replace(CONFIG, depth=1), 16, vocab_size=30).eval()
     moved = _influence(one_layer, 32, input_ids=ids)
@@ -59,7 +60,7 @@ def test_with_text_queries_stay_causal_and_both_sides_see_each_other(model: QFor
     assert bool((difference.abs().amax(-1) > 1e-7)[0, :32].all()), "every query must see the text"
 
 
-def test_padding_changes_nothing_else(model: QFormer) -> None:
+def test_forward_padding_changes_nothing_else(model: QFormer) -> None:
     ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3]))
@@ -69,32 +70,25 @@ def test_padding_changes_nothing_else(model: QFormer) -> None:
                            model(input_ids=ids, attention_mask=mask)[:, :3])
 
 
-def test_masked_image_features_do_not_matter(model: QFormer) -> None:
-    queries, encoded = torch.randn(1, 32, 24), torch.randn(1, 7, 16)
-    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0]])
-    with torch.no_grad():
-        torch.testing.assert_close(model(queries, encoded, encoded_mask=mask), model(queries, encoded[:, :4]))
-
-
-def test_additive_and_built_in_causal_masks_agree(model: QFormer) -> None:
+def test_forward_additive_and_built_in_masks_agree(model: QFormer) -> None:
     queries, encoded = torch.randn(2, 32, 24), torch.randn(2, 7, 16)
     x = model.bert.embeddings(queries, None)
     mask = (1 - torch.ones(32, 32).tril())[None, None] * MASKED
     with torch.no_grad():
         expected = x
         for layer in model.bert.encoder.layer:
-            expected = layer(expected, 32, mask, False, encoded, None)
+            expected = layer(expected, 32, mask, False, encoded)
         torch.testing.assert_close(model(queries, encoded), expected)
 
 
-def test_dropout_only_in_training(model: QFormer) -> None:
+def test_forward_dropout_in_training_only(model: QFormer) -> None:
     queries, encoded = torch.randn(1, 32, 24), torch.randn(1, 7, 16)
     assert torch.equal(model(queries, encoded), model(queries, encoded))
     model.train()
     assert not torch.equal(model(queries, encoded), model(queries, encoded))
 
 
-def test_cross_attention_in_every_second_layer_and_text_to_query_copy() -> None:
+def test_copy_text_to_query_and_cross_attention_in_every_second_layer() -> None:
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)
     assert [layer.crossattention is not None for layer in model.bert.encoder.layer] == [True, False, True]
     model.copy_text_to_query()
@@ -103,8 +97,6 @@ def test_cross_attention_in_every_second_layer_and_text_to_query_copy() -> None:
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
 
 
-def test_contradictions_are_refused() -> None:
-    with pytest.raises(ConfigError, match="text path"):
-        QFormer(CONFIG, 16, lm_head=True)
+def test_qformer_config_heads_must_divide_the_width() -> None:
     with pytest.raises(ConfigError, match="heads"):
         QFormerConfig(width=20, heads=3)

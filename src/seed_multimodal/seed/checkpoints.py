@@ -1,0 +1,295 @@
+"""Reading SEED tokenizers and the weights that their training starts from.
+
+    our folder        config.json + model.safetensors
+    released SEED-2   seed_quantizer.pt + eva_vit_g.pth
+    released SEED-1   causal_qformer.pth + seed_tokenizer.pth (laid over the first) + eva_vit_g.pth
+    a file            the last file of one of these, with the others beside it; `vision=` names the vision encoder's
+    a hub id          `owner/name` of one of these
+
+Each file may be a `.safetensors` instead. Every tensor is accounted for: known training-only names are ignored and
+reported, unknown ones too, with a warning; a missing or misshapen tensor is an error. Files are mapped into memory:
+weights on the CPU in the file's precision stay views of the file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hub_name
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip, resize_positions
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, named_encoder
+from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+
+State = dict[str, Tensor]
+Log = Callable[[str], None] | None
+
+VISION = "visual_encoder."
+ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
+VISION_FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
+VISION_URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
+BLIP2_WHERE = ("download https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+               f"{BLIP2_FILES[-1]} and give its path, for example pretrained/{BLIP2_FILES[-1]}")
+CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_WHERE = f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
+
+# Tensors that only training uses: stage 1's text path and heads, target encoders, a moving-average codebook.
+QUERY_LAYERS = "Qformer.bert.encoder.layer"
+TRAINING_ONLY = (
+    "text_proj.*", "vision_proj.*", "itm_head.*", "temp", "text_encoder.*", "clip_model.*", "embedding_head.*",
+    "quantize.ema_*", "Qformer.cls.*", "Qformer.bert.embeddings.word_embeddings.*",
+    "Qformer.bert.embeddings.position_embeddings.*", f"{QUERY_LAYERS}.*.intermediate.*", f"{QUERY_LAYERS}.*.output.*")
+IMAGE_BRANCH = ("distill_image_proj.*", "image_down.*", "blocks_image.*", "pos_embed_image")
+TEXT_BRANCH = ("Reverse_Qformer_text.*", "reverse_tokens_text", "distill_text_proj.*", "blocks_text.*",
+               "pos_embed_text")
+REBUILDING = ("pos_embed", "blocks.*")  # of the Q-Former's output, in stage 2's loss only
+UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Released files of a tokenizer, later ones laid over earlier ones; `decoder`: a tensor that only it has; `where`:
+    which files come from where; `wrapped`: the files hold `{"model": tensors}` (the vision encoder's never does)."""
+
+    name: str
+    files: tuple[str, ...]
+    decoder: str
+    where: str
+    wrapped: bool = False
+
+    def find(self, folder: Path) -> list[Path]:
+        """Those of the files that are in a folder, as safetensors or as released."""
+        found = (first_file(folder, (str(Path(name).with_suffix(".safetensors")), name)) for name in self.files)
+        return [file for file in found if file is not None]
+
+    def advice(self, folder: str | Path) -> str:
+        """What to download into `folder`, without a full stop."""
+        return f"put {self.where} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
+
+
+SEED2 = Layout("SEED-2", ("seed_quantizer.pt",), "distill_image_proj.weight",
+               "seed_quantizer.pt (from AILab-CVC/seed-tokenizer-2 on the Hugging Face hub)")
+SEED1 = Layout("SEED-1", ("causal_qformer.pth", "seed_tokenizer.pth"), "distill_text_proj.weight",
+               "causal_qformer.pth and seed_tokenizer.pth (linked from SEED-1.md of github.com/AILab-CVC/SEED)", True)
+
+
+# ---- tokenizers
+
+
+def load_tokenizer(kind: Any, source: str | Path, *, vision: str | Path | None = None, config: Any = None,
+                   device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, log: Log = None) -> Any:
+    """A `Seed1Tokenizer` or `Seed2Tokenizer` (`kind`) in eval mode, its parameters frozen.
+
+    Args:
+        source: see the module's docstring. vision: file of the vision encoder, if it is not in or beside `source`.
+        config: sizes; default: our `config.json` beside the weights, else the released ones.
+        log: receives one line about what was loaded and ignored.
+
+    Raises:
+        CheckpointError: nothing there (names what to put where), a damaged or unsafe file, or tensors that are missing
+            or of another size.
+    """
+    files = find_files(source, kind.layout, kind.model_type)
+    state: State = {}
+    for file in files:
+        state |= load_state_dict(file, mapped=True)
+    if kind.layout.decoder not in state:
+        raise CheckpointError(f"{files[-1]}: not a {kind.layout.name} tokenizer: it holds no {kind.layout.decoder!r} "
+                              f"(its first tensor is {next(iter(state))!r}).")
+    state, left_out = kind.released_names(state)
+    if not any(name.startswith(VISION) for name in state):
+        files = [*files, _vision_file(files[-1].parent, vision)]
+        state |= {VISION + name: value for name, value in read_vision(files[-1]).items()}
+    if config is None:
+        sizes = our_config(files[0].parent, kind.model_type)
+        config = kind.config_class.read(sizes) if sizes else kind.config_class.released(state)
+    model = fill_tokenizer(kind, config, state, " and ".join(map(str, files)), device=device, dtype=dtype)
+    model.load_report.ignored += left_out
+    if log is not None:
+        log(model.load_report.describe())
+    return model
+
+
+def fill_tokenizer(kind: Any, config: Any, state: Mapping[str, Tensor], source: str | Path, *,
+                   device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """A tokenizer from tensors by their released names, training-only ones among them; errors as `load_tokenizer`."""
+    known = [*TRAINING_ONLY, *kind.ignored_names(config), *(VISION + name for name in UNUSED_IN_VISION),
+             f"{VISION}blocks.{config.vit.depth}.*"]
+    return kind.from_state_dict(config, _fit_positions(state, config.vit, VISION), source, device=device, dtype=dtype,
+                                allow_missing=["*position_ids"], allow_unexpected=known, foreign=True)
+
+
+def find_files(source: str | Path, layout: Layout, model_type: str) -> list[Path]:
+    """Weight files that a source stands for, without the vision encoder's.
+
+    Raises:
+        CheckpointError: a file is not there.
+    """
+    place = Path(source).expanduser()
+    if not os.path.exists(place):  # Path.exists raises for a name that is too long
+        if not is_hub_name(source):
+            raise CheckpointError(f"{place}: there is no such {layout.name} tokenizer; {layout.advice(place)}.")
+        wanted = (CONFIG, WEIGHTS, *layout.files, *(str(Path(name).with_suffix(".safetensors"))
+                                                    for name in layout.files), *VISION_FILES)
+        place = fetch(str(source), wanted, layout.advice(place))
+    folder = place if place.is_dir() else place.parent
+    released = layout.find(folder)
+    if place.is_file():
+        return [*released[:-1], place] if place in released else [place]
+    if (folder / WEIGHTS).is_file() and (our_config(folder, model_type) or len(released) < len(layout.files)):
+        return [folder / WEIGHTS]
+    if len(released) < len(layout.files):
+        raise CheckpointError(f"{folder}: holds no {layout.name} tokenizer ({' and '.join(layout.files)}); "
+                              f"{layout.advice(folder)}.")
+    return released
+
+
+def our_config(folder: Path, model_type: str) -> Path | None:
+    """`config.json` if it is this model's: a released folder may hold the text tokenizer's or the LLM's."""
+    file = folder / CONFIG
+    return file if file.is_file() and read_json_object(file).get("model_type") == model_type else None
+
+
+# ---- the vision encoder
+
+
+def _vision_file(folder: Path, vision: str | Path | None) -> Path:
+    cached = Path(torch.hub.get_dir()) / "checkpoints"  # where the original programs download it to
+    file = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or first_file(cached, VISION_FILES)
+    if file is None or not file.is_file():
+        raise CheckpointError(f"{file or folder / VISION_FILES[-1]}: there is no such vision-encoder file; download it "
+                              f"from {VISION_URL}.")
+    return file
+
+
+def read_vision(source: str | Path, sizes: EvaConfig | None = None) -> State:
+    """EVA's tensors by their names in it: of `eva_vit_g.pth` (a file, its folder or a hub id), of a checkpoint that
+    holds them as `visual_encoder.*`, or (ours) of a transformers CLIP folder, whose first `sizes.depth` layers are used
+    (default: all).
+
+    Raises:
+        CheckpointError: not there (names the download), damaged, or another model's.
+    """
+    listed = Path(source) / CONFIG
+    if listed.is_file() and str(read_json_object(listed).get("model_type")).startswith("clip"):
+        clip = load_clip_vision(source, log=None)
+        return eva_from_clip(clip.state_dict(), sizes or EvaConfig(depth=clip.config.num_hidden_layers, pre_norm=True))
+    file = find_file(source, VISION_FILES, f"download {VISION_URL} and give its path")
+    state = load_state_dict(file, mapped=True)
+    vision = {name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)} or state
+    if "patch_embed.proj.weight" not in vision:
+        raise CheckpointError(f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "
+                              f"(its first tensor is {next(iter(state))!r}).")
+    return vision
+
+
+def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
+    """Fill a vision encoder from what `read_vision` reads; positions are resized, unused blocks left out."""
+    report = fill_vision(vit, read_vision(source, vit.config), source)
+    if log is not None:
+        log(report.describe())
+    return report
+
+
+def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
+    """Put EVA's tensors into a vision encoder; raises `CheckpointError` if one is missing or of another size."""
+    return assign_strictly(vit, _fit_positions(state, vit.config), source, foreign=True,
+                           allow_unexpected=[*UNUSED_IN_VISION, f"blocks.{vit.config.depth}.*"])
+
+
+def _fit_positions(state: Mapping[str, Tensor], sizes: EvaConfig, prefix: str = "") -> State:
+    name = f"{prefix}pos_embed"
+    fits = name not in state or state[name].ndim != 3 or state[name].shape[1] == sizes.tokens
+    return dict(state) if fits else {**state, name: resize_positions(state[name], sizes.grid)}
+
+
+# ---- the CLIP model of the target, BLIP-2
+
+
+def load_clip_vision(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                     log: Log = print) -> Any:
+    """The frozen CLIP vision encoder of a transformers folder (a whole CLIP or its vision half) or hub id, in eval
+    mode; its `.image_embeds` are stage 2's target.
+
+    Raises:
+        CheckpointError: not there (names what to put where), damaged, or weights of another size than its config.json.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    return _load_clip(CLIPVisionModelWithProjection, source, device, dtype, log)
+
+
+def load_clip_text(source: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                   log: Log = print) -> Any:
+    """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
+    from transformers import CLIPTextModelWithProjection
+
+    return _load_clip(CLIPTextModelWithProjection, source, device, dtype, log)
+
+
+def _load_clip(kind: Any, source: str | Path, device: str | torch.device, dtype: torch.dtype, log: Log) -> Any:
+    folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_WHERE)
+    values = read_json_object(folder / CONFIG, advice=CLIP_WHERE)
+    shared, state = named_encoder(folder), None
+    if shared is not None:
+        state = clip_from_eva(load_state_dict(shared[0]), shared[1]) | load_state_dict(folder / WEIGHTS)
+    try:
+        config = kind.config_class.from_pretrained(folder)
+        # Of a whole CLIP its own value counts; the one in its vision_config is transformers' default.
+        config.projection_dim = values.get("projection_dim", config.projection_dim)
+        model, info = kind.from_pretrained(folder if state is None else None, config=config, state_dict=state,
+                                           dtype=dtype, local_files_only=True, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_WHERE}.") from error
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_WHERE}.")
+    if log is not None:
+        log(f"{folder}: {kind.__name__} loaded.")
+    return model.to(device).requires_grad_(False).eval()
+
+
+WORDS, HEAD = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
+
+
+def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
+    """Start a `Stage1Model` from `blip2_pretrained.pth` (a file, its folder or a hub id): Q-Former with text path,
+    `ln_vision`, projections and temperature; never the vision encoder.
+
+    BERT has 30522 word pieces and BLIP-2 one more (`[DEC]`): a table of one row more or less than the model's is fitted
+    (a new last row keeps its start value).
+
+    Raises:
+        CheckpointError: not there (names the download), damaged, another model's, or of another size.
+    """
+    file = find_file(source, BLIP2_FILES, BLIP2_WHERE)
+    state, own = load_state_dict(file), model.state_dict()
+    if "query_tokens" not in state:
+        raise CheckpointError(f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first tensor "
+                              f"is {next(iter(state))!r}); {BLIP2_WHERE}.")
+    fitted = {}
+    for name in (WORDS, f"{HEAD}bias"):
+        if name in state and name in own and abs(len(state[name]) - len(own[name])) == 1:
+            rows, wanted = state[name], own[name]
+            state[name] = torch.cat([rows, wanted[len(rows):].to(rows)])[:len(wanted)]
+            fitted[name] = f"fitted from {len(rows)} to {len(wanted)} rows"
+    for tied, name in ((f"{HEAD}decoder.weight", WORDS), (f"{HEAD}decoder.bias", f"{HEAD}bias")):
+        if tied in state and name in state:
+            state[tied] = state[name]
+    report = assign_strictly(
+        model, {name: value for name, value in state.items() if not name.startswith(VISION)}, file, foreign=True,
+        allow_unexpected=("itm_head.*", *(() if hasattr(model.Qformer, "cls") else ("Qformer.cls.*",))),
+        allow_missing=(f"{VISION}*", "embedding_head.*", "*position_ids", "Qformer.cls.*"))
+    report.fitted = fitted
+    if log is not None:
+        log(report.describe())
+    return report

@@ -1,0 +1,117 @@
+"""Sizes of the SEED tokenizers. The defaults are the released models; `config.json` holds those of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.settings import read_settings, setting
+
+
+@dataclass(frozen=True)
+class QFormerConfig:
+    """Sizes of a Q-Former; its self-attention is causal where there are exactly `causal_queries` queries."""
+
+    width: int = setting(768, least=1)
+    depth: int = setting(12, least=1)
+    heads: int = setting(12, least=1)
+    mlp_width: int = setting(3072, least=1)
+    cross_attention_freq: int = setting(2, least=1)
+    max_positions: int = setting(512, least=1)
+    dropout: float = setting(0.1, least=0, most=1)
+    causal_queries: int = setting(32, least=0)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ConfigError(f"The Q-Former width {self.width} does not divide into {self.heads} heads.")
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes that both tokenizers have.
+
+    Ours: `normalize_codes` compares and decodes codes on the unit sphere; with `codebook_sections` = `num_query` each
+    position chooses from its own part of the codebook (released: 1, all choose from all).
+    """
+
+    model_type: ClassVar[str]
+
+    vit: EvaConfig = field(default_factory=EvaConfig)
+    qformer: QFormerConfig = field(default_factory=QFormerConfig)
+    num_query: int = setting(32, least=1)
+    codebook_size: int = setting(8192, least=1)
+    codebook_dim: int = setting(32, least=1)
+    decode_depth: int = setting(4, least=0)
+    decode_heads: int = setting(12, least=1)
+    reverse_depth: int = setting(4, least=0)
+    normalize_codes: bool = False
+    codebook_sections: int = setting(1, least=1)
+
+    def __post_init__(self) -> None:
+        if self.codebook_sections not in (1, self.num_query):
+            raise ConfigError(f"codebook_sections must be 1 or num_query ({self.num_query}), got "
+                              f"{self.codebook_sections}.")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values for `config.json`."""
+        return {"model_type": self.model_type, **dataclasses.asdict(self)}
+
+    @classmethod
+    def read(cls, file: str | Path) -> Self:
+        """Sizes from a `config.json`; `ConfigError` if it is damaged or describes another model."""
+        values = dict(read_json_object(Path(file), ConfigError))
+        if values.pop("model_type", cls.model_type) != cls.model_type:
+            raise ConfigError(f"{file}: this is not the configuration of a {cls.model_type}.")
+        return read_settings(cls, values, str(file))
+
+    @classmethod
+    def released(cls, names: Container[str]) -> Self:
+        """Sizes of a released file that holds tensors of these names."""
+        return cls()
+
+
+@dataclass(frozen=True)
+class Seed2Config(TokenizerConfig):
+    """SEED-2: codes become one image embedding of `image_features_dim`.
+
+    `use_qformer_image` picks the decode head (False: `image_down`, True: Reverse Q-Former of `reverse_depth`);
+    `recon_s`: keep `pos_embed` and `blocks`, which only stage 2's reconstruction loss uses.
+    """
+
+    model_type: ClassVar[str] = "seed2_tokenizer"
+
+    reverse_depth: int = setting(12, least=0)
+    image_features_dim: int = setting(1024, least=1)
+    use_qformer_image: bool = False
+    recon_s: bool = True
+
+    @property
+    def reverse_qformer(self) -> QFormerConfig:
+        """The Reverse Q-Former differs from the Q-Former in depth only."""
+        return dataclasses.replace(self.qformer, depth=self.reverse_depth)
+
+    @classmethod
+    def released(cls, names: Container[str]) -> Self:
+        """The released file has the head `image_down`; checkpoints of the published training code have the other."""
+        return cls() if "image_down.0.weight" in names else cls(use_qformer_image=True, reverse_depth=4)
+
+
+@dataclass(frozen=True)
+class Seed1Config(TokenizerConfig):
+    """SEED-1: codes become `text_tokens` embeddings of `text_features_dim`, as Stable Diffusion 1's text encoder."""
+
+    model_type: ClassVar[str] = "seed1_tokenizer"
+
+    text_tokens: int = setting(77, least=1)
+    text_features_dim: int = setting(768, least=1)
+
+    @property
+    def reverse_qformer(self) -> QFormerConfig:
+        """The Reverse Q-Former has another depth and full attention among its queries."""
+        return dataclasses.replace(self.qformer, depth=self.reverse_depth, causal_queries=0)

@@ -1,0 +1,183 @@
+"""From training to use: the checkpoints of the two stages and the vision encoder become one tokenizer folder.
+
+    stage 1           Qformer (its query path), query_tokens, ln_vision; visual_encoder if it was trained
+    stage 2           quantize, task layers, blocks, positions, decoder; parts of the encoder if they were trained on
+    vision encoder    eva_vit_g.pth, unless a stage holds it
+
+Training checkpoints leave frozen parts out, so each part is taken from the latest file that has it. Stage 2's decoder
+decides between SEED-2 and SEED-1; checkpoints of the published training code hold both and are SEED-2's unless `seed1`
+is asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.disk import making_folder, output_folder
+from seed_multimodal.errors import CheckpointError, ConfigError, counted
+from seed_multimodal.finite import refuse_diverged
+from seed_multimodal.images.open import open_image
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.seed.checkpoints import (
+    ENCODER_PARTS,
+    VISION,
+    VISION_FILES,
+    VISION_URL,
+    fill_tokenizer,
+    our_config,
+    read_vision,
+)
+from seed_multimodal.seed.configuration import TokenizerConfig
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.weights import grouped, load_state_dict, save_torch
+
+AUTO = "auto"
+KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}
+
+
+@dataclass
+class Export:
+    """What an export wrote: the file that each part came from, the tensors of each file that were left out, and the
+    codes of the test image, which the written folder gives too."""
+
+    folder: Path
+    kind: str
+    config: TokenizerConfig
+    parts: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, list[str]] = field(default_factory=dict)
+    tensors: int = 0
+    codes: list[int] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """The report, one sentence a line."""
+        lines = [f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
+                 for file in dict.fromkeys(self.parts.values())]
+        lines += [f"{file}: {counted(len(names), 'tensor')} left out: {grouped(names)}."
+                  for file, names in self.ignored.items() if names]
+        return [*lines, f"{self.folder}: {self.tensors} tensors; codes of the test image: "
+                        f"{' '.join(map(str, self.codes))}"]
+
+
+def export_tokenizer(
+    stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
+    config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
+    image: Image.Image | str | Path | None = None, beside: Mapping[str, bytes] | None = None,
+    check: Callable[[int, int, str | Path], None] | None = None, force: bool = False,
+) -> Export:
+    """Join stage checkpoints into a tokenizer folder and compare the codes of an image before and after writing.
+
+    Args:
+        stage1: may be left out if stage 2 trained the encoder. vision: file or CLIP folder of the vision encoder, if no
+            stage holds it.
+        config: sizes, or a config.json; default: ours beside a checkpoint, else the released ones.
+        kind: `seed2`, `seed1` or `auto`. released: also write the files of the released layout.
+        beside: further files for the folder; check: called with the number of codes, that of an image's, and the
+            checkpoint, to refuse them if those files do not fit.
+        force: replace a folder that is not empty.
+
+    Raises:
+        CheckpointError: a part that no file holds, tensors of another size or that are not finite, codes that differ.
+        ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
+    """
+    shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision])
+    files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
+    name, tokenizer = _choose(kind, files[str(stage2)], stage2)
+    sizes = _sizes(config, tokenizer, [*reversed(files)])
+    files[str(stage2)], left_out = tokenizer.released_names(files[str(stage2)])
+    origin = _latest(files, str(stage2))
+    if not any(part.startswith(VISION) for part in origin):
+        if vision is None:
+            raise CheckpointError(f"{stage2}: no stage holds the frozen vision encoder; download it from {VISION_URL} "
+                                  "and give it as the vision file.")
+        tensors = read_vision(vision, None if sizes is None else sizes.vit)
+        files[str(vision)] = {VISION + part: value for part, value in tensors.items()}
+        origin |= dict.fromkeys(files[str(vision)], str(vision))
+    state = {part: files[file][part] for part, file in origin.items()}
+    sizes = sizes or tokenizer.config_class.released(state)
+    if check is not None:
+        check(sizes.codebook_size, sizes.num_query, stage2)
+    model = fill_tokenizer(tokenizer, sizes, state, " and ".join(files))
+    refuse_diverged(model, origin, "the weights")
+    used = set(model.load_report.loaded)
+    report = Export(shown, name, sizes, {part_of(part): file for part, file in origin.items() if part in used},
+                    {file: [part for part in tensors if part not in used or origin.get(part) != file]
+                     for file, tensors in files.items()}, len(used))
+    report.ignored[str(stage2)] += left_out
+    pixels = _pixels(image, sizes.vit.image_size)
+    codes = model.encode(pixels)
+    report.codes = codes[0].tolist()
+    with making_folder(target, shown, ConfigError) as folder:
+        model.save_pretrained(folder)
+        for file, saved in released_files(model).items() if released else ():
+            save_torch(saved, folder / file)
+        for file, content in (beside or {}).items():
+            (folder / file).write_bytes(content)
+        if not torch.equal(tokenizer.from_pretrained(folder).encode(pixels), codes):
+            raise CheckpointError(f"{shown}: the written tokenizer gives other codes; nothing was kept.")
+    return report
+
+
+def part_of(name: str) -> str:
+    """The first part of a tensor's name."""
+    return name.split(".")[0]
+
+
+def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> tuple[str, type[SeedTokenizer]]:
+    """Name and class of a stage-2 checkpoint's tokenizer."""
+    held = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
+    if "quantize.embedding.weight" not in state or not held:
+        raise CheckpointError(f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
+                              f"tensor is {next(iter(state))!r}).")
+    if kind not in (AUTO, *held):
+        raise CheckpointError(f"{file}: a stage-2 checkpoint of {held[0]}; export it as {held[0]} or {AUTO}.")
+    name = held[0] if kind == AUTO else kind
+    return name, KINDS[name]
+
+
+def _sizes(config: TokenizerConfig | str | Path | None, tokenizer: type[SeedTokenizer], files: Iterable[str]) -> Any:
+    """Sizes as given or from our config.json beside a checkpoint; None: neither."""
+    if config is None:
+        beside = (our_config(Path(file).parent, tokenizer.model_type) for file in files)
+        config = next((found for found in beside if found is not None), None)
+    return tokenizer.config_class.read(config) if isinstance(config, str | Path) else config
+
+
+def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
+    """Tensor → the file that it is taken from: parts of the encoder from stage 2 if that trained them."""
+    # Buffers are always saved, so a position_ids alone does not mean that stage 2 holds the Q-Former.
+    trained = {part_of(name) for name in files[stage2] if not name.endswith("position_ids")} & {*ENCODER_PARTS}
+    origin = {name: file for file, tensors in files.items() for name in tensors
+              if part_of(name) not in ENCODER_PARTS or (part_of(name) in trained) == (file == stage2)}
+    missing = [part for part in ENCODER_PARTS[1:] if part not in {part_of(name) for name in origin}]
+    if missing:
+        raise CheckpointError(f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
+                              "stage 2 started from.")
+    return origin
+
+
+def _pixels(image: Image.Image | str | Path | None, size: int) -> Tensor:
+    if image is None:
+        ramp = Image.linear_gradient("L")
+        image = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(45)))
+    return seed_image_processor(size)(open_image(image))[None]
+
+
+def released_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
+    """The content of each file of a tokenizer's released layout, the vision encoder's last."""
+    layout = model.layout
+    files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, VISION_FILES[-1])}
+    for name, value in model.state_dict().items():
+        if name.startswith(VISION):
+            files[VISION_FILES[-1]][name.removeprefix(VISION)] = value.clone()
+        else:
+            files[layout.files[0 if part_of(name) in ENCODER_PARTS else -1]][name] = value.clone()
+    if layout.wrapped:
+        files |= {name: {"model": files[name]} for name in layout.files}
+    return files

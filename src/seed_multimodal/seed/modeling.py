@@ -1,0 +1,269 @@
+"""SEED-1 and SEED-2: an image becomes 32 codes of a codebook, and 32 codes become what a diffusion model draws from.
+
+    images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
+    codes ─► codebook rows ─► decode_task_layer ─► positions, blocks ─► head ─► embeddings
+
+SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image embedding, SEED-1's
+Reverse Q-Former 77 text-like embeddings. Attribute names are the released ones.
+Note: code k depends on queries 0..k only (causal), so the first k codes are an image of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.layers import Block, LayerNorm
+from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.seed.checkpoints import IMAGE_BRANCH, REBUILDING, SEED1, SEED2, TEXT_BRANCH, Layout, load_tokenizer
+from seed_multimodal.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
+from seed_multimodal.seed.qformer import QFormer
+
+DOWN_WIDTHS = (256, 128, 32)
+# The published training code's names of SEED-1's decode side → the released ones.
+TEXT_NAMES = {"Reverse_Qformer_text.": "Reverse_Qformer.", "reverse_tokens_text": "reverse_tokens"}
+
+
+class SeedTokenizer(PretrainedNetwork):
+    """The encoder and the codebook. A subclass makes its parameters, calls `add_encoder`, then adds its decoder."""
+
+    layout: ClassVar[Layout]
+    query_tokens: nn.Parameter
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02))
+
+    def add_encoder(self, ema_decay: float | None) -> None:
+        """Vision encoder, Q-Former, codebook and the layers around it, in the released order."""
+        config = self.config
+        width, d = config.qformer.width, config.codebook_dim
+        self.visual_encoder = EvaVit(config.vit)
+        self.ln_vision = LayerNorm(config.vit.width)
+        self.Qformer = QFormer(config.qformer, config.vit.width)
+        self.quantize = VectorQuantizer(config.codebook_size, d, normalize=config.normalize_codes,
+                                        ema_decay=ema_decay, sections=config.codebook_sections)
+        self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, d))
+        self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, vision: str | Path | None = None, config: Any = None,
+                        device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+                        log: Callable[[str], None] | None = None) -> Self:
+        """Load our folder, the released files or one file; see `seed.checkpoints`."""
+        return load_tokenizer(cls, source, vision=vision, config=config, device=device, dtype=dtype, log=log)
+
+    @classmethod
+    def ignored_names(cls, config: Any) -> tuple[str, ...]:
+        """Patterns of this tokenizer's training-only tensors that checkpoints may hold."""
+        raise NotImplementedError
+
+    @classmethod
+    def released_names(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """A training checkpoint's names → the released ones, and the names left out."""
+        return dict(state), []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.query_tokens.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the weights; images are cast to it."""
+        return self.query_tokens.dtype
+
+    # ---- image → codes
+
+    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
+        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
+        return self.Qformer(self.query_tokens.expand(len(vision_BNW), -1, -1), self.ln_vision(vision_BNW))
+
+    def query_features(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
+        return self.query_features_from(self.visual_encoder(images))
+
+    def pre_quant(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
+        return self.encode_task_layer(self.query_features(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """CLIP-normalised pixels `[B, 3, S, S]` (or one `[3, S, S]`) → codes `[B, 32]` int64 on the model's device.
+
+        `batch_size`: images per forward pass (default: all). Raises `ImageError` for another image size.
+        """
+        images = images[None] if images.ndim == 3 else images
+        with evaluating(self):
+            codes = [self.quantize.nearest(self.pre_quant(part.to(self.device, self.dtype)))
+                     for part in images.split(batch_size or max(1, len(images))) if len(part)]
+        return torch.cat(codes) if codes else torch.empty(0, self.config.num_query, dtype=torch.long,
+                                                          device=self.device)
+
+    # ---- codes → embeddings
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None) -> Tensor:
+        """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
+
+        `lengths` `[B]`: decode each row from its first codes only; the rows of the others are zeros, as in a stage 2
+        trained with `nested`. Released weights were not trained for this and need not give a similar image.
+        """
+        codes = codes.to(self.device)
+        size = batch_size or max(1, len(codes))
+        with evaluating(self):
+            parts = []
+            for start in range(0, len(codes) or 1, size):
+                rows = self.quantize.lookup(codes[start:start + size])
+                if lengths is not None:
+                    rows = first_rows(rows, lengths[start:start + size].to(self.device))
+                parts.append(self.decode_embeddings(rows))
+        return torch.cat(parts)
+
+    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings, with gradients."""
+        raise NotImplementedError
+
+    def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → the Q-Former output that it stands for `[B, 32, D]` (training objective)."""
+        return run_blocks(up_BQD + self.pos_embed, self.blocks)
+
+
+class Seed2Tokenizer(SeedTokenizer):
+    """SEED-2; the state dict has the released 881 keys (with the Reverse Q-Former of 12 layers 1134)."""
+
+    layout, config_class, model_type = SEED2, Seed2Config, Seed2Config.model_type
+    config: Seed2Config
+
+    def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
+        super().__init__(config)
+        width = config.qformer.width
+        if config.recon_s:
+            self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, width))
+        self.pos_embed_image = nn.Parameter(torch.zeros(1, config.num_query, width))
+        if config.use_qformer_image:
+            self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
+        self.add_encoder(ema_decay)
+        if config.recon_s:
+            self.blocks = decode_blocks(config)
+        self.blocks_image = decode_blocks(config)
+        if config.use_qformer_image:
+            self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
+            self.distill_image_proj = nn.Linear(width, config.image_features_dim)
+        else:
+            first, second, last = DOWN_WIDTHS
+            self.image_down = nn.Sequential(
+                nn.Linear(width, first, bias=False), nn.ReLU(), nn.Linear(first, second, bias=False), nn.ReLU(),
+                nn.Linear(second, last, bias=False))
+            self.distill_image_proj = nn.Linear(config.num_query * last, config.image_features_dim)
+
+    def image_tokens(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → output of `blocks_image` `[B, 32, D]`."""
+        return run_blocks(up_BQD + self.pos_embed_image, self.blocks_image)
+
+    def project_image(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of `blocks_image` → image embedding `[B, image_features_dim]`, not normalised."""
+        if self.config.use_qformer_image:
+            reverse = self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
+            return self.distill_image_proj(reverse).squeeze(1)
+        return self.distill_image_proj(self.image_down(tokens_BQD).flatten(1))
+
+    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → image embeddings `[B, E]`, with gradients."""
+        return self.project_image(self.image_tokens(self.decode_task_layer(quant_BQd)))
+
+    @classmethod
+    def ignored_names(cls, config: Seed2Config) -> tuple[str, ...]:
+        """SEED-1's branch, and the parts that this configuration does without."""
+        other_head = () if config.use_qformer_image else ("Reverse_Qformer.*", "reverse_tokens")
+        return (*TEXT_BRANCH, *other_head, *(() if config.recon_s else REBUILDING))
+
+
+class Seed1Tokenizer(SeedTokenizer):
+    """SEED-1; the state dict has the released 917 keys. The reverse queries see each other freely."""
+
+    layout, config_class, model_type = SEED1, Seed1Config, Seed1Config.model_type
+    config: Seed1Config
+
+    def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
+        super().__init__(config)
+        width = config.qformer.width
+        self.pos_embed_text = nn.Parameter(torch.zeros(1, config.num_query, width))
+        self.reverse_tokens = nn.Parameter(torch.zeros(1, config.text_tokens, width).normal_(std=0.02))
+        self.add_encoder(ema_decay)
+        self.blocks_text = decode_blocks(config)
+        self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
+        self.distill_text_proj = nn.Linear(width, config.text_features_dim)
+
+    def text_blocks(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → output of `blocks_text` `[B, 32, D]`."""
+        return run_blocks(up_BQD + self.pos_embed_text, self.blocks_text)
+
+    def reverse_queries(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of `blocks_text` → Reverse Q-Former output `[B, text_tokens, D]`."""
+        return self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
+
+    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings `[B, text_tokens, E]`, with gradients."""
+        return self.distill_text_proj(self.reverse_queries(self.text_blocks(self.decode_task_layer(quant_BQd))))
+
+    @classmethod
+    def ignored_names(cls, config: Seed1Config) -> tuple[str, ...]:
+        """SEED-2's branch, and what only training uses."""
+        return (*IMAGE_BRANCH, *REBUILDING)
+
+    @classmethod
+    def released_names(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+        """The published training code holds this decoder as its text branch (`_text`) beside SEED-2's image branch,
+        which then owns the names without that suffix."""
+        if not any(name.startswith(tuple(TEXT_NAMES)) for name in state):
+            return dict(state), []
+        renamed, left_out = {}, []
+        for name, value in state.items():
+            prefix = next((prefix for prefix in TEXT_NAMES if name.startswith(prefix)), None)
+            if prefix is not None:
+                renamed[TEXT_NAMES[prefix] + name.removeprefix(prefix)] = value
+            elif name.startswith(tuple(TEXT_NAMES.values())):
+                left_out.append(name)
+            else:
+                renamed[name] = value
+        return renamed, left_out
+
+
+def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:
+    """Transformer blocks of a decoder."""
+    return nn.ModuleList(Block(config.qformer.width, config.decode_heads) for _ in range(config.decode_depth))
+
+
+def run_blocks(x_BND: Tensor, blocks: nn.ModuleList) -> Tensor:
+    """Apply the blocks in order: `[B, N, D]` → `[B, N, D]`."""
+    for block in blocks:
+        x_BND = block(x_BND)
+    return x_BND
+
+
+def first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
+    """Codebook rows `[B, 32, d]` with zeros after the first `lengths` `[B]` of each."""
+    shown = torch.arange(quant_BQd.shape[1], device=lengths_B.device) < lengths_B[:, None]
+    return quant_BQd * shown.to(quant_BQd)[..., None]
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside; every submodule's own mode is restored after."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,387 @@
+"""Reading tokenizers in every layout, what must be refused, and the weights that training starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seed1
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError, SeedWarning
+from seed_multimodal.nn.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.pretrained import name_encoder
+from seed_multimodal.seed.checkpoints import load_blip2, load_clip_text, load_clip_vision, load_vision
+from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.seed.training import Stage1Model
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+KEYS = Path(__file__).parents[2] / "golden" / "data" / "seed2_keys_full" / "stage1_training_model.json.gz"
+
+
+@pytest.fixture
+def seed2(tiny: Seed2Config) -> Seed2Tokenizer:
+    return tiny_seed1.loud(Seed2Tokenizer(tiny)).eval()  # type: ignore[return-value]
+
+
+def _seed2_folder(model: SeedTokenizer, folder: Path) -> Path:
+    """`seed_quantizer.pt` with training-only tensors, `eva_vit_g.pth` with one block more than used."""
+    folder.mkdir(parents=True)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("visual_encoder.")}
+    extra = {"Reverse_Qformer_text.x.weight": torch.zeros(3), "reverse_tokens_text": torch.zeros(3),
+             "blocks_text.0.x": torch.zeros(3), "temp": torch.zeros(()), "itm_head.weight": torch.zeros(3)}
+    torch.save(state | extra, folder / "seed_quantizer.pt")
+    deeper = EvaVit(dataclasses.replace(model.config.vit, depth=3)).state_dict()
+    torch.save(deeper | model.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}))
+    return folder
+
+
+def _ours(model: SeedTokenizer, folder: Path) -> Path:
+    return model.save_pretrained(folder)
+
+
+def _file_of_ours(model: SeedTokenizer, folder: Path) -> Path:
+    return model.save_pretrained(folder) / "model.safetensors"
+
+
+def _file_with_the_others_beside(model: SeedTokenizer, folder: Path) -> Path:
+    return _released(model, folder) / model.layout.files[-1]
+
+
+def _released(model: SeedTokenizer, folder: Path) -> Path:
+    if isinstance(model, Seed1Tokenizer):
+        return tiny_seed1.released_folder(model, folder)
+    return _seed2_folder(model, folder)
+
+
+def _as_safetensors(model: SeedTokenizer, folder: Path) -> Path:
+    for file in [*_released(model, folder).glob("*.pt"), *folder.glob("*.pth")]:
+        save_state_dict(load_state_dict(file), file.with_suffix(".safetensors"))
+        file.unlink()
+    return folder
+
+
+def _with_our_config(model: SeedTokenizer, folder: Path) -> Path:
+    (_released(model, folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
+    return folder
+
+
+def _vision_in_the_hub_cache(model: SeedTokenizer, folder: Path) -> Path:
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    cache.mkdir(parents=True)
+    (_released(model, folder) / "eva_vit_g.pth").rename(cache / "eva_vit_g.pth")
+    return folder
+
+
+def _without_position_ids(model: SeedTokenizer, folder: Path) -> Path:
+    _released(model, folder)
+    for name in model.layout.files:
+        state = load_state_dict(folder / name)
+        torch.save({key: value for key, value in state.items() if "position_ids" not in key}, folder / name)
+    return folder
+
+
+LAYOUTS = [_ours, _file_of_ours, _released, _file_with_the_others_beside, _as_safetensors, _with_our_config,
+           _vision_in_the_hub_cache, _without_position_ids]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
+@pytest.mark.parametrize("kind", ["seed2", "seed1"])
+def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Path], Path], seed2: Seed2Tokenizer,
+                                 tmp_path: Path, images: Tensor) -> None:
+    model: Any = seed2 if kind == "seed2" else tiny_seed1.tokenizer()
+    lines: list[str] = []
+    source = layout(model, tmp_path / "folder")
+    given = None if layout in (_ours, _file_of_ours, _with_our_config) else model.config
+    loaded = type(model).from_pretrained(source, config=given, log=lines.append)
+    assert loaded.config == model.config and len(lines) == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert torch.equal(loaded.encode(images), model.encode(images))
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    if layout is _released:
+        assert "temp (1)" in lines[0] and "visual_encoder (13)" in lines[0] and "eva_vit_g.pth" in lines[0]
+
+
+def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
+    folder = _seed2_folder(seed2, tmp_path / "a")
+    (folder / "eva_vit_g.pth").rename(tmp_path / "vision.pth")
+    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth: there is no such vision-encoder file; download"):
+        Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+    loaded = Seed2Tokenizer.from_pretrained(folder, vision=tmp_path / "vision.pth", config=seed2.config)
+    assert torch.equal(loaded.encode(images), seed2.encode(images))
+    torch.save({"x": torch.zeros(3)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"other\.pth: not an EVA vision encoder"):
+        Seed2Tokenizer.from_pretrained(folder, vision=tmp_path / "other.pth", config=seed2.config)
+
+
+def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+    folder = _seed2_folder(seed2, tmp_path / "a")
+    larger = dataclasses.replace(seed2.config, recon_s=False, vit=dataclasses.replace(seed2.config.vit, image_size=32))
+    loaded = Seed2Tokenizer.from_pretrained(folder, config=larger)
+    assert loaded.visual_encoder.pos_embed.shape == (1, 17, 16) and not hasattr(loaded, "blocks")
+    assert torch.equal(loaded.visual_encoder.pos_embed[:, 0], seed2.visual_encoder.pos_embed[:, 0])
+    assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_from_pretrained_in_another_precision(seed2: Seed2Tokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
+    seed2.to(dtype).save_pretrained(tmp_path)
+    assert Seed2Tokenizer.from_pretrained(tmp_path).dtype == torch.float32
+    half = Seed2Tokenizer.from_pretrained(tmp_path, dtype=dtype)
+    assert half.dtype == dtype and half.Qformer.bert.embeddings.position_ids.dtype == torch.int64
+
+
+def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, images: Tensor) -> None:
+    """It holds SEED-1's decoder as a text branch beside SEED-2's image branch."""
+    model = tiny_seed1.tokenizer()
+    folder = tiny_seed1.released_folder(model, tmp_path / "a")
+    state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(
+        folder / "seed_tokenizer.pth").items()}
+    image_branch = {"reverse_tokens": torch.zeros(1, 1, 24), "distill_image_proj.weight": torch.zeros(10, 24)}
+    torch.save({"model": state | image_branch}, folder / "seed_tokenizer.pth")
+    loaded = Seed1Tokenizer.from_pretrained(folder, config=model.config)
+    torch.testing.assert_close(loaded.decode(loaded.encode(images)), model.decode(model.encode(images)))
+    assert loaded.load_report is not None and "reverse_tokens" in loaded.load_report.ignored
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads /proc")
+def test_from_pretrained_maps_the_files(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+    """Weights of the file's precision are not copied; changing them does not change the file."""
+    folder = _seed2_folder(seed2, tmp_path / "a")
+    loaded = Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+    mapped = {Path(line.split(maxsplit=5)[5].strip()).name for line in Path("/proc/self/maps").read_text().splitlines()
+              if str(folder) in line}
+    assert mapped >= {"seed_quantizer.pt", "eva_vit_g.pth"}
+    with torch.no_grad():
+        loaded.query_tokens += 1
+    assert torch.equal(Seed2Tokenizer.from_pretrained(folder, config=seed2.config).query_tokens, seed2.query_tokens)
+
+
+def test_from_pretrained_unknown_tensors_are_left_out_with_a_warning(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+    folder = _seed2_folder(seed2, tmp_path / "a")
+    state = load_state_dict(folder / "seed_quantizer.pt")
+    torch.save(state | {"another.a": torch.zeros(2), "another.b": torch.zeros(2)}, folder / "seed_quantizer.pt")
+    with pytest.warns(SeedWarning, match="2 tensors that the model does not know were left out: 'another.a'"):
+        loaded = Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+    assert loaded.load_report is not None and loaded.load_report.unlisted == ["another.a", "another.b"]
+
+
+@pytest.mark.parametrize(("file", "changes", "message"), [
+    ("seed_quantizer.pt", {"encode_task_layer.2.bias": None}, "1 tensors are missing .*'encode_task_layer.2.bias'"),
+    ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
+    ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
+    ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer")])
+def test_from_pretrained_missing_or_misshapen_tensors_are_named(
+    seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
+) -> None:
+    folder = _seed2_folder(seed2, tmp_path / "a")
+    state = {**load_state_dict(folder / file), **changes}
+    torch.save({name: value for name, value in state.items() if value is not None}, folder / file)
+    with pytest.raises(CheckpointError, match=message):
+        Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+
+
+class _Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.marker,)
+
+
+def test_from_pretrained_damaged_or_unsafe_files_are_refused(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+    folder, marker = _seed2_folder(seed2, tmp_path / "a"), tmp_path / "ran"
+    file = folder / "seed_quantizer.pt"
+    state, whole = load_state_dict(file), file.read_bytes()
+    for content in (b"", whole[:len(whole) // 2], b"not a checkpoint at all"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"seed_quantizer\.pt"):
+            Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+    torch.save(state | {"temp": _Payload(marker)}, file)
+    with pytest.raises(CheckpointError, match=r"seed_quantizer\.pt: refused.*unsafe"):
+        Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
+    assert not marker.exists()
+
+
+def test_from_pretrained_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match=r"no such SEED-2 tokenizer; put seed_quantizer\.pt .*eva_vit_g\.pth"):
+        Seed2Tokenizer.from_pretrained(tmp_path / "absent")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match=r"holds no SEED-1 tokenizer \(causal_qformer\.pth and seed_tokenizer"):
+        Seed1Tokenizer.from_pretrained(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="no-such-owner/tokenizer: neither a local folder nor reachable"):
+        Seed2Tokenizer.from_pretrained("no-such-owner/tokenizer")
+
+
+# ---- BLIP-2
+
+WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
+HEAD = "Qformer.cls.predictions."
+# Released sizes → tiny ones: word pieces, MLP, vision width, Q-Former, positions, projections.
+TINY = {30523: 61, 30522: 60, 3072: 40, 1408: 16, 768: 24, 512: 20, 256: 8}
+EVA = EvaConfig(image_size=16, patch_size=8, width=16, depth=39, heads=2, mlp_width=24)
+CONFIG = Seed2Config(vit=dataclasses.replace(EVA, depth=1),
+                     qformer=QFormerConfig(width=24, depth=12, heads=2, mlp_width=40, max_positions=20))
+
+
+@pytest.fixture(scope="module")
+def blip2() -> dict[str, Tensor]:
+    """What `blip2_pretrained.pth` holds: stage 1 without the vision encoder, and the matching head."""
+    table = json.loads(gzip.decompress(KEYS.read_bytes()))
+    generator = torch.Generator().manual_seed(3)
+    state = {name: torch.arange(20)[None] if name.endswith("position_ids")
+             else torch.randn([TINY.get(n, n) for n in row["shape"]], generator=generator)
+             for name, row in table.items() if not name.startswith("visual_encoder.")}
+    state[f"{HEAD}decoder.weight"], state[f"{HEAD}decoder.bias"] = state[WORDS], state[f"{HEAD}bias"]
+    return state | {"itm_head.weight": torch.zeros(2, 24), "itm_head.bias": torch.zeros(2)}
+
+
+def _saved(state: dict[str, Tensor], file: Path) -> Path:
+    torch.save({"model": state}, file)
+    return file
+
+
+def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+    model, lines = Stage1Model(CONFIG, vocab_size=61, embed_dim=8), []
+    vision = {name: value.clone() for name, value in model.visual_encoder.state_dict().items()}
+    bundled = {"visual_encoder.cls_token": torch.ones(1, 1, 1024)}
+    report = load_blip2(model, _saved(blip2 | bundled, tmp_path / "blip2_pretrained.pth"), lines.append)
+    assert set(report.loaded) == set(blip2) - {"itm_head.weight", "itm_head.bias"}
+    for name in report.loaded:
+        assert torch.equal(model.state_dict()[name], blip2[name]), name
+    assert all(torch.equal(value, model.visual_encoder.state_dict()[name]) for name, value in vision.items())
+    assert not report.fitted and len(lines) == 1 and "itm_head (2)" in lines[0]
+
+
+@pytest.mark.parametrize("vocab_size", [60, 61, 62])
+def test_load_blip2_word_tables_of_one_row_more_or_less(blip2: dict[str, Tensor], tmp_path: Path,
+                                                        vocab_size: int) -> None:
+    model = Stage1Model(CONFIG, vocab_size=vocab_size, embed_dim=8)
+    last = model.state_dict()[WORDS][-1].clone()
+    report = load_blip2(model, _saved(blip2, tmp_path / "a.pth"), None)
+    rows, own = min(vocab_size, 61), model.state_dict()
+    assert torch.equal(own[WORDS][:rows], blip2[WORDS][:rows])
+    assert torch.equal(own[f"{HEAD}bias"][:rows], blip2[f"{HEAD}bias"][:rows])
+    assert bool(report.fitted) == (vocab_size != 61)
+    assert vocab_size < 62 or torch.equal(own[WORDS][-1], last)
+    assert own[f"{HEAD}decoder.weight"].data_ptr() == own[WORDS].data_ptr()
+
+
+def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+    model = Stage1Model(CONFIG, vocab_size=61, embed_dim=8)
+    for state, message in (
+        (blip2 | {WORDS: blip2[WORDS][:50]}, r"word_embeddings.weight': the file has \(50, 24\), the model needs"),
+        ({name: value for name, value in blip2.items() if name != "vision_proj.bias"}, "'vision_proj.bias'"),
+        ({"other": torch.zeros(2)}, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'")):
+        with pytest.raises(CheckpointError, match=message):
+            load_blip2(model, _saved(state, tmp_path / "a.pth"), None)
+    with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
+        load_blip2(model, tmp_path / "absent.pth", None)
+
+
+# ---- the vision encoder and CLIP
+
+
+def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path: Path) -> None:
+    source = EvaVit(dataclasses.replace(EVA, depth=40))
+    torch.save(source.state_dict() | {"norm.weight": torch.ones(16), "head.bias": torch.ones(3)},
+               tmp_path / "eva_vit_g.pth")
+    vit, lines = EvaVit(dataclasses.replace(EVA, image_size=24)), []
+    report = load_vision(vit, tmp_path, lines.append)
+    assert len(report.loaded) == 511 and not report.missing and len(lines) == 1
+    assert vit.pos_embed.shape == (1, 10, 16) and torch.equal(vit.pos_embed[:, 0], source.pos_embed[:, 0])
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in vit.state_dict().items()
+               if name != "pos_embed")
+    with pytest.raises(CheckpointError, match=r"first 'cls_token': the file has \(1, 1, 16\), the model needs"):
+        load_vision(EvaVit(dataclasses.replace(EVA, width=32)), tmp_path / "eva_vit_g.pth", None)
+    with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
+        load_vision(vit, tmp_path / "absent.pth", None)
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole CLIP, as laion's folder is; its vision_config carries another projection width than the model."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(text_config={**sizes, "vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2},
+                        vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=10)
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip")
+    CLIPModel(config).eval().save_pretrained(folder)
+    return folder
+
+
+def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor) -> None:
+    from transformers import CLIPModel
+
+    whole, vision = CLIPModel.from_pretrained(clip_folder).eval(), load_clip_vision(clip_folder, log=None)
+    assert not vision.training and not any(p.requires_grad for p in vision.parameters())
+    ids = torch.tensor([[1, 5, 2]])
+    with torch.no_grad():
+        expected = whole.visual_projection(whole.vision_model(pixel_values=images).pooler_output)
+        torch.testing.assert_close(vision(images).image_embeds, expected)
+        text = whole.text_projection(whole.text_model(ids).pooler_output)
+        torch.testing.assert_close(load_clip_text(clip_folder, log=None)(ids).text_embeds, text)
+    assert load_clip_vision(clip_folder, dtype=torch.bfloat16, log=None).dtype == torch.bfloat16
+    assert load_vision(EvaVit(dataclasses.replace(EVA, depth=1, pre_norm=True)), clip_folder, None).loaded
+
+
+def test_load_clip_vision_half_alone_in_old_files_and_shards(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
+    model = load_clip_vision(clip_folder, log=None)
+    model.save_pretrained(tmp_path / "alone")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="6KB")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "alone" / "config.json").read_bytes())
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    for name in ("alone", "shards", "old"):
+        assert torch.equal(load_clip_vision(tmp_path / name, log=None)(images).image_embeds, model(images).image_embeds)
+
+
+def test_load_clip_vision_with_a_shared_encoder(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
+    """`tower.json` names the file that holds what EVA has of it; the rest is the folder's own."""
+    from seed_multimodal.nn.eva import clip_from_eva, eva_from_clip
+
+    model = load_clip_vision(clip_folder, log=None)
+    model.save_pretrained(tmp_path / "clip")
+    eva = eva_from_clip(model.state_dict(), dataclasses.replace(EVA, depth=2, pre_norm=True))
+    save_state_dict({f"v.{name}": value for name, value in eva.items()}, tmp_path / "eva.safetensors")
+    own = {name: value for name, value in model.state_dict().items() if name not in clip_from_eva(eva)}
+    assert "visual_projection.weight" in own and not any("fc1.weight" in name for name in own)
+    save_state_dict(own, tmp_path / "clip" / "model.safetensors")
+    name_encoder(tmp_path / "clip", tmp_path / "eva.safetensors", "v.")
+    loaded = load_clip_vision(tmp_path / "clip", log=None)
+    torch.testing.assert_close(loaded(images).image_embeds, model(images).image_embeds)
+    (tmp_path / "eva.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"tower\.json: names the file .* which is missing"):
+        load_clip_vision(tmp_path / "clip", log=None)
+
+
+def test_load_clip_vision_wrong_folders_are_refused(clip_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"absent: there is no such folder; download laion/CLIP-ViT-H-14"):
+        load_clip_vision(tmp_path / "absent", log=None)
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(CheckpointError, match=r"config\.json: there is no such file; download laion/"):
+        load_clip_vision(other, log=None)
+    settings = json.loads((clip_folder / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="other: not a complete CLIP"):
+        load_clip_vision(other, log=None)
+    state = load_state_dict(clip_folder / "model.safetensors")
+    for damaged, message in (({**state, "visual_projection.weight": torch.zeros(12, 16)}, "other: not a complete CLIP"),
+                             ({name: value for name, value in state.items() if name != "visual_projection.weight"},
+                              "1 tensors are missing, first 'visual_projection.weight'")):
+        save_state_dict(damaged, other / "model.safetensors")
+        with pytest.raises(CheckpointError, match=message):
+            load_clip_vision(other, log=None)

@@ -1,0 +1,287 @@
+"""Export: stage checkpoints as training writes them become a tokenizer that gives the training modules' codes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seed1
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.cli import main
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.tokenizer_files import MODEL, read_files, write_files
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.seed.configuration import Seed2Config, TokenizerConfig
+from seed_multimodal.seed.export import Export, export_tokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+from seed_multimodal.seed.training import Seed1Stage2Model, Stage1Model, Stage2Model
+from seed_multimodal.weights import load_state_dict
+
+NANO = Path(__file__).parents[3] / "pretrained" / "nano"
+SRC = Path(__file__).parents[3] / "src"
+
+
+def _lavis(model: nn.Module, file: Path) -> Path:
+    """As LAVIS saves: without parameters that are frozen; buffers and tied copies stay."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+    torch.save({"model": state, "optimizer": {"state": {}}, "config": {"run": {"max_epoch": 1}}, "epoch": 0}, file)
+    return file
+
+
+@dataclasses.dataclass
+class Trained:
+    """Files of a training, and what its modules make of an image."""
+
+    config: TokenizerConfig
+    stage1: Path
+    stage2: Path
+    vision: Path
+    image: Path
+    codes: Tensor
+    embedding: Tensor
+
+    def export(self, out: Path, **options: Any) -> Export:
+        given = {"stage1": self.stage1, "vision": self.vision, "config": self.config, "image": self.image}
+        return export_tokenizer(self.stage2, out, **{**given, **options})
+
+
+def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
+    folder.mkdir(exist_ok=True)
+    sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
+    first = tiny_seed1.loud(Stage1Model(sizes, vocab_size=40, embed_dim=8, embedding_dim=5, freeze_vit=freeze_vit))
+    second: Any = tiny_seed1.loud((Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model)(
+        config, **options))
+    if second.freeze_qformer:
+        second.load_stage1(first.state_dict())
+    else:
+        second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())  # type: ignore[union-attr]
+    image = folder / "image.png"
+    Image.fromarray(torch.randint(256, (30, 40, 3), dtype=torch.uint8).numpy()).save(image)
+    pixels = seed_image_processor(config.vit.image_size)(Image.open(image))[None]
+    with torch.no_grad():  # codes that lie at the image's own features, so that it has many different ones
+        second.quantize.embedding.weight[:config.num_query] = second.eval().pre_quant(pixels)[0]
+    deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
+    torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")  # type: ignore[union-attr]
+    codes = second.encode(pixels)
+    return Trained(config, _lavis(first, folder / "stage1.pth"), _lavis(second, folder / "stage2.pth"),
+                   folder / "eva_vit_g.pth", image, codes, second.decode(codes))
+
+
+@pytest.fixture
+def trained(tiny: Seed2Config, tmp_path: Path) -> Trained:
+    return _train(tiny, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
+def test_export_gives_the_training_modules_codes(tiny: Seed2Config, tmp_path: Path, kind: str) -> None:
+    config = {"seed2": tiny, "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
+              "seed1": tiny_seed1.config()}[kind]
+    trained, out = _train(config, tmp_path / "run"), tmp_path / "out"
+    report = trained.export(out, released=True)
+    tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
+    assert report.kind == kind[:5] and report.codes == trained.codes[0].tolist() and len(set(report.codes)) > 5
+    files = tokenizer.layout.files
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["config.json", "model.safetensors", "eva_vit_g.pth", *files])
+    (tmp_path / "released").mkdir()
+    for name in (*files, "eva_vit_g.pth"):
+        (tmp_path / "released" / name).write_bytes((out / name).read_bytes())
+    pixels = seed_image_processor(16)(Image.open(trained.image))[None]
+    for source in (out, tmp_path / "released"):
+        loaded = tokenizer.from_pretrained(source, config=config)
+        assert torch.equal(loaded.encode(pixels), trained.codes)
+        torch.testing.assert_close(loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4)
+    whole: dict[str, Tensor] = {}
+    for name in files:
+        whole |= load_state_dict(out / name)
+    assert set(whole) == {n for n in tokenizer(config).state_dict() if not n.startswith("visual_encoder.")}
+
+
+def test_export_accounts_for_every_tensor(trained: Trained, tmp_path: Path) -> None:
+    report = trained.export(tmp_path / "out")
+    assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {str(trained.stage1)}
+    assert report.parts["visual_encoder"] == str(trained.vision)
+    assert {report.parts[p] for p in ("quantize", "blocks", "pos_embed_image", "image_down")} == {str(trained.stage2)}
+    used = set(Seed2Tokenizer(trained.config).state_dict())  # type: ignore[arg-type]
+    assert set(report.ignored[str(trained.stage1)]) == set(load_state_dict(trained.stage1)) - used
+    # Frozen parts are not in the stage-2 file, but their buffers are.
+    assert report.ignored[str(trained.stage2)] == ["Qformer.bert.embeddings.position_ids"]
+    text = "\n".join(report.lines())
+    assert f"{trained.stage2}: 1 tensor left out: Qformer (1)." in text and "temp (1)" in text
+    assert text.endswith(" ".join(map(str, report.codes)))
+
+
+def test_export_takes_each_part_from_the_last_stage_that_trained_it(tiny: Seed2Config, tmp_path: Path) -> None:
+    trained = _train(tiny, tmp_path / "a", freeze_qformer=False)
+    report = trained.export(tmp_path / "out")
+    assert report.parts["Qformer"] == report.parts["ln_vision"] == str(trained.stage2)
+    assert trained.export(tmp_path / "alone", stage1=None).codes == report.codes == trained.codes[0].tolist()
+    trained = _train(tiny, tmp_path / "b", freeze_vit=False)
+    report = trained.export(tmp_path / "vision", vision=None)
+    assert report.parts["visual_encoder"] == str(trained.stage1) and report.codes == trained.codes[0].tolist()
+
+
+def test_export_seed1_from_checkpoints_of_the_published_code(tmp_path: Path) -> None:
+    trained = _train(tiny_seed1.config(), tmp_path / "run")
+    state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(trained.stage2).items()}
+    state |= {"reverse_tokens": torch.zeros(1, 1, 24), "distill_image_proj.weight": torch.zeros(10, 24)}
+    torch.save({"model": state}, tmp_path / "both.pth")
+    trained.stage2 = tmp_path / "both.pth"
+    report = trained.export(tmp_path / "out", kind="seed1")
+    assert report.codes == trained.codes[0].tolist()
+    assert {"reverse_tokens", "distill_image_proj.weight"} <= set(report.ignored[str(tmp_path / "both.pth")])
+
+
+def test_export_sizes_come_from_a_config_beside_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="tensors have another size"):
+        trained.export(tmp_path / "out", config=None)
+    file = trained.stage2.parent / "config.json"
+    file.write_text(json.dumps(trained.config.to_dict()))
+    assert trained.export(tmp_path / "out", config=None).config == trained.config
+    assert trained.export(tmp_path / "b", config=file).config == trained.config
+
+
+def test_export_missing_parts_are_named(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(CheckpointError, match=r"stage2\.pth: no file holds 'ln_vision'; give the stage-1 checkpoint"):
+        trained.export(out, stage1=None)
+    with pytest.raises(CheckpointError, match=r"no stage holds the frozen vision encoder; download it from https"):
+        trained.export(out, vision=None)
+    with pytest.raises(CheckpointError, match=r"stage1\.pth: not a stage-2 checkpoint"):
+        export_tokenizer(trained.stage1, out, stage1=trained.stage2, vision=trained.vision, config=trained.config)
+    with pytest.raises(CheckpointError, match=r"stage2\.pth: a stage-2 checkpoint of seed2; export it as seed2"):
+        trained.export(out, kind="seed1")
+    with pytest.raises(CheckpointError, match=r"'quantize.embedding.weight': the file has \(50, 6\)"):
+        trained.export(out, config=dataclasses.replace(trained.config, codebook_size=60))
+    state = load_state_dict(trained.stage2)
+    trained.stage2 = tmp_path / "other.pth"
+    torch.save({"model": {n: v for n, v in state.items() if n != "image_down.2.weight"}}, trained.stage2)
+    with pytest.raises(CheckpointError, match="missing from the file: 'image_down.2.weight'"):
+        trained.export(out)
+    state["encode_task_layer.0.weight"][0, 0] = float("nan")
+    torch.save({"model": state}, trained.stage2)
+    with pytest.raises(CheckpointError, match=r"other\.pth: 'encode_task_layer.0.weight' holds numbers that are not"):
+        trained.export(out)
+    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["other.pth", "run"]
+    state["encode_task_layer.0.weight"][0, 0] = 0.0
+    torch.save({"model": state | {"extra.weight": torch.zeros(1)}}, trained.stage2)
+    with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'extra.weight'"):
+        trained.export(out)
+
+
+def test_export_keeps_nothing_that_reads_back_differently(trained: Trained, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Seed2Tokenizer.save_pretrained
+
+    def damaged(model: Seed2Tokenizer, folder: Path) -> Path:
+        model.quantize.embedding.weight.data = model.quantize.embedding.weight.data.flip(0)
+        return save(model, folder)
+
+    monkeypatch.setattr(Seed2Tokenizer, "save_pretrained", damaged)
+    with pytest.raises(CheckpointError, match="gives other codes; nothing was kept"):
+        trained.export(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_export_replaces_a_folder_only_with_force(trained: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    trained.export(out)  # an empty one may be replaced
+    (out / "old.txt").write_text("old")
+    with pytest.raises(ConfigError, match=r"out: exists already and is not empty \(--force replaces it\)"):
+        trained.export(out)
+    trained.export(out, force=True)
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
+    with pytest.raises(ConfigError, match=r"run: holds stage1\.pth, which is read here and would be gone"):
+        trained.export(trained.stage2.parent, force=True)
+    (tmp_path / "link").symlink_to(out)
+    assert trained.export(tmp_path / "link", force=True).folder == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from seed_multimodal.seed import export
+def slow(*arguments):
+    Path(sys.argv[5]).touch()
+    time.sleep(60)
+export.Seed2Tokenizer.from_pretrained = slow
+export.export_tokenizer(sys.argv[1], sys.argv[4], stage1=sys.argv[2], vision=sys.argv[3])
+"""
+
+
+@pytest.mark.process
+def test_export_killed_leaves_no_folder(trained: Trained, tmp_path: Path) -> None:
+    (trained.stage2.parent / "config.json").write_text(json.dumps(trained.config.to_dict()))
+    arguments = [trained.stage2, trained.stage1, trained.vision, tmp_path / "out", tmp_path / "mark"]
+    process = subprocess.Popen([sys.executable, "-c", KILLED, *map(str, arguments)],
+                               env={**os.environ, "PYTHONPATH": str(SRC)})
+    while not (tmp_path / "mark").exists():
+        assert process.poll() is None, "the export ended before it was killed"
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    trained.export(tmp_path / "out")
+    assert not list(tmp_path.glob(".out.*"))
+
+
+def _command(capsys: pytest.CaptureFixture, *arguments: object) -> tuple[int, str, str]:
+    code = main(["export-tokenizer", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = tmp_path / "sizes.json"
+    config.write_text(json.dumps(trained.config.to_dict()))
+    files = ["--stage1", trained.stage1, "--stage2", trained.stage2, "--config", config]
+    code, out, _ = _command(capsys, *files, "--vision", trained.vision, "--image", trained.image, "--out",
+                            tmp_path / "a")
+    assert code == 0 and "temp (1)" in out and " ".join(map(str, trained.codes[0].tolist())) in out
+    write_files(tmp_path / "words", (NANO / "seed_tokenizer" / MODEL).read_bytes(), trained.config.codebook_size, 32)
+    code, out, _ = _command(capsys, *files, "--vision", trained.vision, "--out", tmp_path / "b", "--json", "--released",
+                            "--text-tokenizer", tmp_path / "words")
+    record = json.loads(out)
+    assert code == 0 and record["kind"] == "seed2" and record["picture"].endswith("cat.jpg")
+    assert "temp" in record["ignored"][str(trained.stage1)]
+    assert (tmp_path / "b" / "tokenizer.model").is_file() and (tmp_path / "b" / "added_tokens.json").is_file()
+    code, out, errors = _command(capsys, *files, "--out", tmp_path / "c")
+    assert code == 2 and not out and errors.count("\n") == 1 and "vision encoder" in errors
+    code, _, errors = _command(capsys, *files, "--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer",
+                               NANO / "seed_tokenizer")
+    assert code == 2 and "has words for 1024 codes, 32 to a" in errors and "has 50, 32 to a picture" in errors
+    assert not (tmp_path / "c").exists()
+
+
+def test_exported_tokenizer_serves_seed_llama(tmp_path: Path, tiny_folder: Path) -> None:
+    """Stages made from a system's own tokenizer: exported, it encodes exactly as the system did."""
+    from seed_multimodal.systems.seed_llama import SeedLlama
+
+    source = tiny_folder / "seed_tokenizer"
+    tokenizer = Seed2Tokenizer.from_pretrained(source)
+    first = Stage1Model(tokenizer.config, vocab_size=40, embed_dim=8, freeze_vit=False)
+    second = Stage2Model(tokenizer.config)
+    state = tokenizer.state_dict()
+    first.load_state_dict(state, strict=False)
+    second.load_state_dict(state, strict=False)
+    export_tokenizer(_lavis(second, tmp_path / "2.pth"), tmp_path / "out", stage1=_lavis(first, tmp_path / "1.pth"),
+                     config=tokenizer.config, beside=read_files(source).raw)
+    image = Path(__file__).parents[3] / "images" / "fox.png"
+    before = SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
+    after = SeedLlama.from_pretrained(tiny_folder, tokenizer=tmp_path / "out", device="cpu", log=None)
+    assert torch.equal(after.tokenize(image), before.tokenize(image))

@@ -1,0 +1,156 @@
+"""Both tokenizers: codes, embeddings, causality, gradients, progressive decoding, half precision, sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tiny_seed1
+import torch
+
+from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.seed.compile import fast_encode
+from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, evaluating
+
+
+@pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
+def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
+    if request.param == "seed1":
+        return tiny_seed1.tokenizer()
+    config = dataclasses.replace(tiny, use_qformer_image=request.param == "seed2-reverse")
+    return tiny_seed1.loud(Seed2Tokenizer(config)).eval()  # type: ignore[return-value]
+
+
+def test_released_sizes() -> None:
+    """The golden fixtures have every name and shape."""
+    with torch.device("meta"):
+        models = [Seed2Tokenizer(Seed2Config()), Seed2Tokenizer(Seed2Config(use_qformer_image=True)),
+                  Seed1Tokenizer(Seed1Config())]
+    assert [len(model.state_dict()) for model in models] == [881, 1134, 917]
+    assert [sum(p.numel() for p in model.parameters()) for model in models] == [
+        1_149_998_528, 1_248_743_104, 1_154_069_952]
+
+
+def test_encode_and_decode_do_not_depend_on_batches(model: SeedTokenizer, images: torch.Tensor) -> None:
+    codes = model.encode(images)
+    assert codes.dtype == torch.int64 and codes.shape == (5, 32) and len(codes.unique()) > 5
+    embeddings = model.decode(codes)
+    assert embeddings.shape == ((5, 7, 16) if isinstance(model, Seed1Tokenizer) else (5, 10))
+    for size in (1, 2, 64):
+        assert torch.equal(model.encode(images, batch_size=size), codes)
+        torch.testing.assert_close(model.decode(codes, batch_size=size), embeddings, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model.encode(images[0]), codes[:1]) and model.encode(images[:0]).shape == (0, 32)
+
+
+def test_encode_early_codes_do_not_depend_on_later_queries(model: SeedTokenizer, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        before = model.pre_quant(images)
+        model.query_tokens[0, 20:] += torch.randn(12, 24)
+        after = model.pre_quant(images)
+    torch.testing.assert_close(after[:, :20], before[:, :20])
+    assert bool(((after - before).abs().amax(-1)[:, 20:] > 1e-6).all())
+
+
+def test_encode_and_decode_build_no_graph_and_ignore_dropout(model: SeedTokenizer, images: torch.Tensor) -> None:
+    codes = model.train().encode(images)
+    assert torch.equal(codes, model.encode(images)) and not model.decode(codes).requires_grad
+    assert model.training and model.Qformer.training
+    assert torch.equal(codes, model.eval().encode(images))
+
+
+def test_encode_another_image_size_is_refused(model: SeedTokenizer) -> None:
+    with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\], got \[2, 3, 16, 18\]"):
+        model.encode(torch.zeros(2, 3, 16, 18))
+
+
+def test_evaluating_restores_each_submodule(model: SeedTokenizer) -> None:
+    model.train()
+    model.visual_encoder.eval()
+    with evaluating(model):
+        assert not any(part.training for part in model.modules())
+    assert model.training and model.Qformer.training and not model.visual_encoder.training
+
+
+def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Tensor) -> None:
+    quant, loss, indices = model.quantize(model.pre_quant(images))
+    embeddings = model.decode_embeddings(quant)
+    torch.testing.assert_close(embeddings, model.decode(indices), atol=1e-3, rtol=1e-3)
+    total = embeddings.square().mean() + loss
+    if isinstance(model, Seed2Tokenizer):
+        total = total + model.rebuild_queries(model.decode_task_layer(quant)).square().mean()
+    total.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_decode_lengths_zero_the_later_rows(model: SeedTokenizer, images: torch.Tensor) -> None:
+    """As stage 2 trains with `nested`."""
+    codes, lengths = model.encode(images), torch.tensor([4, 8, 16, 31, 32])
+    rows = model.quantize.lookup(codes)
+    for row, length in zip(rows, lengths, strict=True):
+        row.data[length:] = 0
+    expected = model.decode_embeddings(rows)
+    torch.testing.assert_close(model.decode(codes, lengths), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.decode(codes, lengths, batch_size=2), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.decode(codes, torch.full((5,), 32)), model.decode(codes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(tiny: Seed2Config, images: torch.Tensor, dtype: torch.dtype) -> None:
+    model = Seed2Tokenizer(tiny).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
+    exact = model.encode(images)
+    embedding = model.decode(exact)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.encode(images).shape == (5, 32)
+    model.to(dtype)
+    assert (model.encode(images) == exact).float().mean() > 0.7, "most codes survive half precision"
+    assert model.decode(exact).dtype == dtype
+    torch.testing.assert_close(model.decode(exact).float(), embedding, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_fast_encode_gives_the_codes_of_the_plain_encoder(tiny: Seed2Config, images: torch.Tensor,
+                                                          dtype: torch.dtype) -> None:
+    model = Seed2Tokenizer(tiny).eval()
+    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
+    exact = model.encode(images)
+    codes = fast_encode(model, dtype, compile=dtype == torch.float32)(images)
+    assert (codes == exact).float().mean() > (0.99 if dtype == torch.float32 else 0.7)
+
+
+def test_seed1_reverse_queries_see_each_other_whatever_their_number() -> None:
+    """With 32 of them the original would make them causal; here the Reverse Q-Former never is."""
+    model = tiny_seed1.loud(Seed1Tokenizer(dataclasses.replace(tiny_seed1.config(), text_tokens=32))).eval()
+    with torch.no_grad():
+        tokens = torch.randn(1, 32, 24)
+        before = model.reverse_queries(tokens)
+        model.reverse_tokens[0, -1] = torch.randn(24)
+        assert bool(((model.reverse_queries(tokens) - before).abs().amax(-1) > 1e-4).all())
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"codebok_size": 3}, r"unknown key 'codebok_size' \(did you mean 'codebook_size'"),
+    ({"vit": {"witdh": 3}}, r"vit: unknown key 'witdh' \(did you mean 'width'"),
+    ({"vit": {"patch_size": 0}}, "vit: patch_size must be at least 1, not 0"),
+    ({"codebook_size": "50"}, "codebook_size must be a whole number, not '50'"),
+    ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
+    ({"model_type": "llama"}, "not the configuration of a seed2_tokenizer")])
+def test_config_read_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(changes))
+    with pytest.raises(ConfigError, match=message) as caught:
+        Seed2Config.read(tmp_path / "config.json")
+    if "sections" not in message:
+        assert "config.json" in str(caught.value)
+
+
+def test_config_released_presets(tiny: Seed2Config, tmp_path: Path) -> None:
+    assert Seed1Config.released([]) == Seed1Config()
+    assert Seed2Config.released(["image_down.0.weight"]) == Seed2Config()
+    assert Seed2Config.released([]) == Seed2Config(use_qformer_image=True, reverse_depth=4)
+    (tmp_path / "config.json").write_text(json.dumps(tiny.to_dict()))
+    assert Seed2Config.read(tmp_path / "config.json") == tiny

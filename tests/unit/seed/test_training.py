@@ -1,0 +1,393 @@
+"""Stage 1: gather modes, precision, embedding head, two processes. Stages 2: losses, corruption, hand-over."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seed1
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import warm_python
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+from seed_multimodal.seed.training import (
+    Seed1Stage2Model,
+    Seed1Stage2Weights,
+    Stage1Model,
+    Stage1Output,
+    Stage2Model,
+    Stage2Weights,
+)
+
+WORDS = 30
+TINY = Seed2Config(vit=EvaConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=24),
+                   qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=32, max_positions=40, dropout=0.0))
+
+
+# ---- stage 1
+
+
+def _batch(count: int) -> tuple[Tensor, Tensor, Tensor]:
+    source = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, WORDS, (count, 6), generator=source)
+    mask = (torch.arange(6) < torch.randint(2, 7, (count, 1), generator=source)).long()
+    return torch.randn(count, 3, 16, 16, generator=source), ids * mask, mask
+
+
+def _model(**options: Any) -> Stage1Model:
+    torch.manual_seed(0)
+    return Stage1Model(TINY, vocab_size=WORDS, embed_dim=8, **options)
+
+
+def _run(model: Stage1Model, count: int = 4) -> Stage1Output:
+    output = model(*_batch(count))
+    output.loss.backward()
+    return output
+
+
+def test_stage1_gather_gradient_changes_gradients_only() -> None:
+    assert _run(_model(), count=1).loss.isfinite()
+    full, none, always = _model(), _model(gather_gradient=False), _model(gather_gradient=True)
+    assert torch.equal(_run(full).loss, _run(none).loss)
+    assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
+    _run(always)
+    torch.testing.assert_close(always.vision_proj.weight.grad, full.vision_proj.weight.grad)
+
+
+def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
+    model = _model()
+    _run(model)
+    assert not model.visual_encoder.training and model.Qformer.training
+    assert all(p.grad is None for p in model.visual_encoder.parameters())
+    assert model.ln_vision.weight.grad is not None
+    trained = _model(freeze_vit=False)
+    _run(trained)
+    assert trained.visual_encoder.training
+    assert all(p.grad is not None for p in trained.visual_encoder.parameters())
+
+
+def test_stage1_vit_features_give_the_same_loss() -> None:
+    model = _model()
+    images, ids, mask = _batch(4)
+    with torch.no_grad():
+        cached = model(None, ids, mask, vit_features=model.vit_features(images))
+        torch.testing.assert_close(cached.loss, model(images, ids, mask).loss)
+
+
+def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
+    model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
+    losses = [model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
+              for seed in (1, 1, 2)]
+    assert torch.equal(losses[0].loss_embedding, losses[1].loss_embedding)
+    assert not torch.equal(losses[0].loss_embedding, losses[2].loss_embedding)
+    torch.testing.assert_close(losses[0].loss, losses[0].loss_itc + 3.0 * losses[0].loss_embedding)
+    model.eval()
+    output = model(*_batch(4), target_embedding=target)
+    expected = (model.embedding_head(output.query_output.flatten(1)) - target).square().mean()
+    torch.testing.assert_close(output.loss_embedding, expected)
+
+
+def test_stage1_a_few_steps_learn_the_pairs() -> None:
+    model = _model(lm_head=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    first = last = _run(model).loss_itc.item()
+    for _ in range(25):
+        optimizer.step()
+        optimizer.zero_grad()
+        last = _run(model).loss_itc.item()
+    assert last < 0.7 * first
+
+
+class _Given(nn.Module):
+    """Hidden states in place of the Q-Former's: the contrast alone is measured."""
+
+    def __init__(self, image: Tensor, text: Tensor) -> None:
+        super().__init__()
+        self.image, self.text = nn.Parameter(image), nn.Parameter(text)
+
+    def forward(self, *args: Tensor, **more: Tensor) -> Tensor:
+        return (self.image if args else self.text)[:, None]
+
+
+def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[Tensor]:
+    """Gradients of the contrast of 64 pairs that are about as alike as a trained model's, temperature 0.07."""
+    source = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
+    common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
+    image, text = (4 * common + pairs + 0.5 * draw(64, 768) for _ in range(2))
+    torch.manual_seed(0)
+    model = Stage1Model(TINY, vocab_size=WORDS, embed_dim=256)
+    model.vision_proj, model.text_proj = nn.Linear(768, 256), nn.Linear(768, 256)
+    model.text_proj.load_state_dict(model.vision_proj.state_dict())
+    model.Qformer = given = _Given(image, text)  # type: ignore[assignment]
+    model.ln_vision = nn.Identity()  # type: ignore[assignment]
+    model.to(dtype)
+    scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
+    with torch.autocast("cpu", mixed, enabled=mixed is not None):
+        loss = model(None, torch.zeros(64, 2), vit_features=torch.zeros(64, 1, 1, dtype=dtype)).loss
+    (loss * scale).backward()
+    trained = [given.image, given.text, model.vision_proj.weight, model.text_proj.weight, model.temp]
+    return [one.grad.double() / scale for one in trained]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
+def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
+    """Error of the gradient against fp64; with half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16."""
+    exact, made = _contrast_gradients(torch.float64, None), _contrast_gradients(torch.float32, mixed)
+    errors = [float((one - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True)]
+    assert max(errors) < 1e-4, errors
+
+
+def _worker(rank: int, rendezvous: str, place: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    try:
+        model = _model(gather_gradient=True)
+        model(*(part.chunk(2)[rank] for part in _batch(4))).loss.backward()
+        torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{place}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.process
+def test_stage1_two_processes_with_gradient_equal_one_large_batch() -> None:
+    """The mean of the processes' gradients is the gradient of the whole batch when the gather carries gradients."""
+    model = _model()
+    _run(model)
+    with tempfile.TemporaryDirectory() as place:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        workers = [subprocess.Popen([warm_python.PYTHON, __file__, str(rank), f"{place}/rendezvous", place],
+                                    env=environment) for rank in range(2)]
+        assert [worker.wait(150) for worker in workers] == [0, 0]
+        ranks = [torch.load(Path(place) / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close((ranks[0][name] + ranks[1][name]) / 2, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
+# ---- stages 2
+
+DECODERS = {
+    "seed2": {"pos_embed", "pos_embed_image", "quantize", "encode_task_layer", "decode_task_layer", "blocks",
+              "blocks_image", "image_down", "distill_image_proj"},
+    "seed1": {"pos_embed", "blocks", "pos_embed_text", "blocks_text", "quantize", "encode_task_layer",
+              "decode_task_layer", "Reverse_Qformer", "reverse_tokens", "distill_text_proj"}}
+
+
+@pytest.fixture(params=DECODERS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def target(kind: str) -> Tensor:
+    return torch.randn((5, 10) if kind == "seed2" else (5, 7, 16), generator=torch.Generator().manual_seed(2))
+
+
+def _stage2(kind: str, tiny: Seed2Config, **options: Any) -> Any:
+    torch.manual_seed(0)
+    return Stage2Model(tiny, **options) if kind == "seed2" else Seed1Stage2Model(tiny_seed1.config(), **options)
+
+
+def _trained(model: nn.Module) -> set[str]:
+    return {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def test_stage2_trains_the_decoder_or_the_qformer_too(kind: str, tiny: Seed2Config, images: Tensor,
+                                                      target: Tensor) -> None:
+    frozen = _stage2(kind, tiny)
+    frozen(images, target).loss.backward()
+    assert _trained(frozen) == DECODERS[kind]
+    free = _stage2(kind, tiny, freeze_qformer=False)
+    free(images, target).loss.backward()
+    assert _trained(free) == DECODERS[kind] | {"Qformer", "query_tokens", "ln_vision"}
+
+
+def test_stage2_frozen_dropout_is_a_choice(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+    noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
+    assert noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
+    assert not torch.equal(noisy.encoder_output(images), noisy.encoder_output(images))
+    assert torch.equal(clean.encoder_output(images), clean.encoder_output(images))
+    assert not noisy.eval().Qformer.training
+
+
+def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor) -> None:
+    readout, target = torch.randn(7, 10), torch.randn(5, 10)
+    model = Stage2Model(tiny, weights=Stage2Weights(1.0, 3.0, 4.0, 0.5), frozen_dropout=False, readout_weight=readout)
+    out = model(images, target)
+    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil_image + out.loss_readout)
+    torch.testing.assert_close(out.loss_embed, out.loss_embed_raw)
+    torch.testing.assert_close(out.loss_distil_image, 4.0 * F.mse_loss(out.image_embeds, target))
+    torch.testing.assert_close(out.loss_readout, 0.5 * F.mse_loss(out.image_embeds @ readout.T, target @ readout.T))
+    cosine = F.cosine_similarity(out.recon_s, out.query_output, dim=-1)
+    torch.testing.assert_close(out.loss_recon_s, 3.0 * (1 - cosine).mean())
+    assert "readout_weight" not in model.state_dict()
+
+
+def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
+    target, weights = torch.randn(5, 7, 16), Seed1Stage2Weights(1.0, 3.0, 4.0)
+    model, other = (tiny_seed1.loud(_stage2("seed1", TINY, **options)).eval() for options in ({}, {"weights": weights}))
+    other.load_state_dict(model.state_dict())
+    out = model(images, target)
+    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil_text)
+    torch.testing.assert_close(out.loss_embed, 5 * 1.25 * F.mse_loss(model.quantize.embedding(out.indices),
+                                                                     out.pre_quant))
+    torch.testing.assert_close(out.loss_distil_text, 0.5 * F.mse_loss(out.text_embeds, target))
+    torch.testing.assert_close(out.text_embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(other(images, target).loss,
+                               out.loss_embed / 5 + out.loss_recon_s * 1.5 + out.loss_distil_text * 8)
+
+
+def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tensor) -> None:
+    encoder = tiny_seed1.text_encoder()
+    model = Seed1Stage2Model(tiny_seed1.config(), text_encoder=encoder, frozen_dropout=False)
+    assert not any(p.requires_grad for p in encoder.parameters()) and not model.train().text_encoder.training
+    ids = torch.tensor([[2, 0, 1, 3, 3, 3, 3], [2, 1, 3, 3, 3, 3, 3]] * 2 + [[2, 3, 3, 3, 3, 3, 3]])
+    out = model(images, input_ids=ids)
+    with torch.no_grad():
+        torch.testing.assert_close(out.target, encoder(ids).last_hidden_state)
+    out.loss.backward()
+    assert _trained(model) == DECODERS["seed1"]
+    with pytest.raises(ConfigError, match="needs target text features"):
+        model(images)
+    with pytest.raises(ConfigError, match="16 wide, the tokenizer's embeddings 20"):
+        Seed1Stage2Model(dataclasses.replace(tiny_seed1.config(), text_features_dim=20), text_encoder=encoder)
+    with pytest.raises(ConfigError, match="target image embedding"):
+        Stage2Model(tiny)(images)
+
+
+def test_stage2_vit_features_give_the_same_loss(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
+    model = _stage2(kind, tiny).eval()
+    with torch.no_grad():
+        cached = model(None, target, vit_features=model.visual_encoder(images)).loss
+        torch.testing.assert_close(cached, model(images, target).loss)
+
+
+def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
+    model = _stage2(kind, tiny, frozen_dropout=False)
+    out = model(images, target, quantize=False)
+    assert out.indices is None and float(out.loss_embed) == 0.0 and torch.equal(out.quant, out.pre_quant)
+    out.loss.backward()
+    assert model.quantize.embedding.weight.grad is None
+    assert model.encode_task_layer[0].weight.grad is not None
+
+
+def test_stage2_without_query_reconstruction(tiny: Seed2Config, images: Tensor) -> None:
+    model = Stage2Model(dataclasses.replace(tiny, recon_s=False))
+    out = model(images, torch.randn(5, 10))
+    assert out.recon_s is None and float(out.loss_recon_s) == 0.0
+    assert not any(name.startswith(("blocks.", "pos_embed.")) or name == "pos_embed" for name in model.state_dict())
+
+
+def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
+    model = Stage2Model(tiny, corrupt=0.5)
+    quant = torch.full((400, 32, 6), 7.0, requires_grad=True)
+    swapped = model.corrupt_codes(quant, torch.Generator().manual_seed(0))
+    share = (swapped != quant).any(-1).float().mean(1)
+    assert share.max() < 0.8 and share.mean() == pytest.approx(0.25, abs=0.03)
+    assert share.std() > 0.1, "the fraction differs between samples"
+    rows = {tuple(row) for row in model.quantize.embedding.weight.tolist()}
+    assert all(tuple(row) in rows for row in swapped[(swapped != quant).any(-1)].tolist())
+    assert torch.equal(model.corrupt_codes(quant, torch.Generator().manual_seed(0)), swapped)
+    swapped.sum().backward()
+    assert model.quantize.embedding.weight.grad is None
+    assert torch.equal(model.eval().corrupt_codes(quant, None), quant)
+
+
+def test_corrupt_codes_does_not_change_the_codebook_loss(kind: str, tiny: Seed2Config, images: Tensor,
+                                                         target: Tensor) -> None:
+    plain, wild = (_stage2(kind, tiny, frozen_dropout=False, corrupt=share) for share in (0.0, 1.0))
+    a, b = plain(images, target), wild(images, target)
+    assert torch.equal(a.loss_embed, b.loss_embed) and torch.equal(a.indices, b.indices)
+    assert not torch.equal(a.query_up, b.query_up)
+    assert torch.equal(wild.eval()(images, target).quant, plain.eval()(images, target).quant)
+
+
+def test_keep_prefix_keeps_the_first_codes(tiny: Seed2Config) -> None:
+    model = Stage2Model(tiny, nested=0.5)
+    quant = torch.ones(2000, 32, 6)
+    shown = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
+    kept = shown.sum(1)
+    assert torch.equal(shown, torch.arange(32) < kept[:, None])
+    assert kept.min() == 1 and (kept == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
+    assert kept[kept < 32].float().mean() == pytest.approx(16, abs=1)
+    assert torch.equal(model.eval().keep_prefix(quant, None), quant)
+
+
+def test_scale_start_lets_the_codes_reach_the_embedding(tiny: Seed2Config) -> None:
+    spread = {}
+    for scaled in (False, True):
+        torch.manual_seed(0)
+        model = Stage2Model(dataclasses.replace(tiny, codebook_size=64))
+        if scaled:
+            model.scale_start()
+        nn.init.normal_(model.quantize.embedding.weight)  # codes of unit size
+        spread[scaled] = float(model.decode(torch.randint(64, (100, 32))).std(0).mean())
+    assert spread[True] > 0.1 > 5 * spread[False]
+
+
+def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
+    model = _stage2(kind, tiny, ema_decay=0.9)
+    model(images, target).loss.backward()
+    tokenizer = model.to_tokenizer()
+    assert type(tokenizer) is {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}[kind] and not tokenizer.training
+    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
+    assert model.encode_task_layer[0].weight.requires_grad
+    codes = tokenizer.encode(images)
+    assert torch.equal(codes, model.encode(images))
+    with torch.no_grad():
+        model.encode_task_layer[2].bias += 1.0
+    assert tokenizer.encode_task_layer[2].bias.equal(model.encode_task_layer[2].bias)
+    assert list(tokenizer.state_dict()) == list(type(tokenizer)(tokenizer.config).state_dict())
+
+
+def test_load_stage1_takes_the_encoder_by_name(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+    second = _stage2(kind, tiny)
+    first = Stage1Model(Seed2Config(vit=second.config.vit, qformer=second.config.qformer), vocab_size=30,
+                        embed_dim=8, embedding_dim=10).eval()
+    report = second.load_stage1(first.state_dict())
+    assert {name.split(".")[0] for name in report.loaded} == {"visual_encoder", "ln_vision", "Qformer", "query_tokens"}
+    with torch.no_grad():
+        expected = first.query_features(first.vit_features(images))
+    torch.testing.assert_close(second.to_tokenizer().query_features(images), expected)
+    trained = {n: v for n, v in first.state_dict().items() if not n.startswith("visual_encoder.")}
+    assert any(name.startswith("visual_encoder.") for name in second.load_stage1(trained).missing)
+    del trained["query_tokens"]
+    with pytest.raises(CheckpointError, match="query_tokens"):
+        second.load_stage1(trained, "half.pth")
+
+
+@pytest.mark.slow
+def test_stage2_a_few_steps_learn_the_target(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
+    weights = Stage2Weights(distil_image=5.0) if kind == "seed2" else Seed1Stage2Weights(distil_text=5.0)
+    model = _stage2(kind, tiny, frozen_dropout=False, corrupt=0.1, weights=weights)
+    for part in (model.visual_encoder, model.Qformer):  # untrained, they hardly tell one image from another
+        tiny_seed1.loud(part)
+    with torch.no_grad():
+        model.quantize.init_from(model.pre_quant(images))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(120):
+        optimizer.zero_grad()
+        out = model(images, target)
+        out.loss.backward()
+        optimizer.step()
+        losses.append((out.loss_distil_image if kind == "seed2" else out.loss_distil_text).item())
+    same_for_all = 5 * F.mse_loss(target.mean(0).expand_as(target), target)
+    assert sum(losses[-5:]) / 5 < 0.85 * same_for_all, "the prediction depends on the image"
+
+
+if __name__ == "__main__":
+    _worker(int(sys.argv[1]), sys.argv[2], sys.argv[3])
