@@ -106,7 +106,7 @@ def load_tokenizer(kind: Any, source: str | Path, *, vision: str | Path | None =
         raise CheckpointError(f"{files[-1]}: not a {kind.layout.name} tokenizer: it holds no {kind.layout.decoder!r} "
                               f"(its first tensor is {next(iter(state))!r}).")
     state, left_out = kind.released_names(state)
-    if not any(name.startswith(VISION) for name in state):
+    if vision is not None or not any(name.startswith(VISION) for name in state):
         files = [*files, _vision_file(files[-1].parent, vision)]
         state |= {VISION + name: value for name, value in read_vision(files[-1]).items()}
     if config is None:
@@ -165,7 +165,7 @@ def our_config(folder: Path, model_type: str) -> Path | None:
 def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints"  # where the original programs download it to
     file = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or first_file(cached, VISION_FILES)
-    if file is None or not file.is_file():
+    if file is None or not os.path.isfile(file):
         raise CheckpointError(f"{file or folder / VISION_FILES[-1]}: there is no such vision-encoder file; download it "
                               f"from {VISION_URL}.")
     return file

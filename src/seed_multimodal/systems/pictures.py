@@ -152,6 +152,7 @@ class PictureCodec(PictureHalf):
             return []
         if not isinstance(self.model, Seed2Tokenizer):
             raise ConfigError("SEED-1 makes no picture from its first codes alone; SEED-2 does.")
+        first = first.tolist() if hasattr(first, "tolist") else first
         return [check_value(int, one, "The number of codes to draw from", least=1, most=self.model.config.num_query)
                 for one in (first if isinstance(first, list | tuple | range) else [first])]
 

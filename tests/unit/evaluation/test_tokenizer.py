@@ -68,7 +68,7 @@ def test_run_pass_computes_what_the_models_compute(stages, listed):
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(found["codes"])))
     rebuilt = F.normalize(stage1.vision_proj(tokenizer.rebuild_queries(up)[:, -1]), dim=-1)
     np.testing.assert_allclose(found["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
-    decoded = F.normalize(tokenizer.decode(found["codes"].tolist()), dim=-1)
+    decoded = F.normalize(tokenizer.decode(torch.from_numpy(found["codes"])), dim=-1)
     np.testing.assert_allclose(found["decoded"], decoded.numpy(), atol=1e-5)
 
 
@@ -190,7 +190,7 @@ def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, 
             (["--stage1", str(tmp_path / "no.pth")], "there is no such weights file"),
             (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
             (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
-            (["--decoder", str(image_encoder)], "the tokenizer's image embeddings need (1, 10)"),
+            (["--decoder", str(image_encoder)], "embeds have width 10, but this diffusion model renders width 256"),
             (["--caption-key", "captoin"], "'captoin'")):
         assert run(stages, listed, tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err

@@ -162,16 +162,6 @@ def test_names_that_no_file_has(tiny_folder: Path) -> None:
                 call(name)
 
 
-def test_tensors(tiny: SeedLlama) -> None:
-    pixels, codes = torch.zeros(1, 3, 32, 32), torch.zeros(1, 32, dtype=torch.long)
-    for wrong in (pixels.to("meta"), pixels.to_sparse()):
-        with pytest.raises(ImageError, match="floating tensor"):
-            tiny.encode_pixels(wrong)
-    for value in (codes.to("meta"), codes.to_sparse()):
-        with pytest.raises(CodesError, match="plain tensor"):
-            tiny.reconstruct(value)
-
-
 def test_pictures(tiny: SeedLlama) -> None:
     calls: list[Callable[[Any], Any]] = [
         tiny.tokenize, lambda v: tiny.reconstruct(v, num_inference_steps=1), lambda v: tiny.edit(v, "green"),
