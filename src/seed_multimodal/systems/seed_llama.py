@@ -151,7 +151,7 @@ class SeedLlama(TalkingSystem):
         request = self.drawing_request(text, verbatim)
         drawn = self._drawn("draw", [request], self.tasks.draw_response, {**options, "seed": seed}, codes,
                             self.tasks.draw_words)
-        return drawn if isinstance(codes, list | tuple | range) or getattr(codes, "ndim", 0) else drawn[0]
+        return drawn if isinstance(codes, list | tuple | range) or getattr(codes, "ndim", None) else drawn[0]
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
         """`image` (a picture or its codes) after `instruction`; raises `GenerationError` as `draw`."""

@@ -190,7 +190,7 @@ def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, 
             (["--stage1", str(tmp_path / "no.pth")], "there is no such weights file"),
             (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
             (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
-            (["--decoder", str(image_encoder)], "embeds have width 10, but this diffusion model renders width 256"),
+            (["--decoder", str(image_encoder)], "have width 10, but this diffusion model needs width 256"),
             (["--caption-key", "captoin"], "'captoin'")):
         assert run(stages, listed, tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from seed_multimodal.cli import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.tokenizer_files import MODEL, read_files, write_files
+from seed_multimodal.language.tokenizer import MODEL, read_files, write_files
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.seed.configuration import Seed2Config, TokenizerConfig
 from seed_multimodal.seed.export import Export, export_tokenizer
