@@ -62,11 +62,12 @@ class SizedSettings(DrawingSettings):
 
 
 class Detokenizer:
-    """Base class; a subclass defines `denoise` and a `__call__` that documents its conditions.
+    """Base class; a subclass defines `denoise`.
 
     Attributes:
         kind, where: of folder, and what to download, in error messages. device: where the parts compute.
         part_names: attributes with weights, in the order of use. float32: of these, those that no dtype changes.
+        embedding_dim: width of the embeddings that the model was trained on.
     """
 
     kind: ClassVar[str]
@@ -75,7 +76,9 @@ class Detokenizer:
     part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")
     decode_at_once: ClassVar[int] = 1  # latents in one call of the autoencoder, whose memory grows with their number
-    denoise: Callable[..., Tensor]  # (settings, generators, callback=…, **conditions) → latents [B, C, h, w]
+    denoise: Callable[..., Tensor]  # (settings, generators, callback=…, **`rows`) → latents [B, C, h, w]
+    reads_condition = False
+    embedding_dim: int
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, *, defaults: DrawingSettings | None = None,
                  text_encoder: Any = None, tokenizer: Any = None, layout: LayoutDecoder | None = None,
@@ -123,15 +126,30 @@ class Detokenizer:
     # ---- drawing
 
     @torch.no_grad()
-    def draw(self, conditions: dict[str, Any], seeds: Sequence[int] | None, batch_size: int | None,
-             callback: Callback | None, settings: Any) -> list[Image.Image]:
-        """`denoise` and the autoencoder for `batch_size` images at a time (None: all).
+    def __call__(self, embeds: Any, *, negative_embeds: Tensor | None = None,
+                 condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
+                 batch_size: int | None = None, callback: Callback | None = None, **settings: Any
+                 ) -> list[Image.Image]:
+        """Draw images.
 
         Args:
-            conditions: arguments of `denoise`, with one row for each image, or None; the first is never None.
+            embeds: conditions of B images, see the classes.
+            negative_embeds: to steer away from, one for all images or one each.
+            condition_images: of SEED-X's second stage, an image or None for each drawing.
             seeds: one for each image; None: drawn from torch's global generator.
-            callback: called after each step with the steps done and in all.
+            batch_size: images at a time, None for all. callback: called after each step with the steps done and in all.
+            settings: fields of `settings_class`; None is the default.
+
+        Raises:
+            ConfigError: unknown settings, or out of range. CheckpointError: embeddings of another width.
         """
+        chosen = self.check_settings(**settings)
+        if condition_images is not None and not self.reads_condition:
+            raise ConfigError("This de-tokenizer reads no condition image; editing needs SEED-X's second stage "
+                              "(seed_detokenizer/second_stage).")
+        conditions = self.rows(embeds, negative_embeds, chosen)
+        if self.reads_condition:
+            conditions["images"] = condition_images
         count = len(next(iter(conditions.values())))
         seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
         if len(seeds) != count:
@@ -141,10 +159,19 @@ class Detokenizer:
             part = slice(start, start + (batch_size or count))
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
             rows = {name: None if value is None else value[part] for name, value in conditions.items()}
-            images += self.to_images(self.denoise(settings, generators, callback=callback, **rows))
+            images += self.to_images(self.denoise(chosen, generators, callback=callback, **rows))
         for hook in self._hooks:
             hook.offload()
         return images
+
+    def rows(self, embeds: Any, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+        """Arguments of `denoise` with one row for each image, or None; the first is never None."""
+        if embeds.shape[-1] != self.embedding_dim:
+            raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
+                                  f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
+        if negatives is not None:
+            negatives = negatives.expand(len(embeds), *negatives.shape[1:])
+        return {"embeds": embeds, "negatives": negatives}
 
     def sample(self, start: Tensor, conditions: dict[str, Any], guide: Callable[[Tensor], Tensor], settings: Any,
                generators: Generators, callback: Callback | None = None, concatenated: Tensor | None = None) -> Tensor:
@@ -277,13 +304,6 @@ class Detokenizer:
         if name == "unet":
             part.register_to_config(_name_or_path="")  # no machine's path in what is saved
         return part.eval()
-
-
-def check_width(embeds: Tensor, width: int) -> None:
-    """Refuse embeddings of another width (`CheckpointError`)."""
-    if embeds.shape[-1] != width:
-        raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
-                              f"{width}: tokenizer and de-tokenizer do not belong together.")
 
 
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:

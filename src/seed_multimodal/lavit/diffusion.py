@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
@@ -49,7 +48,7 @@ class LavitSettings(SizedSettings):
 
 
 class LavitDetokenizer(Detokenizer):
-    """Rows of the codebook → images, by a decoder of codes and a U-Net; without decoder from its `Conditions`.
+    """Rows of the codebook of each image, `[n, C]`, → images; without decoder of codes from its `Conditions`.
 
     `null_embeds`: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
     """
@@ -106,15 +105,9 @@ class LavitDetokenizer(Detokenizer):
             raise ConfigError("Give a ratio, or height and width, not both.")
         return self.ratio_size(settings.ratio)
 
-    def __call__(self, codes: Sequence[Tensor] | Conditions, *, seeds: Sequence[int] | None = None,
-                 batch_size: int | None = None, callback: Callback | None = None, **settings: Any
-                 ) -> list[Image.Image]:
-        """Draw images from the codebook's rows of each, `[n, C]`, or their conditions.
-
-        `seeds, batch_size, callback`: as of `Detokenizer.draw`. `settings`: fields of `LavitSettings`.
-        """
-        rows: dict[str, Any] = codes._asdict() if isinstance(codes, Conditions) else {"rows": codes}
-        return self.draw(rows, seeds, batch_size, callback, self.check_settings(**settings))
+    def rows(self, embeds: Sequence[Tensor] | Conditions, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+        """See `Detokenizer`."""
+        return embeds._asdict() if isinstance(embeds, Conditions) else {"rows": embeds}
 
     def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] = (),
                 prompt_embeds: Tensor | None = None, pooled: Tensor | None = None, features: Tensor | None = None,

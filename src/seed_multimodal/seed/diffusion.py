@@ -10,13 +10,11 @@ noise tensor; here every image has its own noise. There is no watermark.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.diffusion import base
@@ -30,11 +28,10 @@ SD_WHERE = (f"download the diffusers folder of Stable Diffusion 1.4 (hf download
 
 
 class SeedDetokenizer(Detokenizer):
-    """Shared by both: loading, and a call with embeddings."""
+    """What both share: how they are loaded."""
 
     float32, decode_at_once = ("safety_checker",), 8
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
-    embedding_dim: int  # width of the embeddings that the model was trained on
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
@@ -47,23 +44,6 @@ class SeedDetokenizer(Detokenizer):
         names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
         place = find_folder(folder, [f"{name}/*" for name in names], cls.where)
         return cls(**cls.load_parts(place, dtype, *names)).to(device)
-
-    def __call__(self, embeds: Tensor, *, negative_embeds: Tensor | None = None, seeds: Sequence[int] | None = None,
-                 batch_size: int | None = None, callback: Callback | None = None, **settings: Any
-                 ) -> list[Image.Image]:
-        """Draw B embeddings, as the tokenizer's `decode` gives them.
-
-        Args:
-            negative_embeds: to steer away from, one for all images or one each.
-            seeds, batch_size, callback: as of `Detokenizer.draw`. settings: fields of `settings_class`.
-
-        Raises:
-            ConfigError: unknown settings, or out of range. CheckpointError: embeddings of another width.
-        """
-        base.check_width(embeds, self.embedding_dim)
-        negatives = None if negative_embeds is None else negative_embeds.expand_as(embeds)
-        return self.draw({"embeds": embeds, "negatives": negatives}, seeds, batch_size, callback,
-                         self.check_settings(**settings))
 
 
 @dataclass(frozen=True)
@@ -79,10 +59,9 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
 
     kind, where, settings_class = "Stable Diffusion", SD_WHERE, StableDiffusionSettings
 
-    @property
-    def embedding_dim(self) -> int:  # type: ignore[override]
-        """Width W."""
-        return int(self.unet.config.cross_attention_dim)
+    def __init__(self, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self.embedding_dim = int(self.unet.config.cross_attention_dim)
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, check_width, guidance
+from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
 from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError
@@ -48,9 +48,7 @@ class SdxlSettings(SizedSettings):
 class SdxlDetokenizer(Detokenizer):
     """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images.
 
-    Attributes:
-        adapter: U-Net and resampler.
-        null_embeds: embeddings of an empty image, `[1, N, W]`, which guidance steers away from by default.
+    Guidance steers away from `null_embeds` `[1, N, W]`, those of an empty image, where no others are given.
     """
 
     kind, where, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
@@ -60,7 +58,7 @@ class SdxlDetokenizer(Detokenizer):
                  **options: Any) -> None:
         super().__init__(adapter.unet, vae, scheduler, **options)
         self.adapter, self.resampler, self.null_embeds = adapter, adapter.resampler, null_embeds
-        self.embedding_dim = adapter.resampler.sizes.embedding_dim
+        self.embedding_dim, self.reads_condition = adapter.resampler.sizes.embedding_dim, adapter.reads_condition
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, adapter: str | Path, *, device: str | torch.device = "cpu",
@@ -86,46 +84,24 @@ class SdxlDetokenizer(Detokenizer):
         like = next(encoder.parameters())
         self.null_embeds = encoder(torch.zeros(1, 3, image_size, image_size, device=like.device, dtype=like.dtype))
 
-    def __call__(self, embeds: Tensor, *, negative_embeds: Tensor | None = None,
-                 condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
-                 batch_size: int | None = None, callback: Callback | None = None, **settings: Any
-                 ) -> list[Image.Image]:
-        """Draw embeddings.
-
-        Args:
-            negative_embeds: `[B, M, W]` or `[1, M, W]` to steer away from, averaged to N if M is a multiple of it; None
-                for `null_embeds`.
-            condition_images: second stage only: an image or None for each drawing, squashed to the drawing's size.
-            seeds, batch_size, callback: as of `Detokenizer.draw`. settings: fields of `SdxlSettings`.
-
-        Raises:
-            ConfigError: unknown settings, or out of range; a condition for a first stage. CheckpointError: embeddings
-                of another width.
-        """
-        chosen = self.check_settings(**settings)
-        check_width(embeds, self.embedding_dim)
-        if condition_images is not None and not self.adapter.reads_condition:
-            raise ConfigError("This de-tokenizer is of the first stage and reads no condition image; editing needs the "
-                              "second stage (seed_detokenizer/second_stage).")
-        negatives = self.null_embeds if negative_embeds is None else negative_embeds
-        if negatives is not None:
-            negatives = negatives.expand(len(embeds), -1, -1)
-        elif self.guides(chosen):
+    def rows(self, embeds: Tensor, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+        """See `Detokenizer`; negatives `[B or 1, M, W]` are averaged to N if M is a multiple of it."""
+        negatives = self.null_embeds if negatives is None else negatives
+        if negatives is None and self.guides(settings):
             raise ConfigError("Guidance needs the embeddings of an empty image: call set_null_embeds(encoder, size) "
                               "once, give negative_embeds, or set guidance_scale to 1.")
-        return self.draw({"embeds": embeds, "negatives": negatives, "images": condition_images}, seeds, batch_size,
-                         callback, chosen)
+        return super().rows(embeds, negatives, settings)
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""
-        return settings.guidance_scale > 1 and (settings.image_guidance_scale >= 1 or not self.adapter.reads_condition)
+        return settings.guidance_scale > 1 and (settings.image_guidance_scale >= 1 or not self.reads_condition)
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
                 images: Sequence[Image.Image | None] | None = None, start: Tensor | None = None,
                 callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         size, guided, condition = self.size(settings), self.guides(settings), None
-        if self.adapter.reads_condition:
+        if self.reads_condition:
             condition = torch.stack([self.encode_image(image, size) for image in images or [None] * len(embeds)])
         embeds = embeds.to(self.device, self.unet.dtype)
         if start is None and self.layout is not None:
@@ -150,7 +126,7 @@ class SdxlDetokenizer(Detokenizer):
         if negatives is None:
             return given
         away = self.resampler(pooled_tokens(negatives.to(embeds), embeds.shape[1]))
-        runs = (given, away, away) if self.adapter.reads_condition else (away, given)
+        runs = (given, away, away) if self.reads_condition else (away, given)
         return torch.cat([prompt for prompt, _ in runs]), torch.cat([pooled for _, pooled in runs])
 
     def encode_image(self, image: Image.Image | None, size: tuple[int, int]) -> Tensor:

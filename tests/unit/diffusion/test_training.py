@@ -109,26 +109,3 @@ def test_settings_that_cannot_be() -> None:
         ConditionDropout(0.5, 0.4, 0.2)
     with pytest.raises(ConfigError, match="min_snr must be above 0, not 0.0"):
         AdapterLoss(min_snr=0.0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2])
-def test_keys_values_and_resampler_learn(stage: int, schedule: Any) -> None:
-    """A few steps on one batch: the loss falls, what is frozen stays bit for bit, every trained tensor moves."""
-    torch.manual_seed(0)
-    adapter = tiny_sdxl.adapter(stage)
-    before = {name: value.clone() for name, value in adapter.state_dict().items()}
-    trained = adapter.set_trainable()
-    optimizer, batch = torch.optim.Adam(trained, lr=3e-3), _batch(8)  # no decay: what moves has a gradient
-    if stage == 1:
-        batch.pop("condition_latents")
-    losses = []
-    for _ in range(25):
-        made = AdapterLoss()(adapter, schedule, **batch, generator=torch.Generator().manual_seed(3))
-        made["total_loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(made["mse"]))
-    assert losses[-1] < 0.97 * losses[0], "little can be learned through keys and values alone"
-    moved = {name for name, value in adapter.state_dict().items() if not torch.equal(value, before[name])}
-    assert moved == {name for name, value in adapter.named_parameters() if value.requires_grad}

@@ -130,7 +130,7 @@ def test_guidance_and_conditions_that_cannot_be(place: Path, embeds: Tensor) -> 
     with pytest.raises(ConfigError, match="call set_null_embeds"):
         model(embeds)
     assert len(model(embeds, guidance_scale=1.0, num_inference_steps=1)) == 3
-    with pytest.raises(ConfigError, match="first stage and reads no condition image; editing needs the second stage"):
+    with pytest.raises(ConfigError, match="reads no condition image; editing needs SEED-X's second stage"):
         model(embeds[:1], condition_images=[image(1)], guidance_scale=1.0)
     second, rows = load(place, "second"), list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
