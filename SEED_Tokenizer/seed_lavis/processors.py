@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seed_lavis.compat import BaseProcessor, registry
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.open import ImageSource
-from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.language.words import BlipCaption
 from seed_multimodal.settings import check_keys

@@ -17,7 +17,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for type checkers and editors
-    from seed_multimodal.images.open import open_image as open_image
+    from seed_multimodal.images.io import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
     from seed_multimodal.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
@@ -47,7 +47,7 @@ _LAZY = {
     "Seed2Tokenizer": "seed_multimodal.seed.modeling",
     "UnclipDetokenizer": "seed_multimodal.seed.diffusion",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",
-    "open_image": "seed_multimodal.images.open",
+    "open_image": "seed_multimodal.images.io",
 }
 
 __all__ = ["__version__", *sorted(_LAZY)]

@@ -49,7 +49,7 @@ from seed_multimodal.commands.common import (
     add_out,
 )
 from seed_multimodal.entry import add_offload, add_quantization, guarded, whole_number
-from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.settings import nearest
 
 

@@ -1,6 +1,6 @@
 """Everything that nano does, once, on one sheet: tokenize, reconstruct, describe, ask, draw, edit, chat, tell a story.
 
-Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes and texts).
+Writes `contact_sheet.png`, the single images and `quickstart.json` (codes and texts).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from seed_multimodal import __version__
 from seed_multimodal.commands.common import add_common, load_system, require_room, save_picture, write_text
 from seed_multimodal.entry import DONE, add_quantization, run_program
 from seed_multimodal.hub import locate_system
-from seed_multimodal.images.code_strip import above_strip, code_strip
-from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet
+from seed_multimodal.images.sheet import Cell, Row, above_strip, code_strip, contact_sheet
 from seed_nano.world.scene import render
 from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES
@@ -142,8 +141,7 @@ def _main(args: argparse.Namespace) -> int:
                 save_picture(cell.image, args.out / f"{name}_{number}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
     title = f"A picture is 32 words of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
-    for name, theme in (("contact_sheet.png", LIGHT), ("contact_sheet_dark.png", DARK)):
-        save_picture(contact_sheet(rows, title, cell=150, columns=6, max_lines=16, theme=theme), args.out / name)
+    save_picture(contact_sheet(rows, title, cell=150, columns=6, max_lines=16), args.out / "contact_sheet.png")
     print(f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}.")
     return DONE
 

@@ -32,11 +32,11 @@ from seed_multimodal.errors import (
     SeedError,
     first_line,
 )
-from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-KEPT_RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`, which is not imported with every program
+KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`, which is not imported with every program
 MOST_BYTES = 200  # of a result's name; systems take 255, with an ending, a number and what a file half written adds
 # Errors of one picture or text; any other (weights, settings) stops the whole command.
 OF_ONE_PICTURE = (ImageError, CodesError, GenerationError, RequestError)
@@ -159,7 +159,7 @@ def sentence(error: SeedError, name: str) -> str:
 
 def opened(pictures: Iterable[str], outcomes: Outcomes, debug: bool = False) -> Iterator[tuple[str, Image.Image]]:
     """Each readable picture with its name; unreadable ones are reported and skipped."""
-    from seed_multimodal.images.open import open_image
+    from seed_multimodal.images.io import open_image
 
     for name in pictures:
         image = None

@@ -36,7 +36,7 @@ from seed_multimodal.entry import (
     whole_number,
 )
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
 
 HEADS = ("highres", "lowres")

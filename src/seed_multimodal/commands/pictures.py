@@ -151,8 +151,7 @@ def counts_or_file(text: str) -> list[int] | str:
 
 def save_strips(shown: Sequence[tuple[str, Image.Image, Sequence[int]]], codec: PictureCodec, path: Path) -> None:
     """Draw a strip of codes beside each picture, on one page."""
-    from seed_multimodal.images.code_strip import code_strip
-    from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+    from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
     rows = [Row(name, [Cell(image), Cell(code_strip(codes, codec.section), wide=5)]) for name, image, codes in shown]
     title = "Pictures and their codes: equal colours in a column are equal codes"

@@ -21,7 +21,7 @@ from seed_multimodal.data.formats.pictures import find_picture
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place

@@ -17,7 +17,7 @@ from seed_multimodal.disk import replacing, writing
 from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
 from seed_multimodal.evaluation.answers import Line, Run, open_sample
 from seed_multimodal.evaluation.retrieval import clip_texts
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.seed.checkpoints import load_clip_vision

@@ -26,7 +26,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import TextEncoder, clip_texts, load_stage1, ranks, retrieval, stage1_texts
 from seed_multimodal.hub import locate
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision

@@ -1,15 +1,13 @@
-"""From a picture to the pixels a vision tower reads: float32 [3, S, S], normalised with CLIP's mean and deviation.
+"""From an image to the pixels a vision encoder reads: float32 [3, S, S], normalised with CLIP's mean and deviation.
 
 Two ways of resizing were released and give different codes for the same file, so both stay selectable:
 
-* `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, BILINEAR;
+* `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, bilinear;
   with `keep_ratio=True` the shorter side is scaled and the centre cut out.
-* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, BICUBIC.
+* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, bicubic.
 
-Resizing is Pillow's (antialiased) on 8-bit pixels; rounding follows torchvision, without importing it (2.6 s). Pillow
-resizes in two passes with 8-bit pixels between them; up to 12.x the horizontal one came first, since 13.0 it is the
-vertical one for tall pictures, which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0,
-the one the golden fixtures hold, whatever Pillow is installed; torchvision's `Resize` follows the installed one.
+Pillow resizes in two passes with 8-bit pixels between them; since 13.0 the vertical one comes first for tall images,
+which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one of the golden fixtures.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.open import ImageSource, open_image, to_rgb
+from seed_multimodal.images.io import ImageSource, open_image, to_rgb
 from seed_multimodal.settings import check_settings, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -34,8 +32,7 @@ INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
 }
-# A centre crop of a 1 x 30,000 strip would need a resized strip of S x 30,000 S pixels: above this many times the
-# output's own size only the region that survives the crop is resized.
+# Above this many times the output's own size (a 1 x 30,000 strip) only the region inside the centre crop is resized.
 _MAX_OVERSIZE = 16
 
 
@@ -45,12 +42,12 @@ def plain_rgb(image: Image.Image) -> Image.Image:
 
 
 def to_bytes(image: Image.Image) -> Tensor:
-    """RGB image -> its pixels, uint8 [3, H, W]."""
+    """RGB image → its pixels, uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] -> float32 on the same device, (value / 255 - CLIP_MEAN) / CLIP_STD."""
+    """uint8 [..., 3, H, W] → float32 on the same device, (value / 255 - CLIP_MEAN) / CLIP_STD."""
     mean, std = _mean_and_deviation(pixels.device)
     return pixels.float().div_(255).sub_(mean).div_(std)
 
@@ -64,7 +61,7 @@ def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def denormalise(pixels: Tensor) -> Image.Image:
-    """float [3, H, W] as made by `normalise` -> RGB image (values outside the 8-bit range are clipped)."""
+    """float [3, H, W] as made by `normalise` → RGB image (values outside the 8-bit range are clipped)."""
     mean, std = _mean_and_deviation(torch.device("cpu"))
     levels = (pixels.detach().float().cpu() * std + mean).mul(255).round().clamp(0, 255).byte()
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
@@ -80,7 +77,7 @@ def resize_passes(image: Image.Image, size: tuple[int, int], filter: Image.Resam
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """A picture -> float32 [3, S, S]; `batch` does several -> [B, 3, S, S]."""
+    """An image → float32 [3, S, S]; `batch` does several → [B, 3, S, S]."""
 
     image_size: int = setting(224, least=1)
     keep_ratio: bool = False
@@ -93,31 +90,25 @@ class ImageTransform:
         return normalise(to_bytes(self.resize(image)))
 
     def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A stored picture -> uint8 [3, S, S] for `normalise`, decoded in full as released; nothing is random.
-
-        Raises:
-            ImageError: see `open_image`.
-        """
+        """A stored image → uint8 [3, S, S] for `normalise`; nothing is random. Raises as `open_image`."""
         return to_bytes(self.resize(open_image(source, name=name)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
-        """Pictures of any sizes -> [B, 3, S, S]; an empty list gives [0, 3, S, S]."""
+        """Images of any sizes → [B, 3, S, S]; an empty list gives [0, 3, S, S]."""
         if not images:
             return torch.empty(0, 3, self.image_size, self.image_size)
         return torch.stack([self(image) for image in images])
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """The picture the model sees, as an RGB image of S x S pixels."""
+        """What the model sees, as an RGB image of S x S pixels."""
         image = plain_rgb(image)
         size, filter_ = self.image_size, INTERPOLATIONS[self.interpolation]
         if not self.keep_ratio:
             return resize_passes(image, (size, size), filter_)
         width, height = image.size
-        short, long = min(width, height), max(width, height)
-        new_long = int(size * long / short)
+        new_long = int(size * max(width, height) / min(width, height))
         new_width, new_height = (size, new_long) if width <= height else (new_long, size)
-        left = int(round((new_width - size) / 2.0))
-        top = int(round((new_height - size) / 2.0))
+        left, top = int(round((new_width - size) / 2.0)), int(round((new_height - size) / 2.0))
         if new_long > _MAX_OVERSIZE * size:
             scale_x, scale_y = width / new_width, height / new_height
             box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
@@ -128,11 +119,7 @@ class ImageTransform:
 def get_transform(
     type: str = "clip", keep_ratio: bool = True, image_size: int = 224, interpolation: str = "bilinear"
 ) -> ImageTransform:
-    """The released `get_transform`; `interpolation` is ours.
-
-    Raises:
-        ConfigError: an unknown type or interpolation.
-    """
+    """The released `get_transform`; `interpolation` is an addition."""
     if type not in TYPES:
         raise ConfigError(f"Unknown image transform {type!r}: use {' or '.join(TYPES)}.")
     return ImageTransform(image_size=image_size, keep_ratio=bool(keep_ratio), interpolation=interpolation)

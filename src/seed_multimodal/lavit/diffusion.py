@@ -24,8 +24,8 @@ from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, Si
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
-from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import read_tensor
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.finite import refuse_diverged
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.checkpoints import (
     ENCODER_PARTS,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from PIL import Image
 
-from seed_multimodal.images.encode import image_to_base64
+from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.serving.gate import Vanished

@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.errors import ConfigError, SeedError
-from seed_multimodal.images.boxes import draw_boxes
-from seed_multimodal.images.encode import (
+from seed_multimodal.images.io import (
+    ImageLimits,
     chat_image,
     fit_longer_side,
     image_from_base64,
     image_to_base64,
     image_to_bytes,
+    open_image,
     request_image,
 )
-from seed_multimodal.images.open import ImageLimits, open_image
-from seed_multimodal.images.ratios import RATIOS
 from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX, SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
+from seed_multimodal.lavit.ratios import RATIOS
+from seed_multimodal.seed_x.views import draw_boxes
 from seed_multimodal.serving.client import follow_generate
 from seed_multimodal.serving.gate import Gate
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 STILL_ANSWERING = "The model is still answering the last message; go on when it has."
 LOST_PICTURE = "(a picture that could not be drawn)"
-UPLOADS = ImageLimits(max_bytes=64 << 20, max_memory=144_000_000)
+UPLOADS = ImageLimits(max_bytes=64 << 20)
 STORED_SIDE = 512  # of what `chat_image` makes of a picture
 WHOLE_SIDE = 1792  # four views of 448 pixels: SEED-X sees no more
 IN_CODES = "A picture is read and written as 32 words."

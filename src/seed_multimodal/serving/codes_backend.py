@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.open import DETAIL
+from seed_multimodal.images.io import DETAIL
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import room_for_answer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER

@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any
 
 from seed_multimodal.errors import RequestError, SeedError
-from seed_multimodal.images.encode import bytes_from_base64
-from seed_multimodal.images.open import DETAIL, Header, ImageLimits, image_header, open_image
+from seed_multimodal.images.io import DETAIL, ImageLimits, bytes_from_base64, image_size, open_image
 from seed_multimodal.serving.backend import Backend
 from seed_multimodal.serving.body import read_body
 from seed_multimodal.serving.gate import Gate
@@ -58,8 +57,7 @@ class Engine:
         self._kept = Gate(KEPT_BYTES)
         self._decoding = Gate(int(self.limits.max_decoding_pixels * BYTES_PER_PIXEL))
         self._files = ImageLimits(
-            max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels,
-            max_memory=self._decoding.capacity)
+            max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_image_pixels)
         self._detail = int(getattr(backend, "at_least", DETAIL * 448))
         self._admitted = 0
         self._counting = threading.Lock()
@@ -139,15 +137,15 @@ class Engine:
             raise RequestError(f"'ratio' is {request.ratio[:20]!r}; this model draws pictures in "
                                f"{', '.join(ratios) if ratios else 'one shape'}.")
         numbers = [number for number, item in enumerate(request.images) if not isinstance(item, list)]
-        headers = self._check_headers(request, numbers)
-        sizes = {number: header.size for number, header in zip(numbers, headers, strict=True)}
+        sizes = self._check_headers(request, numbers)
         self.backend.check(request, [sizes.get(number) for number in range(len(request.images))], self.exact_original)
         pixels = sum(width * height for width, height in sizes.values())
         kept.enter_context(self._kept.hold(getattr(self.backend, "kept_bytes", 0) * pixels, request.gone))
         pictures = []
-        for number, header in zip(numbers, headers, strict=True):
+        for number, (width, height) in sizes.items():
             # A small picture counts as one of DECODERS, so that no more threads than that decode.
-            with self._decoding.hold(max(header.memory, self._decoding.capacity // DECODERS), request.gone):
+            memory = int(width * height * BYTES_PER_PIXEL)
+            with self._decoding.hold(max(memory, self._decoding.capacity // DECODERS), request.gone):
                 data, name = self._file(request, number), f"images[{number}]"
                 request.images[number] = ""
                 picture = open_image(data, name=name, limits=self._files, at_least=self._detail)
@@ -155,19 +153,18 @@ class Engine:
                 pictures.append(self.backend.transform(picture))
         return pictures
 
-    def _check_headers(self, request: GenerateRequest, numbers: list[int]) -> list[Header]:
-        """What these pictures' headers say: sizes, and the bytes that decoding them takes."""
-        total, headers = 0, []
+    def _check_headers(self, request: GenerateRequest, numbers: list[int]) -> dict[int, tuple[int, int]]:
+        """Sizes of these pictures by their headers."""
+        total, sizes = 0, {}
         for number in numbers:
-            header = image_header(self._file(request, number), name=f"images[{number}]", limits=self._files,
-                                  at_least=self._detail)
-            total += header.size[0] * header.size[1]
+            size = image_size(self._file(request, number), name=f"images[{number}]", limits=self._files)
+            total += size[0] * size[1]
             if total > self.limits.max_request_pixels:
                 raise RequestError(f"The pictures up to images[{number}] have {total / 1e6:.1f} megapixels; a request "
                                    f"may have {self.limits.max_request_pixels / 1e6:g}. Send them smaller: the model "
                                    f"sees a few hundred pixels a side.")
-            headers.append(header)
-        return headers
+            sizes[number] = size
+        return sizes
 
     def _file(self, request: GenerateRequest, number: int) -> bytes:
         item = request.images[number]

@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
-from seed_multimodal.images.encode import image_to_base64
-from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.backend import Size
 from seed_multimodal.serving.gate import Vanished
 from seed_multimodal.serving.schema import GenerateRequest, GenerateResponse, Preview

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from seed_multimodal.errors import CodesError, GenerationError
-from seed_multimodal.images.encode import image_to_base64
+from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.schema import GenerateResponse

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.encode import image_from_base64
+from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.prompts import ROLES, Turn
 from seed_multimodal.language.tasks import answer_in

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError, RequestError
 from seed_multimodal.finite import not_numbers
-from seed_multimodal.images.open import DETAIL
+from seed_multimodal.images.io import DETAIL
 from seed_multimodal.language.lavit import several
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.progress import Progress

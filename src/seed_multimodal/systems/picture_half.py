@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import free_memory
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.images.open import ImageLimits, ImageSource, open_image
+from seed_multimodal.images.io import ImageLimits, ImageSource, open_image
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
 from seed_multimodal.system.domain import Domain

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError, ImageError, first_line
 from seed_multimodal.finite import damaged_tensor, not_numbers
-from seed_multimodal.images.open import DETAIL, is_file
+from seed_multimodal.images.io import DETAIL, is_file
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.domain import load_domain

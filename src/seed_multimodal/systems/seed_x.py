@@ -24,7 +24,6 @@ from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.images.boxes import draw_boxes
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, ImageStates
 from seed_multimodal.language.seed_x import (
@@ -42,6 +41,7 @@ from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
+from seed_multimodal.seed_x.views import draw_boxes
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text

@@ -13,11 +13,11 @@ import torch
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.any_resolution import AnyResolution, read_grids
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import merge_into
 from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
+from seed_multimodal.seed_x.views import AnyResolution, read_grids
 from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, QwenVit, Resampler, ResamplerConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.system.config import SystemConfig

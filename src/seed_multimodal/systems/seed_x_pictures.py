@@ -22,9 +22,8 @@ from torch import Tensor
 from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.errors import CodesError, ConfigError, ImageError
 from seed_multimodal.finite import not_numbers
-from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
-from seed_multimodal.images.aspect import UNIT, Ratio, drawing_size, with_ratio
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.seed_x.views import UNIT, AnyResolution, Ratio, drawing_size, patch_positions, with_ratio
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.settings import check_value
 from seed_multimodal.systems.picture_half import Picture, PictureHalf, one_seed_each

@@ -18,7 +18,7 @@ from seed_multimodal.disk import read_json_object, replace_text, replacing, writ
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
-from seed_multimodal.images.encode import image_to_bytes
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.sheet import contact_sheet
 from seed_multimodal.weights import count_parameters
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run

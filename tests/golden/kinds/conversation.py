@@ -23,7 +23,7 @@ from PIL import Image
 from runner import assert_same, files_named, golden_tokenizer_folder, read_json
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.encode import (
+from seed_multimodal.images.io import (
     chat_image,
     crop_to_aspect,
     fit_longer_side,

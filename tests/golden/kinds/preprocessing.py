@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 
+from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.filters import ImageTextFilter
-from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.transforms import TYPES, ImageTransform, get_transform, seed_image_processor
 from seed_multimodal.language.words import caption_text, question_text
 

@@ -15,14 +15,14 @@ from PIL import Image
 from runner import assert_close, assert_same, read_json, read_tensors
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.any_resolution import (
+from seed_multimodal.images.transforms import TYPES, get_transform, resize_passes, to_bytes
+from seed_multimodal.seed_x.views import (
     AnyResolution,
     choose_grid,
     fullest_grid,
     most_alike_grid,
     read_grids,
 )
-from seed_multimodal.images.transforms import TYPES, get_transform, resize_passes, to_bytes
 
 KIND = "seedx_anyres"
 PIXEL_TOLERANCE = 2e-2

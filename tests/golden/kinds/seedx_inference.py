@@ -12,8 +12,8 @@ from typing import Any
 from runner import assert_close, assert_same, read_json
 from seedx_common import seedx_tokenizer
 
-from seed_multimodal.images.any_resolution import AnyResolution, patch_positions
 from seed_multimodal.language.seed_x import Box, SeedXPrompts, box_numbers, read_boxes, without_words
+from seed_multimodal.seed_x.views import AnyResolution, patch_positions
 
 KIND = "seedx_inference"
 QUESTION, PHRASE = "Describe this image briefly.", "In ths background with a blue sky on the road, there is a car"

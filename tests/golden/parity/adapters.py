@@ -27,7 +27,7 @@ def pair_batches(spec: Any, seed: int, batch_size: int, world: int, workers: int
     from seed_multimodal.data.formats.pairs import open_pairs
     from seed_multimodal.data.stream.pair_dataset import PairDataset
     from seed_multimodal.data.stream.step_batches import StepBatches
-    from seed_multimodal.images.train_transforms import TrainTransform
+    from seed_multimodal.images.augment import TrainTransform
     from seed_multimodal.images.transforms import normalise
     from seed_multimodal.language.words import BlipCaption
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from seed_multimodal.images.sheet import DARK, LIGHT, Cell, Row, contact_sheet, wrap
+from seed_multimodal.images.sheet import FAINT, PAPER, Cell, Row, contact_sheet, wrap
 
 RED, GREEN = (255, 0, 0), (0, 200, 0)
 
@@ -15,7 +15,7 @@ def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
     return int((np.asarray(sheet) == colour).all(axis=-1).sum())
 
 
-def test_pictures_keep_their_shape_and_are_not_written_over() -> None:
+def test_contact_sheet_keeps_images_free_of_text() -> None:
     rows = [Row("a long label " * 8, [Cell(Image.new("RGB", (64, 64), RED), "caption " * 12),
                                       Cell(Image.new("RGB", (200, 50), GREEN), "wide")]),
             Row("next", [Cell(Image.new("RGB", (64, 64), RED), "x" * 200)])]
@@ -25,38 +25,37 @@ def test_pictures_keep_their_shape_and_are_not_written_over() -> None:
     assert count(sheet, GREEN) == 100 * 25 - 2 * 25  # the frame crosses its two short ends
 
 
-def test_wide_and_free_cells_headings_arrows_and_dark_pages() -> None:
+def test_contact_sheet_with_wide_cells_headings_and_arrows() -> None:
     free = Image.new("RGBA", (40, 10))
     free.paste((*GREEN, 255), (0, 0, 20, 10))
     rows = [Row("Head\nand the rest", [Cell(Image.new("RGB", (8, 8), RED)), Cell(free, "free", "asked", wide=2)])]
     plain = contact_sheet(rows, cell=120)
-    assert count(plain, GREEN) > 0.4 * 250 * 62 and count(plain, LIGHT.paper) > 0.5 * plain.width * plain.height
-    dark = contact_sheet([*rows, Row("", [Cell(free), Cell(free, arrow=True)])], cell=120, theme=DARK)
-    assert dark.getpixel((0, 0)) == DARK.paper and not count(dark, LIGHT.paper) and count(dark, DARK.faint) > 30
-    assert dark.width == plain.width + 28  # room for arrows in both gaps
+    assert count(plain, GREEN) > 0.4 * 250 * 62 and count(plain, PAPER) > 0.5 * plain.width * plain.height
+    arrows = contact_sheet([*rows, Row("", [Cell(free), Cell(free, arrow=True)])], cell=120)
+    assert count(arrows, FAINT) > 30 and arrows.width == plain.width + 28  # room for arrows in both gaps
     broken = contact_sheet([Row("", [Cell(free, wide=2)] * 3)], cell=120, columns=5)
     assert broken.height > 2 * 120
 
 
-def test_long_rows_are_broken_and_missing_pictures_leave_a_box() -> None:
+def test_contact_sheet_breaks_long_rows() -> None:
     many = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8), RED)) for _ in range(25)])], cell=40, columns=10)
     assert many.width < 10 * 50 + 60 and many.height > 3 * 40
     assert count(contact_sheet([Row("r", [Cell(None, "refused")])], cell=64), (238, 238, 240)) > 3000
 
 
-def test_an_empty_sheet_still_has_its_title() -> None:
+def test_contact_sheet_without_rows_has_its_title() -> None:
     sheet = contact_sheet([], "nothing to show")
     assert sheet.width >= 300 and np.asarray(sheet).min() < 100
 
 
 @pytest.mark.parametrize("text", ["one two three four five six", "supercalifragilisticexpialidocious", "a\nb\n\nc", ""])
-def test_wrapped_lines_fit_and_lose_nothing(text: str) -> None:
+def test_wrap_loses_nothing(text: str) -> None:
     font = ImageFont.load_default(size=12)
     lines = wrap(text, font, 60)
     assert all(font.getlength(line) <= 60 for line in lines)
     assert "".join(lines).replace(" ", "") == "".join(text.split())
 
 
-def test_captions_are_cut_with_a_sign() -> None:
+def test_contact_sheet_cuts_captions() -> None:
     short = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8)), "word " * 300)])], cell=80, max_lines=3)
     assert short.height < 80 + 6 * 20

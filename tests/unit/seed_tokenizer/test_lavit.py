@@ -60,7 +60,7 @@ def test_pictures_without_captions_become_a_tokenizer(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from seed_multimodal.cli import main
-    from seed_multimodal.images.open import open_image
+    from seed_multimodal.images.io import open_image
     from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
     from seed_multimodal.lavit.decoder import CodeDecoder
     from seed_multimodal.lavit.training import LavitStage1

@@ -24,7 +24,7 @@ from PIL import Image
 
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.encode import image_to_base64
+from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.serving.codes_backend import CodesSystem
 from seed_multimodal.serving.flask_app import check_address, create_app, serve
 from seed_multimodal.serving.schema import JSON_LINES, Limits

@@ -22,8 +22,8 @@ import warm_python
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.encode import image_to_base64
-from seed_multimodal.images.ratios import RATIOS
+from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
 from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.serving.gate import Vanished

@@ -11,7 +11,7 @@ from PIL import Image
 
 from seed_multimodal.cli import main
 from seed_multimodal.commands.common import KEPT_RATIOS
-from seed_multimodal.images.aspect import Ratio
+from seed_multimodal.seed_x.views import Ratio
 
 ROOT = Path(__file__).resolve().parents[3]
 FEW = ("--max-new-tokens", "8")

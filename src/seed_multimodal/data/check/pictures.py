@@ -12,7 +12,7 @@ from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
 from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.data.pretokenize.samples import Sample
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.settings import check_keys
 
 LLM, TOKENIZER, ALONE = "llm", "tokenizer", "pictures"

@@ -14,7 +14,7 @@ from seed_multimodal.data.decoders.base import Decoder, DecoderOptions
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import BadRecord, shorten
-from seed_multimodal.images.any_resolution import Grid, patch_positions
+from seed_multimodal.seed_x.views import Grid, patch_positions
 from seed_multimodal.settings import setting
 
 

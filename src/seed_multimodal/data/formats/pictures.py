@@ -10,8 +10,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.record import BadRecord, Place, Record, find_image, shorten
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.encode import bytes_from_base64
-from seed_multimodal.images.open import Drawing
+from seed_multimodal.images.io import Drawing, bytes_from_base64
 from seed_multimodal.settings import nearest
 
 StoredPicture = bytes | Path | Drawing  # a file's bytes, where it lies, or what draws the picture

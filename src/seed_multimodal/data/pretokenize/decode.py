@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.data.formats.parquet import WHOLE
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.tar import OpenFiles
@@ -30,7 +31,6 @@ from seed_multimodal.data.pretokenize.samples import Dropped, Sample
 from seed_multimodal.data.pretokenize.units import Unit, unit_records
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.errors import DataError, ImageError
-from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.transforms import ImageTransform
 
 TASK = 32  # samples a worker decodes at a time

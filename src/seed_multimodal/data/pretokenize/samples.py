@@ -22,7 +22,7 @@ from seed_multimodal.data.formats.pictures import (
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
 from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 
 
 class Dropped(Exception):

@@ -28,7 +28,7 @@ from seed_multimodal.data.formats.registry import registered
 from seed_multimodal.data.stream.pair_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
 

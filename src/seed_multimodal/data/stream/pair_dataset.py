@@ -20,7 +20,7 @@ from torch import Tensor
 from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
 from seed_multimodal.data.stream.skip_budget import BadSamples, SkipBudget
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 
 
 class SourceDataset(BadSamples):

@@ -20,9 +20,9 @@ from seed_multimodal.data.formats.captions import text_member
 from seed_multimodal.data.formats.pictures import IMAGE_KEYS, stored_picture
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to
-from seed_multimodal.images.any_resolution import AnyResolution
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.seed_x.views import AnyResolution
 
 TAR_PARTS = {"image": IMAGE_KEYS, "txt": ("txt",)}  # of a sample, beside its json
 READ, WRITTEN = 1, 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.encode import build_transform
@@ -19,7 +20,6 @@ from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
 from seed_multimodal.data.pretokenize.pictures import middles, view
 from seed_multimodal.data.pretokenize.units import list_units, unit_records
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.filters import ImageTextFilter
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 

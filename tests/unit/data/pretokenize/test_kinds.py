@@ -22,7 +22,7 @@ from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.systems.pictures import PictureCodec

@@ -17,8 +17,8 @@ from torchvision import transforms
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.open import open_image
-from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise, seed_image_processor
 from seed_multimodal.language.words import BlipCaption
 

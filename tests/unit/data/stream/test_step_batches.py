@@ -22,7 +22,7 @@ from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches, join_batches
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.language.words import BlipCaption
 from seed_multimodal.training.schedules import batch_indices
 
@@ -242,7 +242,7 @@ import hashlib, os, signal, sys
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.step_batches import StepBatches
-from seed_multimodal.images.train_transforms import TrainTransform
+from seed_multimodal.images.augment import TrainTransform
 
 data = PairDataset(Pairs(f"{sys.argv[1]}/*.tar"), TrainTransform(16), seed=1)
 batches = StepBatches(data, 6, seed=3, workers=2)

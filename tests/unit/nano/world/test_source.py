@@ -5,7 +5,7 @@ import pytest
 
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.open import open_image
+from seed_multimodal.images.io import open_image
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at, scenes
 from seed_nano.world.words import describe, read_caption

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from seed_multimodal.images.filters import ImageTextFilter, caption_similarity, picture_size
+from seed_multimodal.data.filters import ImageTextFilter, caption_similarity, picture_size
 
 ITEM = {"pixel_values": 0, "text": "a cat"}
 
