@@ -42,8 +42,10 @@ class ImageTextFilter:
                 return "resolution"
             if self.min_aspect is not None and not self.min_aspect <= height / width <= 1 / self.min_aspect:
                 return "aspect ratio"
-        similarity = caption_similarity(metadata) if self.similarity is not None else None
-        return "similarity" if similarity is not None and similarity < (self.similarity or 0) else ""
+        if self.similarity is not None:
+            similarity = caption_similarity(metadata)
+            return "" if similarity is None or similarity >= self.similarity else "similarity"  # NaN is dropped
+        return ""
 
 
 def picture_size(item: Mapping[str, Any], metadata: Mapping[str, Any]) -> tuple[float, float] | None:

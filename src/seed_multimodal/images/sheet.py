@@ -1,4 +1,4 @@
-"""Contact sheets: rows of captioned images on one page; and codes as strips of colours.
+"""Contact sheets: rows of captioned images on one page; codes as strips of colours; boxes.
 
 Every text is wrapped to the width it has, and heights are measured before anything is drawn, so nothing overlaps.
 """
@@ -6,7 +6,7 @@ Every text is wrapped to the width it has, and heights are measured before anyth
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from PIL import Image, ImageDraw, ImageFont
@@ -187,3 +187,13 @@ def above_strip(image: Image.Image, strip: Image.Image, gap: int = 6) -> Image.I
     page.paste(image.convert("RGB").resize((strip.width, height), Image.Resampling.BICUBIC))
     page.paste(strip, (0, height + gap))
     return page
+
+
+def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[int]], colour: tuple[int, int, int] = (0, 255, 0),
+               width: int = 2) -> Image.Image:
+    """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in the original."""
+    copy = image.convert("RGB").copy()
+    draw = ImageDraw.Draw(copy)
+    for left, top, right, bottom in boxes:
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
+    return copy

@@ -208,9 +208,11 @@ class MultimodalTokenizer:
 
 def plain_text(text: str, what: str = "The text") -> str:
     """The text itself; raises `RequestError` if it is none, or holds lone surrogates (bytes that are not UTF-8)."""
+    if not isinstance(text, str):
+        raise RequestError(f"{what} must be a text, not {type(text).__name__}.")
     try:
         text.encode()
-    except (AttributeError, UnicodeEncodeError):
+    except UnicodeEncodeError:
         raise RequestError(f"{what} must be plain Unicode text.") from None
     return text
 

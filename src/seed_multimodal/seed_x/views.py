@@ -1,4 +1,4 @@
-"""Views of images of any resolution, and the sizes and boxes of drawn images.
+"""Views of images of any resolution, and aspect ratios of edited images.
 
 An image is squashed onto a grid of square views that suits its shape and size, cut into them, and followed by one view
 of the whole. Two rules propose a grid each and the smaller wins; the first of the list wins a tie. Even 1x1 gives two
@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
@@ -142,13 +142,3 @@ def with_ratio(image: Image.Image, source: tuple[int, int]) -> Image.Image:
     if abs(size[0] / image.width - 1) < 0.005:
         return image
     return resize_passes(image, size, Image.Resampling.BICUBIC)
-
-
-def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[int]], colour: tuple[int, int, int] = (0, 255, 0),
-               width: int = 2) -> Image.Image:
-    """A copy with rectangles (left, top, right, bottom in pixels), green and two pixels wide as in the original."""
-    copy = image.convert("RGB").copy()
-    draw = ImageDraw.Draw(copy)
-    for left, top, right, bottom in boxes:
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
-    return copy

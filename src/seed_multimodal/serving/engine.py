@@ -144,7 +144,7 @@ class Engine:
         pictures = []
         for number, (width, height) in sizes.items():
             # A small picture counts as one of DECODERS, so that no more threads than that decode.
-            memory = int(width * height * BYTES_PER_PIXEL)
+            memory = 8 * width * height  # the decoded picture and its RGB copy
             with self._decoding.hold(max(memory, self._decoding.capacity // DECODERS), request.gone):
                 data, name = self._file(request, number), f"images[{number}]"
                 request.images[number] = ""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, ImageStates
 from seed_multimodal.language.seed_x import (
@@ -41,7 +42,6 @@ from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
-from seed_multimodal.seed_x.views import draw_boxes
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.systems.batch import BATCH, Written, written_images
 from seed_multimodal.systems.chat import Answer, Content, DrawnPart, as_text
@@ -182,7 +182,7 @@ class SeedX(TalkingSystem):
                            {**options, "seed": seed}, self.free_words("draw"))
 
     def edit(self, image: Any, instruction: str, seed: int = 0, **options: Any) -> Image.Image:
-        """`image` after `instruction`, in its aspect ratio (`ratio`, see `images.aspect`); raises as `draw`."""
+        """`image` after `instruction`, in its aspect ratio (`ratio`, see `seed_x.views`); raises as `draw`."""
         return self._drawn("edit", [*self._shown(image), as_text(instruction, "The instruction")],
                            self.tasks.edit_response, {**options, "seed": seed}, self.tasks.edit_words)
 

@@ -140,7 +140,7 @@ class FeaturePictures(PictureHalf):
 
         Args:
             conditions: for a second stage, a picture (or None) for each drawn one, whose aspect ratio it gets.
-            ratio: how, see `images.aspect`; "square" leaves it square.
+            ratio: how, see `seed_x.views`; "square" leaves it square.
             seed: one for all pictures, or one each.
             decode: of `SdxlDetokenizer`: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`,
                 `height` and `width`, `scheduler`, …

@@ -19,8 +19,7 @@ from PIL import Image
 from seed_multimodal.errors import counted
 from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics
 from seed_multimodal.evaluation.vqa import vqa_answer
-from seed_multimodal.images.sheet import Cell, Row
-from seed_multimodal.seed_x.views import draw_boxes
+from seed_multimodal.images.sheet import Cell, Row, draw_boxes
 from seed_nano.report import scoring
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import SEED, Samples

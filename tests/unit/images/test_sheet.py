@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from seed_multimodal.images.sheet import FAINT, PAPER, Cell, Row, contact_sheet, wrap
+from seed_multimodal.images.sheet import FAINT, PAPER, Cell, Row, contact_sheet, draw_boxes, wrap
 
 RED, GREEN = (255, 0, 0), (0, 200, 0)
 
@@ -59,3 +59,10 @@ def test_wrap_loses_nothing(text: str) -> None:
 def test_contact_sheet_cuts_captions() -> None:
     short = contact_sheet([Row("", [Cell(Image.new("RGB", (8, 8)), "word " * 300)])], cell=80, max_lines=3)
     assert short.height < 80 + 6 * 20
+
+
+def test_draw_boxes_leaves_its_image() -> None:
+    image = Image.new("RGB", (20, 20))
+    drawn = draw_boxes(image, [(2, 3, 10, 12)])
+    assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel((6, 7)) == (0, 0, 0)
+    assert image.getpixel((2, 3)) == (0, 0, 0)

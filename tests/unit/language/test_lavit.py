@@ -163,7 +163,7 @@ def test_questions_in_their_template() -> None:
     for template in ("{} or {}?", "{question}", "{", "What is it?"):
         with pytest.raises(RequestError, match="cannot be filled"):
             question_prompts(["a"], template)
-    with pytest.raises(RequestError, match="The question must be plain Unicode text"):
+    with pytest.raises(RequestError, match="The question must be a text, not NoneType"):
         question_prompts([None])
 
 

@@ -12,7 +12,6 @@ from seed_multimodal.seed_x.views import (
     RELEASED_GRIDS,
     AnyResolution,
     choose_grid,
-    draw_boxes,
     drawing_size,
     patch_positions,
     read_grids,
@@ -106,10 +105,3 @@ def test_with_ratio_restores_the_source(source: tuple[int, int]) -> None:
         assert width * height == pytest.approx(1024**2, rel=0.06)
     square = Image.new("RGB", (1024, 1024))
     assert with_ratio(square, (500, 501)) is square
-
-
-def test_draw_boxes_leaves_its_image() -> None:
-    image = Image.new("RGB", (20, 20))
-    drawn = draw_boxes(image, [(2, 3, 10, 12)])
-    assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel((6, 7)) == (0, 0, 0)
-    assert image.getpixel((2, 3)) == (0, 0, 0)

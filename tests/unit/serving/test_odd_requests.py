@@ -57,7 +57,7 @@ def test_texts_and_pictures(client) -> None:
     left_out = client.post("/generate", json={"text": "<image>", "images": [[]], "max_new_tokens": 2})
     assert left_out.status_code == 200 and "images[0] broke off after 0 of" in str(left_out.get_json())
     said = client.post("/generate", json={"text": "ab\ud800", "images": []}).get_json()["error"]
-    assert said == "'text' holds half a character (\\ud800) at place 3; give plain Unicode text."
+    assert said == "'text' must be plain Unicode text."
 
 
 def test_bodies(client) -> None:

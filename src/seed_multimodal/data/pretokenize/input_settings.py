@@ -36,7 +36,7 @@ class InputSettings:
         image_root: folder of the pictures that records name; without it: beside the list, then the current folder.
         fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.
         use_caption_in_metadata, caption_key_in_metadata: of tars, take the caption from KEY.json instead of KEY.txt.
-        similarity_thr, min_resolution, min_aspect_ratio: see `images.filters`; None: that filter is off.
+        similarity_thr, min_resolution, min_aspect_ratio: see `data.filters`; None: that filter is off.
         num_frames: pictures taken from each video.
         num_images: pictures of a story; None: any number from 2.
     """

@@ -89,7 +89,7 @@ class PairDataset(SourceDataset):
 
     Args:
         source: stored pairs (`data.formats.pairs`).
-        image_transform: one of ours (`images.train_transforms.TrainTransform`, `images.transforms.ImageTransform`),
+        image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`),
             whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
             named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
             Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
