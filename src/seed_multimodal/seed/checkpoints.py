@@ -27,6 +27,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hub_name
 from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip, resize_positions
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, named_encoder
+from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 State = dict[str, Tensor]
@@ -246,8 +247,9 @@ def _load_clip(kind: Any, source: str | Path, device: str | torch.device, dtype:
         config = kind.config_class.from_pretrained(folder)
         # Of a whole CLIP its own value counts; the one in its vision_config is transformers' default.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
-        model, info = kind.from_pretrained(folder if state is None else None, config=config, state_dict=state,
-                                           dtype=dtype, local_files_only=True, output_loading_info=True)
+        with quiet_loading("transformers"):
+            model, info = kind.from_pretrained(folder if state is None else None, config=config, state_dict=state,
+                                               dtype=dtype, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_WHERE}.") from error
     missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))

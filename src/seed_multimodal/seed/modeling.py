@@ -117,12 +117,10 @@ class SeedTokenizer(PretrainedNetwork):
         `lengths` `[B]`: decode each row from its first codes only; the rows of the others are zeros, as in a stage 2
         trained with `nested`. Released weights were not trained for this and need not give a similar image.
         """
-        codes = codes.to(self.device)
-        size = batch_size or max(1, len(codes))
+        size, parts = batch_size or max(1, len(codes)), []
         with evaluating(self):
-            parts = []
             for start in range(0, len(codes) or 1, size):
-                rows = self.quantize.lookup(codes[start:start + size])
+                rows = self.quantize.lookup(codes[start:start + size].to(self.device))
                 if lengths is not None:
                     rows = first_rows(rows, lengths[start:start + size].to(self.device))
                 parts.append(self.decode_embeddings(rows))

@@ -78,8 +78,8 @@ class Stage1Model(nn.Module):
         self.vision_proj = nn.Linear(width, embed_dim)
         self.embedding_head = (nn.Linear(config.num_query * width, embedding_dim)
                                if embedding_dim is not None else None)
-        for name, parameter in self.Qformer.named_parameters():  # the head's decoder is the word table, which is named
-            if "cls.predictions" in name:  # first and stays trainable
+        for name, parameter in self.Qformer.named_parameters():
+            if "cls.predictions" in name:  # without the word table, which its decoder shares
                 parameter.requires_grad_(False)
         if freeze_vit:
             self.visual_encoder.requires_grad_(False)
