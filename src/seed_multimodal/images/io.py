@@ -165,8 +165,12 @@ def _open(source: ImageSource, name: str | None, limits: ImageLimits) -> tuple[I
     if callable(source):
         source = source()
     shown = name or (Path(source).name or str(source) if isinstance(source, str | os.PathLike) else "image")
-    if isinstance(source, Image.Image | np.ndarray):
-        image = source if isinstance(source, Image.Image) else Image.fromarray(source)
+    if isinstance(source, Image.Image):
+        image = source
+    elif isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2 or not source.size:
+            raise ImageError(f"{shown}: an array of {source.dtype} {list(source.shape)} is no picture.")
+        image = Image.fromarray(source)
     else:
         data = _read(source, shown, limits)
         try:

@@ -275,7 +275,7 @@ def test_the_released_options_are_known(words: MultimodalTokenizer, name: str) -
 def test_wrong_options(words: MultimodalTokenizer, tmp_path: Path) -> None:
     for name, options, message in (("edit", {"num_img_in_token": 3}, "num_img_in_tokens"),
                                    ("edit", {"num_img_in_tokens": 9}, "cannot take 9 words; the tokenizer has 6"),
-                                   ("edit", {"resolution_grids": ["2by1"]}, "is no grid"),
+                                   ("edit", {"resolution_grids": ["2by1"]}, "not grids of views"),
                                    ("edit", {"instruction_prompt": "x"}, "instruction")):
         with pytest.raises(ConfigError, match=message):
             make(words, name, **options)
