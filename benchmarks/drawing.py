@@ -19,7 +19,7 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.seed.diffusion import UnclipDetokenizer
-from seed_multimodal.systems.open_system import open_system
+from seed_multimodal.system.base import MultimodalSystem
 
 UNET = {"sample_size": 96, "block_out_channels": (320, 640, 1280, 1280), "cross_attention_dim": 1024,
         "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True, "class_embed_type": "projection",
@@ -52,11 +52,12 @@ def run(options: argparse.Namespace) -> None:
         embeds = torch.randn(max(options.batches), decoder.embedding_dim)
         tasks = {"reconstruct": lambda count: decoder(embeds[:count], **steps)}
     else:
-        system = open_system(system_folder(options.model), device=options.device, dtype=options.dtype, log=None)
-        decoder = system.pictures.decoder
+        system = MultimodalSystem.from_pretrained(system_folder(options.model), device=options.device,
+                                                  dtype=options.dtype, log=None)
+        decoder = system.images.decoder
         images = input_images(max(options.batches))
-        tasks = {"draw": lambda count: system.draw_all(["a red fish"] * count, **steps),
-                 "edit": lambda count: system.edit_all(images[:count], "Put it at night.", **steps),
+        tasks = {"draw": lambda count: system.draw(["a red fish"] * count, **steps),
+                 "edit": lambda count: system.edit(images[:count], "Put it at night.", **steps),
                  "reconstruct": lambda count: system.reconstruct(images[:count], **steps)}
 
     def compiled(batch: int) -> Timed:  # for the rest of the run

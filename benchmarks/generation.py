@@ -6,8 +6,8 @@
 
 Prompts differ in length, as requests do. `plain`: transformers' `generate` with a key-value cache, one request after
 another; `batch`: so many requests in one call, padded on the left; `static` (CUDA): the same with a static cache and
-compiled decoding. Then descriptions of images that were not seen before: `plain` by `describe`, `batch` by
-`describe_all`.
+compiled decoding. Then descriptions of images that were not seen before: `plain` one by one, `batch`
+in one call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 from torch import Tensor
 
 from seed_multimodal.device import Runtime, choose_device
-from seed_multimodal.systems.open_system import open_system
+from seed_multimodal.system.base import MultimodalSystem
 
 LLAMA_7B = {"vocab_size": 40194, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "max_position_embeddings": 2048}
@@ -54,7 +54,8 @@ def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
     system: Any = None
     if options.model != "original":
-        system = open_system(system_folder(options.model), device=options.device, dtype=options.dtype, log=None)
+        system = MultimodalSystem.from_pretrained(system_folder(options.model), device=options.device,
+                                                  dtype=options.dtype, log=None)
     llm = random_llama(runtime) if system is None else system.llm
 
     def generate(batch: int, **how: Any) -> Timed:
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
         images = iter(input_images((options.repeats + 2) * (len(options.batches) + sum(options.batches))))
         compare("describe", "images", {
             "plain": lambda batch: Timed(lambda: system.describe(next(images)), 1),
-            "batch": lambda batch: Timed(lambda: system.describe_all(list(itertools.islice(images, batch))), batch),
+            "batch": lambda batch: Timed(lambda: system.describe(list(itertools.islice(images, batch))), batch),
         }, options, runtime, {})
 
 

@@ -62,8 +62,8 @@ def flops(config: Seed2Config) -> int:
     with torch.device("meta"):
         model, images = Seed2Tokenizer(config), torch.empty(1, 3, config.vit.image_size, config.vit.image_size)
     with FlopCounterMode(display=False) as counter:
-        model.quantize.nearest(model.pre_quant(images))
-    return counter.get_total_flops()
+        model.pre_quant(images)
+    return counter.get_total_flops() + 2 * config.num_query * config.codebook_size * config.codebook_dim
 
 
 def run(options: argparse.Namespace) -> None:

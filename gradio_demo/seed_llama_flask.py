@@ -39,16 +39,14 @@ def build_parser() -> argparse.ArgumentParser:
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
     add_quantization(parser)
     parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
-                        help="keep the vision tower on the CPU while no picture is read")
+                        help="keep the vision encoder on the CPU while no image is read")
     parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
-                        help="keep the diffusion model on the CPU while no picture is drawn (default: on)")
+                        help="keep the diffusion model on the CPU while no image is drawn (default: on)")
     parser.add_argument("--no_offload_decoder", dest="offload_decoder", action="store_false")
     parser.add_argument("--offload_llm", action="store_true",
-                        help="keep SEED-X's or LaVIT's language model on the CPU while it says nothing")
-    parser.add_argument("--exact_original", action="store_true",
-                        help="answer as the released server does to the letter, its quirks included")
+                        help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate")
     parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
-                        help="pixels of all pictures of a request, and of all being decoded (default: 32 millions)")
+                        help="millions of pixels of all images of a request (default: 32)")
     parser.add_argument("--max_waiting", type=whole_number(1), default=16,
                         help="requests that wait while one is answered, before others get 429 (default: 16)")
     return parser
@@ -61,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.quiet import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
-    from seed_multimodal.systems.open_system import open_system
+    from seed_multimodal.system.base import MultimodalSystem
 
     check_address(args.host, args.port)
     quiet_libraries(args.debug)
@@ -71,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
         if given := next((name for name, value in files.items() if value), None):
             raise ConfigError(f"--system names all that is served, --{given} a part of it; give one of them.")
         parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
-        system = open_system(args.system, device=args.llm_device, image_device=args.tokenizer_device,
-                             offload=[name for name, chosen in parts.items() if chosen], **loading)
+        system = MultimodalSystem.from_pretrained(
+            args.system, device=args.llm_device, image_device=args.tokenizer_device,
+            offload=[name for name, chosen in parts.items() if chosen], **loading)
     elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
         system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
                                      offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,
@@ -80,17 +79,15 @@ def run(args: argparse.Namespace) -> int:
     else:
         lacking = ", ".join(f"--{name}" for name, value in files.items() if not value)
         raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
-    limit_threads(system.llm, system.pictures.model)
+    limit_threads(system.llm, system.images.model)
     try:
-        _ = system.pictures.decoder  # a missing part shows now, not at the first drawing
+        _ = system.images.decoder  # a missing part is reported now, not at the first drawing
     except CheckpointError as error:
-        if system.pictures.can_draw and system.spec.can_draw:  # damaged rather than left out
+        if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
             raise
-        print(f"{error} Pictures are read and described.")
-    pixels = args.max_megapixels * 1_000_000
-    limits = Limits(max_image_pixels=pixels, max_request_pixels=pixels, max_decoding_pixels=pixels,
-                    max_waiting=args.max_waiting)
-    serve(create_app(system, limits=limits, exact_original=args.exact_original), host=args.host, port=args.port)
+        print(f"{error} Images are read and described.")
+    limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_waiting=args.max_waiting)
+    serve(create_app(system, limits=limits), host=args.host, port=args.port)
     return 0
 
 

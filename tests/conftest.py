@@ -57,7 +57,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path):
-    from seed_multimodal.systems.seed_llama import SeedLlama
+    from seed_multimodal.seed.pipeline import SeedLlama
 
     return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
 
@@ -72,7 +72,7 @@ def tiny_x_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_x(tiny_x_folder: Path):
-    from seed_multimodal.systems.seed_x import SeedX
+    from seed_multimodal.seed_x.pipeline import SeedX
 
     return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
 
@@ -86,7 +86,7 @@ def tiny_lavit_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lavit(tiny_lavit_folder: Path):
-    from seed_multimodal.systems.lavit import Lavit
+    from seed_multimodal.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
 

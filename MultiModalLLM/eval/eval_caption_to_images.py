@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.commands.evaluate import eval_program  # noqa: E402
+from seed_multimodal.cli.evaluate import eval_program  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(eval_program(Path(__file__).name, str(__doc__)))

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def reconstruct(args: argparse.Namespace) -> int:
     """Print the codes and where the picture was saved."""
-    from seed_multimodal.commands.common import save_picture
+    from seed_multimodal.cli.common import save_image
     from seed_multimodal.device import choose_device
     from seed_multimodal.evaluation.tokenizer import open_tokenizer
     from seed_multimodal.quiet import quiet_libraries
@@ -45,11 +45,11 @@ def reconstruct(args: argparse.Namespace) -> int:
     quiet_libraries(args.debug)
     runtime = choose_device(args.device, args.dtype, log=log_line)
     codec = open_tokenizer(args.model, runtime, decoder=args.decoder, clip="none").codec
-    codes = codec.tokenize(args.image)
+    codes = codec.encode([Path(args.image)])
     print(" ".join(map(str, codes[0].tolist())))
-    picture = codec.draw(codes, seed=args.seed, num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
+    picture = codec.draw(codes, seeds=[args.seed], num_inference_steps=args.steps, guidance_scale=args.guidance_scale,
                          noise_level=args.noise_level)[0]
-    print(save_picture(picture, Path(args.out or f"recon_{Path(args.image).stem}.png")))
+    print(save_image(picture, Path(args.out or f"recon_{Path(args.image).stem}.png")))
     return DONE
 
 

@@ -11,5 +11,5 @@ cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
-exec "$PYTHON" -m seed_multimodal.cli eval tokenizer --model "${MODEL:-nano}" --data "${DATA:-nano}" --split "${SPLIT:-val}" \
+exec "$PYTHON" -m seed_multimodal eval tokenizer --model "${MODEL:-nano}" --data "${DATA:-nano}" --split "${SPLIT:-val}" \
     --out "${OUT:-log/eval/nano}" ${STAGE1:+--stage1 "$STAGE1"} "$@"

@@ -11,6 +11,6 @@ cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
+exec "$PYTHON" -m seed_multimodal eval tokenizer \
     --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \
     ${IMAGES:+--image-root "$IMAGES"} --out "${OUT:-log/eval/reconstruction}" "$@"

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh
 export PYTHONPATH="../src${PYTHONPATH:+:$PYTHONPATH}"
-exec "$PYTHON" -m seed_multimodal.cli eval tokenizer \
+exec "$PYTHON" -m seed_multimodal eval tokenizer \
     --model "${MODEL:-released}" --data "${DATA:-../data/coco/annotations/coco_karpathy_test.json}" \
     --image-root "${IMAGES:-../data/coco/images}" --rebuild 0 --out "${OUT:-log/eval/retrieval_coco}" \
     ${STAGE1:+--stage1 "$STAGE1"} "$@"

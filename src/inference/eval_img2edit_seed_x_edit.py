@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from seed_multimodal.commands.seed_x import seed_x_script  # noqa: E402
+from seed_multimodal.cli.seed_x import seed_x_script  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(seed_x_script("eval_img2edit_seed_x_edit"))

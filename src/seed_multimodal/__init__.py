@@ -1,10 +1,10 @@
-"""SEED Multimodal: a picture becomes 32 discrete words, a language model reads and writes them, words become a picture.
+"""SEED Multimodal: an image becomes discrete tokens, a language model reads and writes them, tokens become an image.
 
 Importing this package is light (no torch). The objects below load on first use:
 
-    from seed_multimodal import SeedLlama
-    seed = SeedLlama.from_pretrained("pretrained/nano")
-    print(seed.describe("cat.png"))
+    from seed_multimodal import MultimodalSystem
+    system = MultimodalSystem.from_pretrained("nano")
+    print(system.describe("cat.png"))
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.images.io import open_image as open_image
     from seed_multimodal.language.tokenizer import MultimodalTokenizer as MultimodalTokenizer
+    from seed_multimodal.lavit.pipeline import Lavit as Lavit
     from seed_multimodal.seed.diffusion import UnclipDetokenizer as UnclipDetokenizer
     from seed_multimodal.seed.modeling import Seed2Tokenizer as Seed2Tokenizer
-    from seed_multimodal.systems.lavit import Lavit as Lavit
-    from seed_multimodal.systems.llama_tokenizer import SeedLlamaTokenizer as SeedLlamaTokenizer
-    from seed_multimodal.systems.seed_llama import SeedLlama as SeedLlama
-    from seed_multimodal.systems.seed_x import SeedX as SeedX
+    from seed_multimodal.seed.original import SeedLlamaTokenizer as SeedLlamaTokenizer
+    from seed_multimodal.seed.pipeline import SeedLlama as SeedLlama
+    from seed_multimodal.seed_x.pipeline import SeedX as SeedX
+    from seed_multimodal.system.base import MultimodalSystem as MultimodalSystem
 
 __version__ = "0.1.0"
 
@@ -40,10 +41,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _LAZY = {
-    "SeedLlama": "seed_multimodal.systems.seed_llama",
-    "SeedX": "seed_multimodal.systems.seed_x",
-    "Lavit": "seed_multimodal.systems.lavit",
-    "SeedLlamaTokenizer": "seed_multimodal.systems.llama_tokenizer",
+    "MultimodalSystem": "seed_multimodal.system.base",
+    "SeedLlama": "seed_multimodal.seed.pipeline",
+    "SeedX": "seed_multimodal.seed_x.pipeline",
+    "Lavit": "seed_multimodal.lavit.pipeline",
+    "SeedLlamaTokenizer": "seed_multimodal.seed.original",
     "Seed2Tokenizer": "seed_multimodal.seed.modeling",
     "UnclipDetokenizer": "seed_multimodal.seed.diffusion",
     "MultimodalTokenizer": "seed_multimodal.language.tokenizer",

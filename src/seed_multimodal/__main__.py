@@ -2,6 +2,6 @@
 
 import sys
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 
 sys.exit(main())

@@ -32,22 +32,21 @@ ALIASES = {
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     # SEED-X's: what describes a part of the system, without loading it
-    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.systems.seed_x_files:words",
+    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.seed_x.original:words",
     "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
-        "seed_multimodal.systems.seed_x_files:tower",
+        "seed_multimodal.seed_x.original:vision_encoder",
     "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.systems.seed_x_files:Unchanged",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.seed_x.original:no_discrete_model",
     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
-        "seed_multimodal.systems.seed_x_files:language_model",
+        "seed_multimodal.seed_x.original:language_model",
     "src.models.mllm.peft_models.get_peft_model_with_resize_embedding":
-        "seed_multimodal.systems.seed_x_files:language_model_with_lora",
-    "peft.LoraConfig": "seed_multimodal.systems.seed_x_files:lora",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.systems.seed_x_files:agent",
+        "seed_multimodal.seed_x.original:language_model_with_lora",
+    "peft.LoraConfig": "seed_multimodal.seed_x.original:lora",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.seed_x.original:agent",
     "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained":
-        "seed_multimodal.systems.seed_x_files:adapter",
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": "seed_multimodal.seed_x.original:adapter",
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":
-        "seed_multimodal.systems.seed_x_files:adapter",
+        "seed_multimodal.seed_x.original:adapter",
 }
 ALLOWED_PREFIXES = ("seed_multimodal.",)
 _RESERVED = ("_target_", "_recursive_", "_convert_")

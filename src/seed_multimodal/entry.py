@@ -1,5 +1,4 @@
-"""How programs end: a refusal is one sentence and an exit code; a traceback only with `--debug`. And the flags for
-device and precision, which are the same in all of them."""
+"""How programs end: an error is one sentence and an exit code, a traceback only with `--debug`; and their flags."""
 
 from __future__ import annotations
 
@@ -23,85 +22,59 @@ from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning, first_line, how_to_install, package_of
 
 _PLAIN = warnings.formatwarning
-AUTO = "auto: on CUDA float16 for pictures, bfloat16 for the language model; float32 elsewhere"
+AUTO = "auto: on CUDA float16 for images, bfloat16 for the language model; float32 elsewhere"
 DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def log_line(text: str) -> None:
-    """A line on stderr; lost where that is a file on a full disk, since results are worth more."""
-    try:
-        sys.stderr.write(text + "\n")  # one write, so that the sentences of several processes do not mix
-        sys.stderr.flush()
-    except OSError as error:
-        if not disk_is_full(error):
-            raise
+    """Write a line to stderr, in one piece, so that lines of several processes do not mix."""
+    sys.stderr.write(text + "\n")
+    sys.stderr.flush()
 
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; a `SeedError`, or a full disk, becomes its sentence and `REFUSED` unless
-    `debug`."""
+    """Run `work` and return its exit code; user-facing errors become their sentence and `REFUSED` unless `debug`."""
     warnings.formatwarning = functools.partial(_warning_line, program)
-    _prepare_streams()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # whole lines, into files and pipes too
     try:
         code = work()
-        sys.stdout.flush()  # what could not be written is told, not left to Python's end
+        sys.stdout.flush()
         return code
-    except SeedError as error:
-        if debug:
-            raise
-        log_line(f"{program}: {error}")
-        return REFUSED
     except KeyboardInterrupt:
         log_line(f"{program}: interrupted.")
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output has ended (`seed … | head`); the rest of the output is discarded.
-        _discard_output()
+    except BrokenPipeError:  # the reader of the output has ended (`seed … | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except Exception as error:
-        if debug or not (sentence := _machine_sentence(error)):
+        sentence = str(error) if isinstance(error, SeedError) else _machine_sentence(error)
+        if debug or not sentence:
             raise
         log_line(f"{program}: {sentence}")
         return REFUSED
 
 
 def _machine_sentence(error: Exception) -> str:
-    """What the machine has too little of, or a package of an extra that is not installed; "" for other errors."""
+    """A missing package of an extra, a full disk, or memory that does not suffice; "" for other errors."""
     if isinstance(error, ModuleNotFoundError) and (hint := how_to_install(error.name or "")):
         return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
     if disk_is_full(error):
-        place = getattr(error, "filename", None) or ("a file" if _output_arrived() else "the output")
-        return f"{place} cannot be written: the disk or quota is full."
-    from seed_multimodal.device import is_out_of_memory  # not before: it loads torch
+        return f"{getattr(error, 'filename', None) or 'a file'} cannot be written: the disk or quota is full."
+    from seed_multimodal.device import is_out_of_memory  # loads torch
 
     if is_out_of_memory(error):
         return (f"memory does not suffice ({first_line(error).rstrip('.')}). Less is needed with --offload, "
-                f"--quantization, smaller batches or smaller pictures, where the program has them, or with "
+                f"--quantization, smaller batches or smaller images, where the program has them, or with "
                 f"--device cpu.")
     return ""
-
-
-def _output_arrived() -> bool:
-    """Whether all that was printed is written; if not, it is discarded."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        _discard_output()
-        return False
-    return True
-
-
-def _discard_output() -> None:
-    """What could not be written so far, and the rest: Python would fail for it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """End the program with the exit code of `work`. One of several processes leaves at once.
 
-    After a run over gloo, more than one run in four was aborted by C++ while a process tore itself down (torch 2.13,
-    "terminate called without an active exception"): torchrun then reports a failure although all was done and saved,
-    and other nodes wait. Logs, checkpoints and data workers are closed by then, so nothing is left to tear down.
+    Note: tearing down a process after a run over gloo may abort it in C++ (torch 2.13, "terminate called without an
+    active exception"), and torchrun then reports a failure of a run that is done and saved.
     """
     code: object = 1
     try:
@@ -126,24 +99,8 @@ def _warning_line(program: str, message: Warning | str, category: type[Warning],
     return _PLAIN(message, category, *place, **more)
 
 
-def _prepare_streams() -> None:
-    """Lines and file names that are no UTF-8 neither end the program nor get lost: read as Python reads file names, and
-    written as escapes (which JSON reads back). A line is written when it is whole, into files and pipes, too. A stream
-    that was closed is empty, or takes everything."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started us: the next file opened must not take its number
-            setattr(sys, name, open(os.devnull, mode))
-    for stream, options in ((sys.stdin, {"errors": "surrogateescape"}),
-                            (sys.stdout, {"errors": "backslashreplace", "line_buffering": True}),
-                            (sys.stderr, {"errors": "backslashreplace"})):
-        if isinstance(stream, io.TextIOWrapper):
-            with contextlib.suppress(OSError, ValueError):  # closed, or half read by another process
-                stream.reconfigure(**options)  # type: ignore[arg-type]
-
-
 def end_with_parent() -> None:
-    """End this process as soon as the one that started it is dead, by SIGKILL too: it must not write beside the next
-    run. For processes of `multiprocessing`; others are left alone."""
+    """End this process of `multiprocessing` as soon as its parent is dead, by SIGKILL too."""
     parent = multiprocessing.parent_process()
     if parent is None:
         return
@@ -157,10 +114,7 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Make SIGTERM, and the end of the terminal, end the block as Ctrl-C does: by KeyboardInterrupt, after `first`.
-
-    In another thread than the main one, which gets no signals, nothing is changed.
-    """
+    """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt, after `first`. Only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -216,7 +170,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def some_text(text: str) -> str:
-    """A flag's type: a text that says something; an empty one is not taken for a flag that is not there."""
+    """A flag's type: a text that is not empty."""
     if not text.strip():
         raise ArgumentTypeError("the text is empty")
     return text
@@ -224,11 +178,7 @@ def some_text(text: str) -> str:
 
 def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,
                 name: str | None = None) -> int:
-    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`.
-
-    Args:
-        name: of the program in its refusals (default: the parser's).
-    """
+    """Read the flags (and `--debug`), run `work` on them and return its exit code, see `guarded`."""
     add_debug(parser)
     args = parser.parse_args(argv)
     return guarded(name or parser.prog, args.debug, lambda: work(args))

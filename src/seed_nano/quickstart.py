@@ -1,6 +1,6 @@
 """Everything that nano does, once, on one sheet: tokenize, reconstruct, describe, ask, draw, edit, chat, tell a story.
 
-Writes `contact_sheet.png`, the single images and `quickstart.json` (codes and texts).
+Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes and texts).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal import __version__
-from seed_multimodal.commands.common import add_common, load_system, require_room, save_picture, write_text
+from seed_multimodal.cli.common import add_common, load_system, require_room, save_image, write_text
 from seed_multimodal.entry import DONE, add_quantization, run_program
 from seed_multimodal.hub import locate_system
 from seed_multimodal.images.sheet import Cell, Row, above_strip, code_strip, contact_sheet
@@ -65,10 +65,10 @@ def drawn(answer: Any) -> list[Cell]:
 
 def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the sheet by `system` (a `SeedLlama`), and codes."""
-    section = system.pictures.section
+    section = system.images.section
 
     def image(caption: str) -> Image.Image:
-        return Image.fromarray(render(scene_of(caption), system.spec.image_size))
+        return Image.fromarray(render(scene_of(caption), system.config.image_size))
 
     images, looks = list(map(image, READ)), list[Cell]()
     codes = system.tokenize(images).tolist()
@@ -91,7 +91,8 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
     first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the picture")]
-    for count, step in zip(COUNTS, system.reconstruct(first, seed=seed, codes=COUNTS), strict=True):
+    steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
+    for count, step in zip(COUNTS, steps, strict=True):
         strip = code_strip(first, section, first=count, columns=16)
         grown.append(Cell(above_strip(step, strip), "", f"{count} codes", arrow=True))
     return [
@@ -129,19 +130,16 @@ def _main(args: argparse.Namespace) -> int:
     require_room(args.out)
     rows, texts = run_quickstart(load_system(args), args.seed)
     if args.model == "nano" and locate_system("nano-x"):
-        from seed_multimodal.systems.open_system import open_system
-
-        seed_x = open_system("nano-x", device=args.device, dtype=args.dtype, quantization=args.quantization, log=None)
-        rows.append(find(seed_x, args.seed))
+        rows.append(find(load_system(args, name="nano-x", log=None), args.seed))
     for row in rows:
         name = row.label.split()[0].lower()
         texts[name] = [{"request": cell.asked, "answer": cell.caption} for cell in row.cells]
         for number, cell in enumerate(row.cells, 1):
             if cell.image:
-                save_picture(cell.image, args.out / f"{name}_{number}.png")
+                save_image(cell.image, args.out / f"{name}_{number}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
     title = f"A picture is 32 words of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
-    save_picture(contact_sheet(rows, title, cell=150, columns=6, max_lines=16), args.out / "contact_sheet.png")
+    save_image(contact_sheet(rows, title, cell=150, columns=6, max_lines=16), args.out / "contact_sheet.png")
     print(f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}.")
     return DONE
 

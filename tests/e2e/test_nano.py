@@ -61,7 +61,7 @@ def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     distance = [np.mean([np.square(_pixels(a) - _pixels(b)).mean() for a, b in zip(step, ladder[-1], strict=True)])
                 for step in ladder]
     assert distance[0] > distance[1] > distance[2] > distance[3] == 0
-    embeddings = [seed.pictures.model.decode(codes, torch.full((len(codes),), count)) for count in counts]
+    embeddings = [seed.images.model.decode(codes, torch.full((len(codes),), count)) for count in counts]
     likeness = [float(torch.cosine_similarity(step, embeddings[-1]).mean()) for step in embeddings]
     assert likeness == sorted(likeness) and likeness[0] < likeness[2]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 from seed_nano.report.judge import Judge
 from seed_nano.report.scoring import all_words, matched, picture_words
 from seed_nano.world.scene import Scene, boxes

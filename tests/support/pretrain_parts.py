@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 
 SIDE, CODES, PATCHES = 16, 8, 16

@@ -18,10 +18,10 @@ from PIL import Image
 from tiny_sdxl import SIZES as SDXL
 from tiny_sdxl import sdxl_folder, unet
 
-from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.lavit.checkpoints import reading_state, save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
 
 WIDTH = 32  # of the language model

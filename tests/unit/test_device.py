@@ -71,8 +71,8 @@ def test_precisions_that_are_none(dtype: object) -> None:
 
 def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded on the CPU in the end: what each would compute in on a GPU is recorded where it is decided."""
-    from seed_multimodal import configured
-    from seed_multimodal.systems import llama_tokenizer, pictures, seed1, seed_llama
+    from seed_multimodal.seed import original, pipeline
+    from seed_multimodal.system.loading import open_images
 
     told: list[tuple[str, torch.dtype]] = []
 
@@ -83,18 +83,18 @@ def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monk
         told.append((str(options["device"]), options["dtype"]))
         raise Enough
 
-    monkeypatch.setattr(pictures.Seed2Tokenizer, "from_pretrained", stop)
-    monkeypatch.setattr(seed1.Seed1Tokenizer, "from_pretrained", stop)
-    monkeypatch.setattr(seed_llama, "load_llm", lambda *args, **options: told.append(
+    monkeypatch.setattr(pipeline.Seed2Tokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(original.Seed1Tokenizer, "from_pretrained", stop)
+    monkeypatch.setattr(pipeline, "load_llm", lambda *args, **options: told.append(
         (str(options["quantization"]), options["dtype"])))
     words = tiny_folder / "seed_tokenizer"
-    for load in (lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, log=None),
-                 lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
-                 lambda: seed_llama.SeedLlama.from_pretrained(tiny_folder, dtype="bf16", quantization="8bit", log=None),
-                 lambda: configured.picture_codec(str(tiny_folder)),
-                 lambda: llama_tokenizer.SeedLlamaTokenizer.from_pretrained(words),
-                 lambda: llama_tokenizer.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
-                 lambda: seed1.Seed1.from_pretrained(words)):
+    for load in (lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
+                 lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, quantization="8bit", log=None),
+                 lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, dtype="bf16", quantization="8bit", log=None),
+                 lambda: open_images(tiny_folder),
+                 lambda: original.SeedLlamaTokenizer.from_pretrained(words),
+                 lambda: original.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
+                 lambda: original.Seed1.from_pretrained(words)):
         with pytest.raises(Enough):
             load()
     half, full, brain = torch.float16, torch.float32, torch.bfloat16
@@ -117,17 +117,17 @@ def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Pat
     place = {"llm_device": "cpu", "tokenizer_device": "cpu"}
     plain = system_from_configs(**files, **place)
     assert plain.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.int8
-    assert plain.llm.model.embed_tokens.weight.dtype == plain.pictures.model.dtype == torch.float32
+    assert plain.llm.model.embed_tokens.weight.dtype == plain.images.model.dtype == torch.float32
     other = system_from_configs(**files, **place, dtype="bf16", quantization="4bit")
     assert other.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
-    assert other.llm.model.embed_tokens.weight.dtype == other.pictures.model.dtype == torch.bfloat16
+    assert other.llm.model.embed_tokens.weight.dtype == other.images.model.dtype == torch.bfloat16
 
 
 def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFixture[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    from seed_multimodal import cli
-    from seed_multimodal.commands import evaluate, recon, released
-    from seed_multimodal.commands.seed_x import SCRIPTS, seed_x_script
+    from seed_multimodal.cli import evaluate, seed1, seed_llama
+    from seed_multimodal.cli.main import main
+    from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
     from seed_nano import quickstart
     from seed_nano.report import __main__ as report
 
@@ -139,16 +139,16 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
 
     monkeypatch.syspath_prepend(str(ROOT / "gradio_demo"))
     backend = __import__("seed_llama_flask").build_parser()
-    talking = [shown(cli.main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
-    talking += [shown(partial(released.llama_script, size)) for size in ("8b", "14b")]
+    talking = [shown(main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
+    talking += [shown(partial(seed_llama.llama_script, size)) for size in ("8b", "14b")]
     talking += [shown(program) for program in (
-        released.tokenizer_script, backend.parse_args, quickstart.main, report.main,
+        seed_llama.tokenizer_script, backend.parse_args, quickstart.main, report.main,
         *(partial(evaluate.eval_program, name, "") for name in (
             "eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")))]
     talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
     pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
-    pictures += [shown(cli.main, name) for name in ("tokenize", "reconstruct")] + [
-        shown(recon.recon_script), shown(cli.main, "eval", "tokenizer")]
+    pictures += [shown(main, name) for name in ("tokenize", "reconstruct")] + [
+        shown(seed1.recon_script), shown(main, "eval", "tokenizer")]
     for text in talking:
         assert "--quantization {8bit,4bit}" in text, text[:200]
     for text in talking + pictures:
@@ -173,8 +173,8 @@ before = torch.get_num_threads()
 @pytest.mark.parametrize(("code", "environment", "same"), [
     ("limit_threads(Model(9), Model(SMALL - 10))", {}, False),
     ("limit_threads(Model(9))", {"OMP_NUM_THREADS": "3"}, True),
-    ("from argparse import Namespace; from seed_multimodal.commands.pictures import load_codec\n"
-     "load_codec(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
+    ("from argparse import Namespace; from seed_multimodal.cli.common import load_images\n"
+     "load_images(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
 def test_limit_threads_takes_one_for_small_models_unless_a_number_was_set(code: str, environment: dict[str, str],
                                                                          same: bool) -> None:
     plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # runs from a checkout that is not installed
 
-from seed_multimodal.systems.lavit_original import (  # noqa: E402
+from seed_multimodal.lavit.original import (  # noqa: E402
     LaVITDetokenizer,
     LaVITforGeneration,
     LaVITforUnderstanding,

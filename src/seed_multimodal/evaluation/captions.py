@@ -18,7 +18,7 @@ class Captions:
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
         """Of a batch."""
-        captions = self.system.describe_all(images, batch_size=self.run.batch, **self.run.options)
+        captions = self.system.describe(images, batch_size=self.run.batch, **self.run.options)
         return [{"caption": self.run.cut(text)} for text in captions]
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:

@@ -20,8 +20,9 @@ from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import Prompt
 from seed_multimodal.seed.checkpoints import load_clip_vision
-from seed_multimodal.systems.seed_llama import SeedLlama
+from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.weights import load_state_dict
 
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
@@ -93,14 +94,14 @@ def save_drawing(image: Image.Image, folder: Path, number: int, text: str, jpeg:
     return path.name
 
 
-def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[list[int]]:
-    """The codes that follow `<s><img>`, [1, 32]: what the original script steers drawings away from."""
+def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[int]:
+    """The codes that follow `<s><img>`: what the original script steers drawings away from."""
     settings = replace(system.settings(**options), force_image=True)
-    ids = system.generate([system.tokenizer.bos_id], settings)
+    ids = system.generate([Prompt([system.tokenizer.bos_id])], settings)[0]
     codes = [list(part.codes) for part in split_answer(ids, system.tokenizer) if isinstance(part, ImagePart)]
     if not codes:
         raise GenerationError("The model draws no whole image without a caption.")
-    return codes[:1]
+    return codes[0]
 
 
 class Drawings:
@@ -109,18 +110,18 @@ class Drawings:
     def __init__(self, system: Any, run: Run, samples: Sequence[Sample]) -> None:
         self.system, self.run, self.options = system, run, {**run.options, "batch_size": run.batch}
         self.numbers = {one.key: number for number, one in enumerate(samples)}
-        self.clip = None if run.clip is None else ClipScores(run.clip, system.pictures.device)
+        self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
         if isinstance(system, SeedLlama) and run.prompts == "plain":
             self.options["verbatim"] = True
         if isinstance(system, SeedLlama) and run.original:
-            generation = {key: value for key, value in run.options.items() if key not in system.decode_keys}
+            generation = {key: value for key, value in run.options.items() if key not in system.drawing_settings}
             self.options["negative_codes"] = unconditional_codes(system, generation)
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
         """Of a batch: draw, choose, save."""
         run, texts, lines = self.run, [one.caption for one in samples], list[Line]()
         seeds = [run.seed + run.best_of * self.numbers[one.key] for one in samples]
-        drawn = self.system.draw_all(texts, seed=seeds, number=run.best_of, **self.options)
+        drawn = self.system.draw(texts, seeds, num_images=run.best_of, **self.options)
         several = [drawn[start:start + run.best_of] for start in range(0, len(drawn), run.best_of)]
         cosines = [[0.0]] * len(texts) if self.clip is None else self.clip.cosines(texts, several)
         for one, row, own in zip(samples, cosines, several, strict=True):
@@ -139,7 +140,7 @@ class Drawings:
         if len(drawn) > 1 and all(one.image is not None for one in drawn):
             files = [self.run.out / one["picture"] for one in results]
             try:
-                metric = fid_metric(self.run.inception).to(self.system.pictures.device)
+                metric = fid_metric(self.run.inception).to(self.system.images.device)
                 numbers["fid"] = round(fid(metric, self.run, drawn, files), 4)
             except (ImportError, CheckpointError) as error:
                 numbers["notes"] = [f"FID is not computed ({first_line(error)}): it needs the Inception weights and "

@@ -3,7 +3,7 @@
     run = Run(TASKS["vqa"]["vizwiz"], Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
     summary = evaluate(system, run, read_samples(run))
 
-Samples go through the systems' batch methods (`ask_all`, `describe_all`, `draw_all`). SEED-LLaMA answers with the
+Samples go through the systems in batches. SEED-LLaMA answers with the
 settings of the original scripts, LaVIT with those of its published evaluation, other systems with their own.
 """
 
@@ -23,9 +23,9 @@ from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.language.prompts import get_template
+from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.settings import nearest
-from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.systems.seed_llama import SeedLlama
 
 TASKS: dict[str, dict[str, Task]] = {
     "vqa": {
@@ -101,20 +101,20 @@ def set_prompts(system: Any, prompts: str) -> None:
     """
     if prompts == "plain":
         if not isinstance(system, SeedLlama):
-            raise ConfigError(f"{system.spec.name}: is no SEED-LLaMA, which alone has plain prompts.")
-        system.template, system.speaker.marker = get_template("plain"), ""
+            raise ConfigError(f"{system.config.name}: is no SEED-LLaMA, which alone has plain prompts.")
+        system.template = get_template("plain")
         system.tasks = replace(system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0)
 
 
 def _facts(system: Any, run: Run) -> dict[str, Any]:
     """What answers depend on: settings, the file of samples, weights (hashed at a few places of each file)."""
-    places = {value for value in vars(system.spec).values() if isinstance(value, Path)}
+    places = {value for value in vars(system.config).values() if isinstance(value, Path)}
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
              if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()}
     return {"task": asdict(run.task), "prompts": run.prompts, "options": run.options, "seed": run.seed,
-            "best_of": run.best_of, "clip": str(run.clip), "model": system.spec.name,
+            "best_of": run.best_of, "clip": str(run.clip), "model": system.config.name,
             "annotations": sha256_of(run.annotations) if run.annotations.is_file() else "",
             "dtype": str(system.llm.dtype).removeprefix("torch."),
             "quantization": str(getattr(system.llm, "quantization_method", None)),
-            "transform": repr(getattr(system.pictures, "transform", None)),
+            "transform": repr(getattr(system.images, "transform", None)),
             "weights": hashlib.sha256("".join(sorted(map(sampled_hash, files))).encode()).hexdigest()[:16]}

@@ -30,9 +30,9 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.seed.pipeline import CodeImages, open_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.systems.pictures import PictureCodec, open_codec
 
 Log = Callable[[str], None]
 Place = str | Path | None
@@ -50,7 +50,7 @@ ROUTES = {  # name → features of `Pass`, text encoder, what it is
 class OpenedTokenizer:
     """A tokenizer ready to be measured."""
 
-    codec: PictureCodec
+    codec: CodeImages
     clip: Any = None  # frozen CLIP vision encoder that gives the target embedding
     clip_transform: Any = None
     clip_source: str = ""
@@ -77,8 +77,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     parts.require("tokenizer")
     assert parts.tokenizer is not None
     drawing = parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
-    codec = open_codec(parts.tokenizer, vision=parts.vision, detokenizer=drawing, transform=parts.transform,
-                       device=runtime.device, dtype=runtime.dtype)
+    codec = open_images(parts.tokenizer, vision=parts.vision, detokenizer=drawing, config=parts, images=runtime)
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
     inside = drawing / "image_encoder" if drawing is not None else None
     usual = inside if inside is not None and (inside / "config.json").is_file() else locate(f"pretrained/{CLIP_FOLDER}")
@@ -122,7 +121,7 @@ def evaluate_tokenizer(source: PairSource, opened: OpenedTokenizer, out: str | P
     rebuilt: list[Image.Image] = []
     if rebuild and opened.codec.can_draw:
         codes = torch.from_numpy(seen.features["codes"][:rebuild])
-        rebuilt = opened.codec.draw(codes, seed=seed, batch_size=min(batch, 32))
+        rebuilt = opened.codec.draw(codes, seeds=[seed] * len(codes), batch_size=min(batch, 32))
     report: dict[str, Any] = plain({
         **facts, "n": len(seen.rows), "captions": sum(map(len, seen.captions)), "left_out": seen.bad,
         "retrieval": _retrieval(seen, opened), "reconstruction": _reconstruction(seen, rebuilt, opened),

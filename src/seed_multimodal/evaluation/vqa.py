@@ -16,9 +16,8 @@ import numpy as np
 
 from seed_multimodal.data.formats.benchmarks import Sample
 from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run
-from seed_multimodal.language.lavit import QuestionProcessor
-from seed_multimodal.language.lemmatizer import Lemmatizer
-from seed_multimodal.systems.lavit import Lavit
+from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.lavit.processing import Lemmatizer, QuestionProcessor
 
 Rule = Callable[[str], str]
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
@@ -111,7 +110,7 @@ class Questions:
         lavit = isinstance(system, Lavit)
         self.rule: Rule = lavit_answer if lavit else vqa_answer
         # nano-lavit and its kind are asked as they were trained, with the question as it is written.
-        self.question: Rule = QuestionProcessor() if lavit and system.spec.original else str
+        self.question: Rule = QuestionProcessor() if lavit and system.config.original else str
         self.lemma: Rule = str
         if lavit and LEMMATISED not in (run.truth or run.annotations).stem:  # LaVIT's answers are lemmatised
             self.lemma = system.lemmatizer = system.lemmatizer or Lemmatizer()
@@ -143,7 +142,7 @@ class Questions:
         plain = self.run.prompts == "plain"
         texts = [template.format(self.question(one.question)) for one in samples]
         texts = [PLAIN_QUESTION.format(text) if plain else text for text in texts]
-        answers = self.system.ask_all(images, texts, batch_size=self.run.batch, **self.run.options)
+        answers = self.system.ask(images, texts, batch_size=self.run.batch, **self.run.options)
         return [self.run.cut(text) for text in answers]
 
     def _accuracy(self, answer: str, sample: Sample) -> float:

@@ -1,7 +1,8 @@
-"""Parsing an answer: generated ids -> texts and pictures in order, any number of pictures.
+"""Parsing an answer: generated ids -> texts and images in order, any number of images.
 
-`split_answer` accepts a picture only when exactly `tokens_per_image` codes stand between `<img>` and `</img>`; anything
-else that looks like a picture becomes a `BrokenImagePart` with the reason, and the rest of the answer is parsed on.
+`split_answer` accepts an image only when `least_codes` to `tokens_per_image` codes stand between `<img>` and `</img>`
+(which may be missing where their number is free); anything else that looks like an image becomes a `BrokenImagePart`
+with the reason, and the rest of the answer is parsed on.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ImagePart:
-    """A whole picture: its codes, all inside the codebook (of SEED-X the numbers of its places), and where in the
+    """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), and where in the
     generated ids the first of them stands."""
 
     codes: list[int]
@@ -31,7 +32,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class BrokenImagePart:
-    """Image words that are no picture: the ids as generated (brackets included) and one sentence why."""
+    """Image words that are no image: the ids as generated (brackets included) and one sentence why."""
 
     ids: list[int]
     reason: str
@@ -66,7 +67,7 @@ def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:
     """Where the run of image words that begins at `start` ends (exclusive).
 
     After `<img>` that is the next `</img>`, if one comes before another `<img>`; so text words inside the brackets
-    belong to the broken picture. Otherwise it is the end of the codes.
+    belong to the broken image. Otherwise it is the end of the codes.
     """
     place = start + 1
     if ids[start] == vocabulary.eoi_id:
@@ -83,18 +84,18 @@ def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:
 
 
 def _image_part(ids: list[int], vocabulary: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
-    wanted = vocabulary.tokens_per_image
+    least, wanted = vocabulary.least_codes, vocabulary.tokens_per_image
     opened, closed = ids[0] == vocabulary.boi_id, ids[-1] == vocabulary.eoi_id
-    inside = ids[int(opened):len(ids) - int(closed)]
+    inside = [id for id in ids[int(opened):len(ids) - int(closed)] if not vocabulary.counts_for_nothing(id)]
     if not opened:
         return BrokenImagePart(ids, "Image words without an opening <img>.")
-    if not closed:
-        return BrokenImagePart(ids, f"A picture broke off after {len(inside)} of {wanted} codes.")
+    if not closed and least == wanted:
+        return BrokenImagePart(ids, f"An image broke off after {len(inside)} of {wanted} codes.")
     if not all(vocabulary.is_code_id(id) for id in inside):
-        return BrokenImagePart(ids, "A picture holds words that are no image codes.")
-    if len(inside) != wanted:
-        return BrokenImagePart(ids, f"A picture has {len(inside)} codes instead of {wanted}.")
+        return BrokenImagePart(ids, "An image holds words that are no image codes.")
+    if not least <= len(inside) <= wanted:
+        return BrokenImagePart(ids, f"An image has {len(inside)} codes instead of {wanted}.")
     codes = vocabulary.id_to_code(inside)
     if vocabulary.in_order and codes != list(range(wanted)):
-        return BrokenImagePart(ids, "The words of a picture are not in their order.")
+        return BrokenImagePart(ids, "The words of an image are not in their order.")
     return ImagePart(codes, place=start + 1)

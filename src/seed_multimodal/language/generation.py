@@ -1,19 +1,16 @@
-"""Generation with well-formed pictures: after `<img>` exactly 32 codes, then `</img>`; no image word anywhere else.
+"""Generation with well-formed images, for every family.
 
-SEED-X's 64 image words come one after the other, always the same: of its pictures only the model's states count
-(`ImageStates`), and prompts are given as embeddings. Note: its released processor sets forbidden words to 0 instead of
--inf, so that they win where all scores are negative (always with beams).
+An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
+words in order, of which only the model's states count; LaVIT: 1 to 256 codes, steered by guidance. Each prompt of a
+batch draws from a generator of its own, so it gets what it would get alone.
 
-The released programs do not ensure this; here a logits processor enforces it (`constrain=False` switches it off, then
-the ids are those of a plain `model.generate`). It reads its state from the ids themselves, so it needs no memory of its
-own and works in batches, with beams, and after a prompt that ends in `<img>`. A picture is only begun when the token
-budget reaches to its end.
+Note: SEED-X's original processor sets forbidden words to 0 instead of -inf, so that they win where all scores are
+negative (always with beams).
 """
 
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,17 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import GenerationError, first_line
-from seed_multimodal.language.padding import padded_left
-from seed_multimodal.language.sampling import DrawnBeams, DrawnTokens, Draws, FiniteScores, own_seed
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import LogitsProcessorList
 
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
 
 # Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
@@ -39,18 +33,24 @@ COLDEST, HOTTEST = 1e-5, 1e5
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate; the defaults are those of the released scripts, except that spans are kept well-formed.
+    """How to generate; the defaults are those of SEED-LLaMA's scripts, except that images are kept well-formed.
 
-    `temperature` 0 (or below `COLDEST`) and `top_p` 0 mean greedy: the likeliest token each time. Tokens are drawn from
-    generators of the call's own (`sampling`); `seed` None takes one number from torch's global generator as the seed.
-    `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
+    `temperature` 0 and `top_p` 0 mean greedy. `seed` None takes one number from torch's global generator. `guidance`: 1
+    is off (LaVIT's images). `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
+    `num_return_sequences`: answers to each prompt, drawn with `seed`, `seed` + 1, … or the best beams.
     """
 
     max_new_tokens: int = setting(512, least=1)
+    min_new_tokens: int = setting(0, least=0)
     temperature: float = setting(1.0, least=0, most=HOTTEST)
     top_p: float = setting(0.5, least=0, most=1)
     top_k: int = setting(50, least=0)  # 0: off
     num_beams: int = setting(1, least=1, most=1000)
+    length_penalty: float = 1.0
+    early_stopping: bool = False
+    repetition_penalty: float = setting(1.0, above=0)
+    guidance: float = setting(1.0, least=0, most=1000)
+    num_return_sequences: int = setting(1, least=1, most=1000)
     do_sample: bool = True
     seed: int | None = setting(None, **SEEDS)
     force_image: bool = False
@@ -58,101 +58,61 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
+        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
+            raise ConfigError(f"Without sampling, {self.num_beams} beams give at most as many answers, not "
+                              f"{self.num_return_sequences}.")
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn (temperature 0 or top_p 0 turns drawing off)."""
+        """Whether tokens are drawn."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
     def with_seed(self) -> GenerationSettings:
         """With a seed of its own where none was given."""
-        return self if self.seed is not None or not self.samples else replace(self, seed=own_seed())
+        return self if self.seed is not None or not self.samples else replace(self, seed=random_seed())
 
 
-class ImageSpanLogitsProcessor:
-    """Forbids every next token that would break a picture; a transformers logits processor by its call signature.
+@dataclass
+class Prompt:
+    """What the language model reads.
 
-    Args:
-        vocabulary: ids of the image words.
-        max_length: length of prompt and answer together; `<img>` is forbidden where `</img>` would not fit any more.
-        released: of SEED-X's image words forbid only those that the released code does: other words that its answers
-            never hold (`<patch>`, unused image words) stay possible.
+    Attributes:
+        ids: tokens, `<s>` first where the family has one. embeds: [L, D], instead of `ids` where features are read.
+        answered: so many tokens at the end belong to the answer already.
+        negative: tokens that guidance steers away from, the image's start included; None: the start alone.
     """
 
-    def __init__(self, vocabulary: ImageVocabulary, max_length: int | None = None, released: bool = False) -> None:
-        self.vocabulary = vocabulary
-        self.max_length = max_length
-        self.released = released
+    ids: Sequence[int] = ()
+    embeds: Tensor | None = None
+    answered: Sequence[int] = ()
+    negative: Sequence[int] | None = None
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`input_ids [B, L]`, `scores [B, V]` -> scores with forbidden tokens at -inf."""
-        words = self.vocabulary
-        inside, done = self.span_state(input_ids)
-        needs_code = inside & (done < words.tokens_per_image)
-        needs_end = inside & (done >= words.tokens_per_image)
-        forbidden = inside[:, None].repeat(1, scores.shape[1])
-        codes = words.tokens_per_image if self.released else words.n_codes
-        next_code = needs_code[:, None].expand(-1, codes)
-        if words.in_order:
-            next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
-            scores = scores.masked_fill(inside[:, None], 0.0)  # never learned, but certain: costs a beam nothing
-        forbidden[:, words.code_start:words.code_start + codes] = ~next_code
-        if isinstance(words, SeedXVocabulary) and not self.released:
-            forbidden[:, words.patches:words.patches + 2] = True
-        forbidden[:, words.boi_id] = inside | (not self._room_for_image(input_ids.shape[1]))
-        forbidden[:, words.eoi_id] = ~needs_end
-        forbidden[:, words.size:] = True  # padding rows of a larger output layer
-        return scores.masked_fill(forbidden, float("-inf"))
-
-    def _room_for_image(self, length: int) -> bool:
-        return self.max_length is None or self.max_length - length >= self.vocabulary.image_length
-
-    def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids [B, L]` -> whether each row ends inside a picture `[B]`, and words since its `<img>` `[B]`."""
-        words = self.vocabulary
-        if words.in_order:  # the last word says it
-            last = input_ids[:, -1]
-            code = last - words.code_start
-            opened = last == words.boi_id
-            return opened | ((code >= 0) & (code < words.tokens_per_image)), torch.where(opened, 0, code + 1)
-        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
-        last_open = ((input_ids == words.boi_id) * places).amax(dim=1)
-        last_close = ((input_ids == words.eoi_id) * places).amax(dim=1)
-        return last_open > last_close, input_ids.shape[1] - last_open
+    def __len__(self) -> int:
+        return len(self.ids) if self.embeds is None else len(self.embeds)
 
 
-class ImageStates:
-    """The language model's last states (after its final norm) at the words of its answers, kept while it generates.
+class HiddenStates:
+    """The language model's last states (after its final norm) at the words of the answers, kept while it generates.
 
-    Use: give it to `generate_ids`, then `at(row, places)`. With beams it follows the chosen one.
-
-    Args:
-        opening: so many words at the prompts' end count as the answers' first, beside a forced `<img>`.
+    Use: give it to `generate`, then `at(row, places)`; also while the answer is made. With beams it follows the chosen
+    one.
     """
 
-    def __init__(self, opening: int = 0) -> None:
-        self._opening = opening
-        self._steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
-        self._rows: Tensor | None = None  # with beams: the row of each pass that led to each answer's tokens
-        self._forced = 0
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
+        self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
+        self.first = 0  # the answer's word that the first pass ends at
 
     @contextlib.contextmanager
-    def listening(self, model: Any, forced: int) -> Iterator[None]:
-        """Inside, every pass of `model` is followed; `forced`: how many of the answer's words the prompts end in."""
-        self._steps, self._forced = [], forced + self._opening
-
-        def keep(module: Any, arguments: Any, output: Any) -> None:
-            self._steps.append(output.last_hidden_state[:, -1].clone())
-
-        handle = model.get_decoder().register_forward_hook(keep)
+    def recording(self, llm: Any, first: int) -> Iterator[None]:
+        """Inside, every pass of the language model is kept."""
+        self.steps, self.first = [], first
+        handle = llm.get_decoder().register_forward_hook(
+            lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
         try:
             yield
         finally:
             handle.remove()
-
-    def choose(self, rows: Tensor | None) -> None:
-        """`rows [B, answer]`: transformers' `beam_indices`; None without beams."""
-        self._rows = rows
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen).
@@ -160,142 +120,256 @@ class ImageStates:
         Raises:
             GenerationError: a word that nothing follows.
         """
-        steps = [place - self._forced + 1 for place in places]
-        if steps and not 0 <= min(steps) <= max(steps) < len(self._steps):
-            raise GenerationError("The answer ends inside a picture, so there is no state at its last word.")
-        chosen = [row if self._rows is None else int(self._rows[row, step]) for step in steps]
-        return torch.stack([self._steps[step][number] for step, number in zip(steps, chosen, strict=True)])
+        steps = [place - self.first for place in places]
+        if steps and not 0 <= min(steps) <= max(steps) < len(self.steps):
+            raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
+        rows = [row if self.beams is None else int(self.beams[row, step]) for step in steps]
+        return torch.stack([self.steps[step][number] for step, number in zip(steps, rows, strict=True)])
 
 
 @torch.inference_mode()
-def generate_ids(
-    model: LlamaForCausalLM,
-    prompts: Sequence[Sequence[int]],
-    settings: GenerationSettings,
-    tokenizer: MultimodalTokenizer,
-    streamer: Any = None,
-    watch: Callable[[], None] | None = None,
-    *,
-    embed: Callable[[Tensor], Tensor] | None = None,
-    states: ImageStates | None = None,
-    released: bool = False,
-    seeds: Sequence[int] | None = None,
-) -> list[list[int]]:
+def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings, *,
+             seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
+             original: bool = False, streamer: Any = None, should_stop: Callable[[], bool] | None = None
+             ) -> list[list[int]]:
     """Continue every prompt.
 
     Args:
-        prompts: token ids with their `<s>`; of different lengths (padded on the left, masked).
-        streamer: a transformers streamer (`put`, `end`), for a single prompt without beams.
-        watch: called before each token; what it raises ends the generation and is raised here.
-        embed: the prompts' ids `[B, L]`, padded on the left -> what the model reads in their place `[B, L, D]`.
-        states: gets the model's states at the answers' words.
-        released: keep to the released rules of `ImageSpanLogitsProcessor`, and begin pictures without room for them.
         seeds: one for each prompt; None: `settings.seed` for all.
+        ends: tokens that end an answer; None: `</s>`.
+        original: only the rules for images of the original code (see `ImageSpans`).
+        streamer: a transformers streamer, for a single prompt without beams.
+        should_stop: called before each token; true raises `Stopped`.
 
     Returns:
-        The new ids of each prompt up to and including `</s>`; a forced `<img>` comes first. The budget is cut to what
-        the model's context has room for. With a seed, each prompt gets what it would get alone.
+        `num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
+        `<img>` first. With a seed, each prompt gets what it would get alone.
 
     Raises:
-        GenerationError: a prompt too long for the model, no room for a forced picture, or scores that are not numbers.
-        CheckpointError: weights that are not numbers.
+        GenerationError: a prompt too long for the model, no room for a forced image, scores that are not numbers.
     """
-    vocabulary = tokenizer.vocabulary
-    forced = [vocabulary.boi_id] if settings.force_image else []
-    try:
-        rows = [[*map(operator.index, prompt), *forced] for prompt in prompts]
-    except TypeError as error:
-        raise GenerationError(f"Prompts are lists of token ids ({first_line(error)}).") from error
-    if not rows:
+    words, count = tokenizer.vocabulary, settings.num_return_sequences
+    if not prompts:
         return []
-    check_ids(rows, vocabulary)
-    longest = max(len(row) for row in rows)
-    budget = _budget(longest, settings, model, vocabulary)
-    ids, mask = padded_left(rows, tokenizer.pad_id)
-    device = model.get_input_embeddings().weight.device
-    ids, mask = ids.to(device), mask.to(device)
-    processors: list[Any] = [FiniteScores(model)]
-    if watch is not None:
-        processors.append(Watched(watch))
-    if settings.constrain:
-        processors.append(ImageSpanLogitsProcessor(vocabulary, None if released else longest + budget, released))
-    with contextlib.ExitStack() as inside:
-        if settings.samples:
-            draws = Draws(list(seeds) if seeds is not None else
-                          [own_seed() if settings.seed is None else settings.seed for _ in rows])
-            if settings.num_beams > 1:
-                inside.enter_context(DrawnBeams(draws))
-            else:
-                processors.append(DrawnTokens(draws, settings.temperature, settings.top_k, settings.top_p))
-        if states is not None:
-            inside.enter_context(states.listening(model, len(forced)))
-        given = {} if embed is None else {"inputs_embeds": embed(ids)}
-        output = model.generate(
-            ids, attention_mask=mask, streamer=streamer, logits_processor=processors,
-            generation_config=_config(settings, budget, tokenizer), **given)
+    if settings.samples and seeds is None:
+        seeds = [random_seed() if settings.seed is None else settings.seed for _ in prompts]
+    if count > 1 and settings.num_beams == 1:
+        prompts = [prompt for prompt in prompts for _ in range(count)]
+        seeds = [(seed + number) % 2**63 for seed in seeds or () for number in range(count)]
+    forced = [words.boi_id] if settings.force_image else []
+    embed = llm.get_input_embeddings()
+    embeds, mask = pad_left([_embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
+    budget = _budget(embeds.shape[1], settings, llm, words)
+    answered = [[*prompt.answered, *forced] for prompt in prompts]
+    end = [tokenizer.eos_id] if ends is None else list(ends)
+    processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
+                              answered[0][-1:] == [words.boi_id], original, should_stop)
+    recording = contextlib.nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
+    with _seeded_beams(settings, seeds, embeds.device), recording:
+        output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
+                              logits_processor=processors, streamer=streamer)
     if states is not None:
-        states.choose(getattr(output, "beam_indices", None))
-    return [forced + until_end(row, tokenizer.eos_id) for row in output.sequences[:, longest:].tolist()]
+        states.beams = getattr(output, "beam_indices", None)
+    beams = count if settings.num_beams > 1 else 1
+    return [[*answered[row // beams], *until_end(new, end)] for row, new in enumerate(output.sequences.tolist())]
 
 
-def _config(settings: GenerationSettings, budget: int, tokenizer: MultimodalTokenizer) -> Any:
-    """The call's settings; the model's own configuration holds nothing that could fill the rest (`llama`)."""
-    from transformers import GenerationConfig
-
-    # Without beams the last logits processor draws the token, and `generate` takes the only one that is left.
-    samples = settings.samples and settings.num_beams > 1
-    drawing = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
-    return GenerationConfig(
-        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=samples, use_cache=True,
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id,
-        repetition_penalty=1.0, length_penalty=1.0, early_stopping=False, num_return_sequences=1,
-        return_dict_in_generate=True,
-        **(drawing if samples else {"temperature": 1.0, "top_p": 1.0, "top_k": 50}))
+class Stopped(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside `generate` when `should_stop` is true."""
 
 
-def check_ids(rows: Sequence[Sequence[int]], vocabulary: ImageVocabulary) -> None:
-    """Refuse prompts without ids, or with ids that are no word (GenerationError)."""
-    for number, row in enumerate(rows):
-        if not row:
-            raise GenerationError(f"Prompt {number} is empty.")
-        if min(row) < 0 or max(row) >= vocabulary.size:
-            raise GenerationError(f"Prompt {number} holds an id outside the vocabulary of {vocabulary.size} words.")
+def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, Tensor]:
+    """Rows [n, D] → [B, L, D], padded on the left with the embedding of `pad_id`, and mask [B, L]."""
+    longest = max(map(len, rows))
+    pad = embed(torch.tensor([pad_id], device=rows[0].device))
+    embeds = torch.stack([torch.cat([pad.expand(longest - len(row), -1), row]) for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=embeds.device)
+    return embeds, mask
 
 
-def _budget(length: int, settings: GenerationSettings, model: Any, vocabulary: ImageVocabulary) -> int:
-    """New tokens there is room for; a forced picture needs its codes and `</img>`."""
-    budget = min(settings.max_new_tokens, room_for_answer(length, model))
-    if settings.force_image and settings.constrain and budget < vocabulary.tokens_per_image + 1:
-        raise GenerationError(f"A picture needs {vocabulary.tokens_per_image + 1} new tokens, but only {budget} are "
-                              f"left (max_new_tokens {settings.max_new_tokens}, context "
-                              f"{model.config.max_position_embeddings}).")
-    return budget
-
-
-def room_for_answer(length: int, model: Any, unread: int = 0) -> int:
-    """Tokens that fit behind a prompt of `length`; of `unread` pictures it counts one token, as they were not read yet.
+def room_for_answer(length: int, llm: Any) -> int:
+    """Tokens that fit behind a prompt of `length`.
 
     Raises:
         GenerationError: none.
     """
-    context = int(model.config.max_position_embeddings)
+    context = int(llm.config.max_position_embeddings)
     if length >= context:
-        raise GenerationError(f"The prompt has {'at least ' * (unread > 0)}{length} tokens, but the model's context "
-                              f"ends at {context}; make it shorter.")
+        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; make it "
+                              f"shorter.")
     return context - length
 
 
-class Watched:
-    """A logits processor that leaves the scores alone and calls `watch`, once for each token of all beams."""
+def random_seed() -> int:
+    """One number of torch's global generator of the CPU."""
+    return int(torch.randint(2**63 - 1, ()))
 
-    def __init__(self, watch: Callable[[], None]) -> None:
-        self._watch = watch
+
+def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """What was generated up to and including the first end token."""
+    return ids[:next((place for place, id in enumerate(ids, 1) if id in ends), len(ids))]
+
+
+class ImageSpans:
+    """A logits processor that forbids every next token that would break an image.
+
+    Its state is read from the generated ids, so it works in batches and with beams.
+
+    Args:
+        opened: whether the prompt ends in `<img>`.
+        budget: new tokens in all; `<img>` is forbidden where `</img>` would not fit any more.
+        original: of SEED-X's image words forbid only those that the original code forbids.
+    """
+
+    def __init__(self, words: ImageVocabulary, opened: bool = False, budget: int | None = None,
+                 original: bool = False) -> None:
+        self.words, self.opened, self.budget, self.original = words, opened, budget, original
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._watch()
+        """Generated `input_ids [B, n]`, `scores [B, V]` → scores with forbidden tokens at -inf."""
+        words, length = self.words, input_ids.shape[1]
+        inside, done = self.span_state(input_ids)
+        needs_code = inside & (done < words.tokens_per_image)
+        forbidden = inside[:, None].repeat(1, scores.shape[1])
+        forbidden[:, :words.free_inside] = False
+        codes = words.tokens_per_image if self.original else words.n_codes
+        next_code = needs_code[:, None].expand(-1, codes)
+        if words.in_order:
+            next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
+            scores = scores.masked_fill(inside[:, None], 0.0)  # never learned, but certain: costs a beam nothing
+        forbidden[:, words.code_start:words.code_start + codes] = ~next_code
+        if isinstance(words, SeedXVocabulary) and not self.original:
+            forbidden[:, words.patches:words.patches + 2] = True
+        no_room = self.budget is not None and self.budget - length < words.image_length
+        forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
+        forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
+        forbidden[:, words.size:] = True  # padding rows of a larger output layer
+        return scores.masked_fill(forbidden, float("-inf"))
+
+    def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and words since its `<img>` `[B]`."""
+        rows, length = input_ids.shape
+        if self.words.in_order and length:  # the last word says it
+            last = input_ids[:, -1]
+            code, opened = last - self.words.code_start, last == self.words.boi_id
+            return opened | ((code >= 0) & (code < self.words.tokens_per_image)), torch.where(opened, 0, code + 1)
+        start = torch.full((rows,), 0 if self.opened else -1, device=input_ids.device)
+        places = torch.arange(1, length + 1, device=input_ids.device)
+        last_open = torch.cat([start[:, None], torch.where(input_ids == self.words.boi_id, places, -1)], 1).amax(1)
+        last_close = torch.cat([start[:, None] * 0 - 1, torch.where(input_ids == self.words.eoi_id, places, -1)],
+                               1).amax(1)
+        return last_open > last_close, length - last_open
+
+
+class SeededDraw:
+    """The last logits processor of sampling: draws one token a row from the row's generator and forbids all others.
+
+    The numbers are those that `torch.manual_seed(seed)` and a plain `generate` would give for a single prompt.
+    """
+
+    def __init__(self, seeds: Sequence[int], settings: GenerationSettings) -> None:
+        from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self.seeds, self.generators = seeds, list[torch.Generator]()
+        self.warpers: list[Any] = []
+        if settings.temperature != 1:
+            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
+        if settings.top_k:
+            self.warpers.append(TopKLogitsWarper(settings.top_k))
+        if settings.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(float(settings.top_p)))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """`scores [B, V]` → 0 for the drawn token, -inf for the others."""
+        self.generators = self.generators or [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        narrowed = scores
+        for warp in self.warpers:
+            narrowed = warp(input_ids, narrowed)
+        drawn = torch.cat([torch.multinomial(row[None], 1, generator=generator) for row, generator in
+                           zip(narrowed.softmax(-1), self.generators, strict=True)])
+        return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
+
+
+# ---- inside
+
+
+def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
+    """Embeddings [L, D] of a prompt, a forced `<img>` last."""
+    device = embed.weight.device
+    if prompt.embeds is None:
+        return embed(torch.tensor([*prompt.ids, *forced], device=device))  # type: ignore[no-any-return]
+    rows = prompt.embeds.to(embed.weight)
+    return torch.cat([rows, embed(torch.tensor(forced, device=device))]) if forced else rows
+
+
+def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
+    """New tokens there is room for; a forced image needs its codes and `</img>`."""
+    budget = min(settings.max_new_tokens, room_for_answer(length, llm))
+    needed = words.least_codes + 1
+    if settings.force_image and settings.constrain and budget < needed:
+        raise GenerationError(f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
+                              f"{settings.max_new_tokens}, context {llm.config.max_position_embeddings}).")
+    return budget
+
+
+def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings,
+         seeds: Sequence[int] | None, budget: int, end: list[int], opened: bool, original: bool,
+         should_stop: Callable[[], bool] | None) -> tuple[LogitsProcessorList, Any]:
+    """Logits processors and configuration of one call of transformers' `generate`."""
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        MinNewTokensLengthLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    )
+
+    words = tokenizer.vocabulary
+    processors = LogitsProcessorList([_check(should_stop)])
+    if settings.guidance != 1:
+        device = llm.get_input_embeddings().weight.device
+        negative = torch.tensor([list(prompt.negative or [words.boi_id]) for prompt in prompts], device=device)
+        processors.append(UnbatchedClassifierFreeGuidanceLogitsProcessor(settings.guidance, llm, negative))
+    if settings.constrain:
+        processors.append(ImageSpans(words, opened, None if original else budget, original))
+    if settings.min_new_tokens:
+        processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end,
+                                                            device=llm.get_input_embeddings().weight.device))
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    beams = settings.num_beams > 1
+    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+    if settings.samples and beams:
+        sampling = {name: getattr(settings, name) for name in sampling}
+    elif settings.samples:
+        processors.append(SeededDraw(seeds or (), settings))
+    return processors, GenerationConfig(
+        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples and beams, use_cache=True,
+        num_return_sequences=settings.num_return_sequences if beams else 1, bos_token_id=tokenizer.bos_id,
+        eos_token_id=end, pad_token_id=tokenizer.pad_id, repetition_penalty=1.0, return_dict_in_generate=True,
+        length_penalty=settings.length_penalty if beams else 1.0, early_stopping=beams and settings.early_stopping,
+        **sampling)
+
+
+def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor], Tensor]:
+    """The first logits processor: scores must be numbers (NaN would end a CUDA process), and somebody must wait."""
+    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if should_stop is not None and should_stop():
+            raise Stopped
+        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
+            raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
+                                  "dtype too narrow (try --dtype float32).")
         return scores
 
+    return check
 
-def until_end(ids: list[int], eos_id: int) -> list[int]:
-    """What was written up to and including the end word."""
-    return ids[:ids.index(eos_id) + 1] if eos_id in ids else ids
+
+@contextlib.contextmanager
+def _seeded_beams(settings: GenerationSettings, seeds: Sequence[int] | None, device: torch.device) -> Iterator[None]:
+    """Sampling with beams draws inside transformers: from the first prompt's seed, and the global state is restored."""
+    if not settings.samples or settings.num_beams == 1:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed((seeds or [0])[0])
+        yield

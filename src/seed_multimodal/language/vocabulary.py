@@ -39,13 +39,16 @@ def location_word(place: int) -> str:
 class ImageVocabulary:
     """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids.
 
-    `in_order`: whether an image's words are always the first codes, one after the other.
+    `in_order`: whether an image's words are always the first codes, one after the other; `begun_only`: whether only the
+    prompt begins an image; `free_inside`: ids below this number are possible inside an image, and left out of it.
     """
 
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
     in_order: ClassVar[bool] = False
+    begun_only: ClassVar[bool] = False
+    free_inside: ClassVar[int] = 0
 
     @property
     def code_start(self) -> int:
@@ -71,6 +74,15 @@ class ImageVocabulary:
     def image_length(self) -> int:
         """Ids of one image, brackets included."""
         return self.tokens_per_image + 2
+
+    @property
+    def least_codes(self) -> int:
+        """The fewest codes of an image."""
+        return self.tokens_per_image
+
+    def counts_for_nothing(self, id: int) -> bool:
+        """Whether `id` is possible inside an image, and left out of it."""
+        return id < self.free_inside or (self.begun_only and id == self.boi_id)
 
     @property
     def words(self) -> dict[str, int]:

@@ -15,7 +15,7 @@ Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names ar
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from seed_multimodal.errors import DataError, RequestError
-from seed_multimodal.language.answer import AnswerPart, ImagePart, split_answer
-from seed_multimodal.language.generation import GenerationSettings, ImageStates, generate_ids
+from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
-from seed_multimodal.language.seed_x import answer_text, seed_x_words
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.vision import place_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
@@ -48,34 +44,6 @@ class AgentSettings:
     add_patch_pos: bool = True
     vit_down: bool = True
     mse: bool = True
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Input of the model.
-
-    Attributes:
-        ids: tokens, `<s>` first; images as `SeedXVocabulary.read_ids` gives them.
-        features: [views, N, K] of the vision encoder, of all views of all images in order; None without images.
-        positions: [views, 2], the centre of each view, x and y in 0..1.
-        places: indices of `ids` where the features are put (`SeedXPrompts.places`); None: all image words.
-    """
-
-    ids: Sequence[int]
-    features: Tensor | None = None
-    positions: Tensor | None = None
-    places: Sequence[int] | None = None
-
-
-@dataclass
-class Answer:
-    """New tokens up to `</s>` (a forced `<img>` first), their parts (texts, whole and broken images), the features
-    [n, 64, K] of each whole image, and the text."""
-
-    ids: list[int]
-    parts: list[AnswerPart]
-    features: Tensor
-    text: str = ""
 
 
 class ContinuousLVLM(nn.Module):
@@ -165,27 +133,6 @@ class ContinuousLVLM(nn.Module):
         _check_count(int(mask.sum()), 0 if read is None else len(read), "read")
         return embeds if read is None else embeds.masked_scatter(mask[..., None], read.to(embeds))
 
-    def embed_prompts(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> list[Tensor]:
-        """Embeddings [L, D] of each prompt, with its features in their places.
-
-        Raises:
-            RequestError: another number of features than the prompt has places.
-        """
-        device, rows = self.llm.get_input_embeddings().weight.device, []
-        for number, prompt in enumerate(prompts):
-            places = seed_x_words(tokenizer).places(list(prompt.ids))
-            places = places if prompt.places is None else sorted(set(places) & set(prompt.places))
-            wanted = len(places) // tokenizer.vocabulary.tokens_per_image
-            views = 0 if prompt.features is None else len(prompt.features)
-            if views != wanted:
-                raise RequestError(f"Prompt {number} has places for {wanted} views of images, but there are features "
-                                   f"of {views}.")
-            mask = torch.zeros(1, len(prompt.ids), dtype=torch.bool, device=device)
-            mask[0, places] = True
-            ids = torch.tensor([list(prompt.ids)], device=device)
-            rows.append(self.embed(ids, mask, prompt.features if views else None, prompt.positions)[0])
-        return rows
-
     def written_features(self, states: Tensor) -> Tensor:
         """States at image words [n, 64, D] → features [n, 64, K]."""
         features: Tensor = self.output_resampler(states.to(next(self.output_resampler.parameters())))
@@ -197,45 +144,6 @@ class ContinuousLVLM(nn.Module):
             return read
         assert positions is not None
         return read + place_features(positions, self.patch_pos_embed)[:, None].to(read)
-
-    # ---- generation
-
-    @torch.inference_mode()
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, tokenizer: MultimodalTokenizer,
-                 streamer: Any = None, watch: Callable[[], None] | None = None, *, released: bool = False,
-                 seeds: Sequence[int] | None = None) -> list[Answer]:
-        """Answer every prompt as if it were alone; other arguments and errors as of `generate_ids`."""
-        states = ImageStates()
-        answers = generate_ids(self.llm, [prompt.ids for prompt in prompts], settings, tokenizer, streamer, watch,
-                               embed=self.reader(prompts, tokenizer), states=states, released=released, seeds=seeds)
-        return [self._answer(ids, row, states, tokenizer, prompts[row].ids[-1:]) for row, ids in enumerate(answers)]
-
-    def reader(self, prompts: Sequence[Prompt], tokenizer: MultimodalTokenizer) -> Callable[[Tensor], Tensor]:
-        """`embed` of `generate_ids`: left-padded ids, which may end with further tokens, → embeddings."""
-        rows = self.embed_prompts(prompts, tokenizer)
-        longest = max(map(len, rows))
-
-        def embed(ids: Tensor) -> Tensor:
-            embeds: Tensor = self.llm.get_input_embeddings()(ids).clone()
-            for line, row in zip(embeds, rows, strict=True):
-                line[longest - len(row):longest] = row
-            return embeds
-
-        return embed
-
-    @torch.inference_mode()
-    def written(self, states: ImageStates, runs: Sequence[Sequence[int]], row: int = 0) -> Tensor:
-        """Features [n, 64, K] of images whose words are at these places of an answer."""
-        return self.written_features(torch.stack([states.at(row, places) for places in runs]))
-
-    def _answer(self, ids: list[int], row: int, states: ImageStates, tokenizer: MultimodalTokenizer,
-                end: Sequence[int]) -> Answer:
-        opening = [id for id in end if id == tokenizer.vocabulary.boi_id]  # the prompt began the first image
-        parts = split_answer([*opening, *ids], tokenizer)
-        drawn = [part for part in parts if isinstance(part, ImagePart)]
-        runs = [range(at := part.place - len(opening), at + len(part.codes)) for part in drawn]
-        features = self.written(states, runs, row) if runs else torch.zeros(0, 0, 0)
-        return Answer(ids, parts, features, answer_text(ids, tokenizer))
 
 
 def _chosen(values: Tensor | None, mask: Tensor | None) -> Tensor | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
+import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +26,11 @@ from seed_multimodal.images.io import (
     request_image,
 )
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX, SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.client import follow_generate
-from seed_multimodal.serving.gate import Gate
+from seed_multimodal.serving.dialogue import Dialogue
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -112,7 +112,7 @@ class ChatPage:
     folder: Path
     timeout: float = 600.0
     post: Callable[..., Iterator[dict[str, Any]]] = field(default=follow_generate)
-    decoding: Gate = field(default_factory=lambda: Gate(2), repr=False)  # so many pictures at once
+    decoding: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(2), repr=False)
 
     def new_dialogue(self) -> Dialogue:
         """The conversation a visitor starts with."""
@@ -124,7 +124,7 @@ class ChatPage:
             return STILL_ANSWERING
         try:
             if image:
-                with self.decoding.hold():
+                with self.decoding:  # two images at once
                     picture = self._for_page(image)
                 dialogue.add_image(self._store(picture))
             if text and text.strip():
@@ -151,7 +151,6 @@ class ChatPage:
         asked = dialogue.asking = dialogue.conversation
         try:
             body = dialogue.request(self._for_request, force_boi=force_boi, **settings)
-            assert body is not None
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 for piece in self.post(self.address, {**body, "previews": True}, self.timeout):
                     if dialogue.asking is not asked:  # its visitor has cleared it meanwhile

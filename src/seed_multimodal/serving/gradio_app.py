@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.conversation import Dialogue
 from seed_multimodal.serving.chat_page import UPLOADS, ChatPage, Kind, kind_of
+from seed_multimodal.serving.dialogue import Dialogue
 
 if TYPE_CHECKING:
     import gradio as gr

@@ -39,7 +39,7 @@ def report(options: argparse.Namespace) -> int:
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
     system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device,
                          dtype=options.dtype, quantization=options.quantization, log=log_line)
-    device = system.inner.pictures.device
+    device = system.inner.images.device
     judge.to(device)
     runs: list[Run] = []
     found: dict[str, dict[str, Any]] = {}

@@ -26,10 +26,10 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
-from seed_multimodal.configured import picture_half
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
 from seed_multimodal.system.domain import DomainHead, load_domain
+from seed_multimodal.system.loading import open_images
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import StageTask
@@ -51,15 +51,16 @@ def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
     Args:
         number: of training scenes; there are twice as many pictures that are none, and two thirds as many held out.
     """
-    half = picture_half(str(folder))
+    codec = open_images(str(folder), log=print)
     # the block in the middle: pictures that the last one maps near to scenes are still apart there
-    blocks = next((name, one) for name, one in half.tower.named_modules() if isinstance(one, nn.ModuleList))
+    blocks = next((name, one) for name, one in codec.encoder.named_modules() if isinstance(one, nn.ModuleList))
     layer = f"{blocks[0]}.{len(blocks[1]) // 2}"
     torch.manual_seed(seed)
 
     def tokens(pictures: Iterator[Image.Image], most: int) -> Tensor:
         batches = iter(lambda: list(islice(pictures, min(64, most))), [])
-        return torch.cat([half.tokens_of(batch, layer).half() for batch in islice(batches, -(-most // 64))]).float()
+        parts = [codec.vision_tokens(batch, layer).half() for batch in islice(batches, -(-most // 64))]
+        return torch.cat(parts).float()
 
     others = tokens(_others(seed), 2 * number)
     head = fit(tokens(_scenes(seed, "train"), number), others, min(STEPS, number), seed)

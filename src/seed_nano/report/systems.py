@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.language.lemmatizer import Lemmatizer
-from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.systems.open_system import open_system
+from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.system.messages import user_message
 
 Images = Sequence[Image.Image]
 LONGEST_TEXT = 110  # tokens: an answer without end would delay its whole batch
@@ -31,13 +30,12 @@ class System:
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
-        self.image_size, self.codebook_size = inner.spec.image_size or 64, inner.tokenizer.vocabulary.n_codes
+        self.image_size, self.codebook_size = inner.config.image_size or 64, inner.tokenizer.vocabulary.n_codes
 
     def facts(self) -> dict[str, Any]:
         """Settings that the numbers depend on."""
-        decoder = self.inner.pictures.decoder
-        return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.spec.generation,
-                **vars(decoder.defaults)}
+        return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.config.generation,
+                **vars(self.inner.images.decoder.defaults)}
 
     def encode(self, images: Images) -> list[Any]:
         """Images as the language model reads them."""
@@ -56,12 +54,12 @@ class System:
     def describe(self, encoded: Sequence[Any]) -> list[str]:
         """A caption of each image."""
         images, options = self.shown(encoded)
-        return list(self.inner.describe_all(images, **options))
+        return list(self.inner.describe(images, **options))
 
     def ask(self, encoded: Sequence[Any], questions: Sequence[str]) -> list[str]:
         """A short answer to each question about its image."""
         images, options = self.shown(encoded)
-        return list(self.inner.ask_all(images, questions, **options))
+        return list(self.inner.ask(images, list(questions), **options))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An image for each text, not yet decoded; None where the answer holds no whole image."""
@@ -73,8 +71,9 @@ class System:
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image that answers each message."""
-        written = self.inner.write_all(contents, task, batch_size=self.batch, seed=self.seed)
-        return [one if len(one.images) == 1 else None for one in written]
+        written = self.inner.write_images([user_message(one) for one in contents], task, batch_size=self.batch,
+                                          seeds=[self.seed] * len(contents), seed=self.seed)
+        return [one if len(one.values) == 1 else None for one in written]
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Encoded images as the library's methods take them, and the options of answers about them."""
@@ -86,11 +85,12 @@ class SeedLlamaSystem(System):
     """SEED-LLaMA."""
 
     def encode(self, images: Images) -> list[Any]:
-        return list(self.inner.encode_all(images, batch_size=self.batch).tolist())
+        return [codes for start in range(0, len(images), self.batch)
+                for codes in self.inner.images.encode(images[start:start + self.batch]).tolist()]
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
-        codes = [getattr(one, "images", [one])[0] for one in encoded]
-        return list(self.inner.pictures.draw(codes, seed=self.seed, batch_size=self.batch))
+        codes = [getattr(one, "values", [one])[0] for one in encoded]
+        return list(self.inner.images.draw(codes, seeds=[self.seed] * len(codes), batch_size=self.batch))
 
 
 class SeedXSystem(System):
@@ -98,12 +98,13 @@ class SeedXSystem(System):
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
         if isinstance(encoded[0], Image.Image):
-            return list(self.inner.pictures.rebuild(encoded, seed=self.seed))
-        return list(self.inner.draw_written(encoded, self.seed, self.batch, {}))
+            return list(self.inner.reconstruct(encoded, self.seed, batch_size=self.batch))
+        return list(self.inner.draw_values([one.values[0] for one in encoded], [one.request for one in encoded],
+                                           [self.seed] * len(encoded), self.batch, {}))
 
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
-        return [one.boxes for one in self.inner.detect_all(images, phrases, **self.shown(images)[1])]
+        return [one.boxes for one in self.inner.detect(images, list(phrases), **self.shown(images)[1])]
 
 
 @dataclass(frozen=True)
@@ -129,21 +130,20 @@ class LavitSystem(System):
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         super().__init__(inner, batch, seed)
-        inner.spec.require("understanding", "decoder", "pixels")
-        inner.log = inner.pictures.log = None
-        inner.lemmatizer = Lemmatizer("none")  # the same answers with and without a lemmatizer installed
+        inner.log = None
+        inner.lemmatizer = lambda text: " ".join(text.lower().split())  # the same with and without spaCy
         self.patches = inner.tokenizer.vocabulary.tokens_per_image
-        self.samples = inner.pictures.selection == "draw"
+        self.samples = inner.images.selection == "draw"
 
     def encode(self, images: Images) -> list[Any]:
-        seeds, pictures = list(range(self.seed, self.seed + len(images))), self.inner.pictures
-        rows = zip(pictures.tokenize(images, seed=seeds), images, seeds, pictures.kept(images, seed=seeds), strict=True)
+        seeds, pictures = list(range(self.seed, self.seed + len(images))), self.inner.images
+        rows = zip(pictures.encode(images, seed=seeds), images, seeds, pictures.kept(images, seed=seeds), strict=True)
         return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]
 
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:
         """See `System`; `ratio`: of the sides."""
-        return list(self.inner.pictures.draw([one.codes for one in encoded], seed=self.seed, ratio=ratio,
-                                             batch_size=self.batch))
+        return list(self.inner.images.draw([one.codes for one in encoded], seeds=[self.seed] * len(encoded),
+                                           ratio=ratio, batch_size=self.batch))
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         return [one.image for one in encoded], {"seed": [one.seed for one in encoded], "batch_size": self.batch}
@@ -152,28 +152,26 @@ class LavitSystem(System):
         return self.write([[text] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
-        return self.write([[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "compose")
+        return self.write([[one.codes, text] for one, text in zip(encoded, instructions, strict=True)], "edit")
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        written = list[Any]()
-        for start in range(0, len(contents), self.batch):
-            rows = contents[start:start + self.batch]
-            written += self.inner.write(rows, task, seed=list(range(self.seed + start, self.seed + start + len(rows))))
-        return [Tokens(one.codes.tolist()) if len(one.codes) else None for one in written]
+        written = self.inner.write_images([user_message(one) for one in contents], task, batch_size=self.batch,
+                                          seeds=range(self.seed, self.seed + len(contents)))
+        return [Tokens(list(one.values[0])) if len(one.values) == 1 else None for one in written]
 
     @torch.inference_mode()
     def losses(self, encoded: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
         """1 − cosine between the vision encoder's features and those decoded from each image's codes, mean over
         patches, [N]; and the same with the mean image in place of every image."""
-        half, seen, rebuilt = self.inner.pictures, list[Tensor](), list[Tensor]()
+        half, seen, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
         for start in range(0, len(encoded), self.batch):
             rows = encoded[start:start + self.batch]
-            with half.reading():
-                pixels = half.writer.pixels([half.open(one.image) for one in rows])
+            with half.encoding():
+                pixels = torch.stack([half.writer.transform(half.open(one.image)) for one in rows]).to(half.device)
                 seen.append(half.writer.patch_features(pixels).float().cpu())
                 codes = [half.writer.embed_codes(torch.tensor(one.codes, device=half.writer.device)) for one in rows]
-            with half.drawing():
-                rebuilt.append(half.decoder.decoder.features(codes).float().cpu())
+            with half.drawing() as detokenizer:
+                rebuilt.append(detokenizer.decoder.features(codes).float().cpu())
         true = torch.cat(seen)
         near, blind = ((1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
                        for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true)))
@@ -184,5 +182,6 @@ ADAPTERS: dict[str, type[System]] = {"seed_llama": SeedLlamaSystem, "seed_x": Se
 
 
 def load_system(model: str | Path, *, batch: int = 64, seed: int = 0, **options: Any) -> System:
-    """The system of a folder or name; `options` and errors as of `open_system`."""
-    return ADAPTERS[SystemConfig.find(model).system](open_system(model, **options), batch, seed)
+    """The system of a folder or name; `options` and errors as of `MultimodalSystem.from_pretrained`."""
+    system = MultimodalSystem.from_pretrained(model, **options)
+    return ADAPTERS[system.config.system](system, batch, seed)

@@ -20,8 +20,8 @@ from yaml import YAMLError
 from seed_multimodal.config import read_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.loop_settings import StageSettings

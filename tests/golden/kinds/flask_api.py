@@ -1,18 +1,14 @@
-"""`POST /generate` answers as the released server does, request by request.
+"""`POST /generate` with the requests recorded from the original server.
 
-The recorded stubs (language model, image encoder, image decoder) are plugged into our server as its backend; everything
-between HTTP and the stubs is ours. Two servers are driven with every request:
+The recorded stubs (answers of the language model, codes of images, 4x4 drawings) replace the networks of a SEED-LLaMA;
+everything between HTTP and them is ours. Compared with the recording: prompt ids and generation settings of the
+language model, pixels given to the encoder, codes given to the decoder, codes, texts and drawings of well-formed
+answers. Where the original breaks its own rules (`<img> </img>` left in a text, broken images, text behind `</s>`, code
+lists of any length and value, HTTP 500 pages), ours answers as documented: one `<image>` per image, a reason for each
+broken one, the answer ends at the first `</s>`, images that broke off are left out, 4xx with one sentence.
 
-* `exact_original=True` must reproduce the recorded JSON, prompt ids, generation settings, and every picture (decoded
-  pixels, the PNG encoder may differ), also where the released server breaks its own rules (`<img> </img>` left in the
-  text, code lists of any length).
-* the default server must keep the promise that the text holds one `<image>` per picture, agree with the recording on
-  codes, end an answer at its first end token, leave out pictures that broke off, and refuse code lists that are no
-  picture.
-
-Left out: recorded HTTP 500 pages of failed assertions. Ours are 4xx with one sentence of JSON, which is what is checked
-there; the bodies of 400, 404 and 415 pages are not compared either. `prompt_text` (what the server printed) is left
-out: our server prints nothing.
+Left out: the blanks in texts, the prompt of a forced image (ours ends as in tuning) and of control words typed by users
+(ours are ordinary letters), `prompt_text` (what the original printed), bodies of the pages for 400, 404 and 415.
 """
 
 from __future__ import annotations
@@ -20,156 +16,162 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from runner import DEFAULT_DIR, assert_same, read_json
+from runner import assert_same, golden_tokenizer_folder, read_json
+from torch import nn
 
-from seed_multimodal.serving.codes_backend import CodesBackend
+from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.language.tasks import RELEASED_TASKS
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.pipeline import CodeImages, SeedLlama
+from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.system.config import SystemConfig
 
 KIND = "flask_api"
+TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 
 
-class RecordedBackend(CodesBackend):
-    """The stub models of the recording: see the fixture's README for their formulas."""
+class RecordedEncoder(nn.Module):
+    """Stub image encoder: of image i of a batch the codes 7 k + 11 i + 5."""
 
-    def __init__(self, tokenizer: Any, new_ids: list[int]) -> None:
-        from seed_multimodal.images.transforms import get_transform
+    def __init__(self, words: Any) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(num_query=words.tokens_per_image, codebook_size=words.n_codes,
+                                      vit=SimpleNamespace(image_size=224))
+        self.shapes: list[list[int]] = []
 
-        self.tokenizer = tokenizer
-        self.new_ids = new_ids
-        self.transform = get_transform("clip", keep_ratio=False, image_size=224)
-        self.encoded: list[list[int]] = []
-        self.decoded: list[list[list[int]]] = []
-        self.call: dict[str, Any] | None = None
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        self.shapes.append(list(pixels.shape))
+        size = self.config
+        return torch.tensor([[(7 * k + 11 * i + 5) % size.codebook_size for k in range(size.num_query)]
+                             for i in range(len(pixels))])
 
-    def encode(self, pixels: Any) -> list[list[int]]:
-        self.encoded.append(list(pixels.shape))
-        vocabulary = self.tokenizer.vocabulary
-        return [[(7 * k + 11 * i + 5) % vocabulary.n_codes for k in range(vocabulary.tokens_per_image)]
-                for i in range(len(pixels))]
 
-    def generate(self, asked: Any, request: Any) -> list[int]:
-        self.call = {"input_ids": [list(asked.prompt)], "generation_config": {
-            "temperature": request.temperature, "num_beams": request.num_beams,
-            "max_new_tokens": request.max_new_tokens, "top_p": request.top_p, "do_sample": request.do_sample}}
-        return [*asked.opening, *self.new_ids]
+class RecordedImages(CodeImages):
+    """Stub image codec: draws 4x4 pixels of one colour."""
 
-    def decode(self, codes: list[int], request: Any = None) -> Image.Image:
-        self.decoded.append([list(codes)])
-        return Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256))
+    def __init__(self, words: Any) -> None:
+        transform = get_transform("clip", keep_ratio=False, image_size=224)
+        super().__init__(RecordedEncoder(words), transform, load_decoder=lambda: None,  # type: ignore[arg-type]
+                         device=torch.device("cpu"))
+        self.drawn: list[list[list[int]]] = []
+        self.encoded: dict[bytes, torch.Tensor] = {}
+
+    def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Equal images of a batch one by one, as recorded; a batch that comes again is known."""
+        batch = pixels.numpy().tobytes()
+        if batch not in self.encoded:
+            self.encoded[batch] = self.model.encode(pixels)
+        return self.encoded[batch]
+
+    def draw(self, values: Any, **settings: Any) -> list[Image.Image]:
+        self.drawn.append([list(codes) for codes in values])
+        return [Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256)) for codes in values]
+
+
+class RecordedSystem(SeedLlama):
+    """A SEED-LLaMA whose language model gives the recorded ids."""
+
+    def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
+        sizes = SimpleNamespace(vocab_size=tokenizer.vocabulary.size, max_position_embeddings=4096)
+        super().__init__(SystemConfig(name="recorded", template=template, tasks=RELEASED_TASKS), tokenizer,
+                         SimpleNamespace(config=sizes), RecordedImages(tokenizer.vocabulary))
+        self.new_ids, self.calls = new_ids, list[dict[str, Any]]()
+
+    def generate(self, prompts: Any, settings: Any, task: Any = "chat", **how: Any) -> list[list[int]]:
+        forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
+        self.calls.append({"input_ids": [[*prompts[0].ids, *forced]], "generation_config": {
+            "temperature": settings.temperature, "num_beams": settings.num_beams, "top_p": settings.top_p,
+            "max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}})
+        if streamer := how.get("streamer"):
+            for ids in ([0], *([id] for id in self.new_ids)):  # the prompt comes first
+                streamer.put(torch.tensor(ids))
+        return [[*prompts[0].answered, *forced, *self.new_ids]]
 
 
 def check(folder: Path) -> None:
     files = sorted(folder.glob("cases*.json"))
     assert files, f"{folder}: the fixture lacks its cases*.json."
-    tokenizer = _tokenizer(folder)
+    tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
     for file in files:
         for case in read_json(file):
+            system = RecordedSystem(tokenizer, TEMPLATES[file.name], case.get("stub_generated_ids") or [])
             what = f"{file.name}, case {case['name']!r}"
-            if "request" in case:
-                _check_exact(case, tokenizer, what)
-                _check_default(case, tokenizer, what)
-            else:
-                _check_page(case, tokenizer, what)
+            (check_case if "request" in case else check_page)(case, system, what)
 
 
-def _tokenizer(folder: Path) -> Any:
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-    for parent in (folder.parent, DEFAULT_DIR):
-        place = parent / "llm_sequences" / "tokenizer"
-        if place.is_dir():
-            return MultimodalTokenizer.from_pretrained(place)
-    raise AssertionError(f"{folder}: its tokenizer is missing: llm_sequences/tokenizer beside it.")
-
-
-def _client(backend: RecordedBackend, exact: bool) -> Any:
-    from seed_multimodal.serving.flask_app import create_app
-
-    return create_app(backend, exact_original=exact).test_client()
-
-
-def _send(client: Any, case: dict[str, Any]) -> Any:
-    return client.open("/generate", method=case["method"], json=case["request"])
-
-
-def _check_exact(case: dict[str, Any], tokenizer: Any, what: str) -> None:
-    backend = RecordedBackend(tokenizer, case["stub_generated_ids"])
-    response = _send(_client(backend, exact=True), case)
-    if case["status"] == 500:
-        _assert_refused(response, what)
-        assert backend.call is None, f"{what}: the model ran for a request that is refused"
-        return
-    assert_same(response.status_code, case["status"], f"{what}, status")
-    assert_same(response.content_type, case["content_type"], f"{what}, content type")
-    assert_same(backend.call, case["model_call"], f"{what}, call of the language model")
-    assert_same(backend.encoded, case["encode_image_shapes"], f"{what}, shapes given to the image encoder")
-    assert_same(backend.decoded, case["decode_image_ids"], f"{what}, codes given to the image decoder")
-    got, want = dict(response.get_json()), dict(case["response"])
-    _assert_same_pictures(got.pop("images"), want.pop("images"), what)
-    assert_same(got, want, f"{what}, response")
-
-
-def _check_default(case: dict[str, Any], tokenizer: Any, what: str) -> None:
-    what = f"{what} (default server)"
-    backend = RecordedBackend(tokenizer, case["stub_generated_ids"])
-    response = _send(_client(backend, exact=False), case)
-    vocabulary = tokenizer.vocabulary
-    lists = [item for item in case["request"].get("images", []) if isinstance(item, list)]
-    whole = vocabulary.tokens_per_image
-    wrong_codes = any(len(row) > whole or not all(0 <= c < vocabulary.n_codes for c in row) for row in lists)
-    broken = [row for row in lists if len(row) < whole]
-    if wrong_codes or (case["status"] == 500 and not broken):
-        _assert_refused(response, what)
-        return
-    if broken:
-        assert_same(response.status_code, 200, f"{what}, status")
-        told = [said for said in response.get_json()["error_msg"] if said.endswith("was left out.")]
-        assert_same(len(told), len(broken), f"{what}, pictures left out")
+def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+    words, asked = system.tokenizer.vocabulary, case["request"]
+    lists = [item for item in asked.get("images", []) if isinstance(item, list)]
+    wrong = any(len(row) > words.tokens_per_image or not {*row} <= {*range(words.n_codes)} for row in lists)
+    broke_off = [row for row in lists if len(row) < words.tokens_per_image]
+    response = create_app(system).test_client().open("/generate", method=case["method"], json=asked)
+    if wrong or (case["status"] == 500 and not broke_off):
+        assert_refused(response, what)
+        assert not system.calls, f"{what}: the model ran for a request that is refused"
         return
     assert_same(response.status_code, 200, f"{what}, status")
-    got = response.get_json()
-    given = len(case["request"]["images"])
-    assert_same(got["text"].count("<image>"), len(got["images"]), f"{what}, <image> flags per picture")
-    assert_same(len(got["images_ids"]), given + len(got["images"]), f"{what}, code lists per picture")
-    assert_same(got["images_ids"][:given], case["response"]["images_ids"][:given], f"{what}, codes of the request")
-    if tokenizer.eos_id in case["stub_generated_ids"][:-1]:  # ours ends an answer at its first end token
-        assert case["response"]["text"].split()[0].startswith(got["text"].split()[0]), f"{what}: {got['text']!r}"
-    elif not case["response"]["error_msg"]:  # well-formed answers: same pictures, same words up to blanks
-        assert_same(got["images_ids"], case["response"]["images_ids"], f"{what}, codes")
-        _assert_same_pictures(got["images"], case["response"]["images"], what)
-        words = case["response"]["text"].replace("<img> </img>", "<image>").replace("<image>", " <image> ")
-        assert_same(got["text"].replace("<image>", " <image> ").split(), words.split(), f"{what}, words")
+    answer = response.get_json()
+    if broke_off:
+        left_out = [said for said in answer["error_msg"] if said.endswith("was left out.")]
+        assert_same(len(left_out), len(broke_off), f"{what}, images left out")
+        return
+    assert_same(response.content_type, case["content_type"], f"{what}, content type")
+    check_calls(case, system, what)
+    check_answer(case, answer, system, what)
+
+
+def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+    (call,), recorded = system.calls, case["model_call"]
+    config, expected = call["generation_config"], recorded["generation_config"]
+    if case["request"].get("force_boi"):
+        config["max_new_tokens"] = expected["max_new_tokens"]  # raised where no image fits into it
+    elif "<" not in case["request"]["text"].replace("<image>", ""):
+        assert_same(call["input_ids"], recorded["input_ids"], f"{what}, prompt")
+    assert_same(config, expected, f"{what}, generation settings")
+    images = system.images
+    assert_same(images.model.shapes, case["encode_image_shapes"], f"{what}, shapes given to the image encoder")
+    if not case["response"]["error_msg"]:
+        assert_same(images.drawn, case["decode_image_ids"], f"{what}, codes given to the image decoder")
+
+
+def check_answer(case: dict[str, Any], answer: dict[str, Any], system: RecordedSystem, what: str) -> None:
+    recorded, given = case["response"], len(case["request"]["images"])
+    assert_same(answer["text"].count("<image>"), len(answer["images"]), f"{what}, placeholders")
+    assert_same(len(answer["images_ids"]), given + len(answer["images"]), f"{what}, lists of codes")
+    assert_same(answer["images_ids"][:given], recorded["images_ids"][:given], f"{what}, codes of the request")
+    if system.tokenizer.eos_id in case["stub_generated_ids"][:-1]:
+        assert recorded["text"].split()[0].startswith(answer["text"].split()[0]), f"{what}: {answer['text']!r}"
+    elif recorded["error_msg"]:
+        assert answer["error_msg"], f"{what}: the broken image is not reported"
     else:
-        assert got["error_msg"], f"{what}: the broken picture is not reported"
+        assert_same(answer["images_ids"], recorded["images_ids"], f"{what}, codes")
+        for number, (ours, theirs) in enumerate(zip(answer["images"], recorded["images"], strict=True)):
+            assert (pixels(ours) == pixels(theirs)).all(), f"{what}: image {number} differs"
+        text = recorded["text"].replace("<img> </img>", "<image>").replace("<image>", " <image> ")
+        assert_same(answer["text"].replace("<image>", " <image> ").split(), text.split(), f"{what}, text")
 
 
-def _check_page(case: dict[str, Any], tokenizer: Any, what: str) -> None:
-    client = _client(RecordedBackend(tokenizer, []), exact=True)
+def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+    client = create_app(system).test_client()
     sent = {"invalid json": lambda: client.post("/generate", data="{not json", content_type="application/json"),
             "wrong content type": lambda: client.post("/generate", data="text", content_type="text/plain"),
             "unknown path": lambda: client.get("/no/such/path")}
-    assert case["name"] in sent, f"{what}: a case without a request that this check does not know"
     response = sent[case["name"]]()
     assert_same(response.status_code, case["status"], f"{what}, status")
-    _assert_refused(response, what)
+    assert_refused(response, what)
 
 
-def _assert_refused(response: Any, what: str) -> None:
-    assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected a 4xx refusal"
+def assert_refused(response: Any, what: str) -> None:
+    assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
     body = response.get_json()
-    assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: refused without a sentence: {body}"
+    assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: no sentence: {body}"
 
 
-def _assert_same_pictures(got: list[str], want: list[str], what: str) -> None:
-    assert_same([bool(text) for text in got], [bool(text) for text in want], f"{what}, which pictures were drawn")
-    for number, (a, b) in enumerate(zip(got, want, strict=True)):
-        if b:
-            first, second = _pixels(a), _pixels(b)
-            assert first.shape == second.shape and (first == second).all(), f"{what}: picture {number} differs"
-
-
-def _pixels(text: str) -> np.ndarray:
+def pixels(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))

@@ -12,7 +12,8 @@ from typing import Any
 from runner import assert_close, assert_same, read_json
 from seedx_common import seedx_tokenizer
 
-from seed_multimodal.language.seed_x import Box, SeedXPrompts, box_numbers, read_boxes, without_words
+from seed_multimodal.language.tasks import SEED_X_TASKS
+from seed_multimodal.seed_x.processing import Box, SeedXPrompts, box_numbers, place_images, read_boxes, without_words
 from seed_multimodal.seed_x.views import AnyResolution, patch_positions
 
 KIND = "seedx_inference"
@@ -53,13 +54,18 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
     prompts = SeedXPrompts(tokenizer, tuned=not script.endswith("_seed_x.py"))
     grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(size)
     views = [grid[0] * grid[1] + 1]
+
+    def tuned(text: str, views: list[int]) -> list[int]:
+        return prompts.dialogue([("user", place_images(text, views))])
+
     ours = {
-        "eval_img2text_seed_x.py": [prompts.ask(QUESTION, views), prompts.detect(PHRASE, views)],
-        "eval_img2text_seed_x_i.py": [prompts.ask(TUNED[0], views), prompts.detect(TUNED[1], views)],
-        "eval_img2edit_seed_x_edit.py": [prompts.ask(EDIT, views)],
-        "eval_text2img_seed_x.py": [[*prompts.draw(CAPTION), words.boi_id]],  # forced
-        "eval_text2img_seed_x_i.py": [prompts.draw(TUNED_CAPTION)],
-    }[script]
+        "eval_img2text_seed_x.py": lambda: [prompts.alone(place_images(QUESTION, views)),
+                                            prompts.alone(place_images(PHRASE, views), "detect")],
+        "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
+        "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
+        "eval_text2img_seed_x.py": lambda: [[*prompts.alone([CAPTION], "draw"), words.boi_id]],  # forced
+        "eval_text2img_seed_x_i.py": lambda: [tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])],
+    }[script]()
     assert_same(len(ours), len(run["llm_calls"]), f"{script}: calls")
     for ids, call in zip(ours, run["llm_calls"], strict=True):
         assert_same([ids], call["input_ids"], f"{script}: ids")

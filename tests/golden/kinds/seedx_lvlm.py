@@ -15,9 +15,11 @@ import torch
 from runner import assert_close, assert_same, read_json, read_tensors
 from seedx_common import seedx_tokenizer
 
-from seed_multimodal.language.generation import GenerationSettings, ImageSpanLogitsProcessor
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
-from seed_multimodal.seed_x.modeling import AgentSettings, Answer, ContinuousLVLM, Prompt
+from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
+from seed_multimodal.seed_x.processing import answer_text
 from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 from seed_multimodal.weights import assign_strictly
 
@@ -122,7 +124,7 @@ def check_gradients(where: str, model: ContinuousLVLM, meta: dict[str, Any], out
 
 
 def check_processor(meta: dict[str, Any], inputs: dict[str, torch.Tensor], tokenizer: Any) -> None:
-    processor = ImageSpanLogitsProcessor(tokenizer.vocabulary, released=True)
+    processor = ImageSpans(tokenizer.vocabulary, original=True)
     assert_same(tokenizer.vocabulary.run(), [meta["img_ids_list"][0], *meta["img_ids_list"][1:]], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
@@ -149,14 +151,19 @@ def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: dict[
             head[tokenizer.vocabulary.boi_id] = weights["gen.forced_image.lm_head.weight_row_img"]
     places = tokenizer.vocabulary.places(case["input_ids"])
     assert_same(places, [place for place, here in enumerate(case["ids_cmp_mask"]) if here], f"{name}: places")
-    prompt = Prompt(case["input_ids"], inputs.get(f"gen.{name}.image_embeds"),
-                    inputs.get(f"gen.{name}.patch_positions"))
+    ids, features = torch.tensor([case["input_ids"]]), inputs.get(f"gen.{name}.image_embeds")
+    states, opened = HiddenStates(), case["input_ids"][-1:] == [tokenizer.vocabulary.boi_id]
     settings = GenerationSettings(do_sample=False, **case["kwargs"])
-    answer: Answer = model.eval().generate([prompt], settings, tokenizer, released=True)[0]
     with torch.no_grad():
+        embeds = model.eval().embed(ids, torch.tensor([case["ids_cmp_mask"]]).bool(), features,
+                                    inputs.get(f"gen.{name}.patch_positions"))[0]
+        prompt = Prompt(case["input_ids"], embeds, answered=[tokenizer.vocabulary.boi_id] if opened else [])
+        answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
         head.copy_(before)
-    assert_same(answer.text, case["text"], f"{name}: text")
-    assert_same((len(answer.features) > 0, len(answer.features)), (case["has_img_output"], case["num_gen_imgs"]),
-                f"{name}: pictures")
+        pictures = [part for part in split_answer(answer, tokenizer) if isinstance(part, ImagePart)]
+        drawn = [model.written_features(states.at(0, range(part.place, part.place + len(part.codes)))[None])
+                 for part in pictures]
+    assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
+    assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: pictures")
     if f"gen.{name}.img_gen_feat" in outputs:
-        assert_close(answer.features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")
+        assert_close(torch.cat(drawn), outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")

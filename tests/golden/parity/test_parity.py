@@ -1,7 +1,7 @@
 """Batches and losses are those recorded before the library was consolidated (`recorded.json`, written by `record.py`).
 
 What is drawn is compared bit for bit everywhere, pixels and losses where processor and torch are those of the record;
-elsewhere losses within 1e-4, in bf16 within 3e-3, by which other machines' rounding differs after 30 steps of such
+elsewhere losses within 3e-4, in bf16 within 3e-3, by which other machines' rounding differs after 30 steps of such
 small models (1.3e-3 in bf16 between an Intel Xeon and an AMD EPYC).
 """
 
@@ -73,5 +73,5 @@ def test_losses(case: str, tmp_path: Path) -> None:
     for stage, losses in stages.items():
         recorded = expected[stage] if stage else expected
         assert len(losses) == cases.STEPS
-        near = pytest.approx(recorded, rel=3e-3 if "bf16" in case else 1e-4)
+        near = pytest.approx(recorded, rel=3e-3 if "bf16" in case else 3e-4)
         assert losses == (recorded if SAME_MACHINE else near), f"{case} {stage}"

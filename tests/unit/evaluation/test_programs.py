@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seed_multimodal.cli import main
-from seed_multimodal.commands.evaluate import eval_program
-from seed_multimodal.commands.lavit import evaluate_script
+from seed_multimodal.cli.evaluate import eval_program
+from seed_multimodal.cli.lavit import evaluate_script
+from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.benchmarks import Sample
 from seed_multimodal.evaluation.answers import Run
 from seed_multimodal.evaluation.tasks import TASKS, find_truth
@@ -259,7 +259,7 @@ def test_lavits_rules(data, tiny_lavit, tiny, tmp_path, monkeypatch):
     assert [work._accuracy(said, Sample(0, "", references=["Red"])) for said in ("It is red.", "blue")] == [1.0, 0.0]
     assert Questions(tiny, run, [])._accuracy("two dogs", Sample(0, "", references=["2 dogs"])) == 1.0
     assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit is asked as it was trained
-    monkeypatch.setattr(tiny_lavit, "spec", replace(tiny_lavit.spec, original="lavit"))
+    monkeypatch.setattr(tiny_lavit, "config", replace(tiny_lavit.config, original="lavit"))
     assert Questions(tiny_lavit, run, []).question("What is No. 3?") == "what is no 3?"
 
 

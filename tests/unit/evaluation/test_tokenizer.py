@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from PIL import Image
 from pyarrow import parquet
 
-from seed_multimodal.cli import main
-from seed_multimodal.commands.eval_tokenizer import data_spec
+from seed_multimodal.cli.eval_tokenizer import data_spec
+from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import DataError
@@ -190,7 +190,7 @@ def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, 
             (["--stage1", str(tmp_path / "no.pth")], "there is no such weights file"),
             (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
             (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
-            (["--decoder", str(image_encoder)], "have width 10, but this diffusion model needs width 256"),
+            (["--decoder", str(image_encoder)], "embeddings have width 10, but this diffusion model needs width 256"),
             (["--caption-key", "captoin"], "'captoin'")):
         assert run(stages, listed, tmp_path / "out", *arguments) == 2
         error = capsys.readouterr().err

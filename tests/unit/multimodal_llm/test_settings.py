@@ -241,7 +241,9 @@ def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, t
 
     monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setenv("OMP_NUM_THREADS", given or "1")
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
     before = torch.get_num_threads()
     try:
         said = use_offload_threads(json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text()))

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MODEL, read_files, write_files
@@ -270,7 +270,7 @@ def test_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_exported_tokenizer_serves_seed_llama(tmp_path: Path, tiny_folder: Path) -> None:
     """Stages made from a system's own tokenizer: exported, it encodes exactly as the system did."""
-    from seed_multimodal.systems.seed_llama import SeedLlama
+    from seed_multimodal.seed.pipeline import SeedLlama
 
     source = tiny_folder / "seed_tokenizer"
     tokenizer = Seed2Tokenizer.from_pretrained(source)

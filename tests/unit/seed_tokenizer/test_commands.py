@@ -37,7 +37,7 @@ def test_both_stages_and_export(start, tmp_path):
                 "wait_share", "peak_memory_mib", "eta_seconds", "lr", "grad", "bad_samples"):
         assert f'"{key}"' in log, key
 
-    from seed_multimodal.cli import main
+    from seed_multimodal.cli.main import main
     from seed_multimodal.seed.modeling import Seed2Tokenizer
 
     command = shlex.split(line.removeprefix("Next: seed "))  # as it is printed, but for the folder

@@ -59,7 +59,7 @@ def test_pictures_without_captions_become_a_tokenizer(
     yaml: Callable[..., list[str]], run: Callable[[list[str]], Any], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from seed_multimodal.cli import main
+    from seed_multimodal.cli.main import main
     from seed_multimodal.images.io import open_image
     from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
     from seed_multimodal.lavit.decoder import CodeDecoder

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lavis_runs import ROOT, log_of
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 
 NANO = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 WIDTH = 16  # of the image embedding, as the tiny system's decoder draws it
@@ -100,7 +100,7 @@ def test_a_tokenizer_on_a_clip_folder_is_used_by_the_commands_that_runs_print(
     assert main(["reconstruct", picture, "--model", str(out), "--out", str(kept)]) == 2
     assert f"put a stable-unCLIP folder that draws its embeddings at {out}/diffusion_model" in capsys.readouterr().err
     assert main(["describe", picture, "--model", str(out)]) == 2
-    assert "is an image tokenizer without a language model" in capsys.readouterr().err
+    assert "its language model is not there" in capsys.readouterr().err
 
     assert extract(RunSettings("caption", {"files": str(data)}, str(tmp_path / "codes"),
                                EncoderSettings(str(out), device="cpu"), workers=0)) == 0

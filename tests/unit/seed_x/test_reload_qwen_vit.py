@@ -10,7 +10,7 @@ import tiny_seed_x
 import torch
 import warm_python
 
-from seed_multimodal.commands import reload_qwen_vit
+from seed_multimodal.cli import reload_qwen_vit
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.weights import load_state_dict
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
+from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.assemble import save_system
+from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import PARTS, SystemConfig
-from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.systems.open_system import open_system
-from seed_multimodal.systems.seed_llama import SeedLlama
 
 ROOT = Path(__file__).resolve().parents[3]
 FOX = ROOT / "images" / "fox.png"
@@ -71,9 +71,10 @@ def test_assemble_makes_a_system_that_answers_as_before(
         source = tiny_x_folder
         parts = {name: source / name for name in ("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")}
     assert assemble(kind, tmp_path / "system", **parts, settings=source / "system.json") == 0
-    made, wanted = (open_system(folder, device="cpu", log=None) for folder in (tmp_path / "system", source))
+    made, wanted = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+                    for folder in (tmp_path / "system", source))
     greedy = {"do_sample": False, "max_new_tokens": 8}
-    assert made.describe(FOX, **greedy) == wanted.describe(FOX, **greedy) and made.pictures.can_draw
+    assert made.describe(FOX, **greedy) == wanted.describe(FOX, **greedy) and made.images.can_draw
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
@@ -82,12 +83,13 @@ def test_save_system_writes_a_folder_that_needs_no_other(name: str, tmp_path: Pa
     for file in (*out.rglob("tower.json"), *out.rglob("vae.json")):
         values = json.loads(file.read_text())
         assert (file.parent / (values.get("file") or values["folder"])).resolve().is_relative_to(out.resolve())
-    made, wanted = (open_system(folder, device="cpu", log=None) for folder in (out, ROOT / "pretrained" / name))
-    assert made.describe(FOX) == wanted.describe(FOX) and made.spec.can_draw
+    made, wanted = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+                    for folder in (out, ROOT / "pretrained" / name))
+    assert made.describe(FOX) == wanted.describe(FOX) and made.images.can_draw
     drawn, expected = (system.draw("a dog", seed=1, num_inference_steps=1) for system in (made, wanted))
     assert drawn.tobytes() == expected.tobytes()
-    changed = {key for key in vars(made.spec) if getattr(made.spec, key) != getattr(wanted.spec, key)}
-    assert changed <= {"name", *PARTS[made.spec.system], "domain", "known_words"}
+    changed = {key for key in vars(made.config) if getattr(made.config, key) != getattr(wanted.config, key)}
+    assert changed <= {"name", *PARTS[made.config.system], "domain", "known_words"}
     assert (out / "README.md").is_file() and not (out / "report").exists()
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from seed_multimodal import hub
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 from seed_multimodal.configured import language_model, seed_llama_tokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.systems.seed_llama import SeedLlama
 
 FOX = str(Path(__file__).resolve().parents[3] / "images" / "fox.png")
 

@@ -14,11 +14,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 import seed_multimodal
-from seed_multimodal.configured import picture_half
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.domain import load_domain
-from seed_multimodal.systems.open_system import open_system
-from seed_multimodal.systems.picture_half import PictureHalf
+from seed_multimodal.system.images import ImageCodec
+from seed_multimodal.system.loading import open_images
 from seed_nano.report.domain import fit
 from seed_nano.world.scene import empty_pictures, render
 from seed_nano.world.splits import scene_at
@@ -32,8 +32,8 @@ WHITE = Image.new("RGB", (64, 64), "white")
 
 
 @cache
-def half(name: str) -> PictureHalf:
-    return picture_half(str(ROOT / "pretrained" / name), device="cpu")
+def half(name: str) -> ImageCodec:
+    return open_images(ROOT / "pretrained" / name, device="cpu")
 
 
 def photograph() -> Image.Image:
@@ -80,7 +80,7 @@ def test_note_tells_scenes_from_other_images(name: str) -> None:
 @pytest.mark.parametrize("name", SHIPPED)
 def test_notes_beside_answers(name: str) -> None:
     logged: list[str] = []
-    system = open_system(ROOT / "pretrained" / name, device="cpu", log=logged.append)
+    system = MultimodalSystem.from_pretrained(ROOT / "pretrained" / name, device="cpu", log=logged.append)
     logged.clear()
     system.describe(WHITE)
     system.ask(ROOT / "images" / "fox.png", "Is there a zebra?")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.training import plots
 from seed_multimodal.training.plots import draw_runs, find_logs, read_curves, save_curves
@@ -131,5 +131,6 @@ def test_a_run_leaves_its_curves_and_never_fails_for_them(tmp_path: Path, monkey
 
 @pytest.mark.process
 def test_matplotlib_is_loaded_only_to_draw() -> None:
-    code = "import sys, seed_multimodal.cli, seed_multimodal.training.plots; assert 'matplotlib' not in sys.modules"
+    code = ("import sys, seed_multimodal.cli.main, seed_multimodal.training.plots\n"
+            "assert 'matplotlib' not in sys.modules")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

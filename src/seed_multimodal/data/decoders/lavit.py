@@ -24,9 +24,9 @@ from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, P
 from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.lavit import QUESTION, LavitTokenizer, LavitWords
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer, LavitWords
 from seed_multimodal.settings import setting
 
 START, END = "start", "end"

@@ -21,9 +21,9 @@ from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence, pad
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
-from seed_multimodal.language.seed_x import read_boxes, seed_x_words
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER
+from seed_multimodal.seed_x.processing import read_boxes, seed_x_words
 from seed_multimodal.seed_x.views import RELEASED_GRIDS, choose_grid, read_grids
 from seed_multimodal.settings import setting
 

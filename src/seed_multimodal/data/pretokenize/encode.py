@@ -62,7 +62,7 @@ class Encoder:
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
         opened = _instantiate(settings.tokenizer, str(self.device))
-        codec = getattr(opened, "pictures", opened)
+        codec = getattr(opened, "images", opened)
         model = getattr(codec, "model", None)
         if model is None or not hasattr(model, "encode"):
             raise ConfigError("tokenizer: its configuration builds no picture encoder.")
@@ -153,7 +153,7 @@ class Codes:
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     where = config if isinstance(config, str) else "tokenizer"
     if isinstance(config, str) and os.path.isdir(config):
-        config = {"_target_": "seed_multimodal.configured.picture_half", "model": config}
+        config = {"_target_": "seed_multimodal.configured.image_codec", "model": config}
     node = load_yaml(config) if isinstance(config, str) else config
     target = find_target(str(node.get("_target_")), where)
     offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}

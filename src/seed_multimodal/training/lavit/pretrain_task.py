@@ -26,7 +26,7 @@ from seed_multimodal.data.stream.data_settings import SourceSettings, read_data_
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.lavit import LavitTokenizer
+from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.layers import checkpoint_layers
 from seed_multimodal.training.distributed import ProcessGroup

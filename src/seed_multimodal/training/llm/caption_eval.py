@@ -26,7 +26,7 @@ from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.language.generation import GenerationSettings, generate_ids
+from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.held_out import HeldOutLosses, evaluate, held_out
@@ -169,7 +169,7 @@ class CaptionEvaluation:
                 beat()
                 part = keys[start : start + batch]
                 try:
-                    answers = generate_ids(llama, [self.prompts[key] for key in part], SETTINGS, self.tokenizer)
+                    answers = generate(llama, self.tokenizer, [Prompt(self.prompts[key]) for key in part], SETTINGS)
                 except torch.OutOfMemoryError:
                     if batch == 1:
                         raise

@@ -31,8 +31,8 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import find_file
 from seed_multimodal.language.lora import AGENT_CONFIG
-from seed_multimodal.language.seed_x import seed_x_words
 from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
+from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.seed_x.vision import ADVICE, FILES, QwenVitConfig, Resampler
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine

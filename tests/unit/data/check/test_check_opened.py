@@ -16,8 +16,8 @@ from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import DataError
-from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.lavit.processing import LavitTokenizer
 
 TEXTS = ["a red picture a green picture What is red? plain words of no picture make it blue"] * 30
 LENGTH = 200
@@ -96,7 +96,7 @@ def test_check_records_reads_pictures_and_texts_of_tars(tmp_path: Path, jpeg: Ca
 
 
 def test_check_names_the_decoder_for_an_unknown_stage(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from seed_multimodal.cli import main
+    from seed_multimodal.cli.main import main
 
     assert main(["data", "check", str(tmp_path), "--stage", "lavit"]) == 2
     assert "LaVIT's and SEED-X's training --decoder (" in capsys.readouterr().err

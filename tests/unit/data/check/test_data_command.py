@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.cli import main
+from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.writer import write_shard
 from seed_nano.world.scene import find_world
 

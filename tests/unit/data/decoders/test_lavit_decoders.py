@@ -13,8 +13,8 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.lavit import LavitTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.lavit.processing import LavitTokenizer
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
 PICTURE = Image.new("RGB", (20, 10))

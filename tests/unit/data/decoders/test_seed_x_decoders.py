@@ -14,8 +14,8 @@ from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.seed_x import Box, SeedXPrompts, ShownPicture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed_x.processing import Box, ReadImage, SeedXPrompts, place_images
 
 TEXTS = ["[INST] What is this? [/INST]\n", "It is a red cat.", "Here is a picture. Generate an image: blue"] * 20
 
@@ -58,7 +58,8 @@ def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalT
         assert [sequence.ids[place] for place in sequence.written] == words.vocabulary.run()[1:-1]  # type: ignore[attr-defined]
         assert learned(sequence, words).endswith("<img> </s>")
         seen.add(learned(sequence, words).removesuffix(" <img> </s>"))
-        asked = [SeedXPrompts(words).ask(text, [3]) for text in ("make it red", "make it red<image>")]
+        asked = [SeedXPrompts(words).dialogue([("user", place_images(text, [3]))])
+                 for text in ("make it red", "make it red<image>")]
         assert sequence.ids[:len(asked[0])] in asked
     assert len(seen) > 2
     polite = {**fields, "instruction_new": "Please make it red", "response": "Sure."}
@@ -76,7 +77,7 @@ def test_a_conversation_with_boxes(words: MultimodalTokenizer) -> None:
     text = ",".join(map(str, sequence.ids))
     assert text.count(",".join(map(str, ids))) == 2
     assert learned(sequence, words).startswith("It is a cat. Here <box_start> <loc-1>")
-    turns = [("user", [ShownPicture(2), "x"]), ("assistant", ["It is a cat."]), ("user", ["And now?"])]
+    turns = [("user", [ReadImage(2), "x"]), ("assistant", ["It is a cat."]), ("user", ["And now?"])]
     tail = SeedXPrompts(words).dialogue(turns)[len(SeedXPrompts(words).dialogue(turns[:2])):]
     assert ",".join(map(str, tail)) in text
 
@@ -88,7 +89,7 @@ def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer)
     for seed in range(4):
         first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededDraws(seed))
         assert first.ids[:first.ids.index(words.eos_id)][:first.read[-1] + 2] == prompts.dialogue(
-            [("user", ["This ", ShownPicture(2), "is what?"])])[:first.read[-1] + 2]
+            [("user", ["This ", ReadImage(2), "is what?"])])[:first.read[-1] + 2]
         later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]},
                            SeededDraws(seed))
         assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.pictures) == 1
@@ -199,7 +200,7 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
     assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
     plain = make(words, "chat", show_drawn=False).decode({"messages": messages}, SeededDraws(0))
     assert [picture.written for picture in plain.pictures] == [False, True, True]
-    turns = [("user", [ShownPicture(3), "red"])]
+    turns = [("user", [ReadImage(3), "red"])]
     asked = SeedXPrompts(words).dialogue(turns)
     assert sequence.ids[:len(asked)] == asked
 

@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.data.decoders.pictured import PictureSequence, batch_rows
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.language.generation import GenerationSettings
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, generate
 from seed_multimodal.language.llama import force_special_ids
-from seed_multimodal.language.seed_x import Box, SeedXPrompts, read_boxes
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.modeling import ContinuousLVLM, Prompt
+from seed_multimodal.seed_x.modeling import ContinuousLVLM
+from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes
 from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 
 TEXTS = ["[INST] Generate an image: a cat [/INST]\n", "It is a dog.", "Swap it. What is it? Where is it? A cat."] * 20
@@ -96,12 +97,21 @@ def test_what_is_learned_is_answered(tmp_path: Path) -> None:
         trained = {tuple(sequence.ids[:n]) for sequence in sequences_of(words) for n in range(len(sequence))}
         prompts = []
         for text, picture in texts:
-            both = [asks.ask(f"<image>{text}", [2]), asks.ask(f"{text}<image>", [2])] if picture else [asks.ask(text)]
-            ids = next(ids for ids in both if tuple(ids) in trained)
-            prompts.append(Prompt(ids, *(shown if picture else ())))
-        said, where, swapped, drawn = agent.eval().generate(prompts, settings, words)
-        assert said.text.removesuffix("</s>").strip() == f"It is a {name}."
-        assert read_boxes(where.text, grid=16) == ([WORDS[name]], [])
-        for answer, wanted in ((swapped, other), (drawn, name)):
-            target = features_of([wanted])[:1, ::4]
-            assert torch.nn.functional.mse_loss(answer.features, target) < 0.05
+            both = [place_images(f"<image>{text}", [2]), place_images(f"{text}<image>", [2])] if picture else [[text]]
+            ids = next(ids for ids in (asks.dialogue([("user", one)]) for one in both) if tuple(ids) in trained)
+            mask = torch.zeros(1, len(ids), dtype=torch.bool)
+            mask[0, words.vocabulary.places(ids)] = True
+            with torch.no_grad():
+                embeds = agent.eval().embed(torch.tensor([ids]), mask, *(shown if picture else (None, None)))[0]
+            prompts.append(Prompt(ids, embeds))
+        states = HiddenStates()
+        answers = generate(agent.llm, words, prompts, settings, states=states)
+        said, where = (answer_text(ids, words) for ids in answers[:2])
+        assert said.removesuffix("</s>").strip() == f"It is a {name}."
+        assert read_boxes(where, grid=16) == ([WORDS[name]], [])
+        for row, wanted in ((2, other), (3, name)):
+            image = next(part for part in split_answer(answers[row], words) if isinstance(part, ImagePart))
+            seen = states.at(row, range(image.place, image.place + len(image.codes)))
+            with torch.no_grad():
+                features = agent.written_features(seen[None])
+            assert torch.nn.functional.mse_loss(features, features_of([wanted])[:1, ::4]) < 0.05

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seed_multimodal.configured import picture_codec
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.records import open_records
@@ -22,10 +21,10 @@ from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.io import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.systems.pictures import PictureCodec
+from seed_multimodal.seed.pipeline import CodeImages
+from seed_multimodal.system.loading import open_images
 from seed_nano.world.records import from_last_picture, record_at, scenes_of
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
@@ -35,9 +34,9 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
 @pytest.fixture(scope="module")
-def codec() -> PictureCodec:
+def codec() -> CodeImages:
     """The nano system's own way from a picture to codes."""
-    return picture_codec("nano", device="cpu")
+    return open_images("nano", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +66,8 @@ def make(tmp_path: Path, pictures: Path) -> Callable[..., list[dict[str, Any]]]:
     return run_it
 
 
-def codes_of(codec: PictureCodec, folder: Path, *numbers: int) -> list[list[int]]:
-    return [codec.tokenize(folder / f"{number}.png")[0].tolist() for number in numbers]
+def codes_of(codec: CodeImages, folder: Path, *numbers: int) -> list[list[int]]:
+    return [codec.encode([folder / f"{number}.png"])[0].tolist() for number in numbers]
 
 
 def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
@@ -232,7 +231,7 @@ def test_video(make, codec, words, tmp_path, frames, preset, keys):
     Image.new("RGB", (64, 64), (255, 0, 0)).save(pixels, "PNG")
     size = words.vocabulary.tokens_per_image
     rows_of = [found[0]["image_ids"][start:start + size] for start in range(0, frames * size, size)]
-    assert rows_of[0] == codec.encode(codec.transform(open_image(pixels.getvalue()))[None])[0].tolist()
+    assert rows_of[0] == codec.encode([pixels.getvalue()])[0].tolist()
     assert len({tuple(row) for row in rows_of}) == 4  # four colours
     name = "sft.video" if "question" in found[0] else "pretrain.video"
     assert decode(words, name, found[0]).count("<img>") == (4 if name == "pretrain.video" else frames)
@@ -271,7 +270,7 @@ def test_the_world_of_nano(make, codec, words, kind, content, name):
     made = record_at({"qa": "questions"}.get(content, content), 3, 5, "pairs")
     if kind in ("qa", "edit"):
         made = {"messages": from_last_picture(made)}
-    shown = [codec.tokenize(render(scene))[0].tolist() for scene in scenes_of(made)]
+    shown = [codec.encode([render(scene)])[0].tolist() for scene in scenes_of(made)]
     written = json.dumps(found[5])
     assert all(str(codes)[1:-1] in written for codes in shown)  # codes of a record's pictures, end to end or apart
     if content == "captions":

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.commands.pretokenize import build_parser, main
+from seed_multimodal.cli.pretokenize import build_parser, main
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.formats.writer import write_shard
 from seed_multimodal.data.pretokenize.decode import TaskDecoder

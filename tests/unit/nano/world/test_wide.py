@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from seed_multimodal.language.seed_x import read_boxes
+from seed_multimodal.seed_x.processing import read_boxes
 from seed_nano.world.records import GRID, OWN, x_record_at
 from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, paint
 from seed_nano.world.source import open_nano

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from seed_multimodal.commands.merge import main
+from seed_multimodal.cli.merge import main
 from seed_multimodal.seed_x.modeling import load_agent
-from seed_multimodal.systems.seed_x import SeedX
+from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.train import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run

@@ -1,0 +1,132 @@
+"""`seed data check` and `seed data convert`: check training data, and convert pickled shards to json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seed_multimodal.cli.common import add_json
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line, whole_number
+from seed_multimodal.errors import ConfigError, counted
+
+if TYPE_CHECKING:
+    from seed_multimodal.data.check.report import CheckReport
+
+
+def check(args: argparse.Namespace) -> int:
+    """Check every record; prints errors and a summary. Exit code 1 if anything is wrong."""
+    from seed_multimodal.data.check.report import CheckSettings
+    from seed_multimodal.data.check.run import check_records
+    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+
+    if args.images is not None and not Path(args.images).is_dir():
+        raise ConfigError(f"--images {args.images}: there is no such folder.")
+    report = check_records(CheckSettings(
+        files=args.files, format=args.format, format_options=dict(args.format_option), tokenizer=args.tokenizer,
+        decoder=args.decoder, options=dict(args.option), images=args.images, max_errors=args.max_errors,
+        length=args.length, stage=args.stage, fields=parse_fields(args.fields) or {}, pictures=args.pictures))
+    if args.json:
+        print(json.dumps(report.as_json(), ensure_ascii=False))
+        return SOME_FAILED if report.wrong else DONE
+    for finding in report.findings:
+        print(f"{finding.kind}: {finding.sentence}")
+    if report.wrong > len(report.findings):
+        print(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
+    print(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, {counted(report.images, 'picture')}"
+          + _opened(report, args.pictures))
+    for kind, number in report.kinds.most_common():
+        print(f"  {kind}: {number:,}")
+    if report.lengths:
+        print(f"tokens of a record: median {report.length_at(0.5):,}, 95 % up to {report.length_at(0.95):,}, longest "
+              f"{max(report.lengths):,}")
+        most = max(number for _, _, number in report.histogram())
+        for low, high, number in report.histogram():
+            print(f"  {low:>7,} – {high:>7,}  {number:>9,}  {'#' * round(40 * number / most)}")
+    if report.control.records:
+        print(f"warning: {report.control.sentence()}")
+    if not report.wrong:
+        print("nothing wrong")
+        return DONE
+    print(f"{counted(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
+    return SOME_FAILED
+
+
+def _opened(report: CheckReport, wanted: int | None) -> str:
+    """How many of the pictures were opened, where there are any to open."""
+    if not report.opened and not any(kind.endswith("(not tokenised)") for kind in report.kinds):
+        return ""
+    if wanted is None or report.opened == report.images:
+        return f" ({report.opened:,} opened)"
+    return f" ({report.opened:,} opened; --pictures all opens all)"
+
+
+def convert(args: argparse.Namespace) -> int:
+    """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
+    from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
+
+    report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
+    for sentence in report.refused:
+        log_line(f"seed: {sentence}")
+    for sentence in report.skipped:
+        log_line(f"seed: left out: {sentence}")
+    if args.json:
+        print(json.dumps({"out": args.out, "converted": report.converted, "kept": report.kept, "samples":
+                          report.samples, "refused": report.refused, "skipped": report.skipped}, ensure_ascii=False))
+    else:
+        print(f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
+              f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left "
+              f"out; see {MANIFEST}")
+    return SOME_FAILED if report.refused or report.skipped else DONE
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """`check` and `convert` with their flags."""
+    commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
+    checker = commands.add_parser("check", help="check every record before training")
+    checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
+    checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
+    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each "
+                         "one's keys); lavit.… and seed_x.… read pictures as training does, and need --tokenizer")
+    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
+                         "decoder, as reverse_ratio=0.5; repeat for more")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
+                         "(default: by name)")
+    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
+                         "the registered format; repeat for more")
+    checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
+    checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
+                         "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "
+                         "qa, video, edit, story, interleaved, chat (default: by each record's keys)")
+    checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
+    checker.add_argument("--pictures", type=_pictures, default=200, metavar="N", help="open about N pictures that are "
+                         "not tokenised yet, or all (default: 200)")
+    checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
+                         "(default: 20; all are counted)")
+    checker.add_argument("--length", type=whole_number(1), metavar="N",
+                         help="tokens a record may have (needs --tokenizer)")
+    checker.set_defaults(work=check)
+    converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
+    converter.add_argument("tars", nargs="+", metavar="IN_TARS", help="shards, patterns, folders")
+    converter.add_argument("--out", required=True, metavar="DIR")
+    converter.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
+    converter.add_argument("--force", action="store_true", help="convert again what is done already")
+    converter.set_defaults(work=convert)
+    for each in (checker, converter):
+        add_json(each)
+
+
+def _pictures(text: str) -> int | None:
+    return None if text == "all" else whole_number(0)(text)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

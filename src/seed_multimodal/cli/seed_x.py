@@ -1,0 +1,258 @@
+"""The programs in `src/inference/` with SEED-X's original names; what was hard-coded there is each flag's default.
+
+Without flags they repeat the originals with their weights, whose parts the YAML files in `configs/` name. Another
+`--model` (nano-x, a folder) gets the same requests through its own tasks. The originals' images belong into
+`demo_images/`; images/fox_and_snowman.png stands in for missing ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.cli.common import (
+    Outcomes,
+    Outputs,
+    add_beside,
+    add_common,
+    add_drawing,
+    add_generation,
+    add_out,
+    drawing_settings,
+    generation_settings,
+    load_images,
+    load_system,
+    save_image,
+)
+from seed_multimodal.config import project_root
+from seed_multimodal.entry import DONE, add_offload, add_quantization, run_program, some_text, whole_number
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate
+
+CONFIGS = {
+    "image_transform": "configs/processer/qwen_448_transform.yaml",
+    "tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
+    "visual_encoder": "configs/visual_encoder/qwen_vitg_448.yaml",
+    "discrete_model": "configs/discrete_model/discrete_identity.yaml",
+    "llm": "configs/clm_models/llm_{}.yaml",
+    "agent": "configs/clm_models/agent_{}.yaml",
+}
+FIRST_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize.yaml"
+SECOND_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize.yaml"
+SEED = 42  # of the second stage's program; the first one's had it until its last change
+STAND_IN = "fox_and_snowman.png"  # in images/, for the originals' images
+DRAW_REQUEST = "Generate an image: {caption}"
+
+
+@dataclass(frozen=True)
+class Script:
+    """One of the programs.
+
+    Attributes:
+        does: in words. model: the original language model ("": none). adapter: YAML file of the stage it draws with.
+        image: in `demo_images/`, prompt: what it asks. scene, phrase: of a second request, for boxes.
+        instead: what is asked (and looked for) where `STAND_IN` is shown.
+    """
+
+    does: str
+    work: Callable[[argparse.Namespace, Script], int]
+    model: str = ""
+    adapter: str = ""
+    image: str = ""
+    prompt: str = ""
+    scene: str = ""
+    phrase: str = ""
+    instead: tuple[str, str] = ("", "")
+    condition: str = ""
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the language model follows instructions."""
+        return self.model != "seed_x"
+
+    @property
+    def files(self) -> dict[str, str]:
+        """YAML files of its parts."""
+        named = ["image_transform", "visual_encoder", *(("tokenizer", "llm", "agent") if self.model else ()),
+                 *(("discrete_model",) if self.adapter == FIRST_STAGE else ())]
+        return {name: CONFIGS[name].format(self.model) for name in named} | (
+            {"adapter": self.adapter} if self.adapter else {})
+
+
+def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run the program of that name (a key of `SCRIPTS`); returns its exit code."""
+    script = SCRIPTS[name]
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.does)
+    if script.image:
+        parser.add_argument("--image", nargs="+", metavar="IMAGE", help=f"default: demo_images/{script.image}, or "
+                            f"images/{STAND_IN} where that is not")
+    if script.condition:
+        parser.add_argument("--condition", metavar="IMAGE", help="what the drawing may take over (default: "
+                            f"demo_images/{script.condition}, or each image itself)")
+    if script.prompt:
+        parser.add_argument("--prompt", type=some_text, metavar="TEXT", help=f"default: {script.prompt}")
+    if script.phrase:
+        parser.add_argument("--detect", type=some_text, metavar="PHRASE", help=f"find it in --image, or {script.scene}")
+    add_out(parser, "vis")
+    add_common(parser, model="released", debug=False)
+    parser.set_defaults(seed=SEED)
+    add_offload(parser)
+    parser.add_argument("--device_2", metavar="DEVICE", help="where images are encoded and drawn (default: --device)")
+    if script.model:
+        add_quantization(parser)
+        add_generation(parser)
+    if script.adapter:
+        add_drawing(parser)
+    if script.adapter == SECOND_STAGE:
+        add_beside(parser)
+    if not script.model:
+        parser.add_argument("--embeddings", type=whole_number(1), metavar="N", help="draw from means of so many: 64 as "
+                            "in the paper (default: all 256, as the original)")
+    files = parser.add_argument_group("parts of the original model")
+    for flag, file in script.files.items():
+        files.add_argument(f"--{flag}", metavar="YAML", help=f"default: {file}")
+    if script.adapter:
+        files.add_argument("--diffusion_model_path", metavar="FOLDER", help="SDXL base 1.0 (default: in pretrained/)")
+    return run_program(parser, lambda args: script.work(args, script), argv)
+
+
+# ---- the programs
+
+
+def _rebuild(args: argparse.Namespace, script: Script) -> int:
+    """Draw images again from their features."""
+    files = args.image or [str(_demo(script.image)[0])]
+    outputs, outcomes = Outputs(args.out, len(files), files), Outcomes(len(files), args.debug)
+    codec = load_images(args, name=_name(args, script), device=args.device_2 or args.device)
+    if hasattr(codec, "section"):
+        raise ConfigError(f"{args.model}: its images have codes, unlike SEED-X's; `seed reconstruct --model "
+                          f"{args.model}` draws them again.")
+    from seed_multimodal.seed_x.pipeline import mean_features
+
+    for name, image in outcomes.opened(files, codec.open):
+        with outcomes.one(name):
+            condition = _condition(args, script, image, codec.open)
+            features = mean_features(codec.encode([image]), args.embeddings)
+            drawn = codec.draw(list(features), seeds=[args.seed], conditions=condition and [condition],
+                               **drawing_settings(args))[0]
+            ending = "_recon_with_condition" if script.condition else "_recon"
+            print(save_image(drawn, outputs.next(f"{Path(name).stem}{ending}", ".jpg")), flush=True)
+    return outcomes.finish()
+
+
+def _read(args: argparse.Namespace, script: Script) -> int:
+    """Answer a question about images, find something in one."""
+    plain = not (args.image or args.prompt or args.detect)
+    scene, is_scene = _demo(script.scene)
+    image, is_image = _demo(script.image)
+    outputs = Outputs(args.out, len(args.image or [0]) if args.detect else 1, args.image or ())
+    system = _load(args, script)
+    options = {"seed": args.seed, **generation_settings(args)}
+    if plain or args.prompt or args.detect is None:
+        images = [Path(one) for one in args.image or [image]]
+        prompt = args.prompt or (script.prompt if args.image or is_image else script.instead[0])
+        print(system.ask([images], prompt, **options)[0], flush=True)
+    if plain or args.detect is not None:
+        images = [Path(one) for one in args.image or [scene]]
+        phrase = args.detect or (script.phrase if is_scene else script.instead[1])
+        for file, found in zip(images, system.detect(images, phrase, **options), strict=True):
+            print(found.text, flush=True)
+            print(save_image(found.drawn(), outputs.next(file.stem)), flush=True)
+    return DONE
+
+
+def _draw(args: argparse.Namespace, script: Script) -> int:
+    """Draw a caption."""
+    caption, original = args.prompt or script.prompt, args.model == "released"
+    outputs = Outputs(args.out)
+    system = _load(args, script)
+    text = DRAW_REQUEST.format(caption=caption) if original and script.tuned else caption
+    drawn = system.draw(text, seed=args.seed, verbatim=original, **generation_settings(args), **drawing_settings(args))
+    print(save_image(drawn, outputs.next(_stem(caption))))
+    return DONE
+
+
+def _edit(args: argparse.Namespace, script: Script) -> int:
+    """Change images as instructed."""
+    files, instruction = args.image or [str(_demo(script.image)[0])], args.prompt or script.prompt
+    outputs, outcomes = Outputs(args.out, len(files), files), Outcomes(len(files), args.debug)
+    system = _load(args, script)
+    for number, (name, image) in enumerate(outcomes.opened(files, system.images.open), 1):
+        with outcomes.one(name):
+            changed = system.edit(image, instruction, seed=args.seed, **generation_settings(args),
+                                  **drawing_settings(args))
+            print(save_image(changed, outputs.next(f"{number}_{_stem(instruction)}", ".jpg")), flush=True)
+    return outcomes.finish()
+
+
+# ---- their parts
+
+
+def _name(args: argparse.Namespace, script: Script) -> Any:
+    """What `--model` names: a system, or the original parts that the YAML files describe."""
+    if args.model == "released":
+        from seed_multimodal.seed_x.original import config_of_files
+
+        folder = getattr(args, "diffusion_model_path", None)
+        return config_of_files({flag: getattr(args, flag) or file for flag, file in script.files.items()},
+                               tuned=script.tuned, **({"sdxl": folder} if folder else {}))
+    for flag in [*script.files, "diffusion_model_path"]:
+        if getattr(args, flag, None) is not None:
+            raise ConfigError(f"--{flag} names a part of the original model, but --model {args.model} has its own.")
+    return args.model
+
+
+def _load(args: argparse.Namespace, script: Script) -> Any:
+    return load_system(args, name=_name(args, script), image_device=args.device_2, load_decoder=bool(script.adapter))
+
+
+def _demo(name: str) -> tuple[Path, bool]:
+    """The original's image if it is here, else the one that stands in; and whether it is here."""
+    place = locate(f"demo_images/{name}")
+    return place or project_root(Path(__file__).parent) / "images" / STAND_IN, place is not None
+
+
+def _condition(args: argparse.Namespace, script: Script, image: Any, open_image: Callable[[Any], Any]) -> Any:
+    """The condition image of one that is drawn again."""
+    if not script.condition:
+        return None
+    usual = None if args.image else locate(f"demo_images/{script.condition}")
+    return open_image(args.condition or usual or image)
+
+
+def _stem(text: str) -> str:
+    """A text as the originals name its image: without dots; what no file name holds becomes `_`."""
+    return re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", text.replace(".", "")).strip()[:120] or "image"
+
+
+SCRIPTS = {
+    "eval_seed_x_detokenizer": Script(
+        "An image is drawn again from its features, by the first stage.", _rebuild, adapter=FIRST_STAGE,
+        image="men.jpg"),
+    "eval_seed_x_detokenizer_with_condition": Script(
+        "An image is drawn again from its features and a condition image, by the second stage.", _rebuild,
+        adapter=SECOND_STAGE, image="men.jpg", condition="men_condition.jpg"),
+    "eval_img2text_seed_x": Script(
+        "SEED-X describes an image and finds a car in another.", _read, "seed_x", image="cat_dog.jpeg",
+        prompt="Describe this image briefly.", scene="car.jpg",
+        phrase="In ths background with a blue sky on the road, there is a car",  # its spelling is the original's
+        instead=("Describe this image briefly.", "In the picture there is a fox")),
+    "eval_text2img_seed_x": Script(
+        "SEED-X draws a caption.", _draw, "seed_x", FIRST_STAGE,
+        prompt="A super math wizard cat, richly textured oil painting."),
+    "eval_img2text_seed_x_i": Script(
+        "SEED-X-I answers a question about an image and finds something in another.", _read, "seed_x_i",
+        image="advisor.png", prompt="Can I conntect with an advisor on Sunday?", scene="ground.png",
+        phrase="Is there anything in the image that can protect me from catching the flu virus when I go out? Show me "
+               "the location.",
+        instead=("What is in the picture?", "the fox")),
+    "eval_text2img_seed_x_i": Script(
+        "SEED-X-I draws a caption.", _draw, "seed_x_i", FIRST_STAGE, prompt="A cybernetic soldier."),
+    "eval_img2edit_seed_x_edit": Script(
+        "SEED-X-Edit changes an image.", _edit, "seed_x_edit", SECOND_STAGE, image="car.jpg",
+        prompt="Make it under the sunset"),
+}

@@ -1,0 +1,251 @@
+"""LaVIT as its original programs called it: `build_model` and the classes it returns, around `Lavit`.
+
+    model = build_model("pretrained/LaVIT-7B-v2", model_dtype="bf16", understanding=True).to("cuda")
+    model.generate({"image": "cat.jpg"})                               # ["a cat sitting on a table"]
+    model = build_model("pretrained/LaVIT-7B-v2", understanding=False)
+    model.generate_image("a red apple", width=1024, height=1024)[0].save("apple.png")
+
+Names, arguments and defaults are the original ones; as there, everything random comes from torch's global generators.
+`.to(…)` and an autocast around calls are not needed; `image_size`, `use_xformers` and `local_files_only` have no
+effect; `load_tokenizer=False` leaves the tokenizer on the CPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.device import DTYPES
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform, denormalise, normalise, seed_image_processor
+from seed_multimodal.language.generation import Prompt, random_seed
+from seed_multimodal.lavit.pipeline import CodeRows, Lavit
+from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.loading import open_images
+from seed_multimodal.system.messages import shown, user_message
+from seed_multimodal.system.requests import Task
+
+LLM = "language_model"
+HERE = ("", ".", "./")  # the default of `model_path`
+# The originals' names of generation settings → ours; and their defaults, where they are not those of `Lavit`.
+NAMES = {"use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens", "max_len": "max_new_tokens",
+         "min_length": "min_new_tokens", "min_len": "min_new_tokens", "num_captions": "num_return_sequences",
+         "num_return_images": "num_return_sequences", "guidance_scale": "guidance"}
+CAPTION = {"do_sample": False, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8, "top_p": 1.0}
+ANSWER = {"do_sample": False, "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 2, "top_p": 1.0,
+          "length_penalty": 0}
+TOKENS = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 200, "min_new_tokens": 20, "guidance": 3.0}
+LaVITQuestionProcessor = QuestionProcessor
+
+
+def LaVITImageProcessor(image_size: int = 224) -> ImageTransform:  # noqa: N802 (the original name)
+    """A PIL image → normalised pixels `[3, S, S]`: squashed, bicubic."""
+    return seed_image_processor(image_size)
+
+
+def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device_id: int | None = None,
+                image_size: int = 224, use_xformers: bool = False, understanding: bool = True,
+                load_tokenizer: bool = True, pixel_decoding: str = "highres", check_safety: bool = True,
+                local_files_only: bool = False, model_sub_dir: str = LLM
+                ) -> LaVITforUnderstanding | LaVITforGeneration:
+    """A model for understanding, or for generation.
+
+    Args:
+        model_path: an original folder, one with `system.json`, or `nano-lavit`; the default stands for
+            `pretrained/LaVIT-7B-v2` where the current folder is none. model_sub_dir: the language model's folder.
+        model_dtype: "bf16", "fp16" or "fp32". device_id: number of the CUDA device; None: that of the process, or CPU.
+        pixel_decoding: "lowres", or anything else for highres. check_safety: flagged drawings become black.
+
+    Raises:
+        CheckpointError: weights that are missing or damaged: one sentence, with what to put where.
+    """
+    if understanding:
+        return LaVITforUnderstanding(model_path, model_dtype, device_id=device_id, model_sub_dir=model_sub_dir)
+    return LaVITforGeneration(model_path, model_dtype, check_safety=check_safety, load_tokenizer=load_tokenizer,
+                              pixel_decoding=pixel_decoding, device_id=device_id, model_sub_dir=model_sub_dir)
+
+
+class _Model:
+    images: CodeRows
+    system: Lavit
+
+    def to(self, device: str | torch.device) -> Self:
+        """Without effect, as `eval`: `device_id` decides; returns self."""
+        return self
+
+    def eval(self) -> Self:
+        """Returns self."""
+        return self
+
+    def ratio_size(self, ratio: str) -> tuple[int, int]:
+        """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
+        height, width = self.images.decoder.ratio_size(ratio)
+        return height, width
+
+    def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int] | None, defaults: dict[str, Any],
+                  options: dict[str, Any]) -> list[list[int]]:
+        given = {**defaults, **{NAMES.get(name, name): value for name, value in options.items()}}
+        settings = self.system.settings(task, **given, seed=random_seed())
+        return self.system.generate(prompts, replace(settings, force_image=task == "draw"), task, seeds=seeds)
+
+
+class LaVITforUnderstanding(_Model):
+    """Captions and answers; arguments as of `build_model`."""
+
+    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
+                 device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+        self.system = Lavit.from_pretrained(original_config(model_path, model_sub_dir), load_decoder=False, log=None,
+                                            device=original_device(device_id), dtype=original_dtype(model_dtype))
+        self.images = self.system.images
+
+    def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
+        """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
+        `samples["prompt"]` (a text, or one each) is put.
+
+        Args:
+            options: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
+                `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
+        """
+        return self._texts(samples["image"], samples.get("prompt") or "", "describe", CAPTION, options)
+
+    def predict_answers(self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any) -> list[str]:
+        """Answers to `samples["text_input"]` (a text, or one each) about `samples["image"]`; without a `prompt` the
+        texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`."""
+        texts = samples["text_input"]
+        texts = [texts] if isinstance(texts, str) else texts
+        return self._texts(samples["image"], [prompt.format(one) if prompt else one for one in texts], "ask", ANSWER,
+                           options)
+
+    def _texts(self, image: Any, texts: str | Sequence[str], task: Task, defaults: dict[str, Any],
+               options: dict[str, Any]) -> list[str]:
+        images = [denormalise(one) for one in image] if isinstance(image, Tensor) else shown(image)
+        texts = [texts] if isinstance(texts, str) else texts
+        texts = list(texts) * len(images) if len(texts) == 1 else texts
+        conversations = [user_message([one, *filter(None, [text])]) for one, text in zip(images, texts, strict=True)]
+        seeds = _seeds(len(images))
+        prompts = [one.prompt for one in self.system.requests(conversations, task, seeds=seeds)]
+        return [self.system.said(self.system.read_answer(ids, task), task)
+                for ids in self._generate(prompts, task, seeds, defaults, options)]
+
+
+class LaVITforGeneration(_Model):
+    """Drawings of words, and of images and words; arguments as of `build_model`."""
+
+    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
+                 check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
+                 device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+        config = original_config(model_path, model_sub_dir, pixel_decoding, check_safety)
+        self.system = Lavit.from_pretrained(config, device=original_device(device_id), log=None,
+                                            dtype=original_dtype(model_dtype),
+                                            offload=() if load_tokenizer else ("encoder",))
+        self.images = self.system.images
+
+    def generate_image(self, prompts: Any, width: int = 512, height: int = 512, *, original_size: Any = None,
+                       crops_coords_top_left: Any = None, num_inference_steps: int = 25,
+                       guidance_scale_for_llm: float = 4.0, guidance_scale_for_decoder: float = 7.0,
+                       top_p: float = 1.0, **options: Any) -> list[Image.Image]:
+        """Images of texts; `options`: of `generate_image_tokenids`."""
+        drawing = {"height": height, "width": width, "num_inference_steps": num_inference_steps,
+                   "guidance_scale": guidance_scale_for_decoder, "original_size": original_size,
+                   "crops_coords_top_left": crops_coords_top_left}
+        self.images.check_drawing(**drawing)
+        codes = self._codes(self.generate_image_tokenids(prompts, guidance_scale=guidance_scale_for_llm, top_p=top_p,
+                                                         **options))
+        return self.images.draw(codes, seeds=_seeds(len(codes)), **drawing)
+
+    def multimodal_synthesis(self, prompts: Sequence[tuple[Any, str]], *, guidance_scale_for_llm: float = 5.0,
+                             **options: Any) -> list[Image.Image]:
+        """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
+        parts = [value if kind == "text" else self.images.encode(shown(value), seed=None)[0].tolist()
+                 for value, kind in prompts]
+        return self.generate_image([self.system.tokenizer.drawing_ids(parts)], is_token_prompt=True,
+                                   guidance_scale_for_llm=guidance_scale_for_llm, **options)
+
+    def generate_image_tokenids(self, prompts: Any, *, uncond_input_ids: Any = None, is_token_prompt: bool = False,
+                                **options: Any) -> Tensor:
+        """The ids that the language model writes to each prompt, `[R, L]`, padded on the left with 2.
+
+        Args:
+            prompts: a text or several; with `is_token_prompt` rows of ids.
+            uncond_input_ids: what the language model is steered away from, ids `[B, L]` with the image's start at the
+                end; None: that start alone.
+            options: as of `LaVITforUnderstanding.generate`, `guidance_scale`; `num_return_images` of each prompt.
+        """
+        words = self.system.tokenizer
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        rows = prompts if is_token_prompt else [words.text_ids(text) for text in texts]
+        negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
+        answers = self._generate([Prompt(list(row), negative=negative) for row, negative in
+                                  zip(rows, negatives, strict=True)], "draw", _seeds(len(rows)), TOKENS, options)
+        longest = max(map(len, answers)) - 1  # without the forced start
+        return torch.tensor([[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers])
+
+    def generate_image_embeds(self, image_tokens: Tensor) -> Any:
+        """What the pixel decoder reads, from rows of ids `[R, L]`."""
+        return self.images.decoder.decoder([self.images.writer.embed_codes(codes.to(self.images.device))
+                                            for codes in self._codes(image_tokens)])
+
+    def _codes(self, ids: Tensor) -> list[Tensor]:
+        words: Any = self.system.tokenizer.vocabulary
+        return [self.images.check_codes(words.codes_of(row)[:words.tokens_per_image]) for row in ids.tolist()]
+
+
+class LaVITDetokenizer(_Model):
+    """Images drawn again from their codes, without a language model."""
+
+    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
+                 pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:
+        self.images = open_images(original_config(model_path, head=pixel_decoding, check_safety=False),
+                                  device=original_device(device_id), dtype=original_dtype(model_dtype))
+
+    def reconstruct_from_token(self, x: Tensor, width: int = 1024, height: int = 1024, original_size: Any = None,
+                               num_inference_steps: int = 50, guidance_scale: float = 5.0) -> list[Image.Image]:
+        """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
+        size = self.images.writer.config.vit.image_size
+        pixels = normalise(F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False).cpu() * 255)
+        codes = self.images.writer.encode(pixels.to(self.images.device))
+        return self.images.draw(codes, seeds=_seeds(len(codes)), width=width, height=height,
+                                original_size=original_size, num_inference_steps=num_inference_steps,
+                                guidance_scale=guidance_scale)
+
+
+def original_config(model_path: str | Path, model_sub_dir: str = LLM, head: str | None = None,
+                    check_safety: bool = True) -> SystemConfig:
+    """The parts at a path; the default path stands for `pretrained/LaVIT-7B-v2`. `head`: of an original folder."""
+    place = Path(model_path)
+    usual = str(model_path) in HERE and not any((place / one).exists() for one in ("visual_tokenizer", "system.json"))
+    name: str | Path = "lavit" if usual else model_path
+    config = SystemConfig.find(name, system="lavit")
+    if config.original and head is not None:
+        config = SystemConfig.find(name, head="lowres" if head == "lowres" else "highres")
+    if model_sub_dir != LLM and config.llm is not None:
+        config.llm = config.llm.parent / model_sub_dir
+    config.safety = config.safety if check_safety else None
+    return config
+
+
+def original_dtype(name: str) -> torch.dtype:
+    """`model_dtype`; `ConfigError` for another name."""
+    if name not in DTYPES:
+        raise ConfigError(f"model_dtype {name!r}: use bf16 or fp16 (or fp32).")
+    return DTYPES[name]
+
+
+def original_device(device_id: int | None) -> str:
+    """`device_id`; None: the process's own, or "auto" without CUDA."""
+    if device_id is None and not torch.cuda.is_available():
+        return "auto"
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) if device_id is None else device_id}"
+
+
+def _seeds(count: int) -> list[int]:
+    return [random_seed() for _ in range(count)]

@@ -1,0 +1,343 @@
+"""LaVIT: an image has as many tokens as there is to see; it is drawn in six ratios, and from images and words together.
+
+    image ─► token selector, token merger ─► rows ─► LLaMA ─► words                              describe, ask
+    words and codes of images ─► LLaMA, guided ─► codes ─► decoder ─► U-Net ─► image               draw, edit
+
+It was not trained for conversations: `chat` answers one message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
+from seed_multimodal.images.io import DETAIL
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.tasks import TaskPrompts
+from seed_multimodal.lavit.checkpoints import load_both
+from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.lavit.diffusion import LavitDetokenizer, LavitSettings
+from seed_multimodal.lavit.modeling import DynamicTokenizer
+from seed_multimodal.lavit.processing import (
+    ANSWER_ENDS,
+    CAPTION_ENDS,
+    QUESTION,
+    LavitTokenizer,
+    Lemmatizer,
+    read_prompt,
+)
+from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.domain import load_domain
+from seed_multimodal.system.images import ImageCodec, one_seed_each
+from seed_multimodal.system.loading import Log, Runtimes
+from seed_multimodal.system.messages import Answer, Message, is_codes, is_image, read_messages, shown, user_message
+from seed_multimodal.system.requests import Request, Task
+from seed_multimodal.system.streaming import AnswerReader
+
+AT_ONCE = 16  # images in one pass of the vision encoder
+TASKS = TaskPrompts(describe="", qa_suffix="", draw="{caption}", draw_response="", edit_response="")
+READING = {"do_sample": False, "top_p": 1.0, "seed": 0}
+DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
+
+
+class Negative(str):
+    """A part of a message: words that guidance steers away from."""
+
+
+class CodeRows(ImageCodec):
+    """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
+
+    Args:
+        writer: the tokenizer whose codes are drawn; reader: the one that the language model sees with, None: this
+            system cannot read images. selection: "draw" patches by the seed, or those above the "threshold".
+    """
+
+    own_settings = ("callback",)
+    drawing_settings = (*(entry.name for entry in fields(LavitSettings)), *own_settings)
+
+    def __init__(self, writer: DynamicTokenizer, reader: DynamicTokenizer | None, *, selection: str = "draw",
+                 **options: Any) -> None:
+        models = {"writer": writer, **({} if reader is None else {"reader": reader})}
+        super().__init__(nn.ModuleDict(models), at_least=DETAIL * writer.config.vit.image_size, **options)
+        self.writer, self.reader, self.selection = writer, reader, selection
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The vision encoder, which both tokenizers share."""
+        return self.writer.encoder
+
+    @property
+    def section(self) -> int:
+        """The codebook is in one piece."""
+        return int(self.writer.config.codebook_size)
+
+    def run_encoder(self, images: Sequence[Any]) -> None:
+        self.kept(images)
+
+    def encode(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+        """Codes `[n]` int64 of each image, on the CPU.
+
+        Args:
+            seed: of the choice of patches, one for all images or one each; None: torch's global generator.
+        """
+        return [codes.cpu() for codes in self._encoded(self.writer.encode, self.writer, images, seed, selection)]
+
+    def read(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+        """Rows `[n, D]` of each image for the language model; arguments as of `encode`.
+
+        Raises:
+            CheckpointError: a system without the weights of the second stage.
+        """
+        if self.reader is None:
+            raise CheckpointError("This system has no weights that read images (token merger and projector of the "
+                                  "second stage), so it cannot describe images or answer.")
+        return self._encoded(self.reader.continuous, self.reader, images, seed, selection)
+
+    def kept(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+        """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
+        model = self.writer
+
+        def choose(pixels: Tensor, **choice: Any) -> list[Tensor]:
+            keep_BN = model.select(model.patch_features(pixels), **choice).keep_BN
+            return list(keep_BN.bool().unflatten(1, (model.config.vit.grid, -1)).cpu())
+
+        return self._encoded(choose, model, images, seed, selection)
+
+    @torch.inference_mode()
+    def _encoded(self, encode: Callable[..., list[Tensor]], model: DynamicTokenizer, images: Sequence[Any], seed: Any,
+                 selection: str | None) -> list[Tensor]:
+        seeds = None if seed is None else one_seed_each(seed, len(images))
+        rows: list[Tensor] = []
+        for start in range(0, len(images), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            pixels = torch.stack([model.transform(self.open(image)) for image in images[part]])
+            generators = None if seeds is None else [torch.Generator().manual_seed(one) for one in seeds[part]]
+            with self.encoding():
+                rows += encode(pixels.to(self.device), mode=selection or self.selection, generator=generators)
+        return rows
+
+    def check_codes(self, codes: Any) -> Tensor:
+        """Codes of one image → `[n]` int64.
+
+        Raises:
+            CodesError: none, more than the decoder reads, or one outside the codebook.
+        """
+        config, row = self.writer.config, torch.as_tensor(codes)
+        if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
+            raise CodesError(f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}.")
+        if not 0 <= int(row.min()) <= int(row.max()) < config.codebook_size:
+            raise CodesError(f"An image holds a code outside 0 to {config.codebook_size - 1}.")
+        return row.long()
+
+    @torch.inference_mode()
+    def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4,
+             **settings: Any) -> list[Image.Image]:
+        """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …
+
+        Raises:
+            CodesError: codes that are no image.
+        """
+        rows = [self.check_codes(one) for one in values]
+        with self.encoding(), self.drawing() as decoder:
+            embedded = [self.writer.embed_codes(row.to(self.device)) for row in rows]
+            images: list[Image.Image] = decoder(embedded, seeds=seeds, batch_size=batch_size, **settings)
+            return images
+
+
+class Lavit(MultimodalSystem):
+    """LaVIT; settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
+    `guidance_scale` (of the U-Net), `scheduler`, `callback`; `guidance` and `negative_prompt` steer the language model.
+
+    Attributes:
+        lemmatizer: of short answers; None: spaCy's, if it is there, loaded with the first.
+    """
+
+    images: CodeRows
+    tokenizer: LavitTokenizer
+    defaults = {"describe": {**READING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
+                "ask": {**READING, "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 2, "length_penalty": 0.0,
+                        "early_stopping": True},
+                "draw": {**DRAWING, "guidance": 4.0}, "edit": {**DRAWING, "guidance": 5.0}}
+
+    def __init__(self, config: SystemConfig, tokenizer: LavitTokenizer, llm: Any, images: CodeRows, log: Log = None,
+                 **options: Any) -> None:
+        super().__init__(config, tokenizer, llm, images, log, **options)
+        self.tasks = replace(TASKS, answer_after=config.answer_after)
+        self.lemmatizer: Callable[[str], str] | None = None
+
+    @classmethod
+    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
+        parts: Any = config.require("llm", "tokenizer")
+        words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
+        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                       quantization=runtimes.quantization)
+        words.vocabulary.check_rows(llm.config.vocab_size, parts.llm)
+        images = load_images(config, runtimes)
+        sizes = images.writer.config
+        if (sizes.codebook_size, sizes.patches) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
+            raise CheckpointError(f"{config.tokenizer}: its codebook has {sizes.codebook_size} codes and an image "
+                                  f"{sizes.patches} patches, but the language model's words are made for "
+                                  f"{words.vocabulary.n_codes} and {words.vocabulary.tokens_per_image}; they do not "
+                                  f"belong together.")
+        reader: Any = images.reader
+        if reader is not None and reader.vit_proj.out_features != llm.config.hidden_size:
+            raise CheckpointError(f"{config.tokenizer}: its rows have width {reader.vit_proj.out_features}, but the "
+                                  f"language model {config.llm} reads width {llm.config.hidden_size}; they do not "
+                                  f"belong together.")
+        return cls(config, words, llm, images, log, llm_device=runtimes.llm_device)
+
+    # ---- what a family defines
+
+    def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
+        settings = super().settings(task, **options)
+        most = self.tokenizer.vocabulary.tokens_per_image  # of a small model fewer than the original's least number
+        if task in ("draw", "edit") and settings.min_new_tokens > most:
+            settings = replace(settings, min_new_tokens=1)
+        return settings
+
+    def own_defaults(self, task: str) -> dict[str, Any]:
+        return dict(self.config.generation.get("compose" if task == "edit" else task, {}))
+
+    def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
+        return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
+
+    def stops(self, task: Task) -> Sequence[str]:
+        return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
+
+    def after(self, task: Task) -> str:
+        return super().after(task) if task == "ask" else ""
+
+    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
+        return AnswerReader(self.tokenizer, self.stops(task), previews, self.after(task))
+
+    def question(self, question: str, short: bool) -> str:
+        return QUESTION.format(question) if short else question
+
+    def said(self, answer: Answer, task: Task) -> str:
+        if task != "ask":
+            return answer.text
+        self.lemmatizer = self.lemmatizer or Lemmatizer()
+        return self.lemmatizer(answer.text)
+
+    def image_tokens(self, settings: GenerationSettings) -> int:
+        return min(settings.max_new_tokens, self.tokenizer.vocabulary.tokens_per_image + 1)
+
+    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
+                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+        messages = [conversation[-1] for conversation in conversations]
+        each = seeds or [0] * len(messages)
+        own = [seed for seed, message in zip(each, messages, strict=True) for _ in message.images]
+        seed = None if None in own else own
+        images = [image for message in messages for image in message.images]
+        if task in ("draw", "edit"):
+            codes = iter(self.images.encode(images, seed=seed))
+            return [Request(self._drawing_prompt(message, codes)) for message in messages]
+        if not all(message.images for message in messages):
+            raise RequestError("LaVIT answers about images: show one with the message, or ask for an image as the "
+                               "answer.")
+        rows = iter(self.images.read(images, seed=seed))
+        embed = self.llm.get_input_embeddings()
+        requests = []
+        with torch.inference_mode():
+            for message in messages:
+                seen = [next(rows).to(embed.weight.device) for _ in message.images]
+                text = self.tokenizer.text_ids(message.text.strip()) if message.text.strip() else []
+                requests.append(Request(Prompt(embeds=read_prompt(embed, self.tokenizer.vocabulary, seen, text))))
+        return requests
+
+    def _drawing_prompt(self, message: Message, codes: Any) -> Prompt:
+        parts: list[Any] = []
+        negative = None
+        for item in message.content:
+            if isinstance(item, Negative):
+                negative = [*self.tokenizer.text_ids(item), self.tokenizer.vocabulary.boi_id]
+            elif isinstance(item, str):
+                parts.append(item)
+            else:
+                row = next(codes) if is_image(item) else item.codes if isinstance(item, ImagePart) else item
+                parts.append(self.images.check_codes(row).tolist())
+        return Prompt(self.tokenizer.drawing_ids(parts), negative=negative)
+
+    # ---- tasks
+
+    def chat(self, messages: Sequence[Any], stream: bool = False, **options: Any) -> Any:
+        """As of `MultimodalSystem`, of one message: a caption of its image, an answer to a question about it, or an
+        image (`force_image`) of what it says."""
+        conversation = read_messages(messages)
+        if len(conversation) > 1:
+            raise RequestError("LaVIT answers single messages, it was not trained to converse: start over (/reset) and "
+                               "send one message.")
+        content: list[Any] = list(conversation[0].content)
+        if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
+            content = [*conversation[0].images, self.question(conversation[0].text.strip(), True)]
+        message: list[Any] = [{"role": "user", "content": content}]
+        return super().chat(message, stream, **options)
+
+    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
+        message = conversation[-1]
+        if force_image:
+            return "draw" if all(isinstance(item, str) for item in message.content) else "edit"
+        if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
+            raise RequestError("LaVIT reads images to answer; codes can only be part of what is drawn.")
+        return "ask" if message.text.strip() else "describe"
+
+    def compose(self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any) -> Any:
+        """An image of texts (`str`), images and codes in their order; a list of `num_images`. Raises as `draw`."""
+        images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
+        return images[0] if num_images == 1 else images
+
+    def tokenize(self, images: Any, *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+        items = shown(images)
+        self._log_note(self.images.note(items))
+        return self.images.encode(items, seed=seed, selection=selection)
+
+    def _codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> list[Tensor]:
+        self._log_note(self.images.note(images))
+        return self.images.encode(images, seed=list(seeds))
+
+    def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
+              options: dict[str, Any]) -> list[Image.Image]:
+        if negative := options.pop("negative_prompt", None):
+            conversations = [[replace(one[-1], content=(*one[-1].content, Negative(negative)))]
+                             for one in conversations]
+        return super()._draw(conversations, task, seed, num_images, batch_size, options)
+
+
+def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
+    """The tokenizers of a system now, its decoders when they are first needed.
+
+    Raises:
+        CheckpointError: missing or damaged files.
+    """
+    parts: Any = config.require("tokenizer")
+    home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
+    writer, reader = load_both(parts.tokenizer, device=home, dtype=runtimes.images.dtype,
+                               config=config.sizes.get("tokenizer"),
+                               **({"language_model": str(config.llm)} if config.original else {}))
+    reads = reader is not None and reader.vit_proj is not None
+    load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
+    images = CodeRows(writer, reader if reads else None, selection=config.selection, load_decoder=load,
+                      device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    images.domain = load_domain(config.domain, config.domain_threshold)
+    return images
+
+
+def _load_decoder(config: SystemConfig, runtimes: Runtimes) -> LavitDetokenizer:
+    config.require("decoder", "pixels")
+    if config.decoder is None or config.pixels is None:
+        raise ConfigError(f"{config.name}: its system.json names no decoder, so it cannot draw.")
+    dtype = runtimes.drawing.dtype
+    decoder = CodeDecoder.from_pretrained(config.decoder, head=config.head, config=config.sizes.get("decoder"),
+                                          dtype=dtype)
+    return LavitDetokenizer.from_pretrained(config.pixels, decoder, dtype=dtype, check_safety=config.safety is not None,
+                                            safety=config.safety)

@@ -1,0 +1,182 @@
+"""The original repositories' objects: SEED-LLaMA's tokenizer, and SEED-1.
+
+    tokenizer = SeedLlamaTokenizer.from_pretrained("pretrained/seed_tokenizer", diffusion_path=FOLDER)
+    codes = tokenizer.encode_image(image_path="cat.jpg")                 # [1, 32]
+    images = tokenizer.decode_image(codes, negative_indices=other)       # [PIL]
+    ids = tokenizer(tokenizer.bos_token + "USER: hello", add_special_tokens=False, return_tensors="pt").input_ids
+
+    model = Seed1.from_pretrained("pretrained")
+    images = model.reconstruct(["images/cat.jpg"])                       # or model.draw(model.tokenize([…]))
+
+Names, defaults and results are the originals'. Unlike them, drawing is seeded, de-tokenizers load on first use, and
+batches of any size work. What transformers' tokenizer class has beyond these members is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.device import RELEASED_FP16, choose_device
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
+from seed_multimodal.images.transforms import get_transform, seed_image_processor
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.checkpoints import SEED1
+from seed_multimodal.seed.diffusion import SD_FOLDER, SD_WHERE, StableDiffusionDetokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer
+from seed_multimodal.seed.pipeline import CodeImages, open_images
+from seed_multimodal.system.config import INSIDE
+from seed_multimodal.system.images import one_seed_each
+from seed_multimodal.system.loading import Log
+
+YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
+DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # beside SEED-1's tokenizer
+
+
+class SeedLlamaTokenizer:
+    """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes; `text` and `images` can be used by themselves."""
+
+    bos_token, eos_token, unk_token, pad_token = "<s>", "</s>", "<unk>", "<unk>"
+    bos_token_id, eos_token_id, unk_token_id, pad_token_id = 1, 2, 0, 0
+
+    def __init__(self, text: MultimodalTokenizer, images: CodeImages, *, fp16: bool = True) -> None:
+        self.text, self.images, self.fp16 = text, images, fp16
+        self.processor = seed_image_processor(images.model.config.vit.image_size)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, fp16: bool = True,
+                        load_diffusion: bool = False, encoder_url: str | None = None,
+                        diffusion_path: str | None = None, device: str = "auto", dtype: Any = "auto") -> Self:
+        """The SEED-2 tokenizer of a folder, or of a hub name whose files are in the local cache.
+
+        Args:
+            fp16: float16 on CUDA devices; False: float32. dtype: a precision, whatever `fp16` says.
+            load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
+            encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
+            diffusion_path: default: the folder's `diffusion_model`, else `pretrained/stable-diffusion-2-1-unclip`.
+
+        Raises:
+            CheckpointError: a part that is not there: what to download and where to put it.
+        """
+        folder = local_folder(pretrained_model_name_or_path)
+        if folder is None:
+            raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
+        diffusion = diffusion_path or (folder / INSIDE if (folder / INSIDE).is_dir() else PARTS["unclip"].folder)
+        runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
+        images = open_images(folder, detokenizer=local_folder(diffusion) or Path(diffusion), images=runtime)
+        images.transform = get_transform(image_size=images.model.config.vit.image_size, keep_ratio=False)
+        if load_diffusion:
+            _ = images.decoder
+        return cls(MultimodalTokenizer.from_pretrained(folder), images, fp16=fp16)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """How many codes there are."""
+        return self.text.vocabulary.n_codes
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are encoded and drawn."""
+        return self.images.device
+
+    def encode_image(self, image_path: Any = None, image_pil: Image.Image | None = None,
+                     image_torch: Tensor | None = None, image_size: int | None = None) -> Tensor:
+        """A file, an image, or normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
+        given = [value for value in (image_path, image_pil, image_torch) if value is not None]
+        if len(given) != 1:
+            raise ConfigError(f"encode_image needs exactly one of image_path, image_pil and image_torch, not "
+                              f"{len(given)}.")
+        pixels = self.processor(self.images.open(given[0])) if image_torch is None else image_torch
+        return self.images.encode_pixels(pixels.reshape(-1, *pixels.shape[-3:])).to(self.device)
+
+    def decode_image(self, indices: Any, negative_indices: Any = None, guidance_scale: float | None = None,
+                     num_inference_steps: int | None = None, *, seed: Any = 0, **settings: Any) -> list[Image.Image]:
+        """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one for each image."""
+        settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        rows = torch.as_tensor(indices).reshape(-1, 32)
+        seeds = one_seed_each(seed, len(rows))
+        if negative_indices is None:
+            return self.images.draw(rows, seeds=seeds, **settings)
+        negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
+        return [self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
+                for row, negative, one in zip(rows, negatives, seeds, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True,
+                 return_tensors: str | None = None) -> Any:
+        """Text, or several (for tensors: of one length) → `input_ids` and `attention_mask`."""
+        from transformers import BatchEncoding
+
+        ids: Any = [self.encode(one, add_special_tokens) for one in ([text] if isinstance(text, str) else text)]
+        if isinstance(text, str) and return_tensors is None:
+            ids = ids[0]
+        mask = [[1] * len(one) if isinstance(one, list) else 1 for one in ids]
+        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Text → ids; `add_special_tokens` puts `<s>` in front."""
+        return self.text.encode(text, add_bos=add_special_tokens)
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
+        """Ids → text."""
+        return self.text.decode(torch.as_tensor(token_ids).flatten().tolist(), skip_special_tokens=skip_special_tokens)
+
+
+class Seed1:
+    """SEED-1: images ⇄ 32 codes, drawn by Stable Diffusion; `tokenizer` and `images` can be used by themselves."""
+
+    def __init__(self, tokenizer: Seed1Tokenizer, **options: Any) -> None:
+        self.tokenizer = tokenizer
+        self.images = CodeImages(tokenizer, seed_image_processor(tokenizer.config.vit.image_size),  # type: ignore[arg-type]
+                                 **{"load_decoder": None, "device": tokenizer.device, **options})
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path = "pretrained", *, diffusion: str | Path | None = None,
+                        vision: str | Path | None = None, config: Any = None, device: str = "auto", dtype: Any = "auto",
+                        safety_checker: bool = True, log: Log = print) -> Self:
+        """Load the tokenizer (see `seed.checkpoints`) now, and Stable Diffusion 1 when the first image is drawn.
+
+        Args:
+            diffusion: default: in or beside `folder`, else `pretrained/stable-diffusion-v1-4`.
+            config: sizes of weights without config.json that are not of the original width.
+
+        Raises:
+            CheckpointError: weights that are missing (what to download and where to put it), or damaged.
+        """
+        place = locate(folder) or Path(folder)
+        home = place.parent if place.is_file() else place
+        beside = next((home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER))
+        diffusion = locate(diffusion or beside)
+        missing = []
+        if not place.is_file() and not (place / "config.json").is_file() and len(SEED1.find(place)) < len(SEED1.files):
+            missing.append(SEED1.advice(place))
+        missing += [] if diffusion else [SD_WHERE]
+        if missing:
+            raise CheckpointError(f"the weights of SEED-1 are not on this disk: {', and '.join(missing)}.")
+        runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
+        tokenizer = Seed1Tokenizer.from_pretrained(place, vision=vision, config=config, device=runtime.device,
+                                                   dtype=runtime.dtype, log=log)
+        return cls(tokenizer, device=runtime.device, load_decoder=partial(
+            StableDiffusionDetokenizer.from_pretrained, diffusion or place, dtype=runtime.dtype,
+            safety_checker=safety_checker))
+
+    def tokenize(self, images: Sequence[Any]) -> Tensor:
+        """Images (files, bytes, PIL) → codes `[B, 32]` int64 on the CPU."""
+        return self.images.encode(images)
+
+    def draw(self, codes: Any, *, seed: Any = 42, batch_size: int = 6, **settings: Any) -> list[Image.Image]:
+        """Codes `[B, 32]` → B images; `settings`: of `StableDiffusionDetokenizer`."""
+        return self.images.draw(codes, seeds=one_seed_each(seed, len(codes)), batch_size=batch_size, **settings)
+
+    def reconstruct(self, images: Sequence[Any], **options: Any) -> list[Image.Image]:
+        """Images → the images that their codes stand for; `options`: of `draw`."""
+        return self.draw(self.tokenize(images), **options)

@@ -1,0 +1,229 @@
+"""SEED-LLaMA: images are 32 codes each, which its language model reads and writes.
+
+    images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► unCLIP ─► images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any, Self
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.device import Runtime
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
+from seed_multimodal.images.io import DETAIL
+from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.generation import Prompt
+from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.prompts import Turn, get_template, merge_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
+from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.settings import check_value
+from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.domain import load_domain
+from seed_multimodal.system.images import ImageCodec, Remembered
+from seed_multimodal.system.loading import Log, Runtimes
+from seed_multimodal.system.messages import Message, is_image
+from seed_multimodal.system.requests import Request, Task
+
+REMEMBERED = 1024  # images whose codes are kept, about 0.5 KB each
+
+
+class CodeImages(ImageCodec):
+    """Images ⇄ 32 codes each.
+
+    Args:
+        transform: PIL image → float32 [3, S, S]. options: of `ImageCodec`.
+    """
+
+    progressive = True
+    own_settings = ("codes", "negative_codes", "callback")
+    drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
+
+    def __init__(self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
+        super().__init__(model, at_least=DETAIL * model.config.vit.image_size, **options)
+        self.transform = transform
+        self._known = Remembered(REMEMBERED)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The vision encoder."""
+        return self.model.visual_encoder  # type: ignore[return-value]
+
+    @property
+    def section(self) -> int:
+        """Codes of one section of the codebook."""
+        return int(self.model.config.codebook_size // self.model.config.codebook_sections)
+
+    def run_encoder(self, images: Sequence[Any]) -> None:
+        self.encoder(self.pixels(images).to(self.device, self.model.dtype))
+
+    def pixels(self, images: Sequence[Any]) -> Tensor:
+        """Normalised pixels [B, 3, S, S]."""
+        return torch.stack([self.transform(self.open(image)) for image in images])
+
+    def encode(self, images: Sequence[Any]) -> Tensor:
+        """Images → codes [B, 32] int64 on the CPU; those of the last images are kept by their content."""
+        if not len(images):
+            return torch.empty(0, self.model.config.num_query, dtype=torch.long)
+        return self.encode_pixels(self.pixels(images))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
+        def encode(new: list[Tensor]) -> list[list[int]]:
+            codes: list[list[int]] = self.model.encode(torch.stack(new).to(self.device)).tolist()
+            return codes
+
+        with self.encoding():
+            return torch.tensor(self._known.of(list(pixels.float()), encode), dtype=torch.long)
+
+    def check_codes(self, codes: Any, length: int | None = None) -> Tensor:
+        """Codes of images → [B, n] int64; `length`: the first ones are enough.
+
+        Raises:
+            CodesError: another number of codes, or one outside the codebook.
+        """
+        whole, size = self.model.config.num_query, self.model.config.codebook_size
+        rows = [torch.as_tensor(row) for row in codes]
+        for number, row in enumerate(rows):
+            if row.ndim != 1 or row.is_floating_point() or not (length or whole) <= len(row) <= whole:
+                raise CodesError(f"Image {number} must be a row of {whole} codes, got {list(row.shape)}.")
+            if not 0 <= int(row.min()) <= int(row.max()) < size:
+                raise CodesError(f"Image {number} holds a code outside 0 to {size - 1}.")
+        return torch.stack([nn.functional.pad(row.long(), (0, whole - len(row))) for row in rows])
+
+    @torch.inference_mode()
+    def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8,
+             codes: int | Sequence[int] | None = None, negative_codes: Any = None, **settings: Any
+             ) -> list[Image.Image]:
+        """Codes → images.
+
+        Args:
+            codes: draw from so many of the codes only: one number for all images, or one each.
+            negative_codes: codes of an image to steer away from. settings: of `UnclipDetokenizer`.
+
+        Raises:
+            CodesError: codes outside the codebook.
+        """
+        lengths = None
+        if codes is not None:
+            whole = self.model.config.num_query
+            each = [codes] * len(values) if isinstance(codes, int) else list(codes)
+            lengths = torch.tensor([check_value(int, one, "codes", least=1, most=whole) for one in each])
+        rows = self.check_codes(values, None if lengths is None else int(lengths.min()))
+        if len(rows) == 0:
+            return []
+        with self.encoding(), self.drawing() as decoder:
+            embeds = self.model.decode(rows.to(self.device), lengths)
+            negative = None
+            if negative_codes is not None:
+                negative = self.model.decode(self.check_codes([negative_codes]).to(self.device))
+            images: list[Image.Image] = decoder(embeds, negative_embeds=negative, seeds=seeds, batch_size=batch_size,
+                                                **settings)
+            return images
+
+
+class SeedLlama(MultimodalSystem):
+    """SEED-LLaMA; settings of drawing: `num_inference_steps`, `guidance_scale`, `noise_level`, `scheduler`, `codes`
+    (draw from the first so many), `negative_codes`, `callback`."""
+
+    images: CodeImages
+
+    def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: CodeImages,
+                 log: Log = None, **options: Any) -> None:
+        super().__init__(config, tokenizer, llm, images, log, **options)
+        self.template = get_template(config.template)
+        if llm.config.vocab_size != tokenizer.vocabulary.size:
+            raise CheckpointError(f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
+                                  f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
+
+    @classmethod
+    def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
+        parts: Any = config.require("llm", "tokenizer")
+        words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
+        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                       quantization=runtimes.quantization, vocabulary=words.vocabulary)
+        images = load_images(config, runtimes)
+        sizes = images.model.config
+        if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
+            raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
+                              f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
+                              f"{words.vocabulary.tokens_per_image}.")
+        return cls(config, words, llm, images, log, llm_device=runtimes.llm_device)
+
+    def stops(self, task: Task) -> Sequence[str]:
+        return (self.template.turn_marker,)
+
+    def prompt_ids(self, turns: Sequence[Any], system: str = "") -> list[int]:
+        """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""
+        return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
+
+    def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
+                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+        images = [image for conversation in conversations for message in conversation for image in message.images]
+        codes = iter(self.images.encode(images).tolist())
+        end = self.tokenizer.encode_parts([opening]) if opening else []
+        requests = []
+        for conversation in conversations:
+            if conversation[0].role == "raw":
+                spans = merge_text([self._span(item, codes) for item in conversation[0].content])
+                ids = self.tokenizer.encode_parts(spans, add_bos=True)
+                requests.append(Request(Prompt([*ids, *end], answered=end)))
+                continue
+            system = "\n".join(message.text for message in conversation if message.role == "system")
+            turns = [Turn(message.role, tuple(self._span(item, codes) for item in message.content))
+                     for message in conversation if message.role != "system"]
+            requests.append(Request(Prompt([*self.prompt_ids(turns, system), *end], answered=end)))
+        return requests
+
+    def _span(self, item: Any, codes: Any) -> Any:
+        if isinstance(item, str):
+            return item
+        if isinstance(item, ImagePart):
+            return list(item.codes)
+        return next(codes) if is_image(item) else self.images.check_codes([item])[0].tolist()
+
+
+def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
+    """The image tokenizer of a system, or one alone, with the resizing that it was trained on (to its own size, if none
+    is given).
+
+    Raises:
+        CheckpointError: weights that are missing or damaged; of another image size.
+    """
+    config.require("tokenizer")
+    return open_images(config.tokenizer, vision=config.vision,
+                       detokenizer=config.detokenizer if runtimes.load_decoder else None, config=config,
+                       images=runtimes.images, drawing=runtimes.drawing, offload=runtimes.offload)
+
+
+def open_images(tokenizer: Any, *, vision: Any = None, detokenizer: Any = None, config: SystemConfig | None = None,
+                images: Runtime, drawing: Runtime | None = None, offload: Collection[str] = ()) -> CodeImages:
+    """As `load_images`, of a tokenizer's folder, file or hub name."""
+    drawing = drawing or images
+    model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device="cpu" if "encoder" in offload
+                                           else images.device, dtype=images.dtype)
+    size = model.config.vit.image_size
+    if config is not None and config.image_size not in (None, size):
+        raise ConfigError(f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
+                          f"pixels.")
+    load = None
+    if detokenizer is not None:
+        load = partial(UnclipDetokenizer.from_pretrained, detokenizer, dtype=drawing.dtype)
+    transform = get_transform(**{"image_size": size, **({} if config is None else config.transform)})
+    codec = CodeImages(model, transform, load_decoder=load, device=images.device, drawing_device=drawing.device,
+                       offload=offload)
+    if detokenizer is None:
+        codec.name, codec.advice = str(tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
+                                                    f"{tokenizer}/diffusion_model")
+    if config is not None:
+        codec.domain = load_domain(config.domain, config.domain_threshold)
+    return codec

@@ -1,0 +1,134 @@
+"""SEED-X from the original YAML files: each describes one part by the original's `_target_` and keys.
+
+    config = config_of_files({"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}, tuned=True)
+    SeedX.from_pretrained(config)
+
+`config.ALIASES` leads each name to a function here, which loads nothing: it says where the weights are and which sizes
+they have. Sizes beside the weights (`config.json`, `resampler.json`) win over the YAML's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.config import instantiate
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import PARTS, locate
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes
+from seed_multimodal.seed_x.modeling import AgentSettings
+from seed_multimodal.seed_x.pipeline import AgentSizes
+from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
+from seed_multimodal.settings import check_keys, read_settings
+from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
+from seed_multimodal.system.config import SystemConfig
+
+KEYS = {"tokenizer": "tokenizer", "llm": "llm", "visual_encoder": "vision", "agent": "agent", "adapter": "detokenizer",
+        "discrete_model": "discrete_model"}  # kind of file → part of `SystemConfig`
+STRAY = "image_start_id"  # a key of the original vision encoder's file, there with a quotation mark too many
+
+
+@dataclass(frozen=True)
+class Described:
+    """A part: its key of `SystemConfig`, where it is, its sizes (None: those beside the weights), its LoRA's fields."""
+
+    key: str
+    path: Path = Path()
+    sizes: Any = None
+    lora: Mapping[str, Any] | None = None
+
+
+def words(pretrained_model_name_or_path: str) -> Described:
+    """`LlamaTokenizer.from_pretrained`."""
+    return Described("tokenizer", Path(pretrained_model_name_or_path))
+
+
+def language_model(pretrained_model_name_or_path: str, low_cpu_mem_usage: bool = True) -> Described:
+    """`LlamaForCausalLM.from_pretrained`."""
+    return Described("llm", Path(pretrained_model_name_or_path))
+
+
+def lora(**values: Any) -> dict[str, Any]:
+    """`peft.LoraConfig`, of which `r` and `lora_alpha` are needed to put a trained LoRA into its base."""
+    return values
+
+
+def language_model_with_lora(model: Described, peft_config: Mapping[str, Any], vocab_size: int | None = None,
+                             torch_dtype: str = "bf16") -> Described:
+    """`get_peft_model_with_resize_embedding`; the last two had their effect in training."""
+    return Described("llm", model.path, lora=peft_config)
+
+
+def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:
+    """`VisionTransformerWithAttnPool.from_pretrained`."""
+    given = {key: value for key, value in sizes.items() if not key.startswith(STRAY)}
+    check_keys(given, [one.name for one in fields(QwenVitConfig)], "vision encoder")
+    return _sized("vision", pretrained_model_path, read_settings(QwenVitConfig, given, "vision encoder"))
+
+
+def agent(input_resampler: ResamplerConfig, output_resampler: ResamplerConfig, pretrained_model_path: str,
+          **settings: Any) -> Described:
+    """`ContinuousLVLM.from_pretrained`."""
+    sizes = AgentSizes(input_resampler, output_resampler, read_settings(AgentSettings, settings, "agent"))
+    return _sized("agent", pretrained_model_path, sizes)
+
+
+def adapter(resampler: ResamplerSizes, pretrained_model_path: str, vit_down: bool = True, full_ft: bool = False,
+            set_trainable_late: bool = False) -> Described:
+    """`SDXLAdapter.from_pretrained` of either stage, which the weights tell; the last two are of training."""
+    return _sized("detokenizer", pretrained_model_path, resampler, SIZES)
+
+
+def no_discrete_model() -> Described:
+    """`DiscreteModleIdentity`: features are drawn as they are."""
+    return Described("discrete_model")
+
+
+def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
+                    sdxl: str | Path = PARTS["sdxl"].folder) -> SystemConfig:
+    """The parts that YAML files describe, checked to be there.
+
+    Args:
+        files: those needed of `KEYS` and `image_transform`. sdxl: SDXL's diffusers folder, needed by `adapter`.
+
+    Raises:
+        CheckpointError: parts that are not there: all of them, and what to put where. ConfigError: a file that is not
+            there or describes something else.
+    """
+    parts = {kind: _read(file, kind) for kind, file in files.items()}
+    transform = parts.pop("image_transform", None)
+    found = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
+    if "detokenizer" in found:
+        found["sdxl"] = Path(sdxl)
+    config = SystemConfig.find("seed-x-i", **found, tuned=tuned)
+    config.name, config.lora = "SEED-X", parts["llm"].lora if "llm" in parts else None
+    config.sizes = {part.key: part.sizes for part in parts.values() if part.sizes is not None}
+    for key in SYSTEM_PARTS["seed_x"].keys() - found.keys():
+        setattr(config, key, None)
+    size = config.sizes["vision"].image_size if "vision" in config.sizes else None
+    if transform is not None and (transform.keep_ratio or transform.image_size != (size or transform.image_size)):
+        raise ConfigError(f"{files['image_transform']}: SEED-X reads squares of the vision encoder's size: set "
+                          f"keep_ratio to False and image_size to {size or transform.image_size}.")
+    return config.require(*found)
+
+
+def _read(file: str | Path, kind: str) -> Any:
+    """What a YAML file, here or below the repository root, describes."""
+    try:
+        made = instantiate(locate(file) or Path(file))
+    except ConfigError as error:
+        raise error if Path(file).name in str(error) else ConfigError(f"{file}: {error}") from error
+    if not isinstance(made, ImageTransform if kind == "image_transform" else Described) or (
+            isinstance(made, Described) and made.key != KEYS[kind]):
+        raise ConfigError(f"{file}: describes another part than the {kind.replace('_', ' ')}.")
+    return made
+
+
+def _sized(key: str, path: str, sizes: Any, beside: str = "config.json") -> Described:
+    """A part whose own sizes win, where they are beside its weights."""
+    place = locate(path)
+    known = place is not None and ((place if place.is_dir() else place.parent) / beside).is_file()
+    return Described(key, Path(path), None if known else sizes)

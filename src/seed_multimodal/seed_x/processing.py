@@ -1,0 +1,256 @@
+"""What SEED-X is asked and answers: prompts with images in several views, boxes as words, answers as text.
+
+    tuned (SEED-X-I, -Edit)   [INST] {image}{request} [/INST]\\n{answer}\\n[INST] {request} [/INST]\\n…
+    base (SEED-X)             Question: {image}{question}\\nAnswer:   {image}{phrase} [[ <box_start>   {caption}
+
+Each turn is encoded on its own, as in the training data. An image is `<patch>` … `</patch>` for each part of it and
+`<img>` … `</img>` for the whole (`SeedXVocabulary.read_ids`). A box is `<box_start>`, the places of its centre (x, y),
+its width and its height in 224ths of the image's, `<box_end>`. Source: SEED-X's released code (inference scripts,
+`decode_llava_data`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER, Ids, SeedXVocabulary
+
+GRID = SeedXVocabulary.n_locations
+_NUMBER = re.compile(r"<loc-(\d+)>")
+_TUNED_BOX = re.compile(f"{BOX}(.*?){BOX_END}")
+_OPENED_BOX = re.compile(f"(.*?){BOX_END}")
+_WORD = re.compile(r"<[^>]*>")
+
+
+@dataclass(frozen=True)
+class ReadImage:
+    """An image that the model reads, as a part of a turn: in how many views (its parts and the whole)."""
+
+    views: int
+
+
+@dataclass(frozen=True)
+class WrittenImage:
+    """An image of an earlier answer, as the model wrote it: its words alone, without features."""
+
+
+Content = str | ReadImage | WrittenImage
+
+
+class SeedXPrompts:
+    """Requests as token ids, `<s>` in front.
+
+    Args:
+        tuned: of a model that follows instructions; the others continue what they are given.
+
+    Raises:
+        ConfigError: a tokenizer without SEED-X's words.
+    """
+
+    def __init__(self, tokenizer: MultimodalTokenizer, tuned: bool = True) -> None:
+        self.tokenizer, self.tuned = tokenizer, tuned
+        self.vocabulary = seed_x_words(tokenizer)
+        self.template = get_template("llama2")
+
+    def alone(self, content: Sequence[Content], task: str = "ask") -> list[int]:
+        """What the base model continues: a question, a phrase whose last words name what to find ("detect", the answer
+        begins inside a box), a caption to draw ("draw"), or any text as it is ("chat")."""
+        if task in ("ask", "describe"):
+            return self._encode(["Question: ", *content, "\nAnswer:"])
+        if task == "chat":
+            return self._encode(content, asked=False)
+        if task == "draw":
+            return self._encode(content, rstrip=True)
+        return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
+
+    def dialogue(self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = "") -> list[int]:
+        """A conversation of a tuned model, up to where the next answer begins.
+
+        Args:
+            turns: role (user, assistant) and content, texts and images in order.
+
+        Raises:
+            RequestError: an unknown role, or a malformed box in what a user says.
+        """
+        spans: list[list[Part]] = [[f"{system}\n"]] if system else []
+        for place, (role, content) in enumerate(turns):
+            turn = Turn.of((role, tuple(self._parts(content, asked=role == "user"))))
+            spans.append(self.template.render_turn(turn, self.template.separator if place else ""))
+        return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
+
+    def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:
+        """Where in the `ids` of a `dialogue` features are put: in the words of shown images, not of written ones."""
+        shown = [isinstance(part, ReadImage) for _, content in turns for part in content if not isinstance(part, str)
+                 for _ in range(part.views if isinstance(part, ReadImage) else 1)]
+        return [place for number, place in enumerate(self.vocabulary.places(ids))
+                if shown[number // self.vocabulary.tokens_per_image]]
+
+    def _encode(self, content: Sequence[Content], rstrip: bool = False, asked: bool = True) -> list[int]:
+        parts = merge_text(list(self._parts(content, asked)))
+        if rstrip and parts and isinstance(parts[-1], str):  # a control word follows
+            parts[-1] = parts[-1].rstrip()
+        return self.tokenizer.encode_parts(parts, add_bos=True)
+
+    def _parts(self, content: Sequence[Content], asked: bool = True) -> Iterator[Part]:
+        """Texts, with their boxes as words, and images; in what is `asked` boxes must be whole."""
+        for part in content:
+            if isinstance(part, str):
+                problems = read_boxes(part, grid=self.vocabulary.n_locations)[1] if asked else []
+                if problems:
+                    raise RequestError(problems[0])
+                yield from self.vocabulary.box_parts(part)
+            else:
+                yield Ids(self.vocabulary.run()) if isinstance(part, WrittenImage) else (
+                    self.vocabulary.read_ids(part.views))
+
+
+def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
+    """The vocabulary of SEED-X's tokenizer.
+
+    Raises:
+        ConfigError: it has none of its words.
+    """
+    if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
+        raise ConfigError("The tokenizer has no words for parts of images and boxes, so it is not SEED-X's.")
+    return tokenizer.vocabulary
+
+
+def place_images(text: str, images: Sequence[int]) -> list[Content]:
+    """Texts and images in order; `images` (views of each) take the places of `<image>`, or come first without any.
+
+    Raises:
+        RequestError: another number of `<image>`s than images.
+    """
+    pieces = text.split(PLACEHOLDER)
+    if len(pieces) == 1:
+        return [*map(ReadImage, images), text]
+    if len(pieces) != len(images) + 1:
+        raise RequestError(f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images.")
+    found: list[Content] = [pieces[0]]
+    for views, piece in zip(images, pieces[1:], strict=True):
+        found += [ReadImage(views), piece]
+    return [part for part in found if part != ""]
+
+
+# -------------------------------------------------------------------------------------------------- answers
+
+
+def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
+    """Generated ids as the released `generate` writes them: without `<img>` and the image words of whole images;
+    `</img>`, `</s>`, locations, box words and images that broke off stay."""
+    words = seed_x_words(tokenizer)
+    inside = words.run()[1:-1]
+    shown: list[int] = []
+    for id in ids:
+        if id == words.eoi_id and shown[-len(inside):] == inside:
+            del shown[-len(inside):]
+        if id != words.boi_id:
+            shown.append(id)
+    return tokenizer.decode(shown)
+
+
+def without_words(text: str) -> str:
+    """An answer for people, as the released scripts print it: everything of the form `<…>` is left out."""
+    return _WORD.sub("", text)
+
+
+@dataclass(frozen=True)
+class Box:
+    """A rectangle in 224ths of an image's width and height: its centre and its size."""
+
+    x: int
+    y: int
+    width: int
+    height: int
+
+    @classmethod
+    def around(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
+        """The box of a rectangle, to the nearest place of the grid.
+
+        Args:
+            corners: left, top, right, bottom in pixels.
+            size: width and height of the image.
+
+        Raises:
+            RequestError: corners out of order, or outside the image.
+        """
+        left, top, right, bottom = map(float, corners)
+        width, height = size
+        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+            raise RequestError(f"The box {left:g}, {top:g}, {right:g}, {bottom:g} is not inside the image of "
+                               f"{width} x {height} pixels, left before right and top before bottom.")
+        shares = ((left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width,
+                  (bottom - top) / height)
+        return cls(*(min(grid - 1, round(share * grid)) for share in shares))
+
+    def corners(self, size: tuple[int, int], grid: int = GRID, clip: bool = True) -> tuple[int, int, int, int]:
+        """Left, top, right, bottom in whole pixels of an image of this size, cut off at its edges (`clip`)."""
+        across, down = self.width / grid * size[0] / 2, self.height / grid * size[1] / 2
+        x, y = self.x / grid * size[0], self.y / grid * size[1]
+        left, top, right, bottom = int(x - across), int(y - down), int(x + across), int(y + down)
+        if clip:
+            return max(0, left), max(0, top), min(size[0], right), min(size[1], bottom)
+        return left, top, right, bottom
+
+    def ids(self, words: SeedXVocabulary) -> Ids:
+        """The box as words.
+
+        Raises:
+            RequestError: a place outside the grid.
+        """
+        places = (self.x, self.y, self.width, self.height)
+        wrong = next((place for place in places if not 0 <= place < words.n_locations), None)
+        if wrong is not None:
+            raise RequestError(f"Place {wrong} of a box is outside 0..{words.n_locations - 1}.")
+        return Ids([words.boxes, *(words.locations + place for place in places), words.boxes + 1])
+
+
+def box_numbers(text: str, opened: bool = False) -> list[list[int]]:
+    """The numbers of every box in a text, as the released scripts read them (not four, none: all is possible).
+
+    Args:
+        opened: the prompt ended in `<box_start>`, so the text begins inside a box.
+    """
+    return [[int(number) for number in _NUMBER.findall(inside)] for inside in _inside(text, opened)]
+
+
+def _inside(text: str, opened: bool) -> Iterator[str]:
+    for found in (_OPENED_BOX if opened else _TUNED_BOX).finditer(text):
+        yield found[1]
+
+
+def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:
+    """The boxes of an answer, and a sentence about each that is none.
+
+    Args:
+        text: the answer with its words (`answer_text`).
+        opened: as of `box_numbers`.
+    """
+    boxes: list[Box] = []
+    problems: list[str] = []
+    rest = f"{BOX} {text}" if opened else text
+    for piece in rest.split(BOX)[1:]:
+        inside, closed, _ = piece.partition(BOX_END)
+        shown = " ".join(inside.split())[:80]
+        if not closed:
+            problems.append(f"A box is not closed: {shown!r}.")
+            continue
+        numbers = [int(number) for number in _NUMBER.findall(inside)]
+        if _NUMBER.sub("", inside).strip():
+            problems.append(f"A box holds other words than locations: {shown!r}.")
+        elif len(numbers) != 4:
+            problems.append(f"A box has {len(numbers)} numbers instead of 4: {shown!r}.")
+        elif max(numbers) >= grid:
+            problems.append(f"A box lies outside the grid of {grid} places: {shown!r}.")
+        elif not numbers[2] or not numbers[3]:
+            problems.append(f"A box has no width or no height: {shown!r}.")
+        else:
+            boxes.append(Box(*numbers))
+    if not rest.count(BOX) and BOX_END in rest:
+        problems.append(f"{BOX_END} stands without {BOX}.")
+    return boxes, problems

@@ -1,1 +1,0 @@
-"""Room `systems`: complete systems behind one object, such as `SeedLlama`. Imports all model rooms."""

@@ -1,0 +1,77 @@
+"""`seed chat`, on a tiny random system."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.cli.chat import Talk
+from seed_multimodal.cli.main import build_parser, main
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.system.messages import Answer
+
+CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
+
+
+@pytest.fixture
+def chat(capsys, tiny_folder, tmp_path):
+    """Runs `seed chat`; gives exit code, records and stderr."""
+    def run(*words: str) -> tuple[int, list[dict], str]:
+        code = main(["chat", *words, "--model", str(tiny_folder), "--device", "cpu", "--out", str(tmp_path), "--json"])
+        captured = capsys.readouterr()
+        return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+    return run
+
+
+def test_chat_keeps_turns_and_saves_images(chat):
+    code, turns, _ = chat("--image", CAT, "--message", "What is this?", "--message", "And now?", "--num-beams", "2",
+                          "--max-new-tokens", "40", "--force-image")
+    assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "And now?"]
+    drawn = [part for turn in turns for part in turn["answer"] if "picture" in part]
+    assert Path(drawn[0]["picture"]).name == "turn_1.png" and len(drawn) >= 2
+    assert all(len(part["codes"]) == 32 and Image.open(part["picture"]).size == (16, 16) for part in drawn)
+    _, turns, _ = chat("--message", "Draw!", "--force-image")  # of another conversation
+    assert next(part for part in turns[0]["answer"] if "picture" in part)["picture"].endswith("turn_1_2.png")
+
+
+def test_chat_reads_lines(chat, tmp_path, monkeypatch):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    typed = f"/image {tmp_path}/broken.png\n/image {CAT}\nWhat is this?\n/reset\n/imgae\n\n/picture Hello\n/quit\nno\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code, turns, errors = chat()
+    assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "Hello"]
+    assert "broken.png" in errors and "Type a message;" in errors and "A new conversation." in errors
+    assert any("picture" in part for part in turns[1]["answer"])
+    assert chat("--image", "nowhere.png", "--message", "x")[0] == 2
+
+
+def test_chat_prints_text_and_files(tiny, tmp_path, capsys):
+    events = [{"type": "image", "codes": [1], "image": None}, {"type": "text", "text": "Here"},
+              {"type": "text", "text": " it is."}, {"type": "image_broken", "reason": "31 codes"},
+              {"type": "done", "answer": Answer((), note="Unknown words.")}]
+    talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    talk._follow(iter(events))
+    assert capsys.readouterr().out.split() == "[image: not drawn] Here it is. [31 codes] [Unknown words.]".split()
+
+
+@pytest.mark.parametrize("end", [None, KeyboardInterrupt, GenerationError])
+def test_chat_replaces_previews(tiny, tmp_path, end):
+    def events() -> Iterator[dict]:
+        for grey, kind in ((9, "image_preview"), (80, "image_preview"), (200, "image"), (9, "image_preview")):
+            yield {"type": kind, "codes": [1] * 8, "image": Image.new("L", (4, 4), grey)}
+        if end:
+            raise end
+        yield {"type": "done", "answer": Answer(())}
+
+    talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
+    with pytest.raises(end) if end else contextlib.nullcontext():
+        talk._follow(events())
+    assert [(file.name, Image.open(file).getpixel((0, 0))) for file in tmp_path.iterdir()] == [("turn_1.png", 200)]

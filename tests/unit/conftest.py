@@ -1,0 +1,57 @@
+"""A tiny tokenizer and a tiny random LLaMA, made once per session."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.lavit.processing import LavitTokenizer
+
+TEXTS = ["USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.", "Please draw a red apple, a blue house.",
+         "Here is the picture.", "Hello, hello there! 12 345", "[INST] x [/INST]"] * 20
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
+    return MultimodalTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA of two layers whose words are the tokenizer's, saved with the legacy special ids of the 8B."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tokenizer.vocabulary.size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=96, bos_token_id=0, eos_token_id=1, use_cache=False)
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():  # larger weights, so that outputs differ from prompt to prompt
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    folder = tmp_path_factory.mktemp("llm")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
+    """SEED-X's words: 4 of 6 image words a picture, a grid of 16 for boxes."""
+    folder = tmp_path_factory.mktemp("seedx_tokenizer")
+    return MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4, n_locations=16)
+
+
+@pytest.fixture(scope="session")
+def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
+    """LaVIT's words: 330 text pieces, 24 codes, at most 6 a picture."""
+    return LavitTokenizer.train(TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24, tokens_per_image=6)

@@ -1,0 +1,45 @@
+"""The quickstart's sheet, images and JSON, on a tiny random system."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.language.answer import TextPart
+from seed_multimodal.system.messages import Answer, DrawnPart
+from seed_nano import quickstart
+from seed_nano.world.splits import held_out
+from seed_nano.world.words import scene_of
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys):
+    out = tmp_path / "quick"
+    assert quickstart.main(["--model", str(tiny_folder), "--out", str(out), "--device", "cpu"]) == 0
+    result = json.loads((out / "quickstart.json").read_text())
+    assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.READ)
+    assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAWN)
+    assert all(cell["answer"].startswith("never trained on: ") for cell in result["draw"])
+    assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)
+    assert all((out / f"{name}_{number + 1}.png").is_file() for name in ("look", "draw", "edit", "grow")
+               for number in range(len(result[name])))
+    sheet = Image.open(out / "contact_sheet.png")
+    assert sheet.width > 1000 and sheet.height > 1000
+    assert "contact_sheet.png" in capsys.readouterr().out
+
+
+def test_drawn_gives_each_image_the_words_before_it():
+    image = DrawnPart([0] * 32, Image.new("RGB", (8, 8), (9, 200, 9)))
+    cells = quickstart.drawn(Answer((TextPart("One."), image, TextPart("Two."), TextPart("Three."), image)))
+    assert [(cell.caption, cell.arrow) for cell in cells] == [("One.", False), ("Two. Three.", True)]
+    assert quickstart.drawn(Answer((TextPart("One."),))) == []
+
+
+def test_never_trained_on_names_what_is_held_out():
+    notes = {words: quickstart.never_trained_on(words) for words in (*quickstart.READ, *quickstart.DRAWN)}
+    assert all(held_out(scene_of(words)) and len(note) > 20 for words, note in notes.items())
+    assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"
+    assert notes["two twemoji crabs on the sea"] == "never trained on: two crabs"

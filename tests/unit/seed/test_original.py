@@ -1,0 +1,136 @@
+"""The originals' tokenizer object and SEED-1, on recorded strings and tiny random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_seed1
+import torch
+from PIL import Image
+
+from seed_multimodal.config import instantiate
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.original import Seed1, SeedLlamaTokenizer
+
+ROOT = Path(__file__).resolve().parents[3]
+GOLDEN = ROOT / "tests" / "golden" / "data" / "llm_sequences"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder: Path) -> SeedLlamaTokenizer:
+    return SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def seed1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `pretrained/` would hold: the original files, their sizes, and a diffusion folder."""
+    place = tmp_path_factory.mktemp("pretrained")
+    model = tiny_seed1.tokenizer()
+    tiny_seed1.released_folder(model, place)
+    model.save_pretrained(place / "ours")
+    (place / "ours" / "config.json").rename(place / "config.json")
+    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
+    return place
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    place = tmp_path_factory.mktemp("images")
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    return sorted(place.iterdir())
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(image, dtype=np.int32) for image in images])
+
+
+# ---- SeedLlamaTokenizer
+
+
+def test_text_is_tokenized_as_recorded(tokenizer):
+    """`tokenization.json` was recorded from the slow LLaMA tokenizer that the original's object is."""
+    recorded = json.loads((GOLDEN / "tokenization.json").read_text())
+    words = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(GOLDEN / "tokenizer"), tokenizer.images)
+    assert (words.bos_token_id, words.eos_token_id, words.pad_token_id, words.unk_token_id, len(words)) == tuple(
+        recorded[name] for name in ("bos", "eos", "pad", "unk", "length"))
+    assert words.num_image_tokens == 8192
+    for case in recorded["cases"]:
+        assert words(case["text"], add_special_tokens=False).input_ids == case["ids"], case
+        assert words(case["text"], return_tensors="pt").input_ids.tolist() == [case["ids_with_special_tokens"]]
+        assert words.encode(case["text"]) == case["ids_with_special_tokens"]
+        assert words.decode(torch.tensor(case["ids"])) == case["decoded"]
+
+
+def test_encode_image_reads_files_images_and_pixels(tokenizer, images):
+    image = Image.open(images[0])
+    tensor = seed_image_processor(32)(image)
+    codes = tokenizer.encode_image(image_torch=tensor)
+    assert codes.shape == (1, 32) and torch.equal(codes, tokenizer.images.model.encode(tensor))
+    for given in ({"image_path": images[0]}, {"image_path": str(images[0])}, {"image_pil": image}):
+        assert torch.equal(tokenizer.encode_image(**given), codes)
+    assert torch.equal(tokenizer.encode_image(image_torch=torch.stack([tensor, tensor])), codes.expand(2, -1))
+    for given in ({}, {"image_pil": image, "image_torch": tensor}):
+        with pytest.raises(ConfigError, match="exactly one of image_path, image_pil and image_torch"):
+            tokenizer.encode_image(**given)
+
+
+def test_decode_image_steers_away_from_codes(tokenizer):
+    codes, negatives = torch.randint(0, 16, (2, 3, 32), generator=torch.Generator().manual_seed(0))
+    plain = pixels(tokenizer.decode_image(codes))
+    assert plain.shape == (3, 16, 16, 3)
+    assert np.array_equal(pixels(tokenizer.decode_image(codes[0].tolist())), plain[:1])
+    each = pixels(tokenizer.decode_image(codes, negatives, guidance_scale=5.0, num_inference_steps=3))
+    one = pixels(tokenizer.decode_image(codes, negative_indices=negatives[:1], guidance_scale=5.0,
+                                        num_inference_steps=3))
+    assert np.array_equal(one[0], each[0]) and not np.array_equal(one[1:], each[1:])
+    assert not np.array_equal(pixels(tokenizer.decode_image(codes, negatives)), plain)
+    with pytest.raises(CodesError, match="outside"):
+        tokenizer.decode_image([[99] * 32])
+
+
+@pytest.mark.parametrize(("lines", "dtype", "fp16"), [
+    ("", torch.float32, True), ("fp16: False", torch.float32, False),
+    ("fp16: True\ndtype: float16", torch.float16, True), ("fp16: False\ndtype: bf16", torch.bfloat16, False)])
+def test_tokenizer_of_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
+    file = tmp_path / "words.yaml"
+    file.write_text("_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
+                    f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nload_diffusion: True\n{lines}\n")
+    tokenizer = instantiate(file, device="cpu")
+    assert isinstance(tokenizer, SeedLlamaTokenizer) and tokenizer.fp16 is fp16
+    assert tokenizer.images.model.dtype == tokenizer.images.decoder.unet.dtype == dtype
+
+
+# ---- Seed1
+
+
+def test_seed1_encodes_and_draws(seed1_folder, images):
+    model = Seed1.from_pretrained(seed1_folder, device="cpu", log=None)
+    codes = model.tokenize(images)
+    tensors = torch.stack([seed_image_processor(16)(Image.open(image).convert("RGB")) for image in images])
+    assert codes.shape == (3, 32) and torch.equal(codes, model.tokenizer.encode(tensors))
+    drawn = pixels(model.reconstruct(images, num_inference_steps=3))
+    again = pixels(model.draw(codes, num_inference_steps=3, batch_size=2))
+    assert drawn.shape == (3, 16, 16, 3) and np.abs(drawn - again).max() <= 1
+    one, other = pixels(model.draw(codes[[0, 0]], seed=[1, 2], num_inference_steps=3))
+    assert np.abs(one - other).max() > 5
+    built = instantiate(ROOT / "configs" / "tokenizer" / "seed1.yaml", folder=str(seed1_folder), device="cpu",
+                        diffusion=str(seed1_folder / "stable-diffusion-v1-4"))
+    assert torch.equal(built.tokenize(images), codes)
+
+
+def test_seed1_errors_are_one_sentence(seed1_folder, images, tmp_path):
+    model = Seed1.from_pretrained(seed1_folder, device="cpu", log=None)
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        model.tokenize([images[0], tmp_path / "broken.png"])
+    with pytest.raises(CodesError, match="outside"):
+        model.draw([[50] * 32])
+    with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*, and download the diffusers folder"):
+        Seed1.from_pretrained(tmp_path / "nowhere", diffusion=tmp_path / "no-sd", log=None)

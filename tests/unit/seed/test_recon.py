@@ -1,0 +1,106 @@
+"""demo_recon.py: files and numbers, seeds, what is missing or wrong, on a tiny SEED-1."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_seed1
+import warm_python
+from PIL import Image
+
+from seed_multimodal.cli.seed1 import make_grid, next_name, recon_script
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("pretrained")
+    tiny_seed1.tokenizer().save_pretrained(place)
+    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
+    for number in range(3):
+        image = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return place
+
+
+def run(folder: Path, out: Path, *flags: object) -> int:
+    return recon_script(["--model", str(folder), "--device", "cpu", "--out", str(out), "--ddim_steps", "2",
+                         *map(str, flags)])
+
+
+def pixels(*files: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(file), dtype=np.int32) for file in files])
+
+
+def test_recon_numbers_its_files(folder, tmp_path, capsys):
+    assert run(folder, tmp_path, "--image", folder / "0.png", folder / "1.png", "--n_samples", 2) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(lines[row].split()) for row in (0, 4)] == [32, 32]
+    samples = [str(tmp_path / "samples" / f"{number:04d}.png") for number in range(4)]
+    grids = [str(tmp_path / f"grid-{number:03d}.png") for number in range(2)]
+    assert lines[1:4] == [*samples[:2], grids[0]] and lines[5:] == [*samples[2:], grids[1]]
+    assert Image.open(grids[0]).size == (2 * 18 + 2, 16 + 4)
+    assert run(folder, tmp_path, "--image", folder / "2.png", "--n_samples", 1, "--skip_grid") == 0
+    assert (tmp_path / "samples" / "0004.png").is_file() and len(list(tmp_path.glob("grid-*"))) == 2
+    assert run(folder, tmp_path, "--image", folder / "2.png", "--n_samples", 1, "--skip_save") == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 5 and Image.open(tmp_path / "grid-002.png").size == (16, 16)
+
+
+def test_recon_iterations_and_fixed_code(folder, tmp_path):
+    flags = ("--image", folder / "0.png", "--n_samples", 2, "--n_iter", 2, "--n_rows", 3, "--seed", 5)
+    assert run(folder, tmp_path / "free", *flags) == run(folder, tmp_path / "fixed", *flags, "--fixed_code") == 0
+    free, fixed = (pixels(*(tmp_path / name / "samples" / f"000{n}.png" for n in range(4)))
+                   for name in ("free", "fixed"))
+    assert np.array_equal(free[:2], fixed[:2]) and np.array_equal(fixed[:2], fixed[2:])
+    assert all(np.abs(free[n] - free[m]).max() > 5 for n in range(4) for m in range(n))
+
+
+def test_recon_size_and_sampler(folder, tmp_path):
+    flags = ("--image", folder / "0.png", "--n_samples", 1, "--skip_grid")
+    assert run(folder, tmp_path, *flags, "--W", 32, "--C", 4, "--f", 2, "--precision", "full", "--plms") == 0
+    assert Image.open(tmp_path / "samples" / "0000.png").size == (32, 16)
+    assert run(folder, tmp_path, *flags) == 0 and run(folder, tmp_path, *flags, "--dpm_solver") == 0
+    plms, dpm = pixels(*(tmp_path / "samples" / f"000{n}.png" for n in (1, 2)))
+    assert np.abs(plms - dpm).max() > 1
+
+
+def test_recon_skips_a_bad_image(folder, tmp_path, capsys):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    assert run(folder, tmp_path / "out", "--image", tmp_path / "broken.png", folder / "0.png", "--n_samples", 1,
+               "--prompt", "a dog", "--from-file", "x", "--config", "y.yaml") == 1
+    errors = capsys.readouterr().err
+    assert "broken.png" in errors and (tmp_path / "out" / "samples" / "0000.png").is_file()
+    assert all(f"--{flag} has no effect" in errors for flag in ("prompt", "from-file", "config"))
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (("--ddim_eta", "0.5"), "--ddim_eta must be 0"), (("--n_samples", "0"), "--n_samples must be at least 1"),
+    (("--laion400m",), "--laion400m: that model"), (("--f", "8"), "--f 8: this diffusion model has 2"),
+    (("--W", "20"), "width must be a multiple of 8 pixels"), (("--dtype", "int3"), "Unknown dtype 'int3'")])
+def test_recon_wrong_values(folder, tmp_path, capsys, flags, words):
+    assert run(folder, tmp_path, *flags) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("demo_recon.py: ") and words in last and not list(tmp_path.iterdir())
+
+
+@pytest.mark.process
+def test_recon_without_weights_says_what_to_download(tmp_path):
+    done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    for wanted in ("causal_qformer.pth", "seed_tokenizer.pth", "eva_vit_g.pth", "nothing-here", "hf download"):
+        assert wanted in done.stderr
+
+
+def test_grid_and_names(tmp_path):
+    tiles = [Image.new("RGB", (4, 3), (number, 0, 0)) for number in range(1, 6)]
+    grid = np.asarray(make_grid(tiles, 3))
+    assert grid.shape == (2 * 5 + 2, 3 * 6 + 2, 3)
+    assert grid[2, 2, 0] == 1 and grid[2, 8, 0] == 2 and grid[7, 8, 0] == 5 and not grid[7:, 14:].any()
+    (tmp_path / "0001.png").touch()  # 0000.png was deleted
+    assert next_name(tmp_path, "{:04d}.png") == tmp_path / "0002.png"
+    assert next_name(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"

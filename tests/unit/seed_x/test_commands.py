@@ -1,0 +1,99 @@
+"""The `seed` commands with a SEED-X folder: as with any other, without a flag that says which system it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import tiny_seed_x
+from PIL import Image
+
+from seed_multimodal.cli.common import KEPT_RATIOS
+from seed_multimodal.cli.main import main
+from seed_multimodal.seed_x.views import Ratio
+
+ROOT = Path(__file__).resolve().parents[3]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def shown(tmp_path: Path) -> str:
+    Image.effect_noise((48, 30), 90).convert("RGB").save(tmp_path / "shown.png")
+    return str(tmp_path / "shown.png")
+
+
+@pytest.fixture
+def seed(tiny_x_folder, tmp_path, capsys):
+    """Runs a `seed` command, gives its exit code, its records and stderr."""
+    def run(*words: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
+        out = () if words[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
+        capsys.readouterr()
+        code = main([*words, *out, "--model", str(model), "--device", "cpu", "--json"])
+        captured = capsys.readouterr()
+        return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+
+    return run
+
+
+def test_describe_ask_and_detect(seed, shown):
+    few = ("--max-new-tokens", "8")
+    assert isinstance(seed("describe", shown, *few)[1][0]["description"], str)
+    assert seed("ask", shown, shown, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
+    code, _, errors = seed("ask", shown, "<image> or <image>?", *few)
+    assert code == 1 and "2 <image> placeholders for 1 images" in errors
+    code, found, _ = seed("detect", shown, "the cat", *few)
+    assert code == 0 and isinstance(found[0]["boxes"], list) and Image.open(found[0]["drawn"]).size == (48, 30)
+
+
+def test_draw_edit_and_reconstruct(seed, shown):
+    assert get_args(Ratio) == KEPT_RATIOS
+    assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["picture"]).size == (16, 16)
+    for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
+        assert Image.open(seed("edit", shown, "Make it red.", *more)[1][0]["edited"]).size == size
+        record = seed("reconstruct", shown, "--condition", shown, "--image-guidance-scale", "2", *more)[1][0]
+        assert Image.open(record["rebuilt"]).size == size
+    assert Image.open(seed("reconstruct", shown)[1][0]["rebuilt"]).size == (16, 16)
+
+
+def test_chat_draws_without_codes(seed, shown):
+    code, answers, _ = seed("chat", "--image", shown, "--message", "What is it?", "--message", "And now?",
+                            "--force-image")
+    assert code == 0 and len(answers) == 2 and all(any("picture" in part for part in one["answer"]) for one in answers)
+    assert not any("codes" in part for one in answers for part in one["answer"])
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["tokenize", "IMAGE"], "they have no codes"), (["reconstruct", "IMAGE", "--codes", "2"], "from their first codes"),
+    (["draw", "a fish", "--codes", "2"], "from their first codes")])
+def test_codes_of_a_system_without_codes(seed, shown, words, sentence):
+    code, _, errors = seed(*[shown if word == "IMAGE" else word for word in words])
+    assert code == 2 and sentence in errors
+
+
+def test_detect_by_another_system(seed, shown, tiny_folder):
+    code, _, errors = seed("detect", shown, "the cat", model=tiny_folder)
+    assert code == 2 and "SEED-X can" in errors
+
+
+def test_merged_agent_folder(seed, shown, tmp_path, monkeypatch):
+    """`llm` and `agent` alone, as `merge_lora_weights.py` leaves them, with the original parts in `pretrained/`."""
+    home = tiny_seed_x.build_released(tmp_path / "pretrained")
+    (tmp_path / "mine").mkdir()
+    for name in ("llm", "agent"):
+        (home / "seed_x_i" / name).rename(tmp_path / "mine" / name)
+    monkeypatch.chdir(tmp_path)
+    code, answers, _ = seed("ask", shown, "What is it?", "--max-new-tokens", "8", model="mine")
+    assert code == 0 and isinstance(answers[0]["answer"], str)
+
+
+@pytest.mark.parametrize(("name", "folder"), [("seed-x", "seed_x"), ("AILab-CVC/SEED-X-17B", "seed_x_i")])
+def test_missing_weights_say_what_to_put_where(seed, shown, name, folder):
+    if (ROOT / "pretrained" / folder).exists():
+        pytest.skip("the original weights are on this disk")
+    code, lines, errors = seed("describe", shown, model=name)
+    assert code == 2 and not lines and errors.count("\n") == 1
+    for part in (f"pretrained/{folder}/llm", f"pretrained/{folder}/agent", "pretrained/QwenViT", "reload_qwen_vit.py",
+                 "AILab-CVC/SEED-X-17B", "runs now"):
+        assert part in errors

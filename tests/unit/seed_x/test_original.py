@@ -1,0 +1,338 @@
+"""SEED-X's original programs in `src/inference/`, on a tiny checkpoint in the original layout and files.
+
+The YAML files are the repository's with the tiny sizes; weights have no sizes beside them, as the original ones.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_seed_x
+import torch
+import warm_python
+from PIL import Image
+
+from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
+from seed_multimodal.config import find_target, load_yaml
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed_x.original import config_of_files
+from seed_multimodal.seed_x.pipeline import SeedX
+from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.weights import load_state_dict
+
+ROOT = Path(__file__).resolve().parents[3]
+PICTURES = {  # what each program leaves in vis/ without flags: a square as the original's, or in the source's ratio
+    "eval_seed_x_detokenizer": {"men_recon.jpg": (16, 16)},
+    "eval_seed_x_detokenizer_with_condition": {"men_recon_with_condition.jpg": (20, 13)},
+    "eval_img2text_seed_x": {"car.png": (48, 30)},
+    "eval_text2img_seed_x": {"A super math wizard cat, richly textured oil painting.png": (16, 16)},
+    "eval_img2text_seed_x_i": {"ground.png": (48, 30)},
+    "eval_text2img_seed_x_i": {"A cybernetic soldier.png": (16, 16)},
+    "eval_img2edit_seed_x_edit": {"1_Make it under the sunset.jpg": (20, 13)},
+}
+FEW = ("--device", "cpu", "--max-new-tokens", "12")
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pretrained/`, `configs/` and `demo_images/`."""
+    home = tmp_path_factory.mktemp("released")
+    tiny_seed_x.build_released(home / "pretrained")
+    (home / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
+        json.dumps({"num_inference_steps": 2}))
+    tiny_seed_x.write_configs(home)
+    tiny_seed_x.forget_sizes(home / "pretrained")
+    (home / "demo_images").mkdir()
+    for number, name in enumerate(("men.jpg", "men_condition.jpg", "cat_dog.jpeg", "car.jpg", "advisor.png",
+                                   "ground.png")):
+        pixels = np.random.default_rng(number).integers(0, 255, (30, 48, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(home / "demo_images" / name)
+    return home
+
+
+@pytest.fixture
+def here(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same by links, so that results and changes are a test's own."""
+    for name in ("pretrained", "demo_images"):
+        (tmp_path / name).symlink_to(released / name)
+    shutil.copytree(released / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Prompts that the language model was given."""
+    seen: list[list[int]] = []
+    real = MultimodalSystem.generate
+
+    def generate(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+        seen.extend(list(prompt.ids) for prompt in prompts)
+        return real(self, prompts, *rest, **more)
+
+    monkeypatch.setattr(MultimodalSystem, "generate", generate)
+    return seen
+
+
+# ---- as the originals
+
+
+def test_every_program_exists() -> None:
+    assert {file.stem for file in (ROOT / "src" / "inference").glob("*.py")} == set(SCRIPTS) == set(PICTURES)
+
+
+@pytest.mark.process
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_programs_without_flags(name: str, released: Path, tmp_path: Path) -> None:
+    """As the originals were run: in the repository's root, everything at its place."""
+    for folder in ("pretrained", "demo_images", "configs"):
+        (tmp_path / folder).symlink_to(released / folder)
+    done = subprocess.run([warm_python.PYTHON, str(ROOT / "src" / "inference" / f"{name}.py"), "--device", "cpu"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    assert {file.name: Image.open(file).size for file in (tmp_path / "vis").iterdir()} == PICTURES[name]
+    assert all(f"vis/{picture}" in done.stdout for picture in PICTURES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eval_img2text_seed_x", "eval_img2text_seed_x_i"])
+def test_reading_programs_need_no_drawing_parts(name: str, released: Path, here: Path) -> None:
+    (here / "pretrained").unlink()
+    (here / "pretrained").mkdir()
+    for part in (released / "pretrained").iterdir():
+        if part.name not in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
+            (here / "pretrained" / part.name).symlink_to(part)
+    assert seed_x_script(name, ["--device", "cpu", "--max-new-tokens", "4"]) == 0
+
+
+@pytest.mark.slow
+def test_requests_are_the_originals(here: Path, prompts: list[list[int]]) -> None:
+    for name in PICTURES:
+        if SCRIPTS[name].model:
+            assert seed_x_script(name, ["--device", "cpu"]) == 0
+    tokenizer = MultimodalTokenizer.from_pretrained(Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch"))
+    words, encode = seed_x_words(tokenizer), tokenizer.encode_parts
+    seen, whole = words.read_ids(3), words.read_ids(2)  # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
+    asked = [
+        encode(["Question:", seen, "Describe this image briefly.\nAnswer:"], add_bos=True),
+        [*encode([seen, "In ths background with a blue sky on the road, there is a car [["], add_bos=True),
+         words.boxes],
+        encode(["A super math wizard cat, richly textured oil painting."], add_bos=True),
+        encode(["[INST]", seen, "Can I conntect with an advisor on Sunday? [/INST]\n"], add_bos=True),
+        encode(["[INST]", seen, "Is there anything in the image that can protect me from catching the flu virus when I "
+                "go out? Show me the location. [/INST]\n"], add_bos=True),
+        encode(["[INST] Generate an image: A cybernetic soldier. [/INST]\n"], add_bos=True),
+        encode(["[INST]", whole, "Make it under the sunset [/INST]\n"], add_bos=True)]
+    once = [ids for number, ids in enumerate(prompts) if ids not in prompts[:number]]  # a drawing may be asked twice
+    for found, wanted in zip(once, asked, strict=True):
+        assert found == wanted, (tokenizer.decode(found), tokenizer.decode(wanted))
+
+
+@pytest.mark.slow
+def test_results_equal_the_system_s(here: Path) -> None:
+    assert seed_x_script("eval_img2edit_seed_x_edit", ["--device", "cpu", "--out", "a.png", "--seed", "3"]) == 0
+    assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu", "--out", "b.png", "--embeddings", "4"]) == 0
+    system = SeedX.from_pretrained(config_of_files(SCRIPTS["eval_img2edit_seed_x_edit"].files), device="cpu", log=None)
+    car = Path("demo_images/car.jpg")
+    assert np.array_equal(Image.open("a.png"), system.edit(car, "Make it under the sunset", seed=3))
+    first = SeedX.from_pretrained(config_of_files(SCRIPTS["eval_text2img_seed_x_i"].files), device="cpu", log=None)
+    assert np.array_equal(Image.open("b.png"), first.reconstruct(Path("demo_images/men.jpg"), seed=42, embeddings=4)[0])
+
+
+# ---- flags
+
+
+@pytest.mark.slow
+def test_flags_of_drawing(here: Path) -> None:
+    name = "eval_img2edit_seed_x_edit"
+    for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
+        assert seed_x_script(name, ["--device", "cpu", "--ratio", ratio, "--out", f"{ratio}.png"]) == 0
+        assert Image.open(f"{ratio}.png").size == size
+    plain = Image.open("restore.png")
+    for flag in (("--seed", "1"), ("--steps", "3"), ("--image-guidance-scale", "3"), ("--prompt", "Make it snow.")):
+        assert seed_x_script(name, ["--device", "cpu", "--out", "other.png", *flag]) == 0
+        assert not np.array_equal(plain, Image.open("other.png")), flag
+    assert seed_x_script(name, ["--device", "cpu", "--out", "same.png", "--offload", "--device_2", "cpu"]) == 0
+    assert np.array_equal(plain, Image.open("same.png"))
+
+
+@pytest.mark.slow
+def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
+    assert seed_x_script("eval_img2text_seed_x_i", [*both, "--prompt", "<image> or <image>?", *FEW]) == 0
+    assert len(prompts) == 1 and not list(Path().glob("vis/*"))
+    assert seed_x_script("eval_img2text_seed_x_i", [*both, "--detect", "the man", *FEW]) == 0
+    assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
+    Path("torn.jpg").write_bytes(Path("demo_images/men.jpg").read_bytes()[:200])
+    pair = ["--image", "torn.jpg", "demo_images/car.jpg", "--device", "cpu"]
+    assert seed_x_script("eval_seed_x_detokenizer", pair) == 1 and Path("vis/car_recon.jpg").is_file()
+    assert "torn.jpg" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        seed_x_script("eval_img2text_seed_x_i", ["--prompt", " "])
+
+
+def test_device_2_is_used_with_other_models(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                            capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("eval_text2img_seed_x", "eval_seed_x_detokenizer"):
+        assert seed_x_script(name, ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]) == 2
+        assert "toaster" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                       capsys: pytest.CaptureFixture[str]) -> None:
+    """A system's folder in the place of the released one, as `--model nano-x` is; our pictures stand in."""
+    monkeypatch.chdir(tmp_path)
+    for name in PICTURES:
+        assert seed_x_script(name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]) == 0
+    assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same picture
+    capsys.readouterr()
+    assert seed_x_script("eval_text2img_seed_x", ["--model", str(tiny_x_folder), "--llm", "a.yaml"]) == 2
+    assert "--llm names a part of the original model" in capsys.readouterr().err
+
+
+# ---- parts that are not there, or do not fit
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_programs_without_weights_say_what_to_download(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                      capsys: pytest.CaptureFixture[str]) -> None:
+    if (ROOT / "pretrained" / "QwenViT").exists():
+        pytest.skip("the released weights are on this disk")
+    monkeypatch.chdir(tmp_path)
+    assert seed_x_script(name, []) == 2
+    said = capsys.readouterr().err
+    parts = {"pretrained/QwenViT/qwen_vit_G.pt", "reload_qwen_vit.py", "--model nano"}
+    script = SCRIPTS[name]
+    parts |= {f"pretrained/{script.model}/{part}" for part in ("llm", "agent/pytorch_model.bin") if script.model}
+    parts |= {"pretrained/stable-diffusion-xl-base-1.0", "pretrained/seed_detokenizer/"} if script.adapter else set()
+    assert said.count("\n") == 1 and all(part in said for part in parts) and ("stable" in said) == bool(script.adapter)
+
+
+@pytest.mark.parametrize(("file", "before", "after", "sentence"), [
+    ("clm_models/llm_seed_x", "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained", "os.system",
+     "_target_ 'os.system' is not allowed"),
+    ("clm_models/agent_seed_x", "grid_size: 2", "grid_szie: 2", "did you mean 'grid_size'"),
+    ("clm_models/agent_seed_x", "embed_dim: 32", "embed_dim: 48", "they do not belong together"),
+    ("clm_models/agent_seed_x", "seed_x/agent", "seed_x/llm", "seed_x/llm"),
+    ("visual_encoder/qwen_vitg_448", "layers: 1", "layers: 2", "missing from the file"),
+    ("visual_encoder/qwen_vitg_448", "layers: 1", "lairs: 1", "did you mean 'layers'"),
+    ("processer/qwen_448_transform", "keep_ratio: false", "keep_ratio: true", "keep_ratio to False"),
+    ("processer/qwen_448_transform", "image_size: 16", "image_size: 32", "image_size to 16"),
+    ("processer/qwen_448_transform", "src.processer.transforms.get_transform",
+     "src.models.tokenizer.discrete_models.DiscreteModleIdentity", "unknown key"),
+    ("tokenizer/clm_llama_tokenizer_224loc_anyres", "transformers.LlamaTokenizer.from_pretrained",
+     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained", "describes another part"),
+])
+def test_wrong_yaml_files(file: str, before: str, after: str, sentence: str, here: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    path = here / "configs" / f"{file}.yaml"
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    assert seed_x_script("eval_img2text_seed_x", ["--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said
+
+
+def test_stray_key_of_the_original_is_accepted(here: Path) -> None:
+    file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
+    file.write_text(file.read_text() + "image_start_id\": 151857\n")
+    assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
+
+
+def test_condition_with_a_first_stage(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = SCRIPTS["eval_seed_x_detokenizer"].adapter
+    assert seed_x_script("eval_seed_x_detokenizer_with_condition", ["--device", "cpu", "--adapter", first]) == 2
+    assert "first stage and reads no condition image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(p for folder in ("visual_encoder", "processer", "discrete_model", "clm_models",
+                                                         "sdxl_adapter", "tokenizer")
+                                        for p in (ROOT / "configs" / folder).glob("*.yaml")), ids=lambda p: p.stem)
+def test_configuration_targets_are_ours(path: Path) -> None:
+    assert find_target(load_yaml(path)["_target_"]).__module__.startswith("seed_multimodal.")
+
+
+@pytest.mark.slow
+def test_sizes_beside_the_weights_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository's own YAML files, with the released sizes, read weights that bring theirs."""
+    tiny_seed_x.build_released(tmp_path / "pretrained")
+    monkeypatch.chdir(tmp_path)
+    assert seed_x_script("eval_text2img_seed_x_i", ["--device", "cpu", "--out", "a.png", "--steps", "1"]) == 0
+    assert Image.open("a.png").size == (16, 16)
+
+
+# ---- tuned agents
+
+
+def _tuned(here: Path) -> tuple[Any, Path]:
+    """An agent whose language model has a LoRA, as the original's training left it; and its file."""
+    from peft import LoraConfig, get_peft_model
+
+    from seed_multimodal.language.llama import load_llm
+
+    node = load_yaml(here / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
+    fields = {key: list(value) if "ListConfig" in type(value).__name__ else value
+              for key, value in node.peft_config.items() if not key.startswith("_")}
+    torch.manual_seed(5)
+    llm = get_peft_model(load_llm(Path(node.model.pretrained_model_name_or_path)), LoraConfig(**fields))
+    made = tiny_seed_x.agent(llm, seed=9)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_B" in name or "modules_to_save" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    file = here / "checkpoint-10" / "pytorch_model.bin"
+    file.parent.mkdir()
+    # peft 0.4 had no base_layer
+    torch.save({name.replace(".base_layer.", "."): value for name, value in made.state_dict().items()}, file)
+    return made.eval(), file
+
+
+@pytest.mark.slow
+def test_tuned_agent_with_its_lora(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The original's way from tuning to answers: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
+    made, file = _tuned(here)
+    yaml = here / "configs" / "clm_models" / "agent_seed_x.yaml"
+    mine = here / "mine.yaml"
+    mine.write_text(yaml.read_text().replace("pretrained/seed_x/agent/pytorch_model.bin", str(file)))
+    files = {**SCRIPTS["eval_img2text_seed_x"].files, "agent": "mine.yaml",
+             "llm": "configs/clm_models/llm_seed_x_lora.yaml"}
+    system = SeedX.from_pretrained(config_of_files(files), device="cpu", log=None, load_decoder=False)
+    ids = torch.tensor([[1, 5, 9, 13, 40]])
+    assert torch.allclose(system.llm(input_ids=ids).logits, made.llm(input_ids=ids).logits, atol=1e-4)
+    assert torch.equal(system.agent.patch_pos_embed, made.patch_pos_embed)
+    assert seed_x_script("eval_img2text_seed_x", ["--agent", "mine.yaml", *FEW]) == 2
+    assert "q_proj" in capsys.readouterr().err
+    words = ["--agent", "mine.yaml", "--llm", files["llm"], *FEW]
+    assert seed_x_script("eval_img2text_seed_x", words) == 0
+    with pytest.raises(ConfigError, match="leave the quantisation out"):
+        SeedX.from_pretrained(config_of_files(files), device="cpu", log=None, load_decoder=False, quantization="8bit")
+
+
+@pytest.mark.slow
+def test_checkpoint_of_our_tuning_holds_its_lora(here: Path) -> None:
+    made, file = _tuned(here)
+    (file.parent / "agent.json").write_text(json.dumps({
+        "input_resampler": vars(tiny_seed_x.READS), "output_resampler": vars(tiny_seed_x.WRITES),
+        "losses": {"rec_loss_scale": 3.0}, "lora": {"r": 4, "lora_alpha": 32, "target_modules": [
+            "q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
+            "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}}))
+    (here / "pretrained").unlink()
+    home = tiny_seed_x.build_released(here / "pretrained")
+    torch.save(load_state_dict(file), file)
+    system = SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
+    ids = torch.tensor([[1, 5, 9, 13, 40]])
+    assert torch.allclose(system.llm(input_ids=ids).logits, made.llm(input_ids=ids).logits, atol=1e-4)
+    (file.parent / "agent.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="agent.json: must hold a json object"):
+        SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)

@@ -1,0 +1,247 @@
+"""`POST /generate` over the tiny SEED-LLaMA, through Flask's test client."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.language.prompts import get_template
+from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.serving.backend import read_turns
+from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.serving.schema import JSON_LINES, Limits
+from seed_multimodal.system.messages import Message
+
+ROOT = Path(__file__).resolve().parents[3]
+ASK = "USER: <image>What is it?\nASSISTANT:"
+KEYS = {"text", "images", "images_ids", "error_msg"}
+
+
+@pytest.fixture(scope="module")
+def client(tiny):
+    return create_app(tiny).test_client()
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def ask(client: Any, **body: Any) -> tuple[int, dict[str, Any]]:
+    response = client.post("/generate", json=body)
+    return response.status_code, response.get_json()
+
+
+# ---- answers
+
+
+def test_generate_answers_a_question_about_an_image(client, tiny, png, picture) -> None:
+    status, answer = ask(client, text=ASK, images=[b64(png)], max_new_tokens=8, temperature=0)
+    expected = tiny.chat([{"role": "user", "content": [picture, "What is it?"]}], max_new_tokens=8)
+    assert status == 200 and set(answer) == KEYS and answer["text"] == str(expected)
+    assert answer["images_ids"] == tiny.tokenize(picture).tolist() and answer["images"] == []
+    again = ask(client, text=ASK, images=answer["images_ids"], max_new_tokens=8, temperature=0)[1]
+    assert again["text"] == answer["text"]  # codes say the same as the image
+
+
+def test_generate_reports_unknown_words(tiny) -> None:
+    config = replace(tiny.config, known_words=ROOT / "pretrained/nano/known_words.json")
+    nano = create_app(SeedLlama(config, tiny.tokenizer, tiny.llm, tiny.images)).test_client()
+    notes = [ask(nano, text=f"USER: Is there {what}?\nASSISTANT:", images=[], max_new_tokens=2, temperature=0)[1]
+             for what in ("a zebra", "a panda")]
+    assert "'zebra'" in notes[0]["error_msg"][0] and notes[1]["error_msg"] == []
+
+
+def test_generate_sends_previews_before_the_answer(client, tiny) -> None:
+    body = {"text": "USER: Please draw a fish.\nASSISTANT:", "images": [], "force_boi": True, "max_new_tokens": 34,
+            "seed": 1, "temperature": 0}
+    plain = ask(client, **body)[1]
+    response = client.post("/generate", json={**body, "previews": True})
+    *previews, answer = map(json.loads, response.get_data(as_text=True).splitlines())
+    assert response.status_code == 200 and response.mimetype == JSON_LINES and answer == plain
+    assert [(one["picture"], one["codes"]) for one in previews][:2] == [(0, 8), (0, 16)]
+    for one in previews[:2]:
+        codes = plain["images_ids"][0][:one["codes"]]
+        assert one["preview"] == image_to_base64(tiny.preview(codes, 1, {})) != plain["images"][0]
+    status, answer = ask(client, text="USER: Hi\nASSISTANT:", images=[], max_new_tokens=2, temperature=0, previews=True)
+    assert status == 200 and set(answer) == KEYS  # nothing to preview
+    assert ask(client, text="<image>", images=[[99]], previews=True)[0] == 400
+
+
+def test_generate_draws_a_forced_image(client, tiny, png) -> None:
+    status, answer = ask(client, text="USER: Please draw a fish.\nASSISTANT:", images=[], force_boi=True,
+                         max_new_tokens=1, seed=1)
+    assert status == 200 and answer["text"] == "Here is the picture. <image>" and answer["error_msg"] == []
+    image = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
+    assert image.format == "PNG" and image.size == (16, 16)
+    assert np.array_equal(image, tiny.reconstruct(answer["images_ids"], seed=1)[0])
+    assert not np.array_equal(image, tiny.reconstruct(answer["images_ids"], seed=0)[0])
+    edited = ask(client, text="USER: <image>Make it green.\nASSISTANT:", images=[b64(png)], force_boi=True,
+                 max_new_tokens=33)[1]
+    assert edited["text"] == "Here it is. <image>" and len(edited["images_ids"]) == 2
+
+
+def test_generate_encodes_a_repeated_image_once(client, tiny, png) -> None:
+    passes: list[int] = []
+    hook = tiny.images.encoder.register_forward_hook(lambda *_: passes.append(1))
+    green = image_to_base64(Image.new("RGB", (33, 44), (9, 200, 77)))
+    body = {"text": f"{ASK} a cat.\n{ASK}", "images": [green, b64(png)], "max_new_tokens": 3}
+    try:
+        first = ask(client, **body)[1]
+        passes.clear()
+        assert ask(client, **body)[1]["images_ids"][:2] == first["images_ids"][:2] and not passes
+    finally:
+        hook.remove()
+
+
+def test_generate_continues_a_text_without_template(client, tiny) -> None:
+    _, answer = ask(client, text="a red", images=[], max_new_tokens=5, temperature=0)
+    expected = tiny.write([[Message("raw", ("a red",))]], "chat", tiny.settings(max_new_tokens=5))[0].answer
+    assert answer["text"] == str(expected)
+
+
+def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
+    whole = list(range(16)) * 2
+    status, answer = ask(client, text="<image><image> and <image> What is it?", images=[whole, whole[:23], []])
+    assert status == 200 and answer["images_ids"][:3] == [whole, whole[:23], []]
+    assert [said for said in answer["error_msg"] if "broke off after" in said][-2:] == [
+        "images[1] broke off after 23 of 32 codes and was left out.",
+        "images[2] broke off after 0 of 32 codes and was left out."]
+
+
+def test_generate_is_greedy_at_zero_temperature_or_top_p(client) -> None:
+    bodies = [{"temperature": 0}, {"top_p": 0, "temperature": 1.0}, {"temperature": 0, "seed": 9},
+              {"temperature": 1e-45}]
+    usual = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 10}
+    assert len({ask(client, **usual, **body)[1]["text"] for body in bodies}) == 1
+
+
+def test_generate_repeats_an_answer_with_its_seed(client) -> None:
+    body = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 30, "temperature": 5.0, "top_p": 1.0}
+    answers = [ask(client, seed=seed, **body)[1] for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_generate_drops_the_oldest_turns_of_a_long_conversation(client) -> None:
+    text = "".join(f"USER: {'word ' * 40}\nASSISTANT: yes\n" for _ in range(20)) + "USER: And?\nASSISTANT:"
+    status, answer = ask(client, text=text, images=[], max_new_tokens=3)
+    assert status == 200 and "messages were left out" in answer["error_msg"][0]
+    status, answer = ask(client, text="word " * 3000, images=[])
+    assert status == 400 and "context" in answer["error"]
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama2"])
+def test_read_turns_gives_the_turns_of_a_rendered_conversation(template, tiny) -> None:
+    turns = [("user", "<image>What is it?"), ("assistant", "a cat."), ("user", "Draw it."),
+             ("assistant", "Here it is. <image>"), ("user", "Thanks")]
+    rules = get_template(template)
+    text = rules.render_text(turns, tiny.tokenizer.vocabulary, bos="")
+    assert read_turns(text, rules) == turns
+    assert read_turns(text + "Well", rules) == read_turns("What is it?", rules) == []
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(("body", "sentence"), [
+    ({"images": []}, "The request lacks 'text'."), ({"text": "x"}, "The request lacks 'images'."),
+    ({"text": 3, "images": []}, "'text': Input should be a valid string."),
+    ({"text": "x", "images": {}}, "'images': Input should be a valid array."),
+    ({"text": "x", "images": [4]}, "images[0] must be base64 text or a list of"),
+    ({"text": "<image>", "images": [[1.5]]}, "images[0] must be base64 text or a list of"),
+    ({"text": "<image>", "images": [[0] * 2000]}, "images[0] must be base64 text or a list of"),
+    ({"text": "<image>", "images": []}, "'text' holds 1 <image> placeholders, but 'images' has 0 entries"),
+    ({"text": "<image>", "images": [[0] * 33]}, "images[0] has 33 codes; an image has 32."),
+    ({"text": "<image>", "images": [[16] * 32]}, "images[0] holds code 16; codes lie between 0 and 15."),
+    ({"text": "<image>", "images": [[-1] * 32]}, "images[0] holds code -1"),
+    ({"text": "<image>", "images": [[10**30] * 32]}, "codes lie between"),
+    ({"text": "<image>", "images": ["@@@"]}, "images[0]: this is not base64"),
+    ({"text": "<image>", "images": [""]}, "images[0]: the file is empty"),
+    ({"text": "<image>", "images": [b64(b"no image at all")]}, "images[0]: not a picture in a known format"),
+    ({"text": "x", "images": [], "temperature": "hot"}, "'temperature': Input should be a valid number"),
+    ({"text": "x", "images": [], "temperature": -1}, "'temperature': Input should be greater than or equal to 0."),
+    ({"text": "x", "images": [], "top_p": 1.5}, "'top_p': Input should be less than or equal to 1."),
+    ({"text": "x", "images": [], "num_beams": 1.5}, "'num_beams': Input should be a valid integer"),
+    ({"text": "x", "images": [], "max_new_tokens": 10**9}, "'max_new_tokens': Input should be less than"),
+    ({"text": "x", "images": [], "force_boi": "perhaps"}, "'force_boi': Input should be a valid boolean"),
+    ({"text": "x", "images": [], "seed": -3}, "'seed': Input should be greater than or equal to 0."),
+    ({"text": "x", "images": [], "ratio": "3:2"}, "Unknown option 'ratio'"),
+    ({"text": "x" * 40_000, "images": []}, "'text': String should have at most 32000 characters."),
+    ({"text": "<image>" * 17, "images": [[0] * 32] * 17}, "'images': List should have at most 16 items"),
+    ([1], "The request body must be a JSON object with 'text' and 'images'."),
+])
+def test_generate_refuses_with_one_sentence(client, body, sentence) -> None:
+    response = client.post("/generate", json=body)
+    answer = response.get_json()
+    assert response.status_code == 400 and sentence in answer["error"], answer
+    assert answer["error_msg"] == [answer["error"]] and answer["images"] == []
+    assert "\n" not in answer["error"] and answer["error"].endswith(".") and len(answer["error"]) < 600
+
+
+@pytest.mark.parametrize("body", [
+    b"", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b'{"text": "\xed\xa0\x80", "images": []}',
+    b'{"text": "x", "images": [], "seed": 1' + b"0" * 5000 + b"}", b'{"text": "ab\\ud800", "images": []}',
+    b'{"text": "x", "images": [], "temperature": NaN}', b'{"text": "x", "images": [], "top_p": 1e400}'])
+def test_generate_refuses_a_body_that_is_no_request(client, body) -> None:
+    response = client.post("/generate", data=body, content_type="application/json")
+    assert response.status_code == 400 and len(response.get_json()["error"]) < 200
+
+
+@pytest.mark.parametrize("text", ["", "  ", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"])
+@pytest.mark.parametrize("force", [False, True])
+def test_generate_answers_any_text(client, text, force) -> None:
+    assert ask(client, text=text, images=[], max_new_tokens=2, force_boi=force)[0] == 200
+
+
+def test_app_names_wrong_addresses_and_types(client) -> None:
+    assert client.post("/generate", data="x").status_code == 415
+    assert client.get("/elsewhere").status_code == 404 and client.put("/generate", json={}).status_code == 405
+    assert "use /generate or /health" in client.get("/elsewhere").get_json()["error"]
+
+
+def test_generate_refuses_a_body_that_is_too_large(tiny) -> None:
+    client = create_app(tiny, limits=Limits(max_body_bytes=1 << 20)).test_client()
+    response = client.post("/generate", json={"text": "x" * (2 << 20), "images": []})
+    assert response.status_code == 413 and "1 MiB" in response.get_json()["error"]
+
+
+@pytest.mark.parametrize(("images", "sentence"), [
+    ([Image.new("1", (700, 700))] * 3, "The images up to images[2] have 1.5 megapixels; a request may have 1."),
+    ([Image.new("1", (1100, 1000))], "images[0]: refused unread, because its header claims 1100x1000")])
+def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sentence) -> None:
+    from seed_multimodal.serving import backend
+
+    monkeypatch.setattr(backend, "open_image", lambda *_, **__: pytest.fail("an image was decoded"))
+    client = create_app(tiny, limits=Limits(max_pixels=1_000_000)).test_client()
+    status, answer = ask(client, text="<image>" * len(images), images=[image_to_base64(image) for image in images])
+    assert status == 400 and answer["error"].startswith(sentence)
+
+
+@pytest.mark.parametrize("previews", [False, True])
+def test_generate_hides_the_details_of_a_fault(tiny, caplog, previews) -> None:
+    """Also after previews, as the last line."""
+    calls = [0, 1 if previews else 0]
+    hook = tiny.images.decoder.vae.decoder.register_forward_hook(lambda *_: fail(calls))
+    try:
+        response = create_app(tiny).test_client().post("/generate", json={
+            "text": "USER: Draw.\nASSISTANT:", "images": [], "force_boi": True, "previews": previews, "temperature": 0})
+        last = json.loads(response.get_data(as_text=True).splitlines()[-1])
+    finally:
+        hook.remove()
+    assert response.status_code == (200 if previews else 500)
+    assert last["error"] == "The server failed inside; its log has the details." and "secret path" in caplog.text
+
+
+def fail(calls: list[int]) -> None:
+    """Fail after so many calls."""
+    calls[0] += 1
+    if calls[0] > calls[1]:
+        raise RuntimeError("secret path /home/me")
