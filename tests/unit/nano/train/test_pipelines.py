@@ -110,7 +110,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Capt
     picture, wide = (Image.fromarray(image) for image in (render(scene_at(0, 0, "val")),
                                                           render_wide(wide_at(0, 0, "val"))))
     assert isinstance(seed.describe(wide, max_new_tokens=4), str)
-    assert seed.detect(picture, "the dog", max_new_tokens=4).picture.size == (64, 64)
+    assert seed.detect(picture, "the dog", max_new_tokens=4).image.size == (64, 64)
     assert seed.draw("a noto dog").size == seed.edit(picture, "Put it at night.").size == (64, 64)
     out = tmp_path / "report"
     assert report(["--model", str(work / "system"), "--judge", str(NANO / "judge"), "--out", str(out), "--limit", "1",
