@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, scene_pixels, to_signed
-from seed_nano.train.workspace import Workspace
+from seed_nano.train.workspace import Workspace, has_bf16
 
 THINGS_WEIGHT = 3.0  # of a thing's pixel, added to the one of every pixel
 # Rows: red against green, yellow against blue, green against magenta.
@@ -94,7 +94,7 @@ def latents(space: Any) -> Tensor:
 
         def encoded(images: Tensor) -> Tensor:
             x = to_signed(images).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(space.device.type, dtype=torch.bfloat16):
+            with torch.autocast(space.device.type, dtype=torch.bfloat16, enabled=has_bf16(space.device)):
                 return vae.encode(x).latent_dist.mean.half()
 
         return map_scenes(encoded, space.pool[:drawn], space, batch=256).contiguous()

@@ -56,7 +56,16 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"{where}: {first_line(error)}.") from error
         settings = read_settings(kind, values, where)
+    if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
+        for stage in vars(settings).values():
+            if isinstance(stage, StageSettings) and stage.precision == "bf16":
+                stage.precision = "fp32"
     return settings
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether products in bf16 are computed as such; a CPU without them takes ten times as long as in fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
