@@ -64,7 +64,7 @@ def _opened(report: CheckReport, wanted: int | None) -> str:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
-    from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
+    from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
     for sentence in report.refused:
@@ -77,7 +77,7 @@ def convert(args: argparse.Namespace) -> int:
     else:
         print(f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
               f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left "
-              f"out; see {MANIFEST}")
+              "out")
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from seed_multimodal.data.check.report import CheckReport, CheckSettings
 from seed_multimodal.data.check.run import check_records
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.images import IMAGE_KEYS
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
