@@ -27,7 +27,7 @@ from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import read_tensor
+from seed_multimodal.weights import read_file
 
 SIDE = 1024  # of the square one of RATIOS
 EMPTY_TEXT = "uncond_embeddings.bin"
@@ -150,7 +150,7 @@ def read_empty_text(place: Path, width: int) -> Tensor:
         encoder, tokenizer = (LavitDetokenizer.load_part(place, name) for name in ("text_encoder", "tokenizer"))
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
-    value = read_tensor(find_file(place, [EMPTY_TEXT], LAVIT_WHERE)).float()
+    value: Any = next(iter(read_file(find_file(place, [EMPTY_TEXT], LAVIT_WHERE)).values()))
     if value.shape[-1] != width:
         raise CheckpointError(f"{place / EMPTY_TEXT}: has width {value.shape[-1]}, but the U-Net reads width {width}.")
-    return value.view(1, -1, width)
+    return value.float().view(1, -1, width)
