@@ -89,8 +89,8 @@ def export(args: argparse.Namespace) -> int:
                               check=check, force=args.force)
     if args.json:
         print(json.dumps({
-            "folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,
-            "ignored": report.ignored, "picture": str(picture or "generated"), "codes": report.codes}))
+            "folder": str(report.folder), "kind": report.kind, "parts": report.parts,
+            "picture": str(picture or "generated"), "codes": report.codes}))
     else:
         print("\n".join(report.lines()))
     return DONE

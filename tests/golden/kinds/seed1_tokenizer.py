@@ -62,7 +62,7 @@ def check_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors, suff
     assert_close(up, want["decode_task_output" + suffix], 3e-5, 1e-4, "decode_task_output" + suffix)
     if "blocks_text_in" + suffix in want:
         assert_close(up + model.pos_embed_text, want["blocks_text_in" + suffix], 3e-5, 1e-4, "blocks_text_in" + suffix)
-    tokens = model.text_blocks(up)
+    tokens = model.decoder_tokens(up)
     assert_close(tokens, want["blocks_text_out" + suffix], 3e-5, 1e-4, "blocks_text_out" + suffix)
     reverse = model.reverse_queries(tokens)
     assert_close(reverse, want["reverse_output" + suffix], 5e-5, 1e-4, "reverse_output" + suffix)

@@ -23,7 +23,7 @@ def _reverse_depth(names: list[str], otherwise: int) -> int:
 
 
 def _decode_checked(model: Seed2Tokenizer, codes: torch.Tensor, want: dict[str, torch.Tensor], suffix: str) -> None:
-    tokens = model.image_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
+    tokens = model.decoder_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
     assert_close(tokens, want["blocks_image_out" + suffix], 1e-5, 1e-4, "blocks_image_out" + suffix)
     if "image_down_out" + suffix in want:
         assert_close(model.image_down(tokens), want["image_down_out" + suffix], 1e-5, 1e-4, "image_down_out" + suffix)

@@ -42,7 +42,8 @@ def _clip(sizes: dict[str, Any]) -> nn.Module:
 
 
 def compare(output: Stage2Output, want: Tensors) -> None:
-    names = {"query_up": "query_output_up", "image_tokens": "blocks_image_out", "target": "clip_image_embeds"}
+    names = {"query_up": "query_output_up", "tokens": "blocks_image_out", "embeds": "image_embeds",
+             "loss_distil": "loss_distil_image", "target": "clip_image_embeds"}
     assert torch.equal(output.indices, want["indices"]), "indices differ"
     for field in dataclasses.fields(output):
         name = names.get(field.name, field.name)
