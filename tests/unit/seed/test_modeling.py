@@ -113,7 +113,7 @@ def test_fast_encode_compiled_gives_the_codes_of_the_plain_encoder(tiny: Seed2Co
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"codebok_size": 3}, r"unknown key 'codebok_size' \(did you mean 'codebook_size'"),
-    ({"vit": {"patch_size": 0}}, "vit: patch_size must be at least 1, not 0"),
+    ({"vit": {"witdh": 3}}, r"vit: unknown key 'witdh' \(did you mean 'width'"),
     ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
     ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer")])
 def test_read_config_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
