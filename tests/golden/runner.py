@@ -44,7 +44,7 @@ def load_kinds() -> dict[str, Check]:
 def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
-    assert matches, f"{folder.name}: no module in tests/golden/kinds checks this kind (known: {', '.join(sorted(kinds))})."
+    assert matches, f"{folder.name}: no module in tests/golden/kinds checks this kind ({', '.join(sorted(kinds))})."
     return max(matches, key=len)
 
 

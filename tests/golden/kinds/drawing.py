@@ -2,8 +2,8 @@
 unCLIP (class labels, prompt embeddings, latents for every scheduler and case, the image).
 
 The recorded starting noise is used, and what unCLIP draws is replayed in order. SEED-1: where the number of steps
-divides 1000 the folder's own sampler is checked too; else its time steps are not CompVis'. Left out: `pred_x0` (`x_prev`
-follows from it), what the originals refuse (3 or 9 steps, two embeddings a call: all work here), the watermark.
+divides 1000 the folder's own sampler is checked too; else its time steps are not CompVis'. Left out: `pred_x0`
+(`x_prev` follows from it), what the originals refuse (3 or 9 steps, two embeddings a call: all work here), watermarks.
 """
 
 from __future__ import annotations

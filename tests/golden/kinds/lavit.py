@@ -66,8 +66,8 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
     selection = model.select(features, noise=noise)
     assert_close(features, want["encoder"][:, 1:], 1e-5, 1e-4, "encoder")
     assert_same(selection.keep_BN.tolist(), want["keep"].tolist(), "keep")
-    merger = model.causal_encoder
-    source, causal, dropped = merger.ln_vision(features), causal_mask(selection.keep_BN), dropped_mask(selection.keep_BN)
+    merger, causal, dropped = model.causal_encoder, causal_mask(selection.keep_BN), dropped_mask(selection.keep_BN)
+    source = merger.ln_vision(features)
     block = merger.blocks[0]
     own = block.token_causal_attn(block.norm0(features), causal)
     cross = block.token_cross_attn(block.norm1(features + own), source, dropped)
