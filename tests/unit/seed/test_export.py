@@ -222,7 +222,7 @@ def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.Capture
     assert command("--vision", trained.vision, "--out", tmp_path / "b", "--json", "--released", "--text-tokenizer",
                    tmp_path / "words") == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["kind"] == "seed2" and record["picture"].endswith("cat.jpg")
+    assert record["kind"] == "seed2" and record["image"].endswith("cat.jpg")
     assert (tmp_path / "b" / "tokenizer.model").is_file() and (tmp_path / "b" / "added_tokens.json").is_file()
     words = NANO / "seed_tokenizer"
     assert command("--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", words) == 2
