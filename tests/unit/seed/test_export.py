@@ -256,7 +256,7 @@ def test_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture
     code, out, _ = _command(capsys, *files, "--vision", trained.vision, "--out", tmp_path / "b", "--json", "--released",
                             "--text-tokenizer", tmp_path / "words")
     record = json.loads(out)
-    assert code == 0 and record["kind"] == "seed2" and record["picture"].endswith("cat.jpg")
+    assert code == 0 and record["kind"] == "seed2" and record["image"].endswith("cat.jpg")
     assert "temp" in record["ignored"][str(trained.stage1)]
     assert (tmp_path / "b" / "tokenizer.model").is_file() and (tmp_path / "b" / "added_tokens.json").is_file()
     code, out, errors = _command(capsys, *files, "--out", tmp_path / "c")
