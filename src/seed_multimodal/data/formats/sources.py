@@ -18,10 +18,12 @@ import difflib
 import glob
 import inspect
 import itertools
+import multiprocessing
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
@@ -33,14 +35,16 @@ from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import PictureFolder, is_picture
-from seed_multimodal.data.formats.index import piece_sizes
+from seed_multimodal.data.formats.index import IndexedFile, make_index, piece_sizes
 from seed_multimodal.data.formats.jsonl import JsonFile, JsonLines
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
 from seed_multimodal.data.formats.storage import filesystem, is_remote, open_binary, remote_errors
 from seed_multimodal.data.formats.tar import JsonTar, TarFile
+from seed_multimodal.entry import end_with_parent
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
 GROUP = "seed_multimodal.formats"
@@ -165,6 +169,23 @@ class FileRecords:
     def close(self) -> None:
         """Close this process's open files and drop rows kept in memory; reading opens them again."""
         self.open_files.close()
+
+
+def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
+    """Write the indexes beside all shards and files of lines; returns how many there are.
+
+    Raises:
+        DataError: nothing matches, no file needs an index, or one cannot be read or its index not be written.
+    """
+    files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
+    if not files:
+        raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(files)), mp_context=context, initializer=end_with_parent) as pool, \
+            Progress("index", len(files), "file") as bar:
+        for _ in pool.map(make_index, files):
+            bar.update()
+    return len(files)
 
 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
