@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from seed_multimodal.caption_scores import caption_scores
+from seed_multimodal.data.annotations import read_captions
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
@@ -25,7 +26,6 @@ from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.evaluation.annotations import read_captions
 from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup

@@ -24,7 +24,7 @@ from seed_multimodal.data.formats.index import FOLDER, make_index
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.sources import open_records, write_indexes
 from seed_multimodal.data.formats.storage import local_copy, stat
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.stream.pair_dataset import PairDataset
@@ -215,6 +215,17 @@ def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def texts(path: Path) -> list[object]:
     source = open_records(path)
     return [source.read(number).fields["text"] for number in range(len(source))]
+
+
+@pytest.mark.process
+def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # small files, too
+    assert write_indexes([shard, shard.with_name("b.jsonl")], processes=2) == 2
+    monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("made again"))
+    assert len(texts(shard)) == COUNT
+    (shard.parent / "c.json").write_text("[]")
+    with pytest.raises(DataError, match=r"c\.json: holds no \.tar or \.jsonl"):
+        write_indexes([shard.with_name("c.json")])
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
