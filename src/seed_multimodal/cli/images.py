@@ -78,8 +78,9 @@ def save_strips(strips: Sequence[tuple[str, Image.Image, Sequence[int]]], sectio
     """Draw a strip of codes beside each image, on one page."""
     from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
-    rows = [Row(name, [Cell(image), Cell(code_strip(codes, section), wide=5)]) for name, image, codes in strips]
-    save_image(contact_sheet(rows, "Images and their codes: equal colours in a column are equal codes", cell=88), path)
+    rows = [Row(name, [Cell(image), Cell(code_strip(codes, section))]) for name, image, codes in strips]
+    title = "Images and their codes: equal colours in the same place are equal codes"
+    save_image(contact_sheet(rows, title, cell=110), path)
 
 
 def reconstruct(args: argparse.Namespace) -> int:
