@@ -45,22 +45,11 @@ def tokenize(args: argparse.Namespace) -> int:
     if plot and records:
         from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
-<<<<<<< HEAD
-
-def save_strips(strips: Sequence[tuple[str, Image.Image, Sequence[int]]], section: int, path: Path) -> None:
-    """Draw a strip of codes beside each image, on one page."""
-    from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
-
-    rows = [Row(name, [Cell(image), Cell(code_strip(codes, section))]) for name, image, codes in strips]
-    title = "Images and their codes: equal colours in the same place are equal codes"
-    save_image(contact_sheet(rows, title, cell=110), path)
-=======
         rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section), wide=5)]) for record in records]
-        title = "Images and their codes: equal colours in a column are equal codes"
-        save_image(contact_sheet(rows, title, cell=88), plot.next("codes"))
+                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
+        title = "Images and their codes: equal colours in the same place are equal codes"
+        save_image(contact_sheet(rows, title, cell=110), plot.next("codes"))
     return code
->>>>>>> main
 
 
 def reconstruct(args: argparse.Namespace) -> int:
