@@ -204,8 +204,8 @@ def detect(args: argparse.Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = str(save_image(found.drawn(), outputs.next(f"{Path(name).stem}_boxes")))
         text = found.text.replace("</s>", "").strip()
-        boxes = "; ".join(" ".join(map(str, box)) for box in found) or text or "not found"
-        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found], "text": text,
+        boxes = "; ".join(" ".join(map(str, box)) for box in found.boxes) or text or "not found"
+        emit(args, {"picture": name, "phrase": args.phrase, "boxes": [list(box) for box in found.boxes], "text": text,
                     "drawn": path, "problems": found.problems}, f"{name}: {boxes} ({path})")
 
     return _each_image(args, system, args.phrase, lambda images: system.detect(images, args.phrase, **options), show)

@@ -131,12 +131,10 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     if hasattr(codec, "section"):
         raise ConfigError(f"{args.model}: its images have codes, unlike SEED-X's; `seed reconstruct --model "
                           f"{args.model}` draws them again.")
-    from seed_multimodal.seed_x.pipeline import mean_features
-
     for name, image in outcomes.opened(files, codec.open):
         with outcomes.one(name):
             condition = _condition(args, script, image, codec.open)
-            features = mean_features(codec.encode([image]), args.embeddings)
+            features = codec.encode([image], args.embeddings)
             drawn = codec.draw(list(features), seeds=[args.seed], conditions=condition and [condition],
                                **drawing_settings(args))[0]
             ending = "_recon_with_condition" if script.condition else "_recon"
