@@ -246,7 +246,7 @@ class MultimodalSystem:
         Args:
             stream: yield events (see `system.streaming`) while the answer is made.
             force_image: make the model answer with an image.
-            previews: after how many codes a stream shows what there is of an image; None: as `system.json` says.
+            previews: after how many codes a stream shows an image, where first codes are one; None: as `system.json`.
             should_stop: called before each token and each drawing; true ends the answer there.
         """
         conversation = read_messages(messages)
@@ -335,15 +335,14 @@ class MultimodalSystem:
 
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
                      seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
-        """Answers to conversations that ask for one image, not drawn yet.
-
-        The model may say something first (`free_tokens`); only where no image follows, it is forced.
-        """
+        """Answers to conversations that ask for one image, not drawn yet. The model may say something first
+        (`free_tokens`, or up to `max_new_tokens`); the image is forced where none follows."""
         forced = self._forced(self.settings(task, **options), options)
         forced = replace(forced, max_new_tokens=self.image_tokens(forced))
         written: dict[int, Written] = {}
         if free := self.free_tokens(task):
-            settings = replace(forced, force_image=False, max_new_tokens=forced.max_new_tokens + free)
+            most = options.get("max_new_tokens", forced.max_new_tokens + free)
+            settings = replace(forced, force_image=False, max_new_tokens=most)
             written = dict(enumerate(self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)))
         rest = [row for row in range(len(conversations)) if row not in written or len(written[row].values) != 1]
         if rest:
