@@ -230,7 +230,7 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
     ("conversation", {**TALK, "data": ["<img>?", "No."]}, r"data\[0\]: holds the control word '<img>'"),
     ("conversation", {**TALK, "data": ["a</s>b", "No."]}, "control word '</s>'"),
     ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><box_end>"]}, r"data\[1\]: A box is not four"),
-    ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><loc-2><loc-3><loc-16><box_end>"]}, "locations below 16"),
+    ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><loc-2><loc-3><loc-16><box_end>"]}, "below 16 with"),
     ("conversation", {**TALK, "data": ["<image> and <image>?", "No."]}, r"data\[0\]: 2 <image> placeholders for 1 pic"),
     ("conversation", {**TALK, "data": ["<image>?", "No.", "<image>?", "No."]}, r"data\[2\]: holds <image>, but no pic"),
     ("conversation", {**TALK, "data": ["What?", "<image>"]}, r"data\[1\]: holds <image>, but no picture stands there"),
