@@ -227,7 +227,7 @@ def edit(args: argparse.Namespace) -> int:
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the images."""
-    from seed_multimodal.system.messages import Message
+    from seed_multimodal.language.messages import Message
 
     outputs = Outputs(args.out, len(args.texts) * len(args.codes or [0]))
     system = load_system(args)
@@ -251,7 +251,7 @@ def draw(args: argparse.Namespace) -> int:
 def _each_image(args: argparse.Namespace, system: Any, text: str, work: Callable[[list[Any]], Sequence[Any]],
                 show: Callable[[str, Any], None]) -> int:
     """Run `work` on batches of `args.images`, `show` each result; returns the exit code."""
-    from seed_multimodal.system.messages import Message
+    from seed_multimodal.language.messages import Message
 
     outcomes = Outcomes(len(args.images), args.debug)
     named = noted(outcomes.opened(args.images, system.images.open),

@@ -80,12 +80,15 @@ class Prompt:
         ids: tokens, `<s>` first where the family has one. embeds: [L, D], instead of `ids` where features are read.
         answered: so many tokens at the end belong to the answer already.
         negative: tokens that guidance steers away from, the image's start included; None: the start alone.
+        note: a sentence about words and images unlike those of the training. source: the image that is edited.
     """
 
     ids: Sequence[int] = ()
     embeds: Tensor | None = None
     answered: Sequence[int] = ()
     negative: Sequence[int] | None = None
+    note: str = ""
+    source: Any = None
 
     def __len__(self) -> int:
         return len(self.ids) if self.embeds is None else len(self.embeds)

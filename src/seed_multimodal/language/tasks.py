@@ -36,6 +36,7 @@ class TaskPrompts:
     """
 
     describe: str = DESCRIBE_PROMPT
+    qa_prefix: str = ""
     qa_suffix: str = QA_SUFFIX
     draw: str = DRAW_PROMPT
     draw_response: str = DRAW_RESPONSE
@@ -61,7 +62,7 @@ class TaskPrompts:
     def question(self, question: str) -> str:
         """`question` with the one-word suffix, unless it already ends in it."""
         question = question.strip()
-        return question if question.endswith(self.qa_suffix.strip()) else question + self.qa_suffix
+        return question if question.endswith(self.qa_suffix.strip()) else self.qa_prefix + question + self.qa_suffix
 
 
 def answer_in(text: str, after: str) -> str:

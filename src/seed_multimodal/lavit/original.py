@@ -27,12 +27,12 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, denormalise, normalise, seed_image_processor
 from seed_multimodal.language.generation import Prompt, random_seed
+from seed_multimodal.language.generator import Task
+from seed_multimodal.language.messages import shown, user_message
 from seed_multimodal.lavit.pipeline import CodeRows, Lavit
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.loading import open_images
-from seed_multimodal.system.messages import shown, user_message
-from seed_multimodal.system.requests import Task
+from seed_multimodal.system.images import open_images
 
 LLM = "language_model"
 HERE = ("", ".", "./")  # the default of `model_path`
@@ -132,7 +132,7 @@ class LaVITforUnderstanding(_Model):
         texts = list(texts) * len(images) if len(texts) == 1 else texts
         conversations = [user_message([one, *filter(None, [text])]) for one, text in zip(images, texts, strict=True)]
         seeds = _seeds(len(images))
-        prompts = [one.prompt for one in self.system.requests(conversations, task, seeds=seeds)]
+        prompts = self.system.requests(conversations, task, seeds=seeds)
         return [self.system.said(self.system.read_answer(ids, task), task)
                 for ids in self._generate(prompts, task, seeds, defaults, options)]
 

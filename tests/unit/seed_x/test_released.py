@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.seed_x.pipeline import Detection, SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.messages import user_message
 
 ROOT = Path(__file__).resolve().parents[3]
 CAR = ROOT / "demo_images" / "car.jpg"
@@ -67,6 +67,6 @@ def test_the_check_runs_on_another_model(tiny_x_folder: Path) -> None:
     words = system.tokenizer.vocabulary
     picture = Image.new("RGB", (1200, 1200), (90, 120, 200))
     assert find_the_car(system, picture).image.size == (1200, 1200)
-    ids = list(system.requests([user_message([picture, PHRASE])], "detect")[0].prompt.ids)
+    ids = list(system.requests([user_message([picture, PHRASE])], "detect")[0].ids)
     assert ids.count(words.patches) == 4 and ids.count(words.boi_id) == 1 and ids[-1] == words.boxes
     assert ids[:2] == [1, words.patches]
