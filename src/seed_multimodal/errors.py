@@ -10,7 +10,7 @@ from __future__ import annotations
 EXTRAS = {
     "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
     "gpu": ("liger_kernel",),
-    "demo": ("gradio", "flask", "werkzeug", "pydantic", "waitress", "requests", "bitsandbytes"),
+    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
 }

@@ -1,4 +1,4 @@
-"""Typed settings: a dataclass filled from a mapping (YAML, JSON, keyword arguments), every value checked.
+"""Typed settings: a dataclass filled from a mapping (YAML, JSON), its types checked by pydantic.
 
     @dataclass
     class Example:
@@ -9,21 +9,17 @@
 
     read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
 
-An unknown key is an error that names the nearest one; so is a value of another type or outside its range. The ranges
-stand at the fields, so a class documents its limits; conditions on several fields are checked by the class's
-`__post_init__` or its reader.
+An unknown key is an error that names the nearest one; so is a value of another type or outside its range.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
-import numbers
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,6 +28,8 @@ from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
 SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # limits of the seeds that torch's generators take
+_COMPARISONS = {"least": ("at least", float.__ge__), "most": ("at most", float.__le__),
+                "above": ("above", float.__gt__), "below": ("below", float.__lt__)}
 
 
 def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
@@ -49,12 +47,7 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | 
 
 
 def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
-    """An instance of the dataclass `kind` out of a mapping.
-
-    An int serves as a float, a str as a Path, a mapping as a nested dataclass; no other conversion is made.
-
-    Args:
-        where: what the mapping is, as errors begin: `trainer`, `configs/x.yaml`.
+    """An instance of the dataclass `kind` out of a mapping; `where` is what errors begin with: `trainer`, a file.
 
     Raises:
         ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range, an
@@ -64,56 +57,73 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
         plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
     except OmegaConfBaseException as error:
         raise ConfigError(f"{where}: {first_line(error)} (key {getattr(error, 'full_key', '?')}).") from error
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"{where}: must be a mapping of keys to values, not {plain!r}.")
-    known = {entry.name: entry for entry in dataclasses.fields(kind) if entry.init}  # type: ignore[arg-type]
-    check_keys([str(key) for key in plain], known, where)
-    hints = get_type_hints(kind)
-    typed = {str(key): _typed(hints[str(key)], value, f"{where}: {key}") for key, value in plain.items()}
-    for name, entry in known.items():
-        if name in typed:
-            _check_limits(entry.metadata, typed[name], f"{where}: {name}")
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{where}: {name} is needed.")
-    return kind(**typed)
+    made: T = check_value(kind, plain, where)
+    check_settings(made, where)
+    return made
 
 
 def check_settings(settings: Any, where: str) -> None:
-    """Refuse a dataclass made in code whose values `read_settings` would refuse.
-
-    Raises:
-        ConfigError: as `read_settings`.
-    """
-    hints = get_type_hints(type(settings))
+    """Refuse a dataclass with values beyond the limits of its fields. Raises ConfigError."""
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
             check_settings(value, f"{where}: {entry.name}")
-            continue
-        _typed(hints[entry.name], value, f"{where}: {entry.name}")
-        _check_limits(entry.metadata, value, f"{where}: {entry.name}")
+        else:
+            _check_limits(entry.metadata, value, f"{where}: {entry.name}")
 
 
 def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
-    """One value given in code, as `read_settings` would take it for a field of type `hint`.
+    """One value as the type `hint`, within limits as of `setting`. Raises ConfigError."""
+    from pydantic import ValidationError
 
-    Args:
-        limits: as of `setting`.
+    try:
+        made = _adapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(_sentence(hint, error.errors()[0], where)) from None
+    _check_limits(limits, made, where)
+    return made
 
-    Raises:
-        ConfigError: another type, or out of range.
-    """
-    typed = _typed(hint, value, where)
-    _check_limits(limits, typed, where)
-    return typed
+
+@functools.cache
+def _adapter(hint: Any) -> Any:
+    """pydantic's reader of a type; its nested dataclasses take no other keys and no true or false as a number."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    if dataclasses.is_dataclass(hint):
+        hint.__pydantic_config__ = config  # type: ignore[union-attr]
+        return TypeAdapter(hint)
+    return TypeAdapter(hint, config=config)
+
+
+def _sentence(kind: Any, error: Mapping[str, Any], where: str) -> str:
+    """What does not fit, and where."""
+    *path, last = error["loc"] or ("",)
+    if error["type"] == "unexpected_keyword_argument":
+        known = sorted(_fields(kind)) if not path else sorted(_fields_below(kind))
+        return (f"{': '.join([where, *map(str, path)])}: unknown key {last!r}{nearest(str(last), known)}"
+                + (f"; known keys are {', '.join(known)}." if not path else "."))
+    where = ": ".join([where, *map(str, error["loc"])])
+    if error["type"] in ("missing", "missing_argument"):
+        return f"{where} is needed."
+    return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}."
+
+
+def _fields(kind: Any) -> dict[str, Any]:
+    """Name → type of a dataclass's fields."""
+    hints = get_type_hints(kind)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if entry.init}
+
+
+def _fields_below(hint: Any) -> set[str]:
+    """Names of the fields of all dataclasses in a type, at any depth."""
+    if not dataclasses.is_dataclass(hint):
+        return {name for inner in get_args(hint) for name in _fields_below(inner)}
+    return {*_fields(hint), *(name for inner in _fields(hint).values() for name in _fields_below(inner))}
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse the first key of `given` that is not in `known`, naming the nearest that is.
-
-    Raises:
-        ConfigError: an unknown key.
-    """
+    """Refuse the first key of `given` that is not in `known`, naming the nearest that is. Raises ConfigError."""
     options = list(known)
     for key in given:
         if key not in options:
@@ -134,91 +144,22 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: 
         silent: dotted keys that may differ; all below such a key is silent, too.
     """
     old, new = dict(_leaves(before)), dict(_leaves(now))
-    return [f"{key}: {_shown(old, key)} -> {_shown(new, key)}" for key in sorted(old.keys() | new.keys())
+    return [f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}" for key in sorted(old.keys() | new)
             if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    """`value` as an instance of the type, or a ConfigError."""
-    union = get_origin(hint) in (Union, types.UnionType)
-    options = get_args(hint) if union else (hint,)
-    if hint is Any or (value is None and type(None) in options):
-        return value
-    for option in options:
-        found, made = _as_one(option, value, where)
-        if found:
-            return made
-    names = " or ".join(dict.fromkeys(_name(option) for option in options if option is not type(None)))
-    raise ConfigError(f"{where} must be {names}, not {value!r}.")
-
-
-def _as_one(option: Any, value: Any, where: str) -> tuple[bool, Any]:
-    """(whether `value` fits this type, the value in it)."""
-    origin, inner = get_origin(option), get_args(option)
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)  # numpy's, too
-    if option is Any:
-        return True, value
-    if origin is Literal:
-        return isinstance(value, tuple(map(type, inner))) and value in inner, value
-    if origin in (list, Sequence, tuple):
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            return False, None
-        open_end = origin is not tuple or inner[-1] is Ellipsis
-        if not open_end and len(value) != len(inner):
-            return False, None
-        items = [_typed(inner[0 if open_end else i], one, f"{where}[{i}]") for i, one in enumerate(value)]
-        return True, tuple(items) if origin is tuple else items
-    if origin in (dict, Mapping) or option in (dict, Mapping):
-        fits = isinstance(value, Mapping)
-        return fits, {str(key): _typed(inner[1] if inner else Any, one, f"{where}.{key}")
-                      for key, one in value.items()} if fits else None
-    if dataclasses.is_dataclass(option):
-        if isinstance(value, Mapping):
-            return True, read_settings(option, value, where)  # type: ignore[arg-type]
-        return isinstance(value, option), value  # type: ignore[arg-type]
-    if option is float:
-        try:
-            return number, float(value) if number else None
-        except OverflowError:  # a whole number beyond all floats
-            return True, math.inf
-    if option is int:
-        whole = number and isinstance(value, numbers.Integral)
-        return whole, int(value) if whole else None
-    if option is Path:
-        return isinstance(value, str | Path) and bool(str(value)), Path(value) if isinstance(value, str) else value
-    return isinstance(option, type) and isinstance(value, option), value
 
 
 def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
     for one in value if isinstance(value, list | tuple) else (value,):
-        if one is None:
-            continue
-        if "choices" in limits and one not in limits["choices"]:
+        if one is not None and one not in limits.get("choices", (one,)):
             options = [str(option) for option in limits["choices"] if option is not None]
             raise ConfigError(f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}.")
         if not isinstance(one, int | float) or isinstance(one, bool):
             continue
-        if isinstance(one, float) and not math.isfinite(one) and not one <= limits.get("most", 0.0) == math.inf:
+        if not math.isfinite(one) and not one <= limits.get("most", 0.0) == math.inf:
             raise ConfigError(f"{where} must be a finite number, not {one}.")
-        for name, words, fits in (("least", "at least", one >= limits.get("least", one)),
-                                  ("most", "at most", one <= limits.get("most", one)),
-                                  ("above", "above", "above" not in limits or one > limits["above"]),
-                                  ("below", "below", "below" not in limits or one < limits["below"])):
-            if not fits:
+        for name, (words, fits) in _COMPARISONS.items():
+            if name in limits and not fits(float(one), float(limits[name])):
                 raise ConfigError(f"{where} must be {words} {limits[name]}, not {one}.")
-
-
-def _name(option: Any) -> str:
-    origin = get_origin(option)
-    if origin is Literal:
-        return " or ".join(map(repr, get_args(option)))
-    plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
-    if origin in (list, tuple, Sequence):
-        inner = get_args(option)
-        return "a list" if origin is not tuple or inner[-1:] == (Ellipsis,) else f"a list of {len(inner)}"
-    if origin in (dict, Mapping) or option in (dict, Mapping) or dataclasses.is_dataclass(option):
-        return "a mapping of keys to values"
-    return plain.get(option, getattr(option, "__name__", str(option)))
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -231,7 +172,3 @@ def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{key}.{inner.get('name', number)}")
     else:
         yield key, value
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "not given"

@@ -167,7 +167,7 @@ def test_what_is_only_printed_needs_no_output_folder(files, capsys):
 
 @pytest.mark.parametrize(("more", "words"), [
     (["trainer.max_stepz=3"], r"trainer: unknown key 'max_stepz' \(did you mean 'max_steps'\?\)"),
-    (["trainer.max_steps=3.5"], "max_steps must be a whole number"),
+    (["trainer.max_steps=3.5"], "max_steps: input should be a valid integer"),
     (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
     (["trainer.report_to=[mlflow]"], "report_to must be one of tensorboard, wandb, not 'mlflow'"),
     (["trainer.gradient_accumulation_steps=0"], "at least 1"),

@@ -136,8 +136,6 @@ def test_seed1_reverse_queries_see_each_other_whatever_their_number() -> None:
 @pytest.mark.parametrize(("changes", "message"), [
     ({"codebok_size": 3}, r"unknown key 'codebok_size' \(did you mean 'codebook_size'"),
     ({"vit": {"witdh": 3}}, r"vit: unknown key 'witdh' \(did you mean 'width'"),
-    ({"vit": {"patch_size": 0}}, "vit: patch_size must be at least 1, not 0"),
-    ({"codebook_size": "50"}, "codebook_size must be a whole number, not '50'"),
     ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
     ({"model_type": "llama"}, "not the configuration of a seed2_tokenizer")])
 def test_config_read_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:

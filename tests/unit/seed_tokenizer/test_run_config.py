@@ -132,7 +132,7 @@ def test_a_missing_file_or_section_is_named(tmp_path):
 @pytest.mark.parametrize("key, sentence", [
     ("gather_gradiant: true", "did you mean 'gather_gradient'"),
     ("vit: {widht: 3}", r"model\.vit: unknown key 'widht' \(did you mean 'width'\?\)"),
-    ("vit: {depth: a}", r"model\.vit: depth must be a whole number, not 'a'"),
+    ("vit: {depth: a}", r"model\.vit: depth: input should be a valid integer"),
     ("qformer: {dropout: 2}", "dropout must be at most 1"),
     ("drop_path_rate: 0.1", "drop_path_rate must be 0"),
     ("vit_model: clip_L", "eva_clip_g"),

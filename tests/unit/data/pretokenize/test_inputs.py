@@ -72,7 +72,7 @@ def test_shipped_descriptions_are_read(path):
     ({"files": "a", "format": "tars"}, "format must be"),
     ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must be at most 1, not 2"),
     ({"format": "tar"}, "needs a value for 'files'"),
-    ({"files": "a", "image_root": 5}, "image_root must be a text, not 5"),
+    ({"files": "a", "image_root": 5}, "image_root: input should be a valid string, not 5"),
     ({"files": "a", "num_frames": 0}, "num_frames must be at least 1, not 0")])
 def test_wrong_descriptions_are_refused(config, message):
     with pytest.raises(ConfigError, match=message):

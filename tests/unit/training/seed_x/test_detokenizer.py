@@ -107,8 +107,8 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
      "source 'a' has a condition_key, but the first stage reads no condition picture"),
     (1, {"data": {"sources": [{"name": "a", "fils": "x"}]}}, ConfigError, "unknown key 'fils' .did you mean 'files'"),
     (1, {"model": {"tokens": 5}}, ConfigError, "The tower's 16 embeddings .* cannot be pooled to 5"),
-    (1, {"model": {"stage": 3}}, ConfigError, "stage must be 1 or 2, not 3"),
-    (1, {"model": {"trained": "some"}}, ConfigError, "trained must be 'key_value' or 'all'"),
+    (1, {"model": {"stage": 3}}, ConfigError, "stage: input should be 1 or 2, not 3"),
+    (1, {"model": {"trained": "some"}}, ConfigError, "trained: input should be 'key_value' or 'all'"),
     (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
@@ -232,4 +232,4 @@ def test_the_script_asks_for_its_stage() -> None:
     assert done.returncode == 2 and "the first argument is the stage: 1" in done.stderr
     done = subprocess.run(["sh", str(script), "2", "model.stage=4"], capture_output=True, text=True,
                           env={**os.environ, "NPROC": "1"})
-    assert done.returncode == 2 and "model: stage must be 1 or 2, not 4." in done.stderr
+    assert done.returncode == 2 and "model: stage: input should be 1 or 2, not 4." in done.stderr
