@@ -28,8 +28,6 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                        help="compare logits before and after (default: yes)")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     return run_program(parser, _merge, arguments)
 
@@ -48,7 +46,7 @@ def _merge(options: argparse.Namespace) -> int:
     summary = merge_adapter(
         (locate(base) or base) if base else None, locate(options.lora_model) or options.lora_model, options.save_path,
         tokenizer=_tokenizer(options.tokenizer_cfg), lora=node.get("peft_config") or node.get("lora"),
-        dtype=options.dtype, max_shard_size=options.max_shard_size, verify=options.verify, force=options.force,
+        dtype=options.dtype, max_shard_size=options.max_shard_size, force=options.force,
         agent=partial(_agent, options.agent_cfg))
     log_line(summary)
     return DONE

@@ -23,7 +23,7 @@ from seed_multimodal.language.generation import Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.messages import Message, is_image
-from seed_multimodal.language.prompts import Turn, get_template, merge_text
+from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed2Tokenizer
@@ -177,7 +177,7 @@ class SeedLlama(MultimodalSystem):
                 requests.append(Prompt([*ids, *end], answered=end))
                 continue
             system = "\n".join(message.text for message in conversation if message.role == "system")
-            turns = [Turn(message.role, tuple(self._span(item, codes) for item in message.content))
+            turns = [(message.role, [self._span(item, codes) for item in message.content])
                      for message in conversation if message.role != "system"]
             requests.append(Prompt([*self.prompt_ids(turns, system), *end], answered=end))
         return requests

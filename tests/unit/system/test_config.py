@@ -110,7 +110,8 @@ def test_require_fetches_the_files_of_a_part_alone(no_weights: Path, monkeypatch
     ("[]", "json object"), ('{"tokeniser": "x"}', r"unknown key 'tokeniser' \(did you mean 'tokenizer'"),
     ('{"tasks": {"paint": "x"}}', "'paint'"), ('{"tasks": {"draw": "no place"}}', "caption"),
     ('{"system": "seed_y"}', "system must be one of"), ('{"system": "lavit", "grids": ["1x1"]}', "'grids'"),
-    ('{"system": "lavit", "generation": {"draw": 3}}', "generation: draw: input should"), ('{"image_size": 0}', "at least 1")])
+    ('{"system": "lavit", "generation": {"draw": 3}}', "generation: draw: input should"),
+    ('{"image_size": 0}', "at least 1")])
 def test_read_refuses_a_wrong_system_json(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "system.json").write_text(text)
     with pytest.raises(ConfigError, match=words):
