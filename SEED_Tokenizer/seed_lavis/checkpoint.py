@@ -19,7 +19,7 @@ from torch import nn
 from seed_lavis.base import frozen_names
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import assign_strictly, read_torch, save_torch
+from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
 NAME = re.compile(r"checkpoint_(\d+)\.pth")
 
@@ -57,7 +57,7 @@ def read_checkpoint(file: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     """
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such checkpoint (run.resume_ckpt_path).")
-    content = read_torch(file)
+    content = read_file(file)
     state, epoch, saved = (content.get(key) for key in ("model", "epoch", "optimizer"))
     if not isinstance(state, Mapping) or not isinstance(epoch, int) or not isinstance(saved, Mapping):
         raise CheckpointError(f"{file}: not a LAVIS checkpoint: it must hold model, optimizer and epoch, it holds "

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import glob
 import hashlib
 import json
 import os
-import platform
-import re
 import shutil
 import tempfile
 import uuid
@@ -33,16 +30,11 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
 
 @contextlib.contextmanager
 def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock between processes, in the (new, hidden) file named; it ends with the process, too.
-
-    File systems without locks, or read-only ones, are not locked.
+    """Hold an exclusive lock between processes in a file, where the file system has locks.
 
     Args:
-        timeout: seconds to wait for another process; negative: without end.
-        remove: delete the file at the end, while it is still locked: a process that waits for it takes a new one.
-
-    Raises:
-        TimeoutError: another process holds it. OSError: the file cannot be made.
+        timeout: seconds to wait for another process (then TimeoutError); negative: without end.
+        remove: delete the file at the end, while it is still locked.
     """
     held = filelock.FileLock(str(file))
     with contextlib.ExitStack() as stack:
@@ -86,7 +78,7 @@ def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: fl
 def disk_reason(error: OSError) -> str:
     """Why a file could not be written, in words."""
     reason = error.strerror or str(error) or type(error).__name__
-    return f"the disk or quota is full ({reason})" if error.errno in _FULL else reason
+    return f"the disk or quota is full ({reason})" if disk_is_full(error) else reason
 
 
 def disk_is_full(error: Exception) -> bool:
@@ -193,72 +185,44 @@ def replace_folder(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = (),
-                  called: str | None = None) -> Path:
-    """The folder that `--out` names for a result, links followed, refused before long work is done for it.
+def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()) -> Path:
+    """The folder that `--out` names for a result, refused before long work is done for it.
 
     Args:
         force: it may hold something, which will be replaced.
         what: the result, as in "the tokenizer".
-        read: files and folders that the work reads; `called` stands for them in the sentence (default: their names).
+        read: files and folders that the work reads, which must not be in a folder that is replaced.
 
     Raises:
         ConfigError: it is a file, is not empty, or replacing it would take away what is read.
     """
-    out = Path(out)
-    try:
-        target, here = out.resolve(), Path.cwd()
-    except (OSError, RuntimeError) as error:  # links in a circle; the current folder was removed
-        raise ConfigError(f"{out}: cannot be written ({error}).") from error
+    target = Path(out).resolve()
     if target.is_file():
         raise ConfigError(f"{out}: is a file; {what} needs a folder.")
     if target.is_dir() and any(target.iterdir()):
-        lost = next((Path(one) for one in read if one and Path(one).resolve().is_relative_to(target)), None)
         if not force:
             raise ConfigError(f"{out}: exists already and is not empty (--force replaces it).")
-        if here.is_relative_to(target):
-            raise ConfigError(f"{out}: is the current folder or holds it, and is not empty; choose another folder.")
+        lost = next((one for one in (*read, Path.cwd()) if one and Path(one).resolve().is_relative_to(target)), None)
         if lost is not None:
-            raise ConfigError(f"{out}: holds {called or lost.name}, which is read here and would be gone; choose "
-                              "another folder.")
+            raise ConfigError(f"{out}: holds {lost}, which is used here and would be gone; choose another folder.")
     return target
 
 
 @contextlib.contextmanager
 def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
-    """A new folder that takes the name of `target` at the end, complete or not at all. What killed runs left of it, on
-    this machine, is removed.
+    """A new folder that takes the name of `target` at the end, complete or not at all.
 
     Args:
         shown: the folder's name in the sentence if the disk refuses, which is raised as `kind`.
     """
-    here = f".{target.name}.{platform.node()}"
-    temporary = target.with_name(f"{here}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        for left in target.parent.glob(f"{glob.escape(here)}.*.tmp"):
-            owner = re.fullmatch(r"\.(\d+)\.[0-9a-f]{8}\.tmp", left.name.removeprefix(here))
-            if owner and not _is_running(int(owner[1])):
-                shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        replace_folder(temporary, target)
-    except OSError as error:
-        raise kind(f"{shown}: cannot be written ({disk_reason(error)}).") from error
+        with writing(shown, kind):
+            temporary.mkdir(parents=True)
+            yield temporary
+            replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _is_running(process: int) -> bool:
-    """Whether a process of this machine is alive; Windows cannot tell by a signal, so there all are."""
-    if os.name == "nt":
-        return True
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:  # another user's
-        pass
-    return True
 
 
 def sha256_of(file: str | Path) -> str:

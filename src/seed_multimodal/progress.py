@@ -1,15 +1,8 @@
-"""The one progress display of long work: a bar on a terminal, whole lines at intervals in a log file.
-
-    with Progress("extract", total=len(units), unit="unit") as bar:
-        for unit in units:
-            work(unit)
-            bar.update(1, pictures="1,024", wait="3 %")
-"""
+"""The progress display of long work: tqdm's bar on a terminal, tqdm's line at intervals in a log file."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,72 +11,49 @@ from tqdm import tqdm
 from seed_multimodal.entry import log_line
 
 
-class Progress:
-    """Counts work and shows progress, speed and remaining time. A context manager.
-
-    On a terminal (stderr) it is a tqdm bar that appears after `delay` seconds. Elsewhere it is a line every `every`
-    seconds through `log`.
+class Progress(tqdm):
+    """Counts work and shows progress, speed and remaining time; as `tqdm`, which it is.
 
     Args:
         name: in front.
         total: all work in `unit`s (or None: not known); `start`: what was done before.
-        log: takes whole lines; stderr by default. None: nothing is shown.
+        every: seconds between two lines, where stderr is no terminal.
+        log: takes whole lines; None: nothing is shown.
     """
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
-        self.name, self.log, self.every = name, log, every
-        terminal = log is log_line and sys.stderr.isatty()
-        self._bar: Any = tqdm(total=total, desc=name, unit=unit, initial=start, delay=delay, disable=not terminal,
-                              dynamic_ncols=True, leave=False)
-        self._start = self._last = time.monotonic()
-        self.total, self.done, self._first, self.unit = total, start, start, unit
+        self.log = None if log is log_line and sys.stderr.isatty() else log
+        super().__init__(desc=name, total=total, unit=unit, initial=start, disable=log is None, leave=False,
+                         delay=0 if self.log else delay, mininterval=every if self.log else 0.1, miniters=1,
+                         bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
+                         if self.log else None, dynamic_ncols=self.log is None)
 
-    def update(self, amount: float = 1, **numbers: object) -> None:
+    def update(self, amount: float | None = 1, **numbers: object) -> bool | None:
         """Add finished work; `numbers` are shown at the end of the bar or line."""
-        self.done += amount
-        self._bar.update(amount)
         if numbers:
-            self._bar.set_postfix(numbers, refresh=False)
-        now = time.monotonic()
-        if self._bar.disable and self.log is not None and now - self._last >= self.every:
-            self._last = now
-            self.log(self.line(**numbers))
+            self.set_postfix(numbers, refresh=False)
+        return super().update(amount)
 
-    def write(self, text: str) -> None:
+    def display(self, msg: str | None = None, pos: int | None = None) -> Any:
+        """tqdm's output: the bar, or (not at the very start and end) a line."""
+        if self.log is None:
+            return super().display(msg, pos)
+        if msg is None and self.n > self.initial:
+            self.log(str(self))
+        return True
+
+    def say(self, text: str) -> None:
         """A whole line, above the bar."""
-        if self._bar.disable:
-            if self.log is not None:
-                self.log(text)
-        else:
-            self._bar.write(text, file=sys.stderr)
-
-    def line(self, **numbers: object) -> str:
-        """Progress in one line."""
-        done, rate = self.done - self._first, (self.done - self._first) / max(self.seconds, 1e-9)
-        text = f"{self.name}: {self.done:,.10g}"
-        if self.total:
-            left = duration((self.total - self.done) / rate) if done else "?"
-            text += f"/{self.total:,.10g} {self.unit}s ({100 * self.done / self.total:.1f} %), {rate:,.3g}/s, {left}"
-            text += " left"
-        else:
-            text += f" {self.unit}s, {rate:,.3g}/s"
-        return ", ".join([text, *(f"{key} {value}" for key, value in numbers.items())])
+        if self.log is not None:
+            self.log(text)
+        elif not self.disable:
+            tqdm.write(text, file=sys.stderr)
 
     @property
     def seconds(self) -> float:
         """Since the start."""
-        return time.monotonic() - self._start
-
-    def close(self) -> None:
-        """Remove the bar."""
-        self._bar.close()
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        return self.format_dict["elapsed"] if not self.disable else 0.0
 
 
 def duration(seconds: float) -> str:

@@ -7,31 +7,27 @@ out with a warning in files made elsewhere, whose contents nobody here can list 
 
 from __future__ import annotations
 
+import errno
 import fnmatch
 import math
 import os
 import pickle
-import re
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import read_json_object, replacing, replacing_path, set_default_mode
+from seed_multimodal.disk import read_json_object, replacing_path, set_default_mode
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
 _WRAPPERS = ("model", "state_dict", "module")
-# What torch's reader raises for a file with some wrong bytes.
-_DAMAGES = (RuntimeError, EOFError, ValueError, OSError, LookupError, AssertionError, TypeError, AttributeError,
-            struct.error)
 
 
 @dataclass
@@ -72,15 +68,15 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
         mapped: tensors of a torch file are views of the file where its format allows, not copies in memory.
 
     Raises:
-        CheckpointError: missing, empty, truncated or unsafe file, or one that holds no tensors.
+        CheckpointError: missing, truncated or unsafe file, or one that holds no tensors.
     """
-    file = Path(path)
-    if not os.path.isfile(file):  # Path.is_file raises for a name too long
-        raise CheckpointError(f"{file}: there is no such weights file.")
-    if file.stat().st_size == 0:
-        raise CheckpointError(f"{file}: the weights file is empty.")
-    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file, mapped)
-    return _unwrap(loaded, file)
+    loaded: Any = read_file(Path(path), mapped)
+    for wrapper in _WRAPPERS:  # one may be wrapped in the next
+        loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), Mapping) else loaded
+    tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no tensors.")
+    return tensors
 
 
 def weight_files(source: str | Path) -> list[Path]:
@@ -117,16 +113,6 @@ def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     return {name: value for file in weight_files(source) for name, value in load_state_dict(file, mapped=True).items()}
 
 
-def _read_safetensors(file: Path) -> Mapping[str, object]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: not a complete safetensors file ({error}).") from error
-
-
 def count_parameters(file: str | Path) -> int:
     """Numbers in a safetensors file, from its header."""
     from safetensors import safe_open
@@ -135,63 +121,38 @@ def count_parameters(file: str | Path) -> int:
         return sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
 
 
-def read_torch(file: Path, mapped: bool = False) -> Mapping[str, object]:
-    """The mapping in a torch file, tensors on the CPU; `mapped` as of `load_state_dict`.
+def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
+    """The mapping in a safetensors or torch file, tensors on the CPU; `mapped` as of `load_state_dict`.
 
     Raises:
-        CheckpointError: a truncated or unsafe file, or no mapping in it.
+        CheckpointError: a missing, truncated or unsafe file, or no mapping in it.
     """
-    loaded = _read_torch(file, mapped)
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(f"{file}: holds a {type(loaded).__name__}, not a mapping of names to tensors.")
-    return loaded
-
-
-def read_tensor(file: Path) -> Tensor:
-    """The one tensor that a torch or safetensors file holds, on the CPU.
-
-    Raises:
-        CheckpointError: a missing, truncated or unsafe file, or another content.
-    """
-    loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    values = list(loaded.values()) if isinstance(loaded, Mapping) else [loaded]
-    if len(values) != 1 or not isinstance(values[0], Tensor):
-        raise CheckpointError(f"{file}: must hold one tensor and nothing else.")
-    return values[0]
-
-
-def _read_torch(file: Path, mapped: bool = False) -> object:
+    if not os.path.isfile(file):  # Path.is_file raises for a name too long
+        raise CheckpointError(f"{file}: there is no such weights file.")
     try:
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-        except RuntimeError as error:
-            if not mapped or "mmap" not in str(error):
-                raise
-            return torch.load(file, map_location="cpu", weights_only=True)
+        loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
-            f"re-save it as safetensors from a source you trust."
-        ) from error
-    except MemoryError as error:  # wrong bytes may also give a length of 4 GB
-        raise CheckpointError(f"{file}: reading it takes more memory than there is; it is damaged, or too large for "
-                              f"this machine.") from error
-    except _DAMAGES as error:
-        raise CheckpointError(f"{file}: not a complete torch checkpoint ({first_line(error)}).") from error
+            f"re-save it as safetensors from a source you trust.") from error
+    except Exception as error:  # torch's reader raises errors of many types for wrong bytes
+        raise CheckpointError(f"{file}: not a complete weights file ({first_line(error)}).") from error
+    return loaded if isinstance(loaded, Mapping) else {"": loaded}
 
 
-def _unwrap(loaded: Mapping[str, object], file: Path) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        inner = loaded.get(wrapper)
-        if isinstance(inner, Mapping):
-            loaded = inner  # and on: one may be wrapped in the next
-    tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{file}: holds no tensors.")
-    sparse = next((name for name, value in tensors.items() if value.layout != torch.strided), None)
-    if sparse is not None:
-        raise CheckpointError(f"{file}: {sparse!r} is a sparse tensor; only dense ones are read.")
-    return tensors
+def _read_safetensors(file: Path) -> Mapping[str, object]:
+    from safetensors.torch import load_file
+
+    return load_file(file)
+
+
+def _read_torch(file: Path, mapped: bool) -> object:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+    except RuntimeError as error:  # the older format cannot be mapped
+        if not mapped or "mmap" not in str(error):
+            raise
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def save_state_dict(
@@ -208,50 +169,22 @@ def save_state_dict(
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
-    try:
-        with replacing_path(file) as scratch:
+    with replacing_path(file) as scratch:
+        try:
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
-            set_default_mode(scratch)
-    except SafetensorError as error:  # "… I/O error: No space left on device (os error 28)"
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        except SafetensorError as error:
+            raise OSError(errno.EIO, first_line(error)) from error
+        set_default_mode(scratch)
     return file
 
 
 def save_torch(content: object, path: str | Path) -> None:
-    """`torch.save` into a file, flushed, whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; what was there stays. torch itself does not report the reason.
-    """
-    with replacing(path) as handle:
-        listening = _Listening(handle)
+    """`torch.save` into a file, flushed, whole or not at all. Raises OSError: the disk refuses."""
+    with replacing_path(path) as scratch:
         try:
-            torch.save(content, listening)
-        except RuntimeError:
-            if listening.failure is None:
-                raise
-            raise listening.failure from None
-
-
-class _Listening:
-    """A file that records why a write failed."""
-
-    def __init__(self, handle: IO[bytes]) -> None:
-        self.handle = handle
-        self.failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.handle.write(data)
-        except OSError as error:
-            self.failure = error
-            raise
-
-    def flush(self) -> None:
-        self.handle.flush()
+            torch.save(content, scratch)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, first_line(error)) from error
 
 
 def assign_strictly(
@@ -311,11 +244,15 @@ def _placed(value: Tensor, device: str | torch.device, dtype: torch.dtype) -> Te
     return placed.contiguous() if placed.is_floating_point() else placed.clone()
 
 
+def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The names that no shell pattern covers."""
+    known = list(patterns)
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in known)]
+
+
 def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> list[str]:
-    """Warn (`SeedWarning`) of tensors in a file that nothing uses and no shell pattern of `known` covers; gives their
-    names."""
-    patterns = list(known)
-    unlisted = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers; gives their names."""
+    unlisted = _outside(names, known)
     if unlisted:
         shown = ", ".join(map(repr, unlisted)) if len(unlisted) <= 5 else grouped(unlisted)
         warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
@@ -324,13 +261,8 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
 
 
 def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
-    """Refuse the tensors of a checkpoint that no shell pattern of `allowed` covers.
-
-    Raises:
-        CheckpointError: "SOURCE: N tensors are WHAT: 'a', 'b', 'c' …."
-    """
-    patterns = list(allowed)
-    bad = [n for n in names if not any(fnmatch.fnmatchcase(n, p) for p in patterns)]
+    """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for those that no shell pattern of `allowed` covers."""
+    bad = _outside(names, allowed)
     if bad:
-        shown = ", ".join(repr(n) for n in bad[:3]) + (" …" if len(bad) > 3 else "")
+        shown = ", ".join(map(repr, bad[:3])) + (" …" if len(bad) > 3 else "")
         raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {shown}.")

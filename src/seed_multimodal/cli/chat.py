@@ -8,19 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import (
-    ITEM_ERRORS,
-    Outputs,
-    drawing_settings,
-    emit,
-    generation_settings,
-    load_system,
-    save_image,
-)
+from seed_multimodal.cli.common import ITEM_ERRORS, chosen_settings, emit, load_system, next_number, save_image
+from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, log_line
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
-HELP = ("Type a message; /image FILE shows an image with it, /picture MESSAGE asks for an answer with an image, "
+HELP = ("Type a message; /image FILE shows an image with it, /draw MESSAGE asks for an answer with an image, "
         "/reset starts over, /help prints this, /quit ends.")
 
 
@@ -31,17 +25,15 @@ class Talk:
         self.system, self.args = system, args
         self.messages: list[dict[str, Any]] = []
         self.images: list[Any] = []  # of the next message
-        self.outputs = Outputs(f"{args.out}/", sources=Path(args.out).glob("turn_*"))  # of earlier conversations
 
     def send(self, text: str, force_image: bool = False) -> None:
         """Send `text` with the attached images, print the answer as it is generated, save its images, keep both
         messages."""
         message = {"role": "user", "content": [*self.images, text]}
-        options = {"seed": self.args.seed, **generation_settings(self.args), **drawing_settings(self.args)}
+        options = {"seed": self.args.seed, "force_image": force_image, **chosen_settings(self.args)}
         if self.args.json or self.args.no_previews or not sys.stdout.isatty():
             options["previews"] = ()
-        parts, answer = self._follow(self.system.chat([*self.messages, message], stream=True, force_image=force_image,
-                                                      **options))
+        parts, answer = self._follow(self.system.chat([*self.messages, message], stream=True, **options))
         self.images = []
         self.messages += [message, {"role": "assistant", "content": answer}]
         if self.args.json:
@@ -51,41 +43,36 @@ class Talk:
     def _follow(self, events: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
-        answer, path = None, None  # path: where a preview of the image that is being made is
+        answer, preview = None, None  # preview: the file of the image that is being made
         try:
             for event in events:
                 if event["type"] == "text":
-                    if parts and "text" in parts[-1]:
-                        parts[-1]["text"] += event["text"]
-                    else:
-                        parts.append({"text": event["text"]})
+                    if not (parts and "text" in parts[-1]):
+                        parts.append({"text": ""})
+                    parts[-1]["text"] += event["text"]
                     self._print(event["text"])
                 elif event["type"] == "image_preview":  # the whole image replaces it
-                    path = save_image(event["image"], path or self._next_file())
-                    self._print(f" [after {len(event['codes'])} codes: {path}] ")
+                    preview = save_image(event["image"], preview or self._next_file())
+                    self._print(f" [after {len(event['codes'])} codes: {preview}] ")
                 elif event["type"] == "image":
-                    has_codes = hasattr(self.system.images, "section")
-                    part: dict[str, Any] = {"codes": list(event["codes"])} if has_codes else {}
+                    parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
                     if event["image"] is not None:
-                        part["picture"] = str(save_image(event["image"], path or self._next_file()))
-                    parts.append(part)
-                    path = None
-                    self._print(f" [image: {part.get('picture', 'not drawn')}] ")
+                        parts[-1]["image"] = str(save_image(event["image"], preview or self._next_file()))
+                    preview = None
+                    self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
                 elif event["type"] == "image_broken":
                     parts.append({"broken": event["reason"]})
                     self._print(f" [{event['reason']}] ")
                 elif event["type"] == "done":
                     answer = event["answer"]
-                    if answer.note:
-                        self._print(f" [{answer.note}]")
+                    self._print(f" [{answer.note}]\n" if answer.note else "\n")
         finally:
-            if path is not None:  # the image of this preview broke off, or Ctrl-C was pressed
-                path.unlink(missing_ok=True)
-        self._print("\n")
+            if preview is not None:  # its image broke off, or Ctrl-C was pressed
+                preview.unlink(missing_ok=True)
         return parts, answer
 
     def _next_file(self) -> Path:
-        return self.outputs.next(f"turn_{len(self.messages) // 2 + 1}")
+        return next_number(Path(self.args.out), "image_{}.png")
 
     def _print(self, text: str) -> None:
         if not self.args.json:
@@ -95,6 +82,7 @@ class Talk:
 def chat(args: argparse.Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     images = [open_image(file) for file in args.image]  # before the weights, which take minutes
+    writable_folder(args.out, ConfigError)
     talk = Talk(load_system(args), args)
     talk.images = images
     for message in args.message or ():
@@ -103,16 +91,11 @@ def chat(args: argparse.Namespace) -> int:
 
 
 def _read_lines(talk: Talk) -> int:
-    typed = sys.stdin.isatty()
-    if typed:
-        log_line(HELP)
-    while True:
-        if typed:
-            print("you> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+    log_line(HELP)
+    for line in sys.stdin:
         word, _, rest = line.strip().partition(" ")
-        if not line or word in ("/quit", "/exit"):
-            return DONE
+        if word == "/quit":
+            break
         try:
             if word == "/reset":
                 talk.messages, talk.images = [], []
@@ -120,7 +103,7 @@ def _read_lines(talk: Talk) -> int:
             elif word == "/image":
                 talk.images.append(open_image(rest.strip()))
                 log_line(f"{rest.strip()} goes with your next message.")
-            elif word == "/picture":
+            elif word == "/draw":
                 talk.send(rest.strip(), force_image=True)
             elif word.startswith("/"):
                 log_line(HELP)
@@ -130,3 +113,4 @@ def _read_lines(talk: Talk) -> int:
             if talk.args.debug:
                 raise
             log_line(f"seed: {error}")  # the conversation continues
+    return DONE

@@ -1,4 +1,4 @@
-"""Shared by the commands: flags, loading a system, batches with one outcome for each file, and saving.
+"""Shared by the commands: flags, loading a system, one result for each image or text, and saving.
 
 Results go to stdout; what runs where, progress and errors go to stderr.
 """
@@ -7,91 +7,108 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
-import os
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
 from seed_multimodal.config import project_root
-from seed_multimodal.disk import disk_reason, replacing, writing
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, whole_number
+from seed_multimodal.disk import replacing, writable_folder, writing
+from seed_multimodal.entry import (
+    DONE,
+    SOME_FAILED,
+    add_debug,
+    add_device,
+    add_offload,
+    add_quantization,
+    log_line,
+    whole_number,
+)
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
 
-T = TypeVar("T")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-KEPT_RATIOS = ("restore", "keep", "square")  # `images.aspect.Ratio`
+KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # of one image or text; others end the command
+SETTINGS = {  # flag → keyword of a system's methods
+    "max_new_tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p", "num_beams": "num_beams",
+    "top_k": "top_k", "guidance_scale_for_llm": "guidance", "steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale", "image_guidance_scale": "image_guidance_scale", "ratio": "ratio",
+    "height": "height", "width": "width"}
 
 
 # ---- flags
 
 
-def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, debug: bool = True) -> None:
-    """Flags that every command with a system has; `debug=False` where `entry.run_program` adds that one."""
+def program_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a program whose description has lines of its own."""
+    return argparse.ArgumentParser(prog=program, description=description,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: int = 0, out: str = "",
+               batch_size: int = 0, language: bool = False, generation: bool = False, drawing: bool = False,
+               debug: bool = True) -> None:
+    """Flags of commands with a system; their defaults are the system's own settings.
+
+    Args:
+        out, batch_size: defaults of `--out` and `--batch-size`, for commands that have them.
+        language: the command loads a language model. debug: False where `entry.run_program` adds that flag.
+    """
     group = parser.add_argument_group("model and machine")
     group.add_argument("--model", default=model, metavar="NAME", help="nano, nano-x and nano-lavit (shipped), 8b, "
                        f"14b, seed-x, seed-x-i, seed-x-edit, lavit, or a system folder (default: {model})")
     add_device(group)
-    group.add_argument("--seed", type=int, default=0, help="random seed; the same seed gives the same result")
+    group.add_argument("--seed", type=int, default=seed, help="the same seed gives the same result")
+    if out:
+        parser.add_argument("--out", default=out, help="folder, or a file for one image (default: %(default)s)")
+    if batch_size:
+        parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, metavar="N",
+                            help="images or texts at once (default: %(default)s)")
+    if language:
+        add_quantization(group)
+        add_offload(group)
+    if generation:
+        parser.add_argument("--max-new-tokens", type=int, metavar="N")
+        parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
+        parser.add_argument("--top-p", type=float, metavar="P", help="0: greedy")
+        parser.add_argument("--num-beams", type=int, metavar="N")
+    if drawing:
+        parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+        parser.add_argument("--guidance-scale", type=float, metavar="G", help="of the de-tokenizer")
     if debug:
         add_debug(parser)
 
 
-def add_json(parser: argparse.ArgumentParser, what: str = "one JSON object on stdout") -> None:
+def add_json(parser: argparse.ArgumentParser) -> None:
     """`--json` and `--debug`, for commands without a system."""
-    parser.add_argument("--json", action="store_true", help=what)
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_debug(parser)
 
 
-def add_batch(parser: argparse.ArgumentParser, size: int) -> None:
-    """`--batch-size`."""
-    parser.add_argument("--batch-size", type=whole_number(1), default=size, metavar="N",
-                        help="images or texts at once (default: %(default)s)")
-
-
-def add_out(parser: argparse.ArgumentParser, default: str = "outputs") -> None:
-    """`--out` of commands that save images."""
-    parser.add_argument("--out", metavar="PATH", default=default,
-                        help="folder, or a file for one image (default: %(default)s)")
-
-
-def add_generation(parser: argparse.ArgumentParser) -> None:
-    """Flags of text generation; the defaults are the system's own settings."""
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=int, metavar="N")
-    group.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
-    group.add_argument("--top-p", type=float, metavar="P", help="0: greedy")
-    group.add_argument("--num-beams", type=int, metavar="N")
-
-
-def add_drawing(parser: argparse.ArgumentParser) -> None:
-    """Flags of the de-tokenizer; the defaults are its own settings."""
-    group = parser.add_argument_group("drawing")
-    group.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    group.add_argument("--guidance-scale", type=float, metavar="G")
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Flags of the size of a drawing."""
+    parser.add_argument("--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)")
+    parser.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="SEED-X, LaVIT: of the drawing")
+    parser.add_argument("--width", type=whole_number(8), metavar="PIXELS")
 
 
 def add_beside(parser: argparse.ArgumentParser) -> None:
-    """Flags of drawing beside a source or condition image."""
+    """Flags of drawing with a source or condition image."""
     parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that image")
-    parser.add_argument("--ratio", choices=(*KEPT_RATIOS, *RATIOS), help="of the result; SEED-X: restore or keep that "
-                        "of the source or condition image, or square as released (default: restore); LaVIT: 3:2 …")
+    parser.add_argument("--ratio", choices=(*KEPT_RATIOS, *RATIOS), help="SEED-X: restore (default) or keep that of "
+                        "the source or condition image, or square as the original; LaVIT: width to height")
 
 
-def add_codes(parser: argparse.ArgumentParser, kind: Callable[[str], Any] | None = None, more: str = "") -> None:
-    """`--codes` of commands that draw; `more`: what else its type `kind` takes."""
-    parser.add_argument("--codes", type=kind or code_counts, metavar="N,N,…", help="progressive drawing: the image "
-                        f"after the first N codes; several numbers (4,8,16,32): one image each, and a sheet of them"
-                        f"{more}")
+def add_codes(parser: argparse.ArgumentParser) -> None:
+    """`--codes` of commands that draw."""
+    parser.add_argument("--codes", type=code_counts, metavar="N,N,…", help="progressive drawing: the image after the "
+                        "first N codes; several numbers (4,8,16,32): one image each, and a sheet of them")
 
 
 def code_counts(text: str) -> list[int]:
@@ -99,17 +116,9 @@ def code_counts(text: str) -> list[int]:
     return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
 
 
-def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The generation flags that were given, as keyword arguments of a system's methods."""
-    names = ("max_new_tokens", "temperature", "top_p", "num_beams")
-    return {name: getattr(args, name) for name in names if getattr(args, name, None) is not None}
-
-
-def drawing_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The drawing flags that were given, as keyword arguments of the de-tokenizer."""
-    names = {"steps": "num_inference_steps", "guidance_scale": "guidance_scale",
-             "image_guidance_scale": "image_guidance_scale", "ratio": "ratio", "height": "height", "width": "width"}
-    return {ours: getattr(args, flag) for flag, ours in names.items() if getattr(args, flag, None) is not None}
+def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags of generation and drawing that were given, as keyword arguments of a system's methods."""
+    return {keyword: getattr(args, flag) for flag, keyword in SETTINGS.items() if getattr(args, flag, None) is not None}
 
 
 # ---- loading
@@ -121,8 +130,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(
-            **{**_flags(args, "device", "dtype", "offload", "quantization"), "log": log_line, **options})
+        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization") | options)
         limit_threads(system.llm, system.images.model)
     return system
 
@@ -133,14 +141,15 @@ def load_images(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.images import open_images
 
-        images = open_images(**{**_flags(args, "device", "dtype", "offload"), "log": log_line, **options})
+        images = open_images(**_flags(args) | options)
         limit_threads(images.model)
     return images
 
 
-def _flags(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
-    return {"name": getattr(args, "model", None), **given}
+def _flags(args: argparse.Namespace, *more: str) -> dict[str, Any]:
+    names = ("device", "dtype", "offload", *more)
+    flags = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {"name": getattr(args, "model", None), "log": log_line, **flags}
 
 
 @contextlib.contextmanager
@@ -156,104 +165,72 @@ def cat_image() -> Path:
     return project_root(Path(__file__).parent) / "images" / "cat.jpg"
 
 
-# ---- batches
+# ---- one result for each image or text
 
 
-@dataclass
-class Outcomes:
-    """Counts successes; prints one sentence for each failure, and a summary."""
+def run_each(args: argparse.Namespace, names: Sequence[str], show: Callable[[str, Any], None],
+             work: Callable[[str], Any]) -> int:
+    """`show` each image or text with its result of `work`; returns the exit code."""
+    return run_batches(args, names, show, lambda batch: [work(name) for name in batch], 1)
 
-    total: int
-    debug: bool = False
-    failed: list[str] = field(default_factory=list)
 
-    @contextlib.contextmanager
-    def one(self, name: str) -> Iterator[None]:
-        """Run the work on one image or text; its error is printed and counted."""
-        try:
-            yield
-        except ITEM_ERRORS as error:
-            if self.debug:
-                raise
-            self.failed.append(name)
-            text = str(error)
-            log_line(f"seed: {text if Path(name).name in text else f'{name}: {text}'}")
+def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[str, Any], None],
+                work: Callable[[Sequence[str]], Sequence[Any]], size: int) -> int:
+    """`show` each image or text with its result of `work` on batches of `size`; returns the exit code.
 
-    def opened(self, names: Iterable[str], open_image: Callable[[str], Image.Image]
-               ) -> Iterator[tuple[str, Image.Image]]:
-        """Each readable image with its name."""
-        for name in names:
-            image = None
-            with self.one(name):
-                image = open_image(name)
-            if image is not None:
-                yield name, image
-
-    def results(self, named: Iterable[tuple[str, Any]], work: Callable[[list[Any]], Sequence[T]], batch_size: int
-                ) -> Iterator[tuple[str, T]]:
-        """Each name with its result of `work`, which gets batches of values; of a batch that fails, one by one."""
-        source = iter(named)
-        while batch := list(itertools.islice(source, batch_size)):
-            yield from self._batch(batch, work)
-
-    def _batch(self, batch: list[tuple[str, Any]], work: Callable[[list[Any]], Sequence[T]]) -> list[tuple[str, T]]:
-        found: list[tuple[str, T]] = []
-        names = [name for name, _ in batch]
+    Of a batch that fails, each is done alone; what fails alone is one sentence, and counted.
+    """
+    failed = []
+    for start in range(0, len(names), size):
+        batch = names[start:start + size]
+        results: Sequence[Any] | None = None
         if len(batch) > 1:
+            with contextlib.suppress(*ITEM_ERRORS):
+                results = work(batch)
+        for place, name in enumerate(batch):
             try:
-                return list(zip(names, work([value for _, value in batch]), strict=True))
-            except ITEM_ERRORS:
-                pass  # each on its own tells which
-        for name, value in batch:
-            with self.one(name):
-                found += zip([name], work([value]), strict=True)
-        return found
-
-    def finish(self) -> int:
-        """The exit code: 0, or 1 with a summary where something failed."""
-        if not self.failed:
-            return DONE
-        log_line(f"seed: {self.total - len(self.failed)} of {self.total} done, {len(self.failed)} failed: "
-                 f"{', '.join(self.failed)}.")
-        return SOME_FAILED
-
-
-def noted(named: Iterable[tuple[str, T]], note: Callable[[T], str]) -> Iterator[tuple[str, T]]:
-    """Images or texts as they come; what `note` says of one that is unlike the training data is logged."""
-    for name, value in named:
-        if sentence := note(value):
-            log_line(f"{name}: {sentence}")
-        yield name, value
+                show(name, work([name])[0] if results is None else results[place])
+            except ITEM_ERRORS as error:
+                if args.debug:
+                    raise
+                failed.append(name)
+                log_line(f"seed: {error}" if Path(name).name in str(error) else f"seed: {name}: {error}")
+    if failed:
+        log_line(f"seed: {len(names) - len(failed)} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
+    return SOME_FAILED if failed else DONE
 
 
 # ---- saving
 
 
 class Outputs:
-    """Files for results: in a folder, or the one file that was asked for. No name is used twice, nor that of `sources`.
+    """Files for results: in a folder, or the one image file that was asked for.
 
     Raises:
         ConfigError: one file for several images; a folder that cannot be written.
     """
 
-    def __init__(self, out: str, count: int = 1, sources: Iterable[str | Path] = ()) -> None:
-        path = Path(out)
-        is_file = path.suffix.lower() in IMAGE_SUFFIXES and not out.endswith(os.sep) and not path.is_dir()
-        if is_file and count > 1:
+    def __init__(self, out: str, count: int = 1) -> None:
+        self.path, self._used = Path(out), Counter[str]()
+        self.is_file = self.path.suffix.lower() in IMAGE_SUFFIXES and not self.path.is_dir()
+        if self.is_file and count > 1:
             raise ConfigError(f"{out}: one file for {count} images; give --out a folder.")
-        self._file, self._folder = path if is_file else None, path
-        require_room(path.parent if is_file else path)
-        self._used = {Path(one).resolve() for one in sources}
+        writable_folder(self.path.parent if self.is_file else self.path, ConfigError)
 
     def next(self, stem: str, suffix: str = ".png") -> Path:
-        """The file of the next result, in a folder named after `stem`."""
-        if self._file is not None:
-            return self._file
-        stem = os.fsencode(stem)[:180].decode("utf-8", "ignore")  # file systems take 255 bytes
-        names = (f"{stem}{suffix}" if number == 1 else f"{stem}_{number}{suffix}" for number in itertools.count(1))
-        path = next(path for name in names if (path := self._folder / name).resolve() not in self._used)
-        self._used.add(path.resolve())
-        return path
+        """The file of the next result, in a folder named after `stem`; the second of a name gets a number."""
+        if self.is_file:
+            return self.path
+        self._used[stem] += 1
+        return self.path / (f"{stem}_{self._used[stem]}{suffix}" if self._used[stem] > 1 else f"{stem}{suffix}")
+
+
+def next_number(folder: Path, pattern: str) -> Path:
+    """A free file in `folder`, numbered from how many of its kind are there; `pattern`: such as `grid-{:03d}.png`."""
+    number = len(list(folder.glob(pattern.partition("{")[0] + "*.png")))
+    while (folder / pattern.format(number)).exists():
+        number += 1
+    return folder / pattern.format(number)
 
 
 def slug(text: str) -> str:
@@ -262,32 +239,12 @@ def slug(text: str) -> str:
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
-    """Write `image`, making its folder; an image that is there already stays until the new one is whole.
-
-    Raises:
-        ImageError: the place cannot be written, or its suffix is no image format.
-    """
-    try:
-        Image.init()
-        kind = Image.registered_extensions()[path.suffix.lower()]
+    """Write `image`, making its folder. Raises ImageError: the place cannot be written."""
+    with writing(path, ImageError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as file:
-            image.save(file, kind)
-    except KeyError as error:
-        raise ImageError(f"{path}: {path.suffix!r} is no image format; use {', '.join(IMAGE_SUFFIXES)}.") from error
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be written ({disk_reason(error)}).") from error
+            image.save(file, Image.registered_extensions()[path.suffix.lower()])
     return path
-
-
-def require_room(folder: Path) -> None:
-    """Raise ConfigError for a folder that cannot be written, before long work is done for it."""
-    try:
-        with tempfile.TemporaryFile(dir=next(one for one in (folder.absolute(), *folder.absolute().parents)
-                                             if one.exists())):
-            pass
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({disk_reason(error)}).") from error
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from seed_multimodal.cli.common import add_json
+from seed_multimodal.cli.common import add_json, emit
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line, whole_number
 from seed_multimodal.errors import ConfigError, counted
-
-if TYPE_CHECKING:
-    from seed_multimodal.data.check.report import CheckReport
 
 
 def check(args: argparse.Namespace) -> int:
@@ -27,39 +24,26 @@ def check(args: argparse.Namespace) -> int:
         files=args.files, format=args.format, format_options=dict(args.format_option), tokenizer=args.tokenizer,
         decoder=args.decoder, options=dict(args.option), images=args.images, max_errors=args.max_errors,
         length=args.length, stage=args.stage, fields=parse_fields(args.fields) or {}, pictures=args.pictures))
-    if args.json:
-        print(json.dumps(report.as_json(), ensure_ascii=False))
-        return SOME_FAILED if report.wrong else DONE
-    for finding in report.findings:
-        print(f"{finding.kind}: {finding.sentence}")
+    emit(args, report.as_json(), "\n".join(_summary(report)))
+    return SOME_FAILED if report.wrong else DONE
+
+
+def _summary(report: Any) -> list[str]:
+    """The lines of a `CheckReport`: errors, counts, lengths."""
+    lines = [f"{finding.kind}: {finding.sentence}" for finding in report.findings]
     if report.wrong > len(report.findings):
-        print(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
-    print(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, {counted(report.images, 'picture')}"
-          + _opened(report, args.pictures))
-    for kind, number in report.kinds.most_common():
-        print(f"  {kind}: {number:,}")
+        lines.append(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
+    opened = f" ({report.opened:,} opened)" if report.opened else ""
+    lines.append(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, "
+                 f"{counted(report.images, 'image')}{opened}")
+    lines += [f"  {kind}: {number:,}" for kind, number in report.kinds.most_common()]
     if report.lengths:
-        print(f"tokens of a record: median {report.length_at(0.5):,}, 95 % up to {report.length_at(0.95):,}, longest "
-              f"{max(report.lengths):,}")
-        most = max(number for _, _, number in report.histogram())
-        for low, high, number in report.histogram():
-            print(f"  {low:>7,} – {high:>7,}  {number:>9,}  {'#' * round(40 * number / most)}")
+        lines.append(f"tokens of a record: median {report.length_at(0.5):,}, 95 % up to {report.length_at(0.95):,}, "
+                     f"longest {max(report.lengths):,}")
     if report.control.records:
-        print(f"warning: {report.control.sentence()}")
-    if not report.wrong:
-        print("nothing wrong")
-        return DONE
-    print(f"{counted(report.wrong, 'error')}: " + ", ".join(f"{kind} {n:,}" for kind, n in report.errors.most_common()))
-    return SOME_FAILED
-
-
-def _opened(report: CheckReport, wanted: int | None) -> str:
-    """How many of the pictures were opened, where there are any to open."""
-    if not report.opened and not any(kind.endswith("(not tokenised)") for kind in report.kinds):
-        return ""
-    if wanted is None or report.opened == report.images:
-        return f" ({report.opened:,} opened)"
-    return f" ({report.opened:,} opened; --pictures all opens all)"
+        lines.append(f"warning: {report.control.sentence()}")
+    errors = ", ".join(f"{kind} {number:,}" for kind, number in report.errors.most_common())
+    return [*lines, f"{counted(report.wrong, 'error')}: {errors}" if report.wrong else "nothing wrong"]
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -67,17 +51,13 @@ def convert(args: argparse.Namespace) -> int:
     from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
-    for sentence in report.refused:
+    for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
         log_line(f"seed: {sentence}")
-    for sentence in report.skipped:
-        log_line(f"seed: left out: {sentence}")
-    if args.json:
-        print(json.dumps({"out": args.out, "converted": report.converted, "kept": report.kept, "samples":
-                          report.samples, "refused": report.refused, "skipped": report.skipped}, ensure_ascii=False))
-    else:
-        print(f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
-              f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left "
-              f"out; see {MANIFEST}")
+    emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
+                "refused": report.refused, "skipped": report.skipped},
+         f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
+         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out; "
+         f"see {MANIFEST}")
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
@@ -87,20 +67,20 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker = commands.add_parser("check", help="check every record before training")
     checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each "
-                         "one's keys); lavit.… and seed_x.… read pictures as training does, and need --tokenizer")
+    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys); "
+                         "lavit.… and seed_x.… read images as training does, and need --tokenizer")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
                          "(default: by name)")
     checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
                          "the registered format; repeat for more")
-    checker.add_argument("--images", metavar="DIR", help="folder of the pictures that records name")
-    checker.add_argument("--stage", metavar="NAME", help="the tool that will take them: tokenizer (training and "
+    checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
+    checker.add_argument("--stage", metavar="NAME", help="the tool that will read them: tokenizer (training and "
                          "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "
                          "qa, video, edit, story, interleaved, chat (default: by each record's keys)")
     checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
-    checker.add_argument("--pictures", type=_pictures, default=200, metavar="N", help="open about N pictures that are "
+    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N", help="open about N images that are "
                          "not tokenised yet, or all (default: 200)")
     checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
                          "(default: 20; all are counted)")
@@ -114,11 +94,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
-    for each in (checker, converter):
-        add_json(each)
+    for command in (checker, converter):
+        add_json(command)
 
 
-def _pictures(text: str) -> int | None:
+def _image_count(text: str) -> int | None:
     return None if text == "all" else whole_number(0)(text)
 
 

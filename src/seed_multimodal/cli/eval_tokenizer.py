@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from seed_multimodal.cli.common import loading
 from seed_multimodal.config import load_yaml
 from seed_multimodal.entry import DONE, add_debug, add_device, log_line, whole_number
+from seed_multimodal.errors import DataError
 
 if TYPE_CHECKING:
     from seed_multimodal.data.formats.pairs import PairSource
@@ -49,19 +50,18 @@ def data_spec(args: argparse.Namespace) -> dict[str, Any]:
         spec = {"format": args.data, "split": args.split or "val"}
     else:
         spec = {"format": "auto", "files": args.data, "split": args.split}
-    return {key: value for key, value in {**spec, "image_root": args.image_root, "image_key": args.image_key,
-                                          "caption_key": args.caption_key}.items() if value is not None}
+    keys = {name: getattr(args, name) for name in ("image_root", "image_key", "caption_key")}
+    return {key: value for key, value in {**spec, **keys}.items() if value is not None}
 
 
 def open_source(spec: dict[str, Any]) -> PairSource:
-    """The pairs that `spec` describes; where none of the first images has a caption, all images without captions."""
-    from seed_multimodal.data.formats.pairs import FORMATS, open_pairs
-    from seed_multimodal.errors import DataError
+    """The pairs that `spec` describes; images alone where files hold no captions."""
+    from seed_multimodal.data.formats.pairs import open_pairs
 
     try:
         return open_pairs(spec)
     except DataError:
-        if spec.get("format") not in FORMATS or "caption_key" in spec:
+        if spec["format"] != "auto" or "caption_key" in spec:
             raise
         source = open_pairs({**spec, "captioned": False})
         log_line("There are no captions: retrieval is not measured.")
@@ -70,25 +70,22 @@ def open_source(spec: dict[str, Any]) -> PairSource:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
-    parser.add_argument("--model", default="pretrained/nano", metavar="DIR", help="system or tokenizer folder, nano, "
-                        "or released (default: %(default)s)")
-    parser.add_argument("--data", required=True, metavar="SPEC", help="a folder of images (captions in .txt), a list "
-                        "(.json, .jsonl, .parquet), a pattern of .tar shards, a registered format (nano), or a "
-                        ".yaml file")
-    parser.add_argument("--out", required=True, metavar="DIR", help="for report.json, evaluate.txt and the sheet")
-    parser.add_argument("--stage1", metavar="CKPT", help="stage-1 checkpoint: its text path for retrieval")
-    parser.add_argument("--limit", type=whole_number(1), metavar="N", help="look at N images, drawn by --seed")
+    parser.add_argument("--model", default="pretrained/nano", help="system or tokenizer folder (default: %(default)s)")
+    parser.add_argument("--data", required=True, help="a folder of images (captions in .txt), a list (.json, .jsonl, "
+                        ".parquet), a pattern of .tar shards, a registered format (nano), or a .yaml file")
+    parser.add_argument("--out", required=True, help="folder of report.json, evaluate.txt and the sheet")
+    parser.add_argument("--stage1", help="stage-1 checkpoint: its text path for retrieval")
+    parser.add_argument("--limit", type=whole_number(1), help="look at LIMIT images, drawn by --seed")
     parser.add_argument("--split", help="of a registered format (default: val)")
-    parser.add_argument("--image-root", metavar="DIR", help="folder of the images that a list names")
-    parser.add_argument("--image-key", metavar="KEY")
-    parser.add_argument("--caption-key", metavar="KEY")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP vision encoder of the target embedding (none: without)")
-    parser.add_argument("--clip-text", metavar="DIR", help="CLIP text encoder of the same space")
-    parser.add_argument("--text-tokenizer", metavar="DIR", help="word pieces of stage 1")
-    parser.add_argument("--decoder", metavar="DIR", help="diffusers folder that rebuilds images (none: without)")
-    parser.add_argument("--rebuild", type=whole_number(0), default=128, metavar="N", help="rebuild N images "
-                        "(default: 128)")
-    parser.add_argument("--batch-size", dest="batch", type=whole_number(1), default=64, metavar="N")
+    parser.add_argument("--image-root", help="folder of the images that a list names")
+    parser.add_argument("--image-key")
+    parser.add_argument("--caption-key")
+    parser.add_argument("--clip", help="CLIP vision encoder of the target embedding (none: without)")
+    parser.add_argument("--clip-text", help="CLIP text encoder of the same space")
+    parser.add_argument("--text-tokenizer", help="word pieces of stage 1")
+    parser.add_argument("--decoder", help="diffusers folder that rebuilds images (none: without)")
+    parser.add_argument("--rebuild", type=whole_number(0), default=128, help="rebuild so many images (default: 128)")
+    parser.add_argument("--batch-size", dest="batch", type=whole_number(1), default=64)
     parser.add_argument("--seed", type=whole_number(0), default=0)
     add_device(parser)
     add_debug(parser)

@@ -13,17 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import (
-    add_batch,
-    add_common,
-    add_drawing,
-    add_generation,
-    cat_image,
-    drawing_settings,
-    generation_settings,
-    load_system,
-)
-from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program, whole_number
+from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, load_system, program_parser
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line, run_program, whole_number
 from seed_multimodal.errors import counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
@@ -34,25 +25,25 @@ CAPTIONS = ("A small wooden house on a snowy hill in the evening", "A lighthouse
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
-    out, add, work = {
-        "eval_vqa.py": ("outputs/eval_vqa", _add_vqa, _ask),
-        "eval_caption.py": ("outputs/eval_caption", _add_caption, _describe),
-        "eval_caption_to_images.py": ("generated_images", _add_drawings, _draw_as_original)}[program]
-    parser = argparse.ArgumentParser(prog=program, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    _add_run(parser, out, "8b", debug=False)
+    parser, draws = program_parser(program, description), program == "eval_caption_to_images.py"
+    _add_run(parser, "generated_images" if draws else f"outputs/{Path(program).stem}", "8b", False, draws)
+    if draws:
+        _add_captions(parser, required=False)
+        parser.set_defaults(prompts="plain")
+        return run_program(parser, _draw_as_original, argv)
+    add, work = (_add_vqa, _ask) if program == "eval_vqa.py" else (_add_caption, _describe)
     add(parser)
     return run_program(parser, work, argv)
 
 
-def add_commands(measured: Any) -> None:
+def add_commands(kinds: Any) -> None:
     """`vqa`, `caption` and `text2image` below `seed eval`."""
     for name, add, work, text in (
             ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
             ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
             ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID")):
-        parser = measured.add_parser(name, help=text, description=text)
-        _add_run(parser, f"outputs/eval_{name}", "nano", debug=True)
+        parser = kinds.add_parser(name, help=text, description=text)
+        _add_run(parser, f"outputs/eval_{name}", "nano", True, work is _draw)
         add(parser)
         parser.set_defaults(work=work)
 
@@ -60,59 +51,44 @@ def add_commands(measured: Any) -> None:
 # ---- flags
 
 
-def _add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool) -> None:
-    parser.add_argument("--out", default=out, metavar="DIR", help="results; the same command resumes (default: "
-                        "%(default)s)")
+def _add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool, drawing: bool) -> None:
     parser.add_argument("--prompts", choices=("chat", "plain"), default="chat", help="of SEED-LLaMA: the tuned models' "
                         "requests, or the pretrained model's bare ones")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
-    add_batch(parser, 16)
     parser.add_argument("--max_bad", type=whole_number(1), default=20, metavar="N", help="end after N bad samples in a "
                         "row (default: %(default)s)")
-    add_common(parser, model=model, debug=debug)
-    parser.set_defaults(seed=42)  # the originals'
-    add_quantization(parser)
-    add_generation(parser)
+    add_common(parser, model, seed=42, out=out, batch_size=16, language=True, generation=True, drawing=drawing,
+               debug=debug)
 
 
 def _add_vqa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--questions", metavar="JSON", help="VQA's file of questions (or a list with image, question, "
                         "question_id); without it --question about --image is asked, as the original does")
-    parser.add_argument("--annotations", type=Path, metavar="JSON", help="VQA's file of answers (default: those in "
-                        "--questions, if it has them)")
+    parser.add_argument("--annotations", type=Path, metavar="JSON", help="VQA's file of answers (default: --questions)")
     parser.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an "
-                        "answer is right or wrong; vizwiz: the system is first asked whether there is an answer "
-                        "(default: %(default)s)")
-    parser.add_argument("--image", metavar="IMAGE", help="for one question (default: images/cat.jpg)")
-    parser.add_argument("--question", metavar="TEXT", default=DEMO_QUESTIONS[0], help="default: %(default)s")
+                        "answer is right or wrong; vizwiz: the system is first asked whether there is an answer")
+    parser.add_argument("--image", help="for one question (default: images/cat.jpg)")
+    parser.add_argument("--question", default=DEMO_QUESTIONS[0], help="default: %(default)s")
     parser.add_argument("--keep_ratio", action="store_true", help="resize and crop, as the original's probe does")
 
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
-    _add_captions(parser, required=True)
+    _add_captions(parser)
     parser.add_argument("--truth", type=Path, metavar="JSON", help="the captions to compare with, where --captions is "
                         "a list of images (NoCaps, Flickr30k, LaVIT's lists)")
 
 
 def _add_text2image(parser: argparse.ArgumentParser) -> None:
-    _add_captions(parser, required=True)
+    _add_captions(parser)
     parser.add_argument("--best-of", type=whole_number(1), metavar="N", help="drawings of a caption, of which CLIP "
                         "keeps one (default: 4 if there is a CLIP folder, else 1)")
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
-    parser.add_argument("--resolution", type=whole_number(1), default=512, metavar="N", help="real images are resized "
-                        "to this square for FID (default: %(default)s)")
+    parser.add_argument("--resolution", type=whole_number(1), default=512, help="of real images for FID (default: 512)")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
-    add_drawing(parser)
 
 
-def _add_drawings(parser: argparse.ArgumentParser) -> None:
-    _add_captions(parser, required=False)
-    add_drawing(parser)
-    parser.set_defaults(prompts="plain")
-
-
-def _add_captions(parser: argparse.ArgumentParser, required: bool) -> None:
+def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--captions", metavar="FILE", required=required, help="COCO's captions, Karpathy's file "
                         "dataset_coco.json, or a list with image and caption; to draw also a list of texts, or a .txt")
     parser.add_argument("--split", default="test", help="of Karpathy's file (default: %(default)s)")
@@ -137,8 +113,7 @@ def _draw(args: argparse.Namespace) -> int:
     best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
     clip = find_clip(args.clip) if best_of > 1 or args.clip else None
     return _evaluate(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
-                     resolution=args.resolution, inception=args.inception,
-                     options={**drawing_settings(args), **generation_settings(args)})
+                     resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
 
 
 def _draw_as_original(args: argparse.Namespace) -> int:
@@ -148,8 +123,7 @@ def _draw_as_original(args: argparse.Namespace) -> int:
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
     return _evaluate(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
-                     options={**drawing_settings(args), **generation_settings(args)},
-                     samples=[replace(one, image=None) for one in samples])
+                     options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
 
 
 def _ask_once(args: argparse.Namespace) -> int:
@@ -161,22 +135,21 @@ def _ask_once(args: argparse.Namespace) -> int:
     set_prompts(system, "plain")
     answer = system.ask(args.image or cat_image(), PLAIN_QUESTION.format(args.question), short=False,
                         **{**PROBE, **_text_options(args)})
-    print(answer.partition("\n")[0].strip())  # models go on with a question of their own
+    print(answer.partition("\n")[0].strip())  # models continue with a question of their own
     return DONE
 
 
 def _text_options(args: argparse.Namespace) -> dict[str, Any]:
-    options = {"seed": args.seed, **generation_settings(args)}
+    options = {"seed": args.seed, **chosen_settings(args)}
     return {"do_sample": True, **options} if {"temperature", "top_p"} & set(options) else options
 
 
 def _load(args: argparse.Namespace) -> Any:
     """The system, on this process's GPU."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is not None and args.device in ("auto", "cuda"):
+    if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
         import torch
 
-        args.device = f"cuda:{local}" if torch.cuda.is_available() else args.device
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
     system = load_system(args)
     if getattr(args, "keep_ratio", False):
         system.images.transform = replace(system.images.transform, keep_ratio=True)
@@ -195,7 +168,7 @@ def _evaluate(args: argparse.Namespace, file: str, task: str, dataset: str = "co
 
 
 def report(summary: dict[str, Any] | None, out: Path) -> int:
-    """Print a summary; returns the exit code."""
+    """Print a summary (None: other processes still work); returns the exit code."""
     if summary is None:
         return DONE
     print(json.dumps(summary, ensure_ascii=False), flush=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seed_multimodal.cli.common import program_parser
 from seed_multimodal.entry import DONE, log_line, run_program
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights
@@ -17,14 +19,13 @@ if TYPE_CHECKING:
 
 def main(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns its exit code."""
-    parser = argparse.ArgumentParser(prog=program, description=description,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = program_parser(program, description)
     parser.add_argument("--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's")
     parser.add_argument("--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too")
     parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
     parser.add_argument("--lora_model", required=True, help="adapter, whole trained model, or zero_to_fp32.py output")
     parser.add_argument("--agent_cfg", help="YAML of SEED-X's agent: sizes of the resamplers, where no agent.json is "
-                                            "beside the weights (default: the released sizes)")
+                                            "beside the weights (default: the original sizes)")
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
@@ -32,23 +33,22 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     return run_program(parser, _merge, arguments)
 
 
-def _merge(options: argparse.Namespace) -> int:
+def _merge(args: argparse.Namespace) -> int:
     from seed_multimodal.hub import locate
     from seed_multimodal.language.lora import merge_adapter
     from seed_multimodal.quiet import quiet_libraries
 
-    quiet_libraries(options.debug)
-    node = _read(options.model_cfg, "model")
+    quiet_libraries(args.debug)
+    node = _read(args.model_cfg, "model")
     inner = node.get("model") if isinstance(node.get("model"), Mapping) else {}
-    bases = (options.base_model, inner.get("pretrained_model_name_or_path"), node.get("path"),
+    bases = (args.base_model, inner.get("pretrained_model_name_or_path"), node.get("path"),
              node.get("pretrained_model_name_or_path"))
     base = next((str(one) for one in bases if one not in (None, "", "???")), None)
-    summary = merge_adapter(
-        (locate(base) or base) if base else None, locate(options.lora_model) or options.lora_model, options.save_path,
-        tokenizer=_tokenizer(options.tokenizer_cfg), lora=node.get("peft_config") or node.get("lora"),
-        dtype=options.dtype, max_shard_size=options.max_shard_size, force=options.force,
-        agent=partial(_agent, options.agent_cfg))
-    log_line(summary)
+    log_line(merge_adapter(
+        (locate(base) or base) if base else None, locate(args.lora_model) or args.lora_model, args.save_path,
+        tokenizer=_tokenizer(args.tokenizer_cfg), lora=node.get("peft_config") or node.get("lora"), dtype=args.dtype,
+        max_shard_size=args.max_shard_size, force=args.force,
+        agent=partial(_agent, args.agent_cfg)))
     return DONE
 
 
@@ -78,29 +78,14 @@ def _tokenizer(file: str | None) -> Any:
 
 
 def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
-    """`agent/config.json` of a SEED-X agent: its sizes, checked against its tensors."""
-    from dataclasses import asdict, fields
-
-    import torch
-
+    """`agent/config.json` of a SEED-X agent: its sizes."""
     from seed_multimodal.seed_x.modeling import AgentSettings
     from seed_multimodal.seed_x.pipeline import AgentSizes
-    from seed_multimodal.seed_x.vision import Resampler
     from seed_multimodal.settings import read_settings
 
     values = _read(file, "agent") if file else trained.agent_config
-    losses = {one.name: values[one.name] for one in fields(AgentSettings) if one.name in values}
-    given: dict[str, Any] = {"settings": {**losses, **(values.get("losses") or {})}}
-    parts = ("input_resampler", "output_resampler")
-    given |= {name: {key: value for key, value in values[name].items() if not key.startswith("_")}
-              for name in parts if name in values}
-    sizes = read_settings(AgentSizes, given, file or str(trained.source))
-    with torch.device("meta"):
-        expected = {f"{name}.{key}": value.shape for name in parts
-                    for key, value in Resampler(getattr(sizes, name)).state_dict().items() if key != "pos_embed"}
-    for key, shape in expected.items():
-        if key not in trained.agent or trained.agent[key].shape != shape:
-            size = tuple(trained.agent[key].shape) if key in trained.agent else "missing"
-            raise CheckpointError(f"{trained.source}: {key!r} is {size}, but {file or 'the released agent'} has "
-                                  f"{tuple(shape)}; give the YAML that it was trained with (--agent_cfg).")
-    return asdict(sizes)
+    losses = {entry.name: values[entry.name] for entry in fields(AgentSettings) if entry.name in values}
+    sizes = {"settings": {**losses, **(values.get("losses") or {})}} | {
+        name: {key: value for key, value in values[name].items() if not key.startswith("_")}
+        for name in ("input_resampler", "output_resampler") if name in values}
+    return asdict(read_settings(AgentSizes, sizes, file or str(trained.source)))

@@ -15,16 +15,13 @@ from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
 
-SOURCE, TARGET = "pretrained/Qwen-VL-Chat", "pretrained/QwenViT/qwen_vit_G.pt"
-WHERE = f"download Qwen/Qwen-VL-Chat to {SOURCE}, or name its folder with --source"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     parser = argparse.ArgumentParser(prog="reload_qwen_vit.py",
                                      description="The vision encoder of Qwen-VL-Chat as a file of its own.")
-    parser.add_argument("--source", default=SOURCE, metavar="FOLDER", help="Qwen-VL-Chat (default: %(default)s)")
-    parser.add_argument("--out", default=TARGET, metavar="FILE", help="default: %(default)s")
+    parser.add_argument("--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)")
+    parser.add_argument("--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s")
     parser.add_argument("--dtype", default="keep", choices=("keep", "fp32", "fp16", "bf16"), help="default: keep")
     parser.add_argument("--force", action="store_true", help="write over an existing file")
     return run_program(parser, _reload, argv)
@@ -40,7 +37,8 @@ def _reload(args: argparse.Namespace) -> int:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
     index = first_file(source, INDEXES)
     if index is None:
-        raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; {WHERE}.")
+        raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; download Qwen/Qwen-VL-Chat to "
+                              "pretrained/Qwen-VL-Chat, or name its folder with --source.")
     places = {name: file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name}
     tensors: dict[str, Any] = {}
     for file in sorted(set(places.values())):
@@ -48,8 +46,8 @@ def _reload(args: argparse.Namespace) -> int:
         tensors |= {name.removeprefix(IN_QWEN_VL): shard[name] for name, place in places.items() if place == file}
     if args.dtype != "keep":
         tensors = {name: value.to(DTYPES[args.dtype]) for name, value in tensors.items()}
-    target.parent.mkdir(parents=True, exist_ok=True)
     with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
         save_torch(tensors, target)
     log_line(f"{target}: {len(tensors)} tensors")
     return DONE

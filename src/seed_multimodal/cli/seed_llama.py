@@ -11,21 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import (
-    Outputs,
-    add_common,
-    add_out,
-    cat_image,
-    load_images,
-    load_system,
-    save_image,
-)
-from seed_multimodal.entry import DONE, SOME_FAILED, add_quantization, log_line, run_program
-from seed_multimodal.language.answer import BrokenImagePart, TextPart
+from seed_multimodal.cli.common import Outputs, add_common, cat_image, load_images, load_system, save_image
+from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
-DRAWING_WORDS = "a dog on the green grass"
 
 
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +25,7 @@ def tokenizer_script(argv: Sequence[str] | None = None) -> int:
 
 
 def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
-    """`scripts/seed_llama_inference_{8B,14B}.py`: a question about an image, a drawing, an edit.
-
-    Args:
-        size: "8b" or "14b": the meaning of `--model released`.
-    """
+    """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b", the meaning of `--model released`."""
     parser = _parser(f"seed_llama_inference_{size.upper()}.py",
                      f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.", ".")
     return run_program(parser, lambda args: _demonstrate(args, size), argv)
@@ -49,9 +35,7 @@ def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
-    add_out(parser, out)
-    add_common(parser, model="released", debug=False)
-    add_quantization(parser)
+    add_common(parser, model="released", out=out, language=True, debug=False)
     return parser
 
 
@@ -68,37 +52,28 @@ def _round_trip(args: argparse.Namespace) -> int:
 
 
 def _demonstrate(args: argparse.Namespace, size: str) -> int:
-    one = bool(args.prompt or args.image)
-    outputs = Outputs(args.out, 1 if one else 2)
+    single = bool(args.prompt or args.image)
+    outputs = Outputs(args.out, 1 if single else 2)
     args.model = size if args.model == "released" else args.model
     system = load_system(args)
-    if one:
-        content = [*([Path(args.image)] if args.image else []), args.prompt or QUESTION]
-        _answer(system, content, args.seed, outputs, "answer")
-        return DONE
-    cat = cat_image()
-    if not system.config.original:
-        print(system.ask(cat, QUESTION, seed=args.seed))
-        print(save_image(system.draw(DRAWING_WORDS, seed=args.seed), outputs.next("dog", ".jpg")))
-        print(save_image(system.edit(cat, EDITING, seed=args.seed), outputs.next("cat_sunglasses", ".jpg")))
-        return DONE
-    _answer(system, [cat, QUESTION], args.seed, outputs, "answer")
-    drawn = [_answer(system, content, args.seed, outputs, name)
-             for content, name in (([DRAWING], "dog"), ([cat, EDITING], "cat_sunglasses"))]
-    return DONE if all(drawn) else SOME_FAILED
+    if single:
+        _answer(args, system, [*([Path(args.image)] if args.image else []), args.prompt or QUESTION], outputs, "answer")
+    elif system.config.original:
+        for content, name in (([cat_image(), QUESTION], "answer"), ([DRAWING], "dog"),
+                              ([cat_image(), EDITING], "cat_sunglasses")):
+            _answer(args, system, content, outputs, name)
+    else:
+        print(system.ask(cat_image(), QUESTION, seed=args.seed))
+        drawn = system.draw("a dog on the green grass", seed=args.seed)
+        print(save_image(drawn, outputs.next("dog", ".jpg")))
+        edited = system.edit(cat_image(), EDITING, seed=args.seed)
+        print(save_image(edited, outputs.next("cat_sunglasses", ".jpg")))
+    return DONE
 
 
-def _answer(system: Any, content: list[Any], seed: int, outputs: Outputs, name: str) -> int:
-    """One request: print its texts in order, save its images; returns how many there are."""
-    answer = system.chat([{"role": "user", "content": content}], seed=seed)
-    images = iter(answer.images)
-    for part in answer.parts:
-        if isinstance(part, TextPart):
-            print(part.text)
-        elif isinstance(part, BrokenImagePart):
-            log_line(f"an image of this answer is broken: {part.reason}")
-        else:
-            print(save_image(next(images), outputs.next(name, ".jpg")))
-    if name != "answer" and not answer.images:
-        log_line(f"the answer to {content[-1]!r} holds no image: try another --seed.")
-    return len(answer.images)
+def _answer(args: argparse.Namespace, system: Any, content: list[Any], outputs: Outputs, name: str) -> None:
+    """One request: print the answer's text, save its images."""
+    answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
+    print(answer.text)
+    for image in answer.images:
+        print(save_image(image, outputs.next(name, ".jpg")))

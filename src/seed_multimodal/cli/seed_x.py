@@ -2,7 +2,7 @@
 
 Without flags they repeat the originals with their weights, whose parts the YAML files in `configs/` name. Another
 `--model` (nano-x, a folder) gets the same requests through its own tasks. The originals' images belong into
-`demo_images/`; images/fox_and_snowman.png stands in for missing ones.
+`demo_images/`; images/fox_and_snowman.png replaces missing ones.
 """
 
 from __future__ import annotations
@@ -15,21 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.cli.common import (
-    Outcomes,
     Outputs,
     add_beside,
     add_common,
-    add_drawing,
-    add_generation,
-    add_out,
-    drawing_settings,
-    generation_settings,
+    chosen_settings,
     load_images,
     load_system,
+    run_each,
     save_image,
 )
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import DONE, add_offload, add_quantization, run_program, some_text, whole_number
+from seed_multimodal.entry import DONE, run_program, some_text, whole_number
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
@@ -45,7 +41,6 @@ FIRST_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_pretrain_no_n
 SECOND_STAGE = "configs/sdxl_adapter/sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize.yaml"
 SEED = 42  # of the second stage's program; the first one's had it until its last change
 STAND_IN = "fox_and_snowman.png"  # in images/, for the originals' images
-DRAW_REQUEST = "Generate an image: {caption}"
 
 
 @dataclass(frozen=True)
@@ -53,12 +48,12 @@ class Script:
     """One of the programs.
 
     Attributes:
-        does: in words. model: the original language model ("": none). adapter: YAML file of the stage it draws with.
-        image: in `demo_images/`, prompt: what it asks. scene, phrase: of a second request, for boxes.
-        instead: what is asked (and looked for) where `STAND_IN` is shown.
+        model: the original language model ("": none). adapter: YAML file of the stage it draws with.
+        image, condition: in `demo_images/`. scene, phrase: of a second request, for boxes.
+        instead: prompt and phrase where `STAND_IN` is shown.
     """
 
-    does: str
+    text: str
     work: Callable[[argparse.Namespace, Script], int]
     model: str = ""
     adapter: str = ""
@@ -86,7 +81,7 @@ class Script:
 def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run the program of that name (a key of `SCRIPTS`); returns its exit code."""
     script = SCRIPTS[name]
-    parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.does)
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.text)
     if script.image:
         parser.add_argument("--image", nargs="+", metavar="IMAGE", help=f"default: demo_images/{script.image}, or "
                             f"images/{STAND_IN} where that is not")
@@ -97,21 +92,14 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         parser.add_argument("--prompt", type=some_text, metavar="TEXT", help=f"default: {script.prompt}")
     if script.phrase:
         parser.add_argument("--detect", type=some_text, metavar="PHRASE", help=f"find it in --image, or {script.scene}")
-    add_out(parser, "vis")
-    add_common(parser, model="released", debug=False)
-    parser.set_defaults(seed=SEED)
-    add_offload(parser)
+    add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
+               generation=bool(script.model), drawing=bool(script.adapter), debug=False)
     parser.add_argument("--device_2", metavar="DEVICE", help="where images are encoded and drawn (default: --device)")
-    if script.model:
-        add_quantization(parser)
-        add_generation(parser)
-    if script.adapter:
-        add_drawing(parser)
-    if script.adapter == SECOND_STAGE:
-        add_beside(parser)
     if not script.model:
         parser.add_argument("--embeddings", type=whole_number(1), metavar="N", help="draw from means of so many: 64 as "
                             "in the paper (default: all 256, as the original)")
+    if script.adapter == SECOND_STAGE:
+        add_beside(parser)
     files = parser.add_argument_group("parts of the original model")
     for flag, file in script.files.items():
         files.add_argument(f"--{flag}", metavar="YAML", help=f"default: {file}")
@@ -124,44 +112,42 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _rebuild(args: argparse.Namespace, script: Script) -> int:
-    """Draw images again from their features."""
-    files = args.image or [str(_demo(script.image)[0])]
-    outputs, outcomes = Outputs(args.out, len(files), files), Outcomes(len(files), args.debug)
-    codec = load_images(args, name=_name(args, script), device=args.device_2 or args.device)
-    if hasattr(codec, "section"):
-        raise ConfigError(f"{args.model}: its images have codes, unlike SEED-X's; `seed reconstruct --model "
-                          f"{args.model}` draws them again.")
+    """Draw images again from their features, with a condition image where the program has one."""
+    files = args.image or [str(_demo_image(script.image)[0])]
+    outputs = Outputs(args.out, len(files))
+    codec = load_images(args, name=_config(args, script), device=args.device_2 or args.device)
     from seed_multimodal.seed_x.pipeline import mean_features
 
-    for name, image in outcomes.opened(files, codec.open):
-        with outcomes.one(name):
-            condition = _condition(args, script, image, codec.open)
-            features = mean_features(codec.encode([image]), args.embeddings)
-            drawn = codec.draw(list(features), seeds=[args.seed], conditions=condition and [condition],
-                               **drawing_settings(args))[0]
-            ending = "_recon_with_condition" if script.condition else "_recon"
-            print(save_image(drawn, outputs.next(f"{Path(name).stem}{ending}", ".jpg")), flush=True)
-    return outcomes.finish()
+    def rebuild(name: str, image: Any) -> None:
+        settings = chosen_settings(args)
+        if script.condition:
+            condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
+            settings["conditions"] = [codec.open(condition or image)]
+        features = mean_features(codec.encode([image]), args.embeddings)
+        drawn = codec.draw(list(features), seeds=[args.seed], **settings)[0]
+        ending = "_recon_with_condition" if script.condition else "_recon"
+        print(save_image(drawn, outputs.next(f"{Path(name).stem}{ending}", ".jpg")), flush=True)
+
+    return run_each(args, files, rebuild, codec.open)
 
 
 def _read(args: argparse.Namespace, script: Script) -> int:
-    """Answer a question about images, find something in one."""
-    plain = not (args.image or args.prompt or args.detect)
-    scene, is_scene = _demo(script.scene)
-    image, is_image = _demo(script.image)
-    outputs = Outputs(args.out, len(args.image or [0]) if args.detect else 1, args.image or ())
+    """Answer a question about images, find something in one; without flags both, as the original."""
+    both = not (args.image or args.prompt or args.detect)
+    outputs = Outputs(args.out, len(args.image or [0]) if args.detect else 1)
     system = _load(args, script)
-    options = {"seed": args.seed, **generation_settings(args)}
-    if plain or args.prompt or args.detect is None:
-        images = [Path(one) for one in args.image or [image]]
-        prompt = args.prompt or (script.prompt if args.image or is_image else script.instead[0])
-        print(system.ask([images], prompt, **options)[0], flush=True)
-    if plain or args.detect is not None:
-        images = [Path(one) for one in args.image or [scene]]
-        phrase = args.detect or (script.phrase if is_scene else script.instead[1])
-        for file, found in zip(images, system.detect(images, phrase, **options), strict=True):
-            print(found.text, flush=True)
-            print(save_image(found.drawn(), outputs.next(file.stem)), flush=True)
+    options = {"seed": args.seed, **chosen_settings(args)}
+    if both or args.detect is None or args.prompt:
+        image, is_original = _demo_image(script.image)
+        prompt = args.prompt or (script.prompt if args.image or is_original else script.instead[0])
+        print(system.ask([[Path(one) for one in args.image or [image]]], prompt, **options)[0], flush=True)
+    if both or args.detect is not None:
+        scene, is_original = _demo_image(script.scene)
+        files = [Path(one) for one in args.image or [scene]]
+        phrase = args.detect or (script.phrase if is_original else script.instead[1])
+        for file, detection in zip(files, system.detect(files, phrase, **options), strict=True):
+            print(detection.text, flush=True)
+            print(save_image(detection.drawn(), outputs.next(file.stem)), flush=True)
     return DONE
 
 
@@ -170,29 +156,30 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
     caption, original = args.prompt or script.prompt, args.model == "released"
     outputs = Outputs(args.out)
     system = _load(args, script)
-    text = DRAW_REQUEST.format(caption=caption) if original and script.tuned else caption
-    drawn = system.draw(text, seed=args.seed, verbatim=original, **generation_settings(args), **drawing_settings(args))
+    text = f"Generate an image: {caption}" if original and script.tuned else caption
+    drawn = system.draw(text, seed=args.seed, verbatim=original, **chosen_settings(args))
     print(save_image(drawn, outputs.next(_stem(caption))))
     return DONE
 
 
 def _edit(args: argparse.Namespace, script: Script) -> int:
     """Change images as instructed."""
-    files, instruction = args.image or [str(_demo(script.image)[0])], args.prompt or script.prompt
-    outputs, outcomes = Outputs(args.out, len(files), files), Outcomes(len(files), args.debug)
+    files, instruction = args.image or [str(_demo_image(script.image)[0])], args.prompt or script.prompt
+    outputs = Outputs(args.out, len(files))
     system = _load(args, script)
-    for number, (name, image) in enumerate(outcomes.opened(files, system.images.open), 1):
-        with outcomes.one(name):
-            changed = system.edit(image, instruction, seed=args.seed, **generation_settings(args),
-                                  **drawing_settings(args))
-            print(save_image(changed, outputs.next(f"{number}_{_stem(instruction)}", ".jpg")), flush=True)
-    return outcomes.finish()
+
+    def edit(name: str, image: Any) -> None:
+        changed = system.edit(image, instruction, seed=args.seed, **chosen_settings(args))
+        path = outputs.next(f"{files.index(name) + 1}_{_stem(instruction)}", ".jpg")
+        print(save_image(changed, path), flush=True)
+
+    return run_each(args, files, edit, system.images.open)
 
 
 # ---- their parts
 
 
-def _name(args: argparse.Namespace, script: Script) -> Any:
+def _config(args: argparse.Namespace, script: Script) -> Any:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
     if args.model == "released":
         from seed_multimodal.seed_x.original import config_of_files
@@ -207,26 +194,18 @@ def _name(args: argparse.Namespace, script: Script) -> Any:
 
 
 def _load(args: argparse.Namespace, script: Script) -> Any:
-    return load_system(args, name=_name(args, script), image_device=args.device_2, load_decoder=bool(script.adapter))
+    return load_system(args, name=_config(args, script), image_device=args.device_2, load_decoder=bool(script.adapter))
 
 
-def _demo(name: str) -> tuple[Path, bool]:
-    """The original's image if it is here, else the one that stands in; and whether it is here."""
+def _demo_image(name: str) -> tuple[Path, bool]:
+    """The original's image if it is there, else `STAND_IN`; and whether it is there."""
     place = locate(f"demo_images/{name}")
     return place or project_root(Path(__file__).parent) / "images" / STAND_IN, place is not None
 
 
-def _condition(args: argparse.Namespace, script: Script, image: Any, open_image: Callable[[Any], Any]) -> Any:
-    """The condition image of one that is drawn again."""
-    if not script.condition:
-        return None
-    usual = None if args.image else locate(f"demo_images/{script.condition}")
-    return open_image(args.condition or usual or image)
-
-
 def _stem(text: str) -> str:
     """A text as the originals name its image: without dots; what no file name holds becomes `_`."""
-    return re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", text.replace(".", "")).strip()[:120] or "image"
+    return re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", text.replace(".", "")).strip()[:120]
 
 
 SCRIPTS = {

@@ -114,7 +114,7 @@ def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings
                 for line in lines:
                     bad_in_a_row = bad_in_a_row + 1 if "bad" in line else 0
                     if "bad" in line:
-                        bar.write(f"skipped: {line['bad']}")
+                        bar.say(f"skipped: {line['bad']}")
                     if bad_in_a_row >= run.max_bad:
                         raise DataError(f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}")
         known = read_lines(folder)

@@ -243,8 +243,8 @@ class ImageSpans:
 
 
 class SeededDraw:
-    """The last logits processor of sampling: draws one token a row from the row's generator, as `torch.manual_seed(seed)`
-    and a plain `generate` would for a single prompt, and forbids all others."""
+    """The last logits processor of sampling: draws one token a row from the row's generator, as a plain `generate`
+    after `torch.manual_seed(seed)` would for a single prompt, and forbids all others."""
 
     def __init__(self, seeds: Sequence[int], settings: GenerationSettings) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

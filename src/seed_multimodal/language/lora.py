@@ -147,8 +147,7 @@ def merge_adapter(
         ConfigError: no base, or an `out` that is not empty or holds what is read.
     """
     place = Path(trained)
-    target = output_folder(out, force=force, what="the merged model", read=(base, place),
-                           called="what is to be merged")
+    target = output_folder(out, force=force, what="the merged model", read=(base, place))
     is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
     changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
     agent_config = agent(changes) if agent is not None and changes.agent else None

@@ -27,7 +27,7 @@ from seed_multimodal.hub import LAVIT_WHERE, find_folder
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import read_tensor
+from seed_multimodal.weights import read_file
 
 SIDE = 1024  # of the square one of RATIOS
 EMPTY_TEXT = "uncond_embeddings.bin"
@@ -160,7 +160,7 @@ def read_empty_text(place: Path, width: int) -> Tensor:
     if not file.is_file():
         raise CheckpointError(f"{file}: there is no such file, which a U-Net of Stable Diffusion 1's kind needs; "
                               f"{LAVIT_WHERE}.")
-    value = read_tensor(file)
+    value: Any = next(iter(read_file(file).values()))
     value = value if value.ndim == 3 else value[None]
     if value.ndim != 3 or len(value) != 1 or value.shape[2] != width:
         raise CheckpointError(f"{file}: must hold a tensor [1, L, {width}], got {list(value.shape)}.")

@@ -31,25 +31,25 @@ def chat(capsys, tiny_folder, tmp_path):
     return run
 
 
-def test_chat_keeps_turns_and_saves_images(chat):
+def test_chat_keeps_turns_and_saves_images(chat, tmp_path):
     code, turns, _ = chat("--image", CAT, "--message", "What is this?", "--message", "And now?", "--num-beams", "2",
                           "--max-new-tokens", "40", "--force-image")
     assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "And now?"]
-    drawn = [part for turn in turns for part in turn["answer"] if "picture" in part]
-    assert Path(drawn[0]["picture"]).name == "turn_1.png" and len(drawn) >= 2
-    assert all(len(part["codes"]) == 32 and Image.open(part["picture"]).size == (16, 16) for part in drawn)
-    _, turns, _ = chat("--message", "Draw!", "--force-image")  # of another conversation
-    assert next(part for part in turns[0]["answer"] if "picture" in part)["picture"].endswith("turn_1_2.png")
+    drawn = [part for turn in turns for part in turn["answer"] if "image" in part]
+    assert Path(drawn[0]["image"]).name == "image_0.png" and len(drawn) >= 2
+    assert all(len(part["codes"]) == 32 and Image.open(part["image"]).size == (16, 16) for part in drawn)
+    _, turns, _ = chat("--message", "Draw!", "--force-image")  # another conversation keeps those files
+    assert next(part for part in turns[0]["answer"] if "image" in part)["image"] == f"{tmp_path}/image_{len(drawn)}.png"
 
 
 def test_chat_reads_lines(chat, tmp_path, monkeypatch):
     (tmp_path / "broken.png").write_bytes(b"no image")
-    typed = f"/image {tmp_path}/broken.png\n/image {CAT}\nWhat is this?\n/reset\n/imgae\n\n/picture Hello\n/quit\nno\n"
+    typed = f"/image {tmp_path}/broken.png\n/image {CAT}\nWhat is this?\n/reset\n/imgae\n\n/draw Hello\n/quit\nno\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     code, turns, errors = chat()
     assert code == 0 and [turn["message"] for turn in turns] == ["What is this?", "Hello"]
     assert "broken.png" in errors and "Type a message;" in errors and "A new conversation." in errors
-    assert any("picture" in part for part in turns[1]["answer"])
+    assert any("image" in part for part in turns[1]["answer"])
     assert chat("--image", "nowhere.png", "--message", "x")[0] == 2
 
 
@@ -74,4 +74,4 @@ def test_chat_replaces_previews(tiny, tmp_path, end):
     talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
     with pytest.raises(end) if end else contextlib.nullcontext():
         talk._follow(events())
-    assert [(file.name, Image.open(file).getpixel((0, 0))) for file in tmp_path.iterdir()] == [("turn_1.png", 200)]
+    assert [(file.name, Image.open(file).getpixel((0, 0))) for file in tmp_path.iterdir()] == [("image_0.png", 200)]

@@ -1,28 +1,22 @@
-"""Names of outputs, outcomes of batches, and how programs end."""
+"""Names of outputs, results one by one, and how programs end."""
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from seed_multimodal.cli.common import Outcomes, Outputs, slug
+from seed_multimodal.cli.common import Outputs, next_number, run_batches, slug
 from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import ConfigError, RequestError
 
 
-@pytest.mark.parametrize("name", ["trial.run", "drawn.v2", "new.png/"])
-def test_outputs_folder_names_may_have_dots(tmp_path, name):
-    outputs = Outputs(f"{tmp_path}/{name}", 2)
-    assert outputs.next(slug("a cat")) == tmp_path / name / "a_cat.png"
+def test_outputs_in_a_folder_have_own_names(tmp_path):
+    outputs = Outputs(f"{tmp_path}/drawn.v2", 2)
+    assert outputs.next(slug("a cat")) == tmp_path / "drawn.v2" / "a_cat.png"
     assert outputs.next(slug("a cat")).name == "a_cat_2.png"
-
-
-def test_outputs_never_name_a_source(tmp_path):
-    (tmp_path / "cat.png").touch()
-    assert Outputs(str(tmp_path), 1, [tmp_path / "cat.png"]).next("cat").name == "cat_2.png"
-    assert len(Outputs(str(tmp_path)).next("\U0001f600" * 300).name.encode()) < 255
 
 
 def test_outputs_one_file(tmp_path):
@@ -34,20 +28,25 @@ def test_outputs_one_file(tmp_path):
         Outputs(str(tmp_path / "file" / "x"))
 
 
-def test_results_of_a_failing_batch_come_one_by_one(capsys):
-    seen = []
+def test_next_number_is_free(tmp_path):
+    (tmp_path / "0001.png").touch()  # 0000.png was deleted
+    assert next_number(tmp_path, "{:04d}.png") == tmp_path / "0002.png"
+    assert next_number(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
 
-    def work(values: list[int]) -> list[int]:
-        seen.append(values)
-        if 3 in values:
+
+def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
+    seen, shown = [], []
+
+    def work(names: list[str]) -> list[str]:
+        seen.append(names)
+        if "c" in names:
             raise RequestError("three")
-        return [10 * value for value in values]
+        return [name.upper() for name in names]
 
-    outcomes = Outcomes(5)
-    named = [(str(number), number) for number in range(1, 6)]
-    assert list(outcomes.results(named, work, 2)) == [("1", 10), ("2", 20), ("4", 40), ("5", 50)]
-    assert seen == [[1, 2], [3, 4], [3], [4], [5]]
-    assert outcomes.finish() == 1 and "seed: 4 of 5 done, 1 failed: 3." in capsys.readouterr().err
+    assert run_batches(Namespace(debug=False), list("abcde"), lambda name, result: shown.append(name + result), work,
+                       2) == 1
+    assert shown == ["aA", "bB", "dD", "eE"] and seen == [["a", "b"], ["c", "d"], ["c"], ["d"], ["e"]]
+    assert capsys.readouterr().err == "seed: c: three\nseed: 4 of 5 done, 1 failed: c.\n"
 
 
 def test_guarded_memory_and_packages(capsys):

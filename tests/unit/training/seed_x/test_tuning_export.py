@@ -107,19 +107,13 @@ def test_what_cannot_be_merged(run: tuple[TuningTask, Path], home: Path, tmp_pat
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(checkpoint / "model.safetensors", bare)
-    assert merge(home, tmp_path, bare, lora=about["lora"]) == 2
-    assert "give the YAML that it was trained with (--agent_cfg)" in (said := capsys.readouterr().err)
-    assert "Traceback" not in said and not (tmp_path / "merged").exists()
-    wide = {**about, "input_resampler": {**about["input_resampler"], "grid_size": 3}}
-    (bare / "agent.json").write_text(json.dumps(wide))
-    assert merge(home, tmp_path, bare) == 2
-    assert "'input_resampler.query' is (4, 48), but the released agent has (9, 48)" in capsys.readouterr().err
     state = load_state_dict(checkpoint / "model.safetensors")
     gone = next(name for name in state if name.endswith("lora_B.default.weight"))
     save_state_dict({name: value for name, value in state.items() if name != gone}, bare / "model.safetensors")
     (bare / "agent.json").write_text(json.dumps(about))
     assert merge(home, tmp_path, bare) == 2
-    assert "not a complete adapter of this model" in capsys.readouterr().err and not (tmp_path / "merged").exists()
+    assert "not a complete adapter of this model" in (said := capsys.readouterr().err)
+    assert "Traceback" not in said and not (tmp_path / "merged").exists()
 
 
 def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path
