@@ -103,9 +103,9 @@ def detect(args: argparse.Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = str(save_image(detection.drawn(), outputs.next(f"{Path(name).stem}_boxes")))
         text = detection.text.replace("</s>", "").strip()
-        boxes = "; ".join(" ".join(map(str, box)) for box in detection) or text or "not found"
-        emit(args, {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection], "text": text,
-                    "drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
+        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
+        emit(args, {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes],
+                    "text": text, "drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
 
     return _each_image(args, "detect", args.phrase, show)
 

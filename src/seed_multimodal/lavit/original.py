@@ -148,7 +148,7 @@ class LaVITforGeneration(_Model):
                              **options: Any) -> list[Image.Image]:
         """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
         conversation = user_message([value if kind == "text" else shown(value)[0] for value, kind in prompts])
-        prompt = self.system.requests([conversation], "edit", seeds=[None])[0].prompt
+        prompt = self.system.requests([conversation], "edit", seeds=[None])[0]
         return self.generate_image([prompt.ids], is_token_prompt=True, guidance_scale_for_llm=guidance_scale_for_llm,
                                    **options)
 
