@@ -24,7 +24,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages
-from seed_multimodal.system.loading import open_images
+from seed_multimodal.system.images import open_images
 from seed_nano.world.records import from_last_picture, record_at, scenes_of
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
