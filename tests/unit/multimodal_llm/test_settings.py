@@ -12,13 +12,13 @@ import yaml
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
-from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.optimizers import OptimSettings
-from seed_multimodal.training.zero import fill_config, use_offload_threads
 
 CONFIGS = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))

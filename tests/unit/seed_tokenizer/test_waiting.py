@@ -7,7 +7,7 @@ import json
 import pytest
 from no_waiting import guard_steps
 
-from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.distributed import TrainingError
 
 FAST = ["run.num_workers=0", "run.max_epoch=1", "run.iters_per_epoch=8"]
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=6"]
