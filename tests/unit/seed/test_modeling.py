@@ -10,7 +10,7 @@ import pytest
 import tiny_seed1
 import torch
 
-from seed_multimodal.errors import ConfigError, ImageError
+from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
 from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
@@ -128,3 +128,8 @@ def test_config_released_presets() -> None:
     assert Seed1Config.released([]) == Seed1Config()
     assert Seed2Config.released(["image_down.0.weight"]) == Seed2Config()
     assert Seed2Config.released([]) == Seed2Config(use_qformer_image=True, reverse_depth=4)
+
+
+def test_push_to_hub_offline_is_one_sentence(model: SeedTokenizer) -> None:
+    with pytest.raises(CheckpointError, match="owner/name: cannot be uploaded .*HF_HUB_OFFLINE=0"):
+        model.push_to_hub("owner/name")
