@@ -11,9 +11,8 @@ import tiny_seed1
 import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
-from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, fast_encode
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
