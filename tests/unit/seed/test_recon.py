@@ -7,24 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_seed1
 import warm_python
 from PIL import Image
 
 from seed_multimodal.cli.seed1 import make_grid, recon_script
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("pretrained")
-    tiny_seed1.tokenizer().save_pretrained(place)
-    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
-    for number in range(3):
-        image = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
-        Image.fromarray(image).save(place / f"{number}.png")
-    return place
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:
