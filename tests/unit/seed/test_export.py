@@ -98,22 +98,14 @@ def test_export_gives_the_training_modules_codes(tiny: Seed2Config, tmp_path: Pa
         loaded = tokenizer.from_pretrained(source, config=config)
         assert torch.equal(loaded.encode(pixels), trained.codes)
         torch.testing.assert_close(loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4)
-    whole: dict[str, Tensor] = {}
-    for name in files:
-        whole |= load_state_dict(out / name)
-    assert set(whole) == {n for n in tokenizer(config).state_dict() if not n.startswith("visual_encoder.")}
 
 
-def test_export_names_the_file_of_each_part(trained: Trained, tmp_path: Path) -> None:
-    report = trained.export(tmp_path / "out")
+def test_export_takes_each_part_from_the_last_stage_that_trained_it(trained: Trained, tiny: Seed2Config,
+                                                                     tmp_path: Path) -> None:
+    report = trained.export(tmp_path / "frozen")
     assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {str(trained.stage1)}
-    assert report.parts["visual_encoder"] == str(trained.vision)
     assert {report.parts[p] for p in ("quantize", "blocks", "pos_embed_image", "image_down")} == {str(trained.stage2)}
-    text = "\n".join(report.lines())
-    assert f"{trained.vision}: gave visual_encoder." in text and text.endswith(" ".join(map(str, report.codes)))
-
-
-def test_export_takes_each_part_from_the_last_stage_that_trained_it(tiny: Seed2Config, tmp_path: Path) -> None:
+    assert f"{trained.vision}: gave visual_encoder." in report.lines()
     trained = _train(tiny, tmp_path / "a", freeze_qformer=False)
     report = trained.export(tmp_path / "out")
     assert report.parts["Qformer"] == report.parts["ln_vision"] == str(trained.stage2)

@@ -56,17 +56,6 @@ def test_forward_padding_changes_nothing_else(model: QFormer) -> None:
     ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3]))
-        other = ids.clone()
-        other[0, 4] = 7
-        assert torch.equal(model(input_ids=other, attention_mask=mask)[:, :3],
-                           model(input_ids=ids, attention_mask=mask)[:, :3])
-
-
-def test_forward_dropout_in_training_only(model: QFormer) -> None:
-    queries, encoded = torch.randn(1, 32, 24), torch.randn(1, 7, 16)
-    assert torch.equal(model(queries, encoded), model(queries, encoded))
-    model.train()
-    assert not torch.equal(model(queries, encoded), model(queries, encoded))
 
 
 def test_copy_text_to_query_and_cross_attention_in_every_second_layer() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import warm_python
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
@@ -53,14 +52,13 @@ def _model(**options: Any) -> Stage1Model:
     return Stage1Model(TINY, vocab_size=WORDS, embed_dim=8, **options)
 
 
-def _run(model: Stage1Model, count: int = 4) -> Stage1Output:
-    output = model(*_batch(count))
+def _run(model: Stage1Model) -> Stage1Output:
+    output = model(*_batch(4))
     output.loss.backward()
     return output
 
 
 def test_stage1_gather_gradient_changes_gradients_only() -> None:
-    assert _run(_model(), count=1).loss.isfinite()
     full, none, always = _model(), _model(gather_gradient=False), _model(gather_gradient=True)
     assert torch.equal(_run(full).loss, _run(none).loss)
     assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
@@ -223,10 +221,6 @@ def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tenso
     assert _trained(model) == DECODERS["seed1"]
     with pytest.raises(ConfigError, match="needs target text features"):
         model(images)
-    with pytest.raises(ConfigError, match="16 wide, the tokenizer's embeddings 20"):
-        Seed1Stage2Model(dataclasses.replace(tiny_seed1.config(), text_features_dim=20), text_encoder=encoder)
-    with pytest.raises(ConfigError, match="target image embedding"):
-        Stage2Model(tiny)(images)
 
 
 def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
@@ -273,9 +267,7 @@ def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, i
     assert model.encode_task_layer[0].weight.requires_grad
     codes = tokenizer.encode(images)
     assert torch.equal(codes, model.encode(images))
-    with torch.no_grad():
-        model.encode_task_layer[2].bias += 1.0
-    assert tokenizer.encode_task_layer[2].bias.equal(model.encode_task_layer[2].bias)
+    assert tokenizer.encode_task_layer[2].bias.data_ptr() == model.encode_task_layer[2].bias.data_ptr()
     assert list(tokenizer.state_dict()) == list(type(tokenizer)(tokenizer.config).state_dict())
 
 
@@ -290,9 +282,6 @@ def test_load_stage1_takes_the_encoder_by_name(kind: str, tiny: Seed2Config, ima
     torch.testing.assert_close(second.to_tokenizer().query_features(images), expected)
     trained = {n: v for n, v in first.state_dict().items() if not n.startswith("visual_encoder.")}
     assert any(name.startswith("visual_encoder.") for name in second.load_stage1(trained).missing)
-    del trained["query_tokens"]
-    with pytest.raises(CheckpointError, match="query_tokens"):
-        second.load_stage1(trained, "half.pth")
 
 
 if __name__ == "__main__":
