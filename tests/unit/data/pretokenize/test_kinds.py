@@ -16,8 +16,8 @@ from PIL import Image
 
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
