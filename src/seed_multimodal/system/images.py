@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,20 +181,18 @@ class Remembered:
     """What was made of the last images, by the content of their pixels."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.known = most, OrderedDict[bytes, Any]()  # oldest use first
+        self.most, self.known = most, dict[bytes, Any]()  # oldest use first
 
     def of(self, pixels: Sequence[Tensor], make: Callable[[list[Tensor]], Sequence[Any]]) -> list[Any]:
         """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        if new:
-            self.known.update(zip(new, make([*new.values()]), strict=True))
-        for name in names:
-            self.known.move_to_end(name)
-        values = [self.known[name] for name in names]
-        while len(self.known) > self.most:
-            self.known.popitem(last=False)
-        return values
+        made = dict(zip(new, make([*new.values()]), strict=True)) if new else {}
+        used = {name: made[name] if name in made else self.known.pop(name) for name in dict.fromkeys(names)}
+        self.known |= used
+        for name in [*self.known][:-self.most]:
+            del self.known[name]
+        return [used[name] for name in names]
 
 
 class Domain(nn.Module):
