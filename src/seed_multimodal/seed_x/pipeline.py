@@ -299,13 +299,8 @@ class SeedX(MultimodalSystem):
 
     def reconstruct(self, images: Any, seed: Any = 0, *, condition: Any = None, embeddings: int | None = None,
                     batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
-        """Images drawn again from their features: a list.
-
-        Args:
-            condition: of a second stage, the image (or one for each) that shows what it may take over.
-            embeddings: draw from so many means of neighbours' features (64: as the language model writes them); None:
-                from all, as the original scripts.
-        """
+        """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
+        language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
         opened = [self.images.open(image) for group in grouped(images)[0] for image in group]
         self._log_note(self.images.note(opened))
         features = self.images.encode(opened, embeddings)
