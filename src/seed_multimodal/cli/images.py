@@ -46,9 +46,9 @@ def tokenize(args: argparse.Namespace) -> int:
         from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
         rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section), wide=5)]) for record in records]
-        title = "Images and their codes: equal colours in a column are equal codes"
-        save_image(contact_sheet(rows, title, cell=88), plot.next("codes"))
+                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
+        title = "Images and their codes: equal colours in the same place are equal codes"
+        save_image(contact_sheet(rows, title, cell=110), plot.next("codes"))
     return code
 
 
