@@ -15,7 +15,6 @@ from seed_multimodal.seed_x.processing import (
     Box,
     ReadImage,
     SeedXPrompts,
-    answer_text,
     place_images,
     read_boxes,
     without_words,
@@ -106,13 +105,3 @@ def test_boxes_of_rectangles() -> None:
     assert Box.around((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
     assert Box.around((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
     assert Box(0, 223, 100, 100).corners((224, 224)) == (0, 173, 50, 224)  # cut off at the edges
-
-
-def test_answer_text(seedx_tokenizer: MultimodalTokenizer) -> None:
-    t = seedx_tokenizer
-    words = t.vocabulary
-    assert isinstance(words, SeedXVocabulary)
-    cat = t.encode("a cat")
-    assert answer_text([*cat, *words.run(), 2], t) == "a cat </img> </s>"
-    assert answer_text([*words.run()[1:], *words.run()[:3]], t) == "</img> <img_00000> <img_00001>"  # broke off
-    assert answer_text([*cat, words.eoi_id], t) == "a cat </img>"  # spontaneous
