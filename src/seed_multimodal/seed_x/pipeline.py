@@ -289,7 +289,7 @@ class SeedX(MultimodalSystem):
         detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
         return detections[0] if single else detections
 
-    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
+    def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
         text, places = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after), self.prompts.vocabulary
         boxes, problems = read_boxes(text, opened, places.n_locations)
@@ -337,7 +337,7 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any
         return config.sizes["agent"], lora
     if sizes.is_file():
         return read_settings(AgentSizes, read_json_object(sizes, ConfigError), str(sizes)), lora
-    values = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
+    values: dict[str, Any] = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
     return read_settings(AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)), lora
 
 
