@@ -10,7 +10,7 @@ import numpy as np
 import tiny_sdxl
 import torch
 from PIL import Image
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from tiny_lavit import TINY, tiny_tokenizer
 
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig

@@ -12,7 +12,7 @@ import pytest
 import torch
 import warm_python
 from tiny_detokenizer import ROOT, losses
-from tiny_lavit_tokenizer import tiny_tokenizer
+from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
