@@ -36,7 +36,8 @@ def sbatch(tmp_path: Path):
         plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         done = subprocess.run(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-            timeout=170, env={**plain, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix,
+            timeout=170, env={**plain, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                              "VIRTUAL_ENV": sys.prefix,
                               "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b",
                               "SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), **more})
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
@@ -49,7 +50,8 @@ def sbatch(tmp_path: Path):
 @pytest.mark.timeout(300)
 def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
     few = ["run.max_epoch=1", "run.iters_per_epoch=2", "run.batch_size_train=4", "run.warmup_steps=1"]
-    sbatch("stage1", "--options", f"run.output_dir={tmp_path}/1", *few, CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
+    sbatch("stage1", "--options", f"run.output_dir={tmp_path}/1", *few,
+           CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
     trained = next((tmp_path / "1").rglob("checkpoint_0.pth"))
     sbatch("stage2", "--options", f"run.output_dir={tmp_path}/2", f"model.pretrained={trained}", *few,
            CONFIG="lavis/projects/nano/pretrain_codebook.yaml")

@@ -134,9 +134,8 @@ def export(args: argparse.Namespace) -> int:
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
                               kind=args.kind, released=args.released, image=image, beside=beside, check=check,
                               force=args.force)
-    emit(args, {"folder": str(report.folder), "kind": report.kind, "tensors": report.tensors, "parts": report.parts,
-                "ignored": report.ignored, "image": str(image or "generated"), "codes": report.codes},
-         "\n".join(report.lines()))
+    emit(args, {"folder": str(report.folder), "kind": report.kind, "parts": report.parts,
+                "image": str(image or "generated"), "codes": report.codes}, "\n".join(report.lines()))
     return DONE
 
 

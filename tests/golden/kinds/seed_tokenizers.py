@@ -71,7 +71,7 @@ def check_encode(model: Any, image: torch.Tensor, want: Tensors, atol: float) ->
 def check_seed1_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors, suffix: str) -> None:
     up = model.decode_task_layer(quant)
     made = {"decode_task_output": up, "blocks_text_in": up + model.pos_embed_text, "blocks_text_out":
-            model.text_blocks(up)}
+            model.decoder_tokens(up)}
     made = {name: value for name, value in made.items() if name != "blocks_text_in" or name + suffix in want}
     assert_all_close(made, want, 3e-5, 1e-4, "{}" + suffix)
     assert_all_close({"reverse_output": model.reverse_queries(made["blocks_text_out"]),
@@ -96,7 +96,7 @@ def check_seed1(folder: Path) -> None:
 
 
 def check_seed2_decode(model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors, suffix: str) -> None:
-    tokens = model.image_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
+    tokens = model.decoder_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
     made = {"blocks_image_out": tokens}
     if "image_down_out" + suffix in want:
         made["image_down_out"] = model.image_down(tokens)

@@ -170,7 +170,8 @@ def check_stage2(folder: Path) -> None:
     output = model(image)
     output.loss.backward()
     assert torch.equal(output.indices, want["indices"]), "indices differ"
-    names = {"query_up": "query_output_up", "image_tokens": "blocks_image_out", "target": "clip_image_embeds"}
+    names = {"query_up": "query_output_up", "tokens": "blocks_image_out", "embeds": "image_embeds",
+             "loss_distil": "loss_distil_image", "target": "clip_image_embeds"}
     for field in dataclasses.fields(output):
         name = names.get(field.name, field.name)
         if name in want and name != "indices":
