@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import warm_python
+from llm_runs import environment  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -36,13 +36,6 @@ runner.train()
 torch.save(runner._model.state_dict(), f"{sys.argv[1]}/rank{runner.run.rank}.pt")
 torch.distributed.destroy_process_group()
 """
-
-
-def environment(**more: str) -> dict[str, str]:
-    """For processes of ours: one thread, no downloads, the checkout's library."""
-    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT, **more}
 
 
 def write_pictures(folder: Path, count: int = 24) -> Path:

@@ -96,7 +96,7 @@ def pixels(folder: Path) -> None:
 
 
 def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
-    """Built in milliseconds; images differ in their number of tokens, decisions are clear ones, half of them to keep."""
+    """Built in milliseconds; images differ in their number of tokens, decisions are clear, about half to keep."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicTokenizer(TINY)

@@ -72,22 +72,20 @@ def _write_llm(folder: Path, vocab_size: int) -> None:
 
 def write_detokenizer(folder: Path) -> None:
     """A stable-unCLIP of 2 x GRID pixels with a layout decoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from tiny_sdxl import vae
 
     from seed_multimodal.diffusion.layout import LayoutDecoder
 
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1, norm_num_groups=4,
-        sample_size=2 * GRID)
     unet = UNet2DConditionModel(
         sample_size=GRID, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         cross_attention_dim=CROSS, class_embed_type="projection", projection_class_embeddings_input_dim=2 * EMBEDDING)
     schedule = {"beta_schedule": "squaredcos_cap_v2"}
     pipeline = StableUnCLIPImg2ImgPipeline(
-        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None, vae=vae, unet=unet,
+        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None, unet=unet,
+        vae=vae(layers_per_block=1, sample_size=2 * GRID),
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=EMBEDDING),
         image_noising_scheduler=DDPMScheduler(**schedule),
         scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False))

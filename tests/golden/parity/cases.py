@@ -12,8 +12,7 @@ import json
 import platform
 import random
 import sys
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ import lavis_runs
 import llm_runs
 import numpy as np
 import torch
+from llm_runs import write_json_lines, write_tar
 from PIL import Image
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
@@ -42,21 +42,6 @@ def environment() -> str:
 
 
 # ---- files
-
-
-def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{number:05d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def picture(number: int) -> bytes:

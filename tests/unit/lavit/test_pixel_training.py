@@ -22,11 +22,11 @@ def test_a_head_for_the_other_kind_is_new_and_the_rest_stays(tmp_path: Path) -> 
     same, new = decoder_for(high, place)
     assert not new and all(torch.equal(value, stage1.state_dict()[name]) for name, value in same.state_dict().items())
     other, new = decoder_for(low, place, seed=3)
-    assert new and other.config.head == "lowres" and other.unet_proj.out_features == 14
+    assert new and other.config.head == "lowres" and other.unet_proj.out_features == 16
     assert all(torch.equal(value, stage1.state_dict()[name]) for name, value in other.state_dict().items()
                if not name.startswith(HEADS))
     assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)
-    with pytest.raises(ConfigError, match=r"makes conditions \('lowres', 14\), but the U-Net reads \('highres', 16\)"):
+    with pytest.raises(ConfigError, match=r"makes conditions \('lowres', 16\), but the U-Net reads \('highres', 16\)"):
         TrainedPixels(high, other)
     (place / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="model.safetensors"):
