@@ -13,8 +13,6 @@ Left out: the blanks in texts, the prompt of a forced image (ours ends as in tun
 
 from __future__ import annotations
 
-import base64
-import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,9 +20,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from runner import assert_same, files_named, golden_tokenizer_folder, read_json
+from runner import assert_close, assert_same, files_named, golden_tokenizer_folder, read_json
 from torch import nn
 
+from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.tasks import RELEASED_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -149,7 +148,7 @@ def check_answer(case: dict[str, Any], answer: dict[str, Any], system: RecordedS
     else:
         assert_same(answer["images_ids"], recorded["images_ids"], f"{what}, codes")
         for number, (ours, theirs) in enumerate(zip(answer["images"], recorded["images"], strict=True)):
-            assert (pixels(ours) == pixels(theirs)).all(), f"{what}: image {number} differs"
+            assert_close(*(np.array(image_from_base64(text)) for text in (ours, theirs)), 0, what=f"{what}: {number}")
         text = recorded["text"].replace("<img> </img>", "<image>").replace("<image>", " <image> ")
         assert_same(answer["text"].replace("<image>", " <image> ").split(), text.split(), f"{what}, text")
 
@@ -165,13 +164,9 @@ def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
 
 
 def assert_refused(response: Any, what: str) -> None:
-    assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
     body = response.get_json()
+    assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
     assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: no sentence: {body}"
-
-
-def pixels(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 KINDS = {"flask_api": check}

@@ -232,38 +232,27 @@ PLAIN_LORA = {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
 MUON = {"name": "muon", "learning_rate": 2.0e-3, "weight_decay": 0.01, "warmup_ratio": 0.1, "min_lr_ratio": 0.02}
 
 
-def lavis_pictures(folder: Path) -> Path:
-    """24 pictures and `pairs.json` beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(24):
-        (folder / f"{n:02d}.png").write_bytes(picture(n))
-    (folder / "pairs.json").write_text(json.dumps(
-        [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
-    return folder
-
-
 def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
     from omegaconf import OmegaConf
 
-    pictures = lavis_pictures(folder / "pictures")
-    config = OmegaConf.load(lavis_runs.APPLICATION / "lavis" / "projects" / lavis_runs.PROJECTS[stage])
-    processors = config.datasets.pop("nano")
-    processors.vis_processor.train.name = "blip2_image_train"
-    pairs = {"storage": [str(pictures / "pairs.json")]}
-    info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
-    config.datasets = {"coco_caption": {**processors, "build_info": info}}
-    config.run.output_dir = str(folder / "out")
-    own = (lavis_runs.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={WORDS}"])
-    tiny = [*lavis_runs.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *own]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(tiny))
-    for key in ("clip_model", "image_features_dim") if log.startswith("seed1") else ():
-        config.model.pop(key)
-    OmegaConf.save(config, folder / "run.yaml")
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True)
+    for n in range(24):
+        (pictures / f"{n:02d}.png").write_bytes(picture(n))
+    (pictures / "pairs.json").write_text(json.dumps(
+        [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
+    arguments = lavis_runs.write_config(stage, pictures, folder / "out")
+    if log.startswith("seed1"):
+        config = OmegaConf.load(arguments[1])
+        for key in ("clip_model", "image_features_dim"):
+            config.model.pop(key)
+        OmegaConf.save(config, arguments[1])
     if str(lavis_runs.APPLICATION) not in sys.path:
         sys.path.append(str(lavis_runs.APPLICATION))
     import train
 
-    given = ["--cfg-path", str(folder / "run.yaml"), *(["--options", *options] if options else [])]
+    words = [f"model.text_tokenizer={WORDS}"] if stage == "stage1" else []
+    given = [*arguments, "--options", "run.iters_per_epoch=15", "run.max_epoch=2", *words, *options]
     train.build(train.parser("").parse_args(given)).train()
     return logged(folder / "out" / f"{log}.log.jsonl", "last_loss")
 
