@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import warm_python
-from llm_runs import environment  # noqa: F401
+from llm_runs import environment, log_lines  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -79,8 +79,7 @@ def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     """The lines of a run's log by step."""
-    lines = (folder / f"{stage}.log.jsonl").read_text().splitlines()
-    return {int(line["step"]): line for line in map(json.loads, lines)}
+    return {int(line["step"]): line for line in log_lines(folder, f"{stage}.log.jsonl")}
 
 
 def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:

@@ -114,16 +114,16 @@ def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (war
     return said, complained
 
 
-def log_lines(output: Path) -> list[dict[str, float]]:
+def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
     """The JSON log, a line that is being written left out."""
-    file = output / "train.log.jsonl"
+    file = output / name
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def losses(output: Path) -> dict[int, float]:
-    """Step -> loss, exactly as it was computed."""
-    return {int(line["step"]): line["loss"] for line in log_lines(output) if "loss" in line}
+def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> dict[int, float]:
+    """Step → loss, exactly as it was computed."""
+    return {int(line["step"]): line[loss] for line in log_lines(output, name) if loss in line}
 
 
 def torchrun(*more: str) -> tuple[str, ...]:

@@ -1,13 +1,9 @@
-"""A complete system with random weights, small enough to build and run in a test: same classes, same files as nano's.
-
-Built once per test session by the fixture `tiny_folder` (tests/conftest.py), or by
-hand: `python tests/support/tiny_system.py FOLDER`. It talks nonsense, but every part does its work.
-"""
+"""A complete SEED-LLaMA with random weights and nano's files, built once per test session by the fixture `tiny_folder`
+(tests/conftest.py)."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -94,7 +90,3 @@ def write_detokenizer(folder: Path) -> None:
     layout = LayoutDecoder(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
     layout.save_pretrained(folder / "layout")
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0}))
-
-
-if __name__ == "__main__":
-    print(build(sys.argv[1]))

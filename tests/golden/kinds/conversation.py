@@ -99,10 +99,9 @@ class Replay:
                       "messages": conversation.messages, "next_input_state": self.dialogue.pending}
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
-        assert_same(self.dialogue.conversation.get_prompt(self._encode), self.flow["prompt_at_end"],
-                    f"{self.name}: prompt at the end")
-        assert_same(_numbered(log_record(self.dialogue.conversation)), _numbered(self.flow["dict_at_end"]),
-                    f"{self.name}: log record")
+        made, name = self.dialogue.conversation, self.name
+        assert_same(made.get_prompt(self._encode), self.flow["prompt_at_end"], f"{name}: prompt at the end")
+        assert_same(_numbered(log_record(made)), _numbered(self.flow["dict_at_end"]), f"{name}: log record")
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind, argument = step["step"], step["argument"]
