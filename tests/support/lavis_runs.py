@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llm_runs
 import warm_python
-from llm_runs import environment, log_lines  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -36,6 +36,11 @@ runner.train()
 torch.save(runner._model.state_dict(), f"{sys.argv[1]}/rank{runner.run.rank}.pt")
 torch.distributed.destroy_process_group()
 """
+
+
+def environment(**more: str) -> dict[str, str]:
+    """For programs and scripts of the application: warm processes."""
+    return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
 
 
 def write_pictures(folder: Path, count: int = 24) -> Path:
@@ -79,7 +84,7 @@ def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     """The lines of a run's log by step."""
-    return {int(line["step"]): line for line in log_lines(folder, f"{stage}.log.jsonl")}
+    return {int(line["step"]): line for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl")}
 
 
 def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:

@@ -96,7 +96,7 @@ def environment(**values: str) -> dict[str, str]:
     own = {key: value for key, value in os.environ.items() if key not in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
     return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT, **values}
+            "PYTHONDONTWRITEBYTECODE": "1", **values}
 
 
 def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str) -> subprocess.Popen:

@@ -206,7 +206,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.drawing import find_clip
     from seed_multimodal.evaluation.tasks import TASKS, evaluate, find_task, find_truth, read_samples
-    from seed_multimodal.lavit.original import original_config, original_device, original_dtype
+    from seed_multimodal.lavit.original import original_config, original_device
 
     draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
     out = Path(args.out or f"tmp/{args.task_name}/{dataset}")
@@ -220,5 +220,5 @@ def _evaluate(args: argparse.Namespace) -> int:
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     samples = read_samples(run)  # before the weights, which take minutes
     system = load_system(args, name=config, device=args.device or original_device(None),
-                         dtype=original_dtype(args.model_dtype), load_decoder=draws)
+                         dtype=args.model_dtype, load_decoder=draws)
     return report(evaluate(system, run, samples), run.out)

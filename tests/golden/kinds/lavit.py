@@ -179,7 +179,7 @@ def check_latents(model: LavitDetokenizer, made: Conditions, case: dict[str, Any
     start = want[f"{name}.initial_latents"]
     assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), f"{name}: another size of the latents"
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
-    latents = model.denoise(settings, [torch.Generator()] * len(start), **made._asdict(), start=start)
+    latents = model.denoise(settings, [torch.Generator()] * len(start), made, start=start)
     assert_close(latents / model.vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
     pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
     assert_close(pixels, want[f"{name}.image_uint8"], 2, 0, f"{name}.image_uint8")
