@@ -194,21 +194,26 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
                               f"{advice}.") from error
 
 
-def upload(save: Callable[[Path], object], hub_id: str, private: bool = False) -> str:
-    """Upload what `save` writes into a folder to a repository of the hub, made if it is new; returns its address.
+class HubUpload:
+    """Gives a class with `save_pretrained` its `push_to_hub`."""
 
-    Raises:
-        CheckpointError: not reachable, or not permitted (`hf auth login`).
-    """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    save_pretrained: Callable[..., Path]
 
-    with tempfile.TemporaryDirectory() as place:
-        save(folder := Path(place) / "model")
-        try:
-            address = HfApi().create_repo(hub_id, private=private, exist_ok=True)
-            HfApi().upload_folder(repo_id=hub_id, folder_path=folder)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
-            raise CheckpointError(f"{hub_id}: cannot be uploaded ({reason}).") from error
-    return str(address)
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if it is new; returns its address.
+
+        Raises:
+            CheckpointError: not reachable, or not permitted (`hf auth login`).
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "model")
+            try:
+                address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+                HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
+                raise CheckpointError(f"{repo_id}: cannot be uploaded ({reason}).") from error
+        return str(address)

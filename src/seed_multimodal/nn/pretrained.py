@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import upload
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.settings import check_keys, read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
@@ -33,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
-class PretrainedNetwork(nn.Module):
+class PretrainedNetwork(nn.Module, HubUpload):
     """Base of networks that are built as `cls(config)`; `load_report`: names of the tensors that were read."""
 
     config_class: ClassVar[Any]
@@ -86,10 +86,6 @@ class PretrainedNetwork(nn.Module):
         values = ({"model_type": self.model_type} if self.model_type else {}) | dataclasses.asdict(self.config)
         replace_text(place / CONFIG, json.dumps(values, indent=2) + "\n")
         return place
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub; returns its address."""
-        return upload(self.save_pretrained, repo_id, private)
 
 
 def fill_buffers(network: M, device: str | torch.device) -> M:

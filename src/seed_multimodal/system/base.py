@@ -22,9 +22,9 @@ from typing import Any, Self
 import torch
 from PIL import Image
 
-from seed_multimodal import hub
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.generator import Generator, Task
@@ -60,7 +60,7 @@ class Written:
     request: Prompt
 
 
-class MultimodalSystem(Generator):
+class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
     Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
@@ -107,10 +107,6 @@ class MultimodalSystem(Generator):
         from seed_multimodal.system.assemble import save_system
 
         return save_system(self.config, folder, force=force)
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub; returns its address."""
-        return hub.upload(self.save_pretrained, repo_id, private)
 
     # ---- a family defines
 
