@@ -44,31 +44,27 @@ class Talk:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
         answer, preview = None, None  # preview: the file of the image that is being made
-        try:
-            for event in events:
-                if event["type"] == "text":
-                    if not (parts and "text" in parts[-1]):
-                        parts.append({"text": ""})
-                    parts[-1]["text"] += event["text"]
-                    self._print(event["text"])
-                elif event["type"] == "image_preview":  # the whole image replaces it
-                    preview = save_image(event["image"], preview or self._next_file())
-                    self._print(f" [after {len(event['codes'])} codes: {preview}] ")
-                elif event["type"] == "image":
-                    parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
-                    if event["image"] is not None:
-                        parts[-1]["image"] = str(save_image(event["image"], preview or self._next_file()))
-                    preview = None
-                    self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
-                elif event["type"] == "image_broken":
-                    parts.append({"broken": event["reason"]})
-                    self._print(f" [{event['reason']}] ")
-                elif event["type"] == "done":
-                    answer = event["answer"]
-                    self._print(f" [{answer.note}]\n" if answer.note else "\n")
-        finally:
-            if preview is not None:  # its image broke off, or Ctrl-C was pressed
-                preview.unlink(missing_ok=True)
+        for event in events:
+            if event["type"] == "text":
+                if not (parts and "text" in parts[-1]):
+                    parts.append({"text": ""})
+                parts[-1]["text"] += event["text"]
+                self._print(event["text"])
+            elif event["type"] == "image_preview":  # the whole image replaces it
+                preview = save_image(event["image"], preview or self._next_file())
+                self._print(f" [after {len(event['codes'])} codes: {preview}] ")
+            elif event["type"] == "image":
+                parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
+                if event["image"] is not None:
+                    parts[-1]["image"] = str(save_image(event["image"], preview or self._next_file()))
+                preview = None
+                self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
+            elif event["type"] == "image_broken":
+                parts.append({"broken": event["reason"]})
+                self._print(f" [{event['reason']}] ")
+            elif event["type"] == "done":
+                answer = event["answer"]
+                self._print(f" [{answer.note}]\n" if answer.note else "\n")
         return parts, answer
 
     def _next_file(self) -> Path:

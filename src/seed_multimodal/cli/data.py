@@ -65,32 +65,29 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check` and `convert` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     checker = commands.add_parser("check", help="check every record before training")
-    checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
+    checker.add_argument("files", nargs="+", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys); "
-                         "lavit.… and seed_x.… read images as training does, and need --tokenizer")
+    checker.add_argument("--decoder", help="of all records, as sft.qa (default: by each one's keys); lavit.… and "
+                         "seed_x.… read images as training does, and need --tokenizer")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
                          "decoder, as reverse_ratio=0.5; repeat for more")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
-                         "(default: by name)")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
     checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
                          "the registered format; repeat for more")
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument("--stage", metavar="NAME", help="the tool that will read them: tokenizer (training and "
-                         "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "
-                         "qa, video, edit, story, interleaved, chat (default: by each record's keys)")
+    checker.add_argument("--stage", help="the tool that will read them: tokenizer (training and evaluation), pictures "
+                         "(LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, qa, video, edit, story, "
+                         "interleaved, chat (default: by each record's keys)")
     checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
-    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N", help="open about N images that are "
-                         "not tokenised yet, or all (default: 200)")
-    checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
-                         "(default: 20; all are counted)")
-    checker.add_argument("--length", type=whole_number(1), metavar="N",
-                         help="tokens a record may have (needs --tokenizer)")
+    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N | all", help="open about N images "
+                         "that are not tokenised yet (default: 200)")
+    checker.add_argument("--max-errors", type=whole_number(0), default=20, help="errors to show; 0: all (default: 20)")
+    checker.add_argument("--length", type=whole_number(1), help="tokens a record may have (needs --tokenizer)")
     checker.set_defaults(work=check)
     converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
-    converter.add_argument("tars", nargs="+", metavar="IN_TARS", help="shards, patterns, folders")
+    converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
-    converter.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)

@@ -22,26 +22,21 @@ def build_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = program_parser(program, description)
     transform = parser.add_mutually_exclusive_group()
     transform.add_argument("--image_processor", metavar="YAML", help="images as a processor of transformers makes them")
-    transform.add_argument("--image_transform", metavar="YAML", help="the images' transform (default: squashed "
-                           "bilinearly to the tokenizer's size; of a system its own)")
+    transform.add_argument("--image_transform", metavar="YAML", help="default: squash to the tokenizer's size")
     parser.add_argument("--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer")
     parser.add_argument("--data", metavar="YAML", required=True, help="the input")
     parser.add_argument("--save_dir", required=True)
-    parser.add_argument("--gpus", type=int, help="processes, one per GPU, never more than units of work (default: 4, "
-                        "or as many as there are GPUs; on a CPU 1)")
-    parser.add_argument("--batch_size", type=int, help="images at once; halved on out-of-memory (default: 256, on a "
-                        "CPU 32)")
+    parser.add_argument("--gpus", type=int, help="processes, one per GPU (default: at most 4; on a CPU 1)")
+    parser.add_argument("--batch_size", type=int, help="halved on out-of-memory (default: 256, on a CPU 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="decode workers of each process (default: 4)")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th unit from I on")
     parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                         help="continue in a folder that exists (default), or refuse it")
     parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
-    parser.add_argument("--views", type=int, default=1, help="views of each image, all but the first augmented "
-                        "(caption, qa and chat records)")
+    parser.add_argument("--views", type=int, default=1, help="of each image (caption, qa, chat), the others augmented")
     parser.add_argument("--seed", type=int, default=0, help="of the augmented views")
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compile the encoder, minutes before "
-                        "the start (default: on CUDA)")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on CUDA)")
     parser.add_argument("--block", type=int, default=10_000, help="records of a unit where no tar is read")
     parser.add_argument("--maxcount", type=int, default=10_000, help="records per output tar")
     parser.add_argument("--max_bad", type=int, default=20, help="broken samples in a row that end the run")

@@ -75,9 +75,9 @@ def _run(args: argparse.Namespace) -> int:
 
     def rebuild(name: str, image: Image.Image) -> None:
         codes = model.tokenize([image])[0]
-        print(" ".join(map(str, codes.tolist())), flush=True)
+        print(" ".join(map(str, codes.tolist())))
         for path in _draw(model, codes, args, settings):
-            print(path, flush=True)
+            print(path)
 
     return run_each(args, args.image or [str(cat_image())], rebuild, model.images.open)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import Outputs, add_common, cat_image, load_images, load_system, save_image
+from seed_multimodal.cli.common import Outputs, add_common, cat_image, load_images, load_system
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
@@ -35,7 +35,7 @@ def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
-    add_common(parser, model="released", out=out, language=True, debug=False)
+    add_common(parser, model="released", out=out, language=True)
     return parser
 
 
@@ -45,7 +45,7 @@ def _round_trip(args: argparse.Namespace) -> int:
     codec.check_drawing()
     codes = codec.encode([Path(args.image or cat_image())])
     print(" ".join(map(str, codes[0].tolist())))
-    print(save_image(codec.draw(codes, seeds=[args.seed])[0], outputs.next("cat", ".jpg")))
+    print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
     if args.prompt:
         print(load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
     return DONE
@@ -64,10 +64,8 @@ def _demonstrate(args: argparse.Namespace, size: str) -> int:
             _answer(args, system, content, outputs, name)
     else:
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
-        drawn = system.draw("a dog on the green grass", seed=args.seed)
-        print(save_image(drawn, outputs.next("dog", ".jpg")))
-        edited = system.edit(cat_image(), EDITING, seed=args.seed)
-        print(save_image(edited, outputs.next("cat_sunglasses", ".jpg")))
+        print(outputs.save(system.draw("a dog on the green grass", seed=args.seed), "dog", ".jpg"))
+        print(outputs.save(system.edit(cat_image(), EDITING, seed=args.seed), "cat_sunglasses", ".jpg"))
     return DONE
 
 
@@ -76,4 +74,4 @@ def _answer(args: argparse.Namespace, system: Any, content: list[Any], outputs: 
     answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
     print(answer.text)
     for image in answer.images:
-        print(save_image(image, outputs.next(name, ".jpg")))
+        print(outputs.save(image, name, ".jpg"))

@@ -28,60 +28,48 @@ PARTS: dict[str, dict[str, str]] = {
 def add_commands(commands: Any) -> None:
     """The four commands with their flags."""
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
-    converter.add_argument("source", metavar="OLD")
-    converter.add_argument("target", metavar="NEW", nargs="?", help="default: the same name with .safetensors")
+    converter.add_argument("source")
+    converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
     converter.add_argument("--dtype", default="keep", help="keep, float32, bfloat16 or float16 (default: keep)")
     converter.add_argument("--force", action="store_true", help="write over an existing file")
     converter.set_defaults(work=convert)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
-    plotter.add_argument("runs", nargs="+", metavar="RUN",
-                         help="output folder of a training run, or its NAME.log.jsonl")
-    plotter.add_argument("--out", default="curves.png", metavar="FILE",
-                         help="figure to write, .png, .pdf or .svg (default: %(default)s)")
+    plotter.add_argument("runs", nargs="+", help="output folders of training runs, or their NAME.log.jsonl")
+    plotter.add_argument("--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)")
     plotter.set_defaults(work=plot)
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     _add_export(exporter)
     for command in (converter, plotter, exporter):
         add_json(command)
-    kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(
-        dest="system", required=True, metavar="KIND")
+    kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(required=True)
     for kind, parts in PARTS.items():
-        _add_assemble(kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}"), kind)
+        command = kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}")
+        for name, text in parts.items():
+            command.add_argument(f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]"))
+        command.add_argument("--settings", help="JSON file with keys of system.json (generation, tasks …)")
+        command.add_argument("--out", required=True, help="folder to make")
+        command.add_argument("--force", action="store_true", help="replace that folder if it is not empty")
+        add_json(command)
+        command.set_defaults(work=assemble, kind=kind)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_mutually_exclusive_group(required=True)
-    parser.add_argument("--stage1", metavar="CKPT", help="checkpoint of stage 1 (not needed if stage 2 trained the "
-                        "Q-Former too)")
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
-    stages.add_argument("--lavit", metavar="CKPT", help="checkpoint of LaVIT's stage 1, in the place of both; with "
-                        "--vision, --config, --out and --force")
+    stages.add_argument("--lavit", metavar="CKPT", help="of LaVIT's stage 1, with --vision, --config, --out, --force")
+    parser.add_argument("--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too")
     parser.add_argument("--vision", metavar="CKPT", help="vision encoder (eva_vit_g.pth, or the run's CLIP folder), "
                         "unless a stage trained it")
     parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
                         "(default: by its decode side; with both, seed2)")
-    parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else the "
-                        "original ones)")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
+    parser.add_argument("--config", metavar="JSON", help="sizes (default: beside a checkpoint, else the original ones)")
+    parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--released", action="store_true", help="also the original files: seed_quantizer.pt (SEED-1: "
                         "causal_qformer.pth, seed_tokenizer.pth) and eva_vit_g.pth")
-    parser.add_argument("--image", metavar="IMAGE", help="encoded to compare the result with the training modules "
-                        "(default: images/cat.jpg)")
-    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here, so "
-                        "that the folder serves SeedLlama")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+    parser.add_argument("--image", help="to compare with the training modules (default: images/cat.jpg)")
+    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
     parser.set_defaults(work=export)
-
-
-def _add_assemble(parser: argparse.ArgumentParser, kind: str) -> None:
-    for name, text in PARTS[kind].items():
-        parser.add_argument(f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]"))
-    parser.add_argument("--settings", metavar="JSON", help="keys of system.json (generation, tasks …), over those that "
-                        "follow from the weights")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
-    add_json(parser)
-    parser.set_defaults(work=assemble, kind=kind)
 
 
 def convert(args: argparse.Namespace) -> int:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from pyarrow import parquet
 
-from seed_multimodal.cli.eval_tokenizer import data_spec
+from seed_multimodal.cli.evaluate import data_spec
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
