@@ -29,6 +29,7 @@ from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage2Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.training.llm.flops import step_flops
@@ -49,7 +50,7 @@ def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config
         return VICUNA_7B, ImageVocabulary(), Seed2Config()
     config = SystemConfig.read(system_folder(model))
     llm = json.loads((config.llm / "config.json").read_text())
-    tokenizer = Seed2Config.read(config.tokenizer / "config.json")
+    tokenizer = Seed2Tokenizer.read_config(config.tokenizer / "config.json")
     words = ImageVocabulary(llm["vocab_size"] - tokenizer.codebook_size - 2, tokenizer.codebook_size)
     return {name: llm[name] for name in VICUNA_7B}, words, tokenizer
 

@@ -6,7 +6,8 @@
 #   NPROC=1 sh scripts/train_a100_lora_multi_node_pretrain.sh model=nano_lora tokenizer=nano data=my_data.yaml \
 #       deepspeed=none trainer=nano optim=nano output_dir=log/nano                     a laptop's CPU, in minutes
 set -eu
-. "$(dirname "$0")/launch.sh"
+cd "$(dirname "$0")/.."
+. ../scripts/launch.sh
 launch 20002 \
     --model configs/model/vicuna_7b_lora.yaml \
     --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \

@@ -5,7 +5,8 @@
 #   sh scripts/train_a100_lora_multi_node_sft.sh --max_steps 10000 --output_dir log/mine
 #   NNODES=4 NODE_RANK=3 MASTER_ADDR=10.0.0.1 sh scripts/train_a100_lora_multi_node_sft.sh
 set -eu
-. "$(dirname "$0")/launch.sh"
+cd "$(dirname "$0")/.."
+. ../scripts/launch.sh
 launch 20023 \
     --model configs/model/vicuna_7b_lora_from_merged_pretrain.yaml \
     --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \

@@ -15,6 +15,7 @@ case $stage in
         ;;
 esac
 PROGRAM=src/train/train_seed_x_detokenizer.py
-. "$(dirname "$0")/launch.sh"
+cd "$(dirname "$0")/.."
+. ../scripts/launch.sh
 launch 20024 model="stage$stage" data="stage$stage" trainer="stage$stage" \
     output_dir="log/seed_x_detokenizer_stage$stage" "$@"

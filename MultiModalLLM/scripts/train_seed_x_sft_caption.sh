@@ -6,7 +6,8 @@
 #   NNODES=4 NODE_RANK=3 MASTER_ADDR=10.0.0.1 sh scripts/train_seed_x_sft_caption.sh
 set -eu
 PROGRAM=src/train/train_seed_x_sft.py
-. "$(dirname "$0")/launch.sh"
+cd "$(dirname "$0")/.."
+. ../scripts/launch.sh
 launch 20026 \
     --image_transform configs/processer/qwen_448_transform.yaml \
     --tokenizer configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml \

@@ -119,9 +119,9 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             target = target_embeddings(self.clip_model, images, vit if self.shares_tower else None)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
-        read = None if self.label_heads is None else self.label_heads.divergence(out.image_embeds, out.target).mean()
+        read = None if self.label_heads is None else self.label_heads.divergence(out.embeds, out.target).mean()
         loss = out.loss if read is None else out.loss + self.options.label_weight * read
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
-                         loss_distil_image=out.loss_distil_image,
+                         loss_distil_image=out.loss_distil,
                          loss_readout=out.loss_readout if self.readout_weight is not None else None,
                          loss_labels=read)

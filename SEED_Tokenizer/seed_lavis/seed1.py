@@ -57,7 +57,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         self.note_codes(out.pre_quant, out.indices)
         return self.with_log(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
-                         loss_distil_text=out.loss_distil_text)
+                         loss_distil_text=out.loss_distil)
 
     def _ids(self, samples: Mapping[str, Any]) -> Tensor | None:
         if self.words is None:

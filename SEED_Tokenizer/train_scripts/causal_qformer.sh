@@ -6,9 +6,12 @@
 #   sh train_scripts/causal_qformer.sh --options run.max_epoch=1    with keys of the YAML changed
 #   CONFIG=lavis/projects/nano/pretrain_qformer.yaml sh train_scripts/causal_qformer.sh    a laptop, in minutes
 #
-# Environment: CONFIG, NNODES, NPROC_PER_NODE, MASTER_PORT; NCCL's own variables (NCCL_SOCKET_IFNAME …) if you need them.
+# Environment: CONFIG, and that of scripts/launch.sh (NNODES, NPROC_PER_NODE, MASTER_PORT, …).
 set -eu
 cd "$(dirname "$0")/.."
-ROOT=..
-. ../scripts/environment.sh
-exec "$PYTHON" launch.py --config "${CONFIG:-lavis/projects/blip2/train/pretrain_qformer.yaml}" --port 18273 "$@"
+. ../scripts/launch.sh
+case ${1:-} in
+    [0-9]*) NODE_RANK=$1 MASTER_ADDR=$2 && shift 2 ;;
+esac
+PROGRAM=train.py
+launch 18273 --cfg-path "${CONFIG:-lavis/projects/blip2/train/pretrain_qformer.yaml}" "$@"

@@ -33,25 +33,24 @@ _WRAPPERS = ("model", "state_dict", "module")
 @dataclass
 class LoadReport:
     """Result of a load: names of parameters filled, left as they were, ignored in the file (`unlisted`: those of them
-    that nobody expected), and of tensors fitted to the model's size (name → what was done)."""
+    that nobody expected)."""
 
     source: str
     loaded: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
-    fitted: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return (f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
                 f"{len(self.ignored)} in the file ignored")
 
     def describe(self) -> str:
-        """One line: counts, then the names grouped by their first part, then what was fitted."""
+        """One line: counts, then the names grouped by their first part."""
         parts = [str(self)]
         for what, names in (("not in the file", self.missing), ("ignored", self.ignored)):
             parts += [f"{what}: {grouped(names)}"] if names else []
-        return "; ".join([*parts, *(f"{name} {what}" for name, what in self.fitted.items())]) + "."
+        return "; ".join(parts) + "."
 
 
 def grouped(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""`--golden-dir DIR` and one test item per fixture folder (see runner.py)."""
+"""`--golden-dir DIR` and one test per fixture folder (see runner.py)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-if str(HERE) not in sys.path:  # kinds modules say `from runner import …` under every pytest import mode
-    sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # modules of kinds say `from runner import …`
 
 from runner import DEFAULT_DIR, fixture_folders  # noqa: E402
 

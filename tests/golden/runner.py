@@ -1,34 +1,23 @@
-"""Golden fixtures: recorded inputs and outputs of the released programs, one folder per fixture.
-
-How to run:
+"""Golden fixtures: recorded inputs and outputs of the original programs, one folder per fixture.
 
     pytest tests/golden                          # the fixtures kept in tests/golden/data
     pytest tests/golden --golden-dir DIR         # every fixture folder in DIR
     pytest tests/golden -k preprocessing         # one kind
 
-How it works: each folder in DIR is one test item. The folder's name starts with its kind (`seed2_tokenizer_q8` is of
-kind `seed2_tokenizer`), a kind is one module `tests/golden/kinds/<name>.py`:
-
-    KIND = "seed2_tokenizer"                     # a prefix of folder names; the longest matching prefix wins
-
-    def check(folder: Path) -> None:             # raises AssertionError when the library disagrees with the fixture
-        case = read_json(folder / "config.json")
-        ...
-
-A folder whose kind no module knows fails. A check derives every size from the fixture itself, because further
-fixtures of the same kind come with other sizes and seeds. Its docstring names the parts of the fixture it leaves out.
-Helpers for checks (`from runner import …`): `read_json`, `read_json_lines`, `files_named`, `read_tensors`,
-`assert_close`, `assert_same`, `golden_tokenizer_folder`. Large json of the kept fixtures is stored compressed
-(`x.json.gz`); checks ask for `x.json` and get either.
+Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind `seed2_tokenizer`); a
+module of `tests/golden/kinds` has a table `KINDS` of the kinds that it checks and their checks `check(folder)`, which
+raise AssertionError where the library disagrees. A check derives every size from the fixture, because further fixtures
+of a kind have other sizes and seeds; its docstring names what it leaves out. Large json of the kept fixtures is stored
+compressed (`x.json.gz`): the readers below take `x.json` and find either.
 """
 
 from __future__ import annotations
 
+import functools
 import gzip
-import importlib.util
+import importlib
 import json
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,59 +28,31 @@ Check = Callable[[Path], None]
 
 def fixture_folders(directory: Path) -> list[Path]:
     """Every fixture folder directly inside `directory`, sorted; raises ValueError when there is none."""
-    if not directory.is_dir():
-        raise ValueError(f"--golden-dir {directory}: there is no such folder.")
-    folders = sorted(p for p in directory.iterdir() if p.is_dir() and p.name[0] not in "._")
+    folders = sorted(p for p in directory.glob("*") if p.is_dir() and p.name[0] not in "._")
     if not folders:
         raise ValueError(f"--golden-dir {directory}: there is no fixture folder in it.")
     return folders
 
 
-def load_kinds(directory: Path = HERE / "kinds") -> dict[str, Check]:
-    """Read every module in `kinds/` -> {kind: check}; two modules claiming one kind are an error."""
-    kinds: dict[str, Check] = {}
-    for file in sorted(directory.glob("*.py")):
-        if file.name == "__init__.py":
-            continue
-        module = _load_module(f"golden_kind_{file.stem}", file)
-        kind = getattr(module, "KIND", None)
-        if not isinstance(kind, str) or not kind or not callable(getattr(module, "check", None)):
-            raise ValueError(f"{file}: a kind module needs KIND = '...' and check(folder).")
-        if kind in kinds:
-            raise ValueError(f"{file}: kind {kind!r} is already taken by another module.")
-        kinds[kind] = module.check
-    return kinds
+@functools.cache
+def load_kinds() -> dict[str, Check]:
+    """Kind → its check, from every module in `kinds/`."""
+    modules = [importlib.import_module(f"kinds.{file.stem}") for file in sorted((HERE / "kinds").glob("*.py"))]
+    return {kind: check for module in modules for kind, check in module.KINDS.items()}
 
 
-def _load_module(name: str, file: Path) -> Any:
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses in the module look it up by name
-    spec.loader.exec_module(module)
-    return module
-
-
-def kind_of(folder: Path, kinds: dict[str, Check]) -> str:
+def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
-    if not matches:
-        raise AssertionError(
-            f"{folder.name}: no module in tests/golden/kinds checks fixtures of this kind "
-            f"(known kinds: {', '.join(sorted(kinds)) or 'none'}).")
+    assert matches, f"{folder.name}: no module in tests/golden/kinds checks this kind ({', '.join(sorted(kinds))})."
     return max(matches, key=len)
 
 
-def run_fixture(folder: Path) -> None:
-    """Check one fixture folder with the module of its kind."""
-    kinds = load_kinds()
-    kinds[kind_of(folder, kinds)](folder)
+# ---- files of a fixture
 
 
 def read_text(path: Path) -> str:
-    """A text file of a fixture, or what `<name>.gz` holds; a sentence instead of a traceback when neither is there."""
+    """A text file of a fixture, or what `<name>.gz` holds."""
     packed = path.with_name(path.name + ".gz")
     assert path.is_file() or packed.is_file(), f"{path}: the fixture lacks this file."
     data = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
@@ -99,34 +60,60 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A json file of a fixture, compressed or not."""
+    """A json file, compressed or not."""
     return json.loads(read_text(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """A file with one json value per line, compressed or not."""
-    return [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    """A file with one json value per line, compressed or not; not empty."""
+    values = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
+    assert values, f"{path}: the fixture holds no cases."
+    return values
 
 
 def files_named(folder: Path, pattern: str) -> list[Path]:
-    """Files that match, sorted, by their names without `.gz`; for `read_json` and its like."""
-    plain = set(folder.glob(pattern)) | {path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")}
-    return sorted(plain)
+    """Files that match, sorted, by their names without `.gz`; not none."""
+    files = set(folder.glob(pattern)) | {path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")}
+    assert files, f"{folder}: the fixture has no {pattern}."
+    return sorted(files)
 
 
 def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file of a fixture -> {name: torch.Tensor} on CPU."""
+    """A safetensors file → {name: tensor} on the CPU."""
     from safetensors.torch import load_file
 
     assert path.is_file(), f"{path}: the fixture lacks this file."
     return load_file(path)
 
 
+def read_case(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """`config.json`, and the tensors of weights, inputs and outputs."""
+    weights, inputs, outputs = (read_tensors(folder / f"{name}.safetensors") for name in
+                                ("weights", "inputs", "outputs"))
+    return read_json(folder / "config.json"), weights, inputs, outputs
+
+
+def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The tensors whose names begin with `name.`, without that."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def golden_tokenizer_folder(folder: Path) -> Path:
+    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture beside it, else the kept one."""
+    for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
+        if (place / "tokenizer" / "tokenizer.model").is_file():
+            return place / "tokenizer"
+    return DEFAULT_DIR / "llm_sequences" / "tokenizer"
+
+
+# ---- comparisons
+
+
 def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, what: str = "tensor") -> None:
     """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and the worst element."""
     import torch
 
-    got, want = torch.as_tensor(actual).double().cpu(), torch.as_tensor(expected).double().cpu()
+    got, want = torch.as_tensor(actual).detach().double().cpu(), torch.as_tensor(expected).double().cpu()
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if got.numel() == 0:
         return
@@ -138,14 +125,26 @@ def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, wha
         f"(atol {atol:g}, rtol {rtol:g}; {int((excess > 0).sum())} of {got.numel()} elements are off)")
 
 
+def assert_all_close(made: Mapping[str, Any], want: Mapping[str, Any], atol: float, rtol: float = 0.0,
+                     name: str = "{}") -> None:
+    """`assert_close` of every value with the recorded tensor called `name` with the value's key in it."""
+    for key, value in made.items():
+        assert_close(value, want[name.format(key)], atol, rtol, name.format(key))
+
+
+def assert_gradients(model: Any, want: Mapping[str, Any], norms: Mapping[str, float | None], atol: float = 1e-6,
+                     what: str = "") -> None:
+    """Gradients by parameter (of a table perhaps the first rows) and their norms; None: there is no gradient."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    for name, value in want.items():
+        assert_close(gradients[name][:len(value)] if value.ndim else gradients[name], value, atol, 1e-3,
+                     f"{what}: gradient of {name}")
+    for name, norm in norms.items():
+        assert_same(gradients[name] is None, norm is None, f"{what}: {name} has no gradient")
+        if norm is not None:
+            assert_close(gradients[name].norm(), norm, 1e-5, 1e-3, f"{what}: gradient norm of {name}")
+
+
 def assert_same(actual: Any, expected: Any, what: str) -> None:
     """Exact equality of plain Python values; shows both, cut to a readable length."""
     assert actual == expected, f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"
-
-
-def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture beside it, else the kept one."""
-    for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
-        if (place / "tokenizer" / "tokenizer.model").is_file():
-            return place / "tokenizer"
-    return DEFAULT_DIR / "llm_sequences" / "tokenizer"

@@ -18,7 +18,7 @@ from typing import Any
 from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, load_system, loading, program_parser
 from seed_multimodal.config import load_yaml
 from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, run_program, whole_number
-from seed_multimodal.errors import DataError, counted
+from seed_multimodal.errors import counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
 # For `eval_caption_to_images.py` without a file.
@@ -114,7 +114,7 @@ def _draw(args: argparse.Namespace) -> int:
     best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
     clip = find_clip(args.clip) if best_of > 1 or args.clip else None
     return run_task(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
-                     resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
+                    resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
 
 
 def _draw_as_original(args: argparse.Namespace) -> int:
@@ -124,7 +124,7 @@ def _draw_as_original(args: argparse.Namespace) -> int:
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
     return run_task(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
-                     options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
+                    options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
 
 
 def _ask_once(args: argparse.Namespace) -> int:
@@ -158,7 +158,7 @@ def _load(args: argparse.Namespace) -> Any:
 
 
 def run_task(args: argparse.Namespace, file: str, task: str, dataset: str = "coco", *, samples: Any = None,
-                   load: Callable[[argparse.Namespace], Any] | None = None, **settings: Any) -> int:
+             load: Callable[[argparse.Namespace], Any] | None = None, **settings: Any) -> int:
     """Evaluate the system that `load` makes on a file of samples, print the summary; returns the exit code."""
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
@@ -185,12 +185,13 @@ AMOUNTS = ("limit", "rebuild", "batch", "seed")
 def measure_tokenizer(args: argparse.Namespace) -> int:
     """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
     with loading(args):
+        from seed_multimodal.data.formats.pairs import open_pairs
         from seed_multimodal.device import RELEASED_FP16, choose_device
         from seed_multimodal.evaluation.machine import circumstances
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
 
         spec, settings = data_spec(args), {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)}
-        source = _open_source(spec)
+        source = open_pairs(spec)
         runtime = choose_device(args.device, args.dtype, log=log_line, fp16=RELEASED_FP16)
         opened = open_tokenizer(args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS})
         facts = {"model": args.model, "data": spec, "settings": settings, "runtime": str(runtime),
@@ -211,22 +212,8 @@ def data_spec(args: argparse.Namespace) -> dict[str, Any]:
         spec = {"format": args.data, "split": args.split or "val"}
     else:
         spec = {"format": "auto", "files": args.data, "split": args.split}
-    keys = {name: getattr(args, name) for name in ("image_root", "image_key", "caption_key")}
+    keys = {name: getattr(args, name) for name in ("image_root", "image_key", "caption_key", "captioned")}
     return {key: value for key, value in {**spec, **keys}.items() if value is not None}
-
-
-def _open_source(spec: dict[str, Any]) -> Any:
-    """The pairs that `spec` describes; images alone where files hold no captions."""
-    from seed_multimodal.data.formats.pairs import open_pairs
-
-    try:
-        return open_pairs(spec)
-    except DataError:
-        if spec["format"] != "auto" or "caption_key" in spec:
-            raise
-        source = open_pairs({**spec, "captioned": False})
-        log_line("There are no captions: retrieval is not measured.")
-        return source
 
 
 def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
@@ -240,6 +227,7 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-root", help="folder of the images that a list names")
     parser.add_argument("--image-key")
     parser.add_argument("--caption-key")
+    parser.add_argument("--no-captions", dest="captioned", action="store_const", const=False, help="images alone")
     parser.add_argument("--clip", help="CLIP vision encoder of the target embedding (none: without)")
     parser.add_argument("--clip-text", help="CLIP text encoder of the same space")
     parser.add_argument("--text-tokenizer", help="word pieces of stage 1")

@@ -93,8 +93,8 @@ def detect(args: argparse.Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes")
         text = detection.text.replace("</s>", "").strip()
-        boxes = "; ".join(" ".join(map(str, box)) for box in detection) or text or "not found"
-        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection], "text": text}
+        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
+        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes], "text": text}
         common.emit(args, record | {"drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
 
     return _each_image(args, "detect", args.phrase, show)

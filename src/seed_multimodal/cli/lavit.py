@@ -160,7 +160,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from seed_multimodal.cli.evaluate import run_task
     from seed_multimodal.evaluation.drawing import find_clip
     from seed_multimodal.evaluation.tasks import TASKS, find_task, find_truth
-    from seed_multimodal.lavit.original import original_config, original_device, original_dtype
+    from seed_multimodal.lavit.original import original_config, original_device
 
     draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
     args.out = args.out or f"tmp/{args.task_name}/{dataset}"
@@ -172,5 +172,5 @@ def _evaluate(args: argparse.Namespace) -> int:
         truth = find_truth(find_task(args.task_name, dataset), Path(args.annopath))
         settings |= {"truth": args.truth or truth, "options": {"seed": 42}}
     load = partial(common.load_system, name=config, device=args.device or original_device(None),
-                   dtype=original_dtype(args.model_dtype), load_decoder=draws)
+                   dtype=args.model_dtype, load_decoder=draws)
     return run_task(args, args.annopath, args.task_name, dataset, load=load, **settings)

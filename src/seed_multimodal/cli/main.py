@@ -8,14 +8,6 @@
     seed draw "a red apple"                     an image from words
     seed edit cat.jpg "Make it in noto style."  a changed image
     seed chat                                   a conversation with images in both directions
-    seed convert old.pt new.safetensors         old weights, safely
-    seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
-    seed assemble lavit --tokenizer … --out …   parts of trainings → a system folder
-    seed eval tokenizer --data … --out …        quality of a tokenizer
-    seed eval vqa|caption|text2image …          accuracy, CIDEr, FID on the benchmarks' files
-    seed plot runs/a runs/b                     curves of training runs
-    seed data check train.jsonl …               errors in training data, and where
-    seed data convert old/*.tar --out new       the original's pickled shards as json
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
 images or texts failed, 2 the whole command failed, 130 interrupted.

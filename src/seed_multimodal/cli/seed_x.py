@@ -16,7 +16,6 @@ from typing import Any
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, run_program, some_text, whole_number
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
 CONFIGS = {
@@ -53,11 +52,6 @@ class Script:
     condition: str = ""
 
     @property
-    def tuned(self) -> bool:
-        """Whether the language model follows instructions."""
-        return self.model != "seed_x"
-
-    @property
     def files(self) -> dict[str, str]:
         """YAML files of its parts."""
         named = ["image_transform", "visual_encoder", *(("tokenizer", "llm", "agent") if self.model else ()),
@@ -80,7 +74,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     if script.phrase:
         parser.add_argument("--detect", type=some_text, help=f"find it in --image, or {script.scene}")
     common.add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
-               generation=bool(script.model), drawing=bool(script.adapter))
+                      generation=bool(script.model), drawing=bool(script.adapter))
     parser.add_argument("--device_2", help="where images are encoded and drawn (default: --device)")
     if not script.model:
         parser.add_argument("--embeddings", type=whole_number(1), help="draw from means of so many (default: all 256)")
@@ -101,14 +95,13 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     files = args.image or [_demo_image(script.image)]
     outputs = common.Outputs(args.out, len(files))
     codec = common.load_images(args, name=_config(args, script), device=args.device_2 or args.device)
-    from seed_multimodal.seed_x.pipeline import mean_features
 
     def rebuild(name: str, image: Any) -> None:
         settings = common.chosen_settings(args)
         if script.condition:
             condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
             settings["conditions"] = [codec.open(condition or image)]
-        features = mean_features(codec.encode([image]), args.embeddings)
+        features = codec.encode([image], args.embeddings)
         drawn = codec.draw(list(features), seeds=[args.seed], **settings)[0]
         ending = "_recon_with_condition" if script.condition else "_recon"
         print(outputs.save(drawn, f"{Path(name).stem}{ending}", ".jpg"))
@@ -139,7 +132,7 @@ def _draw(args: argparse.Namespace, script: Script) -> int:
     caption, original = args.prompt or script.prompt, args.model == "released"
     outputs = common.Outputs(args.out)
     system = _load(args, script)
-    text = f"Generate an image: {caption}" if original and script.tuned else caption
+    text = f"Generate an image: {caption}" if original and script.model != "seed_x" else caption
     drawn = system.draw(text, seed=args.seed, verbatim=original, **common.chosen_settings(args))
     print(outputs.save(drawn, _stem(caption)))
     return DONE
@@ -168,10 +161,7 @@ def _config(args: argparse.Namespace, script: Script) -> Any:
 
         folder = getattr(args, "diffusion_model_path", None)
         return config_of_files({flag: getattr(args, flag) or file for flag, file in script.files.items()},
-                               tuned=script.tuned, **({"sdxl": folder} if folder else {}))
-    for flag in [*script.files, "diffusion_model_path"]:
-        if getattr(args, flag, None) is not None:
-            raise ConfigError(f"--{flag} names a part of the original model, but --model {args.model} has its own.")
+                               tuned=script.model != "seed_x", **({"sdxl": folder} if folder else {}))
     return args.model
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,10 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
-from seed_multimodal.seed.pipeline import CodeImages, open_images
+from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.loading import Runtimes
 
 Log = Callable[[str], None]
 Place = str | Path | None
@@ -77,7 +78,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     parts.require("tokenizer")
     assert parts.tokenizer is not None
     drawing = parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
-    codec = open_images(parts.tokenizer, vision=parts.vision, detokenizer=drawing, config=parts, images=runtime)
+    codec = load_images(replace(parts, detokenizer=drawing), Runtimes(runtime, runtime, runtime))
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
     inside = drawing / "image_encoder" if drawing is not None else None
     usual = inside if inside is not None and (inside / "config.json").is_file() else locate(f"pretrained/{CLIP_FOLDER}")
@@ -218,7 +219,7 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
     vision = tokenizer.visual_encoder(pixels)
     codes = tokenizer.quantize.nearest(tokenizer.encode_task_layer(tokenizer.query_features_from(vision)))
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(codes))
-    decoded = tokenizer.project_image(tokenizer.image_tokens(up)).float()
+    decoded = tokenizer.project(tokenizer.decoder_tokens(up)).float()
     found = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
     if opened.clip is not None:
         target = _clip_embeddings(images, opened)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,76 +24,66 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replace_text
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import LAVIT_WHERE, first_file
+from seed_multimodal.hub import LAVIT_WHERE, find_file, first_file
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, TokenMerger
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.nn.pretrained import fill_buffers, name_encoder, named_encoder
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, fill_buffers, name_encoder, named_encoder
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]
 ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
+ORIGINAL = tuple((f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14"))
+READER_FILES = ("visual_weight.safetensors", "visual_weight.bin")
 TRAINING_STATE = ("quantize.*", "decoder.*")  # beside the codebook's rows
 
 
-@dataclass(frozen=True)
-class LavitFiles:
-    """Files of a tokenizer; `encoder_prefix` of the vision encoder's names in `encoder` is replaced by `encoder.`."""
-
-    config: Path | None
-    codec: Path
-    encoder: Path | None
-    encoder_prefix: str
-    reader: Path | None
-
-    def state(self, understanding: bool) -> State:
-        state = {} if self.encoder is None else {
-            ENCODER + name.removeprefix(self.encoder_prefix): value
-            for name, value in load_state_dict(self.encoder, mapped=True).items()
-            if name.startswith(self.encoder_prefix)}
-        state |= load_state_dict(self.codec, mapped=True)
-        if understanding and self.reader is not None:
-            state = {name: value for name, value in state.items() if not name.startswith(READER)}
-            state |= load_state_dict(self.reader, mapped=True)
-        return state
-
-
-def load_dynamic_tokenizer(folder: str | Path, understanding: bool = False, *, device: str | torch.device = "cpu",
-                           dtype: torch.dtype = torch.float32, language_model: str = "language_model",
-                           config: LavitTokenizerConfig | None = None) -> DynamicTokenizer:
-    """The tokenizer in eval mode, frozen.
+def load_dynamic_tokenizer(folder: str | Path, *, device: str | torch.device = "cpu",
+                           dtype: torch.dtype = torch.float32, config: LavitTokenizerConfig | None = None
+                           ) -> DynamicTokenizer:
+    """The tokenizer that makes codes, in eval mode and frozen, of an original folder or ours.
 
     Args:
-        folder: an original model folder or our own tokenizer folder.
-        understanding: with the token merger and projector of the language model's input, not those that make codes.
         dtype: of linear and convolution layers; all else stays as stored (fp32 in the original).
-        language_model: sub-folder of an original folder that holds `visual_weight`.
         config: sizes where no config.json gives them; None: the original ones.
 
     Raises:
         CheckpointError: a file that is missing, unsafe or damaged, or tensors that are missing or of another size.
         ConfigError: a damaged config.json.
     """
-    place = Path(folder).expanduser()
-    files = find_files(place, language_model if understanding else None)
-    if files.config is not None:
-        config = DynamicTokenizer.read_config(files.config)
-    state = files.state(understanding)
+    place, prefix = Path(folder).expanduser(), ""
+    if ours := (place / WEIGHTS).is_file():
+        sizes, codec = place / CONFIG, place / WEIGHTS
+        encoder, prefix = named_encoder(place) or (None, "")
+    else:
+        visual = place / "visual_tokenizer"
+        sizes, codec, encoder = visual / CONFIG, *(find_file(visual, names, LAVIT_WHERE) for names in ORIGINAL)
+    if ours or sizes.is_file():
+        config = DynamicTokenizer.read_config(sizes)
+    state = {} if encoder is None else {
+        ENCODER + name.removeprefix(prefix): value for name, value in load_state_dict(encoder, mapped=True).items()
+        if name.startswith(prefix)}
+    state |= load_state_dict(codec, mapped=True)
     with torch.device("meta"):
         model = DynamicTokenizer(config or LavitTokenizerConfig())
-    if not understanding and "vit_proj.weight" not in state:
+    if "vit_proj.weight" not in state:
         model.vit_proj = None
     assign_strictly(cast_layers(model, dtype), state, place, allow_unexpected=TRAINING_STATE, foreign=True,
                     device=device)
     return fill_buffers(model, device).requires_grad_(False).eval()
 
 
-def load_both(folder: str | Path, **options: Any) -> tuple[DynamicTokenizer, DynamicTokenizer]:
-    """(for codes, for understanding): they share all but token merger and projector; one model where the folder has
-    one merger. `options` as of `load_dynamic_tokenizer`."""
+def load_both(folder: str | Path, language_model: str | Path | None = None, **options: Any
+              ) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
+    """(for codes, for understanding): they share all but token merger and projector.
+
+    The second is the first where that has a projector and there is no `visual_weight`, and None without a projector;
+    `language_model`: the folder of an original `visual_weight`; `options` as of `load_dynamic_tokenizer`.
+    """
     coding = load_dynamic_tokenizer(folder, **options)
-    reader = find_files(Path(folder).expanduser(), options.get("language_model", "language_model")).reader
-    return coding, coding if reader is None else with_merger(coding, load_state_dict(reader, mapped=True), reader)
+    file = first_file(Path(language_model or folder).expanduser(), READER_FILES)
+    if file is None:
+        return coding, None if coding.vit_proj is None else coding
+    return coding, with_merger(coding, load_state_dict(file, mapped=True), file)
 
 
 def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path) -> DynamicTokenizer:
@@ -118,33 +108,14 @@ def save_dynamic_tokenizer(model: DynamicTokenizer, folder: str | Path, understa
     if tower:
         name_encoder(place, *tower)
     save_state_dict({name: value for name, value in model.state_dict().items() if not name.startswith(left_out)},
-                    place / "model.safetensors")
+                    place / WEIGHTS)
     if understanding is not None:
-        save_state_dict(reading_state(understanding), place / "visual_weight.safetensors")
+        save_state_dict(reading_state(understanding), place / READER_FILES[0])
     sizes = {"model_type": model.model_type, **asdict(model.config)}
-    replace_text(place / "config.json", json.dumps(sizes, indent=2) + "\n")
+    replace_text(place / CONFIG, json.dumps(sizes, indent=2) + "\n")
     return place
 
 
 def reading_state(model: DynamicTokenizer) -> State:
     """Tensors of `visual_weight`: the token merger and the projector."""
     return {name: value for name, value in model.state_dict().items() if name.startswith(READER)}
-
-
-def find_files(folder: Path, language_model: str | None) -> LavitFiles:
-    """`language_model`: sub-folder of the required `visual_weight` in the original layout; None: not required."""
-    def original(place: Path, name: str) -> Path:
-        file = first_file(place, (f"{name}.safetensors", f"{name}.bin"))
-        if file is None:
-            raise CheckpointError(f"{place / name}.bin: there is no such file (or .safetensors) of a LaVIT tokenizer; "
-                                  f"{LAVIT_WHERE}.")
-        return file
-
-    if (folder / "model.safetensors").is_file():
-        file, prefix = named_encoder(folder) or (None, "")
-        reader = first_file(folder, ("visual_weight.safetensors", "visual_weight.bin"))
-        return LavitFiles(folder / "config.json", folder / "model.safetensors", file, prefix, reader)
-    place = folder / "visual_tokenizer"
-    reader = None if language_model is None else original(folder / language_model, "visual_weight")
-    codec, encoder = original(place, "tokenizer_encoder"), original(place, "eva_vitg_psz14")
-    return LavitFiles(first_file(place, ("config.json",)), codec, encoder, "", reader)

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import LAVIT_WHERE, find_file
 from seed_multimodal.lavit.modeling import CrossAttention
 from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
@@ -42,9 +41,8 @@ EPS = 1e-5
 class LavitDecoderConfig:
     """Sizes of `CodeDecoder`; the defaults are the original ones.
 
-    `tokens`: N, the most rows of an image; `code_dim`: C; `feature_dim`: F. `prompt_dim`: width of a prompt embedding
-    (`highres`: of its first part); `pooled_dim`: of its second part and of the pooled embedding. `grad_checkpoint`:
-    recomputes the blocks in the backward pass.
+    `tokens`: N, the most rows of an image. `prompt_dim`: width of a prompt embedding (`highres`: of its first part);
+    `pooled_dim`: of its second part and of the pooled embedding.
     """
 
     head: Head = "highres"
@@ -154,16 +152,16 @@ class CodeDecoder(PretrainedNetwork):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, head: Head | None = None, config: LavitDecoderConfig | None = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> CodeDecoder:
-        """As `PretrainedNetwork`; also LaVIT's folder (`head`: which file, by default `highres` if both are there) or
-        one of its two files (`config`: their sizes, by default the original ones)."""
-        names = [name for kind, name in ORIGINAL.items() if head in (None, kind)]
+        """As `PretrainedNetwork`; also LaVIT's folder or one of its two files.
+
+        `head`: which file where both are there; `config`: sizes without a config.json, None: the original ones.
+        """
+        names = [ORIGINAL[kind] for kind in sorted(ORIGINAL, key=lambda kind: kind != head)]
         inner = Path(folder) / FOLDER
-        file = find_file(inner if inner.is_dir() else folder, [*names, WEIGHTS], LAVIT_WHERE)
+        file = find_file(inner if inner.is_dir() else folder, [WEIGHTS, *names], LAVIT_WHERE)
         if file.name == WEIGHTS:
             config = cls.read_config(file.with_name(CONFIG))
         else:
             file_head: Head = "highres" if file.stem.startswith("highres") else "lowres"
             config = dataclasses.replace(config or LavitDecoderConfig(), head=file_head)
-        if head not in (None, config.head):
-            raise CheckpointError(f"{file}: holds the {config.head} decoder, not the {head} one.")
         return cls.from_state_dict(config, load_state_dict(file, mapped=True), file, device=device, dtype=dtype)

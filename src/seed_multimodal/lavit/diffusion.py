@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
+from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, empty_prompt, guidance
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.errors import CheckpointError, SeedWarning
+from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.settings import setting
@@ -32,13 +32,12 @@ from seed_multimodal.weights import read_file
 SIDE = 1024  # of the square one of RATIOS
 EMPTY_TEXT = "uncond_embeddings.bin"
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", EMPTY_TEXT)
-CHECKERS = "pixel_decoding"  # the released folder with the safety checker, for both decoders
 
 
 @dataclass(frozen=True)
 class LavitSettings(SizedSettings):
-    """Defaults of the original `generate_image`; `ratio`: one of `RATIOS` instead of height and width. The last two are
-    SDXL's other size conditions, (height, width) and (top, left)."""
+    """Defaults of the original `generate_image`; `ratio`: one of `RATIOS`, where no height and width are given. The
+    last two are SDXL's other size conditions, (height, width) and (top, left)."""
 
     num_inference_steps: int = setting(25, least=1)
     guidance_scale: float = 7.0
@@ -48,7 +47,7 @@ class LavitSettings(SizedSettings):
 
 
 class LavitDetokenizer(Detokenizer):
-    """Rows of the codebook of each image, `[n, C]`, → images; without decoder of codes from its `Conditions`.
+    """Rows of the codebook of each image, `[n, C]`, → images.
 
     `null_embeds`: the empty text's embeddings `[1, L, W]` for a U-Net of Stable Diffusion's kind; None: zeros.
     """
@@ -59,17 +58,18 @@ class LavitDetokenizer(Detokenizer):
     def __init__(self, unet: Any, vae: Any, scheduler: Any, *, decoder: CodeDecoder | None = None,
                  null_embeds: Tensor | None = None, **options: Any) -> None:
         super().__init__(unet, vae, scheduler, **options)
-        self.decoder, self.null_embeds = decoder, null_embeds
+        self.decoder: Any = decoder
+        self.null_embeds = null_embeds
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, decoder: CodeDecoder | None = None, *, check_safety: bool = False,
+    def from_pretrained(cls, folder: str | Path, decoder: CodeDecoder | None = None, *,
                         safety: str | Path | None = None, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> LavitDetokenizer:
         """Load a diffusion folder. A U-Net in a torch file (`.bin`, as released) is read as tensors only.
 
         Args:
-            check_safety: check every image (warns if there is no checker). safety: folder with the checker; None:
-                `folder`, or `pixel_decoding` in the same place. dtype: of the U-Net.
+            safety: folder with the checker of all images (a warning if there is none); None: unchecked.
+            dtype: of the U-Net.
 
         Raises:
             CheckpointError: something is not there (with what to download), damaged, or does not fit the rest.
@@ -80,14 +80,11 @@ class LavitDetokenizer(Detokenizer):
         if decoder is not None and decoder.config.context_dim != width:
             raise CheckpointError(f"{place}: its U-Net reads width {width}, but the decoder of codes writes width "
                                   f"{decoder.config.context_dim}; they do not belong together.")
-        if check_safety:
-            home = Path(safety or place)
-            home = home if (home / "safety_checker").is_dir() else home.parent / CHECKERS
-            if (home / "safety_checker").is_dir():
-                parts |= {name: cls.load_part(home, name) for name in ("safety_checker", "feature_extractor")}
-            else:
-                warnings.warn(f"{safety or place}: holds no safety checker, so images are drawn without one.",
-                              SeedWarning, stacklevel=2)
+        if safety is not None and (Path(safety) / "safety_checker").is_dir():
+            parts |= {name: cls.load_part(Path(safety), name) for name in ("safety_checker", "feature_extractor")}
+        elif safety is not None:
+            warnings.warn(f"{safety}: holds no safety checker, so images are drawn without one.", SeedWarning,
+                          stacklevel=2)
         return cls(**parts, decoder=decoder, null_embeds=None if is_sdxl(parts["unet"]) else read_empty_text(
             place, width)).to(device)
 
@@ -98,30 +95,23 @@ class LavitDetokenizer(Detokenizer):
         return height, width
 
     def size(self, settings: Any) -> tuple[int, int]:
-        """See `Detokenizer`."""
-        if settings.ratio is None:
-            return super().size(settings)
-        if settings.height is not None or settings.width is not None:
-            raise ConfigError("Give a ratio, or height and width, not both.")
-        return self.ratio_size(settings.ratio)
+        whole = settings.ratio is None or settings.height is not None or settings.width is not None
+        return super().size(settings) if whole else self.ratio_size(settings.ratio)
 
-    def rows(self, embeds: Sequence[Tensor] | Conditions, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
-        """See `Detokenizer`."""
-        return embeds._asdict() if isinstance(embeds, Conditions) else {"rows": embeds}
+    def rows(self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: Any) -> dict[str, Any]:
+        return {"rows": embeds}
 
-    def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] = (),
-                prompt_embeds: Tensor | None = None, pooled: Tensor | None = None, features: Tensor | None = None,
+    def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] | Conditions,
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
-        """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
-        if prompt_embeds is None:
-            assert self.decoder is not None
-            prompt_embeds, pooled, features = self.decoder(rows)
+        """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
+        generators'."""
+        made = rows if isinstance(rows, Conditions) else self.decoder(rows)
         size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
-        if start is None and self.layout is not None and features is not None:
+        if start is None and self.layout is not None and made.features is not None:
             height, width = (side // self.factor for side in size)
-            start = self.layout.warm_latents(features.to(device), generators, self.scheduler, size=(height, width))
+            start = self.layout.warm_latents(made.features.to(device), generators, self.scheduler, size=(height, width))
         start = self.noise(generators, size, torch.float32) if start is None else start
-        prompt, mask = prompt_embeds.to(device, self.unet.dtype), None
+        prompt, mask = made.prompt_embeds.to(device, self.unet.dtype), None
         if guided:
             away, mask = unconditional(prompt, self.null_embeds)
             prompt = torch.cat([away, prompt])
@@ -129,8 +119,7 @@ class LavitDetokenizer(Detokenizer):
         if mask is not None:
             conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
         if is_sdxl(self.unet):
-            assert pooled is not None
-            pooled = pooled.to(prompt)
+            pooled = made.pooled.to(prompt)
             ids = size_ids(size, original=settings.original_size, crop=settings.crops_coords_top_left,
                            count=len(prompt))
             conditions["added_cond_kwargs"] = {
@@ -155,13 +144,13 @@ def unconditional(prompt: Tensor, null_embeds: Tensor | None) -> tuple[Tensor, T
 
 
 def read_empty_text(place: Path, width: int) -> Tensor:
-    """The empty text's embeddings `[1, L, W]` of a folder. Raises `CheckpointError`: not there, or of another size."""
-    file = place / EMPTY_TEXT
-    if not file.is_file():
-        raise CheckpointError(f"{file}: there is no such file, which a U-Net of Stable Diffusion 1's kind needs; "
-                              f"{LAVIT_WHERE}.")
-    value: Any = next(iter(read_file(file).values()))
-    value = value if value.ndim == 3 else value[None]
-    if value.ndim != 3 or len(value) != 1 or value.shape[2] != width:
-        raise CheckpointError(f"{file}: must hold a tensor [1, L, {width}], got {list(value.shape)}.")
-    return value.float()
+    """The empty text's embeddings `[1, L, width]` of a folder: from their file, or by Stable Diffusion's text encoder;
+    `CheckpointError`: not there, or another width."""
+    if (place / "text_encoder").is_dir() and not (place / EMPTY_TEXT).is_file():
+        encoder, tokenizer = (LavitDetokenizer.load_part(place, name) for name in ("text_encoder", "tokenizer"))
+        with torch.no_grad():
+            return empty_prompt(encoder, tokenizer, torch.device("cpu"))
+    value: Any = next(iter(read_file(find_file(place, [EMPTY_TEXT], LAVIT_WHERE)).values()))
+    if value.shape[-1] != width:
+        raise CheckpointError(f"{place / EMPTY_TEXT}: has width {value.shape[-1]}, but the U-Net reads width {width}.")
+    return value.float().view(1, -1, width)

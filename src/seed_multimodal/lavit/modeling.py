@@ -95,13 +95,11 @@ def choose(log_probs_BN2: Tensor, *, mode: str = "draw", generator: Generators =
            noise: Tensor | None = None) -> Selection:
     """The hard decision, with the gradient of the soft one; every image keeps at least its most probable patch.
 
-    The original draws at inference, too: each patch is kept independently with its probability (Gumbel noise at
-    temperature 1), so tokens differ from call to call unless the noise is seeded.
-
     Args:
-        mode: `draw`, or `threshold` (p_keep > 0.5), which is deterministic.
-        generator: of the noise: one for the batch, or one for each image, which makes an image's tokens independent of
-            its batch; None: torch's global generator.
+        mode: `draw` keeps each patch with its probability (Gumbel noise at temperature 1; at inference, too, as in the
+            original); `threshold` keeps those with p > 0.5.
+        generator: one for the batch, or one for each image, whose tokens then do not depend on the batch; None:
+            torch's global generator.
         noise: Gumbel noise `[B, N, 2]` instead of a draw.
     """
     if mode not in MODES:
@@ -132,10 +130,9 @@ def gumbel_noise(shape: Sequence[int], device: torch.device, generator: Generato
 
 
 def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
-    """Weights over the keys, computed in fp32; gradients flow into `allowed` (1 visible, 0 masked, broadcast).
+    """`e = exp(score − max over all keys) · allowed`, `w = (e + ε / K) / (Σ e + ε)`, computed in fp32.
 
-    `e = exp(score − max over all keys) · allowed`, `w = (e + ε / K) / (Σ e + ε)`: a query without a visible key
-    averages everything.
+    Gradients flow into `allowed` (1 visible, 0 masked, broadcast); a query without a visible key averages everything.
     """
     scores = scores_BHQK.float()
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp() * allowed
@@ -247,8 +244,7 @@ class LavitVit(EvaVit):
 class DynamicTokenizer(PretrainedNetwork):
     """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
 
-    Keyword arguments named `selection` are those of `choose`. `vit_proj` (to the language model's width) is None where
-    the weights are for generation only.
+    `selection`: arguments of `choose`. `vit_proj` (to the language model's width) is None in weights that make codes.
     """
 
     config_class, model_type = LavitTokenizerConfig, "lavit_tokenizer"

@@ -23,9 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import ImageTransform, denormalise, normalise, seed_image_processor
+from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
 from seed_multimodal.language.generation import Prompt, random_seed
 from seed_multimodal.lavit.pipeline import CodeRows, Lavit
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
@@ -36,20 +34,11 @@ from seed_multimodal.system.requests import Task
 
 LLM = "language_model"
 HERE = ("", ".", "./")  # the default of `model_path`
-# The originals' names of generation settings → ours; and their defaults, where they are not those of `Lavit`.
 NAMES = {"use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens", "max_len": "max_new_tokens",
          "min_length": "min_new_tokens", "min_len": "min_new_tokens", "num_captions": "num_return_sequences",
-         "num_return_images": "num_return_sequences", "guidance_scale": "guidance"}
-CAPTION = {"do_sample": False, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8, "top_p": 1.0}
-ANSWER = {"do_sample": False, "num_beams": 5, "max_new_tokens": 10, "min_new_tokens": 2, "top_p": 1.0,
-          "length_penalty": 0}
-TOKENS = {"do_sample": True, "top_p": 0.9, "max_new_tokens": 200, "min_new_tokens": 20, "guidance": 3.0}
+         "num_return_images": "num_return_sequences", "guidance_scale": "guidance"}  # the originals' and ours
 LaVITQuestionProcessor = QuestionProcessor
-
-
-def LaVITImageProcessor(image_size: int = 224) -> ImageTransform:  # noqa: N802 (the original name)
-    """A PIL image → normalised pixels `[3, S, S]`: squashed, bicubic."""
-    return seed_image_processor(image_size)
+LaVITImageProcessor = seed_image_processor  # of one size: a PIL image → normalised pixels `[3, S, S]`
 
 
 def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device_id: int | None = None,
@@ -57,16 +46,13 @@ def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device
                 load_tokenizer: bool = True, pixel_decoding: str = "highres", check_safety: bool = True,
                 local_files_only: bool = False, model_sub_dir: str = LLM
                 ) -> LaVITforUnderstanding | LaVITforGeneration:
-    """A model for understanding, or for generation.
+    """A model for understanding, or for generation; raises `CheckpointError` for missing or damaged weights.
 
     Args:
         model_path: an original folder, one with `system.json`, or `nano-lavit`; the default stands for
             `pretrained/LaVIT-7B-v2` where the current folder is none. model_sub_dir: the language model's folder.
         model_dtype: "bf16", "fp16" or "fp32". device_id: number of the CUDA device; None: that of the process, or CPU.
         pixel_decoding: "lowres", or anything else for highres. check_safety: flagged drawings become black.
-
-    Raises:
-        CheckpointError: weights that are missing or damaged: one sentence, with what to put where.
     """
     if understanding:
         return LaVITforUnderstanding(model_path, model_dtype, device_id=device_id, model_sub_dir=model_sub_dir)
@@ -91,10 +77,13 @@ class _Model:
         height, width = self.images.decoder.ratio_size(ratio)
         return height, width
 
-    def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int] | None, defaults: dict[str, Any],
-                  options: dict[str, Any]) -> list[list[int]]:
-        given = {**defaults, **{NAMES.get(name, name): value for name, value in options.items()}}
-        settings = self.system.settings(task, **given, seed=random_seed())
+    def _load(self, config: SystemConfig, device_id: int | None, dtype: str, **options: Any) -> None:
+        self.system = Lavit.from_pretrained(config, device=original_device(device_id), dtype=dtype, log=None, **options)
+        self.images = self.system.images
+
+    def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any) -> list[list[int]]:
+        values = {**Lavit.defaults[task], **{NAMES.get(name, name): value for name, value in options.items()}}
+        settings = self.system.settings(task, **{**values, "seed": random_seed()})
         return self.system.generate(prompts, replace(settings, force_image=task == "draw"), task, seeds=seeds)
 
 
@@ -103,9 +92,7 @@ class LaVITforUnderstanding(_Model):
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
-        self.system = Lavit.from_pretrained(original_config(model_path, model_sub_dir), load_decoder=False, log=None,
-                                            device=original_device(device_id), dtype=original_dtype(model_dtype))
-        self.images = self.system.images
+        self._load(original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False)
 
     def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
         """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
@@ -115,18 +102,16 @@ class LaVITforUnderstanding(_Model):
             options: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
                 `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
         """
-        return self._texts(samples["image"], samples.get("prompt") or "", "describe", CAPTION, options)
+        return self._texts(samples["image"], samples.get("prompt") or "", "describe", options)
 
     def predict_answers(self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any) -> list[str]:
         """Answers to `samples["text_input"]` (a text, or one each) about `samples["image"]`; without a `prompt` the
         texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`."""
         texts = samples["text_input"]
         texts = [texts] if isinstance(texts, str) else texts
-        return self._texts(samples["image"], [prompt.format(one) if prompt else one for one in texts], "ask", ANSWER,
-                           options)
+        return self._texts(samples["image"], [prompt.format(one) if prompt else one for one in texts], "ask", options)
 
-    def _texts(self, image: Any, texts: str | Sequence[str], task: Task, defaults: dict[str, Any],
-               options: dict[str, Any]) -> list[str]:
+    def _texts(self, image: Any, texts: str | Sequence[str], task: Task, options: dict[str, Any]) -> list[str]:
         images = [denormalise(one) for one in image] if isinstance(image, Tensor) else shown(image)
         texts = [texts] if isinstance(texts, str) else texts
         texts = list(texts) * len(images) if len(texts) == 1 else texts
@@ -134,7 +119,7 @@ class LaVITforUnderstanding(_Model):
         seeds = _seeds(len(images))
         prompts = [one.prompt for one in self.system.requests(conversations, task, seeds=seeds)]
         return [self.system.said(self.system.read_answer(ids, task), task)
-                for ids in self._generate(prompts, task, seeds, defaults, options)]
+                for ids in self._generate(prompts, task, seeds, **options)]
 
 
 class LaVITforGeneration(_Model):
@@ -143,11 +128,8 @@ class LaVITforGeneration(_Model):
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
                  device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
-        config = original_config(model_path, model_sub_dir, pixel_decoding, check_safety)
-        self.system = Lavit.from_pretrained(config, device=original_device(device_id), log=None,
-                                            dtype=original_dtype(model_dtype),
-                                            offload=() if load_tokenizer else ("encoder",))
-        self.images = self.system.images
+        self._load(original_config(model_path, model_sub_dir, pixel_decoding, check_safety), device_id, model_dtype,
+                   offload=() if load_tokenizer else ("encoder",))
 
     def generate_image(self, prompts: Any, width: int = 512, height: int = 512, *, original_size: Any = None,
                        crops_coords_top_left: Any = None, num_inference_steps: int = 25,
@@ -165,27 +147,28 @@ class LaVITforGeneration(_Model):
     def multimodal_synthesis(self, prompts: Sequence[tuple[Any, str]], *, guidance_scale_for_llm: float = 5.0,
                              **options: Any) -> list[Image.Image]:
         """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
-        parts = [value if kind == "text" else self.images.encode(shown(value), seed=None)[0].tolist()
-                 for value, kind in prompts]
-        return self.generate_image([self.system.tokenizer.drawing_ids(parts)], is_token_prompt=True,
-                                   guidance_scale_for_llm=guidance_scale_for_llm, **options)
+        conversation = user_message([value if kind == "text" else shown(value)[0] for value, kind in prompts])
+        prompt = self.system.requests([conversation], "edit", seeds=[None])[0].prompt
+        return self.generate_image([prompt.ids], is_token_prompt=True, guidance_scale_for_llm=guidance_scale_for_llm,
+                                   **options)
 
     def generate_image_tokenids(self, prompts: Any, *, uncond_input_ids: Any = None, is_token_prompt: bool = False,
-                                **options: Any) -> Tensor:
+                                guidance_scale: float = 3.0, top_p: float = 0.9, **options: Any) -> Tensor:
         """The ids that the language model writes to each prompt, `[R, L]`, padded on the left with 2.
 
         Args:
             prompts: a text or several; with `is_token_prompt` rows of ids.
-            uncond_input_ids: what the language model is steered away from, ids `[B, L]` with the image's start at the
-                end; None: that start alone.
-            options: as of `LaVITforUnderstanding.generate`, `guidance_scale`; `num_return_images` of each prompt.
+            uncond_input_ids: what guidance steers away from, ids `[B, L]` with the image's start at the end; None: that
+                start alone.
+            options: as of `LaVITforUnderstanding.generate`; `num_return_images` of each prompt.
         """
         words = self.system.tokenizer
         texts = [prompts] if isinstance(prompts, str) else prompts
         rows = prompts if is_token_prompt else [words.text_ids(text) for text in texts]
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
         answers = self._generate([Prompt(list(row), negative=negative) for row, negative in
-                                  zip(rows, negatives, strict=True)], "draw", _seeds(len(rows)), TOKENS, options)
+                                  zip(rows, negatives, strict=True)], "draw", _seeds(len(rows)),
+                                 guidance_scale=guidance_scale, top_p=top_p, **options)
         longest = max(map(len, answers)) - 1  # without the forced start
         return torch.tensor([[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers])
 
@@ -195,8 +178,9 @@ class LaVITforGeneration(_Model):
                                             for codes in self._codes(image_tokens)])
 
     def _codes(self, ids: Tensor) -> list[Tensor]:
-        words: Any = self.system.tokenizer.vocabulary
-        return [self.images.check_codes(words.codes_of(row)[:words.tokens_per_image]) for row in ids.tolist()]
+        words = self.system.tokenizer.vocabulary
+        rows = [[id - words.code_start for id in row if words.is_code_id(id)] for row in ids.tolist()]
+        return [self.images.check_codes(torch.tensor(row[:words.tokens_per_image])) for row in rows]
 
 
 class LaVITDetokenizer(_Model):
@@ -205,7 +189,7 @@ class LaVITDetokenizer(_Model):
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:
         self.images = open_images(original_config(model_path, head=pixel_decoding, check_safety=False),
-                                  device=original_device(device_id), dtype=original_dtype(model_dtype))
+                                  device=original_device(device_id), dtype=model_dtype)
 
     def reconstruct_from_token(self, x: Tensor, width: int = 1024, height: int = 1024, original_size: Any = None,
                                num_inference_steps: int = 50, guidance_scale: float = 5.0) -> list[Image.Image]:
@@ -231,13 +215,6 @@ def original_config(model_path: str | Path, model_sub_dir: str = LLM, head: str 
         config.llm = config.llm.parent / model_sub_dir
     config.safety = config.safety if check_safety else None
     return config
-
-
-def original_dtype(name: str) -> torch.dtype:
-    """`model_dtype`; `ConfigError` for another name."""
-    if name not in DTYPES:
-        raise ConfigError(f"model_dtype {name!r}: use bf16 or fp16 (or fp32).")
-    return DTYPES[name]
 
 
 def original_device(device_id: int | None) -> str:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
@@ -57,9 +57,9 @@ class Negative(str):
 class CodeRows(ImageCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    Args:
-        writer: the tokenizer whose codes are drawn; reader: the one that the language model sees with, None: this
-            system cannot read images. selection: "draw" patches by the seed, or those above the "threshold".
+    `writer`: the tokenizer whose codes are drawn; `reader`: the one that the language model sees with, None: this
+    system cannot read images; `selection`: "draw" patches by the seed, or those above the "threshold". Seeds choose
+    patches: one for all images, or one each; None: torch's global generator.
     """
 
     own_settings = ("callback",)
@@ -84,54 +84,39 @@ class CodeRows(ImageCodec):
     def run_encoder(self, images: Sequence[Any]) -> None:
         self.kept(images)
 
-    def encode(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
-        """Codes `[n]` int64 of each image, on the CPU.
+    def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
+        """Codes `[n]` int64 of each image, on the CPU."""
+        return [codes.cpu() for codes in self._encoded(self.writer.encode, images, seed)]
 
-        Args:
-            seed: of the choice of patches, one for all images or one each; None: torch's global generator.
-        """
-        return [codes.cpu() for codes in self._encoded(self.writer.encode, self.writer, images, seed, selection)]
-
-    def read(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
-        """Rows `[n, D]` of each image for the language model; arguments as of `encode`.
-
-        Raises:
-            CheckpointError: a system without the weights of the second stage.
-        """
+    def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
+        """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
         if self.reader is None:
             raise CheckpointError("This system has no weights that read images (token merger and projector of the "
                                   "second stage), so it cannot describe images or answer.")
-        return self._encoded(self.reader.continuous, self.reader, images, seed, selection)
+        return self._encoded(self.reader.continuous, images, seed)
 
-    def kept(self, images: Sequence[Any], *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
+    def kept(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
-        model = self.writer
+        def choose(pixels: Tensor, **selection: Any) -> list[Tensor]:
+            keep_BN = self.writer.select(self.writer.patch_features(pixels), **selection).keep_BN
+            return list(keep_BN.bool().unflatten(1, (self.writer.config.vit.grid, -1)).cpu())
 
-        def choose(pixels: Tensor, **choice: Any) -> list[Tensor]:
-            keep_BN = model.select(model.patch_features(pixels), **choice).keep_BN
-            return list(keep_BN.bool().unflatten(1, (model.config.vit.grid, -1)).cpu())
-
-        return self._encoded(choose, model, images, seed, selection)
+        return self._encoded(choose, images, seed)
 
     @torch.inference_mode()
-    def _encoded(self, encode: Callable[..., list[Tensor]], model: DynamicTokenizer, images: Sequence[Any], seed: Any,
-                 selection: str | None) -> list[Tensor]:
+    def _encoded(self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any) -> list[Tensor]:
         seeds = None if seed is None else one_seed_each(seed, len(images))
         rows: list[Tensor] = []
         for start in range(0, len(images), AT_ONCE):
             part = slice(start, start + AT_ONCE)
-            pixels = torch.stack([model.transform(self.open(image)) for image in images[part]])
+            pixels = torch.stack([self.writer.transform(self.open(image)) for image in images[part]])
             generators = None if seeds is None else [torch.Generator().manual_seed(one) for one in seeds[part]]
             with self.encoding():
-                rows += encode(pixels.to(self.device), mode=selection or self.selection, generator=generators)
+                rows += encode(pixels.to(self.device), mode=self.selection, generator=generators)
         return rows
 
     def check_codes(self, codes: Any) -> Tensor:
-        """Codes of one image → `[n]` int64.
-
-        Raises:
-            CodesError: none, more than the decoder reads, or one outside the codebook.
-        """
+        """Codes of one image → `[n]` int64; `CodesError`: no whole image, or a code outside the codebook."""
         config, row = self.writer.config, torch.as_tensor(codes)
         if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
             raise CodesError(f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}.")
@@ -142,11 +127,7 @@ class CodeRows(ImageCodec):
     @torch.inference_mode()
     def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4,
              **settings: Any) -> list[Image.Image]:
-        """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …
-
-        Raises:
-            CodesError: codes that are no image.
-        """
+        """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …"""
         rows = [self.check_codes(one) for one in values]
         with self.encoding(), self.drawing() as decoder:
             embedded = [self.writer.embed_codes(row.to(self.device)) for row in rows]
@@ -181,19 +162,17 @@ class Lavit(MultimodalSystem):
         words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
         llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
                        quantization=runtimes.quantization)
-        words.vocabulary.check_rows(llm.config.vocab_size, parts.llm)
         images = load_images(config, runtimes)
-        sizes = images.writer.config
-        if (sizes.codebook_size, sizes.patches) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
-            raise CheckpointError(f"{config.tokenizer}: its codebook has {sizes.codebook_size} codes and an image "
-                                  f"{sizes.patches} patches, but the language model's words are made for "
-                                  f"{words.vocabulary.n_codes} and {words.vocabulary.tokens_per_image}; they do not "
-                                  f"belong together.")
-        reader: Any = images.reader
-        if reader is not None and reader.vit_proj.out_features != llm.config.hidden_size:
-            raise CheckpointError(f"{config.tokenizer}: its rows have width {reader.vit_proj.out_features}, but the "
-                                  f"language model {config.llm} reads width {llm.config.hidden_size}; they do not "
-                                  f"belong together.")
+        sizes, vocabulary, reader = images.writer.config, words.vocabulary, images.reader
+        pairs = {"codes": (sizes.codebook_size, vocabulary.n_codes),
+                 "patches": (sizes.patches, vocabulary.tokens_per_image),
+                 "words": (vocabulary.size, min(vocabulary.size, llm.config.vocab_size))}  # more are padding
+        if reader is not None and reader.vit_proj is not None:
+            pairs["rows of width"] = (reader.vit_proj.out_features, llm.config.hidden_size)
+        for what, (needed, found) in pairs.items():
+            if needed != found:
+                raise CheckpointError(f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
+                                      f"and {found}.")
         return cls(config, words, llm, images, log, llm_device=runtimes.llm_device)
 
     # ---- what a family defines
@@ -256,17 +235,16 @@ class Lavit(MultimodalSystem):
         return requests
 
     def _drawing_prompt(self, message: Message, codes: Any) -> Prompt:
-        parts: list[Any] = []
-        negative = None
+        words, ids, negative = self.tokenizer, list[int](), None
         for item in message.content:
             if isinstance(item, Negative):
-                negative = [*self.tokenizer.text_ids(item), self.tokenizer.vocabulary.boi_id]
+                negative = [*words.text_ids(item), words.vocabulary.boi_id]
             elif isinstance(item, str):
-                parts.append(item)
+                ids += words.text_ids(item)
             else:
                 row = next(codes) if is_image(item) else item.codes if isinstance(item, ImagePart) else item
-                parts.append(self.images.check_codes(row).tolist())
-        return Prompt(self.tokenizer.drawing_ids(parts), negative=negative)
+                ids += words.vocabulary.code_to_id(self.images.check_codes(row).tolist())
+        return Prompt(ids, negative=negative)
 
     # ---- tasks
 
@@ -296,14 +274,12 @@ class Lavit(MultimodalSystem):
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
 
-    def tokenize(self, images: Any, *, seed: Any = 0, selection: str | None = None) -> list[Tensor]:
-        items = shown(images)
-        self._log_note(self.images.note(items))
-        return self.images.encode(items, seed=seed, selection=selection)
+    def tokenize(self, images: Any, *, seed: Any = 0) -> list[Tensor]:
+        return self._codes_of(shown(images), seed)
 
-    def _codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> list[Tensor]:
+    def _codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
         self._log_note(self.images.note(images))
-        return self.images.encode(images, seed=list(seeds))
+        return self.images.encode(images, seed=seeds)
 
     def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
               options: dict[str, Any]) -> list[Image.Image]:
@@ -314,30 +290,21 @@ class Lavit(MultimodalSystem):
 
 
 def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
-    """The tokenizers of a system now, its decoders when they are first needed.
-
-    Raises:
-        CheckpointError: missing or damaged files.
-    """
+    """The tokenizers of a system now, its decoders when they are first needed."""
     parts: Any = config.require("tokenizer")
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
-    writer, reader = load_both(parts.tokenizer, device=home, dtype=runtimes.images.dtype,
-                               config=config.sizes.get("tokenizer"),
-                               **({"language_model": str(config.llm)} if config.original else {}))
-    reads = reader is not None and reader.vit_proj is not None
+    writer, reader = load_both(parts.tokenizer, parts.llm if config.original else None, device=home,
+                               dtype=runtimes.images.dtype, config=config.sizes.get("tokenizer"))
     load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
-    images = CodeRows(writer, reader if reads else None, selection=config.selection, load_decoder=load,
-                      device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    images = CodeRows(writer, reader, selection=config.selection, load_decoder=load, device=runtimes.images.device,
+                      drawing_device=runtimes.drawing.device, offload=runtimes.offload)
     images.domain = load_domain(config.domain, config.domain_threshold)
     return images
 
 
 def _load_decoder(config: SystemConfig, runtimes: Runtimes) -> LavitDetokenizer:
-    config.require("decoder", "pixels")
-    if config.decoder is None or config.pixels is None:
-        raise ConfigError(f"{config.name}: its system.json names no decoder, so it cannot draw.")
+    parts: Any = config.require("decoder", "pixels")
     dtype = runtimes.drawing.dtype
-    decoder = CodeDecoder.from_pretrained(config.decoder, head=config.head, config=config.sizes.get("decoder"),
+    decoder = CodeDecoder.from_pretrained(parts.decoder, head=config.head, config=config.sizes.get("decoder"),
                                           dtype=dtype)
-    return LavitDetokenizer.from_pretrained(config.pixels, decoder, dtype=dtype, check_safety=config.safety is not None,
-                                            safety=config.safety)
+    return LavitDetokenizer.from_pretrained(parts.pixels, decoder, dtype=dtype, safety=config.safety)

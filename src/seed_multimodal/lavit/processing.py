@@ -26,16 +26,10 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, CodesError, SeedWarning, how_to_install
-from seed_multimodal.language.tokenizer import (
-    MultimodalTokenizer,
-    plain_text,
-    read_text_files,
-    train_model,
-    write_files,
-)
+from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files, train_model, write_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.language.words import question_text
-from seed_multimodal.settings import check_settings, check_value, setting
+from seed_multimodal.settings import check_value
 
 Embed = Callable[[Tensor], Tensor]  # ids [B, L] → [B, L, D]
 QUESTION = "Question: {} Answer:"
@@ -46,13 +40,7 @@ SPACY_MODEL = "en_core_web_sm"
 
 @dataclass(frozen=True)
 class LavitWords(ImageVocabulary):
-    """LaVIT's ids; the defaults are the original ones.
-
-    Attributes:
-        n_text: text pieces.
-        n_codes: visual codes.
-        tokens_per_image: the most codes an image may have: the number of its patches.
-    """
+    """LaVIT's ids; the defaults are the original ones. `tokens_per_image`: the most codes of an image, its patches."""
 
     begun_only: ClassVar[bool] = True
     free_inside: ClassVar[int] = 3  # <unk>, <s> and </s>
@@ -74,29 +62,9 @@ class LavitWords(ImageVocabulary):
         """The fewest codes of an image."""
         return 1
 
-    def check_codes(self, codes: Sequence[int]) -> list[int]:
-        """The codes of one image as plain ints, 1 to `tokens_per_image` of them; raises CodesError otherwise."""
-        if not 1 <= len(codes) <= self.tokens_per_image:
-            raise CodesError(f"An image has 1 to {self.tokens_per_image} codes, not {len(codes)}.")
-        return [id - self.code_start for id in self.code_to_id(codes)]
-
     def image_text(self, codes: Iterable[int]) -> str:
         """No text stands for LaVIT's image words: raises CodesError."""
         raise CodesError("LaVIT's image codes cannot be written as text; give them as numbers.")
-
-    def codes_of(self, ids: Iterable[int]) -> Tensor:
-        """The codes among any ids, int64 [n]: text, start, end, padding and rows beyond the codebook are left out."""
-        return torch.tensor([int(id) - self.code_start for id in ids if self.is_code_id(int(id))], dtype=torch.long)
-
-    def check_rows(self, rows: int, source: str | Path) -> None:
-        """Refuse a language model with fewer words; more are padding, and never written.
-
-        Raises:
-            CheckpointError: too few `rows` of its embedding table.
-        """
-        if rows < self.size:
-            raise CheckpointError(f"{source}: the language model has {rows} words, but {self.n_text} text pieces, "
-                                  f"start, end and {self.n_codes} codes are {self.size}; they do not belong together.")
 
 
 class LavitTokenizer(MultimodalTokenizer):
@@ -115,16 +83,15 @@ class LavitTokenizer(MultimodalTokenizer):
         Raises:
             CheckpointError: a file that is missing or damaged; more pieces than `words` has text.
         """
-
         def layout(pieces: int, config: dict[str, Any]) -> LavitWords:
             sizes = {name: check_value(int, config[key], f"{folder}/tokenizer_config.json: {key}", least=1)
                      for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
                      if key in config}
-            found = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
-            if pieces > found.n_text:
+            chosen = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
+            if pieces > chosen.n_text:
                 raise CheckpointError(f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin "
-                                      f"at {found.n_text}.")
-            return found
+                                      f"at {chosen.n_text}.")
+            return chosen
 
         return cls(read_text_files(Path(folder), layout))
 
@@ -142,51 +109,34 @@ class LavitTokenizer(MultimodalTokenizer):
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids; names of control words in it are ordinary letters."""
-        return self.encode_parts([plain_text(text)])
+        return self.encode_parts([text])
 
-    def drawing_ids(self, parts: Sequence[str | Sequence[int]]) -> list[int]:
-        """Texts and images (their codes, not bracketed) in order → ids of a prompt for `generate_codes`.
-
-        Raises:
-            CodesError: an image without codes, or one outside the codebook.
-        """
-        ids: list[int] = []
-        for part in parts:
-            words = self.vocabulary
-            ids += self.text_ids(part) if isinstance(part, str) else words.code_to_id(
-                words.check_codes([int(code) for code in part]))
-        return ids
 
 # ---- prompts and answers
 
 
 def read_prompt(embed: Embed, words: LavitWords, images: Sequence[Tensor], text_ids: Sequence[int] = ()) -> Tensor:
     """Rows [n, D] of images, each between start and end, and a text behind them → embeddings [L, D]."""
-    like = images[0]
-    start, end = embed(torch.tensor([words.boi_id, words.eoi_id], device=like.device)).split(1)
-    parts = [part for row in images for part in (start, row.to(start), end)]
-    if text_ids:
-        parts.append(embed(torch.tensor(list(text_ids), device=like.device)))
-    return torch.cat(parts)
+    device = images[0].device
+    start, end = embed(torch.tensor([words.boi_id, words.eoi_id], device=device)).split(1)
+    text = [embed(torch.tensor(list(text_ids), device=device))] if text_ids else []
+    return torch.cat([*(part for rows in images for part in (start, rows.to(start), end)), *text])
 
 
 @dataclass(frozen=True)
 class QuestionProcessor:
     """Questions of the benchmarks: lower case, without . ! " ( ) * # : ; ~, the first `max_words` words."""
 
-    max_words: int = setting(50, least=1)
-
-    def __post_init__(self) -> None:
-        check_settings(self, "question")
+    max_words: int = 50
 
     def __call__(self, question: str) -> str:
         return question_text(question, self.max_words)
 
 
 class Lemmatizer:
-    """Answers in lower case, nouns and verbs by their base form, as the original programs count them; needs spaCy.
+    """Answers in lower case, nouns and verbs by their base form, as the original programs count them.
 
-    Without spaCy or its model a warning says so once, and the words keep their form; `uses_spacy` tells which it was.
+    Without spaCy or its model a warning says so once, and the words keep their form.
     """
 
     def __init__(self, model: str = SPACY_MODEL) -> None:
@@ -197,10 +147,6 @@ class Lemmatizer:
             warnings.warn(f"Answers are not lemmatised as the original model's are, because spaCy or its model {model} "
                           f"is not there ({how_to_install('spacy')}, then python -m spacy download {model}); scores "
                           f"can be lower by a little.", SeedWarning, stacklevel=2)
-
-    @property
-    def uses_spacy(self) -> bool:
-        return self._read is not None
 
     def __call__(self, answer: str) -> str:
         text = answer.lower()

@@ -1,4 +1,6 @@
-"""Stage 1 of LaVIT: token selector, token merger and codebook learn by rebuilding the features of a frozen encoder.
+"""Training of LaVIT's tokenizer and of its pixel decoders.
+
+Stage 1: token selector, token merger and codebook learn by rebuilding the features of a frozen encoder.
 
     loss = mean over patches of (1 − cos(x, x̂)) + λ (ρ − share of kept patches)² [+ commitment to the codes]
 
@@ -7,20 +9,30 @@ from what its decisions change: one patch of an image is decided the other way, 
 difference in its loss is the gradient of that patch's probability. (A straight-through gradient is many times the real
 change for a dropped patch.)
 
+Pixel decoders: a U-Net that begins as Stable Diffusion's is conditioned by the features that a frozen code decoder
+makes of an image's own codes, and learns by its own noise-prediction loss. Our choices, where neither paper nor
+repository say more: some images lose their conditions (`dropout`), replaced by what guidance steers away from; the
+heads (`unet_proj*`, `unet_attnpool`) are trained with the U-Net.
+
 Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept rows of all images.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.lavit.decoder import CodeDecoder
+from seed_multimodal.diffusion.training import Noised, Trained, train_unet
+from seed_multimodal.lavit.decoder import CodeDecoder, Head
+from seed_multimodal.lavit.diffusion import is_sdxl, unconditional
 from seed_multimodal.lavit.modeling import DynamicTokenizer, Generators, Selection
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.training import cosine
@@ -28,6 +40,7 @@ from seed_multimodal.settings import setting
 
 REFERENCE = 0.18  # cosine loss at which the original tokenizer converged (about 0.3 with codes from the start)
 TRIED = 2  # of one image in so many a decision is tried the other way, which costs a forward pass
+HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
 
 
 @dataclass(frozen=True)
@@ -54,23 +67,18 @@ class LavitStage1Output:
 
     def numbers(self) -> dict[str, Tensor]:
         """Scalars for a log: parts of the loss, the kept share, and tokens per image (mean, deviation, extremes)."""
-        counts_B = self.counts_B.float()
-        values = {
-            "loss_cosine": self.loss_cosine, "loss_ratio": self.loss_ratio, "loss_commitment": self.loss_commitment,
-            "kept": self.kept, "tokens": counts_B.mean(), "tokens_deviation": counts_B.std(correction=0),
-            "tokens_least": counts_B.min(), "tokens_most": counts_B.max()}
+        names, counts_B = ("loss_cosine", "loss_ratio", "loss_commitment", "kept"), self.counts_B.float()
+        values = {name: getattr(self, name) for name in names} | {
+            "tokens": counts_B.mean(), "tokens_deviation": counts_B.std(correction=0), "tokens_least": counts_B.min(),
+            "tokens_most": counts_B.max()}
         return {name: value.detach() for name, value in values.items() if value is not None}
 
 
 class LavitStage1(nn.Module):
-    """A dynamic tokenizer and its decoder, with the loss of stage 1.
+    """A dynamic tokenizer and its decoder, with the loss of stage 1; encoder, projector and U-Net heads are frozen.
 
-    Args:
-        tokenizer: its encoder and projector are frozen; its quantizer is replaced by one with moving averages.
-        decoder: its heads for a U-Net are frozen.
-        freeze_selector: keeps the token selector as it is once codes are used.
-
-    `use_codes`, `codes` and `features` are those of `training.codebook.CodedModel`.
+    The tokenizer's quantizer is replaced by one with moving averages. `freeze_selector` keeps the token selector as it
+    is once codes are used. `use_codes`, `codes` and `features` are those of `training.codebook.CodedModel`.
     """
 
     def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,
@@ -189,8 +197,7 @@ class LavitStage1(nn.Module):
         self.tokenizer.token_predictor.out_conv[4].bias.copy_(torch.tensor([keep, 1 - keep]).log())
 
     def finished(self) -> tuple[DynamicTokenizer, CodeDecoder]:
-        """The trained networks in eval mode (the same tensors), the codebook without its averages, and without the
-        projector, which stage 2 trains."""
+        """The networks in eval mode, without the codebook's averages and the projector, which stage 2 trains."""
         trained = self.quantize
         codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
         codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
@@ -216,3 +223,76 @@ def mean_of_all(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+# ---- pixel decoders
+
+
+class TrainedPixels(nn.Module):
+    """U-Net and code decoder, whose blocks are frozen; null_embeds: as of `LavitDetokenizer`."""
+
+    null_embeds: Tensor | None
+
+    def __init__(self, unet: Any, decoder: CodeDecoder, null_embeds: Tensor | None = None) -> None:
+        super().__init__()
+        self.unet, self.decoder = unet, decoder
+        self.register_buffer("null_embeds", null_embeds, persistent=False)
+
+    def forward(self, noisy_latents: Tensor, steps: Tensor, rows: Sequence[Tensor], time_ids: Tensor, without: Tensor
+                ) -> Tensor:
+        """The U-Net's prediction `[B, C, h, w]`, from the codebook's rows `[n, C]` of each image.
+
+        `time_ids`: `[B, 6]` (`size_ids`); `without`: bool `[B]`, which images have no conditions.
+        """
+        with torch.no_grad():
+            features = self.decoder.features(rows)
+        made, dtype = self.decoder.conditions(features), self.unet.dtype
+        away, mask = unconditional(made.prompt_embeds, self.null_embeds)
+        conditions: dict[str, Any] = {}
+        if made.pooled is not None:
+            pooled = made.pooled.masked_fill(without[:, None], 0)
+            conditions["added_cond_kwargs"] = {"text_embeds": pooled.to(dtype), "time_ids": time_ids}
+        if mask is not None:
+            conditions["encoder_attention_mask"] = mask | ~without[:, None]
+        prompt = torch.where(without[:, None, None], away, made.prompt_embeds).to(dtype)
+        return self.unet(noisy_latents.to(dtype), steps, encoder_hidden_states=prompt, **conditions).sample
+
+    def set_trainable(self, which: Trained = "all") -> None:
+        """Switch on the heads and, of the U-Net, all or the keys and values of its attentions ("key_value")."""
+        train_unet(self.unet, which)
+        for name, parameter in self.decoder.named_parameters():
+            parameter.requires_grad_(name.startswith(HEADS))
+
+
+@dataclass(frozen=True)
+class LavitPixelLoss:
+    """The loss of a training step; dropout: share without conditions; min_snr: as of `Noised.draw`."""
+
+    dropout: float = 0.1
+    min_snr: float | None = None
+
+    def __call__(self, model: nn.Module, schedule: Any, latents: Tensor, rows: Sequence[Tensor], time_ids: Tensor, *,
+                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Losses (`Noised.losses`) of `TrainedPixels`, or a wrapper of it, at random time steps; latents are multiplied
+        by the autoencoder's scaling factor, `generator` (on the CPU) makes all random choices."""
+        without = torch.rand(len(latents), generator=generator) < self.dropout
+        noised = Noised.draw(schedule, latents, self.min_snr, generator)
+        return noised.losses(model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device)))
+
+
+def decoder_for(unet: Any, place: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:
+    """A code decoder with heads for this U-Net, and whether they are new: stage 1's may be for the other kind."""
+    read = unet.config
+    head: Head = "highres" if is_sdxl(unet) else "lowres"
+    found = CodeDecoder.from_pretrained(place, head=head)
+    if (found.config.head, found.config.context_dim) == (head, read.cross_attention_dim):
+        return found, False
+    pooled = read.projection_class_embeddings_input_dim - 6 * read.addition_time_embed_dim if is_sdxl(unet) else 0
+    config = dataclasses.replace(found.config, head=head, prompt_dim=read.cross_attention_dim - pooled,
+                                 pooled_dim=pooled or found.config.pooled_dim)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = CodeDecoder(config)
+    decoder.load_state_dict({name: value for name, value in found.state_dict().items() if not name.startswith(HEADS)},
+                            strict=False)
+    return decoder.eval(), True

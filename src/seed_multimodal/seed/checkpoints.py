@@ -43,17 +43,17 @@ BLIP2_WHERE = ("download https://storage.googleapis.com/sfr-vision-language-rese
 CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_WHERE = f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
 
-# Tensors that only training uses: stage 1's text path and heads, target encoders, a moving-average codebook.
+# Tensors that a tokenizer may do without: stage 1's text path and heads, target encoders, a moving-average codebook,
+# the other tokenizer's decoder, what rebuilds the Q-Former's output in stage 2's loss, the end of the vision encoder.
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
-TRAINING_ONLY = (
+UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
+KNOWN = (
     "text_proj.*", "vision_proj.*", "itm_head.*", "temp", "text_encoder.*", "clip_model.*", "embedding_head.*",
     "quantize.ema_*", "Qformer.cls.*", "Qformer.bert.embeddings.word_embeddings.*",
-    "Qformer.bert.embeddings.position_embeddings.*", f"{QUERY_LAYERS}.*.intermediate.*", f"{QUERY_LAYERS}.*.output.*")
-IMAGE_BRANCH = ("distill_image_proj.*", "image_down.*", "blocks_image.*", "pos_embed_image")
-TEXT_BRANCH = ("Reverse_Qformer_text.*", "reverse_tokens_text", "distill_text_proj.*", "blocks_text.*",
-               "pos_embed_text")
-REBUILDING = ("pos_embed", "blocks.*")  # of the Q-Former's output, in stage 2's loss only
-UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
+    "Qformer.bert.embeddings.position_embeddings.*", f"{QUERY_LAYERS}.*.intermediate.*", f"{QUERY_LAYERS}.*.output.*",
+    "distill_image_proj.*", "image_down.*", "blocks_image.*", "pos_embed_image", "Reverse_Qformer.*", "reverse_tokens",
+    "Reverse_Qformer_text.*", "reverse_tokens_text", "distill_text_proj.*", "blocks_text.*", "pos_embed_text",
+    "pos_embed", "blocks.*", *(VISION + name for name in UNUSED_IN_VISION))
 
 
 @dataclass(frozen=True)
@@ -86,67 +86,40 @@ SEED1 = Layout("SEED-1", ("causal_qformer.pth", "seed_tokenizer.pth"), "distill_
 # ---- tokenizers
 
 
-def load_tokenizer(kind: Any, source: str | Path, *, vision: str | Path | None = None, config: Any = None,
-                   device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, log: Log = None) -> Any:
-    """A `Seed1Tokenizer` or `Seed2Tokenizer` (`kind`) in eval mode, its parameters frozen.
+def read_tokenizer(kind: Any, source: str | Path, vision: str | Path | None, config: Any) -> tuple[Any, State, str]:
+    """Sizes and tensors of a tokenizer by their released names, and the files that they are from.
 
     Args:
-        source: see the module's docstring. vision: file of the vision encoder, if it is not in or beside `source`.
-        config: sizes; default: our `config.json` beside the weights, else the released ones.
-        log: receives one line about what was loaded and ignored.
-
-    Raises:
-        CheckpointError: nothing there (names what to put where), a damaged or unsafe file, or tensors that are missing
-            or of another size.
+        kind: `Seed1Tokenizer` or `Seed2Tokenizer`; the other arguments and errors are those of its `from_pretrained`.
     """
-    files = find_files(source, kind.layout, kind.model_type)
+    files = find_files(source, kind)
     state: State = {}
     for file in files:
         state |= load_state_dict(file, mapped=True)
     if kind.layout.decoder not in state:
         raise CheckpointError(f"{files[-1]}: not a {kind.layout.name} tokenizer: it holds no {kind.layout.decoder!r} "
                               f"(its first tensor is {next(iter(state))!r}).")
-    state, left_out = kind.released_names(state)
+    state = kind.released_names(state)
     if vision is not None or not any(name.startswith(VISION) for name in state):
         files = [*files, _vision_file(files[-1].parent, vision)]
         state |= {VISION + name: value for name, value in read_vision(files[-1]).items()}
-    if config is None:
-        sizes = our_config(files[0].parent, kind.model_type)
-        config = kind.config_class.read(sizes) if sizes else kind.config_class.released(state)
-    model = fill_tokenizer(kind, config, state, " and ".join(map(str, files)), device=device, dtype=dtype)
-    model.load_report.ignored += left_out
-    if log is not None:
-        log(model.load_report.describe())
-    return model
+    config = config or own_config(kind, files[0].parent) or kind.config_class.released(state)
+    return config, state, " and ".join(map(str, files))
 
 
-def fill_tokenizer(kind: Any, config: Any, state: Mapping[str, Tensor], source: str | Path, *,
-                   device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
-    """A tokenizer from tensors by their released names, training-only ones among them; errors as `load_tokenizer`."""
-    known = [*TRAINING_ONLY, *kind.ignored_names(config), *(VISION + name for name in UNUSED_IN_VISION),
-             f"{VISION}blocks.{config.vit.depth}.*"]
-    return kind.from_state_dict(config, _fit_positions(state, config.vit, VISION), source, device=device, dtype=dtype,
-                                allow_missing=["*position_ids"], allow_unexpected=known, foreign=True)
-
-
-def find_files(source: str | Path, layout: Layout, model_type: str) -> list[Path]:
-    """Weight files that a source stands for, without the vision encoder's.
-
-    Raises:
-        CheckpointError: a file is not there.
-    """
-    place = Path(source).expanduser()
+def find_files(source: str | Path, kind: Any) -> list[Path]:
+    """Weight files that a source stands for, without the vision encoder's; `CheckpointError` if one is not there."""
+    place, layout = Path(source).expanduser(), kind.layout
     if not os.path.exists(place):  # Path.exists raises for a name that is too long
         if not is_hub_name(source):
             raise CheckpointError(f"{place}: there is no such {layout.name} tokenizer; {layout.advice(place)}.")
-        wanted = (CONFIG, WEIGHTS, *layout.files, *(str(Path(name).with_suffix(".safetensors"))
-                                                    for name in layout.files), *VISION_FILES)
-        place = fetch(str(source), wanted, layout.advice(place))
+        stems = [str(Path(name).with_suffix(".*")) for name in (*layout.files, VISION_FILES[0])]
+        place = fetch(str(source), (CONFIG, WEIGHTS, *stems), layout.advice(place))
     folder = place if place.is_dir() else place.parent
     released = layout.find(folder)
     if place.is_file():
         return [*released[:-1], place] if place in released else [place]
-    if (folder / WEIGHTS).is_file() and (our_config(folder, model_type) or len(released) < len(layout.files)):
+    if (folder / WEIGHTS).is_file() and (own_config(kind, folder) or len(released) < len(layout.files)):
         return [folder / WEIGHTS]
     if len(released) < len(layout.files):
         raise CheckpointError(f"{folder}: holds no {layout.name} tokenizer ({' and '.join(layout.files)}); "
@@ -154,10 +127,12 @@ def find_files(source: str | Path, layout: Layout, model_type: str) -> list[Path
     return released
 
 
-def our_config(folder: Path, model_type: str) -> Path | None:
-    """`config.json` if it is this model's: a released folder may hold the text tokenizer's or the LLM's."""
+def own_config(kind: Any, folder: Path) -> Any:
+    """Sizes in a folder's `config.json`, None without one or if it is another model's (the text tokenizer's, the
+    LLM's)."""
     file = folder / CONFIG
-    return file if file.is_file() and read_json_object(file).get("model_type") == model_type else None
+    ours = file.is_file() and read_json_object(file).get("model_type") == kind.model_type
+    return kind.read_config(file) if ours else None
 
 
 # ---- the vision encoder
@@ -203,11 +178,11 @@ def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport
 
 def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
     """Put EVA's tensors into a vision encoder; raises `CheckpointError` if one is missing or of another size."""
-    return assign_strictly(vit, _fit_positions(state, vit.config), source, foreign=True,
+    return assign_strictly(vit, fit_positions(state, vit.config), source, foreign=True,
                            allow_unexpected=[*UNUSED_IN_VISION, f"blocks.{vit.config.depth}.*"])
 
 
-def _fit_positions(state: Mapping[str, Tensor], sizes: EvaConfig, prefix: str = "") -> State:
+def fit_positions(state: Mapping[str, Tensor], sizes: EvaConfig, prefix: str = "") -> State:
     name = f"{prefix}pos_embed"
     fits = name not in state or state[name].ndim != 3 or state[name].shape[1] == sizes.tokens
     return dict(state) if fits else {**state, name: resize_positions(state[name], sizes.grid)}
@@ -260,38 +235,22 @@ def _load_clip(kind: Any, source: str | Path, device: str | torch.device, dtype:
     return model.to(device).requires_grad_(False).eval()
 
 
-WORDS, HEAD = "Qformer.bert.embeddings.word_embeddings.weight", "Qformer.cls.predictions."
-
-
 def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
     """Start a `Stage1Model` from `blip2_pretrained.pth` (a file, its folder or a hub id): Q-Former with text path,
     `ln_vision`, projections and temperature; never the vision encoder.
-
-    BERT has 30522 word pieces and BLIP-2 one more (`[DEC]`): a table of one row more or less than the model's is fitted
-    (a new last row keeps its start value).
 
     Raises:
         CheckpointError: not there (names the download), damaged, another model's, or of another size.
     """
     file = find_file(source, BLIP2_FILES, BLIP2_WHERE)
-    state, own = load_state_dict(file), model.state_dict()
+    state = load_state_dict(file)
     if "query_tokens" not in state:
         raise CheckpointError(f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first tensor "
                               f"is {next(iter(state))!r}); {BLIP2_WHERE}.")
-    fitted = {}
-    for name in (WORDS, f"{HEAD}bias"):
-        if name in state and name in own and abs(len(state[name]) - len(own[name])) == 1:
-            rows, wanted = state[name], own[name]
-            state[name] = torch.cat([rows, wanted[len(rows):].to(rows)])[:len(wanted)]
-            fitted[name] = f"fitted from {len(rows)} to {len(wanted)} rows"
-    for tied, name in ((f"{HEAD}decoder.weight", WORDS), (f"{HEAD}decoder.bias", f"{HEAD}bias")):
-        if tied in state and name in state:
-            state[tied] = state[name]
     report = assign_strictly(
         model, {name: value for name, value in state.items() if not name.startswith(VISION)}, file, foreign=True,
         allow_unexpected=("itm_head.*", *(() if hasattr(model.Qformer, "cls") else ("Qformer.cls.*",))),
         allow_missing=(f"{VISION}*", "embedding_head.*", "*position_ids", "Qformer.cls.*"))
-    report.fitted = fitted
     if log is not None:
         log(report.describe())
     return report

@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import ClassVar, Self
 
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import setting
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,6 @@ class TokenizerConfig:
     def to_dict(self) -> dict[str, object]:
         """Plain values for `config.json`."""
         return {"model_type": self.model_type, **dataclasses.asdict(self)}
-
-    @classmethod
-    def read(cls, file: str | Path) -> Self:
-        """Sizes from a `config.json`; `ConfigError` if it is damaged or describes another model."""
-        values = dict(read_json_object(Path(file), ConfigError))
-        if values.pop("model_type", cls.model_type) != cls.model_type:
-            raise ConfigError(f"{file}: this is not the configuration of a {cls.model_type}.")
-        return read_settings(cls, values, str(file))
 
     @classmethod
     def released(cls, names: Container[str]) -> Self:

@@ -11,8 +11,8 @@ is asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,48 +21,33 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.disk import making_folder, output_folder
-from seed_multimodal.errors import CheckpointError, ConfigError, counted
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.seed.checkpoints import (
-    ENCODER_PARTS,
-    VISION,
-    VISION_FILES,
-    VISION_URL,
-    fill_tokenizer,
-    our_config,
-    read_vision,
-)
+from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES, VISION_URL, own_config, read_vision
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.weights import grouped, load_state_dict, save_torch
+from seed_multimodal.weights import load_state_dict, save_torch
 
 AUTO = "auto"
 KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Export:
-    """What an export wrote: the file that each part came from, the tensors of each file that were left out, and the
-    codes of the test image, which the written folder gives too."""
+    """What an export wrote: the file that each part came from, and the codes of the test image."""
 
     folder: Path
     kind: str
-    config: TokenizerConfig
-    parts: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, list[str]] = field(default_factory=dict)
-    tensors: int = 0
-    codes: list[int] = field(default_factory=list)
+    parts: dict[str, str]
+    codes: list[int]
 
     def lines(self) -> list[str]:
         """The report, one sentence a line."""
         lines = [f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
                  for file in dict.fromkeys(self.parts.values())]
-        lines += [f"{file}: {counted(len(names), 'tensor')} left out: {grouped(names)}."
-                  for file, names in self.ignored.items() if names]
-        return [*lines, f"{self.folder}: {self.tensors} tensors; codes of the test image: "
-                        f"{' '.join(map(str, self.codes))}"]
+        return [*lines, f"{self.folder}: codes of the test image: {' '.join(map(str, self.codes))}"]
 
 
 def export_tokenizer(
@@ -89,8 +74,10 @@ def export_tokenizer(
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision])
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
     name, tokenizer = _choose(kind, files[str(stage2)], stage2)
-    sizes = _sizes(config, tokenizer, [*reversed(files)])
-    files[str(stage2)], left_out = tokenizer.released_names(files[str(stage2)])
+    if config is None:
+        config = next(filter(None, (own_config(tokenizer, Path(file).parent) for file in reversed(files))), None)
+    sizes: Any = tokenizer.read_config(config) if isinstance(config, str | Path) else config
+    files[str(stage2)] = tokenizer.released_names(files[str(stage2)])
     origin = _latest(files, str(stage2))
     if not any(part.startswith(VISION) for part in origin):
         if vision is None:
@@ -103,16 +90,11 @@ def export_tokenizer(
     sizes = sizes or tokenizer.config_class.released(state)
     if check is not None:
         check(sizes.codebook_size, sizes.num_query, stage2)
-    model = fill_tokenizer(tokenizer, sizes, state, " and ".join(files))
+    model = tokenizer.from_released(sizes, state, " and ".join(files))
     refuse_diverged(model, origin, "the weights")
-    used = set(model.load_report.loaded)
-    report = Export(shown, name, sizes, {part_of(part): file for part, file in origin.items() if part in used},
-                    {file: [part for part in tensors if part not in used or origin.get(part) != file]
-                     for file, tensors in files.items()}, len(used))
-    report.ignored[str(stage2)] += left_out
-    pixels = _pixels(image, sizes.vit.image_size)
+    picture = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
+    pixels = seed_image_processor(sizes.vit.image_size)(picture)[None]
     codes = model.encode(pixels)
-    report.codes = codes[0].tolist()
     with making_folder(target, shown, ConfigError) as folder:
         model.save_pretrained(folder)
         for file, saved in released_files(model).items() if released else ():
@@ -121,7 +103,8 @@ def export_tokenizer(
             (folder / file).write_bytes(content)
         if not torch.equal(tokenizer.from_pretrained(folder).encode(pixels), codes):
             raise CheckpointError(f"{shown}: the written tokenizer gives other codes; nothing was kept.")
-    return report
+    parts = {part_of(part): origin[part] for part in model.state_dict() if part in origin}
+    return Export(shown, name, parts, codes[0].tolist())
 
 
 def part_of(name: str) -> str:
@@ -141,14 +124,6 @@ def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> tuple[s
     return name, KINDS[name]
 
 
-def _sizes(config: TokenizerConfig | str | Path | None, tokenizer: type[SeedTokenizer], files: Iterable[str]) -> Any:
-    """Sizes as given or from our config.json beside a checkpoint; None: neither."""
-    if config is None:
-        beside = (our_config(Path(file).parent, tokenizer.model_type) for file in files)
-        config = next((found for found in beside if found is not None), None)
-    return tokenizer.config_class.read(config) if isinstance(config, str | Path) else config
-
-
 def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
     """Tensor → the file that it is taken from: parts of the encoder from stage 2 if that trained them."""
     # Buffers are always saved, so a position_ids alone does not mean that stage 2 holds the Q-Former.
@@ -160,13 +135,6 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
         raise CheckpointError(f"{' and '.join(files)}: no file holds {missing[0]!r}; give the stage-1 checkpoint that "
                               "stage 2 started from.")
     return origin
-
-
-def _pixels(image: Image.Image | str | Path | None, size: int) -> Tensor:
-    if image is None:
-        ramp = Image.linear_gradient("L")
-        image = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(45)))
-    return seed_image_processor(size)(open_image(image))[None]
 
 
 def released_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:

@@ -22,13 +22,12 @@ from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import Block, LayerNorm
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.seed.checkpoints import IMAGE_BRANCH, REBUILDING, SEED1, SEED2, TEXT_BRANCH, Layout, load_tokenizer
+from seed_multimodal.seed.checkpoints import KNOWN, SEED1, SEED2, VISION, Layout, fit_positions, read_tokenizer
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.seed.qformer import QFormer
 
 DOWN_WIDTHS = (256, 128, 32)
-# The published training code's names of SEED-1's decode side → the released ones.
-TEXT_NAMES = {"Reverse_Qformer_text.": "Reverse_Qformer.", "reverse_tokens_text": "reverse_tokens"}
+TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")  # of SEED-1's decoder in the published training code
 
 
 class SeedTokenizer(PretrainedNetwork):
@@ -55,21 +54,37 @@ class SeedTokenizer(PretrainedNetwork):
         self.decode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, width))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, vision: str | Path | None = None, config: Any = None,
+    def from_pretrained(cls, folder: str | Path, *, vision: str | Path | None = None, config: Any = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         log: Callable[[str], None] | None = None) -> Self:
-        """Load our folder, the released files or one file; see `seed.checkpoints`."""
-        return load_tokenizer(cls, source, vision=vision, config=config, device=device, dtype=dtype, log=log)
+        """Load our folder, released files, one file or a hub id (see `seed.checkpoints`), in eval mode and frozen.
+
+        Args:
+            vision: file of the vision encoder, if it is not in or beside `folder`.
+            config: sizes; default: our `config.json` beside the weights, else the released ones.
+            log: receives one line about what was loaded and ignored.
+
+        Raises:
+            CheckpointError: nothing there (names what to put where), a damaged or unsafe file, or tensors that are
+                missing or of another size.
+        """
+        sizes, state, files = read_tokenizer(cls, folder, vision, config)
+        model = cls.from_released(sizes, state, files, device=device, dtype=dtype)
+        if log is not None and model.load_report is not None:
+            log(model.load_report.describe())
+        return model
 
     @classmethod
-    def ignored_names(cls, config: Any) -> tuple[str, ...]:
-        """Patterns of this tokenizer's training-only tensors that checkpoints may hold."""
-        raise NotImplementedError
+    def from_released(cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any) -> Self:
+        """A tokenizer from tensors by their released names; raises as `from_pretrained`."""
+        return cls.from_state_dict(config, fit_positions(state, config.vit, VISION), source, foreign=True,
+                                   allow_missing=["*position_ids"],
+                                   allow_unexpected=[*KNOWN, f"{VISION}blocks.{config.vit.depth}.*"], **placing)
 
     @classmethod
-    def released_names(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """A training checkpoint's names → the released ones, and the names left out."""
-        return dict(state), []
+    def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a training checkpoint by their released names."""
+        return dict(state)
 
     @property
     def device(self) -> torch.device:
@@ -127,8 +142,20 @@ class SeedTokenizer(PretrainedNetwork):
         return torch.cat(parts)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings, with gradients."""
+        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings as of `decode`, with gradients."""
+        return self.project(self.decoder_tokens(self.decode_task_layer(quant_BQd)))
+
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
+        """Output of `decode_task_layer` → output of the decoder's blocks `[B, 32, D]`."""
         raise NotImplementedError
+
+    def project(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of the decoder's blocks → embeddings as of `decode`, not normalised."""
+        raise NotImplementedError
+
+    def reverse_queries(self, tokens_BQD: Tensor) -> Tensor:
+        """Output of the decoder's blocks → Reverse Q-Former output, `[B, 1, D]` (SEED-2) or `[B, 77, D]`."""
+        return self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
 
     def rebuild_queries(self, up_BQD: Tensor) -> Tensor:
         """Output of `decode_task_layer` → the Q-Former output that it stands for `[B, 32, D]` (training objective)."""
@@ -163,26 +190,13 @@ class Seed2Tokenizer(SeedTokenizer):
                 nn.Linear(second, last, bias=False))
             self.distill_image_proj = nn.Linear(config.num_query * last, config.image_features_dim)
 
-    def image_tokens(self, up_BQD: Tensor) -> Tensor:
-        """Output of `decode_task_layer` → output of `blocks_image` `[B, 32, D]`."""
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
         return run_blocks(up_BQD + self.pos_embed_image, self.blocks_image)
 
-    def project_image(self, tokens_BQD: Tensor) -> Tensor:
-        """Output of `blocks_image` → image embedding `[B, image_features_dim]`, not normalised."""
+    def project(self, tokens_BQD: Tensor) -> Tensor:
         if self.config.use_qformer_image:
-            reverse = self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
-            return self.distill_image_proj(reverse).squeeze(1)
+            return self.distill_image_proj(self.reverse_queries(tokens_BQD)).squeeze(1)
         return self.distill_image_proj(self.image_down(tokens_BQD).flatten(1))
-
-    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows (or straight-through codes) `[B, 32, d]` → image embeddings `[B, E]`, with gradients."""
-        return self.project_image(self.image_tokens(self.decode_task_layer(quant_BQd)))
-
-    @classmethod
-    def ignored_names(cls, config: Seed2Config) -> tuple[str, ...]:
-        """SEED-1's branch, and the parts that this configuration does without."""
-        other_head = () if config.use_qformer_image else ("Reverse_Qformer.*", "reverse_tokens")
-        return (*TEXT_BRANCH, *other_head, *(() if config.recon_s else REBUILDING))
 
 
 class Seed1Tokenizer(SeedTokenizer):
@@ -201,39 +215,20 @@ class Seed1Tokenizer(SeedTokenizer):
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
         self.distill_text_proj = nn.Linear(width, config.text_features_dim)
 
-    def text_blocks(self, up_BQD: Tensor) -> Tensor:
-        """Output of `decode_task_layer` → output of `blocks_text` `[B, 32, D]`."""
+    def decoder_tokens(self, up_BQD: Tensor) -> Tensor:
         return run_blocks(up_BQD + self.pos_embed_text, self.blocks_text)
 
-    def reverse_queries(self, tokens_BQD: Tensor) -> Tensor:
-        """Output of `blocks_text` → Reverse Q-Former output `[B, text_tokens, D]`."""
-        return self.Reverse_Qformer(self.reverse_tokens.expand(len(tokens_BQD), -1, -1), tokens_BQD)
-
-    def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
-        """Codebook rows (or straight-through codes) `[B, 32, d]` → embeddings `[B, text_tokens, E]`, with gradients."""
-        return self.distill_text_proj(self.reverse_queries(self.text_blocks(self.decode_task_layer(quant_BQd))))
+    def project(self, tokens_BQD: Tensor) -> Tensor:
+        return self.distill_text_proj(self.reverse_queries(tokens_BQD))
 
     @classmethod
-    def ignored_names(cls, config: Seed1Config) -> tuple[str, ...]:
-        """SEED-2's branch, and what only training uses."""
-        return (*IMAGE_BRANCH, *REBUILDING)
-
-    @classmethod
-    def released_names(cls, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-        """The published training code holds this decoder as its text branch (`_text`) beside SEED-2's image branch,
-        which then owns the names without that suffix."""
-        if not any(name.startswith(tuple(TEXT_NAMES)) for name in state):
-            return dict(state), []
-        renamed, left_out = {}, []
-        for name, value in state.items():
-            prefix = next((prefix for prefix in TEXT_NAMES if name.startswith(prefix)), None)
-            if prefix is not None:
-                renamed[TEXT_NAMES[prefix] + name.removeprefix(prefix)] = value
-            elif name.startswith(tuple(TEXT_NAMES.values())):
-                left_out.append(name)
-            else:
-                renamed[name] = value
-        return renamed, left_out
+    def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The published training code holds this decoder as its text branch beside SEED-2's image branch, which then
+        owns the names without `_text`."""
+        own = {name.replace("_text", ""): value for name, value in state.items() if name.startswith(TEXT_NAMES)}
+        if not own:
+            return dict(state)
+        return own | {name: value for name, value in state.items() if not name.startswith(("Reverse_Q", "reverse_t"))}
 
 
 def decode_blocks(config: TokenizerConfig) -> nn.ModuleList:

@@ -26,15 +26,15 @@ from torch import Tensor
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
-from seed_multimodal.images.transforms import get_transform, seed_image_processor
+from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import SEED1
 from seed_multimodal.seed.diffusion import SD_FOLDER, SD_WHERE, StableDiffusionDetokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer
-from seed_multimodal.seed.pipeline import CodeImages, open_images
-from seed_multimodal.system.config import INSIDE
+from seed_multimodal.seed.pipeline import CodeImages, load_images
+from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import one_seed_each
-from seed_multimodal.system.loading import Log
+from seed_multimodal.system.loading import Log, Runtimes
 
 YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # beside SEED-1's tokenizer
@@ -70,8 +70,9 @@ class SeedLlamaTokenizer:
             raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
         diffusion = diffusion_path or (folder / INSIDE if (folder / INSIDE).is_dir() else PARTS["unclip"].folder)
         runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
-        images = open_images(folder, detokenizer=local_folder(diffusion) or Path(diffusion), images=runtime)
-        images.transform = get_transform(image_size=images.model.config.vit.image_size, keep_ratio=False)
+        config = SystemConfig(tokenizer=folder, detokenizer=local_folder(diffusion) or Path(diffusion),
+                              transform=BILINEAR)
+        images = load_images(config, Runtimes(runtime, runtime, runtime))
         if load_diffusion:
             _ = images.decoder
         return cls(MultimodalTokenizer.from_pretrained(folder), images, fp16=fp16)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, Self
@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
@@ -27,7 +26,7 @@ from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.config import INSIDE, SystemConfig
 from seed_multimodal.system.domain import load_domain
 from seed_multimodal.system.images import ImageCodec, Remembered
 from seed_multimodal.system.loading import Log, Runtimes
@@ -197,33 +196,22 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
     is given).
 
     Raises:
-        CheckpointError: weights that are missing or damaged; of another image size.
+        CheckpointError: weights that are missing or damaged. ConfigError: of another image size.
     """
     config.require("tokenizer")
-    return open_images(config.tokenizer, vision=config.vision,
-                       detokenizer=config.detokenizer if runtimes.load_decoder else None, config=config,
-                       images=runtimes.images, drawing=runtimes.drawing, offload=runtimes.offload)
-
-
-def open_images(tokenizer: Any, *, vision: Any = None, detokenizer: Any = None, config: SystemConfig | None = None,
-                images: Runtime, drawing: Runtime | None = None, offload: Collection[str] = ()) -> CodeImages:
-    """As `load_images`, of a tokenizer's folder, file or hub name."""
-    drawing = drawing or images
-    model = Seed2Tokenizer.from_pretrained(tokenizer, vision=vision, device="cpu" if "encoder" in offload
-                                           else images.device, dtype=images.dtype)
+    model = Seed2Tokenizer.from_pretrained(
+        config.tokenizer, vision=config.vision, dtype=runtimes.images.dtype,  # type: ignore[arg-type]
+        device="cpu" if "encoder" in runtimes.offload else runtimes.images.device)
     size = model.config.vit.image_size
-    if config is not None and config.image_size not in (None, size):
+    if config.image_size not in (None, size):
         raise ConfigError(f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
                           f"pixels.")
     load = None
-    if detokenizer is not None:
-        load = partial(UnclipDetokenizer.from_pretrained, detokenizer, dtype=drawing.dtype)
-    transform = get_transform(**{"image_size": size, **({} if config is None else config.transform)})
-    codec = CodeImages(model, transform, load_decoder=load, device=images.device, drawing_device=drawing.device,
-                       offload=offload)
-    if detokenizer is None:
-        codec.name, codec.advice = str(tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
-                                                    f"{tokenizer}/diffusion_model")
-    if config is not None:
-        codec.domain = load_domain(config.domain, config.domain_threshold)
+    if config.detokenizer is not None and runtimes.load_decoder:
+        load = partial(UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype)
+    codec = CodeImages(model, get_transform(**{"image_size": size, **config.transform}), load_decoder=load,
+                       device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    codec.name, codec.advice = str(config.tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
+                                                       f"{config.tokenizer}/{INSIDE}")
+    codec.domain = load_domain(config.domain, config.domain_threshold)
     return codec

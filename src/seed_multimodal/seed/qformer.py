@@ -8,6 +8,8 @@ layers; masked scores get -10000. Parameter names are the released ones
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,21 +119,6 @@ class _Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: QFormerConfig, encoder_width: int, has_text: bool) -> None:
-        super().__init__()
-        every = config.cross_attention_freq
-        self.layer = nn.ModuleList(
-            QFormerLayer(config, encoder_width, number % every == 0, has_text) for number in range(config.depth))
-
-
-class _Bert(nn.Module):
-    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> None:
-        super().__init__()
-        self.embeddings = _Embeddings(config, vocab_size)
-        self.encoder = _Encoder(config, encoder_width, vocab_size is not None)
-
-
 class _Predictions(nn.Module):
     """The masked-LM head of BERT: unused by the contrastive stage, present in its checkpoints."""
 
@@ -151,7 +138,12 @@ class QFormer(nn.Module):
                  lm_head: bool = False) -> None:
         super().__init__()
         self.config = config
-        self.bert = _Bert(config, encoder_width, vocab_size)
+        self.bert: Any = nn.Module()
+        self.bert.embeddings = _Embeddings(config, vocab_size)
+        self.bert.encoder = nn.Module()
+        self.bert.encoder.layer = nn.ModuleList(
+            QFormerLayer(config, encoder_width, number % config.cross_attention_freq == 0, vocab_size is not None)
+            for number in range(config.depth))
         self.apply(_init_bert)
         if lm_head:
             self.cls = nn.Module()

@@ -53,8 +53,6 @@ class Stage1Model(nn.Module):
     Args:
         config: sizes; only `vit`, `qformer` and `num_query` matter here.
         vocab_size: word pieces of the text tokenizer (released: BERT's 30522 and `[DEC]`).
-        embed_dim: width of the space in which image and text are compared.
-        temperature: start of the learned divisor of the similarities.
         lm_head: keep BERT's prediction head: unused and frozen, but part of the released checkpoint.
         gather_gradient: whether features of other processes carry gradient; None as released: not, and with a process
             group of any size a process's own features do not either.
@@ -184,24 +182,19 @@ def _has_group() -> bool:
 # ---- stage 2: what both tokenizers share
 
 
-@dataclass(frozen=True)
-class CodebookWeights:
-    """Factors of the loss terms that both stages 2 have."""
-
-    embed: float = setting(5.0, least=0)
-    recon_s: float = setting(2.0, least=0)
-
-
-@dataclass(kw_only=True)
-class CodebookOutput:
+@dataclass
+class Stage2Output:
     """Weighted losses `[]` that add up to `loss`, and the activations they came from.
 
-    `loss_embed_raw` is unweighted. `indices` is None when the quantizer was bypassed, `recon_s` without its blocks.
+    `loss_embed_raw` is unweighted. `indices` is None when the quantizer was bypassed, `recon_s` without its blocks;
+    `tokens` and `embeds` are the decoder's, `target` is what `embeds` should be.
     """
 
     loss: Tensor
     loss_embed: Tensor
     loss_recon_s: Tensor
+    loss_distil: Tensor
+    loss_readout: Tensor
     loss_embed_raw: Tensor
     indices: Tensor | None
     pre_quant: Tensor
@@ -209,51 +202,52 @@ class CodebookOutput:
     query_output: Tensor
     query_up: Tensor
     recon_s: Tensor | None
+    tokens: Tensor
+    embeds: Tensor
     target: Tensor
 
 
 class Stage2Base(SeedTokenizer):
     """A frozen encoder, a codebook and a decoder; mixed in before the tokenizer's class, which it adds losses to.
 
-        loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + the decoder's own distillation loss
+        loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE of the decoder's embeddings
 
     As released the frozen Q-Former stays in train mode, so its dropout makes codes and targets noisy. Ours, off by
     default: training the Q-Former too, corrupted codes, a prefix of the codes, and no quantizer (warm-up).
+
+    Args:
+        ema_decay: moving-average codebook instead of the codebook loss.
+        freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder never).
+        frozen_dropout: leave the frozen Q-Former in train mode, as released.
+        corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
+            decoding (training mode only), so that the decoder survives a language model's errors.
+        nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only), so
+            that early codes carry the most; the rows after them are zeros.
     """
 
     tokenizer_class: ClassVar[type[SeedTokenizer]]
-    output_class: ClassVar[type[CodebookOutput]]
-    weights: CodebookWeights
+    weights: Any
 
-    def start_training(self, target_encoder: nn.Module | None, *, freeze_qformer: bool = True,
-                       frozen_dropout: bool = True, corrupt: float = 0.0, nested: float = 0.0) -> None:
-        """Called once all parts exist: store the options, freeze parameters.
-
-        Args:
-            freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder never).
-            frozen_dropout: leave the frozen Q-Former in train mode, as released.
-            corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
-                decoding (training mode only), so that the decoder survives a language model's errors.
-            nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only),
-                so that early codes carry the most; the rows after them are zeros.
-        """
+    def __init__(self, config: Any, *, ema_decay: float | None = None, freeze_qformer: bool = True,
+                 frozen_dropout: bool = True, corrupt: float = 0.0, nested: float = 0.0) -> None:
+        super().__init__(config, ema_decay=ema_decay)  # type: ignore[call-arg]
         self.freeze_qformer, self.frozen_dropout = freeze_qformer, frozen_dropout
         self.corrupt, self.nested = corrupt, nested
-        frozen = [self.visual_encoder, target_encoder]
+        self.visual_encoder.requires_grad_(False)
         if freeze_qformer:
-            frozen += [self.ln_vision, self.Qformer]
-            self.query_tokens.requires_grad_(False)
-        for part in frozen:
-            if part is not None:
+            for part in (self.ln_vision, self.Qformer, self.query_tokens):
                 part.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, except that the vision encoder, and a frozen Q-Former if asked for, stay in eval mode."""
+        """As usual, but vision and text encoder, and a frozen Q-Former if asked for, stay in eval mode (as released,
+        SEED-2's CLIP does not)."""
         super().train(mode)
-        self.visual_encoder.eval()
-        if self.freeze_qformer and not self.frozen_dropout:
-            self.Qformer.eval()
+        quiet = ["visual_encoder", "text_encoder"]
+        quiet += ["Qformer"] if self.freeze_qformer and not self.frozen_dropout else []
+        for name, part in self.named_children():
+            if name in quiet:
+                part.eval()
         return self
 
     def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
@@ -266,10 +260,10 @@ class Stage2Base(SeedTokenizer):
     def forward(self, images: Tensor | None, target: Tensor | None = None, *, input_ids: Tensor | None = None,
                 vit_features: Tensor | None = None, quantize: bool = True,
                 generator: torch.Generator | None = None) -> Any:
-        """Losses of a batch.
+        """`Stage2Output` of a batch.
 
         Args:
-            images: normalised pixels `[B, 3, S, S]`; may be None with `vit_features` `[B, N, W]` (before `ln_vision`).
+            images: normalised pixels `[B, 3, S, S]`, or None with `vit_features` `[B, N, W]` (before `ln_vision`).
             target: what the decoder should predict; by default `target_of` the images or captions `input_ids`.
             quantize: False lets the features themselves through (warm-up before `quantize.init_from`).
             generator: draws the corruption.
@@ -287,19 +281,25 @@ class Stage2Base(SeedTokenizer):
         if hasattr(self, "blocks"):
             recon_s = self.rebuild_queries(query_up)
             loss_recon = self.weights.recon_s * (1 - cosine(recon_s, query_features.detach())).mean()
-        losses, activations = self.distil(query_up, target)
-        return self.output_class(
-            loss=sum(losses.values(), loss_embed + loss_recon), loss_embed=loss_embed, loss_recon_s=loss_recon,
-            loss_embed_raw=embed_raw, indices=indices, pre_quant=pre_quant, quant=quant, query_output=query_features,
-            query_up=query_up, recon_s=recon_s, target=target, **losses, **activations)
+        tokens = self.decoder_tokens(query_up)
+        embeds = self.project(tokens)
+        loss_distil = self.distil_weight * F.mse_loss(embeds.float(), target.float())
+        loss_readout = self.readout_loss(embeds, target)
+        return Stage2Output(
+            loss_embed + loss_recon + loss_distil + loss_readout, loss_embed, loss_recon, loss_distil, loss_readout,
+            embed_raw, indices, pre_quant, quant, query_features, query_up, recon_s, tokens, embeds, target)
+
+    @property
+    def distil_weight(self) -> float:
+        """Factor of the embeddings' error."""
+        raise NotImplementedError
+
+    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
+        """A further loss of the embeddings; none by default."""
+        return embeds.new_zeros(())
 
     def target_of(self, images: Tensor | None, input_ids: Tensor | None) -> Tensor:
         """The frozen target encoder's output for images or captions, without gradient."""
-        raise NotImplementedError
-
-    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Output of `decode_task_layer` `[B, 32, D]` → the decoder's weighted losses and its activations, by the names
-        in `output_class`."""
         raise NotImplementedError
 
     def corrupt_codes(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -356,46 +356,44 @@ def cosine(a: Tensor, b: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Stage2Weights(CodebookWeights):
+class Stage2Weights:
     """Factor of each loss term; `readout` multiplies the read-out loss if a read-out matrix is given."""
 
+    embed: float = setting(5.0, least=0)
+    recon_s: float = setting(2.0, least=0)
     distil_image: float = setting(0.5, least=0)
     readout: float = setting(1.0, least=0)
 
 
-@dataclass(kw_only=True)
-class Stage2Output(CodebookOutput):
-    """The image branch's losses `[]` and activations beside the shared ones."""
-
-    loss_distil_image: Tensor
-    loss_readout: Tensor
-    image_tokens: Tensor
-    image_embeds: Tensor
-
-
 class Stage2Model(Stage2Base, Seed2Tokenizer):
-    """Codes towards a frozen CLIP's image embedding: 0.5 · MSE.
+    """Codes towards a frozen CLIP's image embedding.
 
     Args:
         config: sizes; the published training code used `use_qformer_image=True, reverse_depth=4`.
         clip_model: frozen model whose output's `.image_embeds` is the target when `forward` gets none.
         readout_weight: `W` `[M, E]`; adds `mse(W ê, W e)`, for example a read-out of VAE latents (ours).
-        ema_decay: moving-average codebook instead of the codebook loss.
-        training: see `Stage2Base.start_training`.
+        training: see `Stage2Base`.
     """
 
-    tokenizer_class, output_class = Seed2Tokenizer, Stage2Output
-    weights: Stage2Weights
+    tokenizer_class = Seed2Tokenizer
     readout_weight: Tensor | None
 
     def __init__(self, config: Seed2Config, *, weights: Stage2Weights | None = None,
-                 clip_model: nn.Module | None = None, readout_weight: Tensor | None = None,
-                 ema_decay: float | None = None, **training: Any) -> None:
-        super().__init__(config, ema_decay=ema_decay)
+                 clip_model: nn.Module | None = None, readout_weight: Tensor | None = None, **training: Any) -> None:
+        super().__init__(config, **training)
         self.weights = weights or Stage2Weights()
         self.register_buffer("readout_weight", readout_weight, persistent=False)
-        self.clip_model = clip_model
-        self.start_training(clip_model, **training)
+        self.clip_model = clip_model if clip_model is None else clip_model.requires_grad_(False).train()
+
+    @property
+    def distil_weight(self) -> float:
+        return self.weights.distil_image
+
+    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
+        if self.readout_weight is None:
+            return super().readout_loss(embeds, target)
+        error = (embeds.float() - target.float()) @ self.readout_weight.float().T
+        return self.weights.readout * error.square().mean()
 
     @torch.no_grad()
     def scale_start(self) -> None:
@@ -418,74 +416,43 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
             raise ConfigError("Stage 2 needs a target image embedding: give clip_model or samples with a target.")
         return self.clip_model(images).image_embeds
 
-    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Distillation and read-out loss; the image branch's activations."""
-        tokens = self.image_tokens(query_up)
-        embeds = self.project_image(tokens)
-        readout = embeds.new_zeros(())
-        if self.readout_weight is not None:
-            error = (embeds.float() - target.float()) @ self.readout_weight.float().T
-            readout = self.weights.readout * error.square().mean()
-        losses = {"loss_distil_image": self.weights.distil_image * F.mse_loss(embeds.float(), target.float()),
-                  "loss_readout": readout}
-        return losses, {"image_tokens": tokens, "image_embeds": embeds}
-
 
 # ---- stage 2 of SEED-1
 
 
 @dataclass(frozen=True)
-class Seed1Stage2Weights(CodebookWeights):
+class Seed1Stage2Weights:
     """Factor of each loss term."""
 
+    embed: float = setting(5.0, least=0)
+    recon_s: float = setting(2.0, least=0)
     distil_text: float = setting(0.5, least=0)
 
 
-@dataclass(kw_only=True)
-class Seed1Stage2Output(CodebookOutput):
-    """The text branch's loss `[]` and activations beside the shared ones."""
-
-    loss_distil_text: Tensor
-    text_tokens: Tensor
-    text_embeds: Tensor
-
-
 class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
-    """Codes towards text features of the caption, the 77 x 768 states that Stable Diffusion 1 is conditioned on:
-    0.5 · MSE. SEED-1's own training code was never published; this is the text branch in its successor's code.
+    """Codes towards text features of the caption, the 77 x 768 states that Stable Diffusion 1 is conditioned on.
+    SEED-1's own training code was never published; this is the text branch in its successor's code.
 
     Arguments as of `Stage2Model`; `text_encoder`: frozen `CLIPTextModel` (Stable Diffusion's) whose
     `last_hidden_state` of the caption is the target when `forward` gets none.
     """
 
-    tokenizer_class, output_class = Seed1Tokenizer, Seed1Stage2Output
-    weights: Seed1Stage2Weights
+    tokenizer_class = Seed1Tokenizer
 
     def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
-                 text_encoder: nn.Module | None = None, ema_decay: float | None = None, **training: Any) -> None:
-        super().__init__(config, ema_decay=ema_decay)
+                 text_encoder: nn.Module | None = None, **training: Any) -> None:
+        super().__init__(config, **training)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
         self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()
-        self.text_encoder = text_encoder
         if text_encoder is not None and text_encoder.config.hidden_size != config.text_features_dim:
             raise ConfigError(f"The text encoder's features are {text_encoder.config.hidden_size} wide, the "
                               f"tokenizer's embeddings {config.text_features_dim}: they do not belong together.")
-        self.start_training(text_encoder, **training)
+        self.text_encoder = text_encoder if text_encoder is None else text_encoder.requires_grad_(False).eval()
 
-    def train(self, mode: bool = True) -> Self:
-        """As the base class; the text encoder stays in eval mode too (SEED-2's CLIP does not, as released)."""
-        super().train(mode)
-        if self.text_encoder is not None:
-            self.text_encoder.eval()
-        return self
-
-    def distil(self, query_up: Tensor, target: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Distillation loss; the text branch's activations."""
-        tokens = self.text_blocks(query_up)
-        embeds = self.distill_text_proj(self.reverse_queries(tokens))
-        losses = {"loss_distil_text": self.weights.distil_text * F.mse_loss(embeds.float(), target.float())}
-        return losses, {"text_tokens": tokens, "text_embeds": embeds}
+    @property
+    def distil_weight(self) -> float:
+        return self.weights.distil_text
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynam
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import TRIED, LavitStage1, LavitStage1Weights
-from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
@@ -42,7 +42,7 @@ WITHOUT_CODES = 0.15  # share of the steps
 
 def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
     """Of the dynamic tokenizer."""
-    sizes, vit = space.config.tokenizer, Seed2Config.read(space.nano / "config.json").vit
+    sizes, vit = space.config.tokenizer, Seed2Tokenizer.read_config(space.nano / "config.json").vit
     return LavitTokenizerConfig(
         vit, vit_head=0, merger_depth=sizes.merger_depth, merger_heads=sizes.heads, merger_mlp_width=sizes.merger_mlp,
         codebook_size=sizes.codes, codebook_dim=sizes.code_dim, llm_width=space.config.llm.width)

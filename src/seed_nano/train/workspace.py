@@ -22,7 +22,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.weights import save_state_dict
@@ -197,6 +197,6 @@ class LavitWorkspace(SuccessorWorkspace):
         for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
             texts += [str(records.locate(row).fields[name]) for row in range(LAVIT_TEXTS) for name in fields]
-        patches = Seed2Config.read(self.nano / "config.json").vit.grid**2
+        patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid**2
         LavitTokenizer.train(texts, self.words_folder, self.config.llm.text_vocabulary, self.config.tokenizer.codes,
                              patches)

@@ -35,21 +35,17 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
 from seed_multimodal.serving.dialogue import Conversation, Dialogue, new_conversation
 
-KIND = "conversation"
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 SEPARATOR = "\n"
 TEMPLATES = {"flows_8b.json": "conv_seed_vicuna", "flows_14b.json": "conv_seed_llama2"}
 
 
 def check(folder: Path) -> None:
-    if (folder / "templates.json").is_file():
-        check_templates(read_json(folder / "templates.json"))
-    if (folder / "helpers.json").is_file():
-        check_helpers(read_json(folder / "helpers.json"))
+    for name, check_cases in (("templates.json", check_templates), ("helpers.json", check_helpers)):
+        if (folder / name).is_file():
+            check_cases(read_json(folder / name))
     tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
-    flows = files_named(folder, "flows_*.json")
-    assert flows, f"{folder}: holds no flows"
-    for file in flows:
+    for file in files_named(folder, "flows_*.json"):
         for flow in read_json(file):
             Replay(flow, TEMPLATES[file.name], f"{file.stem} / {flow['name']}").run(tokenizer)
 
@@ -64,33 +60,30 @@ def check_templates(cases: list[dict[str, Any]]) -> None:
         conversation.system = case["system"]
         for turn in case["turns"]:
             conversation.append(turn["role"], turn["message"])
-        assert_same(conversation.get_prompt(_no_unknown_picture), case["prompt"], f"prompt of {case['template']}")
+        prompt = conversation.get_prompt({}.__getitem__)  # the templates' images are all codes
+        assert_same(prompt, case["prompt"], f"prompt of {case['template']}")
 
 
 def check_helpers(cases: dict[str, Any]) -> None:
     for size, expected in cases["resize_image"]:
-        assert_same(list(fit_longer_side(_picture(size, (0, 0, 0))).size), expected, f"resize_image {size}")
+        assert_same(list(fit_longer_side(plain_image(size)).size), expected, f"resize_image {size}")
     for size, ratio, expected in cases["center_crop_image"]:
-        assert_same(list(crop_to_aspect(_picture(size, (0, 0, 0)), ratio).size), expected, f"center_crop_image {size}")
+        assert_same(list(crop_to_aspect(plain_image(size), ratio).size), expected, f"center_crop_image {size}")
     for pairs, errors, expected in cases["update_error_msg"]:
         assert_same(with_errors(pairs, errors), expected, f"update_error_msg {errors}")
 
 
-def _picture(size: list[int], colour: tuple[int, ...] | list[int]) -> Image.Image:
+def plain_image(size: list[int], colour: Sequence[int] = (0, 0, 0)) -> Image.Image:
     return Image.new("RGB", (size[0], size[1]), tuple(colour))
 
 
-def _no_unknown_picture(path: str) -> Any:
-    raise AssertionError(f"the template case has a picture without codes: {path}")
-
-
 class Replay:
-    """One recorded flow, done again with our dialogue, pictures kept in memory under numbered names."""
+    """One recorded flow, done again with our dialogue, images kept in memory under numbered names."""
 
     def __init__(self, flow: dict[str, Any], template: str, name: str) -> None:
         self.flow, self.name = flow, name
         self.dialogue = Dialogue(template, max_turns=flow["max_turns"])
-        self.pictures: dict[str, Image.Image] = {}
+        self.images: dict[str, Image.Image] = {}
         self.posted = 0
 
     def run(self, tokenizer: MultimodalTokenizer) -> None:
@@ -117,7 +110,7 @@ class Replay:
             self.dialogue.add_text(argument)
         elif kind == "image":
             if argument is not None:
-                self.dialogue.add_image(self._store(chat_image(_picture(*argument))))
+                self.dialogue.add_image(self._store(chat_image(plain_image(*argument))))
         elif kind in ("regenerate", "clear"):
             getattr(self.dialogue, kind)()
         elif self.dialogue.waits():
@@ -146,30 +139,30 @@ class Replay:
                     self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
 
     def _store(self, image: Image.Image) -> str:
-        """Keep a picture; equal pictures get the same name, as with the original's md5 names."""
-        for path, known in self.pictures.items():
+        """Keep an image; equal images get the same name, as with the original's md5 names."""
+        for path, known in self.images.items():
             if known.size == image.size and known.tobytes() == image.tobytes():
                 return path
-        path = f"log/images/{len(self.pictures):032x}.png"
-        self.pictures[path] = image
+        path = f"log/images/{len(self.images):032x}.png"
+        self.images[path] = image
         return path
 
     def _encode(self, path: str) -> str:
-        return image_to_base64(request_image(self.pictures[path]))
+        return image_to_base64(request_image(self.images[path]))
 
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
-    """Same keys and values; pictures by their pixels (within one level: resizing is a matter of library versions)."""
+    """Same keys and values; images by their pixels (within one level: resizing is a matter of library versions)."""
     assert_same(set(body), set(payload), f"{name}: keys of the request")
     assert_same({k: v for k, v in body.items() if k != "images"}, {k: v for k, v in payload.items() if k != "images"},
                 f"{name}: request")
-    assert_same(len(body["images"]), len(payload["images"]), f"{name}: number of pictures")
+    assert_same(len(body["images"]), len(payload["images"]), f"{name}: number of images")
     for mine, theirs in zip(body["images"], payload["images"], strict=True):
         if not isinstance(theirs, str):
             assert_same(mine, theirs, f"{name}: codes in the request")
             continue
         a, b = (np.asarray(image_from_base64(text)).astype(int) for text in (mine, theirs))
-        assert a.shape == b.shape and abs(a - b).max() <= 1, f"{name}: the posted picture differs"
+        assert a.shape == b.shape and abs(a - b).max() <= 1, f"{name}: the posted image differs"
 
 
 def pairs(conversation: Conversation) -> list[list[str | None]]:
@@ -195,7 +188,7 @@ def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[li
 
 
 def log_record(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as the released server logs it: pictures by file name only."""
+    """The conversation as the released server logs it: images by file name only."""
     messages = copy.deepcopy(conversation.messages)
     for entry in messages:
         entry["message"]["images"] = [PurePath(path).name for path in entry["message"]["images"]]
@@ -204,8 +197,11 @@ def log_record(conversation: Conversation) -> dict[str, Any]:
 
 
 def _numbered(value: Any) -> Any:
-    """The value with the names of picture files replaced by numbers in order of appearance."""
+    """The value with the names of image files replaced by numbers in order of appearance."""
     seen: dict[str, str] = {}
-    text = re.sub(r"[0-9a-f]{32}\.png", lambda m: seen.setdefault(m[0], f"picture{len(seen)}"),
+    text = re.sub(r"[0-9a-f]{32}\.png", lambda m: seen.setdefault(m[0], f"image{len(seen)}"),
                   json.dumps(value, sort_keys=True))
     return json.loads(text)
+
+
+KINDS = {"conversation": check}

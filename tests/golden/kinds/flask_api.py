@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from runner import assert_same, golden_tokenizer_folder, read_json
+from runner import assert_same, files_named, golden_tokenizer_folder, read_json
 from torch import nn
 
 from seed_multimodal.images.transforms import get_transform
@@ -32,7 +32,6 @@ from seed_multimodal.seed.pipeline import CodeImages, SeedLlama
 from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.system.config import SystemConfig
 
-KIND = "flask_api"
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 
 
@@ -95,10 +94,8 @@ class RecordedSystem(SeedLlama):
 
 
 def check(folder: Path) -> None:
-    files = sorted(folder.glob("cases*.json"))
-    assert files, f"{folder}: the fixture lacks its cases*.json."
     tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
-    for file in files:
+    for file in files_named(folder, "cases*.json"):
         for case in read_json(file):
             system = RecordedSystem(tokenizer, TEMPLATES[file.name], case.get("stub_generated_ids") or [])
             what = f"{file.name}, case {case['name']!r}"
@@ -175,3 +172,6 @@ def assert_refused(response: Any, what: str) -> None:
 
 def pixels(text: str) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
+
+
+KINDS = {"flask_api": check}

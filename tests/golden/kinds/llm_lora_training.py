@@ -22,7 +22,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from runner import assert_close, assert_same, read_json, read_tensors
+from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -32,8 +32,7 @@ from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.llm.model_settings import LlmModelSettings
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
-KIND = "llm_lora_training"
-LOGITS, GRADIENTS, STEPS = (1e-4, 1e-4), (1e-6, 1e-3), (2e-5, 0.0)  # atol, rtol
+LOGITS = (1e-4, 1e-4)  # atol, rtol
 Tensors = dict[str, Tensor]
 
 
@@ -56,10 +55,9 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
 
 
 def check_parameters(model: Any, meta: dict[str, Any]) -> None:
-    here = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
-    there = {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
-             for name, entry in meta["parameters"].items()}
-    assert_same(here, there, "parameters: shape and whether trained")
+    ours = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    assert_same(ours, {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
+                       for name, entry in meta["parameters"].items()}, "parameters: shape and whether trained")
     released = meta["released_peft_config"]
     assert_same(list(MODULES_TO_SAVE), released["modules_to_save"], "released modules_to_save")
     assert_same(sorted(TARGET_MODULES), sorted(released["target_modules"]), "released target_modules")
@@ -79,7 +77,7 @@ def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
         for kind in ("plain", "chunked"):
             batch = SimpleNamespace(**{k: given[k] for k in ("input_ids", "labels", "attention_mask")},
                                     position_ids=None)
-            assert_close(packed_loss(model, batch, kind=kind).mean.detach(), want[f"{mode}.loss"], *LOGITS,
+            assert_close(packed_loss(model, batch, kind=kind).mean, want[f"{mode}.loss"], *LOGITS,
                          f"{mode}.loss, {kind}")
 
 
@@ -124,26 +122,14 @@ def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any])
     for number, (loss, norm) in enumerate(meta["two_steps_loss_and_norm_before_clipping"]):
         parts = module(given["input_ids"], given["labels"], None, given["attention_mask"])
         parts.mean.backward()
-        assert_close(parts.mean.detach(), loss, *LOGITS, f"loss before step {number + 1}")
+        assert_close(parts.mean, loss, *LOGITS, f"loss before step {number + 1}")
         if number == 0:
-            check_gradients(parameters, want, meta)
+            assert_gradients(model, part(want, "grad"), meta["grad_norms"])
         clipped = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         assert_close(clipped, norm, 1e-3, 1e-3, f"gradient norm of step {number + 1}")
         optimizer.step()
         optimizer.zero_grad()
-    for name in (n for n in want if n.startswith("step2.")):
-        assert_close(parameters[name.removeprefix("step2.")].detach(), want[name], *STEPS, name)
-
-
-def check_gradients(parameters: dict[str, Any], want: Tensors, meta: dict[str, Any]) -> None:
-    for name in (n for n in want if n.startswith("grad.")):
-        assert_close(parameters[name.removeprefix("grad.")].grad, want[name], *GRADIENTS, name)
-    for name, norm in meta["grad_norms"].items():
-        own = parameters[name].grad
-        if norm is None:
-            assert own is None, f"{name} has a gradient"
-        else:
-            assert_close(own.norm(), norm, 1e-5, 1e-3, f"gradient norm of {name}")
+    assert_all_close({name: parameters[name] for name in part(want, "step2")}, want, 2e-5, 0.0, "step2.{}")
 
 
 def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
@@ -178,17 +164,9 @@ def without_lora(weights: Tensors, scale: float) -> Tensors:
     return parts
 
 
-def is_merged(weights: Tensors, want: Tensors) -> bool:
-    """Whether the recorded base has the adapter in it already."""
-    names = [n for n in want if n.startswith("merged.model.") and n.endswith("_proj.weight")]
-    return bool(names) and all(
-        torch.equal(want[n], weights["base_model.model." + n.removeprefix("merged.")]) for n in names)
-
-
-def is_end(weights: Tensors, want: Tensors) -> bool:
-    """Whether the recorded weights are those after the steps."""
-    names = [n for n in want if n.startswith("step2.")]
-    return bool(names) and all(torch.equal(want[n], weights[n.removeprefix("step2.")]) for n in names)
+def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
+    """Whether the recorded weights are these later ones."""
+    return bool(wanted) and all(torch.equal(value, weights[prefix + name]) for name, value in wanted.items())
 
 
 def check_near(model: Any, given: Tensors, want: Tensors) -> None:
@@ -203,9 +181,9 @@ def check_near(model: Any, given: Tensors, want: Tensors) -> None:
 
 
 def check(folder: Path) -> None:
-    case, meta = read_json(folder / "config.json"), read_json(folder / "meta.json")
-    weights, given, want = (read_tensors(folder / f"{part}.safetensors") for part in ("weights", "inputs", "outputs"))
-    if is_merged(weights, want):
+    (case, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    projections = {name: value for name, value in part(want, "merged").items() if name.endswith("_proj.weight")}
+    if are_equal(projections, weights, "base_model.model."):  # the base has the adapter in it already
         weights = without_lora(weights, case["lora"]["lora_alpha"] / case["lora"]["r"])
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"
@@ -213,7 +191,7 @@ def check(folder: Path) -> None:
         check_parameters(model, meta)
         write_base(weights, base)
         check_merge(model, base, Path(place), given, want, meta)
-        if is_end(weights, want):
+        if are_equal(part(want, "step2"), weights):  # the recorded weights are those after the steps
             check_near(model, given, want)
             check_left_padding(model, given, None)
             check_groups(model, meta)
@@ -234,3 +212,6 @@ def write_base(weights: Tensors, base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     config["vocab_size"] = len(kept["lm_head.weight"])
     (base / "config.json").write_text(json.dumps(config))
+
+
+KINDS = {"llm_lora_training": check}

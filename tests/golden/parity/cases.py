@@ -1,4 +1,7 @@
-"""Batches and losses that must not move: how each is made, small and from nothing but this file's numbers."""
+"""Batches and losses that must not move: how each is made, small and from nothing but this file's numbers.
+
+Batches come from the data interfaces, losses from what a run of each application leaves in its log.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +11,24 @@ import io
 import json
 import platform
 import random
+import sys
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import adapters
 import lavis_runs
 import llm_runs
 import numpy as np
 import torch
 from PIL import Image
 
+import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
+
+HERE = Path(__file__).resolve().parent
+WORDS = HERE / "words"  # the tokenizer of the records: what is shipped may change
 BATCHES, EVERY, STEPS = 200, 20, 30
 
 
@@ -59,22 +68,23 @@ def picture(number: int) -> bytes:
 
 
 class Captions:
-    """The captions of a set of 4,359 pictures that is no longer shipped, each with one and the same picture."""
+    """The captions of a set of 4,359 images that is no longer shipped, each with one and the same image."""
 
     def __init__(self) -> None:
-        lines = gzip.decompress(Path(__file__).with_name("captions.jsonl.gz").read_bytes()).decode().splitlines()
+        lines = gzip.decompress((HERE / "captions.jsonl.gz").read_bytes()).decode().splitlines()
         self.rows, self.image = [json.loads(line) for line in lines], picture(0)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def key(self, index: int) -> str:
-        """Of the picture."""
         return self.rows[index][0]
 
     def read(self, index: int) -> Any:
-        """One pair."""
-        return adapters.pair(*self.rows[index], self.image)
+        from seed_multimodal.data.formats.pairs import Pair
+
+        key, captions = self.rows[index]
+        return Pair(key, key, self.image, captions)
 
 
 def write_pairs(folder: Path) -> dict[str, Any]:
@@ -134,6 +144,36 @@ def write_mixture(folder: Path) -> dict[str, Any]:
 # ---- digests of batches
 
 
+@contextmanager
+def pair_batches(spec: Any, world: int, workers: int) -> Iterator[list[Any]]:
+    """For each rank the batches of a source of pairs, or of its description."""
+    from seed_multimodal.data.formats.pairs import open_pairs
+    from seed_multimodal.data.stream.pair_dataset import PairDataset
+    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.images.augment import TrainTransform
+    from seed_multimodal.language.words import BlipCaption
+
+    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
+    source = open_pairs(spec) if isinstance(spec, dict) else spec
+    with ExitStack() as stack:
+        yield [stack.enter_context(StepBatches(
+            PairDataset(source, transform, BlipCaption(), seed=7, log=None), 2, seed=7, rank=rank, world=world,
+            workers=workers)) for rank in range(world)]
+
+
+@contextmanager
+def llm_batches(config: dict[str, Any], world: int, workers: int) -> Iterator[list[Any]]:
+    """For each rank the batches of a data configuration."""
+    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.llm_batches import LlmBatches
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    words = MultimodalTokenizer.from_pretrained(WORDS)
+    with ExitStack() as stack:
+        yield [stack.enter_context(LlmBatches(read_data_settings(config), words, rank=rank, world=world,
+                                              workers=workers)) for rank in range(world)]
+
+
 def running(ranks: list[Any], content: Callable[[Any], dict[str, bytes]]) -> dict[str, list[str]]:
     """For each part of the content a running SHA-256 over all batches of all ranks, as it stands every 20 steps."""
     totals: dict[str, Any] = {}
@@ -150,8 +190,10 @@ def running(ranks: list[Any], content: Callable[[Any], dict[str, bytes]]) -> dic
 
 def pairs(batch: dict[str, Any]) -> dict[str, bytes]:
     """Which pictures and captions; and the views of the pictures, to the last bit."""
+    from seed_multimodal.images.transforms import normalise
+
     drawn = batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
-    return {"drawn": drawn, "pixels": batch["image"].numpy().tobytes()}
+    return {"drawn": drawn, "pixels": normalise(batch["image"]).numpy().tobytes()}
 
 
 def rows(batch: Any) -> dict[str, bytes]:
@@ -169,13 +211,13 @@ ROWS = {"packed, 1 process": (True, 1, 0), "packed, 1 process, 2 workers": (True
 
 def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
     kind, world, workers = PAIRS[case]
-    with adapters.pair_batches(write_pairs(folder)[kind], 7, 2, world, workers) as ranks:
+    with pair_batches(write_pairs(folder)[kind], world, workers) as ranks:
         return running(ranks, pairs)
 
 
 def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
     packing, world, workers = ROWS[case]
-    with adapters.llm_batches({**write_mixture(folder), "packing": packing}, world, workers) as ranks:
+    with llm_batches({**write_mixture(folder), "packing": packing}, world, workers) as ranks:
         return running(ranks, rows)
 
 
@@ -189,13 +231,15 @@ def logged(file: Path, name: str) -> list[float]:
 
 
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
+    from seed_multimodal.training.llm.app import run
+
     folder.mkdir(parents=True, exist_ok=True)
-    files = llm_runs.write_files(folder, tokenizer={"pretrained_model_name_or_path": str(adapters.WORDS)}, **changes)
+    files = llm_runs.write_files(folder, tokenizer={"pretrained_model_name_or_path": str(WORDS)}, **changes)
     arguments = llm_runs.overrides(files, folder / "out", f"trainer.max_steps={STEPS}", *more)
     if processes > 1:
         llm_runs.run(arguments, before=llm_runs.torchrun())
     else:
-        adapters.train_language_model(arguments)
+        run(arguments, llm_runs.APPLICATION / "configs")
     return logged(folder / "out" / "train.log.jsonl", "loss")
 
 
@@ -224,13 +268,18 @@ def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
     info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
     config.datasets = {"coco_caption": {**processors, "build_info": info}}
     config.run.output_dir = str(folder / "out")
-    own = (lavis_runs.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={adapters.WORDS}"])
+    own = (lavis_runs.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={WORDS}"])
     tiny = [*lavis_runs.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *own]
     config = OmegaConf.merge(config, OmegaConf.from_dotlist(tiny))
     for key in ("clip_model", "image_features_dim") if log.startswith("seed1") else ():
         config.model.pop(key)
     OmegaConf.save(config, folder / "run.yaml")
-    adapters.train_tokenizer(["--cfg-path", str(folder / "run.yaml"), *(["--options", *options] if options else [])])
+    if str(lavis_runs.APPLICATION) not in sys.path:
+        sys.path.append(str(lavis_runs.APPLICATION))
+    import train
+
+    given = ["--cfg-path", str(folder / "run.yaml"), *(["--options", *options] if options else [])]
+    train.build(train.parser("").parse_args(given)).train()
     return logged(folder / "out" / f"{log}.log.jsonl", "last_loss")
 
 
@@ -251,8 +300,8 @@ def text_encoder(folder: Path) -> Path:
     return folder
 
 
-def image_tower(folder: Path) -> Path:
-    """A CLIP vision tower with random weights, whose embeddings stage 2 is to hit."""
+def vision_encoder(folder: Path) -> Path:
+    """A CLIP vision encoder with random weights, whose embeddings stage 2 is to hit."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -269,21 +318,23 @@ def seed1_tokenizer(folder: Path) -> list[float]:
                      "model.reverse_depth=1")
 
 
-LOSSES: dict[str, Callable[[Path], Any]] = {
-    "language model": lambda folder: language_model(folder),
+LOSSES: dict[str, Callable[[Path], list[float]]] = {
+    "language model": language_model,
     "language model, LoRA with dropout, accumulation 2": lambda folder: language_model(
         folder, "trainer.gradient_accumulation_steps=2",
         model={"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}}),
     "language model, bf16": lambda folder: language_model(folder, "trainer.precision=bf16"),
     "language model, muon, tied words": lambda folder: language_model(
-        folder, optim=MUON, model={"sizes": {**llm_runs.SIZES,
-                                             "tie_word_embeddings": True}}),
+        folder, optim=MUON, model={"sizes": {**llm_runs.SIZES, "tie_word_embeddings": True}}),
     "language model, 2 processes": lambda folder: language_model(folder, processes=2, model=PLAIN_LORA),
     "language model, ZeRO-2, 2 processes": lambda folder: language_model(
         folder, "deepspeed=stage2_bf16", "trainer.timeout_minutes=10", processes=2, model=PLAIN_LORA),
     "tokenizer, stage 1": lambda folder: tokenizer(folder, "stage1", "stage1"),
     "tokenizer, stage 2": lambda folder: tokenizer(
         folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6",
-        f"model.clip_model={image_tower(folder / 'tower')}"),
+        f"model.clip_model={vision_encoder(folder / 'tower')}"),
     "SEED-1's tokenizer, stage 2": seed1_tokenizer,
 }
+CASES: dict[str, dict[str, Callable[[Path], Any]]] = {
+    "pairs": {case: partial(pair_digests, case) for case in PAIRS},
+    "rows": {case: partial(row_digests, case) for case in ROWS}, "losses": LOSSES}

@@ -93,7 +93,7 @@ def test_guidance_steers_from_the_negative_prompt(tiny_lavit: Any) -> None:
 
     def written(guidance: float, negative: str | None = None) -> list[int]:
         against = None if negative is None else [*words.text_ids(negative), words.vocabulary.boi_id]
-        return run(tiny_lavit, [Prompt(words.drawing_ids(["a red apple"]), negative=against)],
+        return run(tiny_lavit, [Prompt(words.text_ids("a red apple"), negative=against)],
                    GenerationSettings(guidance=guidance, **settings), ends=[words.vocabulary.eoi_id])[0]
 
     assert written(1.0) != written(6.0) != written(6.0, "a blue fish")

@@ -68,8 +68,6 @@ def test_from_pretrained_reads_own_folders_and_original_files(tmp_path: Path) ->
     embeds = half(rows(3)).prompt_embeds
     assert half.config == high.config and embeds.dtype == torch.bfloat16
     assert torch.cosine_similarity(embeds.float().flatten(), high(rows(3)).prompt_embeds.flatten(), dim=0) > 0.995
-    with pytest.raises(CheckpointError, match="holds the highres decoder, not the lowres one"):
-        CodeDecoder.from_pretrained(tmp_path / "own", head="lowres")
     original = tmp_path / "LaVIT" / "visual_tokenizer"
     original.mkdir(parents=True)
     torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
@@ -83,15 +81,11 @@ def test_from_pretrained_reads_own_folders_and_original_files(tmp_path: Path) ->
 
 def test_from_pretrained_refuses_wrong_files(tmp_path: Path) -> None:
     state, file = decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin"
-    config = LavitDecoderConfig(**SIZES)
     with pytest.raises(CheckpointError, match="rain1011/LaVIT-7B-v2"):
         CodeDecoder.from_pretrained(tmp_path / "absent")
-    for content, sizes, message in (
-            (state, None, "tensors have another size"),
-            ({**state, "more": torch.zeros(1)}, config, "unknown to the model: 'more'"),
-            ({name: value for name, value in state.items() if name != "query_embed"}, config,
-             "1 tensors are missing from the file: 'query_embed'"),
-            ({"model": Path}, config, "more than tensors")):
-        torch.save(content, file)
-        with pytest.raises(CheckpointError, match=message):
-            CodeDecoder.from_pretrained(file, config=sizes)
+    torch.save(state, file)
+    with pytest.raises(CheckpointError, match="tensors have another size"):
+        CodeDecoder.from_pretrained(file)
+    torch.save({name: value for name, value in state.items() if name != "query_embed"}, file)
+    with pytest.raises(CheckpointError, match="1 tensors are missing from the file: 'query_embed'"):
+        CodeDecoder.from_pretrained(file, config=LavitDecoderConfig(**SIZES))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from seed_multimodal.diffusion.layout import LayoutDecoder
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
-from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings
+from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
+from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings, read_empty_text
 
 N, WIDTH, POOLED, EMPTY = (tiny_lavit_pixels.TOKENS, tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED,
                            tiny_lavit_pixels.NOTHING)
@@ -33,7 +33,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def high(place: Path) -> LavitDetokenizer:
-    return LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding")
+    return LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder())
+
+
+def decoder() -> CodeDecoder:
+    return CodeDecoder(LavitDecoderConfig(tokens=N, code_dim=4, width=8, depth=1, heads=2, mlp_width=8, feature_dim=8,
+                                          prompt_dim=WIDTH - POOLED, pooled_dim=POOLED)).eval()
 
 
 def conditions(count: int, pooled: bool = True) -> Conditions:
@@ -45,8 +50,7 @@ def conditions(count: int, pooled: bool = True) -> Conditions:
 def latents(model: LavitDetokenizer, given: Conditions, *seeds: int, **settings: Any) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
-        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators,
-                             **given._asdict())
+        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators, given)
 
 
 def by_hand(model: LavitDetokenizer, seed: int, size: tuple[int, int], toward: dict[str, Any], away: dict[str, Any],
@@ -91,13 +95,10 @@ def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
     full = LavitDetokenizer(tiny_lavit_pixels.unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
-    assert high(conditions(1), ratio="16:9", num_inference_steps=1)[0].size == (24, 16)
+    for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):
+        assert high([torch.randn(3, 4)], ratio="16:9", num_inference_steps=1, **sizes)[0].size == drawn
     with pytest.raises(ConfigError, match="ratio must be one of 1:1, 4:3, 3:2"):
         high.check_settings(ratio="1:3")
-    with pytest.raises(ConfigError, match="Give a ratio, or height and width, not both"):
-        high.check_settings(ratio="1:1", height=16, width=16)
-    with pytest.raises(ConfigError, match="original_size"):
-        high.check_settings(original_size=(3,))
 
 
 def test_size_conditions_are_exact_in_half_precision(place: Path) -> None:
@@ -123,30 +124,49 @@ def test_a_layout_reads_the_features_in_any_ratio(place: Path, tmp_path: Path) -
         assert not torch.allclose(warm, latents(model, conditions(2), 1, 2, **settings), atol=1e-2)
 
 
-def test_the_empty_text_must_fit(place: Path, tmp_path: Path) -> None:
+def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "pixel_decoding", tmp_path / "low")
-    file = tmp_path / "low" / EMPTY_TEXT
-    for content, sentence in ((torch.zeros(1, 3, WIDTH + 1), rf"must hold a tensor \[1, L, {WIDTH}\], got \[1, 3, "),
-                              (None, f"{EMPTY_TEXT}: there is no such file.*rain1011/LaVIT-7B-v2")):
-        file.unlink() if content is None else torch.save(content, file)
-        with pytest.raises(CheckpointError, match=sentence):
-            LavitDetokenizer.from_pretrained(tmp_path / "low")
+    torch.save(torch.zeros(1, 3, WIDTH + 1), tmp_path / "low" / EMPTY_TEXT)
+    with pytest.raises(CheckpointError, match="has width 17, but the U-Net reads width 16"):
+        LavitDetokenizer.from_pretrained(tmp_path / "low")
     with pytest.raises(CheckpointError, match="reads width 16, but the decoder of codes writes width 2048"):
         with torch.device("meta"):
             LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", CodeDecoder())
 
 
+def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
+    """By the text encoder of Stable Diffusion's folder, where LaVIT's file is not."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.save(torch.ones(1, 3, 8), tmp_path / "uncond_embeddings.bin")
+    assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
+    (tmp_path / "uncond_embeddings.bin").unlink()
+    with pytest.raises(CheckpointError, match=f"holds no {EMPTY_TEXT}; download LaVIT"):
+        read_empty_text(tmp_path, 8)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}')
+    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 5}))
+    model = CLIPTextModel(CLIPTextConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=2, max_position_embeddings=5, bos_token_id=0,
+                                         eos_token_id=1, pad_token_id=1)).eval()
+    model.save_pretrained(tmp_path / "text_encoder")
+    with torch.no_grad():
+        wanted = model(torch.tensor([[0, 1, 1, 1, 1]])).last_hidden_state
+    torch.testing.assert_close(read_empty_text(tmp_path, 8), wanted)
+
+
 def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
     """The released one is in the other decoder's folder; it computes in its own precision."""
-    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", check_safety=True, dtype=torch.bfloat16)
+    model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder(), dtype=torch.bfloat16,
+                                             safety=place / "pixel_decoding")
+    rows = [torch.randn(3, 4), torch.randn(5, 4)]
 
     def draw() -> list[Any]:
         with torch.autocast("cpu", torch.bfloat16):
-            return model(conditions(2), seeds=[1, 2], num_inference_steps=2)
+            return model(rows, seeds=[1, 2], num_inference_steps=2)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", SeedWarning)
-        shown = draw()
+    shown = draw()
     assert all(np.asarray(image).any() for image in shown)
     checker, pixels = model.safety_checker, model.feature_extractor(shown, return_tensors="pt").pixel_values
     first, second = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1])).detach()
@@ -155,4 +175,4 @@ def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
     with pytest.warns(SeedWarning, match="made 1 of 2 images black"):
         assert [bool(np.asarray(image).any()) for image in draw()] == [False, True]
     with pytest.warns(SeedWarning, match="holds no safety checker, so images are drawn without one"):
-        LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", check_safety=True, safety=place / "a" / "b")
+        LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", safety=place / "a")

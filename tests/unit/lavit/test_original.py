@@ -98,7 +98,7 @@ def test_modes_dtypes_and_missing_weights(understands, draws, tiny_lavit_folder,
     assert not understands.images.reader.get_parameter(name).equal(draws.images.writer.get_parameter(name))
     half = build_model(tiny_lavit_folder, understanding=False, check_safety=False, load_tokenizer=False)
     assert half.system.llm.dtype == torch.bfloat16 and half.generate_image("a red apple", **SMALL)[0].size == (64, 64)
-    with pytest.raises(ConfigError, match="model_dtype 'int8'"):
+    with pytest.raises(ConfigError, match="Unknown dtype 'int8'"):
         build_model(tiny_lavit_folder, model_dtype="int8")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="pretrained/LaVIT-7B-v2"):

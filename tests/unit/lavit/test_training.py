@@ -1,4 +1,4 @@
-"""The loss of LaVIT's stage 1: its parts against formulas, its gradients, its codebook against a plain reference."""
+"""LaVIT's stage 1: loss against formulas, gradients, codebook against a plain reference. Heads of pixel decoders."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import pytest
 import stage1_toy as toy
 import torch
 import torch.nn.functional as F
+from tiny_lavit_training import code_decoder, diffusion
 
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
-from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights, moving_codebook
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.lavit.training import HEADS, LavitStage1, LavitStage1Weights, decoder_for, moving_codebook
 from seed_multimodal.nn.quantizer import VectorQuantizer
 
 
@@ -52,16 +54,6 @@ def test_forward_is_the_published_formula(model: LavitStage1, features: torch.Te
     expected = out.loss_cosine + 2 * (1 / 3 - share) ** 2 + (out.loss_commitment if quantize else 0)
     torch.testing.assert_close(out.loss, expected)
     assert out.counts_B.tolist() == keep.sum(1).tolist()
-
-
-def test_kept_share_is_of_the_batch(model: LavitStage1, features: torch.Tensor) -> None:
-    """One image that keeps everything and two that keep one patch."""
-    noise = torch.zeros(3, toy.PATCHES, 2)
-    noise[:, :, 1], noise[0, :, 0] = 50.0, 100.0
-    out = model(features[:3], quantize=False, noise=noise)
-    assert out.counts_B.tolist() == [toy.PATCHES, 1, 1]  # a picture keeps its most probable patch at least
-    torch.testing.assert_close(out.loss_ratio, (1 / 3 - out.kept).square())
-    assert float(out.kept) == pytest.approx((toy.PATCHES + 2) / (3 * toy.PATCHES))
 
 
 @pytest.mark.parametrize("quantize", [False, True])
@@ -145,3 +137,20 @@ def test_finished_networks_encode_and_decode_as_in_training(
     cosine = (1 - F.cosine_similarity(rebuilt, again.patch_features(pixels), dim=-1)).mean()
     torch.testing.assert_close(cosine, out.loss_cosine, rtol=1e-3, atol=1e-4)
     assert not any(part.requires_grad for part in (*tokenizer.parameters(), *decoder.parameters()))
+
+
+# ---- pixel decoders
+
+
+def test_decoder_for_the_other_kind_has_a_new_head(tmp_path: Path) -> None:
+    high, low = (LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
+                 for head in ("highres", "lowres"))
+    stage1, place = code_decoder(), tmp_path / "decoder"
+    stage1.save_pretrained(place)
+    same, new = decoder_for(high, place)
+    assert not new and all(torch.equal(value, stage1.state_dict()[name]) for name, value in same.state_dict().items())
+    other, new = decoder_for(low, place, seed=3)
+    assert new and other.config.head == "lowres" and other.unet_proj.out_features == 14
+    assert all(torch.equal(value, stage1.state_dict()[name]) for name, value in other.state_dict().items()
+               if not name.startswith(HEADS))
+    assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)

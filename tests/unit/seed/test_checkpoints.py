@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,8 +22,6 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
-KEYS = Path(__file__).parents[2] / "golden" / "data" / "seed2_keys_full" / "stage1_training_model.json.gz"
-
 
 @pytest.fixture
 def seed2(tiny: Seed2Config) -> Seed2Tokenizer:
@@ -42,10 +39,6 @@ def _seed2_folder(model: SeedTokenizer, folder: Path) -> Path:
     torch.save(deeper | model.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}))
     return folder
-
-
-def _ours(model: SeedTokenizer, folder: Path) -> Path:
-    return model.save_pretrained(folder)
 
 
 def _file_of_ours(model: SeedTokenizer, folder: Path) -> Path:
@@ -89,8 +82,8 @@ def _without_position_ids(model: SeedTokenizer, folder: Path) -> Path:
     return folder
 
 
-LAYOUTS = [_ours, _file_of_ours, _released, _file_with_the_others_beside, _as_safetensors, _with_our_config,
-           _vision_in_the_hub_cache, _without_position_ids]
+LAYOUTS = [SeedTokenizer.save_pretrained, _file_of_ours, _released, _file_with_the_others_beside, _as_safetensors,
+           _with_our_config, _vision_in_the_hub_cache, _without_position_ids]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
@@ -100,7 +93,7 @@ def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Pat
     model: Any = seed2 if kind == "seed2" else tiny_seed1.tokenizer()
     lines: list[str] = []
     source = layout(model, tmp_path / "folder")
-    given = None if layout in (_ours, _file_of_ours, _with_our_config) else model.config
+    given = None if layout in (SeedTokenizer.save_pretrained, _file_of_ours, _with_our_config) else model.config
     loaded = type(model).from_pretrained(source, config=given, log=lines.append)
     assert loaded.config == model.config and len(lines) == 1
     for name, value in model.state_dict().items():
@@ -132,14 +125,6 @@ def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2To
     assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_from_pretrained_in_another_precision(seed2: Seed2Tokenizer, tmp_path: Path, dtype: torch.dtype) -> None:
-    seed2.to(dtype).save_pretrained(tmp_path)
-    assert Seed2Tokenizer.from_pretrained(tmp_path).dtype == torch.float32
-    half = Seed2Tokenizer.from_pretrained(tmp_path, dtype=dtype)
-    assert half.dtype == dtype and half.Qformer.bert.embeddings.position_ids.dtype == torch.int64
-
-
 def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, images: Tensor) -> None:
     """It holds SEED-1's decoder as a text branch beside SEED-2's image branch."""
     model = tiny_seed1.tokenizer()
@@ -150,7 +135,6 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     torch.save({"model": state | image_branch}, folder / "seed_tokenizer.pth")
     loaded = Seed1Tokenizer.from_pretrained(folder, config=model.config)
     torch.testing.assert_close(loaded.decode(loaded.encode(images)), model.decode(model.encode(images)))
-    assert loaded.load_report is not None and "reverse_tokens" in loaded.load_report.ignored
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads /proc")
@@ -166,27 +150,20 @@ def test_from_pretrained_maps_the_files(seed2: Seed2Tokenizer, tmp_path: Path) -
     assert torch.equal(Seed2Tokenizer.from_pretrained(folder, config=seed2.config).query_tokens, seed2.query_tokens)
 
 
-def test_from_pretrained_unknown_tensors_are_left_out_with_a_warning(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
-    folder = _seed2_folder(seed2, tmp_path / "a")
-    state = load_state_dict(folder / "seed_quantizer.pt")
-    torch.save(state | {"another.a": torch.zeros(2), "another.b": torch.zeros(2)}, folder / "seed_quantizer.pt")
-    with pytest.warns(SeedWarning, match="2 tensors that the model does not know were left out: 'another.a'"):
-        loaded = Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
-    assert loaded.load_report is not None and loaded.load_report.unlisted == ["another.a", "another.b"]
-
-
 @pytest.mark.parametrize(("file", "changes", "message"), [
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": None}, "1 tensors are missing .*'encode_task_layer.2.bias'"),
     ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
-    ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer")])
-def test_from_pretrained_missing_or_misshapen_tensors_are_named(
+    ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer"),
+    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "1 tensor that the model does not know was left out")])
+def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
     seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
 ) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     state = {**load_state_dict(folder / file), **changes}
     torch.save({name: value for name, value in state.items() if value is not None}, folder / file)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.warns(SeedWarning, match=message) if "another.a" in changes else pytest.raises(
+            CheckpointError, match=message):
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
@@ -225,25 +202,17 @@ def test_from_pretrained_nothing_there(tmp_path: Path, monkeypatch: pytest.Monke
 
 # ---- BLIP-2
 
-WORDS = "Qformer.bert.embeddings.word_embeddings.weight"
-HEAD = "Qformer.cls.predictions."
-# Released sizes → tiny ones: word pieces, MLP, vision width, Q-Former, positions, projections.
-TINY = {30523: 61, 30522: 60, 3072: 40, 1408: 16, 768: 24, 512: 20, 256: 8}
 EVA = EvaConfig(image_size=16, patch_size=8, width=16, depth=39, heads=2, mlp_width=24)
 CONFIG = Seed2Config(vit=dataclasses.replace(EVA, depth=1),
-                     qformer=QFormerConfig(width=24, depth=12, heads=2, mlp_width=40, max_positions=20))
+                     qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=40, max_positions=20))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def blip2() -> dict[str, Tensor]:
     """What `blip2_pretrained.pth` holds: stage 1 without the vision encoder, and the matching head."""
-    table = json.loads(gzip.decompress(KEYS.read_bytes()))
-    generator = torch.Generator().manual_seed(3)
-    state = {name: torch.arange(20)[None] if name.endswith("position_ids")
-             else torch.randn([TINY.get(n, n) for n in row["shape"]], generator=generator)
-             for name, row in table.items() if not name.startswith("visual_encoder.")}
-    state[f"{HEAD}decoder.weight"], state[f"{HEAD}decoder.bias"] = state[WORDS], state[f"{HEAD}bias"]
-    return state | {"itm_head.weight": torch.zeros(2, 24), "itm_head.bias": torch.zeros(2)}
+    state = Stage1Model(CONFIG, vocab_size=61, embed_dim=8).state_dict()
+    return {name: value for name, value in state.items() if not name.startswith("visual_encoder.")} | {
+        "itm_head.weight": torch.zeros(2, 24), "itm_head.bias": torch.zeros(2)}
 
 
 def _saved(state: dict[str, Tensor], file: Path) -> Path:
@@ -260,33 +229,18 @@ def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Ten
     for name in report.loaded:
         assert torch.equal(model.state_dict()[name], blip2[name]), name
     assert all(torch.equal(value, model.visual_encoder.state_dict()[name]) for name, value in vision.items())
-    assert not report.fitted and len(lines) == 1 and "itm_head (2)" in lines[0]
-
-
-@pytest.mark.parametrize("vocab_size", [60, 61, 62])
-def test_load_blip2_word_tables_of_one_row_more_or_less(blip2: dict[str, Tensor], tmp_path: Path,
-                                                        vocab_size: int) -> None:
-    model = Stage1Model(CONFIG, vocab_size=vocab_size, embed_dim=8)
-    last = model.state_dict()[WORDS][-1].clone()
-    report = load_blip2(model, _saved(blip2, tmp_path / "a.pth"), None)
-    rows, own = min(vocab_size, 61), model.state_dict()
-    assert torch.equal(own[WORDS][:rows], blip2[WORDS][:rows])
-    assert torch.equal(own[f"{HEAD}bias"][:rows], blip2[f"{HEAD}bias"][:rows])
-    assert bool(report.fitted) == (vocab_size != 61)
-    assert vocab_size < 62 or torch.equal(own[WORDS][-1], last)
-    assert own[f"{HEAD}decoder.weight"].data_ptr() == own[WORDS].data_ptr()
+    assert len(lines) == 1 and "itm_head (2)" in lines[0]
 
 
 def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: Path) -> None:
-    model = Stage1Model(CONFIG, vocab_size=61, embed_dim=8)
-    for state, message in (
-        (blip2 | {WORDS: blip2[WORDS][:50]}, r"word_embeddings.weight': the file has \(50, 24\), the model needs"),
-        ({name: value for name, value in blip2.items() if name != "vision_proj.bias"}, "'vision_proj.bias'"),
-        ({"other": torch.zeros(2)}, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'")):
+    for state, size, message in (
+        (blip2, 60, r"word_embeddings.weight': the file has \(61, 24\), the model needs"),
+        ({name: value for name, value in blip2.items() if name != "vision_proj.bias"}, 61, "'vision_proj.bias'"),
+        ({"other": torch.zeros(2)}, 61, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'")):
         with pytest.raises(CheckpointError, match=message):
-            load_blip2(model, _saved(state, tmp_path / "a.pth"), None)
+            load_blip2(Stage1Model(CONFIG, vocab_size=size, embed_dim=8), _saved(state, tmp_path / "a.pth"), None)
     with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
-        load_blip2(model, tmp_path / "absent.pth", None)
+        load_blip2(Stage1Model(CONFIG, vocab_size=61, embed_dim=8), tmp_path / "absent.pth", None)
 
 
 # ---- the vision encoder and CLIP
@@ -302,10 +256,6 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path: Path) 
     assert vit.pos_embed.shape == (1, 10, 16) and torch.equal(vit.pos_embed[:, 0], source.pos_embed[:, 0])
     assert all(torch.equal(value, source.state_dict()[name]) for name, value in vit.state_dict().items()
                if name != "pos_embed")
-    with pytest.raises(CheckpointError, match=r"first 'cls_token': the file has \(1, 1, 16\), the model needs"):
-        load_vision(EvaVit(dataclasses.replace(EVA, width=32)), tmp_path / "eva_vit_g.pth", None)
-    with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
-        load_vision(vit, tmp_path / "absent.pth", None)
 
 
 @pytest.fixture(scope="module")
@@ -322,7 +272,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor) -> None:
+def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
     from transformers import CLIPModel
 
     whole, vision = CLIPModel.from_pretrained(clip_folder).eval(), load_clip_vision(clip_folder, log=None)
@@ -333,19 +283,9 @@ def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor) -> 
         torch.testing.assert_close(vision(images).image_embeds, expected)
         text = whole.text_projection(whole.text_model(ids).pooler_output)
         torch.testing.assert_close(load_clip_text(clip_folder, log=None)(ids).text_embeds, text)
-    assert load_clip_vision(clip_folder, dtype=torch.bfloat16, log=None).dtype == torch.bfloat16
+    vision.save_pretrained(tmp_path, max_shard_size="6KB")  # the vision half alone, in shards
+    assert torch.equal(load_clip_vision(tmp_path, log=None)(images).image_embeds, vision(images).image_embeds)
     assert load_vision(EvaVit(dataclasses.replace(EVA, depth=1, pre_norm=True)), clip_folder, None).loaded
-
-
-def test_load_clip_vision_half_alone_in_old_files_and_shards(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
-    model = load_clip_vision(clip_folder, log=None)
-    model.save_pretrained(tmp_path / "alone")
-    model.save_pretrained(tmp_path / "shards", max_shard_size="6KB")
-    (tmp_path / "old").mkdir()
-    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "alone" / "config.json").read_bytes())
-    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
-    for name in ("alone", "shards", "old"):
-        assert torch.equal(load_clip_vision(tmp_path / name, log=None)(images).image_embeds, model(images).image_embeds)
 
 
 def test_load_clip_vision_with_a_shared_encoder(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
@@ -370,18 +310,13 @@ def test_load_clip_vision_with_a_shared_encoder(clip_folder: Path, images: Tenso
 def test_load_clip_vision_wrong_folders_are_refused(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent: there is no such folder; download laion/CLIP-ViT-H-14"):
         load_clip_vision(tmp_path / "absent", log=None)
-    other = tmp_path / "other"
-    other.mkdir()
-    with pytest.raises(CheckpointError, match=r"config\.json: there is no such file; download laion/"):
-        load_clip_vision(other, log=None)
-    settings = json.loads((clip_folder / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match="other: not a complete CLIP"):
-        load_clip_vision(other, log=None)
+    (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
     state = load_state_dict(clip_folder / "model.safetensors")
-    for damaged, message in (({**state, "visual_projection.weight": torch.zeros(12, 16)}, "other: not a complete CLIP"),
+    for damaged, message in ((None, "not a complete CLIP"),
+                             ({**state, "visual_projection.weight": torch.zeros(12, 16)}, "not a complete CLIP"),
                              ({name: value for name, value in state.items() if name != "visual_projection.weight"},
                               "1 tensors are missing, first 'visual_projection.weight'")):
-        save_state_dict(damaged, other / "model.safetensors")
+        if damaged:
+            save_state_dict(damaged, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=message):
-            load_clip_vision(other, log=None)
+            load_clip_vision(tmp_path, log=None)

@@ -13,7 +13,7 @@ import torch
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, evaluating
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
@@ -55,23 +55,16 @@ def test_encode_early_codes_do_not_depend_on_later_queries(model: SeedTokenizer,
 
 
 def test_encode_and_decode_build_no_graph_and_ignore_dropout(model: SeedTokenizer, images: torch.Tensor) -> None:
-    codes = model.train().encode(images)
+    model.train().visual_encoder.eval()
+    codes = model.encode(images)
     assert torch.equal(codes, model.encode(images)) and not model.decode(codes).requires_grad
-    assert model.training and model.Qformer.training
+    assert model.training and model.Qformer.training and not model.visual_encoder.training
     assert torch.equal(codes, model.eval().encode(images))
 
 
 def test_encode_another_image_size_is_refused(model: SeedTokenizer) -> None:
     with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\], got \[2, 3, 16, 18\]"):
         model.encode(torch.zeros(2, 3, 16, 18))
-
-
-def test_evaluating_restores_each_submodule(model: SeedTokenizer) -> None:
-    model.train()
-    model.visual_encoder.eval()
-    with evaluating(model):
-        assert not any(part.training for part in model.modules())
-    assert model.training and model.Qformer.training and not model.visual_encoder.training
 
 
 def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Tensor) -> None:
@@ -94,61 +87,44 @@ def test_decode_lengths_zero_the_later_rows(model: SeedTokenizer, images: torch.
     expected = model.decode_embeddings(rows)
     torch.testing.assert_close(model.decode(codes, lengths), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.decode(codes, lengths, batch_size=2), expected, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(model.decode(codes, torch.full((5,), 32)), model.decode(codes))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(tiny: Seed2Config, images: torch.Tensor, dtype: torch.dtype) -> None:
+def test_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
-    embedding = model.decode(exact)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.encode(images).shape == (5, 32)
-    model.to(dtype)
-    assert (model.encode(images) == exact).float().mean() > 0.7, "most codes survive half precision"
-    assert model.decode(exact).dtype == dtype
-    torch.testing.assert_close(model.decode(exact).float(), embedding, rtol=0.1, atol=0.05)
+    half = Seed2Tokenizer.from_pretrained(model.save_pretrained(tmp_path), dtype=dtype)
+    assert half.dtype == dtype and half.Qformer.bert.embeddings.position_ids.dtype == torch.int64
+    assert (half.encode(images) == exact).float().mean() > 0.7, "most codes survive half precision"
+    torch.testing.assert_close(half.decode(exact).float(), model.decode(exact), rtol=0.1, atol=0.05)
+    codes = fast_encode(model, dtype)(images)
+    assert (codes == exact).float().mean() > 0.7
 
 
 @pytest.mark.slow
 @pytest.mark.process
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_fast_encode_gives_the_codes_of_the_plain_encoder(tiny: Seed2Config, images: torch.Tensor,
-                                                          dtype: torch.dtype) -> None:
+def test_fast_encode_compiled_gives_the_codes_of_the_plain_encoder(tiny: Seed2Config, images: torch.Tensor) -> None:
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
-    codes = fast_encode(model, dtype, compile=dtype == torch.float32)(images)
-    assert (codes == exact).float().mean() > (0.99 if dtype == torch.float32 else 0.7)
-
-
-def test_seed1_reverse_queries_see_each_other_whatever_their_number() -> None:
-    """With 32 of them the original would make them causal; here the Reverse Q-Former never is."""
-    model = tiny_seed1.loud(Seed1Tokenizer(dataclasses.replace(tiny_seed1.config(), text_tokens=32))).eval()
-    with torch.no_grad():
-        tokens = torch.randn(1, 32, 24)
-        before = model.reverse_queries(tokens)
-        model.reverse_tokens[0, -1] = torch.randn(24)
-        assert bool(((model.reverse_queries(tokens) - before).abs().amax(-1) > 1e-4).all())
+    assert torch.equal(fast_encode(model, torch.float32, compile=True)(images), exact)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"codebok_size": 3}, r"unknown key 'codebok_size' \(did you mean 'codebook_size'"),
     ({"vit": {"witdh": 3}}, r"vit: unknown key 'witdh' \(did you mean 'width'"),
     ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
-    ({"model_type": "llama"}, "not the configuration of a seed2_tokenizer")])
-def test_config_read_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer")])
+def test_read_config_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=message) as caught:
-        Seed2Config.read(tmp_path / "config.json")
+        Seed2Tokenizer.read_config(tmp_path / "config.json")
     if "sections" not in message:
         assert "config.json" in str(caught.value)
 
 
-def test_config_released_presets(tiny: Seed2Config, tmp_path: Path) -> None:
+def test_config_released_presets() -> None:
     assert Seed1Config.released([]) == Seed1Config()
     assert Seed2Config.released(["image_down.0.weight"]) == Seed2Config()
     assert Seed2Config.released([]) == Seed2Config(use_qformer_image=True, reverse_depth=4)
-    (tmp_path / "config.json").write_text(json.dumps(tiny.to_dict()))
-    assert Seed2Config.read(tmp_path / "config.json") == tiny

@@ -78,14 +78,6 @@ def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
     assert all(p.grad is not None for p in trained.visual_encoder.parameters())
 
 
-def test_stage1_vit_features_give_the_same_loss() -> None:
-    model = _model()
-    images, ids, mask = _batch(4)
-    with torch.no_grad():
-        cached = model(None, ids, mask, vit_features=model.vit_features(images))
-        torch.testing.assert_close(cached.loss, model(images, ids, mask).loss)
-
-
 def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
     model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
     losses = [model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
@@ -97,17 +89,6 @@ def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
     output = model(*_batch(4), target_embedding=target)
     expected = (model.embedding_head(output.query_output.flatten(1)) - target).square().mean()
     torch.testing.assert_close(output.loss_embedding, expected)
-
-
-def test_stage1_a_few_steps_learn_the_pairs() -> None:
-    model = _model(lm_head=False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    first = last = _run(model).loss_itc.item()
-    for _ in range(25):
-        optimizer.step()
-        optimizer.zero_grad()
-        last = _run(model).loss_itc.item()
-    assert last < 0.7 * first
 
 
 class _Given(nn.Module):
@@ -219,7 +200,8 @@ def test_stage2_frozen_dropout_is_a_choice(kind: str, tiny: Seed2Config, images:
     noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
     assert noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
     assert not torch.equal(noisy.encoder_output(images), noisy.encoder_output(images))
-    assert torch.equal(clean.encoder_output(images), clean.encoder_output(images))
+    features = clean.visual_encoder(images)
+    assert torch.equal(clean.encoder_output(None, features), clean.encoder_output(images))
     assert not noisy.eval().Qformer.training
 
 
@@ -227,10 +209,10 @@ def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor
     readout, target = torch.randn(7, 10), torch.randn(5, 10)
     model = Stage2Model(tiny, weights=Stage2Weights(1.0, 3.0, 4.0, 0.5), frozen_dropout=False, readout_weight=readout)
     out = model(images, target)
-    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil_image + out.loss_readout)
+    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil + out.loss_readout)
     torch.testing.assert_close(out.loss_embed, out.loss_embed_raw)
-    torch.testing.assert_close(out.loss_distil_image, 4.0 * F.mse_loss(out.image_embeds, target))
-    torch.testing.assert_close(out.loss_readout, 0.5 * F.mse_loss(out.image_embeds @ readout.T, target @ readout.T))
+    torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
+    torch.testing.assert_close(out.loss_readout, 0.5 * F.mse_loss(out.embeds @ readout.T, target @ readout.T))
     cosine = F.cosine_similarity(out.recon_s, out.query_output, dim=-1)
     torch.testing.assert_close(out.loss_recon_s, 3.0 * (1 - cosine).mean())
     assert "readout_weight" not in model.state_dict()
@@ -241,13 +223,13 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
     model, other = (tiny_seed1.loud(_stage2("seed1", TINY, **options)).eval() for options in ({}, {"weights": weights}))
     other.load_state_dict(model.state_dict())
     out = model(images, target)
-    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil_text)
+    torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil)
     torch.testing.assert_close(out.loss_embed, 5 * 1.25 * F.mse_loss(model.quantize.embedding(out.indices),
                                                                      out.pre_quant))
-    torch.testing.assert_close(out.loss_distil_text, 0.5 * F.mse_loss(out.text_embeds, target))
-    torch.testing.assert_close(out.text_embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(out.loss_distil, 0.5 * F.mse_loss(out.embeds, target))
+    torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(other(images, target).loss,
-                               out.loss_embed / 5 + out.loss_recon_s * 1.5 + out.loss_distil_text * 8)
+                               out.loss_embed / 5 + out.loss_recon_s * 1.5 + out.loss_distil * 8)
 
 
 def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tensor) -> None:
@@ -268,13 +250,6 @@ def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tenso
         Stage2Model(tiny)(images)
 
 
-def test_stage2_vit_features_give_the_same_loss(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
-    model = _stage2(kind, tiny).eval()
-    with torch.no_grad():
-        cached = model(None, target, vit_features=model.visual_encoder(images)).loss
-        torch.testing.assert_close(cached, model(images, target).loss)
-
-
 def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
     model = _stage2(kind, tiny, frozen_dropout=False)
     out = model(images, target, quantize=False)
@@ -282,13 +257,6 @@ def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: 
     out.loss.backward()
     assert model.quantize.embedding.weight.grad is None
     assert model.encode_task_layer[0].weight.grad is not None
-
-
-def test_stage2_without_query_reconstruction(tiny: Seed2Config, images: Tensor) -> None:
-    model = Stage2Model(dataclasses.replace(tiny, recon_s=False))
-    out = model(images, torch.randn(5, 10))
-    assert out.recon_s is None and float(out.loss_recon_s) == 0.0
-    assert not any(name.startswith(("blocks.", "pos_embed.")) or name == "pos_embed" for name in model.state_dict())
 
 
 def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None:
@@ -304,15 +272,6 @@ def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None
     swapped.sum().backward()
     assert model.quantize.embedding.weight.grad is None
     assert torch.equal(model.eval().corrupt_codes(quant, None), quant)
-
-
-def test_corrupt_codes_does_not_change_the_codebook_loss(kind: str, tiny: Seed2Config, images: Tensor,
-                                                         target: Tensor) -> None:
-    plain, wild = (_stage2(kind, tiny, frozen_dropout=False, corrupt=share) for share in (0.0, 1.0))
-    a, b = plain(images, target), wild(images, target)
-    assert torch.equal(a.loss_embed, b.loss_embed) and torch.equal(a.indices, b.indices)
-    assert not torch.equal(a.query_up, b.query_up)
-    assert torch.equal(wild.eval()(images, target).quant, plain.eval()(images, target).quant)
 
 
 def test_keep_prefix_keeps_the_first_codes(tiny: Seed2Config) -> None:
@@ -384,7 +343,7 @@ def test_stage2_a_few_steps_learn_the_target(kind: str, tiny: Seed2Config, image
         out = model(images, target)
         out.loss.backward()
         optimizer.step()
-        losses.append((out.loss_distil_image if kind == "seed2" else out.loss_distil_text).item())
+        losses.append(out.loss_distil.item())
     same_for_all = 5 * F.mse_loss(target.mean(0).expand_as(target), target)
     assert sum(losses[-5:]) / 5 < 0.85 * same_for_all, "the prediction depends on the image"
 

@@ -41,8 +41,8 @@ def model_of(config: dict[str, Any]) -> Any:
 
 
 def test_stage1():
+    from kinds.seed_tokenizers import qformer_config, vit_config
     from runner import assert_close
-    from seed2_common import qformer_config, vit_config
 
     from seed_multimodal.weights import assign_strictly
 
@@ -69,15 +69,15 @@ def test_stage1():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stage2_losses", "stage2_losses_image_down"])
 def test_stage2(kind, tmp_path):
+    from kinds.seed_tokenizers import seed2_config
     from runner import assert_close
-    from seed2_common import tokenizer_config
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     from seed_multimodal.weights import assign_strictly
 
     given, meta, weights, inputs, want = read(kind)
     CLIPVisionModelWithProjection(CLIPVisionConfig(**given["clip_vision"])).save_pretrained(tmp_path)
-    config = tokenizer_config({**given, "decode_blocks_heads": given["decode_heads"]}, 4)
+    config = seed2_config({**given, "decode_blocks_heads": given["decode_heads"]}, 4)
     model = model_of({
         "arch": "blip2_codebook_all_image", **sizes(config.vit, config.qformer), "clip_model": str(tmp_path),
         "clip_precision": "fp32", "n_embed": config.codebook_size, "codebook_embed_dim": config.codebook_dim,

@@ -73,9 +73,9 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
     ("[INST] <image>? [/INST]\n", [[0, 1, 2, 3, 4]], NO_CODES),
     ("[INST] <image><image>? [/INST]\n", [noise(0)], "'text' holds 2 <image> placeholders, but 'images' has 1 entries"),
     ("[INST] " + "word " * 2000 + " [/INST]\n", [], "context ends at 512"),
-    ("[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n", [], "A box has 2 numbers instead of 4"),
+    ("[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n", [], "A box is not four locations"),
     ("[INST] The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>? [/INST]\n", [],
-     "A box lies outside the grid of 16 places")])
+     "A box is not four locations below 16")])
 def test_generate_refuses_with_one_sentence(client, text: str, images: list[Any], sentence: str) -> None:
     said = ask(client, text, *images)
     assert said["status"] == 400 and sentence in said["error"] and "\n" not in said["error"]
@@ -133,8 +133,8 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(("answer", "sentence"), [
-    ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box has 3 numbers instead of 4"),
-    ("<box_start><loc-1><loc-2><loc-3>", "A box is not closed"),
+    ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box is not four locations"),
+    ("<box_start><loc-1><loc-2><loc-3>", "A box is not four locations"),
     ("</img> a cat", "Image words without an opening <img>."),
     ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes.")])
 def test_generate_reports_a_malformed_answer(tiny_x: SeedX, answer: str, sentence: str) -> None:

@@ -1,7 +1,7 @@
 """LaVIT's pixel decoders as a task of the loop: a U-Net learns to draw pictures from their own codes.
 
 The frozen tokenizer makes a picture's codes and the frozen blocks of the code decoder features of these; the heads
-behind them are trained with the U-Net. What the paper says and what is our choice: `lavit/pixel_training.py`,
+behind them are trained with the U-Net. What the paper says and what is our choice: `lavit/training.py`,
 and the configurations' comments. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`, and in it
 `decoder/`, for `CodeDecoder.from_pretrained`.
 """
@@ -20,8 +20,8 @@ from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import LAVIT_WHERE, find_folder
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
-from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl
-from seed_multimodal.lavit.pixel_training import LavitPixelLoss, TrainedPixels, decoder_for, load_empty_text
+from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl, read_empty_text
+from seed_multimodal.lavit.training import LavitPixelLoss, TrainedPixels, decoder_for
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -81,7 +81,7 @@ class LavitPixelTask(PixelTask):
         if rows != made or self.places != decoder.config.tokens:
             raise ConfigError(f"model: the code decoder reads {decoder.config.tokens} rows of width {made}, but the "
                               f"tokenizer makes up to {self.places} of width {rows}.")
-        null_embeds = None if is_sdxl(unet) else load_empty_text(self.folder, int(unet.config.cross_attention_dim))
+        null_embeds = None if is_sdxl(unet) else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
         module = TrainedPixels(unet, decoder, null_embeds).train()
         module.set_trainable(model.trained)
         if model.gradient_checkpointing:

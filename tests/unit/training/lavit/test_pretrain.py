@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from seed_multimodal.cli.merge import main
+from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.config import find_target, load_yaml
 from seed_multimodal.data.formats.records import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
@@ -23,7 +23,7 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
+from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.settings import read_settings
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(home / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
-    one, other = (load_dynamic_tokenizer(tmp_path / "visual", understanding) for understanding in (False, True))
+    one, other = load_both(tmp_path / "visual")
     before, saved = load_dynamic_tokenizer(home / "visual"), load_state_dict(folder / "visual_weight.safetensors")
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
     for name, value in other.state_dict().items():
@@ -191,7 +191,7 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
     (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
     system = tmp_path / "system"
-    assert main("merge_lora_weights.py", "", [
+    assert merge_script("merge_lora_weights.py", "", [
         "--model_cfg", str(tmp_path / "model.yaml"), "--tokenizer_cfg", str(tmp_path / "words.yaml"), "--lora_model",
         str(tmp_path / "out" / "checkpoint-2"), "--save_path", str(system / "language_model")]) == 0
     state, visual = load_state_dict(home / "visual" / "model.safetensors"), system / "visual_tokenizer"

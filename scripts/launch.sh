@@ -1,11 +1,10 @@
-# Sourced by the training scripts: `launch PORT ARGUMENTS…` starts PROGRAM (src/train/train.py) as one process, or as one
-# of torchrun's on any number of nodes. From the environment, torchrun's names first and the original's as defaults:
+# Sourced in an application's folder by its training scripts: `launch PORT ARGUMENTS…` starts PROGRAM (by default
+# src/train/train.py) as one process, or by torchrun on any number of nodes. From the environment, torchrun's names first:
 #   NPROC (or NPROC_PER_NODE, HOST_GPU_NUM)  processes on this node; default: its GPUs, or one
 #   NNODES (HOST_NUM)                        nodes; default 1
 #   NODE_RANK (INDEX)                        this node's number; default 0
 #   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
 # Nothing is assumed about the network; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set.
-cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh
 
@@ -36,7 +35,13 @@ launch() {
     fi
     PYTHONPATH=$(cd ../src && pwd)${PYTHONPATH:+:$PYTHONPATH}  # a checkout need not be installed
     export PYTHONPATH
-    exec "$PYTHON" -m seed_multimodal.training.torchrun --nnodes="$nodes" --node_rank="${NODE_RANK:-${INDEX:-0}}" \
-        --nproc_per_node="$processes" --master_addr="${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}" \
-        --master_port="${MASTER_PORT:-$port}" "${PROGRAM:-src/train/train.py}" "$@"
+    if [ "$nodes" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+        where=--standalone
+    else
+        where="--nnodes=$nodes --node_rank=${NODE_RANK:-${INDEX:-0}} --master_port=${MASTER_PORT:-$port}"
+        where="$where --master_addr=${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}"
+    fi
+    # shellcheck disable=SC2086
+    exec "$PYTHON" -m seed_multimodal.training.torchrun $where --nproc_per_node="$processes" \
+        "${PROGRAM:-src/train/train.py}" "$@"
 }

@@ -1,0 +1,77 @@
+"""The batch scripts for clusters, each on two processes of this machine that stand for two nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this machine.
+SRUN = """#!/bin/sh
+while [ "${1#--}" != "$1" ]; do shift; done
+SLURM_NODEID=1 "$@" &
+SLURM_NODEID=0 "$@" && wait $!
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path):
+    """Run a batch script as Slurm would; more variables by name."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\necho 127.0.0.1\n")):
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def run(script: str, *arguments: object, **more: str) -> str:
+        plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        done = subprocess.run(
+            ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+            timeout=170, env={**plain, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
+                              "VIRTUAL_ENV": sys.prefix,
+                              "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b",
+                              "SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), **more})
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.process
+@pytest.mark.timeout(300)
+def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
+    few = ["run.max_epoch=1", "run.iters_per_epoch=2", "run.batch_size_train=4", "run.warmup_steps=1"]
+    sbatch("stage1", "--options", f"run.output_dir={tmp_path}/1", *few,
+           CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
+    trained = next((tmp_path / "1").rglob("checkpoint_0.pth"))
+    sbatch("stage2", "--options", f"run.output_dir={tmp_path}/2", f"model.pretrained={trained}", *few,
+           CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
+    assert next((tmp_path / "2").rglob("checkpoint_0.pth")).is_file()
+
+
+@pytest.mark.process
+@pytest.mark.timeout(300)
+def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path: Path) -> None:
+    given = tmp_path / "images.yaml"
+    given.write_text("{format: nano, format_options: {split: pairs, content: captions, number: 24}}")
+    for task in "01":
+        sbatch("pretokenize", "--tokenizer", "configs/tokenizer/nano.yaml", "--data", given, "--save_dir",
+               tmp_path / "codes", "--num_workers", "0", "--block", "12", SLURM_ARRAY_TASK_ID=task,
+               SLURM_ARRAY_TASK_COUNT="2")
+    data = tmp_path / "data.yaml"
+    data.write_text(json.dumps({"sources": [{"name": "mine", "files": str(tmp_path / "codes"),
+                                             "decoder": "pretrain.caption"}], "length": 128, "rows": 1}))
+    small = ("model=nano_lora", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano", "deepspeed=none")
+    for script in ("pretrain", "sft"):
+        out = tmp_path / script
+        sbatch(script, *small, "trainer.max_steps=2", f"output_dir={out}")
+        assert (out / "checkpoint-2").is_dir() and json.loads((out / "summary.json").read_text())["steps"] == 2

@@ -1,0 +1,133 @@
+"""The input side of images.
+
+* `preprocessing`: every transform (within 2e-2, about one grey level and a half), caption texts, the keep rule, the
+  training transform, and that unknown types are refused. Left out: `preprocess_decode` and `id_extraction` (they belong
+  to pre-tokenising); `image_tokenizer` (the released class draws fixed latents when it is built); that the released
+  "clip" module refuses "blip" and the other way round (one `get_transform` serves both here).
+* `seedx_anyres`: SEED-X's any-resolution input: both rules and the grid they give, views and their places, the plain
+  transform. Left out: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no released configuration:
+  `get_transform` refuses these names), `resize_pad_True` (black borders, off in all of them).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from runner import assert_close, assert_same, read_json, read_tensors
+
+from seed_multimodal.data.filters import ImageTextFilter
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.transforms import (
+    TYPES,
+    get_transform,
+    normalise,
+    resize_passes,
+    seed_image_processor,
+    to_bytes,
+)
+from seed_multimodal.language.words import caption_text, question_text
+from seed_multimodal.seed_x.views import (
+    AnyResolution,
+    choose_grid,
+    fullest_grid,
+    most_alike_grid,
+    patch_positions,
+    read_grids,
+)
+
+PIXEL_TOLERANCE = 2e-2
+LEVELS = 2  # of 8-bit pixels: the same tolerance
+CAPTION_PROMPT = "a photo of "  # the prompt of every `…_prompt_…` column
+THRESHOLDS = {"similarity_thr": "similarity", "min_resolution": "min_resolution", "min_aspect_ratio": "min_aspect"}
+
+
+def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch.Tensor) -> None:
+    if kind not in TYPES:
+        with pytest.raises(ConfigError, match=kind):
+            get_transform(kind)
+        return
+    transform = get_transform(kind, keep_ratio=keep_ratio, image_size=want.shape[-1])
+    assert_close(transform(image), want, PIXEL_TOLERANCE, what=f"transform {kind}, keep_ratio {keep_ratio}")
+
+
+def check_preprocessing(folder: Path) -> None:
+    tensors, cases = read_tensors(folder / "tensors.safetensors"), read_json(folder / "cases.json")
+    images = {key.removesuffix(".pixels"): value for key, value in tensors.items() if key.endswith(".pixels")}
+    assert images, "the fixture holds no images"
+    for key, want in tensors.items():
+        name, _, kind = key.rpartition(".")
+        if kind == "pixels":
+            continue
+        image = Image.fromarray(images[name].numpy())
+        if match := re.fullmatch(r"seed_(clip|blip)_(keep_ratio|squash)", kind):
+            check_transform(match[1], match[2] == "keep_ratio", image, want)
+        else:
+            assert kind in ("seed_image_tokenizer", "lavis_blip_image_eval", "lavit_image"), f"unknown transform {kind}"
+            assert_close(seed_image_processor(want.shape[-1])(image), want, PIXEL_TOLERANCE, what=key)
+    for case in cases.get("captions", []):
+        for column in case.keys() - {"text"}:
+            check_caption(column, case)
+    for case in cases.get("filter_like_qwen", []):
+        rule = ImageTextFilter(**{THRESHOLDS[key]: value for key, value in case.get("kwargs", {}).items()})
+        assert_same(rule.keeps(case["item"], case["metadata"]), case["keep"], f"filter on {case}")
+    if "stage_training_image_transform" in cases:
+        assert_same(TrainTransform().describe(), cases["stage_training_image_transform"], "training transform")
+    for name in cases.get("transform_type_errors", {}):
+        if (kind := name.rsplit(".", 1)[-1]) not in TYPES:
+            check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
+
+
+def check_caption(column: str, case: dict[str, str]) -> None:
+    words = re.search(r"_(\d+)_words", column)
+    limit = int(words[1]) if words else 50
+    if column.startswith("blip_caption"):
+        prompt = CAPTION_PROMPT if "_prompt" in column else ""
+        actual = caption_text(case["text"], prompt=prompt, max_words=limit)
+    else:
+        assert column.startswith("blip_question"), f"unknown caption processor {column}"
+        actual = question_text(case["text"], max_words=limit)
+    assert_same(actual, case[column], f"{column} of {case['text']!r}")
+
+
+def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
+    grids, size, base = read_grids(lists[case["grids"]]), tuple(case["size"]), case["base"]
+    what = f"grid of {size}, {case['grids']}, {base}"
+    for rule, column in ((fullest_grid, "select_best_resolution"), (most_alike_grid, "select_best_resolution_v2")):
+        columns, rows = rule(size, grids, base)
+        assert_same([columns * base, rows * base], case[column], f"{column}: {what}")
+    assert_same(list(choose_grid(size, grids, base)), case["grid_shape"], what)
+
+
+def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch.Tensor]) -> None:
+    name, rule = case["image"], AnyResolution(image_size=case["base"], grids=tuple(grids))
+    image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
+    views, positions = normalise(rule.cut(image)), patch_positions(rule.grid(image.size))
+    assert_same((list(image.size), len(views)), (case["size"], case["num"]), f"{name}: size, number of views")
+    assert_close(views, tensors[f"{name}.patches"], PIXEL_TOLERANCE, what=f"{name}.patches")
+    assert_close(positions, tensors[f"{name}.patch_position"], 1e-6, what=f"{name}.patch_position")
+    if f"{name}.resize_pad_False" in tensors:
+        want = tensors[f"{name}.resize_pad_False"].permute(2, 0, 1)
+        squashed = to_bytes(resize_passes(image, (want.shape[2], want.shape[1]), Image.Resampling.BICUBIC))
+        assert_close(squashed, want, LEVELS, what=f"{name}.resize_pad_False")
+
+
+def check_anyres(folder: Path) -> None:
+    cases, tensors = read_json(folder / "cases.json"), read_tensors(folder / "tensors.safetensors")
+    assert cases["grid_selection"] and cases["patches"], "the fixture holds no cases"
+    for case in cases["grid_selection"]:
+        check_grid(case, cases["grids"])
+    for case in cases["patches"]:
+        check_views(case, cases["grids"][case.get("grids", "released")], tensors)
+    for name in (name for name in tensors if name.startswith("transform.")):
+        _, kind, keep_ratio = name.split(".")
+        image = Image.fromarray(tensors["transform_input"].numpy())
+        check_transform(kind, keep_ratio == "True", image, tensors[name])
+
+
+KINDS = {"preprocessing": check_preprocessing, "seedx_anyres": check_anyres}

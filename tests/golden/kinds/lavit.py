@@ -1,0 +1,281 @@
+"""LaVIT.
+
+* `lavit_tokenizer`: every stage of both paths, the token merger with given decisions, the token selector with given
+  weights of the patches. Noise is the recorded one; of the projector only the first 64 rows are recorded.
+* `lavit_decoder`: rows of images of several lengths → features → a U-Net's conditions, both heads.
+* `lavit_generation`: image tokens that the language model writes, with guidance, and its scores at each call; what they
+  become: conditions, latents and images.
+* `lavit_understanding`: embeddings and masks of images and questions, captions and answers before lemmatising, settings
+  of both generations, questions of the benchmarks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from kinds.drawing import network
+from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json, read_tensors
+from torch import Tensor
+
+from seed_multimodal.language.generation import GenerationSettings, Prompt, generate, pad_left
+from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
+from seed_multimodal.lavit.diffusion import LavitDetokenizer
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
+from seed_multimodal.lavit.pipeline import DRAWING, Lavit
+from seed_multimodal.lavit.processing import (
+    ANSWER_ENDS,
+    CAPTION_ENDS,
+    LavitTokenizer,
+    LavitWords,
+    QuestionProcessor,
+    read_prompt,
+)
+from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.weights import assign_strictly
+
+START, END, FIRST_CODE = 32000, 32001, 32002
+MLP_RATIO = 4.3637  # released; its product with the width is cut to a whole number
+STEPS, GUIDANCE = 4, 7.0
+QUESTION_WORDS = 5
+# Names of the recorded settings, and of ours.
+SETTINGS = {"guidance_scale": "guidance", "use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens",
+            "min_length": "min_new_tokens"}
+Tensors = dict[str, Tensor]
+
+
+# ---- tokenizer
+
+
+def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
+    hidden = int(sizes["width"] * sizes["mlp_ratio"])
+    vit = EvaConfig(image_size=sizes["img"], patch_size=sizes["patch"], width=sizes["width"], depth=sizes["enc_layers"],
+                    heads=sizes["heads"], mlp_width=hidden)
+    model = DynamicTokenizer(LavitTokenizerConfig(
+        vit=vit, vit_head=sizes["encoder_head_out"], merger_depth=sizes["layers"], merger_heads=sizes["heads"],
+        merger_mlp_width=hidden, codebook_size=sizes["n_code"], codebook_dim=sizes["code_dim"],
+        llm_width=len(weights["vit_proj.bias"])))
+    assign_strictly(model, weights, "lavit_tokenizer")
+    return model.eval()
+
+
+def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict[str, Any]) -> None:
+    features, noise = model.patch_features(image), want["gumbel_noise"]
+    selection = model.select(features, noise=noise)
+    assert_close(features, want["encoder"][:, 1:], 1e-5, 1e-4, "encoder")
+    assert_same(selection.keep_BN.tolist(), want["keep"].tolist(), "keep")
+    merger, causal, dropped = model.causal_encoder, causal_mask(selection.keep_BN), dropped_mask(selection.keep_BN)
+    source = merger.ln_vision(features)
+    block = merger.blocks[0]
+    own = block.token_causal_attn(block.norm0(features), causal)
+    cross = block.token_cross_attn(block.norm1(features + own), source, dropped)
+    rows, counts = model.rows(image, noise=noise)
+    assert_same(counts.tolist(), want["token_nums"].tolist(), "token_nums")
+    assert_all_close({
+        "log_probs": selection.log_probs_BN2, "merger_ln_vision": source, "merger_block0_causal_attn": own,
+        "merger_block0_cross_attn": cross, "merger_block0": block(features, source, causal, dropped),
+        "merger": model.merge(features, selection.keep_BN), "to_quantizer": model.to_codebook(rows)}, want, 1e-5, 1e-4)
+    assert_close(model.quantize_rows(rows)[1], want["quantized"], 1e-6, 0, "quantized")
+    codes = model.encode(image, noise=noise)
+    placed = [[FIRST_CODE + code for code in one.tolist()] for one in codes]
+    assert_same(placed, ids["token_ids"], "token ids")
+    assert_same([[START, *one, END] for one in placed], ids["token_ids_special"], "token ids with markers")
+    assert_close(model.embed_codes(torch.cat(codes)), want["quantized"], 0, 0, "rows of the codes")
+
+
+def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]) -> None:
+    features = model.patch_features(image)
+    keep = model.select(features, noise=want["gumbel_noise"]).keep_BN
+    assert_same(keep.tolist(), want["keep"].tolist(), "features.keep")
+    assert_close(model.merge(features, keep), want["merger"], 1e-5, 1e-4, "features.merger")
+    rows = model.continuous(image, noise=want["gumbel_noise"])
+    assert_same([len(one) for one in rows], counts, "features: rows of each image")
+    for number, one in enumerate(rows):
+        recorded = want[f"{number}.first_64_columns"]
+        assert_close(one[:, :recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
+
+
+@torch.no_grad()
+def check_tokenizer(folder: Path) -> None:
+    (sizes, weights, inputs, outputs), meta = read_case(folder), read_json(folder / "meta.json")
+    model, image = build(sizes, weights), inputs["image"]
+    check_codes(model, image, part(outputs, "tokenize"), meta)
+    assert_same(meta["keep_counts"], outputs["tokenize.token_nums"].tolist(), "keep_counts")
+    check_continuous(model, image, part(outputs, "features"), meta["feature_counts"])
+    manual, features = part(outputs, "manual"), model.patch_features(image)
+    assert_all_close({"merger": model.merge(features, manual["decisions"]),
+                      "predictor": model.token_predictor(features, manual["predictor_policy"])}, manual, 1e-5, 1e-4)
+
+
+# ---- decoder
+
+
+def code_decoder(sizes: dict[str, Any], features: int, widths: list[int], head: Head, weights: Tensors) -> CodeDecoder:
+    """A decoder of a fixture's sizes."""
+    decoder = CodeDecoder(LavitDecoderConfig(
+        head=head, tokens=(sizes["img_size"] // sizes["patch_size"]) ** 2, code_dim=sizes["in_chans"],
+        width=sizes["embed_dim"], depth=sizes["depth"], heads=sizes["num_heads"],
+        mlp_width=int(sizes["embed_dim"] * MLP_RATIO), feature_dim=features, prompt_dim=widths[0],
+        pooled_dim=widths[1])).eval()
+    assign_strictly(decoder, weights, head)
+    return decoder
+
+
+@torch.no_grad()
+def check_decoder(folder: Path) -> None:
+    case, weights, given, want = read_case(folder)
+    heads: tuple[Head, ...] = ("lowres", "highres")
+    for head in heads:
+        decoder = code_decoder(case[head], case["decoder_out_dim"], case["unet_dims"], head, part(weights, head))
+        rows = given[f"{head}.x"].split(given[f"{head}.token_num"].tolist())
+        normed: list[Tensor] = []
+        hook = decoder.norm.register_forward_hook(lambda module, inputs, output, normed=normed: normed.append(output))
+        features = decoder.features(rows)
+        hook.remove()
+        made = decoder(rows)
+        results = {"norm": normed[0], "decode_task": features, **(
+            {"output": made.prompt_embeds} if head == "lowres" else
+            {"prompt_embeds": made.prompt_embeds, "pooled": made.pooled})}
+        assert_same(results.keys(), part(want, head).keys(), f"results of {head}")
+        assert_all_close(results, want, 1e-5, 1e-4, f"{head}.{{}}")
+
+
+# ---- generation
+
+
+def check_generation(folder: Path) -> None:
+    config, cases = read_json(folder / "config.json"), read_json(folder / "cases.json")
+    weights, outputs = (read_tensors(folder / f"{name}.safetensors") for name in ("weights", "outputs"))
+    check_images(config, cases, weights, outputs)
+    tokenizer = LavitTokenizer.from_pretrained(folder / "tokenizer", LavitWords(n_codes=config["visual_codes"]))
+    llm = language_model(config, weights)
+    assert cases["cases"], "the fixture holds no generation"
+    for case in cases["cases"]:
+        check_case(case, llm, tokenizer, weights["llm.row_ids"], outputs)
+
+
+@torch.no_grad()
+def check_images(config: dict[str, Any], cases: dict[str, Any], weights: Tensors, want: Tensors) -> None:
+    """Conditions of the recorded tokens, and the images of every recorded size."""
+    import diffusers
+
+    sizes = config["decoder"]
+    decoder = code_decoder(sizes, sizes["decoder_out_dim"], sizes["unet_dims"], "highres", part(weights, "decoder"))
+    codes = [torch.tensor([one - FIRST_CODE for one in words if one >= FIRST_CODE]) for words in cases["image_tokens"]]
+    made = decoder([weights["quantize.embedding.weight"][one] for one in codes])
+    assert_all_close({"prompt": made.prompt_embeds, "pooled": made.pooled}, want, 1e-5, 1e-4, "image_embeds.{}")
+    model = LavitDetokenizer(network("UNet2DConditionModel", config["unet"], part(weights, "unet")),
+                             network("AutoencoderKL", config["vae"], part(weights, "vae")),
+                             diffusers.DDIMScheduler.from_config(config["scheduler"]))
+    assert cases["decoder_cases"], "the fixture holds no image"
+    for name, case in cases["decoder_cases"].items():
+        check_latents(model, made, case, f"pixels.{name}", want)
+
+
+def check_latents(model: LavitDetokenizer, made: Conditions, case: dict[str, Any], name: str, want: Tensors) -> None:
+    """One case: the recorded noise has a latent for eight pixels, whatever the tiny VAE makes of one."""
+    start = want[f"{name}.initial_latents"]
+    assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), f"{name}: another size of the latents"
+    settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
+    latents = model.denoise(settings, [torch.Generator()] * len(start), made, start=start)
+    assert_close(latents / model.vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
+    pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
+    assert_close(pixels, want[f"{name}.image_uint8"], 2, 0, f"{name}.image_uint8")
+
+
+def language_model(config: dict[str, Any], weights: Tensors) -> Any:
+    """The recorded model; rows of words that are never read nor written are zero."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llm = LlamaForCausalLM(LlamaConfig(**config["llm"])).eval()
+    state = {name.removeprefix("llm."): value for name, value in weights.items() if name.startswith("llm.model.")}
+    for name, rows in (("model.embed_tokens", "embed"), ("lm_head", "lm_head")):
+        table = torch.zeros(config["llm"]["vocab_size"], config["llm"]["hidden_size"])
+        table[weights["llm.row_ids"]] = weights[f"llm.{rows}_rows"]
+        state[f"{name}.weight"] = table
+    llm.load_state_dict(state)
+    return llm
+
+
+def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors) -> None:
+    label, given, words = case["label"], dict(case["kwargs"]), tokenizer.vocabulary
+    legacy, negative = given.pop("is_token_prompt", False), given.pop("uncond_input_ids", None)
+    prompts = [tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in case["prompts"]]
+    given = {**DRAWING, "guidance": 4.0, **{SETTINGS[key]: value for key, value in given.items()}}
+    if legacy:  # the original program gave prompts of images as many new words as the longest has
+        given["max_new_tokens"] = max(map(len, prompts))
+    settings = GenerationSettings(force_image=True, **given)
+    against = [None] if negative is None else negative
+    against = against * len(prompts) if len(against) == 1 else against
+    asked = [Prompt(ids, negative=row) for ids, row in zip(prompts, against, strict=True)]
+    scores: list[Tensor] = []
+    handle = llm.register_forward_hook(lambda module, inputs, output: scores.append(output.logits[:, -1]))
+    written = generate(llm, tokenizer, asked, settings, ends=[words.eoi_id])
+    handle.remove()
+    assert_same(len(scores), case["num_forward_calls"], f"{label}: calls of the language model")
+    for call, ours in enumerate(scores):
+        if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
+            assert_close(ours[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
+    for ids, recorded in zip(written, case["output"], strict=True):
+        assert_same(ids, recorded[:len(ids)], f"{label}: words")
+        assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: words are missing"
+
+
+# ---- understanding
+
+
+def check_understanding(folder: Path) -> None:
+    cases, inputs, outputs = read_json(folder / "cases.json"), *(
+        read_tensors(folder / f"{name}.safetensors") for name in ("inputs", "outputs"))
+    words, width = LavitWords(), outputs["visual.embeds"].shape[-1]
+    embed = torch.sin(torch.arange(words.code_start * width, dtype=torch.float32)).view(-1, width).__getitem__
+    features = [inputs[f"features.{place}"] for place in range(len(cases["counts"]))]
+    assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
+    images, mask = pad_left([read_prompt(embed, words, [row]) for row in features], embed, 2)
+    assert_close(images, outputs["visual.embeds"], 1e-6, what="images")
+    assert_same(mask.tolist(), outputs["visual.attention"].tolist(), "mask of the images")
+    prompts = zip(inputs["prompt_ids"], inputs["prompt_attention"], strict=True)
+    texts = [ids[seen.bool()].tolist() for ids, seen in prompts]
+    rows = [read_prompt(embed, words, [row], text) for row, text in zip(features, texts, strict=True)]
+    joined, mask = pad_left(rows, embed, 2)
+    recorded, seen = outputs["joined.embeds"], outputs["joined.attention"]  # padded for each part by itself
+    more = recorded.shape[1] - joined.shape[1]
+    assert_close(joined, recorded[:, more:], 1e-6, what="images and questions")
+    assert_same(mask.tolist(), seen[:, more:].tolist(), "mask of images and questions")
+    assert not seen[:, :more].any()
+    check_texts(cases)
+    for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
+        settings = GenerationSettings(**Lavit.defaults[task])
+        check_settings(settings, cases[f"{recorded_task}_generation_settings"], words)
+
+
+def check_texts(cases: dict[str, Any]) -> None:
+    for case in cases["caption"]:
+        results = [case["result"], case["result_with_prompt"]]
+        assert_same([cut(case["decoded"], CAPTION_ENDS)] * 2, results, case["decoded"])
+    for case in cases["answers"]:
+        assert_same(cut(case["decoded"], ANSWER_ENDS), case["result_before_lemmatising"], case["decoded"])
+    for question, cleaned in cases["question_processor"]:
+        assert_same(QuestionProcessor(QUESTION_WORDS)(question), cleaned, question)
+    assert cases["caption"] and cases["answers"] and cases["question_processor"], "the fixture holds no texts"
+
+
+def cut(text: str, ends: Sequence[str]) -> str:
+    """A text up to the first of `ends`, as `AnswerReader` cuts answers."""
+    text = text.strip()
+    return text[:min((place for place in map(text.find, ends) if place >= 0), default=len(text))]
+
+
+def check_settings(settings: GenerationSettings, recorded: dict[str, Any], words: LavitWords) -> None:
+    assert_same(recorded["suppress_tokens"], [words.boi_id, words.size - 1, words.size - words.boi_id], "no image word")
+    special = {"do_sample": settings.samples, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    for key in ("temperature", "num_beams", "max_new_tokens", "min_new_tokens", "repetition_penalty", "length_penalty",
+                "num_return_sequences", "early_stopping", *special):
+        if key in recorded:
+            assert_same(special.get(key, getattr(settings, key, None)), recorded[key], key)
+
+
+KINDS = {"lavit_tokenizer": check_tokenizer, "lavit_decoder": check_decoder, "lavit_generation": check_generation,
+         "lavit_understanding": check_understanding}

@@ -1,0 +1,111 @@
+"""Kind `llm_inference_postprocess`: prompts and answers of the released inference scripts.
+
+Checked: every prompt string and its ids (both ways of building them), the generation settings, what is printed, decoded
+or raised for every generated answer, and the caption-to-image evaluation's prompts, settings and codes.
+Left out: `printed` and `saved` of the two whole script runs (the ids their stub model answered are not recorded), and
+the names of the evaluation's files (made from captions, which is unsafe; the guidance scale is the caller's).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from runner import assert_same, golden_tokenizer_folder, read_json
+
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings
+from seed_multimodal.language.prompts import get_template
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.system.config import RELEASED_GENERATION
+
+TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
+CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}
+
+
+def check(folder: Path) -> None:
+    tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
+    cases = read_json(folder / "cases.json")
+    for size in TEMPLATES.keys() & cases.keys():
+        check_script(cases[size], TEMPLATES[size], tokenizer)
+    assert cases["decode_image_text"], "the fixture holds no answers"
+    for case in cases["decode_image_text"]:
+        check_answer(case, tokenizer)
+    if "eval_caption_to_images" in cases:
+        check_evaluation(cases["eval_caption_to_images"], tokenizer)
+
+
+def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer) -> None:
+    template = get_template(name)
+    assert len(case["prompts"]) == len(case["calls"]) > 0
+    for prompt, call in zip(case["prompts"], case["calls"], strict=True):
+        turn = ("user", user_content(prompt["text"], template.user_prefix, template.user_suffix))
+        assert_same(template.render_text([turn], tokenizer.vocabulary), prompt["text"], "prompt string")
+        assert_same([tokenizer.encode(prompt["text"])], call["input_ids"], "ids of the prompt string")
+        assert_same([tokenizer.encode_parts(template.render([turn]), add_bos=True)], call["input_ids"],
+                    "ids of the prompt's parts")
+        check_settings(RELEASED_GENERATION, call["generation_config"])
+
+
+def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:
+    """What the user said, read back from a prompt: codes of images and texts."""
+    assert prompt.startswith("<s>" + prefix) and prompt.endswith(suffix), f"unexpected prompt {prompt[:60]!r}"
+    pieces = re.split(r"<img>((?:<img_\d{5}>)*)</img>", prompt[len("<s>" + prefix):len(prompt) - len(suffix)])
+    content: list[Any] = []
+    for place, piece in enumerate(pieces):
+        content.append([int(code) for code in re.findall(r"\d{5}", piece)] if place % 2 else piece)
+    return [part for part in content if part]
+
+
+def check_settings(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = GenerationSettings(**given)
+    assert_same({key: getattr(settings, key) for key in expected}, expected, "generation settings")
+
+
+def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    """The released scripts' post-processing, defects included, and our own of whole images."""
+    name, words, ids = case["name"], tokenizer.vocabulary, [int(id) for id in case["generate_ids"]]
+    printed, codes, error = original_split(ids, tokenizer)
+    assert_same(printed, case["printed"], f"{name}: printed")
+    assert_same([] if codes is None else [[codes]], case["decoded_image_ids"], f"{name}: codes given to the decoder")
+    assert_same(error, case.get("error"), f"{name}: exception")
+    assert_same(codes is not None and error is None, bool(case["saved"]), f"{name}: whether an image is saved")
+    if codes and len(codes) == words.tokens_per_image and min(codes) >= 0:
+        ours = [part.codes for part in split_answer(ids, tokenizer) if isinstance(part, ImagePart)]
+        assert_same(ours[:1], [codes], f"{name}: the first image of the parsed answer")
+
+
+def original_split(ids: list[int], tokenizer: MultimodalTokenizer) -> tuple[str, list[int] | None, str | None]:
+    """Standard output, codes given to the decoder, the exception."""
+    words = tokenizer.vocabulary
+    if words.boi_id not in ids and words.eoi_id not in ids:
+        return tokenizer.decode(ids, skip_special_tokens=True) + "\n", None, None
+    if words.boi_id not in ids or words.eoi_id not in ids:
+        return "", None, "IndexError: index 0 is out of bounds for dimension 0 with size 0"
+    opening = ids.index(words.boi_id)
+    printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
+    codes = codes_before_end(ids[opening + 1:] if ids.index(words.eoi_id) > opening else [words.eoi_id], tokenizer)
+    # With no codes the decoder returns no image, and the script takes the first of none.
+    return printed, codes, None if codes else "IndexError: list index out of range"
+
+
+def codes_before_end(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[int]:
+    """Ids generated after `<img>` → what stands before the first `</img>`, minus the shift (not checked)."""
+    words = tokenizer.vocabulary
+    end = list(ids).index(words.eoi_id) if words.eoi_id in ids else len(ids)
+    return [int(id) - words.n_text for id in ids[:end]]
+
+
+def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    boi = tokenizer.vocabulary.boi_id
+    assert_same([[tokenizer.bos_id, boi]], case["first_prompt_ids"], "unconditional prompt")
+    caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")
+    assert_same([[*tokenizer.encode_parts([caption], add_bos=True), boi]], case["second_prompt_ids"], "caption prompt")
+    check_settings(CAPTION_TO_IMAGE, {**case["generation_config"], "max_new_tokens": case["max_new_tokens"]})
+    for given, codes in (("generated_first", "negative_ids_first"), ("generated_second", "decode_image_ids_first")):
+        assert_same([[codes_before_end(case[given], tokenizer)]], case[codes], codes)
+
+
+KINDS = {"llm_inference_postprocess": check}

@@ -1,0 +1,186 @@
+"""SEED's training: activations, losses, logits, every gradient and two AdamW steps of both stages.
+
+Stage 1 also without a process group and in two real processes over gloo; stage 2 with both decode heads, and the CLIP
+encoder of its target as transformers' own class. Left out: the original's two crashes in stage 1 (no process group,
+batch of one: both work here), its text tokenizer (ids are given), `modules_in_train_mode` of the CLIP encoder (it has
+no dropout).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from kinds.seed_tokenizers import Tensors, qformer_config, seed2_config, vit_config
+from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
+from torch import nn
+
+from seed_multimodal.seed.configuration import Seed2Config
+from seed_multimodal.seed.training import Stage1Model, Stage1Output, Stage2Model, Stage2Weights
+from seed_multimodal.weights import assign_strictly
+
+CODEBOOK = "quantize.embedding.weight"
+
+
+def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
+    """Steps whose parameters can be compared, and these: 1, 2, both or none.
+
+    Some recordings kept references to the parameters. Then `step1.*` shows the state after the second step too, and
+    only `step2` counts (it cannot be right with a wrong first step); or both show the start, where the recorder went
+    back to it, and only the recorded losses before and after each step say whether the steps were right.
+    """
+    groups = {number: part(want, f"step{number}") for number in (1, 2)}
+    shared = [name for name in groups[1] if name in groups[2]]
+    if shared and all(torch.equal(groups[1][name], groups[2][name]) for name in shared):
+        del groups[1]
+    return {number: group for number, group in groups.items()
+            if any(not torch.equal(value, start[name][: len(value)] if value.ndim else start[name])
+                   for name, value in group.items() if name in start)}
+
+
+def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]) -> None:
+    """Recorded AdamW steps. Entries with tiny gradients are left out: AdamW blows them up to a full step."""
+    recorded, parameters = meta["optimizer"], dict(model.named_parameters())
+    settings = {**recorded, **recorded.get("defaults", {})}
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameters[name] for name in group["params"]], "weight_decay": group["weight_decay"]}
+         for group in recorded["groups"]], lr=settings["lr"], betas=tuple(settings["betas"]), eps=settings["eps"])
+    comparable, clear = recorded_steps(want, model.state_dict()), dict[str, torch.Tensor]()
+    for number, loss in enumerate(meta["losses_before_each_step"], start=1):
+        model.zero_grad()
+        made = loss_of()
+        made.backward()
+        assert_close(made, loss, 1e-4, 1e-4, f"loss before step {number}")
+        for name, parameter in parameters.items():
+            if parameter.grad is not None:
+                large = (parameter.grad.abs() > 1e-6) | (parameter.grad == 0)
+                clear[name] = clear.get(name, True) & large
+        optimizer.step()
+        for name, value in comparable.get(number, {}).items():
+            if name.startswith("codebook_row_"):
+                row = int(name.removeprefix("codebook_row_"))
+                assert_close(parameters[CODEBOOK][row], value, 2e-5, 1e-5, f"step{number}.{name}")
+                continue
+            rows = slice(0, len(value)) if name == CODEBOOK else ...
+            mask = clear[name][rows]
+            assert_close(parameters[name][rows][mask], value[mask], 2e-5, 1e-4, f"step{number}.{name}")
+    assert_close(loss_of(), meta["loss_after_two_steps"], 1e-3, 1e-3, "loss after two steps")
+
+
+# ---- stage 1
+
+
+def build_stage1(sizes: dict[str, Any], weights: Tensors, gather_gradient: bool | None) -> Stage1Model:
+    config = Seed2Config(vit=vit_config(sizes["vit"]), qformer=qformer_config(
+        sizes["bert"], sizes["cross_attention_freq"]), num_query=sizes["num_query_token"])
+    words = weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]
+    model = Stage1Model(config, vocab_size=words, embed_dim=sizes["embed_dim"], temperature=sizes["temp"],
+                        label_smoothing=sizes["label_smoothing"], gather_gradient=gather_gradient)
+    assign_strictly(model, weights, "the fixture")
+    return model.train()
+
+
+def run(model: Stage1Model, given: Tensors) -> Stage1Output:
+    return model(given["image"], given["input_ids"], given["attention_mask"])
+
+
+def compare(model: Stage1Model, given: Tensors, want: Tensors, group: str, norms: dict[str, float | None]) -> None:
+    output = run(model, given)
+    output.loss.backward()
+    assert_all_close({"loss": output.loss, "loss_itc": output.loss_itc, "sim_i2t": output.sim_i2t,
+                      "sim_t2i": output.sim_t2i, "query_feats_normalized": output.query_feats,
+                      "text_feat": output.text_feats}, want, 1e-5, 1e-4, f"{group}.{{}}")
+    assert_same(output.targets.tolist(), want[f"{group}.targets"].tolist(), f"{group}.targets")
+    assert_gradients(model, part(want, f"{group}.grad"), norms, what=group)
+
+
+def worker(rank: int, world: int, folder: str, rendezvous: str) -> None:
+    """One of `world` processes on its share of the batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    try:
+        sizes, weights, given, want = read_case(Path(folder))
+        local = {name: value.chunk(world)[rank] for name, value in given.items()}
+        norms = read_json(Path(folder, "meta.json"))[f"grad_norms_world{world}_rank{rank}"]
+        compare(build_stage1(sizes, weights, None), local, want, f"world{world}.rank{rank}", norms)
+    finally:
+        dist.destroy_process_group()
+
+
+def check_stage1(folder: Path) -> None:
+    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    model = build_stage1(sizes, weights, None)
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert_same(trainable, meta["trainable"], "trainable parameters")
+    compare(model, given, want, "nodist", meta["grad_norms_nodist"])
+    detached = build_stage1(sizes, weights, False)
+    compare(detached, given, want, "world1", meta["grad_norms_world1"])
+    check_steps(detached, lambda: run(detached, given).loss, want, meta)
+    world = len({name.split(".")[1] for name in want if name.startswith("world2.")})
+    if world:
+        with tempfile.TemporaryDirectory() as place:
+            torch.multiprocessing.spawn(worker, (world, str(folder), f"{place}/rendezvous"), nprocs=world)
+
+
+# ---- stage 2
+
+
+def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    config = seed2_config({**sizes, "decode_blocks_heads": sizes["decode_heads"]},
+                          sizes["reverse_qformer_layers"] or 4)
+    codebook = torch.full((config.codebook_size, config.codebook_dim), sizes["codebook_far_value"])
+    codebook[: sizes["codebook_rows_near"]] = weights.pop(f"{CODEBOOK}.near")
+    weights[CODEBOOK] = codebook
+    factors = sizes["loss_weights"]
+    model = Stage2Model(config, clip_model=CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes["clip_vision"])),
+                        weights=Stage2Weights(factors["embed"], factors["recon_s"], factors["distil_image"]))
+    assign_strictly(model, weights, "the fixture", allow_unexpected=["clip_model.*.position_ids"])
+    return model.train()
+
+
+@torch.no_grad()
+def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> None:
+    tokenizer = model.to_tokenizer()
+    if "get_discrete_tokens" in want:
+        assert torch.equal(tokenizer.encode(image), want["get_discrete_tokens"]), "get_discrete_tokens"
+    if (name := "get_discrete_features_for_decode") in want:
+        assert_close(tokenizer.decode(tokenizer.encode(image)), want[name], 1e-4, 1e-4, name)
+    if "forward_image.0" in want:
+        quant, _, _ = tokenizer.quantize(tokenizer.pre_quant(image))
+        rebuilt = tokenizer.rebuild_queries(tokenizer.decode_task_layer(quant))
+        vision = tokenizer.ln_vision(tokenizer.visual_encoder(image))
+        assert_all_close({"0": rebuilt, "1": vision}, want, 1e-5, 1e-4, "forward_image.{}")
+
+
+def check_stage2(folder: Path) -> None:
+    (sizes, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
+    model, image = build_stage2(sizes, weights), given["image"]
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert_same(sorted(trainable), sorted(meta["trainable"]), "trainable parameters")
+    for name, training in meta["modules_in_train_mode"].items():
+        assert_same(getattr(model, name).training, training, f"train mode of {name}")
+    check_helpers(model, image, want)
+    output = model(image)
+    output.loss.backward()
+    assert torch.equal(output.indices, want["indices"]), "indices differ"
+    names = {"query_up": "query_output_up", "tokens": "blocks_image_out", "embeds": "image_embeds",
+             "loss_distil": "loss_distil_image", "target": "clip_image_embeds"}
+    for field in dataclasses.fields(output):
+        name = names.get(field.name, field.name)
+        if name in want and name != "indices":
+            value = getattr(output, field.name)
+            assert_close(value, want[name].reshape(value.shape), 1e-5, 1e-4, name)
+    assert_same(output.indices.unique().tolist(), meta["codebook_rows_with_gradient"], "codebook rows with gradient")
+    assert_gradients(model, part(want, "grad"), meta["grad_norms"])
+    assert sizes["weight_decay"] in [group["weight_decay"] for group in meta["optimizer"]["groups"]]
+    check_steps(model, lambda: model(image).loss, want, meta)
+
+
+KINDS = {"stage1_losses": check_stage1, "stage2_losses": check_stage2}

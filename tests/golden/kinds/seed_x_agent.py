@@ -1,0 +1,225 @@
+"""SEED-X's agent.
+
+* `seedx_lvlm`: losses, activations and gradients; generation; the rule of image runs. Left out: activations at padding,
+  which the original lets see everything before them and ours does not (no loss looks there); scores of the logits
+  processor as numbers, since ours forbids by -inf what the original sets to 0 (checked: the same words are forbidden,
+  the same one is forced).
+* `seedx_inference`: prompts, masks, places of views, settings, printed texts and boxes of the released scripts. Left
+  out: names of the files that the scripts write (the commands' matter) and what they hand to the de-tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
+
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
+from seed_multimodal.language.llama import ROTARY, force_special_ids
+from seed_multimodal.language.tasks import SEED_X_TASKS
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
+from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes, without_words
+from seed_multimodal.seed_x.views import AnyResolution, patch_positions
+from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
+from seed_multimodal.weights import assign_strictly
+
+Tensors = dict[str, torch.Tensor]
+LOSSES = ("total_loss", "lm_loss", "rec_loss")
+QUESTION, PHRASE = "Describe this image briefly.", "In ths background with a blue sky on the road, there is a car"
+TUNED = ("Can I conntect with an advisor on Sunday?",
+         "Is there anything in the image that can protect me from catching the flu virus when I go out? "
+         "Show me the location.")
+CAPTION = "A super math wizard cat, richly textured oil painting."
+TUNED_CAPTION = ("A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
+                 "mission behind enemy lines.")
+EDIT = "Make it under the sunset"
+
+
+def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
+    """The tokenizer of a fixture (or the kept one) with its number of tokens of an image."""
+    source = folder / "tokenizer"
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place, "tokenizer")
+        shutil.copytree(source if source.is_dir() else DEFAULT_DIR / "seedx_sequences" / "tokenizer", home,
+                        copy_function=shutil.copyfile)
+        home.chmod(0o755)
+        file = home / "tokenizer_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "tokens_per_image": tokens_per_image}))
+        return MultimodalTokenizer.from_pretrained(home)
+
+
+# ---- networks
+
+
+def check_lvlm(folder: Path) -> None:
+    (config, weights, inputs, outputs), meta = read_case(folder), read_json(folder / "meta.json")
+    for variant in config["variants"]:
+        check_losses(variant, build(config, weights, variant), inputs, outputs, meta)
+    model = build(config, weights, "released")
+    tokenizer = seedx_tokenizer(folder, config["resampler"]["grid_size"] ** 2)
+    check_processor(meta, inputs, tokenizer)
+    for case in meta["generation"]:
+        check_generation(case, model, weights, inputs, outputs, tokenizer)
+
+
+def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousLVLM:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes, settings = config["resampler"], AgentSettings(**config["variants"][variant])
+    grid, heads, vision = (sizes[key] for key in ("grid_size", "num_heads", "vision_dim"))
+    width, llm = config["llm"]["hidden_size"], LlamaForCausalLM(LlamaConfig(**config["llm"]))
+    force_special_ids(llm)
+    model = ContinuousLVLM(llm, Resampler(ResamplerConfig(grid, width, heads, vision)),
+                           Resampler(ResamplerConfig(grid, vision, heads, width)), settings)
+    ignored = [f"*{ROTARY}"] + ([] if settings.add_patch_pos else ["patch_pos_embed"])
+    assign_strictly(model, part(weights, "released"), "weights", allow_unexpected=ignored)
+    return model
+
+
+def check_losses(variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict[str, Any]) -> None:
+    wanted = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
+    assert wanted, f"{variant}: no losses recorded"
+    for mode, name in sorted(wanted):
+        where = f"{variant}.{mode}.{name}"
+        model.train(mode == "train")
+        batch: dict[str, Any] = {"image_embeds": None, "embeds_gen_mask": None, "embeds_cmp_mask": None,
+                                 **part(inputs, name)}
+        if not model.settings.vit_down and batch["image_embeds"] is not None:
+            batch["image_embeds"] = batch["image_embeds"][:, :model.output_resampler.query.shape[0]]
+        model.zero_grad(set_to_none=True)
+        losses, seen = run_watched(model, batch)
+        expected, real = part(outputs, where), batch["attention_mask"].bool()
+        for key in LOSSES:
+            assert_close(losses[key], expected[key], 1e-6, 1e-4, f"{where}.{key}")
+        if "logits" in expected:
+            seen["logits"] = model.llm.lm_head(seen["last_hidden_state"])
+        for key, value in seen.items():
+            if key in expected:
+                rows = real if value.shape[:2] == real.shape else ...
+                assert_close(value[rows], expected[key][rows], 1e-4, 1e-4, f"{where}.{key}")
+        if mode == "train":
+            losses["total_loss"].backward()
+            norms = meta.get(f"{where}.grad_norms", {})
+            assert not norms or norms.keys() == dict(model.named_parameters()).keys(), f"{where}: parameters"
+            assert_gradients(model, part(expected, "grad"), norms, 1e-5, where)
+
+
+def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
+    """Losses, and what went through the parts."""
+    seen: Tensors = {}
+    hooks = [getattr(model, name).register_forward_hook(
+        lambda module, given, made, name=name: seen.update({f"{name}_out": made}))
+        for name in ("input_resampler", "output_resampler")]
+    hooks += [model.llm.model.register_forward_hook(lambda module, given, more, made: seen.update(
+        inputs_embeds=more["inputs_embeds"], last_hidden_state=made.last_hidden_state), with_kwargs=True)]
+    losses = model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return losses, seen
+
+
+def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> None:
+    processor = ImageSpans(tokenizer.vocabulary, original=True)
+    assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
+    assert meta["logits_processor"], "no table of the logits processor"
+    for case in meta["logits_processor"]:
+        ids = torch.tensor(case["input_ids"])
+        allowed = torch.isfinite(processor(ids, inputs[f"logits_processor.{case['input_ids'][0][-1]}"]))
+        for row in range(len(ids)):
+            changed = {token: value for number, token, value in case["changed"] if number == row}
+            forced = [token for token, value in changed.items() if value != 0.0]
+            what = f"logits processor after {case['input_ids'][row]}"
+            if forced:
+                assert_same(allowed[row].nonzero().flatten().tolist(), forced, what)
+            else:
+                assert_same((~allowed[row]).nonzero().flatten().tolist(), sorted(changed), what)
+
+
+@torch.no_grad()
+def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tensors, inputs: Tensors, outputs: Tensors,
+                     tokenizer: Any) -> None:
+    name, boi, head = case["label"], tokenizer.vocabulary.boi_id, model.llm.lm_head.weight
+    before = head.clone()
+    if name.startswith("forced_image"):
+        head[boi] = weights["gen.forced_image.lm_head.weight_row_img"]
+    places = tokenizer.vocabulary.places(case["input_ids"])
+    assert_same(places, [place for place, here in enumerate(case["ids_cmp_mask"]) if here], f"{name}: places")
+    embeds = model.eval().embed(torch.tensor([case["input_ids"]]), torch.tensor([case["ids_cmp_mask"]]).bool(),
+                                inputs.get(f"gen.{name}.image_embeds"), inputs.get(f"gen.{name}.patch_positions"))[0]
+    prompt = Prompt(case["input_ids"], embeds, answered=[boi] if case["input_ids"][-1:] == [boi] else [])
+    states, settings = HiddenStates(), GenerationSettings(do_sample=False, **case["kwargs"])
+    answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
+    head.copy_(before)
+    drawn = [model.written_features(states.at(0, range(image.place, image.place + len(image.codes)))[None])
+             for image in split_answer(answer, tokenizer) if isinstance(image, ImagePart)]
+    assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
+    assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: images")
+    if f"gen.{name}.img_gen_feat" in outputs:
+        assert_close(torch.cat(drawn), outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")
+
+
+# ---- scripts
+
+
+def check_inference(folder: Path) -> None:
+    cases, tokenizer = read_json(folder / "cases.json"), seedx_tokenizer(folder, 64)
+    assert cases["runs"] and cases["extract_box"], "the fixture holds no runs"
+    for run in cases["runs"]:
+        check_run(run, tokenizer)
+    for case in cases["extract_box"]:
+        for key, opened in (("chat_model", False), ("base_model", True)):
+            check_boxes(case["text"], opened, case[key] or [])
+
+
+def check_boxes(text: str, opened: bool, recorded: list[list[int]]) -> None:
+    """Ours keeps what the scripts could draw and has a sentence for the rest."""
+    boxes, problems = read_boxes(text, opened)
+    whole = [Box(*numbers) for numbers in recorded if len(numbers) == 4]
+    assert_same([box for box in boxes if box in whole], boxes, f"boxes of {text!r}")
+    assert all(problem.endswith(".") for problem in problems)
+
+
+def check_run(run: dict[str, Any], tokenizer: Any) -> None:
+    script, size = run["script"], tuple(run["image_size"])
+    words = tokenizer.vocabulary
+    prompts = SeedXPrompts(tokenizer)
+    grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(size)
+    views = [grid[0] * grid[1] + 1]
+
+    def tuned(text: str, views: list[int]) -> list[int]:
+        return prompts.dialogue([("user", place_images(text, views))])
+
+    ours = {
+        "eval_img2text_seed_x.py": lambda: [prompts.alone(place_images(QUESTION, views)),
+                                            prompts.alone(place_images(PHRASE, views), "detect")],
+        "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
+        "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
+        "eval_text2img_seed_x.py": lambda: [[*prompts.alone([CAPTION], "draw"), words.boi_id]],  # forced
+        "eval_text2img_seed_x_i.py": lambda: [tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])],
+    }[script]()
+    assert_same(len(ours), len(run["llm_calls"]), f"{script}: calls")
+    for ids, call in zip(ours, run["llm_calls"], strict=True):
+        assert_same([ids], call["input_ids"], f"{script}: ids")
+        if call.get("ids_cmp_positions") is not None:
+            assert_same(words.places(ids), call["ids_cmp_positions"], f"{script}: places of features")
+            assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: views that are read")
+            assert_close(patch_positions(grid), call["patch_positions"], 1e-6, what=f"{script}: places of views")
+    texts = [output["text"] for output in run["stub_outputs"]]
+    if "img2edit" in script:
+        assert_same(f"{without_words(texts[0])}\n", run["printed"], "printed")
+    elif "img2text" in script:
+        assert_same(f"{without_words(texts[0])}\n{texts[1]}\n", run["printed"], "printed")
+        boxes, problems = read_boxes(texts[1], script == "eval_img2text_seed_x.py")
+        assert_same(problems, [], "boxes that are none")
+        corners = [box.corners(size, clip=False) for box in boxes]
+        assert_same([[[c[0], c[1]], [c[2], c[3]]] for c in corners], run["rectangles"], "rectangles")
+
+
+KINDS = {"seedx_lvlm": check_lvlm, "seedx_inference": check_inference}

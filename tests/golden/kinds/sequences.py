@@ -1,0 +1,411 @@
+"""Training sequences: exact ids, masks and labels of every decoder on recorded records, draws replayed in order.
+
+Decoders run with `validate: false`, the released behaviour to the letter, and refuse where the original raised; with
+validation they give the same or leave the sample out with a sentence.
+
+* `llm_sequences`: SEED-LLaMA's decoders, other fields and what the filter keeps too; `tokenization.json`: strings →
+  ids, pieces, both decodings by the fixture's own tokenizer; `pipeline.json`: records on disk → batches. Left out: the
+  messages the original printed; members that are no records (the pipeline has one).
+* `seedx_sequences`: SEED-X's, and the places of views. Left out: edits without several resolutions, where the original
+  always fails; pixels of the views (kind `seedx_anyres`); the wording of requests and responses that no kept recording
+  shows (taken from the recording).
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import random
+import tarfile
+import tempfile
+from collections.abc import Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kinds.seed_x_agent import seedx_tokenizer
+from runner import assert_close, assert_same, read_json, read_json_lines
+
+from seed_multimodal.data.decoders import phrases
+from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence, batch_rows
+from seed_multimodal.data.decoders.registry import get_decoder
+from seed_multimodal.data.decoders.seed_x import dissimilar
+from seed_multimodal.data.decoders.sequence import IGNORED, pad
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+# The original's functions `decode_…` whose decoders here have another name.
+PRETRAIN = {"image_text_pair": "caption", "mmc4_data": "interleaved", "video_pair": "video",
+            "text_pretrain_data": "text", "edit_pair": "edit", "ra_data": "retrieval",
+            "coco_cap_eval_data": "caption_eval", "visual_question_data": "visual_question",
+            "text_conversation_data": "text_conversation"}
+SFT = {"question_answer_pair": "qa", "edit_pair": "edit", "story_pair": "story", "difference_pair": "difference",
+       "conversation_pair": "conversation", "video_pair": "video", "video_conversation_pair": "video_conversation",
+       "edit_multi_pair": "multi_edit", "interleaved_pair": "interleaved", "visual_question_data": "visual_question",
+       "text_conversation_data": "text_conversation"}
+TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
+BATCH = ("input_ids", "attention_mask", "labels")
+GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views
+
+
+class Replay:
+    """The recorded draws, one after the other.
+
+    A shuffle's outcome is not recorded; it comes from Python's generator, seeded as recorded and kept in step.
+    """
+
+    def __init__(self, calls: Sequence[Any], name: str, seed: int = 0) -> None:
+        self.calls, self.name, self.random = list(calls), name, random.Random(seed)
+
+    def _next(self, kind: str, arguments: list[Any]) -> Any:
+        assert self.calls, f"{self.name}: drew {kind}{arguments} after the last recorded draw"
+        made, given, result = self.calls.pop(0)
+        assert_same((kind, arguments), (made, given), f"{self.name}: draw")
+        return result
+
+    def uniform(self) -> float:
+        return self._next("numpy.uniform", [0, 1])
+
+    def choice(self, items: Sequence[Any]) -> Any:
+        self.random.choice(items)
+        result = self._next("random.choice", [])
+        assert result in items, f"{self.name}: {result!r} was drawn, ours are {items!r}"
+        return result
+
+    def randint(self, low: int, high: int) -> int:
+        self.random.randint(low, high)
+        return self._next("random.randint", [low, high])
+
+    def shuffle(self, items: MutableSequence[Any]) -> None:
+        self._next("random.shuffle", [])
+        self.random.shuffle(items)
+
+
+# ---- SEED-LLaMA
+
+
+def plain(value: Any) -> Any:
+    """A recorded sample as json holds it: arrays are lists."""
+    if isinstance(value, dict):
+        return plain(value["__numpy__"]) if set(value) == {"__numpy__"} else {k: plain(v) for k, v in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def check_llm(folder: Path) -> None:
+    tokenizer = MultimodalTokenizer.from_pretrained(folder / "tokenizer")
+    check_tokenization(read_json(folder / "tokenization.json"), tokenizer)
+    for case in read_json_lines(folder / "cases.jsonl"):
+        check_case(case, tokenizer)
+    check_pipeline(read_json(folder / "pipeline.json"), tokenizer)
+
+
+def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    vocabulary = tokenizer.vocabulary
+    ours = {"length": len(tokenizer), "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
+            "unk": tokenizer.unk_id, "first_image_id": vocabulary.n_text, "img_open": vocabulary.boi_id,
+            "img_close": vocabulary.eoi_id}
+    assert_same(ours, {key: expected[key] for key in ours}, "length and special ids")
+    assert expected["cases"], "the fixture holds no strings"
+    for case in expected["cases"]:
+        text = case["text"]
+        ids = tokenizer.encode(text)
+        made = {"ids": ids, "ids_with_special_tokens": tokenizer.encode(text, add_bos=True),
+                "tokens": tokenizer.tokens(ids), "decoded": tokenizer.decode(ids),
+                "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True)}
+        assert_same(made, {key: case[key] for key in made}, f"{text!r}")
+
+
+def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
+    decoder = f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
+    name, options = f"case {case['id']} ({decoder})", dict(case["kwargs"])
+    max_length, expected = options.pop("max_length", None), case.get("output")
+    if function not in TEXT_FUNCTIONS and not case["key"].endswith(".pkl"):
+        assert_same((expected, case["rng_calls"]), (None, []), f"{name}: a member that is no record")
+        return
+    if max_length is None and expected and "attention_mask" in expected:
+        max_length = len(expected["input_ids"])  # the function's own default
+
+    draws = Replay(case["rng_calls"], name, case["seed"])
+    try:
+        sequence = get_decoder(decoder, tokenizer, {**options, "validate": False}).decode(
+            plain(case["sample"]), draws, max_length)
+    except (DataError, ConfigError) as error:
+        assert case.get("error"), f"{name}: refused ({error})"
+        assert str(error).strip().endswith("."), f"{name}: {error!r} is no sentence"
+        return
+    assert not case.get("error"), f"{name}: the original raised {case['error']}, ours gave {sequence}"
+    assert not draws.calls, f"{name}: draws left over: {draws.calls}"
+    assert_same(not sequence.dropped, case["kept_by_filter"], f"{name}: kept by the filter ({sequence.dropped})")
+    assert_same(sequence.extra, {k: v for k, v in expected.items() if k not in BATCH}, f"{name}: other fields")
+    if "labels" in expected:
+        row = pad(sequence, max_length, tokenizer.pad_id)
+        assert_same(row, {key: expected[key] for key in row}, name)
+        assert_same([n for n, label in enumerate(row["labels"]) if label != IGNORED], case["label_positions"], name)
+    else:
+        assert_same(sequence.ids, expected.get("input_ids", []), f"{name}: ids")
+        assert_same(set(sequence.labels) - {IGNORED}, set(), f"{name}: labels")
+    assert len(sequence.labels) == len(sequence.ids), f"{name}: {len(sequence.labels)} labels"
+    if "tokens" in case:
+        assert_same(" ".join(tokenizer.tokens(sequence.ids)), case["tokens"], f"{name}: tokens")
+    try:
+        draws = Replay(case["rng_calls"], name, case["seed"])
+        again = get_decoder(decoder, tokenizer, options)(plain(case["sample"]), draws, max_length)
+    except (DataError, ConfigError) as error:
+        assert str(error).endswith("."), f"{name}: {error!r} is no sentence"
+        return
+    assert again is None or again == sequence, f"{name}: another sequence with validation"
+
+
+def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    """Shards through our readers: every kept sample as the released pipe gives it, then those as padded batches."""
+    settings, expected = dict(recorded["settings"]), recorded["samples_sorted_by_text"]
+    assert settings["reverse_ratio"] in (0, 1), "pipeline: the samples' direction is drawn, so they cannot be compared"
+    kept = {row["text"] for row in expected}
+    with tempfile.TemporaryDirectory() as place:
+        everything, good = Path(place, "all"), Path(place, "kept")
+        for shard, members in recorded["shards"].items():
+            write_shard(everything / shard, members)
+            write_shard(good / shard, [m for m in members if "sample" in m and m["sample"]["text"] in kept])
+        assert_same(padded_samples(everything, settings, tokenizer), expected, "pipeline: samples")
+        check_batches(good, settings, recorded["batched"], expected, tokenizer)
+
+
+def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, Any], rows: list[dict[str, Any]],
+                  tokenizer: MultimodalTokenizer) -> None:
+    """The released data file of that pipe, read as it is, over the kept samples: ours are dropped after batching."""
+    given = {key: value for key, value in {**settings, **recorded["settings"]}.items() if key != "function"}
+    target = f"src.data.torchdata_train.{settings['function']}"
+    data = read_data_settings({"_target_": target, "data_dir": str(folder), **given, "packing": False})
+    shapes: list[dict[str, list[int]]] = []
+    seen: list[tuple[Any, ...]] = []
+    with LlmBatches(data, tokenizer) as batches:
+        for step in range(len(recorded["batches"]) + 1):
+            try:
+                batch = batches.at(step)
+            except EndOfData:
+                break
+            shapes.append({key: list(getattr(batch, key).shape) for key in BATCH})
+            seen += list(zip(*(getattr(batch, key).tolist() for key in BATCH), strict=True))
+    assert_same(shapes, [{key: batch[key] for key in BATCH} for batch in recorded["batches"]], "pipeline: batches")
+    once = [tuple(row[key] for key in BATCH) for row in rows]
+    assert_same(sorted(seen), sorted(once * given["cycle_count"]), "pipeline: rows of all batches")
+
+
+def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
+    """A tar with the recorded samples as json; the members beside them, which are no records, as text."""
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            record = "sample" in member
+            data = (json.dumps(member["sample"]) if record else member["content"]).encode()
+            entry = tarfile.TarInfo(str(Path(member["member"]).with_suffix(".json" if record else ".txt")))
+            entry.size = len(data)
+            tar.addfile(entry, io.BytesIO(data))
+
+
+def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: MultimodalTokenizer) -> list[dict[str, Any]]:
+    """Every kept sample of a folder of shards as the released pipe gives it, sorted by text."""
+    decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]})
+    source, rows = open_records(str(folder)), []
+    for number in range(len(source)):
+        try:
+            record = source.read(number)
+        except BadRecord as error:  # a member that is no record: left out there, named and counted here
+            assert "has no .json member" in str(error), error
+            continue
+        draws = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
+        sequence = decoder(record.fields, draws, settings["max_length"])
+        if sequence is not None:
+            rows.append({"__key__": record.key.rsplit("/", 1)[-1],
+                         **pad(sequence, settings["max_length"], tokenizer.pad_id), **sequence.extra,
+                         "metadata": "{}"})  # the released pipe puts this where a decoder gives no metadata
+    return sorted(rows, key=lambda row: row["text"])
+
+
+# ---- SEED-X
+
+
+@dataclass
+class Opened:
+    """Stands for an opened image."""
+
+    size: tuple[int, int]
+
+
+class SeedXReplay(Replay):
+    """Of choices from lists that the recording alone has whole."""
+
+    def choice(self, items: Sequence[Any]) -> Any:
+        result = self._next("random.choice", [])
+        assert result or items[-1] == result, f"{self.name}: the last response is empty"
+        return result
+
+
+def check_seedx(folder: Path) -> None:
+    constants = read_json(folder / "constants.json")
+    lists = (phrases.SEEDX_DRAW_REQUESTS, phrases.SEEDX_DRAW_RESPONSES, phrases.SEEDX_EDIT_RESPONSES)
+    assert_same([len(sentences) for sentences in lists],
+                [constants[f"num_{name}"] for name in ("gen_prompts", "gen_prompt_responses", "edit_responses")],
+                "number of sentences")
+    tokenizer = seedx_tokenizer(folder, constants["image_tokens"])
+    ids = {word: tokenizer.word_id(word) for word in constants["token_ids"]}
+    assert_same(ids, constants["token_ids"], "ids of words")
+    for number, case in enumerate(read_json_lines(folder / "cases.jsonl")):
+        name = f"case {number} ({case['function']}: {case['label']})"
+        if case["function"] in RECORDS:
+            check_record(case, tokenizer, name, RECORDS[case["function"]])
+        elif case["function"].startswith("encode_caption_input_ids"):
+            kwargs = dict(case["kwargs"])
+            check_caption(case, case["arguments"]["caption"], kwargs.pop("patch_length", 1), kwargs, tokenizer, name)
+        elif case["function"] == "tokenize_text":  # a grouped sample
+            data = case["arguments"]["data"]
+            check_caption(case, data["text"], data["images_patch_length"], dict(case["kwargs"]), tokenizer, name)
+        elif case["function"] == "decode_image_text_pair":
+            check_pair(case, tokenizer, name)
+        else:
+            assert_same(case["function"], "filter_data_with_similarity", name)
+            check_filter(case["arguments"]["item"], case["kwargs"], case["output"], name)
+
+
+RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
+
+
+def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any], validate: bool) -> PictureDecoder:
+    given = {key: value for key, value in options.items() if key not in ("max_length", "num_img_gen_tokens")}
+    given.setdefault("multi_resolution", False)
+    given["resolution_grids"] = given.get("resolution_grids") or ["1x1"]
+    decoder = get_decoder(name, tokenizer, {**given, "validate": validate})
+    assert isinstance(decoder, PictureDecoder)
+    return decoder
+
+
+def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str, decoder: str) -> None:
+    """A record's fields, its images opened as the loader does it."""
+    fields, sizes = dict(case["arguments"]["value"]), case["arguments"]["image_sizes"]
+    expected, kwargs = case["output"], dict(case["kwargs"])
+    if decoder == "seed_x.edit" and not kwargs.get("multi_resolution"):
+        assert_same(expected, {}, f"{name}: the original fails without several resolutions")
+        return
+    if decoder == "seed_x.conversation":
+        kwargs.pop("min_resolution", None)
+    released = make(decoder, tokenizer, kwargs, validate=False)
+    for field in released.picture_fields(fields):
+        size = sizes.get(fields[field].lstrip("/"))
+        if size is None:  # the loader's matter
+            assert_same(expected, {}, f"{name}: an image that is not there")
+            return
+        fields[field] = Opened(tuple(size))
+    compare(released, fields, case, kwargs["max_length"], name)
+    check_validated(make(decoder, tokenizer, kwargs, validate=True), fields, case, kwargs["max_length"], name)
+
+
+def compare(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
+            ) -> None:
+    """A decoder's sequence as the released row."""
+    expected, draws = case["output"], SeedXReplay(case["rng_calls"], name)
+    try:
+        sequence = decoder.decode(fields, draws, max_length)
+    except DataError as error:
+        assert case["error"] or not expected, f"{name}: refused ({error})"
+        return
+    assert not draws.calls, f"{name}: draws left over: {draws.calls}"
+    if "input_ids" not in expected:
+        assert sequence.dropped, f"{name}: the original drops it"
+        return
+    assert not sequence.dropped, f"{name}: dropped ({sequence.dropped})"
+    assert_row(sequence, expected, decoder.tokenizer, max_length, name)
+    if "tokens" in case:
+        row = batch_rows([sequence], max_length, 0)["input_ids"][0][:len(sequence)]
+        assert_same(" ".join(decoder.tokenizer.tokens(row)), case["tokens"], f"{name}: tokens")
+
+
+def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: MultimodalTokenizer, max_length: int,
+               name: str) -> None:
+    batch = batch_rows([sequence], max_length, tokenizer.pad_id)
+    assert_same({key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row")
+    for key in ("ids_gen_mask", "ids_cmp_mask"):
+        assert_same([place for place, here in enumerate(batch[key][0]) if here], expected[key], f"{name}: {key}")
+    for key in ("embeds_gen_mask", "embeds_cmp_mask"):
+        one = expected[key]
+        assert_same(batch[key], [one] if isinstance(one, bool) else one, f"{name}: {key}")
+    for key in ("images_patch_length", "image_size"):
+        if key in expected and expected.get("image_size") is not None:
+            assert_same(batch[key], expected[key], f"{name}: {key}")
+    if expected.get("patch_position") is not None:
+        assert_close(batch["patch_position"], expected["patch_position"], 1e-6, what=f"{name}: patch_position")
+    if "text" in expected and sequence.extra:
+        assert_same(sequence.extra["text"], expected["text"], f"{name}: text")
+    shape = expected.get("images", {}).get("shape") if isinstance(expected.get("images"), dict) else None
+    if shape:
+        assert_same(sum(picture.views for picture in sequence.pictures), shape[0], f"{name}: views")
+
+
+def check_validated(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int,
+                    name: str) -> None:
+    try:
+        sequence = decoder.decode(fields, SeedXReplay(case["rng_calls"], name), max_length)
+    except BadRecord as error:
+        assert str(error).endswith("."), f"{name}: {error!r} is no sentence"
+        return
+    if not sequence.dropped and "input_ids" in case["output"]:
+        assert_row(sequence, case["output"], decoder.tokenizer, max_length, name)
+
+
+def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],
+                  tokenizer: MultimodalTokenizer, name: str) -> None:
+    """An image of some views and its caption."""
+    max_length, fields = kwargs.pop("max_length"), {"image": Opened((500, 450)), "text": caption}
+    options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
+    compare(make("seed_x.caption", tokenizer, options, validate=False), fields, case, max_length, name)
+    check_validated(make("seed_x.caption", tokenizer, options, validate=True), fields, {**case, "output": {}},
+                    max_length, name)
+
+
+def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) -> None:
+    """A member of a tar's sample: the caption's is compared, an image's size is judged alike."""
+    key, data, kwargs = case["arguments"]["key"], case["arguments"]["data"], dict(case["kwargs"])
+    max_length = kwargs.pop("max_length")
+    if key.endswith(".jpg") and isinstance(data, dict):
+        options = {"min_resolution": 400, "min_aspect_ratio": 0.666, **kwargs}
+        options = {k: options[k] for k in ("min_resolution", "min_aspect_ratio", "multi_resolution", "base_resolution",
+                                           "resolution_grids") if k in options}
+        decoder = make("seed_x.caption", tokenizer, options, validate=False)
+        used = decoder.use({"image": Opened(tuple(data["image_size"]))}, "image")
+        assert_same(bool(decoder.misshapen(used, "image")), case["output"] == {}, f"{name}: kept")
+        return
+    metadata = kwargs.get("use_caption_in_metadata", False)
+    if not key.endswith(".json" if metadata else ".txt") or "input_ids" not in case["output"]:
+        return  # members that the pipe passes by, or whose length depends on an image of another member
+    learn_wording(case)
+    kwargs.pop("assure_text", None)
+    fields = {"image": Opened((500, 450)), **({"metadata": data} if metadata else {"text": data})}
+    decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False}, validate=False)
+    compare(decoder, fields, case, max_length, name)
+
+
+def learn_wording(case: dict[str, Any]) -> None:
+    """A request that no kept recording shows takes its words from this one."""
+    numbers = [result for kind, _, result in case["rng_calls"] if kind == "random.randint"]
+    if not numbers or numbers[0] in phrases.SEEDX_DRAW_KNOWN:
+        return
+    asked, response = case["output"]["text"].split(" [/INST]\n ")
+    request = asked.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
+    for name, words in (("SEEDX_DRAW_REQUESTS", request), ("SEEDX_DRAW_RESPONSES", response)):
+        sentences = list(getattr(phrases, name))
+        sentences[numbers[0]] = words
+        setattr(phrases, name, tuple(sentences))
+
+
+def check_filter(item: dict[str, Any], kwargs: dict[str, Any], expected: bool, name: str) -> None:
+    kept = not dissimilar({"metadata": item["metadata"]}, kwargs["similarity_thr"]) and "images" in item \
+        and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
+    assert_same(kept, expected, name)
+
+
+KINDS = {"llm_sequences": check_llm, "seedx_sequences": check_seedx}
