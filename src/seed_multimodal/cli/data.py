@@ -49,7 +49,7 @@ def _summary(report: Any) -> list[str]:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
-    from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
+    from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
     for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
@@ -57,31 +57,34 @@ def convert(args: argparse.Namespace) -> int:
     emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
                 "refused": report.refused, "skipped": report.skipped},
          f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
-         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out; "
-         f"see {MANIFEST}")
+         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out")
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
+def index(args: argparse.Namespace) -> int:
+    """Write the indexes of shards and files of lines beside them."""
+    from seed_multimodal.data.formats.sources import write_indexes
+
+    count = write_indexes(args.files, args.procs)
+    emit(args, {"files": count}, f"{counted(count, 'file')} indexed")
+    return DONE
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`check` and `convert` with their flags."""
+    """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     checker = commands.add_parser("check", help="check every record before training")
     checker.add_argument("files", nargs="+", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", help="of all records, as sft.qa (default: by each one's keys); lavit.… and "
-                         "seed_x.… read images as training does, and need --tokenizer")
-    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
-                         "decoder, as reverse_ratio=0.5; repeat for more")
+    checker.add_argument("--decoder", help="of all records, as sft.qa or seed_x.chat (default: by each one's keys)")
+    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the decoder")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
-    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
-                         "the registered format; repeat for more")
+    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE")
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument("--stage", help="the tool that will read them: tokenizer (training and evaluation), pictures "
-                         "(LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, qa, video, edit, story, "
-                         "interleaved, chat (default: by each record's keys)")
+    checker.add_argument("--stage", help="the tool that will read them: tokenizer, pictures (LaVIT's tokenizer, pixel "
+                         "decoders), llm, caption, qa, video, edit, story, interleaved, chat (default: by their keys)")
     checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
-    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N | all", help="open about N images "
-                         "that are not tokenised yet (default: 200)")
+    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N | all", help="open so many")
     checker.add_argument("--max-errors", type=whole_number(0), default=20, help="errors to show; 0: all (default: 20)")
     checker.add_argument("--length", type=whole_number(1), help="tokens a record may have (needs --tokenizer)")
     checker.set_defaults(work=check)
@@ -92,7 +95,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
-    for command in (checker, converter):
+    indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files beside them, ahead")
+    indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
+    indexer.add_argument("--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    indexer.set_defaults(work=index)
+    for command in (checker, converter, indexer):
         add_json(command)
 
 
@@ -131,8 +138,7 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     parser.add_argument("--batch_size", type=int, help="halved on out-of-memory (default: 256, on a CPU 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="decode workers of each process (default: 4)")
     parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th unit from I on")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
-                        help="continue in a folder that exists (default), or refuse it")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="in a folder that exists")
     parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
     parser.add_argument("--views", type=int, default=1, help="of each image (caption, qa, chat), the others augmented")
     parser.add_argument("--seed", type=int, default=0, help="of the augmented views")

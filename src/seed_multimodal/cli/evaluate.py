@@ -77,8 +77,7 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
-    parser.add_argument("--truth", type=Path, metavar="JSON", help="the captions to compare with, where --captions is "
-                        "a list of images (NoCaps, Flickr30k, LaVIT's lists)")
+    parser.add_argument("--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)")
 
 
 def _add_text2image(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +118,7 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
-    from seed_multimodal.data.formats.benchmarks import Sample, read_captions
+    from seed_multimodal.data.annotations import Sample, read_captions
 
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
@@ -204,7 +203,7 @@ def measure_tokenizer(args: argparse.Namespace) -> int:
 
 def data_spec(args: argparse.Namespace) -> dict[str, Any]:
     """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
-    from seed_multimodal.data.formats.registry import registered
+    from seed_multimodal.data.formats.sources import registered
 
     if Path(args.data).suffix in (".yaml", ".yml"):
         spec = {str(key): value for key, value in load_yaml(args.data).items()}

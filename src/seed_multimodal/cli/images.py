@@ -36,9 +36,9 @@ def tokenize(args: argparse.Namespace) -> int:
         from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
         rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section), wide=5)]) for record in records]
-        title = "Images and their codes: equal colours in a column are equal codes"
-        plot.save(contact_sheet(rows, title, cell=88), "codes")
+                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
+        title = "Images and their codes: equal colours in the same place are equal codes"
+        plot.save(contact_sheet(rows, title, cell=110), "codes")
     return code
 
 
@@ -167,7 +167,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _log_note(system: Any, content: Sequence[Any]) -> None:
     """Log what words and images of a batch are unlike the training data."""
-    from seed_multimodal.system.messages import Message
+    from seed_multimodal.language.messages import Message
 
     if note := system.note(Message("user", tuple(content))):
         log_line(note)

