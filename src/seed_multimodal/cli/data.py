@@ -77,7 +77,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker.add_argument("files", nargs="+", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
     checker.add_argument("--decoder", help="of all records, as sft.qa or seed_x.chat (default: by each one's keys)")
-    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the decoder")
+    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
     checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE")
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")

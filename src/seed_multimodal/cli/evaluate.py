@@ -71,7 +71,7 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an "
                         "answer is right or wrong; vizwiz: the system is first asked whether there is an answer")
     parser.add_argument("--image", help="for one question (default: images/cat.jpg)")
-    parser.add_argument("--question", default=DEMO_QUESTIONS[0], help="default: %(default)s")
+    parser.add_argument("--question", default=DEMO_QUESTIONS[0])
     parser.add_argument("--keep_ratio", action="store_true", help="resize and crop, as the original's probe does")
 
 

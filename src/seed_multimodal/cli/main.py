@@ -97,7 +97,3 @@ def _command(commands: Any, work: Callable[[argparse.Namespace], int], items: st
     add_common(parser, **flags)
     parser.set_defaults(work=work)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -64,9 +64,9 @@ def _demonstrate(args: argparse.Namespace, size: str) -> int:
     if single:
         _answer(args, system, [*([Path(args.image)] if args.image else []), args.prompt or QUESTION], outputs, "answer")
     elif system.config.original:
-        for content, name in (([cat_image(), QUESTION], "answer"), ([DRAWING], "dog"),
-                              ([cat_image(), EDITING], "cat_sunglasses")):
-            _answer(args, system, content, outputs, name)
+        _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
+        _answer(args, system, [DRAWING], outputs, "dog")
+        _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")
     else:
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
         print(outputs.save(system.draw("a dog on the green grass", seed=args.seed), "dog", ".jpg"))

@@ -67,7 +67,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     if script.image:
         parser.add_argument("--image", nargs="+", help=f"default: demo_images/{script.image} or images/{STAND_IN}")
     if script.condition:
-        parser.add_argument("--condition", help=f"image (default: demo_images/{script.condition}, or each image itself)")
+        parser.add_argument("--condition", help=f"default: demo_images/{script.condition} or the image itself")
     if script.prompt:
         parser.add_argument("--prompt", type=some_text, help=f"default: {script.prompt}")
     if script.phrase:
