@@ -10,7 +10,7 @@ import pytest
 import warm_python
 from PIL import Image
 
-from seed_multimodal.cli.seed1 import recon_script
+from seed_multimodal.cli.seed import recon_script
 
 ROOT = Path(__file__).resolve().parents[3]
 
