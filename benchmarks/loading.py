@@ -25,12 +25,10 @@ def run(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind in ("tar", "jsonl"):
             path = Path(folder) / f"codes.{kind}"
+            path.write_bytes(b"\n".join(records))
             if kind == "tar":
                 write_shard(path, ((f"{n:09d}", {"json": data}) for n, data in enumerate(records)))
-            else:
-                path.write_bytes(b"\n".join(records))
-            started = time.perf_counter()
-            source = open_records(path)
+            source, started = open_records(path), time.perf_counter()
             len(source)
             indexed = time.perf_counter()
             for n in rng.permutation(options.records).tolist():
@@ -42,5 +40,5 @@ def run(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--records", type=int, default=50_000, metavar="N")
+    parser.add_argument("--records", type=int, default=50_000)
     run(parser.parse_args())
