@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.data.formats.record import RecordFile
-from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, remote_errors, stat
+from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, read_errors, stat
 from seed_multimodal.disk import disk_reason, replacing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
@@ -115,7 +115,7 @@ def _write(place: str, arrays: Arrays) -> None:
     np.savez(content, **arrays)  # type: ignore[arg-type]
     if is_remote(place):
         files, name = filesystem(place)
-        with remote_errors(place):
+        with read_errors(place):
             files.pipe_file(name, content.getvalue())
         return
     Path(place).parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.data.formats.storage import open_binary, read_all, remote_errors
+from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
 from seed_multimodal.errors import first_line
 
 LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
@@ -29,7 +29,7 @@ class JsonLines(IndexedFile):
         """First byte and length of each record and the number of its line from 1, int64 [N]."""
         start, length, line = array("q"), array("q"), array("q")
         position = 0
-        with remote_errors(self.path), open_binary(self.path) as file:
+        with read_errors(self.path), open_binary(self.path) as file:
             for number, content in enumerate(file, 1):
                 if number == 1:
                     _refuse_compressed(self.path, content)

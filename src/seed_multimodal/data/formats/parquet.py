@@ -67,21 +67,26 @@ class RowGroups:
         Raises:
             BadRecord: its row group cannot be read or is no longer there, or Python has no such value.
         """
-        _, ends = self._footer(path)
+        if path not in self._footers:
+            with opened(path) as file:
+                footer = file.metadata
+            sizes = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+            self._footers[path] = footer, list(accumulate(sizes))
+            if len(self._footers) > FOOTERS:
+                self._footers.popitem(last=False)
+        footer, ends = self._footers[path]
         group = bisect_right(ends, number)
+        if group == len(ends):
+            raise BadRecord("damaged file", f"{path}: has fewer rows than when it was indexed; do not change files in "
+                            "use.")
         try:
-            start = ends[group - 1] if group else 0
-            found: list[dict[str, Any]] = [] if group == len(ends) else \
-                self._group(path, group).slice(number - start, 1).to_pylist()
+            rows = self._group(path, group, footer).slice(number - (ends[group - 1] if group else 0), 1).to_pylist()
         except UnicodeDecodeError as error:
             raise BadRecord("malformed text", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
         except (ValueError, OverflowError, LookupError) as error:  # a date after 9999, an unknown time zone
             raise BadRecord("wrong type", f"{path}: row {number}: a value cannot be read ({first_line(error)})."
                             ) from None
-        if not found:
-            raise BadRecord("damaged file", f"{path}: has fewer rows than when it was indexed; do not change files in "
-                            "use.")
-        return {key: value for key, value in found[0].items() if value is not None}
+        return {key: value for key, value in rows[0].items() if value is not None}
 
     def clear(self) -> None:
         """Drop what is kept."""
@@ -89,29 +94,17 @@ class RowGroups:
         self._footers.clear()
         self.held = 0
 
-    def _group(self, path: str, group: int) -> Any:
+    def _group(self, path: str, group: int, footer: Any) -> Any:
         """A row group as arrow's table."""
-        key = path, group
-        if key not in self._groups:
-            with opened(path, metadata=self._footer(path)[0]) as file:
+        if (path, group) not in self._groups:
+            with opened(path, metadata=footer) as file:
                 table = file.read_row_group(group, use_threads=False)  # arrow's thread pool does not survive a fork
             self.held += table.nbytes
             while self._groups and self.held > self.kept:
                 self.held -= self._groups.popitem(last=False)[1].nbytes
-            self._groups[key] = table
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def _footer(self, path: str) -> tuple[Any, list[int]]:
-        if path not in self._footers:
-            with opened(path) as file:
-                footer = file.metadata
-            rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-            self._footers[path] = footer, list(accumulate(rows))
-            while len(self._footers) > FOOTERS:
-                self._footers.popitem(last=False)
-        self._footers.move_to_end(path)
-        return self._footers[path]
+            self._groups[path, group] = table
+        self._groups.move_to_end((path, group))
+        return self._groups[path, group]
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import Record, RecordFile
-from seed_multimodal.data.formats.storage import filesystem, is_remote, remote_errors
+from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent
 from seed_multimodal.errors import ConfigError, DataError
@@ -260,7 +260,7 @@ def _matches(name: str) -> list[str]:
         if not _WILD.search(name):
             return [name]
         files, pattern = filesystem(name)
-        with remote_errors(name):
+        with read_errors(name):
             return sorted(files.unstrip_protocol(one) for one in files.glob(pattern))
     found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
     return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
@@ -275,7 +275,7 @@ def _listing(folder: str, recursive: bool) -> list[str]:
     """The files in a folder, without hidden ones, by name."""
     if is_remote(folder):
         files, name = filesystem(folder)
-        with remote_errors(folder):
+        with read_errors(folder):
             found = sorted(map(files.unstrip_protocol, files.find(name, maxdepth=None if recursive else 1)))
     else:
         found = [str(path) for path in sorted(Path(folder).glob("**/*" if recursive else "*")) if path.is_file()]

@@ -17,7 +17,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.data.formats.storage import open_binary, remote_errors
+from seed_multimodal.data.formats.storage import open_binary, read_errors
 from seed_multimodal.errors import DataError
 
 COMPRESSED = (".gz", ".tgz")
@@ -119,7 +119,7 @@ def scan_tar(path: str) -> Arrays:
     keys: list[bytes] = []
     numbers: dict[str, int] = {}
     first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
-    with remote_errors(path), open_binary(path) as file:
+    with read_errors(path), open_binary(path) as file:
         if file.read(2) == b"\x1f\x8b" or path.endswith(COMPRESSED):
             raise DataError(f"{path}: compressed shards cannot be read at random positions (only plain .tar can); "
                             "unpack it with gunzip first.")

@@ -150,7 +150,7 @@ def test_open_files_closes_the_oldest(tmp_path: Path) -> None:
     files = OpenFiles(limit=2)
     for _ in range(2):
         assert [files.read(path, 3, 2) for path in paths] == [bytes([n, n]) for n in range(5)]
-        assert len(files._local) == 2
+        assert len(files._handles) == 2
     files.close()
     with pytest.raises(DataError, match="gone"):
         files.read(tmp_path / "gone", 0, 1)
