@@ -208,7 +208,7 @@ class LavitStage1(nn.Module):
 
 def moving_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
     """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
-    quantizer = VectorQuantizer(start.size, start.dim, legacy=True, unit_rows=True, ema_decay=decay)
+    quantizer = VectorQuantizer(start.size, start.dim, unit_rows=True, ema_decay=decay)
     with torch.no_grad():
         quantizer.embedding.weight.copy_(F.normalize(start.embedding.weight.float(), dim=-1))
         quantizer.ema_sum.copy_(quantizer.embedding.weight)

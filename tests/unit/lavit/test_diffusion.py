@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_lavit_pixels
+import tiny_seed1
 import torch
 from torch import Tensor
 
@@ -136,24 +136,15 @@ def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: P
 
 def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
     """By the text encoder of Stable Diffusion's folder, where LaVIT's file is not."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.save(torch.ones(1, 3, 8), tmp_path / "uncond_embeddings.bin")
-    assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
-    (tmp_path / "uncond_embeddings.bin").unlink()
     with pytest.raises(CheckpointError, match=f"holds no {EMPTY_TEXT}; download LaVIT"):
-        read_empty_text(tmp_path, 8)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}')
-    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 5}))
-    model = CLIPTextModel(CLIPTextConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=2, max_position_embeddings=5, bos_token_id=0,
-                                         eos_token_id=1, pad_token_id=1)).eval()
-    model.save_pretrained(tmp_path / "text_encoder")
+        read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
+    tiny_seed1.diffusion_folder(tmp_path)
+    empty = torch.tensor([[2, *[3] * (tiny_seed1.TEXT_TOKENS - 1)]])
     with torch.no_grad():
-        wanted = model(torch.tensor([[0, 1, 1, 1, 1]])).last_hidden_state
-    torch.testing.assert_close(read_empty_text(tmp_path, 8), wanted)
+        wanted = tiny_seed1.text_encoder()(empty).last_hidden_state
+    torch.testing.assert_close(read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH), wanted)
+    torch.save(torch.ones(1, 3, 8), tmp_path / EMPTY_TEXT)
+    assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 
 
 def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
