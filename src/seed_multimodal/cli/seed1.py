@@ -62,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> int:
     writable_folder(args.out, ConfigError)
     with loading(args):
+        from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+
         from seed_multimodal.seed.original import Seed1
 
         dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
@@ -69,8 +71,9 @@ def _run(args: argparse.Namespace) -> int:
         decoder = model.images.decoder
     usual = decoder.unet.config.sample_size * decoder.factor
     settings = {"num_inference_steps": args.ddim_steps, "guidance_scale": args.scale, "height": args.H or usual,
-                "width": args.W or usual,
-                "scheduler": "DPMSolverMultistepScheduler" if args.dpm_solver else "PNDMScheduler"}
+                "width": args.W or usual}
+    sampler = DPMSolverMultistepScheduler if args.dpm_solver else PNDMScheduler
+    decoder.scheduler = sampler.from_config(decoder.scheduler.config)
     decoder.check_settings(**settings)
 
     def rebuild(name: str, image: Image.Image) -> None:

@@ -39,7 +39,7 @@ class LavitSettings(SizedSettings):
     """Defaults of the original `generate_image`; `ratio`: one of `RATIOS`, where no height and width are given. The
     last two are SDXL's other size conditions, (height, width) and (top, left)."""
 
-    num_inference_steps: int = setting(25, least=1)
+    num_inference_steps: int = setting(25, least=1, most=1000)
     guidance_scale: float = 7.0
     ratio: str | None = setting(None, choices=tuple(RATIOS))
     original_size: tuple[int, int] | None = setting(None, least=1)

@@ -266,17 +266,16 @@ class TrainedPixels(nn.Module):
 
 @dataclass(frozen=True)
 class LavitPixelLoss:
-    """The loss of a training step; dropout: share without conditions; min_snr: as of `Noised.draw`."""
+    """The loss of a training step; dropout: share without conditions."""
 
     dropout: float = 0.1
-    min_snr: float | None = None
 
     def __call__(self, model: nn.Module, schedule: Any, latents: Tensor, rows: Sequence[Tensor], time_ids: Tensor, *,
                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """Losses (`Noised.losses`) of `TrainedPixels`, or a wrapper of it, at random time steps; latents are multiplied
         by the autoencoder's scaling factor, `generator` (on the CPU) makes all random choices."""
         without = torch.rand(len(latents), generator=generator) < self.dropout
-        noised = Noised.draw(schedule, latents, self.min_snr, generator)
+        noised = Noised.draw(schedule, latents, generator)
         return noised.losses(model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device)))
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, heads_first, heads_last, resize_square
 from seed_multimodal.settings import setting
 
@@ -44,6 +44,11 @@ class EvaConfig:
         """Patches along one side."""
         return self.image_size // self.patch_size
 
+    @property
+    def tokens(self) -> int:
+        """Tokens per image: the class token and the patches."""
+        return self.grid**2 + 1
+
 
 class EvaAttention(nn.Module):
     """Self-attention with one fused projection and biases on queries and values only."""
@@ -70,7 +75,7 @@ class EvaVit(nn.Module):
         super().__init__()
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = nn.Parameter(torch.zeros(1, config.grid**2 + 1, config.width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
         self.patch_embed = nn.ModuleDict({
             "proj": nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)})
         self.norm_pre = LayerNorm(config.width, eps=1e-6) if config.pre_norm else nn.Identity()
@@ -95,7 +100,10 @@ class EvaVit(nn.Module):
                     block.get_parameter(f"{name}.weight").div_(math.sqrt(2 * number))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""
+        """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`; `ImageError` for another size."""
+        size = self.config.image_size
+        if tuple(images.shape[1:]) != (3, size, size):
+            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
         patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         patches = patches.to(self.pos_embed.dtype)  # the residual stream stays fp32 under autocast
         x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)

@@ -485,9 +485,8 @@ class MultimodalSystem:
         return self.draw_values(self.values([part], states, 0), [request], [seed], 1, drawing)[0]
 
     def preview(self, codes: Sequence[int], seed: int, drawing: dict[str, Any]) -> Image.Image:
-        """What the first codes of an image show, drawn in a few steps (four where a scheduler is named)."""
-        steps = 4 if drawing.get("scheduler") else PREVIEW_STEPS
-        steps = min(drawing.get("num_inference_steps") or steps, steps)
+        """What the first codes of an image show, drawn in a few steps."""
+        steps = min(drawing.get("num_inference_steps") or PREVIEW_STEPS, PREVIEW_STEPS)
         few = {**drawing, "codes": len(codes), "num_inference_steps": steps}
         return self.images.draw([codes], seeds=[seed], **few)[0]
 

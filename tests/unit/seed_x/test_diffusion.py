@@ -95,9 +95,7 @@ def test_negatives_are_averaged_to_as_many(place: Path) -> None:
     torch.testing.assert_close(usual, latents(model, embeds, start, negatives=pooled_tokens(model.null_embeds, 4)))
 
 
-def test_condition_of_a_first_stage_and_low_image_guidance(place: Path, embeds: Tensor) -> None:
-    with pytest.raises(ConfigError, match="reads no condition image; editing needs SEED-X's second stage"):
-        load(place, "first")(embeds[:1], condition_images=[image(1)])
+def test_low_image_guidance_runs_the_unet_once_a_step(place: Path, embeds: Tensor) -> None:
     second, rows = load(place, "second"), list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)
