@@ -177,7 +177,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _log_note(system: Any, content: Sequence[Any]) -> None:
     """Log what words and images of a batch are unlike the training data."""
-    from seed_multimodal.system.messages import Message
+    from seed_multimodal.language.messages import Message
 
     if note := system.note(Message("user", tuple(content))):
         log_line(note)

@@ -33,7 +33,7 @@ from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.loading import Runtimes
+from seed_multimodal.system.images import Runtimes
 
 Log = Callable[[str], None]
 Place = str | Path | None

@@ -20,8 +20,19 @@ from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
+from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import merge_into
+from seed_multimodal.language.messages import (
+    Answer,
+    DrawnPart,
+    Message,
+    grouped,
+    is_codes,
+    is_image,
+    texts_for,
+    user_message,
+)
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -52,20 +63,7 @@ from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, Qwe
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.domain import load_domain
-from seed_multimodal.system.images import ImageCodec, Remembered, one_seed_each
-from seed_multimodal.system.loading import Log, Runtimes
-from seed_multimodal.system.messages import (
-    Answer,
-    DrawnPart,
-    Message,
-    grouped,
-    is_codes,
-    is_image,
-    texts_for,
-    user_message,
-)
-from seed_multimodal.system.requests import Request, Task
+from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, load_domain, one_seed_each
 
 REMEMBERED = 16  # images whose features are kept: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the vision encoder
@@ -204,17 +202,11 @@ class SeedX(MultimodalSystem):
     def stops(self, task: Task) -> Sequence[str]:
         return (self.template.turn_marker,) if self.config.tuned else ()
 
-    def free_tokens(self, task: Task) -> int:
-        return super().free_tokens(task) if self.config.tuned or task == "edit" else 0
-
-    def drawing_request(self, text: str, verbatim: bool = False) -> str:
-        return super().drawing_request(text, verbatim or not self.config.tuned)
-
     def said(self, answer: Answer, task: Task) -> str:
         return without_words(answer.text).strip()
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
         if not self.config.tuned and task == "edit":
             raise ConfigError(f"{self.config.name} continues texts and was not tuned to follow instructions; "
                               f"SEED-X-Edit edits.")
@@ -224,7 +216,7 @@ class SeedX(MultimodalSystem):
         return [self._request(conversation, task, seen, end) for conversation in conversations]
 
     def _request(self, conversation: Sequence[Message], task: Task, images: Iterator[Seen],
-                 end: list[int]) -> Request:
+                 end: list[int]) -> Prompt:
         turns: list[tuple[str, list[Content]]] = []
         seen: list[Seen] = []
         sources: list[Image.Image] = []
@@ -250,7 +242,7 @@ class SeedX(MultimodalSystem):
                 embeds = self.agent.embed(torch.tensor([ids], device=device), mask.to(device),
                                           torch.cat([one.features for one in seen]).to(device),
                                           torch.cat([one.positions for one in seen]).to(device))[0]
-        return Request(Prompt(ids, embeds, answered=end), source=sources[-1] if sources else None)
+        return Prompt(ids, embeds, answered=end, source=sources[-1] if sources else None)
 
     def _spans(self, message: Message, views: list[int]) -> list[Content]:
         """A message's texts and images as parts of a prompt; `<image>` in a user's text stands for an image."""
@@ -271,10 +263,10 @@ class SeedX(MultimodalSystem):
         with torch.inference_mode():
             return list(self.agent.written_features(torch.stack([states.at(row, one) for one in places])).cpu())
 
-    def draw_values(self, values: Sequence[Any], requests: Sequence[Request | None], seeds: Sequence[int],
+    def draw_values(self, values: Sequence[Any], requests: Sequence[Prompt], seeds: Sequence[int],
                     batch_size: int, drawing: dict[str, Any]) -> list[Image.Image]:
         edits = self.images.decoder.reads_condition
-        sources = [request.source if request is not None and edits else None for request in requests]
+        sources = [request.source if edits else None for request in requests]
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, conditions=sources, **drawing)
 
     # ---- tasks of its own
@@ -289,7 +281,7 @@ class SeedX(MultimodalSystem):
         detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
         return detections[0] if single else detections
 
-    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
+    def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
         text, places = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after), self.prompts.vocabulary
         boxes, problems = read_boxes(text, opened, places.n_locations)
@@ -299,13 +291,8 @@ class SeedX(MultimodalSystem):
 
     def reconstruct(self, images: Any, seed: Any = 0, *, condition: Any = None, embeddings: int | None = None,
                     batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
-        """Images drawn again from their features: a list.
-
-        Args:
-            condition: of a second stage, the image (or one for each) that shows what it may take over.
-            embeddings: draw from so many means of neighbours' features (64: as the language model writes them); None:
-                from all, as the original scripts.
-        """
+        """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
+        language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
         opened = [self.images.open(image) for group in grouped(images)[0] for image in group]
         self._log_note(self.images.note(opened))
         features = self.images.encode(opened, embeddings)
@@ -342,7 +329,7 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any
         return config.sizes["agent"], lora
     if sizes.is_file():
         return read_settings(AgentSizes, read_json_object(sizes, ConfigError), str(sizes)), lora
-    values = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
+    values: dict[str, Any] = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
     return read_settings(AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)), lora
 
 

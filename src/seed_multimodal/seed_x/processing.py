@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
+from seed_multimodal.language.prompts import Part, get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER, Ids, SeedXVocabulary
 
@@ -63,8 +63,8 @@ class SeedXPrompts:
         images in order. Raises `RequestError` for a malformed box in a user's text."""
         spans: list[list[Part]] = [[f"{system}\n"]] if system else []
         for place, (role, content) in enumerate(turns):
-            turn = Turn.of((role, tuple(self._parts(content, asked=role == "user"))))
-            spans.append(self.template.render_turn(turn, self.template.separator if place else ""))
+            parts = list(self._parts(content, asked=role == "user"))
+            spans.append(self.template.render_turn(role, parts, self.template.separator if place else ""))
         return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
 
     def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:
@@ -165,8 +165,8 @@ class Box:
 
     def ids(self, words: SeedXVocabulary) -> Ids:
         """The box as words."""
-        places = (self.x, self.y, self.width, self.height)
-        return Ids([words.boxes, *(words.locations + place for place in places), words.boxes + 1])
+        locations = (words.locations + place for place in (self.x, self.y, self.width, self.height))
+        return Ids([words.boxes, *locations, words.boxes + 1])
 
 
 def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:

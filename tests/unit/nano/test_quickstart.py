@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.language.answer import TextPart
-from seed_multimodal.system.messages import Answer, DrawnPart
+from seed_multimodal.language.messages import Answer, DrawnPart
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
 from seed_nano.world.words import scene_of

@@ -11,11 +11,11 @@ import served
 from PIL import Image
 from served import noise, read
 
+from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
 from seed_multimodal.serving.flask_app import create_app
-from seed_multimodal.system.messages import Message
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
 PAGE = {"max_turns": 3, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
@@ -128,7 +128,7 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) ->
     page.add(dialogue, None, "Thanks")
     assert said["text"] in dialogue.request(lambda path: path)["text"]
     turns = [Message("user", ("Where is it?",)), Message("assistant", (said["text"],)), Message("user", ("Thanks",))]
-    ids, box = tiny_x.requests([turns], "chat")[0].prompt.ids, list(Box(8, 4, 4, 2).ids(words))
+    ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))
 
 
