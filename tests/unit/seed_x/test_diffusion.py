@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
 
 W = tiny_sdxl.WIDTH
