@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,9 +71,33 @@ def test_codes_of_any_number(seed, shown, tmp_path, tiny_lavit):
     for given in ((shown,), ("--codes-file", str(tmp_path / "codes.jsonl"))):
         code, lines = seed("reconstruct", *given)
         assert code == 0 and lines[0]["codes"] == codes[0] and Image.open(lines[0]["rebuilt"]).size == (64, 64)
+    (tmp_path / "wrong.jsonl").write_text("[99]\n[1]\n")
+    assert seed("reconstruct", "--codes-file", str(tmp_path / "wrong.jsonl"))[0] == 1
+    assert seed("reconstruct", shown, "--codes", "2,4")[0] == 2
+
+
+def test_chat_answers_one_message(seed, shown):
+    code, lines = seed("chat", "--image", shown, "--message", "What is it?")
+    assert code == 0 and lines[0]["answer"][0]["text"]
+    code, lines = seed("chat", "--image", shown, "--message", "in the snow", "--force-image")
+    assert code == 0 and Image.open(lines[0]["answer"][0]["image"]).size == (64, 64)
+    assert seed("chat", "--message", "hello")[0] == 2
+    assert seed("chat", "--image", shown, "--message", "one", "--message", "two")[0] == 2
 
 
 # ---- programs
+
+
+def test_num_return_images_differ_though_the_system_is_greedy(tiny_lavit_folder, tmp_path, capsys):
+    home = shutil.copytree(tiny_lavit_folder, tmp_path / "copy")
+    values = json.loads((home / "system.json").read_text())
+    values["generation"]["draw"]["do_sample"] = False
+    (home / "system.json").write_text(json.dumps(values))
+    assert programs.text2image_script("text2image_synthesis.py", "", [
+        "--model", str(home), "--device", "cpu", "--prompt", "a red apple", "--num_return_images", "2", "--out",
+        str(tmp_path / "out")]) == 0
+    one, other = capsys.readouterr().out.split()
+    assert Path(one).read_bytes() != Path(other).read_bytes()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -110,18 +135,38 @@ def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys)
     assert "absent.png: there is no such file" in capsys.readouterr().err
 
 
+def test_evaluation_wrong_values_end_before_the_weights_are_loaded(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ["--model_path", str(tiny_lavit_folder), "--task_name"]
+    (tmp_path / "a.json").write_text('[{"image": "1.png", "question": "What?", "question_id": 1, "caption": "a fox"}]')
+    for more, sentence in ((["vqa", "--dataset", "cocoo"], "cocoo"), (["vqa"], "there is no such file"),
+                           (["vqa", "--annopath", "a.json", "--truth", "b.json"], "b.json: there is no such"),
+                           (["text2image", "--annopath", "a.json"], "there is no CLIP folder")):
+        assert programs.evaluate_script("evaluate.py", "", [*own, *more]) == 2
+        assert sentence in capsys.readouterr().err
+    for name in ("caption_eval", "vqa_eval", "text2image_eval", "evaluate"):
+        assert '"$@"' in (HOME / "scripts" / f"{name}.sh").read_text()
+
+
 @pytest.mark.process
-def test_evaluate_scores_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
+def test_the_evaluation_of_captions_and_answers(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    picture(1).save(tmp_path / "1.png")
-    (tmp_path / "asked.json").write_text('[{"image": "1.png", "img_id": 1}]')
-    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')
-    code = programs.evaluate_script("evaluate.py", "", [
-        "--task_name", "caption", "--dataset", "nocaps", "--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32",
-        "--device", "cpu", "--imagepath", str(tmp_path), "--annopath", str(tmp_path / "asked.json"), "--truth",
-        str(tmp_path / "truth.json"), "--out", str(tmp_path / "out")])
-    assert code == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
+    for number in (1, 2):
+        picture(number).save(tmp_path / f"{number}.png")
+    (tmp_path / "asked.json").write_text(json.dumps([
+        {"image": f"{number}.png", "img_id": number, "question": "What is it?", "question_id": number, "answer": "fox"}
+        for number in (1, 2)]))
+    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [
+        {"image_id": number, "caption": "a fox"} for number in (1, 2)]}))
+    own = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu", "--imagepath",
+           str(tmp_path), "--annopath", str(tmp_path / "asked.json")]
+    for task, dataset, more in (("caption", "nocaps", ["--truth", str(tmp_path / "truth.json")]), ("vqa", "gqa", [])):
+        out = tmp_path / "results" / task
+        code = programs.evaluate_script("evaluate.py", "", ["--task_name", task, "--dataset", dataset, *own, *more,
+                                                            "--out", str(out)])
+        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert code == 0 and summary["samples"] == 2 and any(out.iterdir())
 
 
 # ---- notebooks

@@ -42,6 +42,14 @@ def test_forward_gives_an_image_alone_and_in_a_batch_the_same_conditions(head: s
     assert (together.pooled is None) == (head == "lowres")
 
 
+@torch.no_grad()
+def test_position_of_a_row_is_its_rank() -> None:
+    model, (one,) = decoder(), rows(4)
+    assert not torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-3)
+    model.pos_embed.zero_()
+    assert torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-5)
+
+
 def test_conditions_train_every_parameter_and_recomputing_changes_nothing() -> None:
     plain, again, images = decoder(), decoder(grad_checkpoint=True), rows(3, 5)
     for model in (plain, again):

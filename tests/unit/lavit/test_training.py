@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from tiny_lavit_training import code_decoder, diffusion
 
+from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitStage1, LavitStage1Weights, decoder_for, moving_codebook
 from seed_multimodal.nn.quantizer import VectorQuantizer
@@ -91,7 +93,7 @@ def test_gradients_reach_the_trained_parts_only(model: LavitStage1, features: to
         parts = list(one.tokenizer.token_predictor.parameters())
         assert all(bool(part.grad is not None and part.grad.any()) is learns for part in parts)
     trained = {name for name, part in model.named_parameters() if part.grad is not None}
-    assert any("causal_encoder" in name for name in trained)
+    assert any("causal_encoder" in name for name in trained) and any(name.startswith("decoder.") for name in trained)
     assert not any(".encoder." in name or "vit_proj" in name or "unet_" in name for name in trained)
 
 
@@ -116,16 +118,23 @@ def test_moving_codebook_follows_a_plain_loop() -> None:
     torch.testing.assert_close(quantizer.ema_count, torch.tensor(count))
 
 
-def test_finished_networks_encode_and_decode_as_in_training(model: LavitStage1, features: torch.Tensor) -> None:
-    pixels, noise = torch.randn(2, 3, 32, 32), gumbel(4, 2)
+def test_finished_networks_encode_and_decode_as_in_training(
+    model: LavitStage1, features: torch.Tensor, tmp_path: Path
+) -> None:
+    pixels = torch.randn(2, 3, 32, 32)
     model.train()(features)  # moves the codebook
+    noise = gumbel(4, 2)
     out = model.eval()(pixels, noise=noise)
     tokenizer, decoder = model.finished()
-    assert tokenizer.vit_proj is None  # stage 2 trains one; until then nothing may read with random numbers
-    codes = tokenizer.encode(pixels, noise=noise)
+    save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
+    decoder.save_pretrained(tmp_path / "decoder")
+    again = load_dynamic_tokenizer(tmp_path / "tokenizer")
+    assert again.vit_proj is None  # stage 2 trains one; until then nothing may read with random numbers
+    codes = again.encode(pixels, noise=noise)
     assert torch.equal(torch.cat(codes), out.codes_T)
-    rebuilt = decoder.features([tokenizer.embed_codes(one) for one in codes])
-    cosine = (1 - F.cosine_similarity(rebuilt, tokenizer.patch_features(pixels), dim=-1)).mean()
+    reread = CodeDecoder.from_pretrained(tmp_path / "decoder")
+    rebuilt = reread.features([again.embed_codes(one) for one in codes])
+    cosine = (1 - F.cosine_similarity(rebuilt, again.patch_features(pixels), dim=-1)).mean()
     torch.testing.assert_close(cosine, out.loss_cosine, rtol=1e-3, atol=1e-4)
     assert not any(part.requires_grad for part in (*tokenizer.parameters(), *decoder.parameters()))
 
