@@ -93,7 +93,7 @@ def test_num_return_images_differ_though_the_system_is_greedy(tiny_lavit_folder,
     values = json.loads((home / "system.json").read_text())
     values["generation"]["draw"]["do_sample"] = False
     (home / "system.json").write_text(json.dumps(values))
-    assert programs.text2image_script("text2image_synthesis.py", "", [
+    assert programs.lavit_script("text2image_synthesis.py", "", [
         "--model", str(home), "--device", "cpu", "--prompt", "a red apple", "--num_return_images", "2", "--out",
         str(tmp_path / "out")]) == 0
     one, other = capsys.readouterr().out.split()
@@ -124,14 +124,14 @@ def test_programs(name, tiny_lavit_folder, shown, tmp_path, monkeypatch, capsys)
 
 def test_programs_without_weights_say_what_to_put_where(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert programs.text2image_script("text2image_synthesis.py", "", []) == 2
+    assert programs.lavit_script("text2image_synthesis.py", "", []) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "rain1011/LaVIT-7B-v2" in said and "pretrained/LaVIT-7B-v2" in said
 
 
 def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert programs.multimodal_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
+    assert programs.lavit_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
     assert "absent.png: there is no such file" in capsys.readouterr().err
 
 
