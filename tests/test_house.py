@@ -62,6 +62,8 @@ NOT_IMPORTED = {
     "spacy": "imported by its name, where it is (the extra lavit)",
     "torch-fidelity": "torchmetrics computes FID with its network",
     "ruff": "a command: style",
+    "s3fs": "fsspec reads s3:// with it",
+    "moto": "a command: the S3 server of the tests",
     "mypy": "a command: types",
 }
 
@@ -305,8 +307,8 @@ LINES = {
     "tests/unit/nano": 1200,
     # Not at their budget yet: today's lines.
     "src/seed_multimodal": 39_510, "src/seed_multimodal/images": 720, "src/seed_multimodal/nn": 690,
-    "src/seed_multimodal/language": 1750, "src/seed_multimodal/diffusion": 740, "src/seed_multimodal/system": 1770,
-    "src/seed_multimodal/seed": 2160, "src/seed_multimodal/seed_x": 1800, "src/seed_multimodal/lavit": 2050,
+    "src/seed_multimodal/language": 2170, "src/seed_multimodal/diffusion": 740, "src/seed_multimodal/system": 1020,
+    "src/seed_multimodal/seed": 2160, "src/seed_multimodal/seed_x": 1800, "src/seed_multimodal/lavit": 1840,
     "src/seed_multimodal/cli": 2490, "src/seed_multimodal/serving": 1240, "src/seed_multimodal/data": 11_210,
     "src/seed_multimodal/training": 9450, "SEED_Tokenizer": 2570, "MultiModalLLM": 330, "tests": 34_260}
 
@@ -335,7 +337,7 @@ def taken_from_pickle(tree: ast.AST) -> set[str]:
 
 
 def test_nothing_unsafe_or_tied_to_one_device():
-    pickled = PACKAGE / "data" / "formats" / "pickled.py"  # the restricted reader alone may have the Unpickler
+    pickled = PACKAGE / "data" / "formats" / "released_pickles.py"  # the restricted reader alone may have the Unpickler
     for source in SOURCES:
         tree = ast.parse(source.read_text(encoding="utf-8"))
         allowed = {"Unpickler", "UnpicklingError"} if source == pickled else {"UnpicklingError"}

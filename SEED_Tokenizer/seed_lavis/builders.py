@@ -26,14 +26,14 @@ from seed_lavis.log import log, log_rank
 from seed_lavis.options import APPLICATION, locate, section_at
 from seed_lavis.processors import BlipImageEval
 from seed_multimodal.data.formats.pairs import PairSource, open_pairs
-from seed_multimodal.data.formats.registry import registered
+from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.settings import check_keys
 
 FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", "image_key", "image_keys", "caption_key",
-              "caption_file", "captioned", "index_folder")
+              "caption_file", "captioned", "cache")
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info", "sample_ratio")
 DEFAULTS = APPLICATION / "lavis" / "configs" / "datasets"
 
@@ -78,8 +78,6 @@ class PairBuilder(BaseDatasetBuilder):
                 continue
             if not model.reads_captions:
                 spec["captioned"] = False
-            if run.get("output_dir"):
-                spec["index_instead"] = f"{run.output_dir}/index"  # where nothing can be written beside the data
         return {split: spec for split, spec in specs.items() if split in wanted}
 
     def build_info(self) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def split_sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, An
     if kind not in FORMATS:
         raise ConfigError(f"{where}.format must be {', '.join((*FORMATS, *registered()))}, not {kind!r}.")
     root = section_at(info, "images", where).get("storage")
-    keys = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "index_folder")
+    keys = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "cache")
     more = {**({"image_root": locate(root)} if root else {}), **_given(info, keys)}
     if kind == "webdataset" or (kind != "json" and (info.get("storage") or info.get("splits"))):
         shards = section_at(info, "splits", where) or {"train": info.get("storage")}

@@ -53,7 +53,7 @@ def seed_llama_tokenizer(pretrained_model_name_or_path: str, fp16: bool = True, 
 
 def image_codec(model: str, device: str = "auto", dtype: str = "auto") -> Any:
     """`system.base.open_images`: encoder and de-tokenizer of a system, or of an image tokenizer alone."""
-    from seed_multimodal.system.loading import open_images
+    from seed_multimodal.system.images import open_images
 
     return open_images(model, device=device, dtype=dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -24,8 +25,10 @@ class Progress(tqdm):
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
         self.log = None if log is log_line and sys.stderr.isatty() else log
-        super().__init__(desc=name, total=total, unit=unit, initial=start, disable=log is None, leave=False,
-                         delay=0 if self.log else delay, mininterval=every if self.log else 0.1, miniters=1,
+        # where lines are logged, tqdm itself writes nothing (it would end with a carriage return)
+        super().__init__(desc=name, file=io.StringIO() if self.log else None, total=total, unit=unit,
+                         initial=start, disable=log is None, leave=False, delay=0 if self.log else delay,
+                         mininterval=every if self.log else 0.1, miniters=1,
                          bar_format="{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed}<{remaining}, {rate_fmt}{postfix}"
                          if self.log else None, dynamic_ncols=self.log is None)
 

@@ -20,7 +20,7 @@ from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_quantization, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
-from seed_multimodal.images.sheet import Cell, Row, above_strip, code_strip, contact_sheet
+from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 from seed_nano.world.scene import render
 from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES
@@ -60,7 +60,7 @@ def drawn(answer: Any) -> list[Cell]:
         if hasattr(part, "text"):
             words = f"{words} {part.text}".strip()
         elif part.image is not None:
-            cells.append(Cell(part.image, words, arrow=bool(cells)))
+            cells.append(Cell(part.image, words))
             words = ""
     return cells
 
@@ -77,26 +77,25 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     rebuilt = system.reconstruct(codes, seed=seed)
     for picture, question, row, again in zip(images, READ.values(), codes, rebuilt, strict=True):
         looks += [Cell(picture, system.ask(picture, question, seed=seed), question),
-                  Cell(code_strip(row, section, columns=4), f"“{system.describe(picture, seed=seed)}”", arrow=True),
-                  Cell(again, "rebuilt", arrow=True)]
+                  Cell(code_strip(row, section, columns=4), f"“{system.describe(picture, seed=seed)}”"),
+                  Cell(again, "rebuilt")]
     drawings = [Cell(system.draw(words, seed=seed), never_trained_on(words), words) for words in DRAWN]
     edits = [Cell(image(EDITED))]
     for words in EDITS:
-        edits.append(Cell(system.edit(edits[-1].image, words, seed=seed), "", words, arrow=True))
+        edits.append(Cell(system.edit(edits[-1].image, words, seed=seed), "", words))
     messages, turns = list[dict[str, Any]](), list[Cell]()
     for words in CHAT:  # each answer stays in the conversation with its images, as codes
         messages.append({"role": "user", "content": [words]})
         answer = system.chat(messages, seed=seed)
         messages.append({"role": "assistant", "content": answer})
         cells = drawn(answer) or [Cell(turns[-1].image if turns else None, answer.text)]
-        cells[0].arrow, cells[-1].asked = bool(turns), words
+        cells[-1].asked = words
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
     first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the picture")]
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
-        strip = code_strip(first, section, first=count, columns=16)
-        grown.append(Cell(above_strip(step, strip), "", f"{count} codes", arrow=True))
+        grown.append(Cell(step, "", f"{count} codes"))
     return [
         Row("Look\nA picture becomes 32 codes. The model reads them: it describes and answers. And they become a "
             "picture again.", looks),
@@ -115,8 +114,8 @@ def find(seed_x: Any, seed: int) -> Row:
     changed = seed_x.edit(image, EDITS[3], seed=seed)
     return Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits with the picture at hand: what is not named "
                "stays where it is.", [
-                   Cell(image, never_trained_on(DRAWN[1])), Cell(boxed, "", "Where are the balloons?", arrow=True),
-                   Cell(changed, "", EDITS[3], arrow=True)])
+                   Cell(image, never_trained_on(DRAWN[1])), Cell(boxed, "", "Where are the balloons?"),
+                   Cell(changed, "", EDITS[3])])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

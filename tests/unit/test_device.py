@@ -72,7 +72,7 @@ def test_precisions_that_are_none(dtype: object) -> None:
 def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded on the CPU in the end: what each would compute in on a GPU is recorded where it is decided."""
     from seed_multimodal.seed import original, pipeline
-    from seed_multimodal.system.loading import open_images
+    from seed_multimodal.system.images import open_images
 
     told: list[tuple[str, torch.dtype]] = []
 

@@ -15,8 +15,7 @@
 
 The second one gives a folder with `llm` and `agent` for `SeedX.from_pretrained`; it takes what DeepSpeed's
 `zero_to_fp32.py` writes, too. After instruction tuning of SEED-LLaMA, `--base_model` is the folder that the first merge
-wrote. Weights stream through memory one tensor at a time; the comparison at the end needs room for one model in fp32
-(`--no-verify` goes without).
+wrote. Memory holds one model in fp32.
 """
 
 import sys

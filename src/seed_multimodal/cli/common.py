@@ -139,7 +139,7 @@ def load_images(args: argparse.Namespace, **options: Any) -> Any:
     """The image side alone of the system that the flags describe; `options`: of `open_images`, over the flags."""
     with loading(args):
         from seed_multimodal.device import limit_threads
-        from seed_multimodal.system.loading import open_images
+        from seed_multimodal.system.images import open_images
 
         images = open_images(**_flags(args) | options)
         limit_threads(images.model)

@@ -48,7 +48,7 @@ def _summary(report: Any) -> list[str]:
 
 def convert(args: argparse.Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
-    from seed_multimodal.data.formats.convert import MANIFEST, convert_shards
+    from seed_multimodal.data.formats.released_pickles import convert_shards
 
     report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
     for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
@@ -56,13 +56,21 @@ def convert(args: argparse.Namespace) -> int:
     emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
                 "refused": report.refused, "skipped": report.skipped},
          f"{args.out}: {counted(report.converted, 'shard')} converted, {report.kept:,} already done, "
-         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out; "
-         f"see {MANIFEST}")
+         f"{len(report.refused):,} refused; {counted(report.samples, 'sample')}, {len(report.skipped):,} left out")
     return SOME_FAILED if report.refused or report.skipped else DONE
 
 
+def index(args: argparse.Namespace) -> int:
+    """Write the indexes of shards and files of lines beside them."""
+    from seed_multimodal.data.formats.sources import write_indexes
+
+    count = write_indexes(args.files, args.procs)
+    emit(args, {"files": count}, f"{counted(count, 'file')} indexed")
+    return DONE
+
+
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """`check` and `convert` with their flags."""
+    """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     checker = commands.add_parser("check", help="check every record before training")
     checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
@@ -94,7 +102,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
-    for command in (checker, converter):
+    indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files beside them, ahead")
+    indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
+    indexer.add_argument("--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    indexer.set_defaults(work=index)
+    for command in (checker, converter, indexer):
         add_json(command)
 
 

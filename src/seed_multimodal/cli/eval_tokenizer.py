@@ -42,7 +42,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def data_spec(args: argparse.Namespace) -> dict[str, Any]:
     """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
-    from seed_multimodal.data.formats.registry import registered
+    from seed_multimodal.data.formats.sources import registered
 
     if Path(args.data).suffix in (".yaml", ".yml"):
         spec = {str(key): value for key, value in load_yaml(args.data).items()}

@@ -46,9 +46,9 @@ def tokenize(args: argparse.Namespace) -> int:
         from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
         rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section), wide=5)]) for record in records]
-        title = "Images and their codes: equal colours in a column are equal codes"
-        save_image(contact_sheet(rows, title, cell=88), plot.next("codes"))
+                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
+        title = "Images and their codes: equal colours in the same place are equal codes"
+        save_image(contact_sheet(rows, title, cell=110), plot.next("codes"))
     return code
 
 
@@ -103,9 +103,9 @@ def detect(args: argparse.Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = str(save_image(detection.drawn(), outputs.next(f"{Path(name).stem}_boxes")))
         text = detection.text.replace("</s>", "").strip()
-        boxes = "; ".join(" ".join(map(str, box)) for box in detection) or text or "not found"
-        emit(args, {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection], "text": text,
-                    "drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
+        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
+        emit(args, {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes],
+                    "text": text, "drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
 
     return _each_image(args, "detect", args.phrase, show)
 
@@ -177,7 +177,7 @@ def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
 
 def _log_note(system: Any, content: Sequence[Any]) -> None:
     """Log what words and images of a batch are unlike the training data."""
-    from seed_multimodal.system.messages import Message
+    from seed_multimodal.language.messages import Message
 
     if note := system.note(Message("user", tuple(content))):
         log_line(note)

@@ -29,8 +29,6 @@ def main(program: str, description: str, arguments: Sequence[str] | None = None)
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                        help="compare logits before and after (default: yes)")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     return run_program(parser, _merge, arguments)
 
@@ -49,7 +47,7 @@ def _merge(args: argparse.Namespace) -> int:
     log_line(merge_adapter(
         (locate(base) or base) if base else None, locate(args.lora_model) or args.lora_model, args.save_path,
         tokenizer=_tokenizer(args.tokenizer_cfg), lora=node.get("peft_config") or node.get("lora"), dtype=args.dtype,
-        max_shard_size=args.max_shard_size, verify=args.verify, force=args.force,
+        max_shard_size=args.max_shard_size, force=args.force,
         agent=partial(_agent, args.agent_cfg)))
     return DONE
 

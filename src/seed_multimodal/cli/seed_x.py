@@ -116,14 +116,13 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     files = args.image or [str(_demo_image(script.image)[0])]
     outputs = Outputs(args.out, len(files))
     codec = load_images(args, name=_config(args, script), device=args.device_2 or args.device)
-    from seed_multimodal.seed_x.pipeline import mean_features
 
     def rebuild(name: str, image: Any) -> None:
         settings = chosen_settings(args)
         if script.condition:
             condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
             settings["conditions"] = [codec.open(condition or image)]
-        features = mean_features(codec.encode([image]), args.embeddings)
+        features = codec.encode([image], args.embeddings)
         drawn = codec.draw(list(features), seeds=[args.seed], **settings)[0]
         ending = "_recon_with_condition" if script.condition else "_recon"
         print(save_image(drawn, outputs.next(f"{Path(name).stem}{ending}", ".jpg")), flush=True)

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.benchmarks import Key, Sample
-from seed_multimodal.data.formats.pictures import find_picture
+from seed_multimodal.data.annotations import Key, Sample, find_picture
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, counted

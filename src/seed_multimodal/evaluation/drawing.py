@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.data.formats.benchmarks import Sample
+from seed_multimodal.data.annotations import Sample
 from seed_multimodal.disk import replacing, writing
 from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
 from seed_multimodal.evaluation.answers import Line, Run, open_sample

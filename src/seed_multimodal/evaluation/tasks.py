@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.benchmarks import Sample, read_captions, read_questions
+from seed_multimodal.data.annotations import Sample, read_captions, read_questions
 from seed_multimodal.disk import sampled_hash, sha256_of
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run, Task, answer_samples, finish

@@ -27,13 +27,13 @@ from seed_multimodal.evaluation.metrics import bootstrap, codebook_statistics, p
 from seed_multimodal.evaluation.retrieval import TextEncoder, clip_texts, load_stage1, ranks, retrieval, stage1_texts
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
-from seed_multimodal.images.sheet import Cell, contact_sheet, interleaved_rows
+from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.seed.training import Stage1Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.loading import Runtimes
+from seed_multimodal.system.images import Runtimes
 
 Log = Callable[[str], None]
 Place = str | Path | None
@@ -284,5 +284,7 @@ def _sheet(source: PairSource, seen: Pass, rebuilt: Sequence[Image.Image]) -> Im
     """The first images with a caption (if any), above what their codes draw."""
     real = [Cell(_read(source, row)[1], "".join(texts[:1]))
             for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]
-    rows = interleaved_rows(COLUMNS, ("image", real), ("from 32 codes", [Cell(image) for image in rebuilt[:SHOWN]]))
+    drawn = [Cell(image) for image in rebuilt[:SHOWN]]
+    rows = [Row(label, cells[start:start + COLUMNS]) for start in range(0, len(real), COLUMNS)
+            for label, cells in (("image", real), ("from 32 codes", drawn))]
     return contact_sheet(rows, f"{len(seen.rows)} images", CELL, COLUMNS, 4)

@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.io import ImageSource, open_image, reduction, to_rgb
-from seed_multimodal.images.transforms import normalise, resize_passes, to_bytes
+from seed_multimodal.images.io import ImageSource, StoredImage, reduction
+from seed_multimodal.images.transforms import normalise, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
 
 RATIO = (3 / 4, 4 / 3)  # width / height of the crop
-Box = tuple[int, int, int, int]  # left, top, width, height
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainTransform:
 
     `min_scale`, `max_scale`: range of the crop's share of the image's area; `flip`: probability of the mirror image;
     `scaled_decoding`: `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still has the view's
-    size (the same crop in half of the time); False: decoded in full and resized by Pillow, as released.
+    size (the same crop in half of the time); False: decoded in full and resized by Pillow, as in the original.
     """
 
     image_size: int = setting(224, least=1)
@@ -45,49 +45,31 @@ class TrainTransform:
             raise ConfigError(f"min_scale {self.min_scale} must be at most max_scale {self.max_scale}.")
 
     def __call__(self, image: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        return normalise(to_bytes(self.view(image, generator)))
-
-    def view(self, image: Image.Image, generator: torch.Generator | None = None) -> Image.Image:
-        """The random view as an RGB image of S x S pixels."""
-        image = image if image.mode == "RGB" else to_rgb(image)
-        view = self._crop(image, self.crop_box(image.size, generator))
-        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self._mirrored(generator) else view
+        return normalise(self._view(plain_rgb(image), self.crop_box(image.size, generator), generator))
 
     def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A stored image → a random view, uint8 [3, S, S] for `normalise`; draws as `view`, raises as `open_image`."""
-        drawn: list[tuple[Box, int]] = []
+        """A stored image → a random view, uint8 [3, S, S] for `normalise`; raises as `open_image`."""
+        stored, size = StoredImage(source, name), self.image_size
+        if not (self.scaled_decoding and stored.is_jpeg):
+            image = stored.decode()
+            return self._view(image, self.crop_box(image.size, generator), generator)
+        box = self.crop_box(stored.size[::-1] if stored.orientation() in range(5, 9) else stored.size, generator)
+        factor = reduction((box[2] - box[0], box[3] - box[1]), size)
+        left, top, right, bottom = (round(edge / factor) for edge in box)
+        pixels = to_bytes(stored.decode(factor).crop((left, top, right, bottom)))
+        # torch's resampling is Pillow's with rounder weights (single grey levels differ), in a third of the time.
+        view = F.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+        return self._mirrored(view, generator)
 
-        def divisor(size: tuple[int, int]) -> int:
-            box = self.crop_box(size, generator)
-            drawn.append((box, reduction(box[2:], self.image_size, exact_up_to=0)))
-            return drawn[0][1]
-
-        image = open_image(source, name=name, divisor=divisor if self.scaled_decoding else None)
-        if drawn:
-            view = self._crop_scaled(image, *drawn[0])
-        else:  # decoded in full
-            view = to_bytes(self._crop(image, self.crop_box(image.size, generator)))
-        return view.flip(2) if self._mirrored(generator) else view
-
-    def _crop(self, image: Image.Image, box: Box) -> Image.Image:
-        left, top, width, height = box
-        crop = image.crop((left, top, left + width, top + height))
-        return resize_passes(crop, (self.image_size, self.image_size), Image.Resampling.BICUBIC)
-
-    def _crop_scaled(self, image: Image.Image, box: Box, factor: int) -> Tensor:
-        """The box, of the full size, out of the image decoded at 1/factor → uint8 [3, S, S]; torch's resampling is
-        Pillow's with rounder weights (single grey levels differ), in a third of the time."""
-        left, top, width, height = box
-        edges = [round(edge / factor) for edge in (left, top, left + width, top + height)]
-        pixels = to_bytes(image.crop((edges[0], edges[1], edges[2], edges[3])))
+    def _view(self, image: Image.Image, box: Box, generator: torch.Generator | None) -> Tensor:
         size = (self.image_size, self.image_size)
-        return F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        return self._mirrored(to_bytes(resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)), generator)
 
-    def _mirrored(self, generator: torch.Generator | None) -> bool:
-        return torch.rand(1, generator=generator).item() < self.flip
+    def _mirrored(self, view: Tensor, generator: torch.Generator | None) -> Tensor:
+        return view.flip(2) if torch.rand(1, generator=generator).item() < self.flip else view
 
     def crop_box(self, size: tuple[int, int], generator: torch.Generator | None = None) -> Box:
-        """Draw (left, top, width, height) inside an image of `size` (width, height)."""
+        """Draw a box inside an image of `size` (width, height)."""
         width, height = size
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         for _ in range(10):
@@ -98,14 +80,9 @@ class TrainTransform:
             if 0 < w <= width and 0 < h <= height:
                 top = int(torch.randint(0, height - h + 1, (1,), generator=generator).item())
                 left = int(torch.randint(0, width - w + 1, (1,), generator=generator).item())
-                return left, top, w, h
+                return left, top, left + w, top + h
         # No draw fitted (a very long strip): the largest centred crop whose shape is allowed.
         w = width if width / height <= RATIO[1] else int(round(height * RATIO[1]))
         h = height if width / height >= RATIO[0] else int(round(width / RATIO[0]))
-        return (width - w) // 2, (height - h) // 2, w, h
-
-    def describe(self) -> list[str]:
-        """The steps in order, in the released configuration's words."""
-        crop = f"RandomResizedCrop scale=({self.min_scale:.7g}, {self.max_scale:.1f}) " \
-               f"ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})"
-        return [crop, "RandomHorizontalFlip", "ToTensor", "Normalize"]
+        left, top = (width - w) // 2, (height - h) // 2
+        return left, top, left + w, top + h

@@ -1,24 +1,20 @@
-"""Opening image files and base64 text: everything becomes a plain 8-bit RGB image, or is refused in one sentence.
+"""Opening image files and base64 text: everything becomes a plain 8-bit RGB image, or raises an error with its name.
 
 * The header is checked before anything is decoded; Pillow's guard against decompression bombs applies, too.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied.
-* Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257); other integers and floats outside
-  [0, 1] have no natural white, so their own range is stretched. Embedded colour profiles are not applied.
-* With `at_least`, images of more than `exact_up_to` pixels are halved, quartered or divided by eight while they are
+* Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles are not applied.
+* With `at_least`, images of more than `EXACT_UP_TO` pixels are halved, quartered or divided by eight while they are
   decoded; smaller ones are read pixel for pixel.
 """
 
 from __future__ import annotations
 
 import base64
-import binascii
 import functools
 import io
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +34,6 @@ _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90}
-_TURNED = (5, 6, 7, 8)  # width and height change places
-# What Pillow's decoders raise on damaged bytes.
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError,
-                  AttributeError, RuntimeError, MemoryError, struct.error, zlib.error)
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 _DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
 
 
@@ -57,9 +48,7 @@ class ImageLimits:
     def check_size(self, size: tuple[int, int], name: str) -> None:
         """Raise ImageError for an image of `size` (width, height) outside the limits."""
         width, height = size
-        if width < 1 or height < 1:
-            raise ImageError(f"{name}: the picture has no pixels ({width}x{height}).")
-        if width * height > self.max_pixels or max(width, height) > self.max_side:
+        if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
             raise ImageError(f"{name}: refused unread, because its header claims {width}x{height} pixels "
                              f"(limit: {self.max_pixels} pixels, {self.max_side} a side).")
 
@@ -74,60 +63,79 @@ class ImageLimits:
 DEFAULT_LIMITS = ImageLimits()
 
 
-def open_image(
-    source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS, at_least: int | None = None,
-    exact_up_to: int = EXACT_UP_TO, divisor: Callable[[tuple[int, int]], int] | None = None,
-) -> Image.Image:
+class StoredImage:
+    """An image whose header was read; `size`: (width, height) as stored. Raises `ImageError`: missing, empty, not an
+    image, or outside `limits`."""
+
+    def __init__(self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS) -> None:
+        source = source() if callable(source) else source
+        path_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
+        self.name, self.limits = name or path_name or "image", limits
+        if isinstance(source, np.ndarray):
+            image = Image.fromarray(source)
+        elif isinstance(source, Image.Image):
+            image = source
+        else:
+            data = _read(source, self.name, limits)
+            try:
+                image = Image.open(io.BytesIO(data), formats=_formats())
+            except Exception as error:
+                raise ImageError(f"{self.name}: not a picture in a known format, or its header is damaged or claims "
+                                 "too many pixels.") from error
+        limits.check_size(image.size, self.name)
+        self.image, self.size = image, image.size
+        self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+
+    def orientation(self) -> int:
+        """EXIF's number, 1 for upright; damaged metadata must not make the image unreadable."""
+        try:
+            return int(self.image.getexif().get(0x0112) or 1)
+        except Exception:  # noqa: BLE001
+            return 1
+
+    def decode(self, factor: int = 1) -> Image.Image:
+        """The image as RGB, upright, without metadata, both sides divided by 1, 2, 4 or 8 (rounded up). Raises
+        `ImageError` for damaged contents."""
+        try:
+            if factor > 1 and self.is_jpeg:
+                self.image.draft(None, (self.size[0] // factor, self.size[1] // factor))
+                factor = factor if self.image.size == self.size else 1
+            self.image.load()
+            plain = to_rgb(self.image)
+        except Exception as error:
+            raise ImageError(f"{self.name}: the picture is truncated or damaged ({first_line(error)}).") from error
+        self.limits.check_size(plain.size, self.name)  # an icon may be larger than its header says
+        plain = plain.reduce(factor) if factor > 1 else plain
+        turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow turns a TIFF itself
+        return plain if turn is None else plain.transpose(turn)
+
+
+def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS,
+               at_least: int | None = None) -> Image.Image:
     """Read one image as RGB, 8 bits a channel, upright, without metadata.
 
     Args:
         source: a path, the bytes of a file, an open file, a PIL image, an array uint8 [H, W] or [H, W, C], or a
             function that gives one.
         name: for error messages; default: the file's name, or "image".
-        at_least: the image may be reduced to no fewer than this many pixels a side; None: never.
-        divisor: for JPEGs, in place of `at_least`: called with the upright size (width, height) before decoding; its
-            answer (8, 4, 2 or 1) divides both sides, rounded up.
+        at_least: a large image may be reduced to no fewer than this many pixels a side; None: never.
 
     Raises:
-        ImageError: missing, a folder, empty, not an image, damaged, or outside `limits`.
+        ImageError: missing, empty, not an image, damaged, or outside `limits`.
     """
-    image, shown = _open(source, name, limits)
-    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
-    if divisor is not None and is_jpeg:
-        factor = divisor(image.size[::-1] if _orientation(image) in _TURNED else image.size)
-    else:
-        factor = reduction(image.size, at_least, exact_up_to)
-    width, height = image.size
-    if factor > 1 and is_jpeg:
-        image.draft(None, (width // factor, height // factor))
-        factor = 1 if image.size != (width, height) else factor
-    try:
-        image.load()
-    except _BOMBS as error:
-        raise ImageError(f"{shown}: refused, because a part of it claims too many pixels ({error}).") from error
-    except _DECODE_ERRORS as error:
-        raise ImageError(f"{shown}: the picture is truncated or damaged ({first_line(error)}).") from error
-    limits.check_size(image.size, shown)  # an icon may be larger than its header says
-    try:
-        plain = to_rgb(image)
-    except ValueError as error:  # Pillow has no conversion from this mode
-        raise ImageError(f"{shown}: pictures of mode {image.mode} cannot be turned into RGB ({error}).") from error
-    plain = plain.reduce(factor) if factor > 1 else plain
-    turn = _orientation(image)  # Pillow turns a TIFF itself when it decodes
-    return plain.transpose(_ORIENTATIONS[turn]) if turn in _ORIENTATIONS else plain
+    stored = StoredImage(source, name, limits)
+    is_large = at_least is not None and stored.size[0] * stored.size[1] > EXACT_UP_TO
+    return stored.decode(reduction(stored.size, at_least or 1) if is_large else 1)
 
 
 def image_size(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
                ) -> tuple[int, int]:
     """(width, height) by the header; nothing is decoded. Raises as `open_image`, but for damaged contents."""
-    return _open(source, name, limits)[0].size
+    return StoredImage(source, name, limits).size
 
 
-def reduction(size: tuple[int, int], at_least: int | None, exact_up_to: int = EXACT_UP_TO) -> int:
-    """By what both sides of an image are divided: 1 up to `exact_up_to` pixels, then as far as the shorter side keeps
-    `at_least` pixels."""
-    if at_least is None or size[0] * size[1] <= exact_up_to:
-        return 1
+def reduction(size: tuple[int, int], at_least: int) -> int:
+    """By what both sides of an image can be divided (1, 2, 4 or 8), so that the shorter keeps `at_least` pixels."""
     return next((factor for factor in (8, 4, 2) if min(size) // factor >= at_least), 1)
 
 
@@ -138,9 +146,9 @@ def is_file(value: object) -> bool:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode → a new RGB image without metadata; raises `ValueError` for a mode that Pillow cannot convert."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _to_8_bit(image)
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # Pillow would clip 16 bits
+        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.has_transparency_data:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
     plain = image.convert("RGB")
@@ -148,54 +156,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return plain
 
 
-def _to_8_bit(image: Image.Image) -> Image.Image:
-    values = np.nan_to_num(np.asarray(image).astype(np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    if image.mode == "F" and 0 <= low and high <= 1:
-        values = values * 255
-    elif image.mode != "F" and 0 <= low and high <= 65535:
-        values = values / 257
-    else:
-        values = (values - low) * (255 / max(high - low, 1e-12))
-    return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
-
-
-def _open(source: ImageSource, name: str | None, limits: ImageLimits) -> tuple[Image.Image, str]:
-    """The image, not yet decoded, and its name."""
-    if callable(source):
-        source = source()
-    shown = name or (Path(source).name or str(source) if isinstance(source, str | os.PathLike) else "image")
-    if isinstance(source, Image.Image):
-        image = source
-    elif isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.shape[2:] not in ((), (3,), (4,)) or source.ndim < 2 or not source.size:
-            raise ImageError(f"{shown}: an array of {source.dtype} {list(source.shape)} is no picture.")
-        image = Image.fromarray(source)
-    else:
-        data = _read(source, shown, limits)
-        try:
-            image = Image.open(io.BytesIO(data), formats=_formats())
-        except _BOMBS as error:
-            raise ImageError(f"{shown}: refused unread, because its header claims too many pixels ({error})."
-                             ) from error
-        except _DECODE_ERRORS as error:
-            raise ImageError(f"{shown}: not a picture in a known format, or its header is damaged.") from error
-    limits.check_size(image.size, shown)
-    return image, shown
-
-
 def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
     """The bytes of an image file, from a path, memory or an open file."""
     try:
         if isinstance(source, str | os.PathLike):
             path = Path(source)
-            if path.is_dir():
-                raise ImageError(f"{name}: this is a folder, not a picture.")
-            if not path.exists():
+            if not path.is_file():
                 where = "" if name.endswith(str(path)) else f" ({path})"
                 raise ImageError(f"{name}: there is no such file{where}.")
-            if not path.is_file():
-                raise ImageError(f"{name}: this is not an ordinary file.")
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
         if is_file(source):
@@ -203,8 +171,6 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
             source = source.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
         raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
-    if not isinstance(source, bytes | bytearray | memoryview):
-        raise ImageError(f"{name}: a value of type {type(source).__name__} is no picture.")
     limits.check_bytes(len(source), name)
     return bytes(source)
 
@@ -214,13 +180,6 @@ def _formats() -> tuple[str, ...]:
     """The formats this build of Pillow can read, of `FORMATS`."""
     Image.init()
     return tuple(name for name in FORMATS if name in Image.OPEN)
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(0x0112) or 1)
-    except _DECODE_ERRORS:  # damaged metadata must not make the image unreadable
-        return 1
 
 
 def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -249,15 +208,14 @@ def bytes_from_base64(text: str | bytes, name: str = "image", limits: ImageLimit
         body = body.translate(None, b" \t\r\n\f\v")
         limits.check_bytes(len(body) * 3 // 4, name)  # before the decoded copy is made
         return base64.b64decode(body, validate=True)
-    except (binascii.Error, ValueError) as error:
+    except ValueError as error:
         raise ImageError(f"{name}: this is not base64 text ({error}).") from error
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:
     """Resize so that the longer side has `length` pixels; the other keeps the ratio, rounded down."""
-    longer = max(image.size)
-    size = [max(1, side * length // longer) for side in image.size]
-    return image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+    width, height = (max(1, side * length // max(image.size)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def crop_to_aspect(image: Image.Image, max_aspect: float = 1.3) -> Image.Image:

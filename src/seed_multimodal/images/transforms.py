@@ -4,7 +4,7 @@ Two ways of resizing were released and give different codes for the same file, s
 
 * `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, bilinear;
   with `keep_ratio=True` the shorter side is scaled and the centre cut out.
-* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS' evaluation and LaVIT): squash, bicubic.
+* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS's evaluation and LaVIT): squash, bicubic.
 
 Pillow resizes in two passes with 8-bit pixels between them; since 13.0 the vertical one comes first for tall images,
 which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one of the golden fixtures.
@@ -27,13 +27,9 @@ from seed_multimodal.settings import check_settings, setting
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-TYPES = ("clip", "blip")  # the released "blip" differs from "clip" in its name only
-INTERPOLATIONS = {
-    "nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR,
-    "bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS,
-}
-# Above this many times the output's own size (a 1 x 30,000 strip) only the region inside the centre crop is resized.
-_MAX_OVERSIZE = 16
+TYPES = ("clip", "blip")  # the original "blip" differs from "clip" in its name only
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
+_MAX_OVERSIZE = 16  # above so many times the output's size (a 1 x 30,000 strip) only the centre crop is resized
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
@@ -94,9 +90,7 @@ class ImageTransform:
         return to_bytes(self.resize(open_image(source, name=name)))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
-        """Images of any sizes → [B, 3, S, S]; an empty list gives [0, 3, S, S]."""
-        if not images:
-            return torch.empty(0, 3, self.image_size, self.image_size)
+        """Images of any sizes → [B, 3, S, S]."""
         return torch.stack([self(image) for image in images])
 
     def resize(self, image: Image.Image) -> Image.Image:
@@ -116,10 +110,9 @@ class ImageTransform:
         return resize_passes(image, (new_width, new_height), filter_).crop((left, top, left + size, top + size))
 
 
-def get_transform(
-    type: str = "clip", keep_ratio: bool = True, image_size: int = 224, interpolation: str = "bilinear"
-) -> ImageTransform:
-    """The released `get_transform`; `interpolation` is an addition."""
+def get_transform(type: str = "clip", keep_ratio: bool = True, image_size: int = 224, interpolation: str = "bilinear"
+                  ) -> ImageTransform:
+    """The original `get_transform`; `interpolation` is an addition."""
     if type not in TYPES:
         raise ConfigError(f"Unknown image transform {type!r}: use {' or '.join(TYPES)}.")
     return ImageTransform(image_size=image_size, keep_ratio=bool(keep_ratio), interpolation=interpolation)

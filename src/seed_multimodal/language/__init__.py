@@ -1,1 +1,1 @@
-"""Room `language`: vocabulary, tokenizer, prompts, LLM loading, generation, answers. Imports no other room."""
+"""Vocabulary, tokenizers, messages and prompts, loading and merging of LLaMA, generation, streaming, answers."""

@@ -1,8 +1,7 @@
-"""Parsing an answer: generated ids -> texts and images in order, any number of images.
+"""Parsing an answer: generated ids → texts and images in order, any number of images.
 
-`split_answer` accepts an image only when `least_codes` to `tokens_per_image` codes stand between `<img>` and `</img>`
-(which may be missing where their number is free); anything else that looks like an image becomes a `BrokenImagePart`
-with the reason, and the rest of the answer is parsed on.
+An image is `least_codes` to `tokens_per_image` codes between `<img>` and `</img>` (which may be missing where their
+number is free); anything else that looks like one becomes a `BrokenImagePart`, and the rest is parsed on.
 """
 
 from __future__ import annotations
@@ -64,20 +63,15 @@ def split_answer(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[Ans
 
 
 def _image_end(ids: list[int], start: int, vocabulary: ImageVocabulary) -> int:
-    """Where the run of image words that begins at `start` ends (exclusive).
-
-    After `<img>` that is the next `</img>`, if one comes before another `<img>`; so text words inside the brackets
-    belong to the broken image. Otherwise it is the end of the codes.
-    """
+    """Where the run of image words that begins at `start` ends (exclusive): after `<img>` at the next `</img>`, if one
+    comes before another `<img>` (texts inside belong to the broken image); otherwise at the end of the codes."""
     place = start + 1
     if ids[start] == vocabulary.eoi_id:
         return place
     if ids[start] == vocabulary.boi_id:
-        for end in range(place, len(ids)):
-            if ids[end] == vocabulary.eoi_id:
-                return end + 1
-            if ids[end] == vocabulary.boi_id:
-                break
+        bracket = next((end for end in range(place, len(ids)) if ids[end] in (vocabulary.boi_id, vocabulary.eoi_id)), 0)
+        if bracket and ids[bracket] == vocabulary.eoi_id:
+            return bracket + 1
     while place < len(ids) and vocabulary.is_code_id(ids[place]):
         place += 1
     return place

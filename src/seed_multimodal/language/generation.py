@@ -80,23 +80,23 @@ class Prompt:
         ids: tokens, `<s>` first where the family has one. embeds: [L, D], instead of `ids` where features are read.
         answered: so many tokens at the end belong to the answer already.
         negative: tokens that guidance steers away from, the image's start included; None: the start alone.
+        note: a sentence about words and images unlike those of the training. source: the image that is edited.
     """
 
     ids: Sequence[int] = ()
     embeds: Tensor | None = None
     answered: Sequence[int] = ()
     negative: Sequence[int] | None = None
+    note: str = ""
+    source: Any = None
 
     def __len__(self) -> int:
         return len(self.ids) if self.embeds is None else len(self.embeds)
 
 
 class HiddenStates:
-    """The language model's last states (after its final norm) at the words of the answers, kept while it generates.
-
-    Use: give it to `generate`, then `at(row, places)`; also while the answer is made. With beams it follows the chosen
-    one.
-    """
+    """The language model's last states (after its final norm) at the words of answers (with beams, the chosen):
+    give it to `generate`, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
         self.steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
@@ -115,11 +115,8 @@ class HiddenStates:
             handle.remove()
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
-        """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen).
-
-        Raises:
-            GenerationError: a word that nothing follows.
-        """
+        """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
+        `GenerationError`: a word that nothing follows)."""
         steps = [place - self.first for place in places]
         if steps and not 0 <= min(steps) <= max(steps) < len(self.steps):
             raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
@@ -135,8 +132,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     """Continue every prompt.
 
     Args:
-        seeds: one for each prompt; None: `settings.seed` for all.
-        ends: tokens that end an answer; None: `</s>`.
+        seeds: one for each prompt; None: `settings.seed` for all. ends: tokens that end an answer; None: `</s>`.
         original: only the rules for images of the original code (see `ImageSpans`).
         streamer: a transformers streamer, for a single prompt without beams.
         should_stop: called before each token; true raises `Stopped`.
@@ -187,19 +183,6 @@ def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, T
     return embeds, mask
 
 
-def room_for_answer(length: int, llm: Any) -> int:
-    """Tokens that fit behind a prompt of `length`.
-
-    Raises:
-        GenerationError: none.
-    """
-    context = int(llm.config.max_position_embeddings)
-    if length >= context:
-        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; make it "
-                              f"shorter.")
-    return context - length
-
-
 def random_seed() -> int:
     """One number of torch's global generator of the CPU."""
     return int(torch.randint(2**63 - 1, ()))
@@ -211,9 +194,8 @@ def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 
 class ImageSpans:
-    """A logits processor that forbids every next token that would break an image.
-
-    Its state is read from the generated ids, so it works in batches and with beams.
+    """A logits processor that forbids every next token that would break an image. Its state is read from the generated
+    ids, so it works in batches and with beams.
 
     Args:
         opened: whether the prompt ends in `<img>`.
@@ -253,31 +235,25 @@ class ImageSpans:
             last = input_ids[:, -1]
             code, opened = last - self.words.code_start, last == self.words.boi_id
             return opened | ((code >= 0) & (code < self.words.tokens_per_image)), torch.where(opened, 0, code + 1)
-        start = torch.full((rows,), 0 if self.opened else -1, device=input_ids.device)
-        places = torch.arange(1, length + 1, device=input_ids.device)
-        last_open = torch.cat([start[:, None], torch.where(input_ids == self.words.boi_id, places, -1)], 1).amax(1)
-        last_close = torch.cat([start[:, None] * 0 - 1, torch.where(input_ids == self.words.eoi_id, places, -1)],
-                               1).amax(1)
-        return last_open > last_close, length - last_open
+        before = torch.full((rows, 1), self.words.boi_id if self.opened else -1, device=input_ids.device)
+        ids, places = torch.cat([before, input_ids], 1), torch.arange(length + 1, device=input_ids.device)
+        opened, closed = (torch.where(ids == word, places, -1).amax(1) for word in (self.words.boi_id,
+                                                                                    self.words.eoi_id))
+        return opened > closed, length - opened
 
 
 class SeededDraw:
-    """The last logits processor of sampling: draws one token a row from the row's generator and forbids all others.
-
-    The numbers are those that `torch.manual_seed(seed)` and a plain `generate` would give for a single prompt.
-    """
+    """The last logits processor of sampling: draws one token a row from the row's generator, as a plain `generate`
+    after `torch.manual_seed(seed)` would for a single prompt, and forbids all others."""
 
     def __init__(self, seeds: Sequence[int], settings: GenerationSettings) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.seeds, self.generators = seeds, list[torch.Generator]()
-        self.warpers: list[Any] = []
-        if settings.temperature != 1:
-            self.warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
-        if settings.top_k:
-            self.warpers.append(TopKLogitsWarper(settings.top_k))
-        if settings.top_p < 1:
-            self.warpers.append(TopPLogitsWarper(float(settings.top_p)))
+        warpers = (TemperatureLogitsWarper(float(settings.temperature)) if settings.temperature != 1 else None,
+                   TopKLogitsWarper(settings.top_k) if settings.top_k else None,
+                   TopPLogitsWarper(float(settings.top_p)) if settings.top_p < 1 else None)
+        self.warpers = list(filter(None, warpers))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """`scores [B, V]` → 0 for the drawn token, -inf for the others."""
@@ -304,11 +280,15 @@ def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
 
 def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
     """New tokens there is room for; a forced image needs its codes and `</img>`."""
-    budget = min(settings.max_new_tokens, room_for_answer(length, llm))
+    context = int(llm.config.max_position_embeddings)
+    if length >= context:
+        raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; make it "
+                              f"shorter.")
+    budget = min(settings.max_new_tokens, context - length)
     needed = words.least_codes + 1
     if settings.force_image and settings.constrain and budget < needed:
         raise GenerationError(f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
-                              f"{settings.max_new_tokens}, context {llm.config.max_position_embeddings}).")
+                              f"{settings.max_new_tokens}, context {context}).")
     return budget
 
 

@@ -40,9 +40,7 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
         vocabulary: the tokenizer's; the model must have as many words.
 
     Raises:
-        CheckpointError: missing, damaged or unsafe files, another architecture, tensors missing or of another size,
-            another vocabulary.
-        ConfigError: a quantisation this machine cannot do.
+        CheckpointError: missing, damaged, unsafe or foreign files. ConfigError: an impossible quantisation.
     """
     from transformers import GenerationConfig, LlamaForCausalLM
 
@@ -58,24 +56,22 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
-        reason = first_line(error) if not isinstance(error, pickle.UnpicklingError) else (
-            "they hold more than tensors (unsafe pickle content) or are damaged; re-save them as safetensors from a "
-            "source you trust")
+        unsafe = "they hold more than tensors (unsafe pickle content); re-save them as safetensors"
+        reason = unsafe if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
     resized = [f"{name} (file {tuple(stored)}, model {tuple(own)})" for name, stored, own in info["mismatched_keys"]]
     refuse_tensors(sorted(resized), (), folder_or_id, "of another size")
     refuse_tensors(sorted(info["missing_keys"]), (), folder_or_id, "missing from the file")
     unknown = sorted(info["unexpected_keys"])
-    refuse_tensors([name for name in unknown if name.startswith("model.layers.")], (ROTARY,), folder_or_id,
-                   "unknown to the model of config.json")
-    warn_tensors([name for name in unknown if not name.startswith("model.layers.")], (ROTARY,), folder_or_id)
+    deeper = [name for name in unknown if name.startswith("model.layers.")]
+    refuse_tensors(deeper, (ROTARY,), folder_or_id, "unknown to the model of config.json")
+    warn_tensors([name for name in unknown if name not in deeper], (ROTARY,), folder_or_id)
     force_special_ids(model)
     return model.eval()
 
 
 def force_special_ids(model: Any) -> None:
-    """Set bos 1, eos 2, pad 0 and the key-value cache, and drop every other default of generation, with which
-    transformers would fill what a call does not name."""
+    """Set bos 1, eos 2, pad 0 and the key-value cache, and drop every other default of generation."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(**SPECIAL)
@@ -109,6 +105,8 @@ def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
 
 def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained`."""
+    from transformers import BitsAndBytesConfig
+
     if name not in QUANTIZATIONS:
         raise ConfigError(f"Unknown quantisation {name!r}: use 8bit or 4bit, or none.")
     if name is None:
@@ -117,8 +115,5 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(f"{name} weights need the package bitsandbytes: {how_to_install('bitsandbytes')}.")
-
-    from transformers import BitsAndBytesConfig
-
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}

@@ -1,4 +1,4 @@
-"""Prompt templates: a list of turns -> spans of text and pictures, ready for `MultimodalTokenizer.encode_parts`.
+"""Prompt templates: turns of text and images → spans for `MultimodalTokenizer.encode_parts`.
 
     vicuna (8B, nano)   USER: {user}\\nASSISTANT:{answer}\\nUSER: {user}\\nASSISTANT:…
     llama2 (14B)        [INST] {user} [/INST]\\n{answer}\\n[INST] {user} [/INST]\\n…
@@ -11,42 +11,15 @@ rendered dialogue begin with the ids of every shorter one, and training and infe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 Part = str | Sequence[int]
+Turn = tuple[str, str | Sequence[Part]]  # user or assistant, and texts and images (as codes) in order
 ROLES = ("user", "assistant")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One side's turn: texts and pictures (as codes) in order."""
-
-    role: str
-    content: tuple[Part, ...]
-
-    @classmethod
-    def of(cls, turn: Any) -> Turn:
-        """A `Turn`, a `(role, content)` pair or a `{"role", "content"}` mapping; content may be a single text.
-
-        Raises:
-            RequestError: another shape, or a role other than user and assistant.
-        """
-        if isinstance(turn, Turn):
-            role, content = turn.role, turn.content
-        elif isinstance(turn, Mapping) and {"role", "content"} <= set(turn):
-            role, content = turn["role"], turn["content"]
-        elif isinstance(turn, (tuple, list)) and len(turn) == 2:
-            role, content = turn
-        else:
-            raise RequestError(f"A turn is a role and its content, not {turn!r:.80}.")
-        if role not in ROLES:
-            raise RequestError(f"Unknown role {role!r}: use {' or '.join(ROLES)}.")
-        return cls(role, (content,) if isinstance(content, str) else tuple(content))
 
 
 @dataclass(frozen=True)
@@ -65,41 +38,33 @@ class PromptTemplate:
     def turn_marker(self) -> str:
         """What opens a user's turn after an answer: there an answer ends; `""` for a template without roles.
 
-        The released models saw no end token between turns, so some of their answers run into the next question.
+        The original models saw no end token between turns, so some of their answers run into the next question.
         """
         return self.separator + self.user_marker if self.user_prefix else ""
 
-    def render(self, turns: Sequence[Any], system: str = "") -> list[Part]:
-        """Spans of a dialogue; after a user turn it ends where the answer begins.
-
-        Args:
-            turns: `Turn`s or what `Turn.of` accepts.
-            system: an instruction before everything (the released models were tuned without one).
-
-        Raises:
-            RequestError: a turn of another shape.
-        """
+    def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
+        """Spans of a dialogue, an instruction (`system`) before everything; after a user turn it ends where the answer
+        begins."""
         spans: list[Part] = []
         opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
-        for turn in map(Turn.of, turns):
-            spans += self.render_turn(turn, opening)
-            opening = self.separator if turn.role == "user" else opening
+        for role, content in turns:
+            spans += self.render_turn(role, content, opening)
+            opening = self.separator if role == "user" else opening
         return spans
 
-    def render_turn(self, turn: Turn, opening: str) -> list[Part]:
+    def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
         """Spans of one turn; `opening` goes before a user's."""
-        if turn.role == "user":
-            return merge_text([opening + self.user_prefix, *turn.content, self.user_suffix])
-        return merge_text(turn.content)
+        parts = [content] if isinstance(content, str) else content
+        return merge_text([opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts)
 
-    def render_text(self, turns: Sequence[Any], vocabulary: ImageVocabulary, bos: str = "<s>", system: str = "") -> str:
-        """The same dialogue as the one string the released scripts give to their tokenizer."""
-        return bos + "".join(span if isinstance(span, str) else vocabulary.image_text(span)
-                             for span in self.render(turns, system))
+    def render_text(self, turns: Sequence[Turn], vocabulary: ImageVocabulary) -> str:
+        """The same dialogue as the one string the original scripts give to their tokenizer."""
+        return "<s>" + "".join(span if isinstance(span, str) else vocabulary.image_text(span)
+                               for span in self.render(turns))
 
 
 def merge_text(parts: Sequence[Part]) -> list[Part]:
-    """Join neighbouring texts and drop empty ones: a span is what stands between pictures."""
+    """Join neighbouring texts and drop empty ones: a span is what stands between images."""
     merged: list[Part] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
@@ -114,10 +79,8 @@ TEMPLATES = {template.name: template for template in (
     PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "[INST]", "<<SYS>>\n", "\n<</SYS>>\n\n"),
     PromptTemplate("plain", "", "", "", "\n"),
 )}
-
-
-LLAMA2_WIDTH = 5120
 TUNED_TEMPLATES = ("vicuna", "llama2")  # of models that answer
+LLAMA2_WIDTH = 5120
 
 
 def template_for(hidden_size: int | None) -> str:
@@ -126,11 +89,7 @@ def template_for(hidden_size: int | None) -> str:
 
 
 def get_template(name: str) -> PromptTemplate:
-    """Look up a template.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """A template; raises `ConfigError` for an unknown name."""
     if name not in TEMPLATES:
         raise ConfigError(f"Unknown prompt template {name!r}: use {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]

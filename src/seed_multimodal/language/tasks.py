@@ -14,13 +14,9 @@ DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of t
 QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
 DRAW_PROMPT = "Please draw {caption}."
 DRAW_RESPONSE = "Here is the picture."
-EDIT_RESPONSE = "Here it is."  # also to a request for a picture in a conversation that has one already
+EDIT_RESPONSE = "Here it is."  # also to a request for an image in a conversation that has one already
 
-# One of the released models' own request and response pairs (same index in their instruction-tuning data).
-RELEASED_DRAW_PROMPT = "Please generate an image of {caption}."
-RELEASED_DRAW_RESPONSE = ""
-
-# Requests of the released inference scripts: about a picture, for a picture, for a change of a picture.
+# Requests of the original inference scripts: about an image, for an image, for a change of an image.
 DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
                   "Can you make the cat wear sunglasses?")
 
@@ -29,13 +25,14 @@ DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    The responses open a forced answer: `<img>` follows them. An empty response puts `<img>` first, as the released
-    demo does. `draw_words`, `edit_words`: tokens in which the model may first say what the picture will show; only
-    where no picture comes then, it is forced. `answer_after`: the model's answers may begin with a written verdict that
-    ends with these characters; the answer is what follows them ("": all of it).
+    The responses open a forced answer: `<img>` follows them; the original demo has empty ones. `draw_words`,
+    `edit_words`: tokens in which the model may first say what the image will show; only where no image comes then, it
+    is forced. `answer_after`: the model's answers may begin with a written verdict that ends with these characters; the
+    answer is what follows them ("": all of it).
     """
 
     describe: str = DESCRIBE_PROMPT
+    qa_prefix: str = ""
     qa_suffix: str = QA_SUFFIX
     draw: str = DRAW_PROMPT
     draw_response: str = DRAW_RESPONSE
@@ -50,7 +47,7 @@ class TaskPrompts:
             raise ConfigError(f"The drawing prompt {self.draw!r} has no {{caption}} to fill in.")
 
     def draw_request(self, caption: str) -> str:
-        """The user's sentence that asks for a picture of `caption` (its own trailing dots and blanks dropped)."""
+        """The user's sentence that asks for an image of `caption` (its own trailing dots and blanks dropped)."""
         return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())
 
     def detect_request(self, phrase: str) -> str:
@@ -59,9 +56,9 @@ class TaskPrompts:
         return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
 
     def question(self, question: str) -> str:
-        """`question` with the one-word suffix, unless it already ends in it."""
+        """`question` with what asks for one word, unless it already ends in it."""
         question = question.strip()
-        return question if question.endswith(self.qa_suffix.strip()) else question + self.qa_suffix
+        return question if question.endswith(self.qa_suffix.strip()) else self.qa_prefix + question + self.qa_suffix
 
 
 def answer_in(text: str, after: str) -> str:
@@ -70,12 +67,10 @@ def answer_in(text: str, after: str) -> str:
 
 
 DEFAULT_TASKS = TaskPrompts()
-
-RELEASED_TASKS = TaskPrompts(draw=RELEASED_DRAW_PROMPT, draw_response=RELEASED_DRAW_RESPONSE,
-                             edit_response=RELEASED_DRAW_RESPONSE)
-
-# SEED-X's: requests of the released scripts. Its tuned models say a sentence before the picture; the scripts gave them
-# 120 tokens, 66 of which are the picture's.
+# One of the original models' own pairs of request and response (same index in their instruction-tuning data).
+RELEASED_TASKS = TaskPrompts(draw="Please generate an image of {caption}.", draw_response="", edit_response="")
+# Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66
+# of which are the image's.
 SEED_X_TASKS = TaskPrompts(
     describe="Describe this image briefly.", qa_suffix="", draw="Generate an image: {caption}", draw_response="",
     edit_response="", detect="Where is {phrase}? Show me the location.", draw_words=54, edit_words=54)

@@ -1,7 +1,7 @@
 """Text and images → token ids and back, exactly as the slow LLaMA tokenizer of transformers 4.30.2 did it.
 
-The released models were trained with that version; later ones treat the blanks around `<img>`, `</img>` and the codes
-differently and give ids the models never saw. The rules, on the plain `sentencepiece` package:
+The original models were trained with that version; later ones treat the blanks around `<img>`, `</img>` and the codes
+differently. The rules, on the plain `sentencepiece` package:
 
 * encode: the text is cut at every special or added word, longest match first; white space next to an added word is
   dropped on both sides (not next to `<s>`, `</s>`, `<unk>`); each remaining segment is encoded on its own, so its first
@@ -62,7 +62,6 @@ class MultimodalTokenizer:
     unk_id = pad_id = 0  # the released tokenizer pads with <unk>
 
     def __init__(self, files: TokenizerFiles) -> None:
-        """Wrap the content of a folder; use `from_pretrained` or `train`."""
         self._files = files
         self._sp = files.processor
         self.vocabulary: ImageVocabulary = files.vocabulary
@@ -76,19 +75,15 @@ class MultimodalTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> MultimodalTokenizer:
-        """Read a folder; raises `CheckpointError` if a file is missing, damaged or numbers the words otherwise."""
+        """Read a folder; raises `CheckpointError` if a file is missing or damaged or numbers the words otherwise."""
         return cls(read_files(Path(folder)))
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
               n_locations: int = 0) -> MultimodalTokenizer:
-        """Learn a byte-fallback BPE model with LLaMA's settings from `texts` and write a tokenizer folder.
-
-        Args:
-            vocab_size: text pieces, the 259 of bytes and control words included.
-            n_codes: image words put on top.
-            n_locations: places on a side of the grid of boxes; with some, the words are SEED-X's.
-        """
+        """Learn a byte-fallback BPE model with LLaMA's settings from `texts` and write a tokenizer folder: `vocab_size`
+        text pieces (those of bytes and control words included), `n_codes` image words on top, and, with `n_locations`
+        places on a side of the grid of boxes, SEED-X's words."""
         write_files(Path(folder), train_model(texts, vocab_size), n_codes, tokens_per_image, n_locations)
         return cls.from_pretrained(folder)
 
@@ -135,20 +130,16 @@ class MultimodalTokenizer:
                 start = match.end()
         return [*pieces, text[start:]]
 
-    def encode_parts(self, parts: Sequence[Part], strip: bool = True, allow_control: bool = False,
-                     add_bos: bool = False) -> list[int]:
-        """Texts and images → ids.
+    def encode_parts(self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False) -> list[int]:
+        """Texts and images → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
 
         Args:
             parts: a string is encoded on its own; a sequence of ints is the codes of one image; `Ids` are put in as
                 they are.
-            strip: drop white space next to images, as the released tokenizer does.
-            allow_control: read control words (`</s>`, `<img>`, …) in the text; by default they are ordinary letters.
-            add_bos: put `<s>` in front.
+            strip: drop white space next to images, as the original tokenizer does. add_bos: put `<s>` in front.
 
         Raises:
-            CodesError: an image without exactly `tokens_per_image` codes of the codebook.
-            RequestError: a text that is not Unicode.
+            CodesError: not the codes of one image. RequestError: a text that is not Unicode.
         """
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
@@ -159,7 +150,7 @@ class MultimodalTokenizer:
                 part = part.lstrip()
             if strip and place + 1 < len(parts) and not isinstance(parts[place + 1], str):
                 part = part.rstrip()
-            ids.extend(self.encode(part) if allow_control else self._sp.EncodeAsIds(plain_text(part)))
+            ids.extend(self._sp.EncodeAsIds(plain_text(part)))
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -200,29 +191,23 @@ class MultimodalTokenizer:
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
         """A row of ids as plain ints; raises `CodesError` for one outside the vocabulary."""
         values = [int(id) for id in ids]
-        outside = next((id for id in values if not 0 <= id < self.vocabulary.size), None)
-        if outside is not None:
-            raise CodesError(f"Token id {outside} is outside the vocabulary of {self.vocabulary.size} words.")
+        if outside := [id for id in values if not 0 <= id < self.vocabulary.size]:
+            raise CodesError(f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} words.")
         return values
 
 
-def plain_text(text: str, what: str = "The text") -> str:
-    """The text itself; raises `RequestError` if it is none, or holds lone surrogates (bytes that are not UTF-8)."""
-    if not isinstance(text, str):
-        raise RequestError(f"{what} must be a text, not {type(text).__name__}.")
+def plain_text(text: str) -> str:
+    """The text itself; raises `RequestError` if it holds lone surrogates (bytes that are not UTF-8)."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise RequestError(f"{what} must be plain Unicode text.") from None
+        raise RequestError("The text must be plain Unicode text.") from None
     return text
 
 
 def read_files(folder: Path) -> TokenizerFiles:
-    """Read and check a tokenizer folder.
-
-    Raises:
-        CheckpointError: a file that is missing or damaged, or ids that leave the released layout.
-    """
+    """Read and check a tokenizer folder; raises `CheckpointError` for a file that is missing or damaged, and for words
+    with other ids than the layout gives them."""
     files = read_text_files(folder, lambda n_text, config: ImageVocabulary(n_text), needed=(MODEL, ADDED))
     added, n_text = read_json_object(folder / ADDED), files.vocabulary.n_text
     config = read_json_object(folder / CONFIG) if CONFIG in files.raw else {}
@@ -237,8 +222,8 @@ def read_files(folder: Path) -> TokenizerFiles:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / ADDED}: the image words cannot be read ({error!r}).") from error
     words = vocabulary.words
-    wrong = next((name for name in sorted(set(added) | set(words)) if added.get(name) != words.get(name)), None)
-    if wrong is not None:
+    if added != words:
+        wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
         raise CheckpointError(f"{folder / ADDED}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} "
                               f"text pieces and {n_codes} codes it must have {words.get(wrong)}.")
     if (folder / "config.json").is_file() and "codebook_size" in (sizes := read_json_object(folder / "config.json")):
@@ -250,7 +235,7 @@ def read_files(folder: Path) -> TokenizerFiles:
 
 def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
                    tokenizer: str | Path) -> None:
-    """Refuse (`CheckpointError`) words for other codes than an image tokenizer has."""
+    """Raise `CheckpointError` for words of other codes than an image tokenizer has."""
     if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):
         raise CheckpointError(f"{words}: has words for {vocabulary.n_codes} codes, {vocabulary.tokens_per_image} to a "
                               f"picture, but the image tokenizer {tokenizer} has {codes}, {per_image} to a picture; "
@@ -259,12 +244,8 @@ def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, p
 
 def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], ImageVocabulary],
                     needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
-    """Read a plain LLaMA tokenizer, whose image words have no spelling (LaVIT).
-
-    Args:
-        vocabulary: the number of text pieces and the content of `tokenizer_config.json` → the words.
-        needed: files that must be there.
-    """
+    """Read a plain LLaMA tokenizer, whose image words have no spelling (LaVIT); `vocabulary`: the number of text pieces
+    and the content of `tokenizer_config.json` → the words."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
                               "pretrained/README.md says where the released one comes from, pretrained/nano has one.")

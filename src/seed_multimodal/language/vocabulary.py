@@ -1,8 +1,7 @@
 """Ids of the image tokens: one per code, behind the text pieces, and the two brackets around an image.
 
-The released models have 32,000 + 8,192 + 2 = 40,194 words; an image is always `<img>` + 32 codes + `</img>`. SEED-X's
-image words are no codes but placeholders, always the same words in the same order, where the model reads and writes
-continuous features; it has words for the views of an image and for boxes, too.
+SEED-LLaMA has 32,000 + 8,192 + 2 = 40,194 words; an image is always `<img>` + 32 codes + `</img>`. SEED-X's image words
+are placeholders, always the same in the same order, where the model reads and writes continuous features.
 """
 
 from __future__ import annotations
@@ -52,17 +51,14 @@ class ImageVocabulary:
 
     @property
     def code_start(self) -> int:
-        """Id of code 0."""
         return self.n_text
 
     @property
     def boi_id(self) -> int:
-        """Id of `<img>`."""
         return self.n_text + self.n_codes
 
     @property
     def eoi_id(self) -> int:
-        """Id of `</img>`."""
         return self.boi_id + 1
 
     @property
@@ -100,24 +96,23 @@ class ImageVocabulary:
 
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
         """Codes → ids; raises `CodesError` for a code outside 0..n_codes-1."""
-        values = [int(code) for code in codes]
-        for place, code in enumerate(values):
-            if not 0 <= code < self.n_codes:
-                raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
-        return [self.code_start + code for code in values]
+        ids = [self.code_start + int(code) for code in codes]
+        self.id_to_code(ids)
+        return ids
 
     def id_to_code(self, ids: Iterable[int]) -> list[int]:
         """Ids → codes; raises `CodesError` for an id that is no image code."""
         codes = [int(id) - self.code_start for id in ids]
         for place, code in enumerate(codes):
             if not 0 <= code < self.n_codes:
-                raise CodesError(f"Token id {code + self.code_start} at place {place} is not an image code.")
+                raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
         return codes
 
     def check_codes(self, codes: Sequence[int]) -> list[int]:
-        """The codes of one whole image as plain ints; raises `CodesError` for another number of them or wrong ones."""
-        if len(codes) != self.tokens_per_image:
-            raise CodesError(f"A picture has {self.tokens_per_image} codes, not {len(codes)}.")
+        """The codes of one image as plain ints; raises `CodesError` for another number of them or wrong ones."""
+        least, most = self.least_codes, self.tokens_per_image
+        if not least <= len(codes) <= most:
+            raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
         return [id - self.code_start for id in self.code_to_id(codes)]
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
@@ -189,12 +184,8 @@ class SeedXVocabulary(ImageVocabulary):
         return [self.boi_id, *range(self.codes, self.codes + (tokens or self.tokens_per_image)), self.eoi_id]
 
     def read_ids(self, views: int, tokens: int = 0) -> Ids:
-        """The words of an image that the model reads: each part in `<patch>` … `</patch>`, the whole image last.
-
-        Args:
-            views: parts and the whole image together.
-            tokens: words of one view; 0: as many as an image has.
-        """
+        """The words of an image in `views` that the model reads: each part in `<patch>` … `</patch>`, the whole image
+        last; `tokens`: words of one view, 0: as many as an image has."""
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
 
@@ -205,20 +196,15 @@ class SeedXVocabulary(ImageVocabulary):
         done, known = 0, self.words if BOX_WORDS.search(text) else {}
         for match in BOX_WORDS.finditer(text):
             names = re.findall("<[^>]+>", match[0])
-            wrong = next((name for name in names if name not in known), None)
-            if wrong is not None:
-                raise RequestError(f"{wrong} lies outside the grid of {self.n_locations} places.")
+            if wrong := [name for name in names if name not in known]:
+                raise RequestError(f"{wrong[0]} lies outside the grid of {self.n_locations} places.")
             parts += [text[done:match.start()], Ids(known[name] for name in names)]
             done = match.end()
         return [part for part in [*parts, text[done:]] if part]
 
     def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the placeholders inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put; an
-        `<img>` at the very end begins an image that is to be written.
-
-        Raises:
-            RequestError: a bracket that is not closed, or words inside that are no whole view.
-        """
+        """Indices of the placeholders inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put
+        (`RequestError`: no whole view); an `<img>` at the very end begins an image that is to be written."""
         places: list[int] = []
         ids, start = list(ids), 0
         closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}

@@ -25,9 +25,7 @@ _RUNS = re.compile(r"\s{2,}")
 
 def caption_text(caption: str, prompt: str = "", max_words: int = 50) -> str:
     """Lower case, punctuation turned into blanks, runs of white space collapsed, the first `max_words` words.
-
-    As LAVIS's `blip_caption`, a single tab or newline inside a caption survives.
-    """
+    As in LAVIS's `blip_caption` a single tab or newline inside a caption survives."""
     text = _PUNCTUATION.sub(" ", caption.lower())
     text = _RUNS.sub(" ", text).rstrip("\n").strip(" ")
     return prompt + " ".join(text.split(" ")[:max_words])
@@ -35,7 +33,7 @@ def caption_text(caption: str, prompt: str = "", max_words: int = 50) -> str:
 
 @dataclass(frozen=True)
 class BlipCaption:
-    """`caption_text` with its settings, as LAVIS's processor `blip_caption`."""
+    """`caption_text` with its settings."""
 
     prompt: str = ""
     max_words: int = setting(50, least=1)
@@ -53,13 +51,8 @@ def question_text(question: str, max_words: int = 50) -> str:
 
 
 class BertWords:
-    """Captions → ids and mask, int64 `[B, L]`; `size` counts the word pieces.
-
-    Args:
-        source: folder or hub id.
-        max_length: longer captions are cut.
-        full: pad to `max_length` (as in training); else to the longest of the batch.
-    """
+    """Captions → ids and mask, int64 `[B, L]`, cut at `max_length` and padded to it (`full`, as in training) or to the
+    longest; `source`: folder or hub id; `size` counts the word pieces."""
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
         from transformers import BertTokenizer

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
 from seed_multimodal.language.generation import Prompt, random_seed
+from seed_multimodal.language.generator import Task
+from seed_multimodal.language.messages import shown, user_message
 from seed_multimodal.lavit.pipeline import CodeRows, Lavit
 from seed_multimodal.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.loading import open_images
-from seed_multimodal.system.messages import shown, user_message
-from seed_multimodal.system.requests import Task
+from seed_multimodal.system.images import open_images
 
 LLM = "language_model"
 HERE = ("", ".", "./")  # the default of `model_path`
@@ -116,7 +116,7 @@ class LaVITforUnderstanding(_Model):
         texts = list(texts) * len(images) if len(texts) == 1 else texts
         conversations = [user_message([one, *filter(None, [text])]) for one, text in zip(images, texts, strict=True)]
         seeds = _seeds(len(images))
-        prompts = [one.prompt for one in self.system.requests(conversations, task, seeds=seeds)]
+        prompts = self.system.requests(conversations, task, seeds=seeds)
         return [self.system.said(self.system.read_answer(ids, task), task)
                 for ids in self._generate(prompts, task, seeds, **options)]
 
@@ -147,7 +147,7 @@ class LaVITforGeneration(_Model):
                              **options: Any) -> list[Image.Image]:
         """An image of pairs (file or image, "image") and (words, "text") in order; `options`: of `generate_image`."""
         conversation = user_message([value if kind == "text" else shown(value)[0] for value, kind in prompts])
-        prompt = self.system.requests([conversation], "edit", seeds=[None])[0].prompt
+        prompt = self.system.requests([conversation], "edit", seeds=[None])[0]
         return self.generate_image([prompt.ids], is_token_prompt=True, guidance_scale_for_llm=guidance_scale_for_llm,
                                    **options)
 

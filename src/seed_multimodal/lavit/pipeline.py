@@ -21,7 +21,10 @@ from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.messages import Answer, Message, is_codes, is_image, read_messages, shown, user_message
+from seed_multimodal.language.streaming import AnswerReader
 from seed_multimodal.language.tasks import TaskPrompts
 from seed_multimodal.lavit.checkpoints import load_both
 from seed_multimodal.lavit.decoder import CodeDecoder
@@ -30,22 +33,17 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
-    QUESTION,
     LavitTokenizer,
     Lemmatizer,
     read_prompt,
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.domain import load_domain
-from seed_multimodal.system.images import ImageCodec, one_seed_each
-from seed_multimodal.system.loading import Log, Runtimes
-from seed_multimodal.system.messages import Answer, Message, is_codes, is_image, read_messages, shown, user_message
-from seed_multimodal.system.requests import Request, Task
-from seed_multimodal.system.streaming import AnswerReader
+from seed_multimodal.system.images import ImageCodec, Log, Runtimes, load_domain, one_seed_each
 
 AT_ONCE = 16  # images in one pass of the vision encoder
-TASKS = TaskPrompts(describe="", qa_suffix="", draw="{caption}", draw_response="", edit_response="")
+TASKS = TaskPrompts(describe="", qa_prefix="Question: ", qa_suffix=" Answer:", draw="{caption}", draw_response="",
+                    edit_response="")
 READING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
@@ -150,7 +148,7 @@ class Lavit(MultimodalSystem):
     def __init__(self, config: SystemConfig, tokenizer: LavitTokenizer, llm: Any, images: CodeRows, log: Log = None,
                  **options: Any) -> None:
         super().__init__(config, tokenizer, llm, images, log, **options)
-        self.tasks = replace(TASKS, answer_after=config.answer_after)
+        self.tasks = TASKS
         self.lemmatizer: Callable[[str], str] | None = None  # of short answers; None: spaCy's, loaded with the first
 
     @classmethod
@@ -190,14 +188,8 @@ class Lavit(MultimodalSystem):
     def stops(self, task: Task) -> Sequence[str]:
         return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
 
-    def after(self, task: Task) -> str:
-        return super().after(task) if task == "ask" else ""
-
     def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        return AnswerReader(self.tokenizer, self.stops(task), previews, self.after(task))
-
-    def question(self, question: str, short: bool) -> str:
-        return QUESTION.format(question) if short else question
+        return AnswerReader(self.tokenizer, self.stops(task), previews, self.answer_after if task == "ask" else "")
 
     def said(self, answer: Answer, task: Task) -> str:
         if task != "ask":
@@ -205,11 +197,8 @@ class Lavit(MultimodalSystem):
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
-    def image_tokens(self, settings: GenerationSettings) -> int:
-        return min(settings.max_new_tokens, self.tokenizer.vocabulary.tokens_per_image + 1)
-
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
         messages = [conversation[-1] for conversation in conversations]
         each = seeds or [0] * len(messages)
         own = [seed for seed, message in zip(each, messages, strict=True) for _ in message.images]
@@ -217,7 +206,7 @@ class Lavit(MultimodalSystem):
         images = [image for message in messages for image in message.images]
         if task in ("draw", "edit"):
             codes = iter(self.images.encode(images, seed=seed))
-            return [Request(self._drawing_prompt(message, codes)) for message in messages]
+            return [self._drawing_prompt(message, codes) for message in messages]
         if not all(message.images for message in messages):
             raise RequestError("LaVIT answers about images: show one with the message, or ask for an image as the "
                                "answer.")
@@ -228,7 +217,7 @@ class Lavit(MultimodalSystem):
             for message in messages:
                 seen = [next(rows).to(embed.weight.device) for _ in message.images]
                 text = self.tokenizer.text_ids(message.text.strip()) if message.text.strip() else []
-                requests.append(Request(Prompt(embeds=read_prompt(embed, self.tokenizer.vocabulary, seen, text))))
+                requests.append(Prompt(embeds=read_prompt(embed, self.tokenizer.vocabulary, seen, text)))
         return requests
 
     def _drawing_prompt(self, message: Message, codes: Any) -> Prompt:
@@ -254,7 +243,7 @@ class Lavit(MultimodalSystem):
                                "send one message.")
         content: list[Any] = list(conversation[0].content)
         if self.task_of(conversation, bool(options.get("force_image"))) == "ask":
-            content = [*conversation[0].images, self.question(conversation[0].text.strip(), True)]
+            content = [*conversation[0].images, self.tasks.question(conversation[0].text)]
         message: list[Any] = [{"role": "user", "content": content}]
         return super().chat(message, stream, **options)
 

@@ -33,8 +33,7 @@ from seed_multimodal.seed.diffusion import SD_FOLDER, SD_WHERE, StableDiffusionD
 from seed_multimodal.seed.modeling import Seed1Tokenizer
 from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
-from seed_multimodal.system.images import one_seed_each
-from seed_multimodal.system.loading import Log, Runtimes
+from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
 YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # beside SEED-1's tokenizer

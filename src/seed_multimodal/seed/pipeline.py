@@ -19,19 +19,17 @@ from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import Prompt
+from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.prompts import Turn, get_template, merge_text
+from seed_multimodal.language.messages import Message, is_image
+from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import INSIDE, SystemConfig
-from seed_multimodal.system.domain import load_domain
-from seed_multimodal.system.images import ImageCodec, Remembered
-from seed_multimodal.system.loading import Log, Runtimes
-from seed_multimodal.system.messages import Message, is_image
-from seed_multimodal.system.requests import Request, Task
+from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, load_domain
 
 REMEMBERED = 1024  # images whose codes are kept, about 0.5 KB each
 
@@ -166,7 +164,7 @@ class SeedLlama(MultimodalSystem):
         return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
         images = [image for conversation in conversations for message in conversation for image in message.images]
         codes = iter(self.images.encode(images).tolist())
         end = self.tokenizer.encode_parts([opening]) if opening else []
@@ -175,12 +173,12 @@ class SeedLlama(MultimodalSystem):
             if conversation[0].role == "raw":
                 spans = merge_text([self._span(item, codes) for item in conversation[0].content])
                 ids = self.tokenizer.encode_parts(spans, add_bos=True)
-                requests.append(Request(Prompt([*ids, *end], answered=end)))
+                requests.append(Prompt([*ids, *end], answered=end))
                 continue
             system = "\n".join(message.text for message in conversation if message.role == "system")
-            turns = [Turn(message.role, tuple(self._span(item, codes) for item in message.content))
+            turns = [(message.role, [self._span(item, codes) for item in message.content])
                      for message in conversation if message.role != "system"]
-            requests.append(Request(Prompt([*self.prompt_ids(turns, system), *end], answered=end)))
+            requests.append(Prompt([*self.prompt_ids(turns, system), *end], answered=end))
         return requests
 
     def _span(self, item: Any, codes: Any) -> Any:

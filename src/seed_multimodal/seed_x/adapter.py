@@ -25,7 +25,7 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import SDXL_ADAPTER_WHERE, SDXL_WHERE, find_file
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
-from seed_multimodal.settings import check_settings, check_value, read_settings, setting
+from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 WEIGHTS, SIZES = "model.safetensors", "resampler.json"
@@ -37,11 +37,9 @@ FIRST_LAYER = "unet.conv_in.weight"
 class ResamplerSizes:
     """Sizes of `ResamplerXLV2`; the defaults are those of both released adapters.
 
-    Attributes:
-        dim, depth: width D and layers. heads, dim_head: of the attention; the pool has as many heads.
-        num_queries: Q, the length of the prompt. embedding_dim: width of the visual embeddings.
-        output1_dim, output2_dim: widths of the two text encoders' hidden states; the pooled output has the second.
-        normalize: scale each channel's values over the embeddings of an image to length 1 (released: off).
+    `num_queries`: Q, the length of the prompt. `output1_dim`, `output2_dim`: widths of the two text encoders' hidden
+    states; the pooled output has the second. `normalize`: scale each channel's values over the embeddings of an image
+    to length 1 (released: off).
     """
 
     dim: int = setting(1024, least=1)
@@ -54,11 +52,6 @@ class ResamplerSizes:
     output2_dim: int = setting(1280, least=1)
     ff_mult: int = setting(4, least=1)
     normalize: bool = False
-
-    def __post_init__(self) -> None:
-        check_settings(self, "resampler")
-        if self.dim % self.heads:
-            raise ConfigError(f"resampler: dim must be a multiple of heads, not {self.dim} with {self.heads} heads.")
 
 
 class ResamplerXLV2(nn.Module):
@@ -121,12 +114,6 @@ class SDXLAdapter(nn.Module):
     def __init__(self, unet: Any, resampler: ResamplerXLV2) -> None:
         super().__init__()
         self.unet, self.resampler = unet, resampler
-        config, sizes = unet.config, resampler.sizes
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        made, read = (sizes.output1_dim + sizes.output2_dim, sizes.output2_dim), (config.cross_attention_dim, pooled)
-        if made != read:
-            raise CheckpointError(f"The resampler makes prompt and pooled embeddings of widths {made}, but the U-Net "
-                                  f"reads {read}.")
 
     @property
     def latent_channels(self) -> int:
@@ -140,10 +127,8 @@ class SDXLAdapter(nn.Module):
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, image_embeds: Tensor, time_ids: Tensor,
                 condition_latents: Tensor | None = None) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`.
-
-        `time_ids`: `[B, 6]` (`size_ids`); `condition_latents`: for the second stage, None stands for zeros.
-        """
+        """The U-Net's prediction `[B, C, h, w]`; `time_ids`: `[B, 6]` (`size_ids`), `condition_latents`: of the second
+        stage, None stands for zeros."""
         noisy_latents = noisy_latents.to(self.unet.dtype)  # under DeepSpeed the weights are in half precision
         prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
         if self.reads_condition:
@@ -166,10 +151,10 @@ class SDXLAdapter(nn.Module):
         self.unet.register_to_config(in_channels=channels)
 
     def set_trainable(self, which: Trained = "key_value") -> list[nn.Parameter]:
-        """Switch on what is trained, and return those parameters: the resampler, and of the U-Net all ("all", the
-        released second stage) or keys and values of the attentions and the first convolution if a condition image is
-        read ("key_value", the paper's first stage; the original code never switched them on)."""
-        train_unet(self.unet, check_value(Trained, which, "What is trained"))
+        """Switch on what is trained, and return those parameters: the resampler, and the whole U-Net ("all", as in the
+        released second stage) or its keys and values, with the first convolution of a second stage ("key_value", as in
+        the paper's first stage; the original code never switched them on)."""
+        train_unet(self.unet, which)
         self.unet.conv_in.requires_grad_(which == "all" or self.reads_condition)
         self.resampler.requires_grad_(True)
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -187,11 +172,11 @@ class SDXLAdapter(nn.Module):
         """An adapter in eval mode; its `load_report` counts what was read.
 
         Args:
-            checkpoint: a file, or the folder (or hub name) that holds one; `resampler.json` in it gives the resampler's
-                sizes, `sizes` or the released ones otherwise. sdxl: SDXL's folder: `unet/config.json` is read.
+            checkpoint: a file, or the folder (or hub name) that holds one. sdxl: SDXL's folder, for `unet/config.json`.
+            sizes: of the resampler, where no `resampler.json` lies with the weights; None: the released ones.
 
         Raises:
-            CheckpointError: a file that is not there, damaged, not complete, or of an adapter of another size.
+            CheckpointError: a file that is missing, damaged, not complete, or of an adapter of another size.
         """
         from diffusers import UNet2DConditionModel
 
@@ -201,16 +186,16 @@ class SDXLAdapter(nn.Module):
             sizes = read_settings(ResamplerSizes, read_json_object(listed, ConfigError), str(listed))
         config = read_json_object(Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_WHERE)
         state = load_state_dict(file, mapped=True)
-        if FIRST_LAYER not in state:
-            raise CheckpointError(f"{file}: no SDXL adapter: it holds no tensor {FIRST_LAYER!r}; {SDXL_ADAPTER_WHERE}.")
+        first = state.get(FIRST_LAYER)
         with torch.device("meta"):
-            unet: Any = UNet2DConditionModel.from_config({**config, "in_channels": state[FIRST_LAYER].shape[1]})
+            unet: Any = UNet2DConditionModel.from_config(config if first is None else {
+                **config, "in_channels": first.shape[1]})
             adapter = cls(unet, ResamplerXLV2(sizes)).to(dtype)
         adapter.load_report = assign_strictly(adapter, state, file, foreign=True, device=device)
         return adapter.eval()
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the weights (converted to `dtype`) and the resampler's sizes."""
+        """Write the weights, in `dtype`, and the resampler's sizes."""
         home = Path(folder)
         save_state_dict({name: value.to(dtype or value.dtype) for name, value in self.state_dict().items()},
                         home / WEIGHTS)

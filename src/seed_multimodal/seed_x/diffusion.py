@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
 from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.quiet import quiet_loading
@@ -46,10 +45,8 @@ class SdxlSettings(SizedSettings):
 
 
 class SdxlDetokenizer(Detokenizer):
-    """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images.
-
-    Guidance steers away from `null_embeds` `[1, N, W]`, those of an empty image, where no others are given.
-    """
+    """Embeddings `[B, N, W]` (N: 64 of an MLLM, or 256 of the vision encoder) → images; guidance steers away from
+    `null_embeds` `[1, N, W]`, those of an empty image, where no others are given."""
 
     kind, where, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
@@ -63,15 +60,8 @@ class SdxlDetokenizer(Detokenizer):
     @classmethod
     def from_pretrained(cls, folder: str | Path, adapter: str | Path, *, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32, sizes: ResamplerSizes | None = None) -> SdxlDetokenizer:
-        """Load SDXL's autoencoder and scheduler, and an adapter of either stage.
-
-        Args:
-            folder: SDXL's diffusers folder or hub name; its U-Net's weights and text encoders are not read.
-            adapter, sizes: as of `SDXLAdapter.from_pretrained`. dtype: of the adapter.
-
-        Raises:
-            CheckpointError: something is not there (with what to download), damaged, or of another model.
-        """
+        """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
+        are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""
         place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_WHERE)
         parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
@@ -86,11 +76,7 @@ class SdxlDetokenizer(Detokenizer):
 
     def rows(self, embeds: Tensor, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
         """See `Detokenizer`; negatives `[B or 1, M, W]` are averaged to N if M is a multiple of it."""
-        negatives = self.null_embeds if negatives is None else negatives
-        if negatives is None and self.guides(settings):
-            raise ConfigError("Guidance needs the embeddings of an empty image: call set_null_embeds(encoder, size) "
-                              "once, give negative_embeds, or set guidance_scale to 1.")
-        return super().rows(embeds, negatives, settings)
+        return super().rows(embeds, self.null_embeds if negatives is None else negatives, settings)
 
     def guides(self, settings: Any) -> bool:
         """Whether the U-Net also runs without embeddings."""

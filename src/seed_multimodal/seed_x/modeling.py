@@ -47,13 +47,8 @@ class AgentSettings:
 
 
 class ContinuousLVLM(nn.Module):
-    """The language model with its two resamplers.
-
-    Args:
-        llm: a stock `LlamaForCausalLM`, or one with a LoRA.
-        input_resampler: features [B, N, K] → [B, 64, D], D the width of the language model.
-        output_resampler: states [B, 64, D] → [B, 64, K].
-    """
+    """The language model (a stock `LlamaForCausalLM`, or one with a LoRA) with its two resamplers, for features
+    [B, N, K] → [B, 64, D] and states [B, 64, D] → [B, 64, K]; D is the width of the language model."""
 
     def __init__(self, llm: Any, input_resampler: nn.Module, output_resampler: nn.Module,
                  settings: AgentSettings | None = None) -> None:
@@ -79,9 +74,6 @@ class ContinuousLVLM(nn.Module):
             embeds_gen_mask, embeds_cmp_mask: bool [N], views that are written and read; others are left out.
             ids_gen_mask, ids_cmp_mask: bool [B, L], their image words.
             patch_positions: [N, 2]. position_ids: [B, L], of packed sequences.
-
-        Raises:
-            DataError: another number of image words than views.
         """
         read, drawn = _chosen(image_embeds, embeds_cmp_mask), _chosen(image_embeds, embeds_gen_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, _chosen(patch_positions, embeds_cmp_mask))
@@ -93,7 +85,6 @@ class ContinuousLVLM(nn.Module):
                                                 position_ids=position_ids, use_cache=False).last_hidden_state
         lm_loss = self.language_loss(states, labels)
         if drawn is None:
-            _check_count(int(ids_gen_mask.sum()), 0, "written")
             rec_loss = 0.0 * self.written_features(states[:1, :1]).float().sum()
         else:
             rec_loss = self.regression_loss(states[ids_gen_mask], drawn)
@@ -109,8 +100,6 @@ class ContinuousLVLM(nn.Module):
 
     def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
         """States at the image words [n · 64, D], features of those images [n, N, K] → their distance."""
-        if not len(states) or len(states) % len(features):
-            raise DataError(f"The batch has {len(features)} images to write, but {len(states)} image words for them.")
         target = features.detach().to(states.device)
         if self.settings.vit_down:
             target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)
@@ -123,15 +112,14 @@ class ContinuousLVLM(nn.Module):
 
     def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with features [n, N, K] of views, whose centres are `positions` [n, 2],
-        in the places of `mask` (bool [B, L]), in order.
-
-        Raises:
-            DataError: another number of places than the features fill.
-        """
+        in the places of `mask` (bool [B, L]), in order."""
         embeds: Tensor = self.llm.get_input_embeddings()(ids)
-        read = None if features is None else self._read(features, positions).flatten(0, 1)
-        _check_count(int(mask.sum()), 0 if read is None else len(read), "read")
-        return embeds if read is None else embeds.masked_scatter(mask[..., None], read.to(embeds))
+        if features is None:
+            return embeds
+        read = self._read(features, positions).flatten(0, 1)
+        if int(mask.sum()) != len(read):
+            raise DataError(f"The batch has {int(mask.sum())} image words for {len(read)} embeddings of its images.")
+        return embeds.masked_scatter(mask[..., None], read.to(embeds))
 
     def written_features(self, states: Tensor) -> Tensor:
         """States at image words [n, 64, D] → features [n, 64, K]."""
@@ -153,11 +141,6 @@ def _chosen(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
     return values[mask.to(values.device)]
 
 
-def _check_count(places: int, features: int, what: str) -> None:
-    if places != features:
-        raise DataError(f"The batch has {places} image words of images that are {what}, but features for {features}.")
-
-
 # ---- weights
 
 
@@ -171,11 +154,8 @@ def load_agent(model: nn.Module, source: str | Path, *, language: bool = True) -
     """Put the weights of a file or folder (also what DeepSpeed's `zero_to_fp32.py` writes) into a `ContinuousLVLM`.
 
     Resamplers and `patch_pos_embed` must be complete: the original files hold these 23 tensors alone. Tensors of the
-    language model, and the frozen base of a LoRA, must be complete or absent. peft before 0.7 wrote a layer's frozen
-    weight as `q_proj.weight`, later `q_proj.base_layer.weight`.
-
-    Args:
-        language: False: leaves out the tensors of a language model.
+    language model (left out without `language`), and the frozen base of a LoRA, must be complete or absent. peft before
+    0.7 wrote a layer's frozen weight as `q_proj.weight`, later `q_proj.base_layer.weight`.
 
     Raises:
         CheckpointError: tensors that are missing, unknown, or of another size; damaged or unsafe files.

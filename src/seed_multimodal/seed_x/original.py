@@ -10,19 +10,18 @@ they have. Sizes beside the weights (`config.json`, `resampler.json`) win over t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import instantiate
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import PARTS, locate
-from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes
 from seed_multimodal.seed_x.modeling import AgentSettings
 from seed_multimodal.seed_x.pipeline import AgentSizes
 from seed_multimodal.seed_x.vision import QwenVitConfig, ResamplerConfig
-from seed_multimodal.settings import check_keys, read_settings
+from seed_multimodal.settings import read_settings
 from seed_multimodal.system.config import PARTS as SYSTEM_PARTS
 from seed_multimodal.system.config import SystemConfig
 
@@ -64,16 +63,15 @@ def language_model_with_lora(model: Described, peft_config: Mapping[str, Any], v
 
 def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:
     """`VisionTransformerWithAttnPool.from_pretrained`."""
-    given = {key: value for key, value in sizes.items() if not key.startswith(STRAY)}
-    check_keys(given, [one.name for one in fields(QwenVitConfig)], "vision encoder")
-    return _sized("vision", pretrained_model_path, read_settings(QwenVitConfig, given, "vision encoder"))
+    known = {key: value for key, value in sizes.items() if not key.startswith(STRAY)}
+    return _sized("vision", pretrained_model_path, read_settings(QwenVitConfig, known, "vision encoder"))
 
 
 def agent(input_resampler: ResamplerConfig, output_resampler: ResamplerConfig, pretrained_model_path: str,
           **settings: Any) -> Described:
     """`ContinuousLVLM.from_pretrained`."""
-    sizes = AgentSizes(input_resampler, output_resampler, read_settings(AgentSettings, settings, "agent"))
-    return _sized("agent", pretrained_model_path, sizes)
+    losses = read_settings(AgentSettings, settings, "agent")
+    return _sized("agent", pretrained_model_path, AgentSizes(input_resampler, output_resampler, losses))
 
 
 def adapter(resampler: ResamplerSizes, pretrained_model_path: str, vit_down: bool = True, full_ft: bool = False,
@@ -89,42 +87,39 @@ def no_discrete_model() -> Described:
 
 def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
                     sdxl: str | Path = PARTS["sdxl"].folder) -> SystemConfig:
-    """The parts that YAML files describe, checked to be there.
-
-    Args:
-        files: those needed of `KEYS` and `image_transform`. sdxl: SDXL's diffusers folder, needed by `adapter`.
+    """The parts that YAML files (of `KEYS` and `image_transform`) describe; `adapter` needs `sdxl`'s diffusers folder.
 
     Raises:
-        CheckpointError: parts that are not there: all of them, and what to put where. ConfigError: a file that is not
-            there or describes something else.
+        CheckpointError: parts that are missing: all of them, and what to put where. ConfigError: a file that is missing
+            or describes something else.
     """
-    parts = {kind: _read(file, kind) for kind, file in files.items()}
-    transform = parts.pop("image_transform", None)
-    found = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
-    if "detokenizer" in found:
-        found["sdxl"] = Path(sdxl)
-    config = SystemConfig.find("seed-x-i", **found, tuned=tuned)
+    parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
+    places = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
+    if "detokenizer" in places:
+        places["sdxl"] = Path(sdxl)
+    config = SystemConfig.find("seed-x-i", **places, tuned=tuned)
     config.name, config.lora = "SEED-X", parts["llm"].lora if "llm" in parts else None
     config.sizes = {part.key: part.sizes for part in parts.values() if part.sizes is not None}
-    for key in SYSTEM_PARTS["seed_x"].keys() - found.keys():
+    for key in SYSTEM_PARTS["seed_x"].keys() - places.keys():
         setattr(config, key, None)
-    size = config.sizes["vision"].image_size if "vision" in config.sizes else None
-    if transform is not None and (transform.keep_ratio or transform.image_size != (size or transform.image_size)):
-        raise ConfigError(f"{files['image_transform']}: SEED-X reads squares of the vision encoder's size: set "
-                          f"keep_ratio to False and image_size to {size or transform.image_size}.")
-    return config.require(*found)
+    if "image_transform" in files and _build(files["image_transform"]).keep_ratio:
+        raise ConfigError(f"{files['image_transform']}: SEED-X reads squares: set keep_ratio to False.")
+    return config.require(*places)
 
 
-def _read(file: str | Path, kind: str) -> Any:
+def _build(file: str | Path) -> Any:
     """What a YAML file, here or below the repository root, describes."""
     try:
-        made = instantiate(locate(file) or Path(file))
+        return instantiate(locate(file) or Path(file))
     except ConfigError as error:
         raise error if Path(file).name in str(error) else ConfigError(f"{file}: {error}") from error
-    if not isinstance(made, ImageTransform if kind == "image_transform" else Described) or (
-            isinstance(made, Described) and made.key != KEYS[kind]):
+
+
+def _read(file: str | Path, kind: str) -> Described:
+    part = _build(file)
+    if not isinstance(part, Described) or part.key != KEYS[kind]:
         raise ConfigError(f"{file}: describes another part than the {kind.replace('_', ' ')}.")
-    return made
+    return part
 
 
 def _sized(key: str, path: str, sizes: Any, beside: str = "config.json") -> Described:

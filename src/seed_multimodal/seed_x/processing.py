@@ -16,14 +16,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.prompts import Part, Turn, get_template, merge_text
+from seed_multimodal.language.prompts import Part, get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER, Ids, SeedXVocabulary
 
 GRID = SeedXVocabulary.n_locations
 _NUMBER = re.compile(r"<loc-(\d+)>")
-_TUNED_BOX = re.compile(f"{BOX}(.*?){BOX_END}")
-_OPENED_BOX = re.compile(f"(.*?){BOX_END}")
 _WORD = re.compile(r"<[^>]*>")
 
 
@@ -43,18 +41,10 @@ Content = str | ReadImage | WrittenImage
 
 
 class SeedXPrompts:
-    """Requests as token ids, `<s>` in front.
+    """Requests as token ids, `<s>` in front."""
 
-    Args:
-        tuned: of a model that follows instructions; the others continue what they are given.
-
-    Raises:
-        ConfigError: a tokenizer without SEED-X's words.
-    """
-
-    def __init__(self, tokenizer: MultimodalTokenizer, tuned: bool = True) -> None:
-        self.tokenizer, self.tuned = tokenizer, tuned
-        self.vocabulary = seed_x_words(tokenizer)
+    def __init__(self, tokenizer: MultimodalTokenizer) -> None:
+        self.tokenizer, self.vocabulary = tokenizer, seed_x_words(tokenizer)
         self.template = get_template("llama2")
 
     def alone(self, content: Sequence[Content], task: str = "ask") -> list[int]:
@@ -69,18 +59,12 @@ class SeedXPrompts:
         return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
 
     def dialogue(self, turns: Sequence[tuple[str, Sequence[Content]]], system: str = "") -> list[int]:
-        """A conversation of a tuned model, up to where the next answer begins.
-
-        Args:
-            turns: role (user, assistant) and content, texts and images in order.
-
-        Raises:
-            RequestError: an unknown role, or a malformed box in what a user says.
-        """
+        """A conversation of a tuned model, up to where the next answer begins; `turns`: role and content, texts and
+        images in order. Raises `RequestError` for a malformed box in a user's text."""
         spans: list[list[Part]] = [[f"{system}\n"]] if system else []
         for place, (role, content) in enumerate(turns):
-            turn = Turn.of((role, tuple(self._parts(content, asked=role == "user"))))
-            spans.append(self.template.render_turn(turn, self.template.separator if place else ""))
+            parts = list(self._parts(content, asked=role == "user"))
+            spans.append(self.template.render_turn(role, parts, self.template.separator if place else ""))
         return [self.tokenizer.bos_id, *(id for span in spans for id in self.tokenizer.encode_parts(span))]
 
     def places(self, ids: Sequence[int], turns: Sequence[tuple[str, Sequence[Content]]]) -> list[int]:
@@ -110,11 +94,7 @@ class SeedXPrompts:
 
 
 def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
-    """The vocabulary of SEED-X's tokenizer.
-
-    Raises:
-        ConfigError: it has none of its words.
-    """
+    """The vocabulary of SEED-X's tokenizer; raises `ConfigError` for another one's."""
     if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
         raise ConfigError("The tokenizer has no words for parts of images and boxes, so it is not SEED-X's.")
     return tokenizer.vocabulary
@@ -122,22 +102,19 @@ def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:
 
 def place_images(text: str, images: Sequence[int]) -> list[Content]:
     """Texts and images in order; `images` (views of each) take the places of `<image>`, or come first without any.
-
-    Raises:
-        RequestError: another number of `<image>`s than images.
-    """
+    Raises `RequestError` for another number of `<image>`s than images."""
     pieces = text.split(PLACEHOLDER)
     if len(pieces) == 1:
         return [*map(ReadImage, images), text]
     if len(pieces) != len(images) + 1:
         raise RequestError(f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images.")
-    found: list[Content] = [pieces[0]]
+    content: list[Content] = [pieces[0]]
     for views, piece in zip(images, pieces[1:], strict=True):
-        found += [ReadImage(views), piece]
-    return [part for part in found if part != ""]
+        content += [ReadImage(views), piece]
+    return [part for part in content if part != ""]
 
 
-# -------------------------------------------------------------------------------------------------- answers
+# ---- answers
 
 
 def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
@@ -170,22 +147,11 @@ class Box:
 
     @classmethod
     def around(cls, corners: Sequence[float], size: tuple[int, int], grid: int = GRID) -> Box:
-        """The box of a rectangle, to the nearest place of the grid.
-
-        Args:
-            corners: left, top, right, bottom in pixels.
-            size: width and height of the image.
-
-        Raises:
-            RequestError: corners out of order, or outside the image.
-        """
-        left, top, right, bottom = map(float, corners)
-        width, height = size
-        if not (0 <= left < right <= width and 0 <= top < bottom <= height):
-            raise RequestError(f"The box {left:g}, {top:g}, {right:g}, {bottom:g} is not inside the image of "
-                               f"{width} x {height} pixels, left before right and top before bottom.")
-        shares = ((left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width,
-                  (bottom - top) / height)
+        """The box of a rectangle (left, top, right, bottom in pixels) in an image of `size` (width, height), to the
+        nearest place of the grid."""
+        left, top, right, bottom = corners
+        shares = ((left + right) / 2 / size[0], (top + bottom) / 2 / size[1], (right - left) / size[0],
+                  (bottom - top) / size[1])
         return cls(*(min(grid - 1, round(share * grid)) for share in shares))
 
     def corners(self, size: tuple[int, int], grid: int = GRID, clip: bool = True) -> tuple[int, int, int, int]:
@@ -198,59 +164,26 @@ class Box:
         return left, top, right, bottom
 
     def ids(self, words: SeedXVocabulary) -> Ids:
-        """The box as words.
-
-        Raises:
-            RequestError: a place outside the grid.
-        """
+        """The box as words."""
         places = (self.x, self.y, self.width, self.height)
-        wrong = next((place for place in places if not 0 <= place < words.n_locations), None)
-        if wrong is not None:
-            raise RequestError(f"Place {wrong} of a box is outside 0..{words.n_locations - 1}.")
         return Ids([words.boxes, *(words.locations + place for place in places), words.boxes + 1])
 
 
-def box_numbers(text: str, opened: bool = False) -> list[list[int]]:
-    """The numbers of every box in a text, as the released scripts read them (not four, none: all is possible).
-
-    Args:
-        opened: the prompt ended in `<box_start>`, so the text begins inside a box.
-    """
-    return [[int(number) for number in _NUMBER.findall(inside)] for inside in _inside(text, opened)]
-
-
-def _inside(text: str, opened: bool) -> Iterator[str]:
-    for found in (_OPENED_BOX if opened else _TUNED_BOX).finditer(text):
-        yield found[1]
-
-
 def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:
-    """The boxes of an answer, and a sentence about each that is none.
-
-    Args:
-        text: the answer with its words (`answer_text`).
-        opened: as of `box_numbers`.
-    """
+    """The boxes of an answer with its words (`answer_text`), and a sentence about each that is malformed; `opened`: the
+    prompt ended in `<box_start>`, so the text begins inside a box."""
     boxes: list[Box] = []
     problems: list[str] = []
-    rest = f"{BOX} {text}" if opened else text
-    for piece in rest.split(BOX)[1:]:
+    before, *pieces = (f"{BOX} {text}" if opened else text).split(BOX)
+    for piece in pieces:
         inside, closed, _ = piece.partition(BOX_END)
-        shown = " ".join(inside.split())[:80]
-        if not closed:
-            problems.append(f"A box is not closed: {shown!r}.")
-            continue
         numbers = [int(number) for number in _NUMBER.findall(inside)]
-        if _NUMBER.sub("", inside).strip():
-            problems.append(f"A box holds other words than locations: {shown!r}.")
-        elif len(numbers) != 4:
-            problems.append(f"A box has {len(numbers)} numbers instead of 4: {shown!r}.")
-        elif max(numbers) >= grid:
-            problems.append(f"A box lies outside the grid of {grid} places: {shown!r}.")
-        elif not numbers[2] or not numbers[3]:
-            problems.append(f"A box has no width or no height: {shown!r}.")
-        else:
+        whole = closed and len(numbers) == 4 and max(numbers) < grid and not _NUMBER.sub("", inside).strip()
+        if whole and numbers[2] and numbers[3]:
             boxes.append(Box(*numbers))
-    if not rest.count(BOX) and BOX_END in rest:
+        else:
+            problems.append(f"A box is not four locations below {grid} with a width, a height and {BOX_END}: "
+                            f"{' '.join(inside.split())[:80]!r}.")
+    if not pieces and BOX_END in before:
         problems.append(f"{BOX_END} stands without {BOX}.")
     return boxes, problems

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import DEFAULT_LIMITS
-from seed_multimodal.images.transforms import INTERPOLATIONS, normalise, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.images.transforms import plain_rgb, resize_passes, to_bytes
 
 RELEASED_GRIDS = ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2")
 UNIT = 64  # sides of SDXL's training images are multiples of it
@@ -31,30 +30,14 @@ Ratio = Literal["restore", "keep", "square"]
 
 
 @dataclass(frozen=True)
-class Views:
-    """An image's views row by row, the whole image last: normalised pixels `[V, 3, S, S]`, centres (x, y) in [0, 1]
-    `[V, 2]`, and the grid (columns, rows)."""
-
-    pixels: Tensor
-    positions: Tensor
-    grid: Grid
-
-
-@dataclass(frozen=True)
 class AnyResolution:
-    """An image → `Views` of `image_size` pixels a side on one of the allowed `grids` (columns x rows)."""
+    """An image → views of `image_size` pixels a side on one of the allowed `grids` (columns x rows)."""
 
-    image_size: int = setting(448, least=1)
+    image_size: int = 448
     grids: tuple[str, ...] = RELEASED_GRIDS
-    interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
 
     def __post_init__(self) -> None:
-        check_settings(self, "any resolution")
         read_grids(self.grids)
-
-    def __call__(self, image: Image.Image) -> Views:
-        grid = self.grid(image.size)
-        return Views(normalise(self.cut(image)), patch_positions(grid), grid)
 
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of an image of `size` (width, height) in pixels; raises `ImageError` outside the default limits."""
@@ -62,14 +45,13 @@ class AnyResolution:
         return choose_grid(size, read_grids(self.grids), self.image_size)
 
     def cut(self, image: Image.Image) -> Tensor:
-        """The views, uint8 [V, 3, S, S] for `normalise`."""
-        columns, rows = self.grid(image.size)
+        """The views row by row, the whole image last: uint8 [V, 3, S, S] for `normalise`."""
+        (columns, rows), side = self.grid(image.size), self.image_size
         image = plain_rgb(image)
-        side, filter_ = self.image_size, INTERPOLATIONS[self.interpolation]
-        large = to_bytes(resize_passes(image, (columns * side, rows * side), filter_))
+        large = to_bytes(resize_passes(image, (columns * side, rows * side), Image.Resampling.BICUBIC))
         parts = large.unflatten(1, (rows, side)).unflatten(3, (columns, side))  # [3, rows, S, columns, S]
         parts = parts.permute(1, 3, 0, 2, 4).flatten(0, 1)
-        return torch.cat([parts, to_bytes(resize_passes(image, (side, side), filter_))[None]])
+        return torch.cat([parts, to_bytes(resize_passes(image, (side, side), Image.Resampling.BICUBIC))[None]])
 
 
 def read_grids(names: Sequence[str]) -> list[Grid]:
@@ -124,18 +106,14 @@ def patch_positions(grid: Grid) -> Tensor:
     return torch.tensor([*centres, (0.5, 0.5)])
 
 
-def drawing_size(source: tuple[int, int], side: int, ratio: Ratio = "restore", unit: int = UNIT) -> tuple[int, int]:
-    """(width, height) to draw for a source of (width, height): with "keep" about `side`² pixels in its aspect ratio,
-    in multiples of `unit`; else the square that the model was trained on, for `with_ratio` to restore ("restore") or
-    as the original ("square")."""
-    if ratio != "keep":
-        return side, side
+def drawing_size(source: tuple[int, int], side: int, unit: int = UNIT) -> tuple[int, int]:
+    """(width, height) of about `side`² pixels in the aspect ratio of a source, in multiples of `unit`."""
     stretch = math.sqrt(min(max(source[0] / source[1], 1 / STEEPEST), STEEPEST))
     return max(1, round(side * stretch / unit)) * unit, max(1, round(side / stretch / unit)) * unit
 
 
 def with_ratio(image: Image.Image, source: tuple[int, int]) -> Image.Image:
-    """The image stretched to the aspect ratio of a source of (width, height), with as many pixels as it has; as it is
+    """The image stretched to the aspect ratio of a source of (width, height), with as many pixels as it has; unchanged
     where a side would change by less than half a percent."""
     stretch, side = math.sqrt(source[0] / source[1]), math.sqrt(image.width * image.height)
     size = max(1, round(side * stretch)), max(1, round(side / stretch))

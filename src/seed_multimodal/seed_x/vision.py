@@ -3,10 +3,10 @@
     encoder = QwenVit.from_pretrained("pretrained/QwenViT/qwen_vit_G.pt", device="cuda", dtype=torch.float16)
     features = encoder(pixels)                      # [B, 3, 448, 448] → [B, 256, 4096]
 
-The encoder has no class token; its fused attention projection holds query, key and value of the first head, then those
-of the second, and so on; position tables are resized bicubically to the image's grid. A resampler is one
-cross-attention from learned queries; its keys carry positions, its values do not. SEED-X has three: the encoder's
-attention pool and the language model's input and output resampler.
+The encoder has no class token; its fused attention projection holds query, key and value head by head; position tables
+are resized bicubically to the image's grid. A resampler is one cross-attention from learned queries; its keys carry
+positions, its values do not. SEED-X has three: the encoder's attention pool, and the language model's input and output
+resampler.
 
 Source: SEED-X's code (`qwen_visual.py`, from Qwen-VL); parameter names are the original ones. Shape suffixes: B images,
 N patches, Q queries, W encoder width, D output width, K width of keys.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.hub import find_file
-from seed_multimodal.nn.layers import LayerNorm, checkpoint_layers, heads_last, resize_square
+from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
 from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
@@ -108,11 +108,8 @@ def place_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
 class QwenVitConfig:
     """Sizes of the vision encoder; the defaults are the original ones.
 
-    Attributes:
-        position_grid: side of the stored position table.
-        pool_heads: heads of the attention pool; None: one for every 128 channels.
-        patch_pos: adds the place of the view (off in every original model: their agent adds it).
-        grad_checkpoint: recomputes the blocks in the backward pass.
+    `position_grid`: side of the stored position table. `pool_heads`: of the attention pool; None: one for every 128
+    channels. `patch_pos`: adds the place of the view (off in every original model: their agent adds it).
     """
 
     image_size: int = setting(448, least=1)
@@ -126,7 +123,6 @@ class QwenVitConfig:
     position_grid: int = setting(16, least=1)
     pool_heads: int | None = setting(None, least=1)
     patch_pos: bool = False
-    grad_checkpoint: bool = False
 
 
 class QwenAttention(nn.Module):
@@ -162,20 +158,6 @@ class QwenBlock(nn.Module):
         return x_BNW + self.mlp(self.ln_2(x_BNW))
 
 
-class QwenBlocks(nn.Module):
-    """The blocks in order."""
-
-    def __init__(self, config: QwenVitConfig) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(QwenBlock(config) for _ in range(config.layers))
-
-    def forward(self, x_BNW: Tensor) -> Tensor:
-        """`[B, N, W]` → `[B, N, W]`."""
-        for block in self.resblocks:
-            x_BNW = block(x_BNW)
-        return x_BNW
-
-
 class QwenVit(PretrainedNetwork):
     """The vision encoder; `forward` returns the pooled, projected features, not normalised."""
 
@@ -185,34 +167,18 @@ class QwenVit(PretrainedNetwork):
     def __init__(self, config: QwenVitConfig) -> None:
         super().__init__()
         self.config = config
-        self.positional_embedding = nn.Parameter(torch.zeros(config.position_grid**2, config.width))
-        self.proj = nn.Parameter(torch.zeros(config.output_dim, config.output_dim))
+        self.positional_embedding = nn.Parameter(0.02 * torch.randn(config.position_grid**2, config.width))
+        self.proj = nn.Parameter(config.output_dim**-0.5 * torch.randn(config.output_dim, config.output_dim))
         if config.patch_pos:
-            self.patch_pos_embed = nn.Parameter(torch.zeros(4, config.output_dim))
+            self.patch_pos_embed = nn.Parameter(config.output_dim**-0.5 * torch.randn(4, config.output_dim))
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.ln_pre = LayerNorm(config.width, eps=1e-6)
-        self.transformer = QwenBlocks(config)
+        self.transformer = nn.Sequential(OrderedDict(
+            resblocks=nn.Sequential(*(QwenBlock(config) for _ in range(config.layers)))))
         self.attn_pool = Resampler(ResamplerConfig(
             grid_size=math.isqrt(config.n_queries), embed_dim=config.output_dim, kv_dim=config.width, norm_eps=1e-6,
             num_heads=config.pool_heads or max(1, config.output_dim // 128)))
         self.ln_post = LayerNorm(config.output_dim, eps=1e-6)
-        self.init_weights()
-        if config.grad_checkpoint:
-            checkpoint_layers(self)
-
-    def init_weights(self) -> None:
-        """Initialisation for training from scratch; residual projections shrink with depth."""
-        nn.init.trunc_normal_(self.positional_embedding, std=0.02)
-        for table in (self.proj, self.patch_pos_embed) if self.config.patch_pos else (self.proj,):
-            nn.init.normal_(table, std=self.config.output_dim**-0.5)
-        for module in self.transformer.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        with torch.no_grad():
-            for number, block in enumerate(self.transformer.resblocks, start=1):
-                block.attn.out_proj.weight.div_(math.sqrt(2 * number))
-                block.mlp.c_proj.weight.div_(math.sqrt(2 * number))
 
     def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` of whole patches → features `[B, n_queries, output_dim]`.
@@ -230,12 +196,11 @@ class QwenVit(PretrainedNetwork):
     def from_pretrained(cls, folder: str | Path, *, config: QwenVitConfig | None = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         log: Callable[[str], None] | None = None) -> Self:
-        """A vision encoder in eval mode, frozen.
+        """A vision encoder in eval mode, frozen; `log` receives one line about what was loaded.
 
         Args:
             folder: that holds weights, or their file (`qwen_vit_G.pt`, safetensors, also Qwen-VL's own).
-            config: sizes; None: of `config.json` beside the weights, else the original ones.
-            log: receives one line about what was loaded.
+            config: sizes; None: of `config.json` with the weights, else the original ones.
 
         Raises:
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.

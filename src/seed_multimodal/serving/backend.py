@@ -17,12 +17,12 @@ from PIL import Image
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
 from seed_multimodal.language.answer import BrokenImagePart, TextPart
+from seed_multimodal.language.messages import Answer, DrawnPart, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.vocabulary import BOX, PLACEHOLDER
 from seed_multimodal.serving.schema import FoundBox, GenerateRequest, GenerateResponse, Limits, Preview, read_request
 from seed_multimodal.serving.waiting import Queue, Vanished
-from seed_multimodal.system.messages import Answer, DrawnPart, Message
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem

@@ -19,38 +19,28 @@ from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PART
 
 OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors",
                                      "manifest.json", ".*")
-VISUAL = "visual_weight.safetensors"  # LaVIT's second stage, which trainings write beside the language model
+VISUAL = "visual_weight.safetensors"  # LaVIT's second stage, which trainings write with the language model
 
 
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
                     settings: Mapping[str, Any] | None = None, *, force: bool = False) -> Path:
-    """Make a system folder, complete or not at all, of the folders or files of its `parts`.
-
-    Args:
-        settings: of `system.json`, over those that the weights decide.
-        force: replace a folder that is not empty.
+    """Make a system folder, complete or not at all, of the folders or files of its `parts`; `settings` of `system.json`
+    go over those that the weights decide.
 
     Raises:
-        CheckpointError: a part that is not there. ConfigError: wrong settings, or `out` is not empty.
+        CheckpointError: a part that is not there. ConfigError: wrong settings, or `out` is not empty (and no `force`).
     """
-    given = {name: Path(source).expanduser() for name, source in parts.items()}
-    for name, source in given.items():
-        if not source.exists():
-            raise CheckpointError(f"{source}: there is no such folder for --{name}.")
+    places = {name: Path(source).expanduser() for name, source in parts.items()}
+    for name, place in places.items():
+        if not place.exists():
+            raise CheckpointError(f"{place}: there is no such folder for --{name}.")
     if kind == "lavit":  # an export holds both tokenizer and decoder, a trained pixel decoder its decoder
-        exported = given["tokenizer"]
-        decoders = [place / "decoder" for place in (given.get("pixels", exported), exported)]
-        if "decoder" not in given and (decoder := next(filter(Path.is_dir, decoders), None)):
-            given["decoder"] = decoder
-        given["tokenizer"] = exported / "tokenizer" if (exported / "tokenizer").is_dir() else exported
-    target = output_folder(out, force=force, what="the system", read=given.values())
-    with making_folder(target, out, ConfigError) as folder:
-        join(kind, folder, given, {**_of_weights(kind, given), **(settings or {})})
-        try:
-            SystemConfig.read(folder)
-        except SeedError as error:
-            raise type(error)(str(error).replace(str(folder), str(out))) from error
-    return target
+        exported = places["tokenizer"]
+        decoders = [place / "decoder" for place in (places.get("pixels", exported), exported)]
+        if "decoder" not in places and (decoder := next(filter(Path.is_dir, decoders), None)):
+            places["decoder"] = decoder
+        places["tokenizer"] = exported / "tokenizer" if (exported / "tokenizer").is_dir() else exported
+    return _written(kind, out, places, {**_of_weights(kind, places), **(settings or {})}, force)
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
@@ -62,27 +52,35 @@ def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -
     if config.original == "lavit":
         raise ConfigError(f"{config.name}: its parts are one folder in the original's layout already; copy that.")
     kind = config.system
-    parts = {key: getattr(config, key) for key in PARTS[kind] if getattr(config, key, None) and config.has(key)}
+    parts = {key: getattr(config, key) for key in PARTS[kind] if getattr(config, key) and config.has(key)}
     if kind == "seed_llama" and "detokenizer" in parts and parts["detokenizer"].parent == parts["tokenizer"]:
         del parts["detokenizer"]  # copied with the tokenizer
     settings = {key: getattr(config, key) for key in (*COMMON, *SETTINGS[kind]) if getattr(config, key) is not None}
     if "tasks" in settings:
         settings["tasks"] = dataclasses.asdict(config.tasks)
+    return _written(kind, out, parts, settings, force, card=Path(config.name) / "README.md")
+
+
+def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: dict[str, Any], force: bool,
+             card: Path | None = None) -> Path:
     target = output_folder(out, force=force, what="the system", read=parts.values())
     with making_folder(target, out, ConfigError) as folder:
-        for key in {"domain", "known_words"} & settings.keys():
-            settings[key] = Path(shutil.copy2(settings[key], folder)).name
-        join(kind, folder, parts, settings, whole=True)
-        card = Path(config.name) / "README.md"
-        text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens this folder.\n"
-        replace_text(folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text)
+        if card is not None:
+            for key in {"domain", "known_words"} & settings.keys():
+                settings[key] = Path(shutil.copy2(settings[key], folder)).name
+            text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens it.\n"
+            replace_text(folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text)
+        join(kind, folder, parts, settings, whole=card is not None)
+        try:
+            SystemConfig.read(folder)
+        except SeedError as error:
+            raise type(error)(str(error).replace(str(folder), str(out))) from error
     return target
 
 
 def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any], whole: bool = False) -> None:
     """Copy parts into a system's folder (their names there, which may be below a part; what is there already stays) and
     write its `system.json`; `whole`: also files of other systems that they name."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, source in parts.items():
         _copy(source, folder / name, whole)
     if kind == "lavit" and (folder / "llm" / VISUAL).is_file():
@@ -91,7 +89,7 @@ def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[s
     for file in (folder / "sdxl" / "unet").glob("*.safetensors"):  # its weights are the adapter's
         file.unlink()
     named = {name: name for name in PARTS[kind] if (folder / name).exists()}
-    if "vision" in parts and parts["vision"].is_file():  # beside SEED-2's tokenizer
+    if "vision" in parts and parts["vision"].is_file():  # of SEED-2's tokenizer
         named["vision"] = f"vision/{parts['vision'].name}"
     if kind == "seed_llama" and (folder / "tokenizer" / INSIDE).is_dir():
         named = {"detokenizer": f"tokenizer/{INSIDE}", **named}
@@ -111,18 +109,17 @@ def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
 
 def _copy(source: Path, place: Path, whole: bool) -> None:
     """A folder's files, or one file into the folder `place`."""
+    place.mkdir(parents=True, exist_ok=True)
     if source.is_file():
-        place.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, place / source.name)
-    elif source.resolve() != place.resolve():
-        shutil.copytree(source, place, dirs_exist_ok=True, ignore=OF_TRAINING)
-        for file in source.rglob("*.json"):
-            key = {"tower.json": "file", "vae.json": "folder"}.get(file.name)
-            values = read_json_object(file) if key else {}
-            if key and not (named := (file.parent / values[key]).resolve()).is_relative_to(source.resolve()):
-                copied = place / file.relative_to(source)
-                values[key] = Path(os.path.relpath(named, copied.parent.resolve())).as_posix()
-                if whole:
-                    values[key] = f"shared_{named.name}"
-                    (shutil.copytree if named.is_dir() else shutil.copy2)(named, copied.parent / values[key])
-                replace_text(copied, json.dumps(values) + "\n")
+        return
+    shutil.copytree(source, place, dirs_exist_ok=True, ignore=OF_TRAINING)
+    for file in (*source.rglob("tower.json"), *source.rglob("vae.json")):
+        values, key = read_json_object(file), "file" if file.name == "tower.json" else "folder"
+        named, copied = (file.parent / values[key]).resolve(), place / file.relative_to(source)
+        if not named.is_relative_to(source.resolve()):
+            values[key] = Path(os.path.relpath(named, copied.parent.resolve())).as_posix()
+            if whole:
+                values[key] = f"shared_{named.name}"
+                (shutil.copytree if named.is_dir() else shutil.copy2)(named, copied.parent / values[key])
+            replace_text(copied, json.dumps(values) + "\n")

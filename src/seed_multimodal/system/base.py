@@ -1,6 +1,6 @@
 """`MultimodalSystem`: describe, ask, chat, draw, edit, reconstruct and tokenize, for every family.
 
-    messages ─► requests: prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
+    messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
     system = MultimodalSystem.from_pretrained("nano")
     system.describe("cat.png")                     # one image: a text
@@ -14,30 +14,22 @@ A family says how conversations become prompts (`requests`) and what its images 
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-import threading
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
 
+from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.language.answer import ImagePart, split_answer
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_value, nearest, read_settings
-from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.domain import read_known_words
-from seed_multimodal.system.images import ImageCodec, on_device, one_seed_each
-from seed_multimodal.system.loading import Log, Runtimes, choose_runtimes, family
-from seed_multimodal.system.messages import (
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.language.generator import Generator, Task
+from seed_multimodal.language.known_words import read_known_words
+from seed_multimodal.language.messages import (
     Answer,
-    DrawnPart,
     Message,
     grouped,
     is_image,
@@ -45,16 +37,29 @@ from seed_multimodal.system.messages import (
     require_text,
     texts_for,
     user_message,
+    without_oldest_turn,
 )
-from seed_multimodal.system.requests import Request, Task, Written
-from seed_multimodal.system.streaming import AnswerReader, Event, TokenStreamer, tokens_from_thread
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import check_value
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.system.images import ImageCodec, Log, Runtimes, family, offloaded, one_seed_each
 
 BATCH = 16
 BAR_FROM = 32  # requests from which there is a progress bar
 PREVIEW_STEPS = 2  # of nano's twelve: nearly as near to the whole image as twelve, at a quarter of their time
 
 
-class MultimodalSystem:
+@dataclass
+class Written:
+    """An answer before its images are drawn; `values`: of each whole image its codes, or its features [N, W]."""
+
+    answer: Answer
+    values: Sequence[Any]
+    request: Prompt
+
+
+class MultimodalSystem(Generator):
     """A loaded system; make one with `from_pretrained`.
 
     Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
@@ -62,14 +67,12 @@ class MultimodalSystem:
     be used from several threads: its language model and its codec each serve one of them at a time.
     """
 
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
-
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
                  log: Log = None, *, llm_device: torch.device | None = None) -> None:
-        """`llm_device`: where an off-loaded language model computes; None: it stays where it is."""
-        self.config, self.tokenizer, self.llm, self.images, self.log = config, tokenizer, llm, images, log
+        super().__init__(tokenizer, llm, llm_device)
+        self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
-        self._llm_device, self._turn = llm_device, threading.Lock()
+        self.answer_after = config.tasks.answer_after or config.answer_after
         for task in ("describe", "ask", "draw", "edit", "chat"):
             self.settings(task)  # wrong defaults in system.json are reported now
 
@@ -86,8 +89,7 @@ class MultimodalSystem:
             quantization: "8bit" or "4bit" for the language model.
             image_device, drawing_device: where images are encoded and drawn, if not on `device`.
             offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder".
-            load_decoder: False: a system that never draws.
-            parts: single parts (folders or hub names), as keys of `SystemConfig`.
+            load_decoder: False: a system that never draws. parts: keys of `SystemConfig`, folders or hub names.
 
         Raises:
             CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
@@ -97,8 +99,11 @@ class MultimodalSystem:
         if not issubclass(kind, cls):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with MultimodalSystem or {kind.__name__}.")
         config.require("llm", "tokenizer")
-        runtimes = choose_runtimes(device, dtype, image_device, drawing_device, quantization, offload, log)
-        return kind.load(config, replace(runtimes, load_decoder=load_decoder), log)
+        llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
+        images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
+        drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
+        parked = offloaded(offload) - ({"llm"} if quantization else set())
+        return kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the system as one folder with a model card; `from_pretrained`, `seed --model` and the servers load it.
@@ -110,16 +115,6 @@ class MultimodalSystem:
 
         return save_system(self.config, folder, force=force)
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to a repository of the Hugging Face hub; returns its address."""
-        from huggingface_hub import HfApi
-
-        with tempfile.TemporaryDirectory() as place:
-            folder = self.save_pretrained(Path(place) / "system")
-            address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
-            HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
-        return str(address)
-
     # ---- a family defines
 
     @classmethod
@@ -127,7 +122,7 @@ class MultimodalSystem:
         raise NotImplementedError
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
-                 seeds: Sequence[int | None] | None = None) -> list[Request]:
+                 seeds: Sequence[int | None] | None = None) -> list[Prompt]:
         """Conversations as prompts; all their images are encoded together.
 
         Args:
@@ -142,41 +137,24 @@ class MultimodalSystem:
         """What `images.draw` takes for images of answer `row`."""
         return [part.codes for part in parts]
 
-    def draw_values(self, values: Sequence[Any], requests: Sequence[Request | None], seeds: Sequence[int],
-                    batch_size: int, drawing: dict[str, Any]) -> list[Image.Image]:
+    def draw_values(self, values: Sequence[Any], requests: Sequence[Prompt], seeds: Sequence[int], batch_size: int,
+                    drawing: dict[str, Any]) -> list[Image.Image]:
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
     def said(self, answer: Answer, task: Task) -> str:
         """The text of an answer, for people."""
         return answer.text
 
-    def stops(self, task: Task) -> Sequence[str]:
-        """Text that ends an answer."""
-        return ()
-
-    def ends(self, task: Task) -> Sequence[int] | None:
-        """Tokens that end an answer; None: `</s>`."""
-        return None
-
-    def after(self, task: Task) -> str:
-        """Characters that end a verdict at the beginning of an answer."""
-        return str(self.tasks.answer_after)
-
-    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        """What cuts an answer at its end, and into events."""
-        return AnswerReader(self.tokenizer, self.stops(task), previews)
-
     def own_defaults(self, task: str) -> dict[str, Any]:
-        """Generation settings of `system.json` for a task."""
         return dict(self.config.generation)
 
-    def image_tokens(self, settings: GenerationSettings) -> int:
-        """New tokens of one image, its `<img>` given."""
-        return self.tokenizer.vocabulary.tokens_per_image + 1
+    @property
+    def drawing_settings(self) -> tuple[str, ...]:
+        return self.images.drawing_settings
 
-    def question(self, question: str, short: bool) -> str:
-        """The request that asks a question; `short`: as the system was tuned to be asked."""
-        return str(self.tasks.question(question)) if short else question
+    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
+        """Which task's settings and prompts a conversation is answered with."""
+        return "chat"
 
     # ---- tasks
 
@@ -193,7 +171,8 @@ class MultimodalSystem:
             question: one for all images, or one each. short: ask as the system was tuned to be asked.
         """
         several = [question] if isinstance(question, str) else question
-        asked = [self.question(require_text(one, "The question"), short) for one in several]
+        asked = [self.tasks.question(one) if short else one
+                 for one in (require_text(one, "The question") for one in several)]
         return self._say(images, asked[0] if isinstance(question, str) else asked, "ask", batch_size, options)
 
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any) -> Any:
@@ -211,10 +190,11 @@ class MultimodalSystem:
         Raises:
             GenerationError: no whole image.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        conversations = [user_message([self.drawing_request(one, verbatim)]) for one in texts]
+        plain = verbatim or not self.config.tuned
+        texts = [require_text(one, "The text to draw") for one in ([text] if isinstance(text, str) else text)]
+        conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
         images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
-        return images[0] if isinstance(text, str) and num_images == 1 and len(images) == 1 else images
+        return images[0] if isinstance(text, str) and num_images == 1 else images
 
     def edit(self, images: Any, instruction: str | Sequence[str], seed: Any = 0, *, num_images: int = 1,
              batch_size: int = BATCH, **options: Any) -> Any:
@@ -241,12 +221,12 @@ class MultimodalSystem:
     def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
              previews: Sequence[int] | None = None, should_stop: Callable[[], bool] | None = None,
              **options: Any) -> Any:
-        """The `Answer` to the last message of a conversation (see `system.messages` for its form).
+        """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
         Args:
-            stream: yield events (see `system.streaming`) while the answer is made.
+            stream: yield events (see `language.streaming`) while the answer is made.
             force_image: make the model answer with an image.
-            previews: after how many codes a stream shows an image, where first codes are one; None: as `system.json`.
+            previews: after how many codes a stream shows what there is of an image; None: as `system.json` says.
             should_stop: called before each token and each drawing; true ends the answer there.
         """
         conversation = read_messages(messages)
@@ -260,54 +240,25 @@ class MultimodalSystem:
             self.images.check_drawing(**drawing)
         if force_image:
             seen = any(not isinstance(item, str) for one in conversation for item in one.content)
-            opening = self.forced_opening(seen)
-            settings = self._forced(settings, options)
+            opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
+            settings = self.forced(settings, options)
         request = self._fitting(conversation, task, opening, settings)
         due = check_value(Sequence[int], self.config.previews if previews is None else previews, "previews", least=1)
         due = due if self.images.progressive and self.images.can_draw else ()
-        events = self._events(request, settings, task, drawing, due, should_stop)
+        states, seeds = HiddenStates(), [settings.seed or 0]
+
+        def draw(event: dict[str, Any]) -> Image.Image | None:
+            if "part" not in event:
+                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS, "scheduler": None}
+                return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
+            if not self.images.can_draw:
+                return None
+            return self.draw_values(self.values([event["part"]], states, 0), [request], seeds, 1, drawing)[0]
+
+        events = self.events(request, settings, task, draw, due, should_stop, states=states)
         return events if stream else next(event["answer"] for event in events if event["type"] == "done")
 
     # ---- building blocks
-
-    def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
-        """The system's defaults for a task with `options` over them.
-
-        A given temperature, top_p or top_k switches sampling on (without beams), unless `do_sample` is given too.
-
-        Raises:
-            ConfigError: an unknown option (names the nearest) or a value out of range.
-        """
-        known = [entry.name for entry in fields(GenerationSettings)]
-        for name in options:
-            if name not in known:
-                raise ConfigError(f"Unknown option {name!r}{nearest(name, [*known, *self.drawing_settings])}.")
-        if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
-            options = {"do_sample": True, "num_beams": 1, **options}
-        values = {"max_new_tokens": 256, "do_sample": False, **self.defaults.get(task, {}),
-                  **self.own_defaults(task), **options}
-        return read_settings(GenerationSettings, values, "Generation setting")
-
-    @property
-    def drawing_settings(self) -> tuple[str, ...]:
-        return self.images.drawing_settings
-
-    def drawing_request(self, text: str, verbatim: bool = False) -> str:
-        """The message that asks for an image of `text`; raises RequestError for an empty text."""
-        text = require_text(text, "The text to draw")
-        return text if verbatim else str(self.tasks.draw_request(text))
-
-    def forced_opening(self, seen: bool) -> str:
-        """The words before a forced image in a conversation with an image (`seen`), or without."""
-        return str(self.tasks.edit_response if seen else self.tasks.draw_response)
-
-    def free_tokens(self, task: Task) -> int:
-        """Tokens in which the model may say something before an image; only where none follows, it is forced."""
-        return int(getattr(self.tasks, f"{task}_words"))
-
-    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
-        """Which task's settings and prompts a conversation is answered with."""
-        return "chat"
 
     def note(self, message: Message) -> str:
         """What there is to say of a message's words and images that are unlike those of the training, or nothing."""
@@ -325,9 +276,9 @@ class MultimodalSystem:
                 rows = slice(start, start + batch_size)
                 own = None if seeds is None else seeds[rows]
                 requests, states = self.requests(conversations[rows], task, opening, own), HiddenStates()
-                answers = self.generate([one.prompt for one in requests], settings, task, seeds=own, states=states)
+                answers = self.generate(requests, settings, task, seeds=own, states=states)
                 for row, (request, ids) in enumerate(zip(requests, answers, strict=True)):
-                    answer = self.read_answer(ids, task, request.note)
+                    answer = self.read_answer(ids, task)
                     images = [part for part in answer.parts if isinstance(part, ImagePart)]
                     written.append(Written(answer, self.values(images, states, row) if images else (), request))
                 bar.update(len(requests))
@@ -336,26 +287,22 @@ class MultimodalSystem:
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
                      seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
         """Answers to conversations that ask for one image, not drawn yet. The model may say something first
-        (`free_tokens`, or up to `max_new_tokens`); the image is forced where none follows."""
-        forced = self._forced(self.settings(task, **options), options)
-        forced = replace(forced, max_new_tokens=self.image_tokens(forced))
+        (`draw_words` and `edit_words` of `TaskPrompts`); only where no image follows, it is forced."""
+        forced = self.forced(self.settings(task, **options), options)
+        whole = self.tokenizer.vocabulary.tokens_per_image + 1
+        forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
+        free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
         written: dict[int, Written] = {}
-        if free := self.free_tokens(task):
+        if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
             written = dict(enumerate(self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)))
         rest = [row for row in range(len(conversations)) if row not in written or len(written[row].values) != 1]
-        if rest:
-            again = self.write([conversations[row] for row in rest], task, forced, self.forced_opening(task == "edit"),
-                               seeds=None if seeds is None else [seeds[row] for row in rest], batch_size=batch_size)
-            written |= zip(rest, again, strict=True)
+        opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
+        again = self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
+                           seeds=None if seeds is None else [seeds[row] for row in rest])
+        written |= zip(rest, again, strict=True)
         return [written[row] for row in range(len(conversations))]
-
-    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
-                 **how: Any) -> list[list[int]]:
-        """The ids of each answer; `how`: further arguments of `language.generation.generate`."""
-        with self._turn, on_device(self.llm, self._llm_device or torch.device("cpu"), self._llm_device is not None):
-            return generate(self.llm, self.tokenizer, prompts, settings, ends=self.ends(task), **how)
 
     # ---- inside
 
@@ -384,15 +331,13 @@ class MultimodalSystem:
               options: dict[str, Any]) -> list[Image.Image]:
         drawing = self._drawing(options)
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
-        first = one_seed_each(seed, len(conversations))
-        seeds = [(one + place) % 2**63 for one in first for place in range(num_images)]
+        seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
+                 for place in range(num_images)]
         self._log_note(self.note(conversations[0][-1]) if len(conversations) == 1 else "")
-        if self.settings(task, **options).samples:
-            conversations = [one for one in conversations for _ in range(num_images)]
-            written = self.write_images(conversations, task, seeds=seeds, batch_size=batch_size, **options)
-        else:  # the same codes for all drawings of a text
-            once = self.write_images(conversations, task, seeds=seeds[::num_images], batch_size=batch_size, **options)
-            written = [one for one in once for _ in range(num_images)]
+        each = num_images if self.settings(task, **options).samples else 1  # else the same codes for all of a text
+        written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
+                                    seeds=seeds[::num_images // each], **options)
+        written = [one for one in written for _ in range(num_images // each)]
         for one in written:
             if len(one.values) != 1:
                 raise GenerationError("The model's answer holds no whole image"
@@ -403,97 +348,21 @@ class MultimodalSystem:
     def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:  # removes them from the options
         return {key: options.pop(key) for key in self.drawing_settings if key in options}
 
-    def _forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image; the system's own limit is raised to leave room for it, a given one is kept,
-        or refused (`ConfigError`) if no image fits into it."""
-        needed = self.tokenizer.vocabulary.least_codes + 1
-        if "max_new_tokens" in given and settings.max_new_tokens < needed:
-            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
-                              f"small for a request that must be answered with one.")
-        return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
-
-    def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Request:
-        """The request of a conversation; where it is longer than the context, its oldest turns are left out."""
-        context = int(self.llm.config.max_position_embeddings)
+    def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
+        """The prompt of a conversation; where it is longer than the context, its oldest turns are left out."""
+        context, rest = int(self.llm.config.max_position_embeddings), conversation
         room = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
-        left_out = 0
         while True:
-            request = self.requests([conversation], task, opening, [settings.seed])[0]
-            users = [place for place, message in enumerate(conversation) if message.role == "user"]
-            if len(request.prompt) + room <= context or len(users) < 2:
+            request = self.requests([rest], task, opening, [settings.seed])[0]
+            shorter = without_oldest_turn(rest)
+            if len(request) + room <= context or len(shorter) == len(rest):
                 break
-            start = next(place for place, message in enumerate(conversation) if message.role != "system")
-            conversation = [*conversation[:start], *conversation[users[1]:]]
-            left_out += users[1] - start
-        request.note = self.note(conversation[-1])
-        if left_out:
+            rest = shorter
+        request.note = self.note(rest[-1])
+        if left_out := len(conversation) - len(rest):
             request.note = (f"The conversation is longer than the model's context of {context} tokens: its first "
                             f"{left_out} messages were left out. {request.note}").rstrip()
         return request
-
-    def _events(self, request: Request, settings: GenerationSettings, task: Task, drawing: dict[str, Any],
-                previews: Sequence[int], should_stop: Callable[[], bool] | None) -> Iterator[Event]:
-        """Events of one answer, its images drawn; the last is `done` with the whole `Answer`."""
-        words, states = self.tokenizer.vocabulary, HiddenStates()
-        reader = self.reader(task, previews if settings.num_beams == 1 else ())
-        images: list[Image.Image | None] = []
-
-        def show(events: Sequence[Event]) -> Iterator[Event]:
-            for event in events:
-                if event["type"] == "image_preview":
-                    event = {**event, "image": self.preview(event["codes"], settings.seed or 0, drawing)}
-                elif event["type"] == "image":
-                    if should_stop is not None and should_stop():
-                        raise Stopped
-                    part = event.pop("part")
-                    images.append(self._drawn(part, request, states, settings.seed or 0, drawing))
-                    event = {**event, "image": images[-1]}
-                yield event
-
-        with contextlib.suppress(Stopped):
-            first = [*request.prompt.answered, *([words.boi_id] if settings.force_image else [])]
-            for token in first:
-                yield from show(reader.read(token))
-            tokens = self._tokens(request, settings, task, states, len(first), should_stop)
-            with contextlib.closing(tokens):  # leaving early ends the thread
-                for token in tokens:
-                    yield from show(reader.read(token))
-                    if reader.finished:
-                        break
-            yield from show(reader.close())
-        rest = iter(images)
-        answer = self.read_answer(reader.ids, task, request.note)
-        parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
-                 for part in answer.parts]
-        yield {"type": "done", "answer": replace(answer, parts=tuple(parts))}
-
-    def _tokens(self, request: Request, settings: GenerationSettings, task: Task, states: HiddenStates, given: int,
-                should_stop: Callable[[], bool] | None) -> Generator[int, None, None]:
-        """New tokens of one answer as they come; with beams all at the end, when the best one is known."""
-        def produce(streamer: TokenStreamer | None) -> list[list[int]]:
-            return self.generate([request.prompt], settings, task, states=states, streamer=streamer,
-                                 should_stop=should_stop)
-
-        if settings.num_beams > 1:
-            return (token for token in produce(None)[0][given:])
-        return tokens_from_thread(produce)
-
-    def _drawn(self, part: ImagePart, request: Request, states: HiddenStates, seed: int,
-               drawing: dict[str, Any]) -> Image.Image | None:
-        if not self.images.can_draw:
-            return None
-        return self.draw_values(self.values([part], states, 0), [request], [seed], 1, drawing)[0]
-
-    def preview(self, codes: Sequence[int], seed: int, drawing: dict[str, Any]) -> Image.Image:
-        """What the first codes of an image show, drawn in a few steps (four where a scheduler is named)."""
-        steps = 4 if drawing.get("scheduler") else PREVIEW_STEPS
-        steps = min(drawing.get("num_inference_steps") or steps, steps)
-        few = {**drawing, "codes": len(codes), "num_inference_steps": steps}
-        return self.images.draw([codes], seeds=[seed], **few)[0]
-
-    def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
-        ids = self.reader(task).read_all(ids)
-        return Answer(tuple(split_answer(ids, self.tokenizer)), tuple(ids), note, self.after(task))
 
     def _log_note(self, note: str) -> None:
         self.log(note) if self.log and note else None

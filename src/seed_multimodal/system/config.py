@@ -19,7 +19,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object
@@ -28,43 +28,18 @@ from seed_multimodal.language.prompts import template_for
 from seed_multimodal.language.tasks import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
-
-class Part(NamedTuple):
-    """A part: what it is, its path in a system's folder; of the original its key in `hub.PARTS`, its path there, and
-    those files of its folder that are needed."""
-
-    what: str
-    path: str | None = None
-    source: str = ""
-    inside: str = ""
-    files: tuple[str, ...] = ()
-
-
 INSIDE = "diffusion_model"  # of a tokenizer's folder
-PARTS: dict[str, dict[str, Part]] = {
-    "seed_llama": {
-        "llm": Part("language model", "seed_llama", "{model}"),
-        "tokenizer": Part("image tokenizer", "seed_tokenizer", "tokenizer"),
-        "detokenizer": Part("diffusion model", f"seed_tokenizer/{INSIDE}", "unclip"),
-        "vision": Part("vision encoder")},
-    "seed_x": {
-        "llm": Part("language model", "llm", "seed-x", "{model}/llm"),
-        "agent": Part("agent (resamplers)", "agent", "seed-x", "{model}/agent"),
-        "tokenizer": Part("text tokenizer", "tokenizer", "seed-x", "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"),
-        "vision": Part("vision encoder", "vision", "qwen-vit"),
-        "sdxl": Part("SDXL (unet/config.json, vae and scheduler)", "sdxl", "sdxl"),
-        "detokenizer": Part("SDXL adapter", "detokenizer", "seed-x", "seed_detokenizer/{stage}_stage")},
-    "lavit": {
-        "llm": Part("language model", "llm", "lavit", "language_model"),
-        "words": Part("text tokenizer"),
-        "tokenizer": Part("dynamic tokenizer", "tokenizer", "lavit", "",
-                          ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")),
-        "understanding": Part("token merger and projector of stage 2", None, "lavit", "language_model",
-                              ("visual_weight.bin",)),  # ours: in the tokenizer
-        "decoder": Part("decoder of codes", "decoder", "lavit", "visual_tokenizer/{head}tokenizer_decoder.bin"),
-        "pixels": Part("pixel decoder (unet, vae and scheduler)", "pixels", "lavit", "{head}pixel_decoding"),
-        "safety": Part("safety checker", None, "lavit", "pixel_decoding")}}
-
+# Parts of each system: what it is, and its path in a system's folder.
+PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
+    "seed_llama": {"llm": ("language model", "seed_llama"), "tokenizer": ("image tokenizer", "seed_tokenizer"),
+                   "detokenizer": ("diffusion model", f"seed_tokenizer/{INSIDE}"), "vision": ("vision encoder", None)},
+    "seed_x": {"llm": ("language model", "llm"), "agent": ("agent (resamplers)", "agent"),
+               "tokenizer": ("text tokenizer", "tokenizer"), "vision": ("vision encoder", "vision"),
+               "sdxl": ("SDXL (unet/config.json, vae and scheduler)", "sdxl"),
+               "detokenizer": ("SDXL adapter", "detokenizer")},
+    "lavit": {"llm": ("language model", "llm"), "words": ("text tokenizer", None),
+              "tokenizer": ("dynamic tokenizer", "tokenizer"), "decoder": ("decoder of codes", "decoder"),
+              "pixels": ("pixel decoder (unet, vae and scheduler)", "pixels"), "safety": ("safety checker", None)}}
 DRAWING = ("detokenizer", "sdxl", "decoder", "pixels")
 BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}  # of the original SEED-LLaMA
 BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer alone, as its evaluation resizes
@@ -79,15 +54,26 @@ COMMON = ("system", "previews", "domain", "domain_threshold", "known_words")
 
 # The originals' inference scripts (top_k 50 is the library default that they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
-_SEED_LLAMA = {"transform": BILINEAR, "generation": RELEASED_GENERATION, "tasks": RELEASED_TASKS}
-# Original models: system, what fills the braces in `PARTS`, settings over `SETTINGS`.
-ORIGINALS: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
-    "8b": ("seed_llama", {"model": "8b"}, {**_SEED_LLAMA, "template": "vicuna"}),
-    "14b": ("seed_llama", {"model": "14b"}, {**_SEED_LLAMA, "template": "llama2"}),
-    "seed-x": ("seed_x", {"model": "seed_x", "stage": "first"}, {"tuned": False}),
-    "seed-x-i": ("seed_x", {"model": "seed_x_i", "stage": "first"}, {}),
-    "seed-x-edit": ("seed_x", {"model": "seed_x_edit", "stage": "second"}, {"grids": ("1x1",)}),
-    "lavit": ("lavit", {}, {})}
+_SEED_LLAMA = {
+    "system": "seed_llama", "tokenizer": hub.PARTS["tokenizer"].folder, "detokenizer": hub.PARTS["unclip"].folder,
+    "transform": BILINEAR, "generation": RELEASED_GENERATION, "tasks": RELEASED_TASKS}
+_SEED_X = {
+    "system": "seed_x", "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
+    "vision": hub.PARTS["qwen-vit"].folder, "sdxl": hub.PARTS["sdxl"].folder,
+    "detokenizer": "pretrained/seed_detokenizer/first_stage"}
+_LAVIT = hub.PARTS["lavit"].folder
+# The original models, as a `system.json` in the repository's root would describe them.
+ORIGINALS: dict[str, dict[str, Any]] = {
+    "8b": {**_SEED_LLAMA, "llm": hub.PARTS["8b"].folder},
+    "14b": {**_SEED_LLAMA, "llm": hub.PARTS["14b"].folder, "template": "llama2"},
+    "seed-x": {**_SEED_X, "llm": "pretrained/seed_x/llm", "agent": "pretrained/seed_x/agent", "tuned": False},
+    "seed-x-i": {**_SEED_X, "llm": "pretrained/seed_x_i/llm", "agent": "pretrained/seed_x_i/agent"},
+    "seed-x-edit": {**_SEED_X, "llm": "pretrained/seed_x_edit/llm", "agent": "pretrained/seed_x_edit/agent",
+                    "detokenizer": "pretrained/seed_detokenizer/second_stage", "grids": ("1x1",)},
+    "lavit": {"system": "lavit", "llm": f"{_LAVIT}/language_model", "tokenizer": _LAVIT,
+              "decoder": f"{_LAVIT}/visual_tokenizer/highres_tokenizer_decoder.bin",
+              "pixels": f"{_LAVIT}/highres_pixel_decoding", "safety": f"{_LAVIT}/pixel_decoding"}}
+FILES = {"tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/tokenizer_encoder.bin")}  # of LaVIT's
 ALIASES = {"released": "8b", hub.PARTS["8b"].hub: "8b", hub.PARTS["14b"].hub: "14b", hub.SEED_X: "seed-x-i",
            hub.LAVIT: "lavit"}
 NAMES = (*hub.SHIPPED, *ORIGINALS)
@@ -123,16 +109,15 @@ class SystemConfig:
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""
     previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
-    domain: Path | None = None  # see `system.domain`
+    domain: Path | None = None  # see `system.images`
     domain_threshold: float = 0.0
     known_words: Path | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
     lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
-    origins: dict[str, tuple[hub.ReleasedPart, str]] = field(default_factory=dict)  # of an original's parts
 
     @classmethod
     def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
-        """The config of a name or folder (None: of the `llm` that is given); whether parts are there is for `require`.
+        """The config of a name or folder (None: of the `llm` that is given); `require` checks whether parts are there.
 
         `system` is the kind that it must be; `given` are parts (paths or hub names), `template`, `tuned` and `head`.
 
@@ -156,11 +141,8 @@ class SystemConfig:
 
     @classmethod
     def read(cls, folder: Path) -> SystemConfig:
-        """The `system.json` of a folder; keys that begin with `_` are remarks.
-
-        Raises:
-            ConfigError: no JSON, an unknown key (the nearest is named) or a wrong value.
-        """
+        """The `system.json` of a folder; keys that begin with `_` are remarks. Raises `ConfigError` for no JSON, an
+        unknown key (the nearest is named) or a wrong value."""
         from seed_multimodal.images.transforms import get_transform
 
         file = folder / "system.json"
@@ -169,7 +151,7 @@ class SystemConfig:
         check_keys(values, (*COMMON, *SETTINGS[kind], *PARTS[kind]), str(file))
         if isinstance(values.get("tasks"), dict):
             values["tasks"] = {**dataclasses.asdict(SETTINGS[kind]["tasks"]), **values["tasks"]}
-        paths = {key: part.path for key, part in PARTS[kind].items() if part.path}
+        paths = {key: path for key, (_, path) in PARTS[kind].items() if path}
         config = read_settings(cls, {**SETTINGS[kind], **paths, **values}, str(file))
         check_keys(config.transform, inspect.signature(get_transform).parameters, f"{file}: transform")
         if kind == "lavit":
@@ -211,23 +193,26 @@ class SystemConfig:
     @classmethod
     def _original(cls, short: str, home: Path | None = None, head: str | None = None) -> SystemConfig:
         """An original model, in a copy of its repository (`home`) or below `pretrained/`."""
-        kind, own_names, settings = ORIGINALS[short]
-        config = cls(**{**SETTINGS[kind], **settings, "head": head or "highres"}, system=kind, name=short,
-                     original=short)
-        names = {**own_names, "head": "highres_" if config.head == "highres" else ""}
-        for key, part in PARTS[kind].items():
-            if part.source:
-                source, inside = hub.PARTS[part.source.format(**names)], part.inside.format(**names)
-                config.origins[key], place = (source, inside), Path(source.folder, inside)
-                if home is not None:
-                    own = home / place.relative_to(hub.PARTS["lavit" if kind == "lavit" else "seed-x"].folder)
-                    place = own if kind == "lavit" or _there(own) else place
-                if key != "understanding":
-                    setattr(config, key, _there(place) or place)
+        kind = ORIGINALS[short]["system"]
+        values = {**SETTINGS[kind], **ORIGINALS[short], "head": head or "highres", "name": short, "original": short}
+        config = cls(**values)
+        for key, path in config._usual_places().items():
+            place = path
+            if home is not None:
+                own = home / path.relative_to(_LAVIT if kind == "lavit" else "pretrained")
+                place = own if kind == "lavit" or _there(own) else path
+            setattr(config, key, _there(place) or place)
         if kind == "seed_x" and home is not None and (home / "llm").is_dir():  # a merged agent
             config.llm, config.agent = home / "llm", home / "agent"
             config.tokenizer = config.llm if (config.llm / "tokenizer.model").is_file() else config.tokenizer
         return config
+
+    def _usual_places(self) -> dict[str, Path]:
+        """Where the parts of an original belong, below the repository root."""
+        low = self.head == "lowres"
+        usual = ORIGINALS.get(self.original, {})
+        return {key: Path(usual[key].replace("highres_", "") if low else usual[key])
+                for key in PARTS[self.system] if key in usual}
 
     @property
     def can_draw(self) -> bool:
@@ -235,7 +220,7 @@ class SystemConfig:
         return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
 
     def has(self, *parts: str) -> bool:
-        """Whether these parts are on this disk; also LaVIT's "understanding"."""
+        """Whether these parts are on this disk."""
         return not any(self._missing(key) is not None for key in parts)
 
     def require(self, *parts: str) -> SystemConfig:
@@ -244,34 +229,42 @@ class SystemConfig:
         Raises:
             CheckpointError: parts that are missing: what to download and where to put it.
         """
+        origins = {key: _origin(place) for key, place in self._usual_places().items()}
         for key in parts:
-            source, inside = self.origins.get(key, (None, ""))
-            if source and getattr(self, key, None) == (usual := Path(source.folder, inside)) and not self.has(key):
-                files = PARTS[self.system][key].files or ((f"{inside}*",) if inside else source.files)
-                cached = hub.fetched(source.hub, files)
-                setattr(self, key, cached and _there(cached / inside) or usual)
+            if key in origins and not self.has(key) and getattr(self, key) == self._usual_places()[key]:
+                source, inside = origins[key]
+                files = source.files if inside == "." else (f"{inside}*",)
+                cached = hub.fetched(source.hub, FILES[key] if self.system == "lavit" and key in FILES else files)
+                setattr(self, key, cached and _there(cached / inside) or getattr(self, key))
         if self.has(*parts):
             return self
-        wanted = dict[str, list[str]]()
-        for key, part in PARTS[self.system].items():
-            all_at_once = key in self.origins and key != "safety" and getattr(self, key, None)
-            if (place := self._missing(key)) is not None and (key in parts or all_at_once):
-                wanted.setdefault(self.origins[key][0].what if key in self.origins else part.what, []).append(place)
         if self.original:
+            wanted = dict[str, list[str]]()
+            for key, (source, _) in origins.items():
+                if (place := self._missing(key)) and key != "safety":
+                    wanted.setdefault(source.what, []).append(place)
             listed = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
             raise CheckpointError(f"{self.name}: its weights are not on this disk: download {listed} (details in "
                                   f"pretrained/README.md){hub.or_take(self.system)}.")
-        texts = [f"its {what} is not there" + (f": put it at {place}" if place else " (seed assemble joins parts)")
-                 for what, (place,) in wanted.items()]
+        texts = [f"its {PARTS[self.system][key][0]} is not there"
+                 + (f": put it at {place}" if place else " (seed assemble joins parts)")
+                 for key in parts if (place := self._missing(key)) is not None]
         raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
 
     def _missing(self, key: str) -> str | None:
         """The first path of a part that is not there ("": none is named); None: it is complete."""
-        place = getattr(self, ("llm" if self.original else "tokenizer") if key == "understanding" else key)
+        place = getattr(self, key)
         if place is None:
             return None if key == "words" else ""
-        files = [place / file for file in PARTS[self.system][key].files] if self.original else []
-        return next((str(one) for one in files or [place] if not _there(one)), None)
+        whole = FILES.get(key, ()) if self.original == "lavit" else ()
+        return next((str(one) for one in [place / file for file in whole] or [place] if not _there(one)), None)
+
+
+def _origin(place: Path) -> tuple[hub.ReleasedPart, str]:
+    """The repository of an original's part, by the folder below `pretrained/`, and the part's path in it."""
+    source = max((part for part in hub.PARTS.values() if place.is_relative_to(part.folder)),
+                 key=lambda part: len(part.folder))
+    return source, place.relative_to(source.folder).as_posix()
 
 
 def _there(place: Path) -> Path | None:

@@ -1,50 +1,92 @@
-"""The image side of a system: a vision encoder, and a de-tokenizer that is loaded when the first image is drawn.
-
-A codec may be used from several threads: it encodes or draws for one of them at a time.
-"""
+"""The image side of a system: a vision encoder, and a de-tokenizer that is loaded when the first image is drawn; and
+where the parts of a system compute."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from seed_multimodal.device import free_memory
+from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import ImageLimits, open_image
+from seed_multimodal.language.generator import on_device
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
-from seed_multimodal.system.domain import Domain
+from seed_multimodal.system.config import SystemConfig
+from seed_multimodal.weights import load_state_dict
 
+Log = Callable[[str], None] | None
+FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
 OFFLOADED = frozenset(("llm", "encoder", "decoder"))  # parts that can stay on the CPU while they are not in use
 
 
-def offloaded(parts: bool | Collection[str]) -> frozenset[str]:
-    """The names of the parts that are on their device only while they work; True: all of them.
+@dataclass(frozen=True)
+class Runtimes:
+    """Where the parts of a system compute; `offload`: of "llm", "encoder" and "decoder"."""
 
-    Raises:
-        ConfigError: another name.
-    """
-    names = () if isinstance(parts, bool) else (parts,) if isinstance(parts, str) else tuple(parts)
+    llm: Runtime
+    images: Runtime
+    drawing: Runtime
+    quantization: str | None = None
+    offload: Collection[str] = ()
+    load_decoder: bool = True
+
+    @property
+    def llm_home(self) -> torch.device:
+        """Where the language model is loaded."""
+        return torch.device("cpu") if "llm" in self.offload else self.llm.device
+
+    @property
+    def llm_device(self) -> torch.device | None:
+        """Where an off-loaded language model computes."""
+        return self.llm.device if "llm" in self.offload else None
+
+
+def offloaded(parts: bool | Collection[str]) -> frozenset[str]:
+    """The names of the parts that are on their device only while they work; True: all of them."""
+    names = OFFLOADED if parts is True else parts or ()
     check_keys(names, OFFLOADED, "offload")
-    return OFFLOADED if parts is True else frozenset(names)
+    return frozenset(names)
+
+
+def family(name: str) -> Any:
+    """The class of a family: "seed_llama", "seed_x" or "lavit"."""
+    module, _, kind = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(f"seed_multimodal.{module}"), kind)
+
+
+def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
+                log: Log = None) -> Any:
+    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model; raises `CheckpointError`
+    for a part that is missing or damaged."""
+    config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
+    config.require("vision" if config.system == "seed_x" else "tokenizer")
+    runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
+    pipeline = importlib.import_module(family(config.system).__module__)
+    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=offloaded(offload)))
 
 
 class ImageCodec:
-    """Images ⇄ codes or features; a family defines `encode` and `draw`.
+    """Images ⇄ codes or features; threads use it one at a time. A family defines `encode(images)`, which gives codes or
+    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them.
 
     Args:
         model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
         at_least: a larger image is reduced while it is opened, to this side or more.
-        drawing_device: None: `device`. offload: of "encoder" and "decoder".
+        drawing_device: None: `device`. offload: of "encoder" and "decoder", on the CPU while they do not work.
 
     Attributes:
         progressive: whether the first codes of an image can be drawn.
@@ -57,10 +99,12 @@ class ImageCodec:
     own_settings: ClassVar[tuple[str, ...]] = ()
     domain: Domain | None = None
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
+    encode: Callable[..., Any]
+    draw: Callable[..., list[Image.Image]]
 
     def __init__(self, model: nn.Module, *, load_decoder: Callable[[], Any] | None, device: torch.device,
                  drawing_device: torch.device | None = None, at_least: int | None = None,
-                 offload: bool | Collection[str] = False) -> None:
+                 offload: Collection[str] = ()) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
         self.limits, self.at_least = ImageLimits(), at_least
         self._load_decoder = load_decoder
@@ -68,27 +112,14 @@ class ImageCodec:
         self._lock = threading.RLock()  # held while the models compute
         self.offload(offload)
 
-    # ---- a family defines
-
-    def encode(self, images: Sequence[Any]) -> Any:
-        """Images → codes or features."""
-        raise NotImplementedError
-
-    def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8,
-             **settings: Any) -> list[Image.Image]:
-        """Codes or features of images → images; `settings` of the de-tokenizer and `drawing_settings`."""
-        raise NotImplementedError
-
     @property
     def encoder(self) -> nn.Module:
-        """The vision encoder, whose tokens the domain looks at."""
+        """The vision encoder, whose tokens the domain reads."""
         return self.model
 
     def run_encoder(self, images: Sequence[Any]) -> None:
         """Run the vision encoder on whole images."""
         self.encode(images)
-
-    # ---- shared
 
     @property
     def can_draw(self) -> bool:
@@ -96,39 +127,27 @@ class ImageCodec:
 
     @property
     def decoder(self) -> Any:
-        """The de-tokenizer, loaded now if this is its first use.
-
-        Raises:
-            CheckpointError: the system has none, or its files are not there.
-        """
+        """The de-tokenizer, loaded at its first use; raises `CheckpointError` if there is none."""
         with self._lock:
             if self._decoder is None:
                 if self._load_decoder is None:
                     raise CheckpointError(f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}.")
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
-                self._place_decoder()
+                self.offload(self._offload)
             return self._decoder
 
-    def offload(self, parts: bool | Collection[str]) -> None:
-        """Keep all, or these of "encoder" and "decoder", on the CPU while they do not work; and the others not."""
-        self._offload = offloaded(parts)
-        self.model.to("cpu" if "encoder" in self._offload else self.device)
-        if self._decoder is not None:
-            self._place_decoder()
-
-    def _place_decoder(self) -> None:
-        if "decoder" in self._offload:
+    def offload(self, parts: Collection[str]) -> None:
+        """Keep these of "encoder" and "decoder" on the CPU while they do not work; and the others not."""
+        self._offload = parts
+        self.model.to("cpu" if "encoder" in parts else self.device)
+        if self._decoder is not None and "decoder" in parts:
             self._decoder.enable_cpu_offload(self.drawing_device)
-        else:
+        elif self._decoder is not None:
             self._decoder.to(self.drawing_device)
 
     def check_drawing(self, **settings: Any) -> None:
-        """Refuse settings of `draw`, and a missing de-tokenizer, before the language model works for it.
-
-        Raises:
-            ConfigError: an unknown setting, or a value out of range. CheckpointError: there is no de-tokenizer.
-        """
+        """Raise for unknown settings of `draw` and a missing de-tokenizer before the language model works for it."""
         self.decoder.check_settings(**{name: value for name, value in settings.items()
                                        if name not in self.own_settings})
 
@@ -139,7 +158,7 @@ class ImageCodec:
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Inside, the encoder is on its device, and this thread alone uses it."""
-        with self._lock, on_device(self.model, self.device, "encoder" in self._offload):
+        with self._lock, on_device(self.model, self.device if "encoder" in self._offload else None):
             yield
 
     @contextlib.contextmanager
@@ -188,28 +207,55 @@ class Remembered:
         return values
 
 
-@contextlib.contextmanager
-def on_device(part: nn.Module, device: torch.device, offload: bool) -> Iterator[None]:
-    """`part` on the device inside; back on the CPU afterwards when it is off-loaded."""
-    if not offload or device.type == "cpu":
-        yield
-        return
-    part.to(device)
+class Domain(nn.Module):
+    """What a system was trained on: a small head on one layer of its vision encoder (`domain` of `system.json`).
+
+    Tokens of the layer [B, T, W] → scores [B]; above `threshold` an image is unlike those of the training.
+    """
+
+    name, layer, threshold = "", "", 0.0  # `name` of what was learned, the vision encoder's `layer`
+
+    def __init__(self, tokens: int, width: int, projected: int = 8, hidden: int = 32) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+        self.project = nn.Linear(width, projected)
+        self.hidden = nn.Linear(tokens * projected, hidden)
+        self.score = nn.Linear(hidden, 1)
+
+    def forward(self, tokens_BTW: Tensor) -> Tensor:
+        projected = F.gelu(self.project((tokens_BTW - self.mean) / self.scale))
+        return torch.as_tensor(self.score(F.gelu(self.hidden(projected.flatten(1))))[:, 0])
+
+    @torch.inference_mode()
+    def note(self, tokens_BTW: Tensor) -> str:
+        """One sentence where images are unlike those of the training, or nothing."""
+        unlike = (self(tokens_BTW) > self.threshold).nonzero()[:, 0].tolist()
+        which = "This" if len(tokens_BTW) == 1 else f"Image {', '.join(str(index + 1) for index in unlike)}"
+        return f"{which} does not look like {self.name}; for photographs use the original weights." if unlike else ""
+
+
+def load_domain(file: Path | None, threshold: float) -> Domain | None:
+    """The domain in a file, if one is named; `CheckpointError` for a missing or another file."""
+    if file is None:
+        return None
+    state = {name: value.float() for name, value in load_state_dict(file).items()}
     try:
-        yield
-    finally:
-        part.to("cpu")
-        free_memory(device)
+        (projected, width), (hidden, tokens) = state["project.weight"].shape, state["hidden.weight"].shape
+        domain = Domain(tokens // projected, width, projected, hidden).requires_grad_(False)
+        domain.load_state_dict(state)
+        with safe_open(file, framework="pt") as handle:
+            about = handle.metadata()
+        domain.name, domain.layer, domain.threshold = about["name"], about["layer"], threshold
+    except (KeyError, ValueError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{file}: holds no domain of a system; `domain` of system.json may be null.") from error
+    return domain
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
-    """The seeds of drawings: one for all, or one each.
-
-    Raises:
-        CodesError: another number of seeds than images. ConfigError: a seed that is no whole number of 64 bits.
-    """
-    given: Any = seed.tolist() if isinstance(seed, (Tensor, np.ndarray)) else seed
-    several: Sequence[Any] = given if isinstance(given, (list, tuple, range)) else [given] * count
+    """The seeds of drawings: one for all, or one each; raises `CodesError` for another number of them."""
+    given = seed.tolist() if hasattr(seed, "tolist") else seed
+    several = given if isinstance(given, (list, tuple, range)) else [given] * count
     seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in several]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")

@@ -28,8 +28,7 @@ from torchvision.transforms import v2
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
-from seed_multimodal.system.domain import DomainHead, load_domain
-from seed_multimodal.system.loading import open_images
+from seed_multimodal.system.images import Domain, load_domain, open_images
 from seed_multimodal.training.loop import train
 from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.stage import StageTask
@@ -68,15 +67,15 @@ def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
                     {"name": NAME, "layer": layer})
     saved = load_domain(folder / FILE, 0.0)
     assert saved is not None
-    threshold = float(saved.head(tokens(_scenes(seed, "val", plain=True), 2 * number // 3)).quantile(SHARE))
-    flagged = float((saved.head(others) > threshold).float().mean())
+    threshold = float(saved(tokens(_scenes(seed, "val", plain=True), 2 * number // 3)).quantile(SHARE))
+    flagged = float((saved(others) > threshold).float().mean())
     write_known_words(folder / WORDS)
     learned = {"domain": FILE, "domain_threshold": round(threshold, 3), "known_words": WORDS}
     replace_text(folder / "system.json", json.dumps(read_json_object(folder / "system.json") | learned, indent=1))
     log_line(f"{folder}: threshold {threshold:.3f}, which {flagged:.1%} of the other pictures exceed")
 
 
-def fit(scenes: Tensor, others: Tensor, steps: int = STEPS, seed: int = 0) -> DomainHead:
+def fit(scenes: Tensor, others: Tensor, steps: int = STEPS, seed: int = 0) -> Domain:
     """A head that tells tokens of scenes from those of other pictures, [N, T, W] each."""
     task = DomainTask(scenes, others, StageSettings(
         steps=steps, batch_size=BATCH, lr=3e-3, warmup=0, lr_scheduler_type="linear", min_lr_ratio=0, weight_decay=0.1,
@@ -92,7 +91,7 @@ class DomainTask(StageTask):
     def __init__(self, scenes: Tensor, others: Tensor, settings: StageSettings) -> None:
         torch.manual_seed(settings.seed)
         self.kinds, both = (scenes, others), torch.cat([scenes, others])
-        self.head = DomainHead(*scenes.shape[1:])
+        self.head = Domain(*scenes.shape[1:])
         self.head.mean, self.head.scale = both.mean((0, 1)), both.std((0, 1)) + 1e-4
         super().__init__("domain", self.head, settings)
 

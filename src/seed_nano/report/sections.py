@@ -147,8 +147,8 @@ def wide_drawing(run: Run) -> Section:
         return [image and image.resize((side, side), Image.Resampling.BICUBIC) for image in images]
 
     real = square([image.resize(size, Image.Resampling.BICUBIC) for image in run.real[:len(run.scenes)]])
-    run.show("wide_drawings", [Cell(image, asked=describe(scene), wide=2) for image, scene in
-                               zip(made[:6], run.scenes, strict=False)])
+    run.show("wide_drawings", [Cell(image, asked=describe(scene)) for image, scene in
+                               zip(made[:COLUMNS], run.scenes, strict=False)])
     return {**run.read(square(made), run.scenes, "wide_drawn")[1], "without_picture": made.count(None),
             "size": size, "ceiling": run.ceiling(run.scenes, real)}
 
@@ -168,7 +168,7 @@ def edit(run: Run) -> Section:
         for (scene, one), read in zip(edits, found, strict=True)]
     right, stays = (scoring.right_labels(one, all_words(scenes)) for one in (found, all_words(sources)))
     cells = [cell for (_, edit), given, result, target in zip(edits, before, made, targets, strict=True) for cell in (
-        Cell(given, "given"), Cell(result, asked=edit.instruction, arrow=True), Cell(target, "target"))]
+        Cell(given, "given"), Cell(result, asked=edit.instruction), Cell(target, "target"))]
     run.show("edits", cells[:9])
     run.show("edits", cells[9:18])
     return {**shares, "stayed": bootstrap(np.all(right | ~stays, axis=1)),

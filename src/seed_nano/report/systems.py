@@ -17,8 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.evaluation.metrics import FloatArray
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.system.messages import user_message
 
 Images = Sequence[Image.Image]
 LONGEST_TEXT = 110  # tokens: an answer without end would delay its whole batch

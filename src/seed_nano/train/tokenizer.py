@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.disk import replace_copy
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.eva import EvaConfig

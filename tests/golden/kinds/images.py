@@ -22,10 +22,24 @@ from runner import assert_close, assert_same, read_json, read_tensors
 
 from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.images.transforms import TYPES, get_transform, resize_passes, seed_image_processor, to_bytes
+from seed_multimodal.images.augment import RATIO, TrainTransform
+from seed_multimodal.images.transforms import (
+    TYPES,
+    get_transform,
+    normalise,
+    resize_passes,
+    seed_image_processor,
+    to_bytes,
+)
 from seed_multimodal.language.words import caption_text, question_text
-from seed_multimodal.seed_x.views import AnyResolution, choose_grid, fullest_grid, most_alike_grid, read_grids
+from seed_multimodal.seed_x.views import (
+    AnyResolution,
+    choose_grid,
+    fullest_grid,
+    most_alike_grid,
+    patch_positions,
+    read_grids,
+)
 
 PIXEL_TOLERANCE = 2e-2
 LEVELS = 2  # of 8-bit pixels: the same tolerance
@@ -63,10 +77,17 @@ def check_preprocessing(folder: Path) -> None:
         rule = ImageTextFilter(**{THRESHOLDS[key]: value for key, value in case.get("kwargs", {}).items()})
         assert_same(rule.keeps(case["item"], case["metadata"]), case["keep"], f"filter on {case}")
     if "stage_training_image_transform" in cases:
-        assert_same(TrainTransform().describe(), cases["stage_training_image_transform"], "training transform")
+        assert_same(steps_of(TrainTransform()), cases["stage_training_image_transform"], "training transform")
     for name in cases.get("transform_type_errors", {}):
         if (kind := name.rsplit(".", 1)[-1]) not in TYPES:
             check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
+
+
+def steps_of(transform: TrainTransform) -> list[str]:
+    """The steps in order, in the words of the original configuration."""
+    scale = f"({transform.min_scale:.7g}, {transform.max_scale:.1f})"
+    return [f"RandomResizedCrop scale={scale} ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})", "RandomHorizontalFlip",
+            "ToTensor", "Normalize"]
 
 
 def check_caption(column: str, case: dict[str, str]) -> None:
@@ -93,10 +114,10 @@ def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
 def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch.Tensor]) -> None:
     name, rule = case["image"], AnyResolution(image_size=case["base"], grids=tuple(grids))
     image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
-    views = rule(image)
-    assert_same((list(image.size), len(views.pixels)), (case["size"], case["num"]), f"{name}: size, number of views")
-    assert_close(views.pixels, tensors[f"{name}.patches"], PIXEL_TOLERANCE, what=f"{name}.patches")
-    assert_close(views.positions, tensors[f"{name}.patch_position"], 1e-6, what=f"{name}.patch_position")
+    views, positions = normalise(rule.cut(image)), patch_positions(rule.grid(image.size))
+    assert_same((list(image.size), len(views)), (case["size"], case["num"]), f"{name}: size, number of views")
+    assert_close(views, tensors[f"{name}.patches"], PIXEL_TOLERANCE, what=f"{name}.patches")
+    assert_close(positions, tensors[f"{name}.patch_position"], 1e-6, what=f"{name}.patch_position")
     if f"{name}.resize_pad_False" in tensors:
         want = tensors[f"{name}.resize_pad_False"].permute(2, 0, 1)
         squashed = to_bytes(resize_passes(image, (want.shape[2], want.shape[1]), Image.Resampling.BICUBIC))

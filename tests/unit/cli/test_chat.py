@@ -15,7 +15,7 @@ from PIL import Image
 from seed_multimodal.cli.chat import Talk
 from seed_multimodal.cli.main import build_parser, main
 from seed_multimodal.errors import GenerationError
-from seed_multimodal.system.messages import Answer
+from seed_multimodal.language.messages import Answer
 
 CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
 

@@ -19,7 +19,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from seed_multimodal.data.check.report import CheckSettings
 from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.writer import ShardWriter
+from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import get_kind

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from seed_multimodal.data.formats.benchmarks import Sample
+from seed_multimodal.data.annotations import Sample
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation import drawing as module
 from seed_multimodal.evaluation.answers import Run, Task

@@ -90,7 +90,7 @@ def test_merge_adapter_equals_peft(trained: SimpleNamespace, tokenizer: Multimod
     out = tmp_path / "merged"
     summary = merge_adapter(trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB")
     assert f": {len(trained.merged)} tensors, 14 with LoRA merged in, 7 replaced by trained ones, {words} w" in summary
-    assert "logits as before" in summary and (out / "model.safetensors.index.json").is_file()
+    assert (out / "model.safetensors.index.json").is_file()
     state = {name: value for file in out.glob("*.safetensors") for name, value in load_file(file).items()}
     assert state.keys() == trained.merged.keys()
     for name, value in state.items():
@@ -122,7 +122,7 @@ def test_merge_adapter_of_bin_shards_in_other_precisions(trained: SimpleNamespac
     torch.save(load_file(trained.adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
     shutil.copy(trained.adapter / "adapter_config.json", adapter)
     for dtype, stored in (("bf16", torch.bfloat16), ("base", torch.float32)):
-        assert "logits as before" in merge_adapter(base, adapter, tmp_path / "out", dtype=dtype, force=True)
+        merge_adapter(base, adapter, tmp_path / "out", dtype=dtype, force=True)
         assert {value.dtype for value in load_file(tmp_path / "out" / "model.safetensors").values()} == {stored}
         config = json.loads((tmp_path / "out" / "config.json").read_text())
         assert config["dtype"] == str(stored).removeprefix("torch.")
@@ -231,7 +231,7 @@ def test_merge_lora_weights_program(trained: SimpleNamespace, tokenizer_folder: 
                str(trained.base), "--lora_model", str(trained.adapter), "--save_path", str(tmp_path / "merged")]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert "14 with LoRA merged in" in run.stderr and "logits as before" in run.stderr
+    assert "14 with LoRA merged in" in run.stderr
     check_logits(tmp_path / "merged", trained.logits)
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "not empty (--force replaces it)." in again.stderr

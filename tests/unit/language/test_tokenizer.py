@@ -70,9 +70,6 @@ def test_encode_parts_reads_control_words_as_letters(tokenizer: MultimodalTokeni
     ids = tokenizer.encode_parts([typed])
     assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
     assert tokenizer.decode(ids) == typed
-    words = tokenizer.vocabulary
-    control = [2, words.boi_id, words.n_text + 1, words.eoi_id, 0, 1]
-    assert tokenizer.encode_parts([typed], allow_control=True) == control
 
 
 def test_encode_of_words_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.seed_x.adapter import ResamplerSizes, ResamplerXLV2, SDXLAdapter
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.seed_x.adapter import ResamplerXLV2, SDXLAdapter
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +40,6 @@ def test_resampler_reads_any_number_of_embeddings_without_order() -> None:
     torch.testing.assert_close(resampler(embeds[:, [2, 0, 1, 3]])[0], resampler(embeds)[0])
     normalised = ResamplerXLV2(dataclasses.replace(tiny_sdxl.SIZES, normalize=True))
     torch.testing.assert_close(normalised(embeds)[0], normalised(embeds * 3)[0])
-
-
-def test_sizes_that_do_not_fit() -> None:
-    with pytest.raises(ConfigError, match="dim must be a multiple of heads, not 10 with 3 heads"):
-        ResamplerSizes(dim=10, heads=3)
-    with pytest.raises(CheckpointError, match=r"widths \(17, 10\), but the U-Net reads \(16, 10\)"):
-        SDXLAdapter(tiny_sdxl.unet(), ResamplerXLV2(dataclasses.replace(tiny_sdxl.SIZES, output1_dim=7)))
 
 
 @torch.no_grad()
@@ -75,15 +68,6 @@ def test_what_is_trained_gets_gradients_and_nothing_else(stage: int, inputs: dic
     assert of_unet - first and of_unet >= first
     assert all(name.split(".")[-2] in ("to_k", "to_v") for name in of_unet - first)
     assert len(adapter.set_trainable("all")) == len(list(adapter.parameters()))
-    assert len(adapter.set_trainable("key_value")) == len(trained), "the rest is frozen again"
-
-
-def test_training_begins_with_sdxls_own_unet() -> None:
-    unet, before = tiny_sdxl.unet(), torch.get_rng_state()
-    adapter = SDXLAdapter.from_unet(unet, tiny_sdxl.SIZES, seed=3)
-    assert adapter.unet is unet and adapter.training and not adapter.reads_condition
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(SDXLAdapter.from_unet(unet, tiny_sdxl.SIZES, 3).resampler.latents, adapter.resampler.latents)
 
 
 @pytest.mark.parametrize("kind", ["torch file", "safetensors", "released folder", "own folder"])
@@ -107,31 +91,23 @@ def test_checkpoints_of_every_layout(kind: str, folder: Path, tmp_path: Path, in
         torch.testing.assert_close(loaded(**inputs), adapter(**inputs))
     half = SDXLAdapter.from_pretrained(place, folder, dtype=torch.bfloat16)
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
-    adapter.save_pretrained(tmp_path / "half", torch.float16)
-    assert {value.dtype for value in load_file(tmp_path / "half" / "model.safetensors").values()} == {torch.float16}
 
 
 def test_files_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
-    def refused(sentence: str, sdxl: Path = folder, error: Any = CheckpointError) -> None:
+    def refused(sentence: str, error: Any = CheckpointError) -> None:
         with pytest.raises(error, match=sentence):
-            SDXLAdapter.from_pretrained(tmp_path / "made", sdxl)
+            SDXLAdapter.from_pretrained(tmp_path / "made", folder)
 
     refused(r"no such folder; put SEED-X's de-tokenizer .*seed_detokenizer/first_stage")
     tiny_sdxl.adapter().save_pretrained(tmp_path / "made")
-    refused("unet/config.json: there is no such file; download the diffusers folder", tmp_path)
-    file = tmp_path / "made" / "model.safetensors"
+    file, sizes = tmp_path / "made" / "model.safetensors", tmp_path / "made" / "resampler.json"
     state = load_file(file)
     save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
     refused("1 tensors are missing from the file: 'unet.conv_out.bias'")
-    save_file({**state, "vae.something": torch.zeros(1)}, file)
-    with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'vae.something'"):
-        SDXLAdapter.from_pretrained(tmp_path / "made", folder)
     save_file({"weight": torch.zeros(2)}, file)
-    refused("no SDXL adapter: it holds no tensor 'unet.conv_in.weight'")
+    refused("a checkpoint of another model")
     save_file(state, file)
-    (tmp_path / "made" / "resampler.json").write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
+    sizes.write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
     refused(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
-    (tmp_path / "made" / "resampler.json").unlink()
-    refused(r"widths \(2048, 1280\), but the U-Net reads \(16, 10\)")
-    (tmp_path / "made" / "resampler.json").write_text('{"dims": 3}')
-    refused(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", error=ConfigError)
+    sizes.write_text('{"dims": 3}')
+    refused(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", ConfigError)

@@ -14,12 +14,12 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.serving.backend import read_turns
 from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.serving.schema import JSON_LINES, Limits
-from seed_multimodal.system.messages import Message
 
 ROOT = Path(__file__).resolve().parents[3]
 ASK = "USER: <image>What is it?\nASSISTANT:"
@@ -70,7 +70,8 @@ def test_generate_sends_previews_before_the_answer(client, tiny) -> None:
     assert [(one["picture"], one["codes"]) for one in previews][:2] == [(0, 8), (0, 16)]
     for one in previews[:2]:
         codes = plain["images_ids"][0][:one["codes"]]
-        assert one["preview"] == image_to_base64(tiny.preview(codes, 1, {})) != plain["images"][0]
+        preview = tiny.images.draw([codes], seeds=[1], codes=len(codes), num_inference_steps=2)[0]
+        assert one["preview"] == image_to_base64(preview) != plain["images"][0]
     status, answer = ask(client, text="USER: Hi\nASSISTANT:", images=[], max_new_tokens=2, temperature=0, previews=True)
     assert status == 200 and set(answer) == KEYS  # nothing to preview
     assert ask(client, text="<image>", images=[[99]], previews=True)[0] == 400
@@ -143,7 +144,7 @@ def test_read_turns_gives_the_turns_of_a_rendered_conversation(template, tiny) -
     turns = [("user", "<image>What is it?"), ("assistant", "a cat."), ("user", "Draw it."),
              ("assistant", "Here it is. <image>"), ("user", "Thanks")]
     rules = get_template(template)
-    text = rules.render_text(turns, tiny.tokenizer.vocabulary, bos="")
+    text = rules.render_text(turns, tiny.tokenizer.vocabulary).removeprefix("<s>")
     assert read_turns(text, rules) == turns
     assert read_turns(text + "Well", rules) == read_turns("What is it?", rules) == []
 

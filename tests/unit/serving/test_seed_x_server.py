@@ -11,11 +11,11 @@ import served
 from PIL import Image
 from served import noise, read
 
+from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
 from seed_multimodal.serving.flask_app import create_app
-from seed_multimodal.system.messages import Message
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
 PAGE = {"max_turns": 3, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
@@ -73,9 +73,9 @@ def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
     ("[INST] <image>? [/INST]\n", [[0, 1, 2, 3, 4]], NO_CODES),
     ("[INST] <image><image>? [/INST]\n", [noise(0)], "'text' holds 2 <image> placeholders, but 'images' has 1 entries"),
     ("[INST] " + "word " * 2000 + " [/INST]\n", [], "context ends at 512"),
-    ("[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n", [], "A box has 2 numbers instead of 4"),
+    ("[INST] The <box_start><loc-1><loc-2><box_end>? [/INST]\n", [], "A box is not four locations"),
     ("[INST] The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>? [/INST]\n", [],
-     "A box lies outside the grid of 16 places")])
+     "A box is not four locations below 16")])
 def test_generate_refuses_with_one_sentence(client, text: str, images: list[Any], sentence: str) -> None:
     said = ask(client, text, *images)
     assert said["status"] == 400 and sentence in said["error"] and "\n" not in said["error"]
@@ -128,13 +128,13 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) ->
     page.add(dialogue, None, "Thanks")
     assert said["text"] in dialogue.request(lambda path: path)["text"]
     turns = [Message("user", ("Where is it?",)), Message("assistant", (said["text"],)), Message("user", ("Thanks",))]
-    ids, box = tiny_x.requests([turns], "chat")[0].prompt.ids, list(Box(8, 4, 4, 2).ids(words))
+    ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))
 
 
 @pytest.mark.parametrize(("answer", "sentence"), [
-    ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box has 3 numbers instead of 4"),
-    ("<box_start><loc-1><loc-2><loc-3>", "A box is not closed"),
+    ("<box_start><loc-1><loc-2><loc-3><box_end>", "A box is not four locations"),
+    ("<box_start><loc-1><loc-2><loc-3>", "A box is not four locations"),
     ("</img> a cat", "Image words without an opening <img>."),
     ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes.")])
 def test_generate_reports_a_malformed_answer(tiny_x: SeedX, answer: str, sentence: str) -> None:

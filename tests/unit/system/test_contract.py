@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, ImageError, RequestError
+from seed_multimodal.language.messages import Answer
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.system.messages import Answer
 
 FAMILIES = ("tiny", "tiny_x", "tiny_lavit")
 SAMPLING = {"temperature": 2.0, "top_p": 1.0, "top_k": 0}

@@ -16,9 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 import seed_multimodal
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.system.domain import load_domain
-from seed_multimodal.system.images import ImageCodec
-from seed_multimodal.system.loading import open_images
+from seed_multimodal.system.images import ImageCodec, load_domain, open_images
 from seed_nano.report.domain import fit
 from seed_nano.world.scene import empty_pictures, render
 from seed_nano.world.splits import scene_at

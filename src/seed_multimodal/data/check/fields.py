@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seed_multimodal.data.decoders.base import CODE_FIELDS, Decoder
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PICTURE_ENDINGS
+from seed_multimodal.data.formats.images import IMAGE_KEYS, PICTURE_ENDINGS
 
 PICTURES = ("image", "images", "video", "source_image", "target_image", *IMAGE_KEYS)
 # Of records whose pictures are not tokenised yet, whatever they will become.

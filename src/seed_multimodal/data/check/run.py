@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.check.fields import PICTURES, as_tokenised, code_lists, has_pictures, is_raw
@@ -25,12 +24,10 @@ from seed_multimodal.data.decoders.phrases import BLANK_CAPTION
 from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS, get_decoder, guess_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.formats.files import find_files
-from seed_multimodal.data.formats.parquet import WHOLE
+from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
-from seed_multimodal.data.formats.records import FileRecords, open_file
-from seed_multimodal.data.formats.registry import registered
-from seed_multimodal.data.formats.tar import OpenFiles, TarFile
+from seed_multimodal.data.formats.sources import FileRecords, find_files, open_file, registered
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.pretokenize.samples import Dropped
 from seed_multimodal.data.stream import views
 from seed_multimodal.data.stream.mixture import read_sequence
@@ -56,7 +53,7 @@ def check_records(settings: CheckSettings, *, progress: bool = True) -> CheckRep
         for path, format in files:
             try:
                 source = FileRecords([checker.open(path, format)], str(path))
-                source.open_files = OpenFiles(rows=2 * WHOLE)  # they are read in order
+                source.open_files = OpenFiles(rows=0)  # they are read in order
                 count = len(source)
             except DataError as error:
                 checker.note(getattr(error, "kind", "damaged file"), str(error))
@@ -114,12 +111,12 @@ class _Checker:
     def _has_room(self) -> bool:
         return not self.settings.max_errors or len(self.report.findings) < self.settings.max_errors
 
-    def open(self, path: Path, format: str) -> RecordFile:
+    def open(self, path: str, format: str) -> RecordFile:
         """A file's records as the stage opens them; a tar of pictures and of unknown use as those of pictures."""
         stage = self.settings.stage
         if format == "tar" and stage != LLM:
             shard = TarFile(path, self._pictures.pair.columns)
-            if stage is not None or shard.has("image").any():
+            if stage is not None or shard.has(*self._pictures.pair.image_keys).any():
                 return shard
         return open_file(path, format, views.TAR_PARTS if self._opens else None, self.settings.format_options)
 
@@ -264,7 +261,8 @@ class _Checker:
         mark = record.fields.get("id")
         scope = ""
         if mark is None and record.where.startswith(start := f"{file}: sample "):
-            mark, scope = record.where.removeprefix(start), str(file.parent)  # shards of one folder share no keys
+            scope = str(file).rpartition("/")[0]  # shards of one folder share no keys
+            mark = record.where.removeprefix(start)
         if mark in (None, "") or mark != mark or isinstance(mark, dict | list):  # NaN: an empty field of a table
             return
         short = hashlib.blake2b(f"{scope}\n{mark}".encode("utf-8", "replace"), digest_size=8).digest()

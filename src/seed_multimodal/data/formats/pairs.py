@@ -3,8 +3,8 @@
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
     source.read(17)                # Pair(key, name, image, captions)
 
-Nothing is decoded here. What is wrong with a sample (no picture, no caption or an empty one, a member that cannot be
-read) is that sample's fault: whoever reads names, skips and counts it (`stream.skip_budget`).
+Nothing is decoded here. A sample without image or caption, or whose members cannot be read, raises one of
+`SAMPLE_FAULTS` when it is read: callers name, skip and count it (`stream.skip_budget`).
 """
 
 from __future__ import annotations
@@ -18,27 +18,28 @@ from typing import Any, Protocol
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.formats.captions import captions, has_caption, text_member
-from seed_multimodal.data.formats.files import find_files
-from seed_multimodal.data.formats.index_store import IndexStore
-from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
-from seed_multimodal.data.formats.pictures import (
+from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     StoredPicture,
+    captions,
+    has_caption,
     image_field,
     in_tar,
     no_picture,
     stored_picture,
+    text_member,
 )
+from seed_multimodal.data.formats.open_files import OpenFiles
+from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
-from seed_multimodal.data.formats.records import FileRecords, open_file
-from seed_multimodal.data.formats.registry import open_registered, registered
-from seed_multimodal.data.formats.tar import OpenFiles, TarFile
+from seed_multimodal.data.formats.sources import FileRecords, find_files, open_file, open_registered, registered
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.settings import check_keys, nearest
 
 SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
 PROBED = 20  # samples that are looked at before a source is refused
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -117,29 +118,31 @@ class PairReader:
 
 
 class Pairs:
-    """Pairs of files of any kind: shards, lists, tables, folders of pictures.
+    """Pairs of files of any kind: shards, lists, tables, folders of images.
 
     | format | a sample |
     | --- | --- |
     | tar (`webdataset`) | KEY.jpg with its caption in KEY.json, or in KEY.txt |
-    | json, jsonl, parquet | a picture (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
-    | folder | pictures with KEY.txt or KEY.json beside them |
+    | json, jsonl, parquet | an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
+    | folder | images with KEY.txt or KEY.json beside them |
 
     Args:
-        files: a path, folder or pattern, or a list of them.
+        files: a path, folder, URL or pattern, or a list of them.
         format: one of these; auto goes by the suffixes and by what a folder holds.
-        image_root: folder of the pictures that lists name; None: paths count from their list's folder, else from the
+        image_root: folder of the images that lists name; None: paths count from their list's folder, else from the
             current one.
         image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
-            of `pictures.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
-        image_keys: extensions of a tar's pictures, the preferred first.
+            of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
+        image_keys: extensions of a tar's images, the preferred first.
         caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
-        captioned: False: pictures are enough, and captions are not read.
-        condition_key: key of the picture that each picture is an edit of (`source_image`); None: there is none.
-        index_folder, index_instead: of the files' indexes, see `index_store.IndexStore`.
+        captioned: False: images are enough, and captions are not read.
+        condition_key: key of the image that each image is an edit of (`source_image`); None: there is none.
+        cache: folder into which remote files are copied; None: they are read by ranges.
 
-    `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
-    keep reads near each other; `shuffle_block`: so many rows of a table with pictures fit into memory (None: no table).
+    Attributes:
+        shard_sizes: samples of each shard or row group, which lets the training order keep reads near each other; None:
+            there are only lists and folders, for which any order is good.
+        shuffle_block: so many rows of the tables fit into the memory for row groups; None: no table.
 
     Raises:
         DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
@@ -149,22 +152,21 @@ class Pairs:
                  image_root: str | Path | None = None, image_key: str | None = None,
                  image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
                  caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None,
-                 index_folder: str | Path | None = None, index_instead: str | Path | None = None) -> None:
+                 cache: str | None = None) -> None:
         self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file, captioned,
                                   condition_key)
         given = [files] if isinstance(files, str | Path) else list(files)
         parts = [TarFile(path, self._reader.columns) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
-        self._records = FileRecords(parts, ", ".join(map(str, given)), IndexStore(index_folder, index_instead))
+        self._records = FileRecords(parts, ", ".join(map(str, given)), cache)
         self._length = len(self._records)
         if shards := [part for part in parts if isinstance(part, TarFile)]:
-            self._refuse_without(shards, ["image"], self._reader.columns["image"])
+            self._refuse_without(shards, self._reader.image_keys)
             if captioned:
-                self._refuse_without(shards, self._reader.caption_files, self._reader.caption_files)
-        near = any(isinstance(part, TarFile | ParquetFile) for part in parts)  # lists are small, so any order is good
-        self.shard_sizes = self._records.shard_sizes if near else None
+                self._refuse_without(shards, self._reader.caption_files)
         tables = [part for part in parts if isinstance(part, ParquetFile)]
-        self.shuffle_block = KEPT // 3 // max(1, tables[0].bytes_of_row()) if tables else None
+        self.shard_sizes = self._records.shard_sizes if shards or tables else None
+        self.shuffle_block = KEPT // 3 // max(1, *(table.bytes_of_row for table in tables)) if tables else None
         self._probe()
 
     def __len__(self) -> int:
@@ -178,14 +180,14 @@ class Pairs:
         """One sample. Raises as `PairReader`."""
         return self._reader(self._records.locate(index), self._records.open_files)
 
-    def _refuse_without(self, shards: Sequence[TarFile], columns: Sequence[str], wanted: Sequence[str]) -> None:
-        """Refuse shards of which none has any of these parts: they are another data set's."""
-        if not any(shard.count(column) for shard in shards for column in columns):
+    def _refuse_without(self, shards: Sequence[TarFile], extensions: Sequence[str]) -> None:
+        """Refuse shards of which none has a member with one of these: they are another data set's."""
+        if not any(shard.has(*extensions).any() for shard in shards):
             raise DataError(f"{shards[0].path}: neither this nor any other shard of {self._records.name} has a member "
-                            f"with extension {' or '.join(wanted)}.")
+                            f"with extension {' or '.join(extensions)}.")
 
     def _probe(self) -> None:
-        """Refuse at once what a training would refuse after its model is loaded: the wrong key, say."""
+        """Refuse a wrong key, say, before a training loads its model."""
         first: DataError | None = None
         for index in range(min(PROBED, self._length)):
             try:

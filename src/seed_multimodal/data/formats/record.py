@@ -1,6 +1,5 @@
-"""The one record type of all data: readers return it; decoders, picture–text pairs and pre-tokenisation take it.
+"""The record type of all data: readers return it; decoders, pairs and pre-tokenisation accept it.
 
-Every format (tar, jsonl, json, parquet, image folder, registered formats) is read into it by `records.open_records`.
 A record that is not read yet holds only the positions of its parts, so that it can be sent to a worker process.
 """
 
@@ -31,7 +30,7 @@ class Row(NamedTuple):
 
 
 class FileReader(Protocol):
-    """Reads a `Place` and a `Row`; implemented by `tar.OpenFiles`."""
+    """Reads a `Place` and a `Row`; implemented by `open_files.OpenFiles`."""
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes from `offset`."""
@@ -44,13 +43,12 @@ class FileReader(Protocol):
 class Record:
     """One record.
 
-    Args:
+    Attributes:
         key: its place in its file: the key of a sample, `line12`, `item3`, `row3`.
         where: `FILE: line 12`, `FILE: sample KEY`, `FILE: item 3` or `FILE: row 3`, as errors show it.
-        fields: of its json or table row: names of the released shards (`image_ids`, `text`, `question`, …), and
-            `messages` for conversations (see `conversations`).
+        fields: of its json or table row.
         members: other parts by lower-case extension (`jpg`, `txt`, and `json` until it is parsed), read or not.
-        file: the file it stands in, which paths of pictures may be relative to.
+        file: the file it stands in, which paths of images may be relative to.
         problem: (kind, sentence) of the defect, where it is known before the record is read.
         row: the table row that its fields are, until they are read.
     """
@@ -72,10 +70,7 @@ class Record:
         return None
 
     def parsed(self, files: FileReader, *, half_pairs: bool = False) -> Record:
-        """The record with its json member, or its table row, among `fields`.
-
-        Args:
-            half_pairs: texts of the json may hold half of a surrogate pair.
+        """The record with its json member, or its table row, among `fields`; `half_pairs`: see `parse_object`.
 
         Raises:
             BadRecord: its `problem`, a json member that holds no object, a row that cannot be read.
@@ -129,14 +124,7 @@ def parse_json(data: bytes | str, where: str) -> Any:
 
 
 def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
-    """Refuse texts with half of a surrogate pair, escaped or (json's reader lets them pass) as bytes of their own.
-
-    Args:
-        value: what `data`, json, holds.
-
-    Raises:
-        BadRecord: there is one.
-    """
+    """Raises BadRecord if a text of `value` (parsed from `data`) holds half of a surrogate pair."""
     small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
     if b"\\ud" in small or b"\xed" in small:
         try:
@@ -152,11 +140,11 @@ def shorten(value: Any) -> str:
 
 
 def find_image(path: str, root: str | Path | None = None, beside: str | Path | None = None) -> Path | None:
-    """Path of a record's picture, or None.
+    """The file of a record's image, or None.
 
     Args:
         path: as the record names it. A leading slash may mean `root`, as in SEED-X's lists.
-        root: the folder of pictures. Without it: relative to the folder of the file `beside`, then to the current one.
+        root: the folder of images; None: that of the file `beside`, then the current one.
     """
     folders = [Path(root)] if root is not None else [Path(beside).parent if beside else Path(), Path()]
     places = [Path(path)] if Path(path).is_absolute() else []
@@ -172,13 +160,15 @@ def _is_file(place: Path) -> bool:
 
 
 class RecordFile(Protocol):
-    """The records of one file by number; `sizes` counts the records of each piece that is read together."""
+    """The records of one file by number."""
 
-    path: Path
+    @property
+    def path(self) -> str | Path:
+        """The file."""
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Records of each piece."""
+        """Records of each piece that is read together."""
 
     def locate(self, row: int) -> Record:
         """A record, unread where that is possible."""

@@ -21,9 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.filters import ImageTextFilter
-from seed_multimodal.data.formats.parquet import WHOLE
+from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import Record
-from seed_multimodal.data.formats.tar import OpenFiles
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import Kind
 from seed_multimodal.data.pretokenize.pictures import Picture, view
@@ -86,7 +85,7 @@ class TaskDecoder:
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
         self._filter = ImageTextFilter(settings.similarity_thr, settings.min_resolution, settings.min_aspect_ratio)
-        self._files = OpenFiles(rows=2 * WHOLE)  # they are read in order
+        self._files = OpenFiles(rows=0)  # they are read in order
 
     def enter_worker(self) -> None:
         """Ignore interrupts: the encoding process ends its workers."""

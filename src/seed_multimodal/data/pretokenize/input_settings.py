@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.registry import registered
+from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
@@ -31,7 +31,7 @@ class InputSettings:
 
     Attributes:
         files: folders, patterns or files; a registered format may do without.
-        format_options: of a registered format (`formats.registry`).
+        format_options: of a registered format (`formats.sources`).
         recursive: folders are searched at any depth.
         image_root: folder of the pictures that records name; without it: beside the list, then the current folder.
         fields: keys of the input by what they hold, merged over the kind's own (`kinds.py`); or a preset's name.

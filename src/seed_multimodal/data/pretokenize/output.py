@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from seed_multimodal.data.formats.writer import ShardWriter, open_shard
+from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.units import Unit
 from seed_multimodal.disk import LOCK, folder_lock, read_json_object, replace_text, sampled_hash, sha256_of, writing
 from seed_multimodal.errors import DataError, counted

@@ -9,15 +9,16 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.formats.captions import captions, text_member
-from seed_multimodal.data.formats.pictures import (
+from seed_multimodal.data.formats.images import (
     CAPTION_FIELDS,
     IMAGE_FIELDS,
     IMAGE_KEYS,
+    captions,
     image_field,
     in_tar,
     no_picture,
     stored_picture,
+    text_member,
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
 from seed_multimodal.data.pretokenize.pictures import Picture

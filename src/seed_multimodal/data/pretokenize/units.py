@@ -7,18 +7,17 @@ numbered in the order of the inputs, and each becomes one output folder; nothing
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.files import find_files, nearest_path
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS, PictureFolder
+from seed_multimodal.data.formats.images import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record, RecordFile
-from seed_multimodal.data.formats.records import open_file
-from seed_multimodal.data.formats.registry import open_registered, registered
-from seed_multimodal.data.formats.tar import tar_records
-from seed_multimodal.data.formats.tar_headers import COMPRESSED, Damaged
+from seed_multimodal.data.formats.sources import find_files, nearest_path, open_file, open_registered, registered
+from seed_multimodal.data.formats.storage import file_size, is_remote
+from seed_multimodal.data.formats.tar import COMPRESSED, TarFile
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.errors import DataError
 
@@ -70,12 +69,12 @@ def list_units(settings: InputSettings, block: int) -> list[Unit]:
     units: list[Unit] = []
     for path, format in _inputs(settings):
         if format == "tar":
-            units.append(Unit(len(units), format, str(path), size=path.stat().st_size))
+            units.append(Unit(len(units), format, path, size=file_size(path)))
             continue
-        total, _ = _numbered(str(path), format, settings)
-        size = total if path.is_dir() else path.stat().st_size
+        total, _ = _numbered(path, format, settings)
+        size = total if os.path.isdir(path) else file_size(path)
         for start in range(0, total, block):
-            units.append(Unit(len(units), format, str(path), start, min(total, start + block), size))
+            units.append(Unit(len(units), format, path, start, min(total, start + block), size))
     if not units:
         raise DataError(f"{settings.files}: there is not one record.")
     return units
@@ -90,14 +89,9 @@ def unit_records(unit: Unit, settings: InputSettings) -> tuple[list[Record], str
     if unit.stop is not None:
         _, locate = _numbered(unit.path, unit.format, settings)
         return [locate(row) for row in range(unit.start, unit.stop)], ""
-    found: list[Record] = []
-    try:
-        for record in tar_records(Path(unit.path), TAR_MEMBERS):
-            if record.members:
-                found.append(record)
-    except Damaged as error:
-        return found, f"{unit.path}: torn or damaged after {len(found)} whole samples ({error}); they are used."
-    return found, ""
+    shard = TarFile(unit.path, {name: (name,) for name in TAR_MEMBERS})
+    found = [shard.locate(row) for row in range(len(shard.arrays["keys"]))]
+    return [record for record in found if record.members], shard.damage
 
 
 def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Callable[[int], Record]]:
@@ -105,24 +99,24 @@ def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Cal
     if format in registered():
         file = open_registered(format, path, settings.format_options)
     else:
-        file = _opened(Path(path), format, settings.recursive)
+        file = _opened(path, format, settings.recursive)
     return sum(file.sizes), file.locate
 
 
 @functools.lru_cache(maxsize=2)
-def _opened(path: Path, format: str, recursive: bool) -> RecordFile:
-    return PictureFolder(path, recursive) if format == "folder" else open_file(path, format)
+def _opened(path: str, format: str, recursive: bool) -> RecordFile:
+    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)
 
 
-def _inputs(settings: InputSettings) -> list[tuple[Path, str]]:
+def _inputs(settings: InputSettings) -> list[tuple[str, str]]:
     """Files (or folders) with their format, in the order written."""
     wanted = [settings.files] if isinstance(settings.files, str) else settings.files or []
     if settings.format in registered():
-        return [(open_registered(settings.format, one, settings.format_options).path, settings.format)
+        return [(str(open_registered(settings.format, one, settings.format_options).path), settings.format)
                 for one in wanted or (None,)]
-    found = find_files([str(Path(one).expanduser()) for one in wanted], settings.format, pictures=True,
-                       recursive=settings.recursive)
-    packed = next((path for path, _ in found if path.suffix.lower() in COMPRESSED), None)
+    wanted = [one if is_remote(one) else str(Path(one).expanduser()) for one in wanted]
+    found = find_files(wanted, settings.format, pictures=True, recursive=settings.recursive)
+    packed = next((path for path, _ in found if path.lower().endswith(COMPRESSED)), None)
     if packed is not None:
         raise DataError(f"{packed}: compressed files cannot be read at random positions; unpack it first.")
     return found

@@ -36,7 +36,7 @@ class SourceSettings:
     """One source of sequences.
 
     Attributes:
-        files, format, format_options: as `formats.records.open_records` takes them.
+        files, format, format_options: as `formats.sources.open_records` takes them.
         decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
         image_dir: folder of the pictures that the records of a decoder `seed_x.*` name; None: beside their file.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
@@ -80,7 +80,7 @@ class LlmDataSettings:
         lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
-        index_folder: where the indexes of all files are kept; None: beside each file (see `formats.index_store`).
+        cache: folder into which remote files are copied once; None: they are read by ranges (see `formats.storage`).
     """
 
     sources: list[SourceSettings]
@@ -95,7 +95,7 @@ class LlmDataSettings:
     lanes: int | None = setting(None, least=1)
     shuffle_block: int = setting(10_000, least=1)
     buffer: float = setting(2.0, above=0, most=1000)
-    index_folder: str | None = None
+    cache: str | None = None
 
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""

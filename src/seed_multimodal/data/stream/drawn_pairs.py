@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
-from seed_multimodal.data.formats.registry import registered
+from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.pair_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError

@@ -17,7 +17,7 @@ from seed_multimodal.data.decoders.base import Decoder
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.decoders.registry import FEATURE_DECODERS, get_decoder, some_picture
 from seed_multimodal.data.decoders.sequence import Draws, SeededDraws, TokenSequence
-from seed_multimodal.data.formats.records import FileRecords, open_records
+from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, SkippedSample
@@ -45,7 +45,7 @@ class Mixture:
         self.names = [source.name for source in settings.sources]
         self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
         self.records = [open_records(source.files, format=source.format, name=source.name,
-                                     index_folder=settings.index_folder, options=source.format_options,
+                                     cache=settings.cache, options=source.format_options,
                                      others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
                         for source in settings.sources]
         self.decoders = [_decoder(source, records, tokenizer)

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
-from seed_multimodal.data.formats.captions import text_member
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS, stored_picture
+from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_picture, text_member
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from seed_multimodal.caption_scores import caption_scores
+from seed_multimodal.data.annotations import read_captions
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.benchmarks import read_captions
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.skip_budget import SkipBudget

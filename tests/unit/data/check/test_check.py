@@ -13,8 +13,8 @@ from PIL import Image
 
 from seed_multimodal.data.check.report import CheckReport, CheckSettings
 from seed_multimodal.data.check.run import check_records
-from seed_multimodal.data.formats.pictures import IMAGE_KEYS
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.images import IMAGE_KEYS
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -218,7 +218,7 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     assert "seed data convert" in report.findings[3].sentence
     (tmp_path / "e.json").write_text('[{"text": "a"},\n{"text": ]')
     (finding,) = check(tmp_path / "e.json").findings
-    assert finding.kind == "malformed json" and "e.json: line 2, item 1" in finding.sentence
+    assert finding.kind == "malformed json" and "e.json: line 2: is not json" in finding.sentence
 
 
 def test_sentences_are_capped_but_everything_is_counted(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
 from seed_nano.world.scene import find_world
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -42,7 +42,7 @@ def test_old_shards_are_refused_converted_and_then_pass(capsys, tmp_path, old):
     new = tmp_path / "new"
     code, out, err = run(capsys, "convert", old, "--out", new)
     assert code == 0 and err == ""
-    assert out == f"{new}: 2 shards converted, 0 already done, 0 refused; 6 samples, 0 left out; see manifest.json\n"
+    assert out == f"{new}: 2 shards converted, 0 already done, 0 refused; 6 samples, 0 left out\n"
     assert "0 shards converted, 2 already done" in run(capsys, "convert", old, "--out", new)[1]
     code, out, _ = run(capsys, "check", new, "--tokenizer", NANO_WORDS)
     assert code == 0 and "2 files, 6 records, 6 images\n  pretrain.caption: 6\ntokens of a record: median" in out

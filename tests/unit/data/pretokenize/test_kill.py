@@ -17,8 +17,8 @@ import pytest
 from pyarrow import parquet
 from real_processes import children
 
-from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 

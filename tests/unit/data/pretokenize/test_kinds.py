@@ -16,15 +16,15 @@ from PIL import Image
 
 from seed_multimodal.data.decoders.registry import get_decoder
 from seed_multimodal.data.decoders.sequence import SeededDraws
-from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages
-from seed_multimodal.system.loading import open_images
+from seed_multimodal.system.images import open_images
 from seed_nano.world.records import from_last_picture, record_at, scenes_of
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 from seed_multimodal.cli.pretokenize import build_parser, main
-from seed_multimodal.data.formats.records import open_records
-from seed_multimodal.data.formats.writer import write_shard
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.decode import TaskDecoder
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.output import PartWriter
@@ -319,7 +319,7 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
         assert start(tmp_path / "out", **here) == 1
         said = capfd.readouterr().err
         assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
-    with pytest.raises(DataError, match="out: there are no records in it, only manifest.json and settings.json"):
+    with pytest.raises(DataError, match="out: this folder holds no tar, jsonl"):
         open_records(tmp_path / "out")
     (tmp_path / "list").mkdir()
     (tmp_path / "list" / "manifest.json").write_text('[{"text": "of one\'s own"}]')

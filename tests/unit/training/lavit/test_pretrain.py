@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM
 
 from seed_multimodal.cli.merge import main
 from seed_multimodal.config import find_target, load_yaml
-from seed_multimodal.data.formats.records import open_records
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.lavit_codes import lavit_codes
 from seed_multimodal.data.pretokenize.run import RunSettings, run

@@ -19,7 +19,6 @@ from seed_multimodal.language.generation import Stopped
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 Event = dict[str, Any]
-_END = object()
 
 
 class AnswerReader:
@@ -30,8 +29,7 @@ class AnswerReader:
 
     Args:
         previews: after how many codes of an image there is an event with them.
-        after: text up to and including these characters is a verdict, in which no stop is looked for and of which there
-            are no events.
+        after: text up to and including these characters is a verdict, without stops and events.
     """
 
     def __init__(self, tokenizer: MultimodalTokenizer, stops: Sequence[str] = (), previews: Sequence[int] = (),
@@ -40,14 +38,13 @@ class AnswerReader:
         self.ids: list[int] = []
         self.finished = False
         self._run: list[int] = []  # tokens since the last change between text and image
-        self._given = 0  # characters of the run's text already given out
+        self._sent = 0  # characters of the run's text that were events already
 
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's event holds its `ImagePart`."""
-        if self.finished:
-            return []
         words = self.tokenizer.vocabulary
-        if self._run and self._run[0] == words.boi_id and words.counts_for_nothing(token):
+        in_image = self._run[:1] == [words.boi_id]
+        if self.finished or (in_image and words.counts_for_nothing(token)):
             return []
         if token == self.tokenizer.eos_id:
             events = self._flush()
@@ -61,7 +58,12 @@ class AnswerReader:
         self._run.append(token)
         if not words.is_image_word(self._run[0]):
             return events + self._new_text(final=False)
-        return events + (self._flush() if token == words.eoi_id else self._preview())
+        if token == words.eoi_id:
+            return events + self._flush()
+        codes = self._run[1:]
+        if in_image and len(codes) in self.previews and all(map(words.is_code_id, codes)):
+            events.append({"type": "image_preview", "codes": words.id_to_code(codes)})
+        return events
 
     def read_all(self, tokens: Iterable[int]) -> list[int]:
         """Add a whole answer; returns the tokens that belong to it."""
@@ -94,14 +96,8 @@ class AnswerReader:
             events = [_event(part, start) for part in split_answer(self._run, self.tokenizer)]
         else:
             events = self._new_text(final=True)
-        self._run, self._given = [], 0
+        self._run, self._sent = [], 0
         return events
-
-    def _preview(self) -> list[Event]:
-        """The codes of an image so far, where a preview is due."""
-        words, (first, *rest) = self.tokenizer.vocabulary, self._run
-        due = first == words.boi_id and len(rest) in self.previews and all(map(words.is_code_id, rest))
-        return [{"type": "image_preview", "codes": words.id_to_code(rest)}] if due else []
 
     def _new_text(self, final: bool) -> list[Event]:
         text = self.tokenizer.decode(self._run, skip_special_tokens=True)
@@ -113,7 +109,7 @@ class AnswerReader:
             self._cut(start)
             text, final, self.finished = text[:stop].rstrip(" "), True, True
         end = len(text) if final else len(text) - self._unsettled(text)
-        new, self._given = text[max(self._given, start):end], max(self._given, end)
+        new, self._sent = text[max(self._sent, start):end], max(self._sent, end)
         return [{"type": "text", "text": new}] if new else []
 
     def _first_stop(self, text: str, start: int) -> int | None:
@@ -126,19 +122,16 @@ class AnswerReader:
         """Drop the tokens of the stop, and all after it."""
         while self._run:
             text = self.tokenizer.decode(self._run, skip_special_tokens=True)
-            if self._first_stop(text, start) is None and not self._opened(text) and not text.endswith(" "):
+            opened = any(_overlap(text, stop) for stop in self.stops)
+            if self._first_stop(text, start) is None and not opened and not text.endswith(" "):
                 break
             self._run.pop()
             self.ids.pop()
 
     def _unsettled(self, text: str) -> int:
         """Characters at the end of `text` that later tokens may still change."""
-        broken = len(text) - len(text.rstrip("\ufffd"))
-        return max([broken, self._opened(text), *(_overlap(text, f" {stop}") for stop in self.stops)])
-
-    def _opened(self, text: str) -> int:
-        """The length of the longest beginning of a stop that `text` ends with."""
-        return max((_overlap(text, stop) for stop in self.stops), default=0)
+        half_character = len(text) - len(text.rstrip("\ufffd"))
+        return max([half_character, *(_overlap(text, f"{blank}{stop}") for stop in self.stops for blank in ("", " "))])
 
 
 def _event(part: AnswerPart, start: int) -> Event:
@@ -156,55 +149,49 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TokenStreamer:
-    """A transformers streamer that hands every new token on, and stops generation when `take` returns False."""
+    """A transformers streamer that puts every new token into a queue, and stops generation once `left` is set."""
 
-    def __init__(self, take: Callable[[int], bool]) -> None:
-        self._take = take
+    def __init__(self) -> None:
+        self.queue: queue.Queue[Any] = queue.Queue()
+        self.left = threading.Event()
         self._seen_prompt = False
 
     def put(self, value: Tensor) -> None:
         """Called by `generate`: first with the prompt, then with each new token."""
-        if not self._seen_prompt:
-            self._seen_prompt = True
-            return
-        for token in value.flatten().tolist():
-            if not self._take(int(token)):
-                raise Stopped
+        for token in value.flatten().tolist() if self._seen_prompt else ():
+            self.queue.put(int(token))
+        self._seen_prompt = True
+        if self.left.is_set():
+            raise Stopped
 
     def end(self) -> None:
-        """Called by `generate` at the end; nothing to do."""
+        """Called by `generate` at the end."""
 
 
 def tokens_from_thread(produce: Callable[[TokenStreamer], Any]) -> Generator[int, None, None]:
-    """Run `produce(streamer)` in a thread and yield its tokens.
+    """Run `produce(streamer)` in a thread, which does not wait for its tokens to be read, and yield its tokens.
 
-    The thread begins with the first token that is asked for, and does not wait for its tokens to be read. Leaving the
-    iterator early ends the generation; an exception in the thread is raised here.
+    Leaving the iterator early ends the generation; an exception in the thread is raised here.
     """
-    channel: queue.Queue[Any] = queue.Queue()
-    left = threading.Event()
-
-    def take(token: int) -> bool:
-        channel.put(token)
-        return not left.is_set()
+    streamer = TokenStreamer()
 
     def work() -> None:
+        error = None
         try:
-            produce(TokenStreamer(take))
+            produce(streamer)
         except Stopped:
             pass
-        except BaseException as error:  # noqa: BLE001 (raised in the consumer's thread)
-            channel.put(error)
-        finally:
-            channel.put(_END)
+        except BaseException as raised:  # noqa: BLE001 (raised in the consumer's thread)
+            error = raised
+        streamer.queue.put(error)
 
     thread = threading.Thread(target=work, name="seed-generate", daemon=True)
     thread.start()
     try:
-        while (item := channel.get()) is not _END:
-            if isinstance(item, BaseException):
-                raise item
+        while isinstance(item := streamer.queue.get(), int):
             yield item
+        if item is not None:
+            raise item
     finally:
-        left.set()
+        streamer.left.set()
         thread.join()

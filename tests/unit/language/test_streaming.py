@@ -7,8 +7,8 @@ import random
 import pytest
 
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
+from seed_multimodal.language.streaming import AnswerReader, tokens_from_thread
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.system.streaming import AnswerReader, tokens_from_thread
 
 MARKER = "\nUSER:"
 

@@ -1,25 +1,42 @@
-"""Reads the released shards' pickles as data: nothing in them is executed.
+"""The original's pickled shards: read as data, converted once by `seed data convert OLD... --out DIR`.
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
 stand-ins that only collect numbers, every other name is refused before it is looked up, and the sizes that a pickle
 claims are checked before it is read. What comes out is plain: dict, list, str, int, float, bool, None. Tuples and
 integer arrays become lists, UTF-8 bytes become texts, as json writes them.
 
-This is the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
+Each shard is converted by itself, written whole or not at all; shards that are there are skipped, so that the same
+command resumes. This is the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
 """
 
 from __future__ import annotations
 
+import glob
 import io
+import json
 import math
+import multiprocessing
+import os
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.open_files import OpenFiles
+from seed_multimodal.data.formats.record import BadRecord, parse_object
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import find_files
+from seed_multimodal.data.formats.tar import PICKLED, TarFile
+from seed_multimodal.disk import writable_folder, writing
+from seed_multimodal.entry import end_with_parent, log_line
+from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.progress import Progress
 
 MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
 MAX_DEPTH = 64
@@ -205,3 +222,118 @@ class _Json:
 
 def _named(value: Any) -> str:
     return {_Array: "numpy array", _Dtype: "numpy type"}.get(type(value), type(value).__name__)
+
+
+@dataclass
+class ConvertReport:
+    """Shards converted now and already there, shards refused and samples left out (a sentence each), samples
+    converted now."""
+
+    converted: int = 0
+    kept: int = 0
+    samples: int = 0
+    refused: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+
+def convert_shards(tars: Sequence[str | Path], out: str | Path, *, skip_bad: bool = False, force: bool = False,
+                   workers: int = 1, progress: bool = True) -> ConvertReport:
+    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one.
+
+    Args:
+        skip_bad: leave out refused samples (they are named and counted) instead of their whole shard.
+        force: convert also what is there already.
+        workers: processes.
+
+    Raises:
+        DataError: no such tars, or a process was killed.
+    """
+    out = writable_folder(Path(out).absolute(), DataError)
+    paths = [Path(path).absolute() for path, _ in find_files(tars, "tar")]
+    paths = [path for path in paths if not path.is_relative_to(out)]
+    if not paths:
+        raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
+    folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
+    base = os.path.commonpath([*folders, *(path.parent for path in paths
+                                           if not any(map(path.is_relative_to, folders)))])
+    jobs = {path: out / path.relative_to(base) for path in paths}
+    left = [(path, target, skip_bad) for path, target in jobs.items()
+            if force or not target.is_file() or target.stat().st_mtime < path.stat().st_mtime]
+    report = ConvertReport(kept=len(jobs) - len(left))
+    with Progress("convert", len(left), "shard", log=log_line if progress else None) as bar:
+        for samples, skipped, refusal in _results(left, workers):
+            report.converted += not refusal
+            report.samples += samples
+            report.skipped += skipped
+            report.refused += [refusal] if refusal else []
+            bar.update()
+    report.refused.sort()
+    return report
+
+
+_Result = tuple[int, list[str], str]  # samples, sentences about those left out, why the shard was refused
+
+
+def _results(jobs: Sequence[tuple[Path, Path, bool]], workers: int) -> Iterator[_Result]:
+    if workers <= 1 or len(jobs) <= 1:
+        yield from (_convert(*job) for job in jobs)
+        return
+    # Spawned processes: this one may hold threads, which do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(_convert, *job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise DataError("A conversion process was killed (often because memory ran out); the same command "
+                            "resumes.") from None
+
+
+def _convert(path: Path, target: Path, skip_bad: bool) -> _Result:
+    skipped: list[str] = []
+    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
+        left.unlink()
+    try:
+        with writing(target, DataError):
+            samples = write_shard(target, _samples(TarFile(path), skipped if skip_bad else None))
+        return samples, skipped, ""
+    except SeedError as error:
+        return 0, [], str(error)
+    except ValueError as error:  # a name that does not fit a tar's header
+        return 0, [], f"{target}: cannot be written ({error})."
+
+
+def _samples(tar: TarFile, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {"json": bytes}) of each sample; other members (images) are carried along as they are."""
+    files = OpenFiles(limit=1)
+    written = 0
+    for row in range(sum(tar.sizes)):
+        record = tar.locate(row)
+        try:
+            if record.problem is not None:
+                raise BadRecord(*record.problem)
+            yield record.key, _converted({extension: record.member(extension, files=files) or b""
+                                          for extension in record.members}, record.where)
+            written += 1
+        except BadRecord as error:
+            if skipped is None or error.kind == "damaged file":
+                raise
+            skipped.append(str(error))
+    files.close()
+    if not written:
+        raise DataError(f"{tar.path}: holds no sample that can be converted.")
+
+
+def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
+    pickles = [extension for extension in members if extension in PICKLED]
+    if not pickles and "json" in members:  # a shard that was converted before
+        parse_object(members["json"], where)
+        return members
+    if len(pickles) != 1 or "json" in members:
+        raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; one .pkl member was expected.")
+    value = read_pickle(members[pickles[0]], f"{where}.{pickles[0]}")
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        raise BadRecord("wrong type", f"{where}: a text holds half of a surrogate pair.") from None
+    return {"json": text} | {extension: data for extension, data in members.items() if extension not in PICKLED}

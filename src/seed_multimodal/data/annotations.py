@@ -22,10 +22,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.files import nearest_path
-from seed_multimodal.errors import DataError, first_line
+from seed_multimodal.data.formats.record import find_image
+from seed_multimodal.data.formats.sources import nearest_path
+from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str
+# How the images of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
+_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
+               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
+_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 
 
 @dataclass
@@ -188,3 +193,16 @@ def _coco_number(image: Any) -> Any:
     """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
     number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(image).stem) if isinstance(image, str) else None
     return int(number[1]) if number else image
+
+
+def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
+    """The file of a picture that a benchmark names by path or by COCO's number.
+
+    Raises:
+        ImageError: it is not there; names the first place that was tried.
+    """
+    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
+    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
+    if found is None:
+        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
+    return found

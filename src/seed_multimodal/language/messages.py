@@ -1,9 +1,9 @@
 """What goes into a conversation and what comes out.
 
 A message is `{"role": "user" | "assistant" | "system", "content": …}`. Content is one text, or a list of texts (`str`),
-images (PIL, `Path`, bytes, an open file, an array) and codes (a list of ints), in any order and number; an assistant's
-may be the `Answer` that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as chat
-messages of transformers and OpenAI do: `{"type": "text", "text": …}`, `{"type": "image", "image": "cat.png"}`,
+images (PIL, `Path`, bytes, an array) and codes (a list of ints), in any order and number; an assistant's may be the
+`Answer` that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as chat messages of
+transformers and OpenAI do: `{"type": "text", "text": …}`, `{"type": "image", "image": "cat.png"}`,
 `{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}`. Nothing is downloaded.
 """
 
@@ -17,11 +17,12 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import image_from_base64, is_file
+from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -60,10 +61,9 @@ class DrawnPart(ImagePart):
 class Answer:
     """One answer of the model.
 
-    `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` (image words that are no image, with the reason) in
-    order; the properties are views of it. `ids` are the generated tokens. `note`: a sentence about words and images in
-    the request that are unlike those of the training. `answer_after`: of `TaskPrompts`; `parts` keep a verdict that the
-    model wrote first, the texts do not.
+    `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` in order; the properties are views of it. `ids` are the
+    generated tokens. `note`: a sentence about words and images in the request that are unlike those of the training.
+    `answer_after`: of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not.
     """
 
     parts: Sequence[AnswerPart]
@@ -74,7 +74,7 @@ class Answer:
     @property
     def text(self) -> str:
         """All text, without the images' places."""
-        return " ".join(self._texts(lambda part: None))
+        return " ".join(self._texts())
 
     @property
     def images(self) -> list[Image.Image]:
@@ -91,27 +91,19 @@ class Answer:
         """One sentence for each broken image."""
         return [part.reason for part in self.parts if isinstance(part, BrokenImagePart)]
 
-    def as_content(self) -> list[str | list[int]]:
-        """This answer as the content of an assistant's message: texts and codes."""
-        return [part.text if isinstance(part, TextPart) else list(part.codes) for part in self.parts
-                if isinstance(part, (TextPart, ImagePart))]
-
     def __str__(self) -> str:
         """The text with `<image>` where images stand."""
-        return " ".join(self._texts(lambda part: PLACEHOLDER))
+        return " ".join(self._texts(PLACEHOLDER))
 
-    def _texts(self, other: Any) -> list[str]:
-        texts = (answer_in(part.text.strip(), self.answer_after) if isinstance(part, TextPart) else other(part)
-                 for part in self.parts)
-        return [text for text in texts if text is not None]
+    def _texts(self, *image: str) -> list[str]:
+        texts = [[answer_in(part.text.strip(), self.answer_after)] if isinstance(part, TextPart) else image
+                 for part in self.parts]
+        return [text for one in texts for text in one]
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
-    """The messages of a conversation, the last one the user's.
-
-    Raises:
-        RequestError: no messages, a message of another shape, or an empty one.
-    """
+    """The messages of a conversation; raises `RequestError` unless the last one is the user's and all are of the form
+    above."""
     read = [_message(message, number) for number, message in enumerate(messages)]
     if not read or read[-1].role not in ("user", "raw"):
         raise RequestError("A conversation is a list of messages; the last one must be the user's: it gets the answer.")
@@ -123,26 +115,48 @@ def user_message(content: Sequence[Any]) -> list[Message]:
     return read_messages([{"role": "user", "content": list(content)}])
 
 
+def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
+    """A conversation without its first request and what follows it up to the next; the same if there is only one."""
+    users = [place for place, message in enumerate(conversation) if message.role == "user"]
+    start = next(place for place, message in enumerate(conversation) if message.role != "system")
+    return [*conversation[:start], *conversation[users[1] if len(users) > 1 else start:]]
+
+
 def is_image(value: object) -> bool:
     """Whether `value` is an image that can be opened; a `str` is a text rather than a file's name."""
-    return isinstance(value, (Image.Image, Path, bytes, bytearray, memoryview)) or is_file(value) or (
-        isinstance(value, np.ndarray) and not is_codes(value))
+    return isinstance(value, (Image.Image, Path, bytes)) or (isinstance(value, np.ndarray) and not is_codes(value))
 
 
 def is_codes(value: object) -> bool:
     """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
-    if isinstance(value, Tensor):
-        return not value.is_floating_point() and value.ndim == 1
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "iu" and value.ndim == 1
-    return (isinstance(value, (list, tuple)) and len(value) > 0
-            and all(isinstance(code, int) and not isinstance(code, bool) for code in value))
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 1 and not torch.as_tensor(value).is_floating_point()
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(code) is int for code in value)
 
 
 def shown(image: Any) -> list[Any]:
     """The images of one request: one, or a list of them; a string is a file's name."""
     single = isinstance(image, str) or is_image(image) or is_codes(image)
     return [Path(item) if isinstance(item, str) else item for item in ([image] if single else image)]
+
+
+def grouped(images: Any) -> tuple[list[list[Any]], bool]:
+    """Images of each request, and whether it was a single image: a list is a batch, a nested list one request."""
+    if isinstance(images, str) or is_image(images) or is_codes(images):
+        return [shown(images)], True
+    return [shown(one) for one in images], False
+
+
+def texts_for(texts: str | Sequence[str], images: Sequence[Any]) -> Sequence[str]:
+    """One text for each image."""
+    return [texts] * len(images) if isinstance(texts, str) else list(texts)
+
+
+def require_text(value: str, what: str) -> str:
+    """A text that says something; raises RequestError for an empty one."""
+    if not value.strip(". \t\r\n"):
+        raise RequestError(f"{what} is empty.")
+    return value
 
 
 def _message(message: Any, number: int) -> Message:
@@ -156,58 +170,38 @@ def _message(message: Any, number: int) -> Message:
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
     single = isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
-    items = [_item(item, number) for item in ([content] if single else content)]
+    items = tuple(_item(item, number) for item in ([content] if single else content))
     if role == "user" and not any(item.strip(". \t\r\n") if isinstance(item, str) else True for item in items):
         raise RequestError(f"Message {number} is empty.")
-    return Message(role, tuple(items))
+    return Message(role, items)
 
 
 def _item(item: Any, number: int) -> Any:
+    """The text, image or codes of one item of a message, also in the form of transformers or OpenAI."""
     if isinstance(item, Mapping):
-        item = _named_item(item, number)
+        kind = item.get("type")
+        if kind == "text" and isinstance(item.get("text"), str):
+            return item["text"]
+        item = next((item[key] for key in ("image", "url", "image_url") if kind in ("image", "image_url")
+                     and key in item), item)
+        item = item.get("url", item) if isinstance(item, Mapping) else item
+        if isinstance(item, str):
+            return _file(item, number)
     if isinstance(item, TextPart):
         return item.text
     if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
         return item
-    raise RequestError(f"Message {number} holds a {type(item).__name__}; content is text, images (PIL, Path, bytes, an "
-                       f"open file, an array) or codes (a list of whole numbers).")
+    raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, an array) "
+                       f"or codes (a list of whole numbers), or a mapping {{'type': 'text', 'text': …}} or "
+                       f"{{'type': 'image', 'image': …}} or {{'type': 'image_url', 'image_url': {{'url': …}}}}.")
 
 
-def _named_item(item: Mapping[str, Any], number: int) -> Any:
-    """The text, image or codes in one item of a chat message of transformers or OpenAI."""
-    kind = item.get("type")
-    if kind == "text" and isinstance(item.get("text"), str):
-        return item["text"]
-    value = next((item[key] for key in ("image", "url", "path", "base64", "image_url") if key in item), None)
-    value = value.get("url") if isinstance(value, Mapping) else value
-    if kind not in ("image", "image_url") or value is None:
-        raise RequestError(f"Message {number} holds a mapping that is neither {{'type': 'text', 'text': …}} nor "
-                           f"{{'type': 'image', 'image': …}} nor {{'type': 'image_url', 'image_url': {{'url': …}}}}.")
-    if not isinstance(value, str):
-        return value
-    if "base64" in item or value.startswith("data:"):
-        return image_from_base64(value, name=f"The image of message {number}")
-    if value.startswith("file:"):
-        return Path(url2pathname(urlsplit(value).path))
-    if "://" in value:
-        raise RequestError(f"Message {number}: {value[:80]} is an address, and nothing is downloaded; give the file.")
-    return Path(value)
-
-
-def require_text(value: str, what: str) -> str:
-    """A text that says something; raises RequestError for an empty one."""
-    if not isinstance(value, str) or not value.strip(". \t\r\n"):
-        raise RequestError(f"{what} is empty.")
-    return value
-
-
-def texts_for(texts: str | Sequence[str], images: Sequence[Any]) -> Sequence[str]:
-    """One text for each image."""
-    return [texts] * len(images) if isinstance(texts, str) else list(texts)
-
-
-def grouped(images: Any) -> tuple[list[list[Any]], bool]:
-    """Images of each request, and whether it was a single image: a list is a batch, a nested list one request."""
-    if isinstance(images, str) or is_image(images) or is_codes(images):
-        return [shown(images)], True
-    return [shown(one) for one in images], False
+def _file(name: str, number: int) -> Any:
+    """The image of a chat message's address, or its file."""
+    if name.startswith("data:"):
+        return image_from_base64(name, name=f"The image of message {number}")
+    if name.startswith("file:"):
+        return Path(url2pathname(urlsplit(name).path))
+    if "://" in name:
+        raise RequestError(f"Message {number}: {name[:80]} is an address, and nothing is downloaded; give the file.")
+    return Path(name)

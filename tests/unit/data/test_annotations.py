@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.formats.benchmarks import read_captions, read_questions
-from seed_multimodal.data.formats.pictures import find_picture
+from seed_multimodal.data.annotations import find_picture, read_captions, read_questions
 from seed_multimodal.errors import DataError, ImageError
 
 COCO = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 0, "file_name": "b.jpg"}],

@@ -1,4 +1,4 @@
-"""Pictures in records: where a record has one, in whatever way it is stored; and a folder of pictures as records."""
+"""Images and captions of records, in whatever way they are stored; and a folder of images as records."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, Place, Record, find_image, shorten
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Place, Record, find_image, shorten
+from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import Drawing, bytes_from_base64
 from seed_multimodal.settings import nearest
@@ -20,10 +21,6 @@ PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
 # (metadata.jsonl) and tables, and of shards written as tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
-# How the pictures of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
-_COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
-               (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
-_COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
@@ -53,11 +50,10 @@ def other_keys(key: str, item: Mapping[str, Any]) -> str:
 
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
-    """The file of the picture that a field names: its bytes, or where it lies; of one that is drawn, what draws it.
+    """The image that a field names: its bytes, or the file it lies in; of one that is drawn, the function that draws.
 
     Args:
-        value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a
-            function that draws it.
+        value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a function.
         root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
 
     Raises:
@@ -74,42 +70,73 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
         raise BadRecord("wrong type", f"{record.where}: a picture is {shorten(value)}, not a path.")
     if value.startswith("data:"):
         return bytes_from_base64(value, record.where)
-    path = find_image(_file_name(value), root, record.file)
+    path = find_image(value, root, record.file)
     if path is None and _BASE64.fullmatch(value):
         return bytes_from_base64(value, record.where)
+    folder = str(root) if root is not None else record.file.rpartition("/")[0]
+    if path is None and is_remote(folder) and "://" not in value:
+        return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
     if path is None:
-        value = value.encode("utf-8", "replace").decode()
-        shown = value if len(value) <= 200 else f"{value[:80]}…"
-        why = "is an address, not a file; download it first" if "://" in value else \
-            f"is not there, {_places(root)}"
+        shown = (value if len(value) <= 200 else f"{value[:80]}…").encode("utf-8", "replace").decode()
+        where = f"below {root}" if root is not None else "beside its list or in the current folder"
+        why = "is an address, not a file; download it first" if "://" in value else f"is not there, {where}"
         raise ImageError(f"{record.where}: the picture {shown} {why}.")
     return path
 
 
-def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
-    """The file of a picture that a benchmark names by path or by COCO's number.
+def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
+    """Whether something stands where captions do: under `key`, or without one under one of `CAPTION_FIELDS`."""
+    return any(fields.get(one) is not None for one in ((key,) if key else CAPTION_FIELDS))
+
+
+def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
+    """The captions of a record: a text or a list of texts under `key`, or without one under the first of
+    `CAPTION_FIELDS` that holds something.
 
     Raises:
-        ImageError: it is not there; names the first place that was tried.
+        BadRecord: there is none, one is blank, or it is something else.
     """
-    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
-    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
-    if found is None:
-        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
-    return found
+    if not key:
+        there = [one for one in CAPTION_FIELDS if one in fields] or CAPTION_FIELDS[:1]
+        key = next((one for one in there if fields.get(one) is not None), there[0])
+    if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
+        raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
+    if key not in fields:
+        null = " or null there" if ": row " in where else ""  # tables do not tell the two apart
+        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{null}{other_keys(key, fields)}.")
+    value = fields[key]
+    found = [value] if isinstance(value, str) else value
+    if value is None or found == []:
+        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
+    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+        raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
+    if not all(text.strip() for text in found):
+        raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
+    return [_whole_letters(text) for text in found]
 
 
-def _file_name(text: str) -> str:
-    """The name with `?` for half a surrogate pair, which no file has; bytes that are no letters stay."""
+def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
+    """The text of a record's .txt, without blanks around it unless `whole`; None without one.
+
+    Raises:
+        BadRecord: it is blank, or not UTF-8.
+    """
+    data = record.member("txt", files=files)
+    if data is None:
+        return None
     try:
-        text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
-    return text
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadRecord("malformed text", f"{record.where}: its .txt is not UTF-8 ({error.reason}).") from None
+    if not text.strip():
+        raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
+    return text if whole else text.strip()
 
 
-def _places(root: str | Path | None) -> str:
-    return f"below {root}" if root is not None else "beside its list or in the current folder"
+def _whole_letters(text: str) -> str:
+    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
+    it."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class PictureFolder:

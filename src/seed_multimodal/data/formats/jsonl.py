@@ -1,0 +1,119 @@
+"""Records of .jsonl and .json files by number: lines are read from their positions, lists are held in memory."""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from seed_multimodal.data.formats.index import Arrays, IndexedFile
+from seed_multimodal.data.formats.record import BadRecord, Place, Record
+from seed_multimodal.data.formats.storage import open_binary, read_all, remote_errors
+from seed_multimodal.errors import first_line
+
+LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
+BOM = b"\xef\xbb\xbf"
+
+
+class JsonLines(IndexedFile):
+    """The lines of a .jsonl by number, blank ones skipped."""
+
+    kind = "jsonl"
+
+    def scan(self) -> Arrays:
+        """First byte and length of each record and the number of its line from 1, int64 [N]."""
+        start, length, line = array("q"), array("q"), array("q")
+        position = 0
+        with remote_errors(self.path), open_binary(self.path) as file:
+            for number, content in enumerate(file, 1):
+                if number == 1:
+                    _refuse_compressed(self.path, content)
+                    position, content = (len(BOM), content[len(BOM):]) if content.startswith(BOM) else (0, content)
+                if content.strip():
+                    start.append(position)
+                    length.append(len(content))
+                    line.append(number)
+                position += len(content)
+        return {name: np.array(values, np.int64) for name, values in
+                (("start", start), ("length", length), ("line", line))}
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All records are one piece."""
+        return [len(self.arrays["start"])]
+
+    def locate(self, row: int) -> Record:
+        """A record, unread; its key is the line."""
+        line, place = self.arrays["line"][row], Place(self.path, *(int(self.arrays[name][row]) for name in
+                                                                   ("start", "length")))
+        return Record(f"line{line}", f"{self.path}: line {line}", {}, {"json": place}, self.path)
+
+
+class JsonList:
+    """The items of a .json list by number; the list may stand under one of `LISTS`.
+
+    Items are kept as json in one piece of memory, which forked workers share.
+    """
+
+    def __init__(self, path: str | Path, items: Sequence[Any]) -> None:
+        self.path = str(path)
+        written = [json.dumps(item).encode() for item in items]
+        self._data, self._ends = b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All records are one piece."""
+        return [len(self._ends) - 1]
+
+    def locate(self, row: int) -> Record:
+        """A record; its key is the item."""
+        data = self._data[self._ends[row]:self._ends[row + 1]]
+        return Record(f"item{row}", f"{self.path}: item {row}", {}, {"json": data}, self.path)
+
+
+class JsonFile:
+    """The records of a .json file, which holds a list or an object per line."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = str(path)
+
+    @cached_property
+    def _records(self) -> JsonList | JsonLines:
+        content = read_all(self.path).removeprefix(BOM)
+        _refuse_compressed(self.path, content)
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            first = content.lstrip().partition(b"\n")[0]
+            if getattr(error, "msg", "") == "Extra data" and first.startswith(b"{"):
+                return JsonLines(self.path)
+            reason = getattr(error, "msg", first_line(error))
+            line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
+            raise BadRecord("malformed json", f"{self.path}: {line}is not json ({reason}).") from None
+        if isinstance(value, dict):
+            found = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
+            value = [value] if found is None and b"\n" not in content.strip() else found
+        if not isinstance(value, list):
+            raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
+        return JsonList(self.path, value)
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """All records are one piece. Raises BadRecord: the file is no json list."""
+        return self._records.sizes
+
+    def locate(self, row: int) -> Record:
+        """A record; its key is the line or item."""
+        return self._records.locate(row)
+
+
+def _refuse_compressed(path: str, start: bytes) -> None:
+    if start[:2] == b"\x1f\x8b":
+        raise BadRecord("damaged file", f"{path}: compressed files cannot be read at random positions; unpack it with "
+                        "gunzip first.")

@@ -1,0 +1,340 @@
+"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, images, registered formats.
+
+    source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a URL, a list of them
+    source.read(17)                                               # Record(key, where, fields)
+    source.locate(17)                                             # the same, unread
+
+Every source is map-style, so that the order of training can be a function of (seed, step). Indexes are read or made
+when the length is first asked for; ask before forking workers, so that they share them.
+
+Other packages add formats by entry points of the group `seed_multimodal.formats`, each `open_mine(path, **options)`
+that returns a `record.RecordFile`; `path` is None where the configuration names no files. For image-caption pairs its
+`pair_keys`, if it has any, are arguments of `pairs.PairReader`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import inspect
+import itertools
+import multiprocessing
+import os
+import re
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, cached_property
+from importlib.metadata import EntryPoint, entry_points
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from braceexpand import braceexpand
+
+from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.images import PictureFolder, is_picture
+from seed_multimodal.data.formats.index import IndexedFile, make_index, piece_sizes
+from seed_multimodal.data.formats.jsonl import JsonFile, JsonLines
+from seed_multimodal.data.formats.open_files import OpenFiles
+from seed_multimodal.data.formats.parquet import ParquetFile
+from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
+from seed_multimodal.data.formats.storage import filesystem, is_remote, open_binary, remote_errors
+from seed_multimodal.data.formats.tar import JsonTar, TarFile
+from seed_multimodal.entry import end_with_parent
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import check_keys, nearest
+
+GROUP = "seed_multimodal.formats"
+SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
+            "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
+            "parquet": (".parquet",)}
+NOTES = ("manifest.json", "settings.json")  # of pre-tokenisation, beside its shards
+DOWNLOADED = "_stats.json"  # of img2dataset, after the shard's number
+_WILD = re.compile(r"[*?\[]")
+_COMPARED = 2000  # names: a folder of images may hold a million, to compare which would take minutes
+
+
+@cache
+def registered() -> dict[str, EntryPoint]:
+    """The formats of other packages."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def open_registered(name: str, path: str | Path | None, options: Mapping[str, Any]) -> RecordFile:
+    """The records of a registered format. Raises ConfigError: an option that its opener does not have."""
+    opener = registered()[name].load()
+    check_keys(options, list(inspect.signature(opener).parameters)[1:], f"options of format {name}")
+    file: RecordFile = opener(path, **options)
+    return file
+
+
+def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]] | None = None,
+              options: Mapping[str, Any] | None = None) -> RecordFile:
+    """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
+
+    Args:
+        others: of a tar, members to be found beside the json (`tar.JsonTar`). options: of a registered format.
+    """
+    if format == "tar":
+        return JsonTar(path, others)
+    if format == "parquet":
+        return ParquetFile(path)
+    if format in ("json", "jsonl"):
+        return JsonLines(path) if format == "jsonl" else JsonFile(path)
+    return open_registered(format, path, options or {}) if format in registered() else PictureFolder(Path(path))
+
+
+def open_records(
+    files: str | Path | Sequence[str | Path] | None,
+    *,
+    format: str = "auto",
+    name: str = "",
+    cache: str | None = None,
+    others: Mapping[str, Sequence[str]] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> FileRecords:
+    """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
+
+    Args:
+        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
+            `folder`: images with their captions in .txt files beside them. Or a registered one.
+        name: name of the source in logs and counts; default: what was given as `files`.
+        cache: folder into which remote files are copied; None: they are read by ranges.
+        others, options: as of `open_file`.
+
+    Raises:
+        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
+    """
+    given = [files] if isinstance(files, str | Path) else list(files or ())
+    if format in registered():
+        return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
+    found = [(str(one), format) for one in given] if format == "folder" else find_files(given, format)
+    return FileRecords([open_file(path, kind, others) for path, kind in found], name or ", ".join(map(str, given)),
+                       cache)
+
+
+class FileRecords:
+    """The records of several files, numbered through; `cache` as of `open_records`."""
+
+    def __init__(self, parts: Sequence[RecordFile], name: str = "", cache: str | None = None) -> None:
+        self.parts, self.name = parts, name
+        self.files = [part.path for part in parts]
+        self.open_files = OpenFiles(cache=cache)
+
+    @cached_property
+    def _sizes(self) -> list[list[int]]:
+        sizes = piece_sizes(self.parts)
+        damages = [part.damage for part in self.parts if isinstance(part, TarFile) and part.damage]
+        total = sum(map(sum, sizes))
+        if total == len(damages) > 0:
+            raise BadRecord("damaged file", damages[0])
+        if not total:
+            others = f", nor do the other {len(self.parts) - 1} files" if len(self.parts) > 1 else ""
+            raise DataError(f"{self.files[0]}: holds no record{others}.")
+        return sizes
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(sum, self._sizes)))
+
+    @cached_property
+    def shard_sizes(self) -> np.ndarray:
+        """Records of each file (of each row group of parquet), int64; empty files are left out."""
+        sizes = np.array(list(itertools.chain.from_iterable(self._sizes)), np.int64)
+        return sizes[sizes > 0]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def locate(self, index: int) -> Record:
+        """One record, unread where that is possible. Raises DataError as `read`."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name}: there is no record {index} among {len(self)}")
+        number = bisect_right(self._ends, index)
+        return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
+
+    def read(self, index: int) -> Record:
+        """One record, with `messages` if it is a conversation.
+
+        Raises:
+            DataError: one sentence with file and line, item, row or sample, when it is broken or no longer there.
+        """
+        record = self.locate(index).parsed(self.open_files)
+        record.fields = with_messages(record.fields, record.where)
+        return record
+
+    def close(self) -> None:
+        """Close this process's open files and drop rows kept in memory; reading opens them again."""
+        self.open_files.close()
+
+
+def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
+    """Write the indexes beside all shards and files of lines; returns how many there are.
+
+    Raises:
+        DataError: nothing matches, no file needs an index, or one cannot be read or its index not be written.
+    """
+    files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
+    if not files:
+        raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(files)), mp_context=context, initializer=end_with_parent) as pool, \
+            Progress("index", len(files), "file") as bar:
+        for _ in pool.map(make_index, files):
+            bar.update()
+    return len(files)
+
+
+def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
+               recursive: bool = True) -> list[tuple[str, str]]:
+    """(file, its format) of each file behind the patterns and folders, each once.
+
+    Args:
+        pictures: a folder may hold images, too: lists and tables in it name them, and without any it is one input of
+            format `folder`.
+        recursive: folders are searched at any depth.
+
+    Raises:
+        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
+    """
+    if format in registered():
+        return [(str(one), format) for one in given]
+    known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
+    if format not in ("auto", *known):
+        raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
+                          f"{nearest(format, known)}.")
+    if not given:
+        raise DataError("The list of files is empty.")
+    found: dict[str, str] = {}
+    for path in expand_pattern(given):
+        if _is_folder(path):
+            found.update(_in_folder(path, format, pictures, recursive))
+        else:
+            found[path] = _format_of(path, format)
+    return list(found.items())
+
+
+def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
+    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches.
+
+    Raises:
+        DataError: a pattern matches nothing, or a file that braces spell out is missing.
+    """
+    found: dict[str, None] = {}
+    for one in map(str, patterns):
+        matches = {name: _matches(name) for name in _expand_braces(one)}
+        missing = [name for name, some in matches.items() if not some]
+        if len(missing) == len(matches):
+            if os.path.islink(one):
+                raise DataError(f"{one}: is a link to {os.readlink(one)}, which is not there.")
+            if _WILD.search(one) or "{" in one:
+                raise DataError(f"{one}: no file matches this pattern.")
+            raise DataError(f"{one[:200]}: there is no such file or folder{nearest_path(one)}.")
+        if missing:
+            raise DataError(f"{one}: {len(missing)} of its {len(matches)} files are missing, first {missing[0]}.")
+        paths = [path for some in matches.values() for path in some]
+        found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
+    return list(found)
+
+
+def nearest_path(path: str | Path) -> str:
+    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part;
+    an empty string where there is none, or too many to compare."""
+    place = Path(path)
+    while not os.path.isdir(place.parent) and place.parent != place:
+        place = place.parent
+    try:
+        with os.scandir(place.parent) as entries:  # `iterdir` would read all of them first
+            names = [one.name for one in itertools.islice(entries, _COMPARED + 1)]
+    except OSError:  # a folder that may not be listed
+        return ""
+    close = difflib.get_close_matches(place.name, names, n=1) if len(names) <= _COMPARED else []
+    return f" (did you mean {place.with_name(close[0])}?)" if close else ""
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError:  # unbalanced: the name of a file may hold one
+        return [pattern]
+
+
+def _matches(name: str) -> list[str]:
+    """Existing paths of this name (which may hold brackets) or matching its wildcards; a remote file is not looked for
+    before it is read."""
+    if is_remote(name):
+        if not _WILD.search(name):
+            return [name]
+        files, pattern = filesystem(name)
+        with remote_errors(name):
+            return sorted(files.unstrip_protocol(one) for one in files.glob(pattern))
+    found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+    return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is a folder; of a URL the suffix decides."""
+    return not _suffix_format(path) if is_remote(path) else os.path.isdir(path)
+
+
+def _listing(folder: str, recursive: bool) -> list[str]:
+    """The files in a folder, without hidden ones, by name."""
+    if is_remote(folder):
+        files, name = filesystem(folder)
+        with remote_errors(folder):
+            found = sorted(map(files.unstrip_protocol, files.find(name, maxdepth=None if recursive else 1)))
+    else:
+        found = [str(path) for path in sorted(Path(folder).glob("**/*" if recursive else "*")) if path.is_file()]
+    return [path for path in found if not path.rpartition("/")[2].startswith(".")]
+
+
+def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dict[str, str]:
+    kinds: dict[str, list[str]] = {}
+    shown: set[str] = set()  # images, without their suffixes
+    for path in _listing(folder, recursive):
+        kind = _suffix_format(path)
+        if pictures and is_picture(Path(path)):
+            shown.add(os.path.splitext(path)[0])
+        elif kind and format in ("auto", kind, kind[:4]) and not _is_note(path):
+            kinds.setdefault(kind, []).append(path)
+    if "tar" in kinds:
+        kinds.pop("json", None)  # beside shards these are manifests and statistics
+    if pictures and "json" in kinds:
+        kinds["json"] = [path for path in kinds["json"] if os.path.splitext(path)[0] not in shown]
+    kinds = {kind: paths for kind, paths in kinds.items() if paths}
+    if pictures and format in ("auto", "folder") and shown and not kinds:
+        return {folder: "folder"}
+    if not kinds:
+        wanted = ", ".join(SUFFIXES if format == "auto" else (format,)) + " files"
+        wanted = "images" if format == "folder" else f"{wanted} or images" if pictures else wanted
+        raise DataError(f"{folder}: this folder holds no {wanted}{', at any depth' if recursive else ''}.")
+    if len(kinds) > 1 and format == "auto":
+        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name "
+                        "files.")
+    return {path: kind for kind, paths in kinds.items() for path in paths}
+
+
+def _is_note(path: str) -> bool:
+    """Whether a file is a report that a tool wrote beside its shards; a list of records may have the same name."""
+    name = path.rpartition("/")[2]
+    if name in NOTES:
+        with open_binary(path) as file:
+            return file.read(2) == b"{\n"
+    return name.removesuffix(DOWNLOADED).isdigit()
+
+
+def _format_of(path: str, format: str) -> str:
+    kind = _suffix_format(path)
+    if format != "auto":
+        return kind if kind[:4] == format else format  # lines of json are json
+    if not kind:
+        known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
+        raise DataError(f"{path}: its suffix tells no format (known: {known}); give the format.")
+    return kind
+
+
+def _suffix_format(path: str) -> str:
+    return next((kind for kind, endings in SUFFIXES.items() if path.lower().endswith(endings)), "")

@@ -1,0 +1,113 @@
+"""Files of data, on disk or behind any fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`).
+
+Local files are read with `pread`, remote ones by range requests through fsspec's block cache, or from copies of whole
+files (`cache`). Keys, end points and regions are fsspec's own settings, from the environment or ~/.config/fsspec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from seed_multimodal.disk import disk_reason, replacing_path
+from seed_multimodal.errors import DataError, SeedError, first_line
+
+BLOCK, BLOCKS = 1 << 20, 8  # bytes of a range request, and how many of a remote file are kept
+SCAN_BLOCK = 8 << 20  # bytes of a request where a remote file is read from its start to its end
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether it is a URL."""
+    return "://" in str(path)
+
+
+def filesystem(url: str) -> tuple[Any, str]:
+    """fsspec's file system of a URL, and the path in it."""
+    import fsspec
+
+    with remote_errors(url):
+        found: tuple[Any, str] = fsspec.core.url_to_fs(url)
+        return found
+
+
+@contextmanager
+def remote_errors(url: str | Path) -> Iterator[None]:
+    """Each client library has exceptions of its own: they become a DataError that names the URL."""
+    try:
+        yield
+    except SeedError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{url}: there is no such file.") from None
+    except Exception as error:
+        raise DataError(f"{url}: cannot be read ({first_line(error)}).") from error
+
+
+def open_binary(path: str | Path) -> IO[bytes]:
+    """A file to be read from its start to its end. Raises DataError: it cannot be opened."""
+    if not is_remote(path):
+        try:
+            return open(path, "rb")
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
+    files, name = filesystem(str(path))
+    with remote_errors(path):
+        handle: IO[bytes] = files.open(name, "rb", block_size=SCAN_BLOCK, cache_type="readahead")
+        return handle
+
+
+def open_ranges(url: str) -> Any:
+    """A remote file to be read at random positions, through a cache of blocks. Raises DataError as `read_all`."""
+    files, name = filesystem(url)
+    with remote_errors(url):
+        return files.open(name, "rb", block_size=BLOCK, cache_type="blockcache", cache_options={"maxblocks": BLOCKS})
+
+
+def read_all(path: str | Path) -> bytes:
+    """The content of a file. Raises DataError: it cannot be read."""
+    with remote_errors(path), open_binary(path) as file:
+        return file.read()
+
+
+def stat(path: str | Path) -> tuple[int, str]:
+    """Size in bytes, and what changes with the content (time of change or ETag). Raises DataError: it is not there."""
+    if is_remote(path):
+        files, name = filesystem(str(path))
+        with remote_errors(path):
+            about = files.info(name)
+            version = next((about[key] for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
+                            if about.get(key)), "")
+            return int(about["size"]), str(version)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def file_size(path: str | Path) -> int:
+    """Bytes of a file. Raises DataError: it is not there."""
+    return stat(path)[0]
+
+
+def local_copy(url: str, folder: str | Path) -> str:
+    """The copy of a remote file in a folder, made when it is first needed; it belongs to the file as it is now."""
+    size, version = stat(url)
+    digest = hashlib.sha256(f"{url} {size} {version}".encode()).hexdigest()[:16]
+    copy = Path(folder) / f"{digest}.{url.rpartition('/')[2][-100:]}"
+    if copy.is_file():
+        return str(copy)
+    files, name = filesystem(url)
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_path(copy) as scratch, remote_errors(url):
+            files.get_file(name, str(scratch))
+            if scratch.stat().st_size != size:
+                raise DataError(f"{url}: the connection broke while it was copied.")
+    except OSError as error:
+        raise DataError(f"{copy}: cannot be written ({disk_reason(error)}).") from error
+    return str(copy)

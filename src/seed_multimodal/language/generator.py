@@ -1,0 +1,160 @@
+"""`Generator`: a language model, its tokenizer and the settings of each task; answers in batches or token by token.
+
+    prompts ─► generate ─► ids ─► AnswerReader ─► events, or the parts of an `Answer`
+
+A subclass says what its settings are and where its answers end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import nn
+
+from seed_multimodal.device import free_memory
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, Prompt, Stopped, generate
+from seed_multimodal.language.messages import Answer, DrawnPart
+from seed_multimodal.language.streaming import AnswerReader, Event, TokenStreamer, tokens_from_thread
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.settings import nearest, read_settings
+
+Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
+Draw = Callable[[dict[str, Any]], Image.Image | None]  # the event of an image, or of its first codes → the image
+
+
+class Generator:
+    """Generates answers; it may be used from several threads, of which it serves one at a time.
+
+    Args:
+        llm_device: where an off-loaded language model computes; None: it stays where it is.
+    """
+
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
+    answer_after = ""  # see `TaskPrompts`
+
+    def __init__(self, tokenizer: MultimodalTokenizer, llm: Any, llm_device: torch.device | None = None) -> None:
+        self.tokenizer, self.llm = tokenizer, llm
+        self._llm_device, self._turn = llm_device, threading.Lock()
+
+    # ---- a subclass defines
+
+    def own_defaults(self, task: str) -> dict[str, Any]:
+        """Generation settings for a task over `defaults`."""
+        return {}
+
+    def stops(self, task: Task) -> Sequence[str]:
+        """Text that ends an answer."""
+        return ()
+
+    def ends(self, task: Task) -> Sequence[int] | None:
+        """Tokens that end an answer; None: `</s>`."""
+        return None
+
+    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
+        """What cuts an answer at its end, and into events."""
+        return AnswerReader(self.tokenizer, self.stops(task), previews)
+
+    # ---- settings
+
+    @property
+    def drawing_settings(self) -> tuple[str, ...]:
+        """Options that are no generation settings."""
+        return ()
+
+    def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
+        """The defaults for a task with `options` over them; an unknown option raises `ConfigError` with the nearest. A
+        given temperature, top_p or top_k switches sampling on (without beams), unless `do_sample` is given."""
+        known = [entry.name for entry in fields(GenerationSettings)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"Unknown option {name!r}{nearest(name, [*known, *self.drawing_settings])}.")
+        if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
+            options = {"do_sample": True, "num_beams": 1, **options}
+        values = {"max_new_tokens": 256, "do_sample": False, **self.defaults.get(task, {}),
+                  **self.own_defaults(task), **options}
+        return read_settings(GenerationSettings, values, "Generation setting")
+
+    def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
+        """Settings that force an image; a default limit is raised to leave room for it, a `given` one that is too small
+        raises `ConfigError`."""
+        needed = self.tokenizer.vocabulary.least_codes + 1
+        if "max_new_tokens" in given and settings.max_new_tokens < needed:
+            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
+                              f"small for a request that must be answered with one.")
+        return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
+
+    # ---- answers
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
+                 **how: Any) -> list[list[int]]:
+        """The ids of each answer; `how`: further arguments of `language.generation.generate`."""
+        with self._turn, on_device(self.llm, self._llm_device):
+            return generate(self.llm, self.tokenizer, prompts, settings, ends=self.ends(task), **how)
+
+    def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
+        """The parts of an answer, cut at its end."""
+        ids = self.reader(task).read_all(ids)
+        return Answer(tuple(split_answer(ids, self.tokenizer)), tuple(ids), note, self.answer_after)
+
+    def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
+               should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
+        """Events of one answer, its images drawn; the last is `done` with the whole `Answer`."""
+        reader = self.reader(task, previews if settings.num_beams == 1 else ())
+        images: list[Image.Image | None] = []
+
+        def show(events: Sequence[Event]) -> Iterator[Event]:
+            for event in events:
+                if event["type"] == "image" and should_stop is not None and should_stop():
+                    raise Stopped
+                if event["type"] in ("image", "image_preview"):
+                    event["image"] = draw(event)
+                if event.pop("part", None) is not None:
+                    images.append(event["image"])
+                yield event
+
+        with contextlib.suppress(Stopped):
+            tokens = self._tokens(prompt, settings, task, should_stop=should_stop, **how)
+            with contextlib.closing(tokens):  # leaving early ends the thread
+                for token in tokens:
+                    yield from show(reader.read(token))
+                    if reader.finished:
+                        break
+            yield from show(reader.close())
+        rest = iter(images)
+        answer = self.read_answer(reader.ids, task, prompt.note)
+        parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
+                 for part in answer.parts]
+        yield {"type": "done", "answer": replace(answer, parts=tuple(parts))}
+
+    def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, **how: Any) -> Any:
+        """Tokens of one answer as they come; with beams all at the end, when the best one is known."""
+        def produce(streamer: TokenStreamer | None) -> list[list[int]]:
+            return self.generate([prompt], settings, task, streamer=streamer, **how)
+
+        if settings.num_beams > 1:
+            yield from produce(None)[0]
+        else:
+            yield from [*prompt.answered, *([self.tokenizer.vocabulary.boi_id] if settings.force_image else [])]
+            yield from tokens_from_thread(produce)
+
+
+@contextlib.contextmanager
+def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """An off-loaded `part` is on `device` inside, and back on the CPU afterwards; None: it stays where it is."""
+    if device is None or device.type == "cpu":
+        yield
+        return
+    part.to(device)
+    try:
+        yield
+    finally:
+        part.to("cpu")
+        free_memory(device)

@@ -1,0 +1,282 @@
+"""Records from tars, jsonl, json lists, parquet and folders: by number, and every broken one named."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from seed_multimodal.data.formats.record import BadRecord, find_image
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, nearest_path, open_records
+from seed_multimodal.errors import ConfigError, DataError
+
+ROOT = Path(__file__).resolve().parents[4]
+ITEMS = [{"text": "ä\n\"]},{[", "n": -12.5e3}, {"nested": [[1, 2], {"a": None}]}, {}, {"text": "𝄞" * 50, "b": True}]
+
+
+def tar(path: Path, items: dict[str, object]) -> Path:
+    write_shard(path, [(key, {"json": value if isinstance(value, bytes) else json.dumps(value).encode()})
+                       for key, value in items.items()])
+    return path
+
+
+def caption(number: int) -> dict:
+    return {"image_ids": [number, number + 1], "text": f"Größe {number}"}
+
+
+def written(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def fields(source: FileRecords) -> list[dict]:
+    return [source.read(index).fields for index in range(len(source))]
+
+
+def test_open_records_of_tars(tmp_path):
+    for part in range(3):
+        tar(tmp_path / f"part-{part:04d}" / "0000000.tar",
+            {f"{part}x{n}": caption(10 * part + n) for n in range(part + 1)})
+    source = open_records(str(tmp_path / "part-{0000..0002}" / "*.tar"), name="captions")
+    assert (source.name, len(source), list(source.shard_sizes)) == ("captions", 6, [1, 2, 3])
+    record = source.read(4)
+    assert (record.key, record.fields) == ("2x1", caption(21))
+    assert record.where == f"{tmp_path}/part-0002/0000000.tar: sample 2x1"
+    assert fields(open_records(tmp_path)) == fields(source)  # a folder is searched at any depth
+    with pytest.raises(IndexError):
+        source.read(6)
+
+
+def test_read_broken_members(tmp_path):
+    path = tar(tmp_path / "a.tar", {"good": caption(1), "torn": b'{"text": "a', "list": [1],
+                                    "half": b'{"t": "\\ud83d"}', "deep": b'{"a":' * 100_000,
+                                    "pair": b'{"t": "\\ud83d\\ude00"}'})
+    source = open_records(path)
+    for row, (key, words) in enumerate([("torn", "is not json"), ("list", "holds a list"), ("half", "surrogate"),
+                                        ("deep", "is not json")], 1):
+        with pytest.raises(BadRecord, match=f"a.tar: sample {key}: .*{words}") as caught:
+            source.read(row)
+        assert caught.value.kind == "malformed json"
+    assert source.read(0).fields == caption(1) and source.read(5).fields == {"t": "😀"}
+
+
+def test_open_records_of_lines(tmp_path):
+    lines = ["", '{"text": "ä"}', "   \t ", '{"text": "b"}\r', '{"text": ', "", '{"text": "c"}']
+    for end in ("", "\n", "\n \n"):
+        source = open_records(written(tmp_path / "t.jsonl", "\n".join(lines) + end))
+        assert len(source) == 4
+        assert [source.read(n).fields["text"] for n in (0, 1, 3)] == ["ä", "b", "c"]
+        assert [source.read(n).where for n in (0, 1, 3)] == [f"{tmp_path}/t.jsonl: line {n}" for n in (2, 4, 7)]
+        with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not json"):
+            source.read(2)
+    bom = open_records(written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}'))
+    assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line2"
+    halves = open_records(written(tmp_path / "h.jsonl", b'{"t": "a\xed\xa0\x80b"}\n{"t": "a\\ud800b"}'))
+    for index in (0, 1):
+        with pytest.raises(BadRecord, match=f"line {index + 1}: a text holds half of a surrogate pair"):
+            halves.read(index)
+
+
+@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
+def test_open_records_of_lists(tmp_path, style):
+    path = written(tmp_path / "a.json", json.dumps(ITEMS, **style))
+    assert fields(open_records(path)) == ITEMS
+    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (f"{path}: item 2", "item2")
+    coco = written(tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []}, **style))
+    assert fields(open_records(coco)) == ITEMS
+    assert fields(open_records(written(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes()))) == ITEMS
+    lines = open_records(written(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
+    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).where.endswith("lines.json: line 3")
+    assert fields(open_records(written(tmp_path / "one.json", '{"text": "a"}\n'))) == [{"text": "a"}]
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ('[{"a": 1},\n {"a": }]', "line 2: .*Expecting value"), ('[{"a": 1} {"a": 2}]', "line 1: .*',' delimiter"),
+    ('[{"a": "x', "Unterminated"), ("[{}]\nmore", "line 2: .*Extra data"), ('{"a": [1]\n}', "must hold a list"),
+    ("", "Expecting value"), ('"text"', "must hold a list"), ("[" * 200_000, "recursion"), (b'["\xe4"]', "decode"),
+    (b"\x1f\x8b123", "compressed files")])
+def test_open_records_of_a_broken_list(tmp_path, content, words):
+    with pytest.raises(DataError, match=rf"b\.json: .*{words}"):
+        len(open_records(written(tmp_path / "b.json", content)))
+
+
+def test_open_records_of_parquet(tmp_path):
+    rows = [{"id": str(n), "image_ids": [n, n + 1], "text": f"t{n}" if n != 3 else None, "conversations": [
+        {"from": "human", "value": f"<image>q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(7)]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
+    source = open_records([path, path])
+    assert len(source) == 7 and list(source.shard_sizes) == [3, 3, 1]
+    record = source.read(4)
+    assert record.where == f"{path}: row 4" and record.key == "row4" and record.fields["text"] == "t4"
+    assert "text" not in source.read(3).fields
+    assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q4"]
+    source.open_files.tables.kept = 0  # one row group
+    order = np.random.default_rng(0).permutation(7).tolist()
+    assert [source.read(n).fields["id"] for n in order] == [str(n) for n in order]
+    assert len(source.open_files.tables._groups) == 1
+    texts = [{"image": "x", "conversations": json.dumps(row["conversations"])} for row in rows]
+    parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "text.parquet")
+    assert open_records(tmp_path / "text.parquet").read(2).fields["messages"][0]["content"] == [{"image": "x"}, "q2"]
+    parquet.write_table(pa.Table.from_pylist(rows[:2]), path)
+    source.close()
+    with pytest.raises(BadRecord, match=r"a\.parquet: has fewer rows than when it was indexed"):
+        source.read(6)
+    with pytest.raises(BadRecord, match=r"b\.parquet: cannot be read as parquet"):
+        len(open_records(written(tmp_path / "b.parquet", path.read_bytes()[:-60])))
+
+
+def test_read_parquet_values_that_python_lacks(tmp_path):
+    offsets, data = np.array([0, 3, 5, 7], np.int32), b"a\xffbokok"
+    texts = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data)])
+    parquet.write_table(pa.table({"text": texts, "day": pa.array([1, 2, 2**30], pa.date32())}), tmp_path / "a.parquet")
+    source = open_records(tmp_path / "a.parquet")
+    with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
+        source.read(0)
+    assert source.read(1).fields["text"] == "ok"
+    with pytest.raises(BadRecord, match=r"a\.parquet: row 2: a value cannot be read \(days=1073741824"):
+        source.read(2)
+
+
+def test_open_records_of_an_image_folder(tmp_path):
+    for name in ("b.jpg", "sub/a.PNG", ".hidden.jpg", "notes.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        written(tmp_path / name, "x")
+    written(tmp_path / "b.txt", "a caption")
+    source = open_records(tmp_path, format="folder")
+    assert fields(source) == [{"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")]
+    first = source.read(0)
+    assert first.where == str(tmp_path / "b.jpg") and first.member("txt", files=source.open_files) == b"a caption"
+    assert source.read(1).member("txt", files=source.open_files) is None
+    with pytest.raises(DataError, match="holds no record"):
+        len(open_records(tmp_path / "sub" / "none", format="folder"))
+
+
+def test_open_records_of_nano():
+    nano = open_records(None, format="nano")
+    record = pickle.loads(pickle.dumps(nano.locate(7)))  # noqa: S301  # a worker draws it
+    assert len(nano) == 100_000 and nano.files[0].name == "nano" and len(pickle.dumps(record)) < 1000
+    assert record.fields["image"]().shape == (64, 64, 3) and len(record.fields["caption"]) == 4
+
+
+# ---- files
+
+
+def test_open_records_finds_files(tmp_path):
+    with pytest.raises(DataError, match="holds no tar, jsonl, json, parquet files"):
+        open_records(tmp_path)
+    with pytest.raises(ConfigError, match="format must be auto, .*did you mean 'jsonl'"):
+        open_records(tmp_path, format="jsnl")
+    written(tmp_path / "a.jsonl", '{"text": "a"}')
+    tar(tmp_path / "a.tar", {"k": caption(1)})
+    written(tmp_path / "manifest.json", "{\n}")
+    with pytest.raises(DataError, match="holds tar and jsonl files|holds jsonl and tar files"):
+        open_records(tmp_path)
+    assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
+    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # a manifest beside shards is no data
+    both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
+    assert [both.read(n).key for n in (0, 1)] == ["k", "line1"]
+    odd = written(tmp_path / "notes.txt", '{"text": "b"}')
+    with pytest.raises(DataError, match="its suffix tells no format"):
+        open_records(odd)
+    assert fields(open_records(odd, format="jsonl")) == [{"text": "b"}]
+    packed = written(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: compressed files .*gunzip"):
+        len(open_records(packed))
+
+
+def test_open_records_of_folders_by_pattern(tmp_path):
+    for part in ("p1", "p2"):
+        (tmp_path / part / "deep").mkdir(parents=True)
+        written(tmp_path / part / "deep" / "a.jsonl", f'{{"text": "{part}"}}')
+    for pattern in ("p{1..2}", "p?", "{p1,p2}/deep"):
+        assert fields(open_records(str(tmp_path / pattern))) == [{"text": "p1"}, {"text": "p2"}]
+
+
+def test_expand_pattern(tmp_path):
+    for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
+        (tmp_path / name).touch()
+    for patterns, wanted in ((["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
+                             (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]), (["odd[1].tar"], ["odd[1].tar"]),
+                             (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"])):
+        assert expand_pattern([tmp_path / one for one in patterns]) == [f"{tmp_path}/{name}" for name in wanted]
+
+
+@pytest.mark.parametrize(("pattern", "words"), [
+    ("none-*.tar", "none-.*: no file matches this pattern"), ("n-{00..02}.tar", "no file matches this pattern"),
+    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "is a link to .*nowhere"),
+    ("a-00.tar", r"there is no such file or folder \(did you mean .*a-0.tar\?\)"), ("A" * 5000, "A{100}: there is no"),
+    ("fifo.tar", "there is no such file")])
+def test_expand_pattern_without_match(tmp_path, pattern, words):
+    (tmp_path / "a-0.tar").touch()
+    (tmp_path / "gone.tar").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "fifo.tar")
+    with pytest.raises(DataError, match=words):
+        expand_pattern([tmp_path / pattern])
+
+
+def test_nearest_path_of_many_files(tmp_path):
+    for number in range(2001):  # of a million images, comparing all names would take minutes
+        (tmp_path / f"{number}.tar").touch()
+    assert nearest_path(tmp_path / "0.tax") == ""
+
+
+def test_find_image(tmp_path, monkeypatch):
+    (tmp_path / "images").mkdir()
+    picture = written(tmp_path / "images" / "a.jpg", "x")
+    assert find_image("a.jpg", tmp_path / "images") == find_image("/a.jpg", tmp_path / "images") == picture
+    assert find_image(str(picture)) == find_image("images/a.jpg", None, tmp_path / "list.json") == picture
+    assert find_image("b.jpg", tmp_path / "images") is None
+    assert find_image("A" * 5000) is None  # such as an image written out as base64
+    monkeypatch.chdir(tmp_path)
+    assert find_image("images/a.jpg") == Path("images/a.jpg")
+
+
+# ---- formats of other packages
+
+MODULE = """
+import numpy as np
+from seed_multimodal.data.formats.record import Record
+
+class Squares:
+    def __init__(self, path, number):
+        self.path, self.sizes, self.pair_keys = path or "squares", [number], {"caption_key": "name"}
+    def locate(self, row):
+        image = lambda: np.full((8, 8, 3), row, np.uint8)
+        return Record(str(row), f"{self.path}: {row}", {"image": image, "name": f"square {row}"}, file=str(self.path))
+
+def open_squares(path=None, number=4):
+    return Squares(path, number)
+"""
+PROGRAM = """
+from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.data.formats.sources import open_records
+records = open_records(None, format="squares", options={"number": 3})
+print(len(records), records.read(2).fields["name"])
+pair = open_pairs({"format": "squares", "files": "mine"}).read(1)
+print(pair.captions, pair.image().mean(), pair.name)
+open_pairs({"format": "squares", "numbr": 3})
+"""
+
+
+@pytest.mark.process
+def test_open_registered_of_another_package(tmp_path: Path) -> None:
+    (tmp_path / "squares.py").write_text(MODULE)
+    info = tmp_path / "squares-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[seed_multimodal.formats]\nsquares = squares:open_squares\n")
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"})
+    assert done.stdout.splitlines() == ["3 square 2", "['square 1'] 1.0 mine: 1"], done.stderr
+    assert "unknown key 'numbr' (did you mean 'number'?)" in done.stderr

@@ -1,0 +1,274 @@
+"""Files behind URLs, against a real S3 server on loopback and fsspec's memory; the cached index."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from torch.utils.data import DataLoader
+
+from seed_multimodal.data.formats import index
+from seed_multimodal.data.formats.index import FOLDER, make_index
+from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records, write_indexes
+from seed_multimodal.data.formats.storage import local_copy, stat
+from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.stream.pair_dataset import PairDataset
+from seed_multimodal.errors import DataError
+from seed_multimodal.images.transforms import seed_image_processor
+
+COUNT = 60
+
+
+def text_of(number: int) -> dict[str, object]:
+    return {"text": f"number {number}"}
+
+
+def write_kinds(folder: Path, jpeg: Callable[[int], bytes]) -> None:
+    """The same texts in two tars, as lines, a list and a table; two tars with images; images that a list names."""
+    for part in range(2):
+        rows = range(part * COUNT // 2, (part + 1) * COUNT // 2)
+        write_shard(folder / f"tars/{part}.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows])
+        write_shard(folder / f"pairs/{part}.tar", [(f"k{n}", {"jpg": jpeg(n), "txt": f"number {n}".encode()})
+                                                   for n in rows])
+    (folder / "a.jsonl").write_text("".join(json.dumps(text_of(n)) + "\n\n" for n in range(COUNT)))
+    (folder / "a.json").write_text(json.dumps([text_of(n) for n in range(COUNT)], indent=1))
+    (folder / "images.json").write_text(json.dumps([{"image": f"images/{n}.jpg", "caption": "a"} for n in range(2)]))
+    (folder / "images").mkdir()
+    (folder / "images/0.jpg").write_bytes(jpeg(0))
+    table = pyarrow.table({"text": [f"number {n}" for n in range(COUNT)]})
+    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=COUNT // 4)
+
+
+class S3:
+    """moto's S3 server in a second process, with one bucket."""
+
+    url = "s3://data"
+
+    def __init__(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.process = subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(self.port)],
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        end = time.monotonic() + 60
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise RuntimeError("moto's server did not start")
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
+    server = S3()
+    for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1"),
+                        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}"), ("AWS_MAX_ATTEMPTS", "1"),
+                        ("SEED_INDEX_DIR", str(tmp_path / "index"))):
+        monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    files = fsspec.filesystem("s3")
+    files.retries = 1
+    files.mkdir("data")
+    (tmp_path / "here").mkdir()
+    write_kinds(tmp_path / "here", jpeg)
+    files.put(str(tmp_path / "here") + "/", "data", recursive=True)
+    yield server
+    server.stop()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("cache", [False, True])
+def test_open_records_of_s3(s3: S3, tmp_path: Path, cache: bool) -> None:
+    options = {"cache": str(tmp_path / "copies")} if cache else {}
+    wanted = [text_of(number) for number in range(COUNT)]
+    for name in ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet"):
+        source = open_records(f"{s3.url}/{name}", **options)
+        assert [source.read(number).fields for number in range(COUNT)] == wanted, name
+        assert source.read(3).where.startswith("s3://data/")
+    assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the lines
+    if cache:
+        assert len(list((tmp_path / "copies").iterdir())) == 4
+        s3.stop()
+        assert source.read(5).fields == text_of(5), "the copy is read"
+
+
+@pytest.mark.process
+def test_open_pairs_of_s3_in_workers(s3: S3) -> None:
+    pairs = open_pairs({"format": "webdataset", "pattern": f"{s3.url}/pairs/{{0..1}}.tar"})
+    pairs.read(0)  # the connection of this process must not be used by the workers
+    found = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
+    assert found == [[f"number {number}"] for number in range(COUNT)]
+    listed = open_pairs({"format": "json", "files": f"{s3.url}/images.json"})
+    assert isinstance(listed.read(0).image, bytes)
+    with pytest.raises(DataError, match=r"s3://data/images/1\.jpg: there is no such file"):
+        listed.read(1)
+
+
+class Captions:
+    """Captions by number, for a DataLoader."""
+
+    def __init__(self, pairs: object) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> list[str]:
+        return self.pairs.read(number).captions  # type: ignore[attr-defined]
+
+
+@pytest.mark.process
+def test_a_cut_connection_is_a_bad_sample(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    from seed_multimodal.data.formats import storage
+
+    monkeypatch.setattr(storage, "BLOCK", 4096)
+    reasons: list[str] = []
+    data = PairDataset(open_pairs({"format": "auto", "files": f"{s3.url}/pairs"}), seed_image_processor(16), None,
+                       log=reasons.append, max_bad_in_a_row=2)
+    assert data.get(0)["caption"] == "number 0"
+    s3.stop()
+    with pytest.raises(DataError, match="2 samples in a row") as error:
+        data.get(COUNT - 3)
+    assert len(reasons) == 2 and all("s3://data/pairs/1.tar: cannot be read (" in one for one in reasons), reasons
+    assert "\n" not in str(error.value)
+    with pytest.raises(DataError, match=r"s3://data/tars: cannot be read"):
+        len(open_records(f"{s3.url}/tars"))
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
+    monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
+    files = fsspec.filesystem("memory")
+    write_shard(tmp_path / "a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
+    files.put(str(tmp_path / "a.tar"), "/d/a.tar")
+    yield files
+    files.rm("/d", recursive=True)
+
+
+def test_make_index_beside_a_remote_shard(memory: fsspec.AbstractFileSystem, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    make_index(TarFile("memory://d/a.tar"))
+    assert memory.exists(f"/d/{FOLDER}/a.tar.npz")
+    monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("the shard is read again"))
+    source = open_records("memory://d/a.tar")
+    assert len(source) == COUNT and source.read(7).fields == text_of(7) and not (tmp_path / "index").exists()
+
+
+def test_a_remote_shard_that_is_shorter_than_its_index(memory: fsspec.AbstractFileSystem) -> None:
+    source = open_records("memory://d/a.tar")
+    assert len(source) == COUNT
+    memory.pipe_file("/d/a.tar", memory.cat_file("/d/a.tar")[:5000])
+    with pytest.raises(DataError, match="shorter than when it was indexed"):
+        source.read(COUNT - 1)
+    assert len(open_records("memory://d/a.tar")) < COUNT
+
+
+@pytest.mark.parametrize(("url", "words"), [
+    ("memory://d/none.tar", "there is no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
+def test_urls_that_cannot_be_read(memory: fsspec.AbstractFileSystem, url: str, words: str) -> None:
+    with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{words}"):
+        len(open_records(url))
+
+
+def test_local_copy_follows_the_remote_file(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    first = local_copy("memory://d/a.tar", tmp_path / "copies")
+    assert local_copy("memory://d/a.tar", tmp_path / "copies") == first
+    memory.pipe_file("/d/a.tar", b"other")
+    assert Path(local_copy("memory://d/a.tar", tmp_path / "copies")).read_bytes() == b"other"
+    with pytest.raises(DataError, match="a.tar: cannot be written"):
+        local_copy("memory://d/a.tar", tmp_path / "a.tar")
+
+
+# ---- the index of local files
+
+
+@pytest.fixture
+def shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(index, "KEEP_FROM", 1)
+    write_shard(tmp_path / "data/a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
+    (tmp_path / "data/b.jsonl").write_text("".join(json.dumps(text_of(n)) + "\n" for n in range(COUNT)))
+    return tmp_path / "data/a.tar"
+
+
+def texts(path: Path) -> list[object]:
+    source = open_records(path)
+    return [source.read(number).fields["text"] for number in range(len(source))]
+
+
+@pytest.mark.process
+def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # small files, too
+    assert write_indexes([shard, shard.with_name("b.jsonl")], processes=2) == 2
+    monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("made again"))
+    assert len(texts(shard)) == COUNT
+    (shard.parent / "c.json").write_text("[]")
+    with pytest.raises(DataError, match=r"c\.json: holds no \.tar or \.jsonl"):
+        write_indexes([shard.with_name("c.json")])
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_index_is_made_once(shard: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = shard.parent / FOLDER
+    if elsewhere:
+        folder = shard.parent.parent / "index"
+        monkeypatch.setenv("SEED_INDEX_DIR", str(folder))
+    wanted = [f"number {number}" for number in range(COUNT)]
+    for file in (shard, shard.with_name("b.jsonl")):
+        assert texts(file) == wanted
+        monkeypatch.setattr(type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("made again"))
+        assert texts(file) == wanted
+    assert len(list(folder.iterdir())) == 2 and (shard.parent / FOLDER).exists() != elsewhere
+
+
+@pytest.mark.parametrize("harm", ["shard", "torn", "empty", "other", "pickled"])
+def test_index_of_another_file_is_made_again(shard: Path, harm: str) -> None:
+    assert len(texts(shard)) == COUNT
+    kept = shard.parent / FOLDER / "a.tar.npz"
+    whole = kept.read_bytes()
+    if harm == "shard":
+        before = shard.stat()
+        shard.write_bytes(shard.read_bytes().replace(b"number 7", b"number 8"))
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    elif harm == "pickled":
+        np.savez(kept, head=np.array([{}], object))
+    else:
+        kept.write_bytes({"torn": whole[:-70], "empty": b"", "other": b"not an index"}[harm])
+    assert texts(shard)[7] == ("number 8" if harm == "shard" else "number 7")
+    assert len(np.load(kept)["keys"]) == COUNT
+
+
+def test_index_that_cannot_be_kept(shard: Path, capsys: pytest.CaptureFixture) -> None:
+    (shard.parent / FOLDER).write_text("a file stands where the folder would be")  # root may write anywhere else
+    assert len(texts(shard)) == COUNT and "its index cannot be kept" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"a\.tar\.npz: cannot be written"):
+        make_index(TarFile(shard))
+
+
+def test_stat_of_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.tar: cannot be opened \(No such file"):
+        stat(tmp_path / "none.tar")
+    with pytest.raises(BadRecord, match="cannot be read as parquet"):
+        (tmp_path / "a.parquet").write_bytes(b"PAR1")
+        len(open_records(tmp_path / "a.parquet"))
