@@ -63,10 +63,7 @@ def never_waiting(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def guard_steps(monkeypatch: Any, *on_host: tuple[type, str]) -> list[int]:
     """Let every step of the trainings in this process that needs no number run inside `never_waiting`; the list fills
     with the numbers of these steps. The first, which makes the optimiser's state, is let through.
-
-    Args:
-        on_host: (class, name of a method) that, as the data's loader, touches only tensors that are on no device.
-    """
+    `on_host`: (class, name of a method) that, as the data's loader, touches only tensors that are on no device."""
     from seed_multimodal.data.stream.loader import StepLoader
     from seed_multimodal.training.optimizer_step import OptimizerStep
 

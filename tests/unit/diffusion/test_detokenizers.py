@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_lavit_pixels
+import tiny_lavit_training
 import tiny_sdxl
 import tiny_seed1
 import tiny_system
@@ -55,8 +55,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_sdxl.sdxl_folder(place / "sdxl_base")
     for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
         tiny_sdxl.adapter(stage).save_pretrained(place / name)
-    tiny_lavit_pixels.folder(place / "lavit", "highres")
-    tiny_lavit_pixels.folder(place / "lavit_sd", "lowres")
+    tiny_lavit_training.diffusion(place / "lavit", "highres")
+    tiny_lavit_training.diffusion(place / "lavit_sd", "lowres")
     return place
 
 
@@ -75,7 +75,7 @@ def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> C
         return Case(model, torch.randn(3, 4, tiny_sdxl.WIDTH, generator=make),
                     {"condition_images": conditions} if family == "sdxl_edit" else {})
     torch.manual_seed(7)
-    high, width, pooled = family == "lavit", tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED
+    high, width, pooled = family == "lavit", tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED
     decoder = CodeDecoder(LavitDecoderConfig(
         head="highres" if high else "lowres", tokens=8, code_dim=4, width=8, depth=1, heads=2, mlp_width=8,
         feature_dim=8, prompt_dim=width - pooled if high else width, pooled_dim=pooled)).eval()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_lavit_pixels
+import tiny_lavit_training
 import tiny_seed1
 import torch
 from torch import Tensor
@@ -17,16 +17,16 @@ from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings, read_empty_text
 
-N, WIDTH, POOLED, EMPTY = (tiny_lavit_pixels.TOKENS, tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED,
-                           tiny_lavit_pixels.NOTHING)
+N, WIDTH, POOLED, EMPTY = (tiny_lavit_training.TOKENS, tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED,
+                           tiny_lavit_training.NOTHING)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of both kinds, as released: U-Nets in torch files, the checker in one of them."""
     place = tmp_path_factory.mktemp("LaVIT")
-    tiny_lavit_pixels.folder(place / "highres_pixel_decoding", "highres")
-    tiny_lavit_pixels.folder(place / "pixel_decoding", "lowres")
+    tiny_lavit_training.diffusion(place / "highres_pixel_decoding", "highres")
+    tiny_lavit_training.diffusion(place / "pixel_decoding", "lowres")
     return place
 
 
@@ -82,7 +82,7 @@ def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> N
     """The unconditional prompt is masked behind the empty text's embeddings: their content plays no role."""
     low, given = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
-    away = {"encoder_hidden_states": torch.cat([tiny_lavit_pixels.nothing(), rest], 1),
+    away = {"encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
             "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
     wanted = by_hand(low, 6, (8, 8), {"encoder_hidden_states": given.prompt_embeds}, away, 3, 5.0)
     torch.testing.assert_close(latents(low, given, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
@@ -90,7 +90,7 @@ def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> N
 
 def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
     assert len(RATIOS) == 6 and all(one % 64 == 0 for size in RATIOS.values() for one in size)
-    full = LavitDetokenizer(tiny_lavit_pixels.unet("highres", sample_size=512), high.vae, high.scheduler)
+    full = LavitDetokenizer(tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
     for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):

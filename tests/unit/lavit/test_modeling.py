@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.lavit.modeling import DynamicTokenizer, TokenMerger, choose, gumbel_noise, masked_softmax

@@ -118,7 +118,7 @@ def test_decoder_for_the_other_kind_has_a_new_head(tmp_path: Path) -> None:
     same, new = decoder_for(high, place)
     assert not new and all(torch.equal(value, stage1.state_dict()[name]) for name, value in same.state_dict().items())
     other, new = decoder_for(low, place, seed=3)
-    assert new and other.config.head == "lowres" and other.unet_proj.out_features == 14
+    assert new and other.config.head == "lowres" and other.unet_proj.out_features == 16
     assert all(torch.equal(value, stage1.state_dict()[name]) for name, value in other.state_dict().items()
                if not name.startswith(HEADS))
     assert torch.equal(decoder_for(low, place, seed=3)[0].unet_proj.weight, other.unet_proj.weight)
