@@ -95,7 +95,7 @@ def test_programs(name, tiny_lavit_folder, shown, tmp_path, monkeypatch, capsys)
 
 def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert programs.multimodal_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
+    assert programs.lavit_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
     assert "absent.png: there is no such file" in capsys.readouterr().err
 
 

@@ -11,7 +11,7 @@ import tiny_seed1
 import warm_python
 from PIL import Image
 
-from seed_multimodal.cli.seed1 import make_grid, recon_script
+from seed_multimodal.cli.seed import make_grid, recon_script
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -157,16 +157,14 @@ def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                       capsys: pytest.CaptureFixture[str]) -> None:
+                                     capsys: pytest.CaptureFixture[str]) -> None:
     """A system's folder in the place of the released one, as `--model nano-x` is; our pictures stand in."""
     monkeypatch.chdir(tmp_path)
     for name in PICTURES:
         assert seed_x_script(name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]) == 0
     assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same picture
-    for flags, sentence in ((("--llm", "a.yaml"), "--llm names a part of the original model"),
-                            (("--device", "cpu", "--device_2", "toaster"), "toaster")):
-        assert seed_x_script("eval_text2img_seed_x", ["--model", str(tiny_x_folder), *flags]) == 2
-        assert sentence in capsys.readouterr().err
+    flags = ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]
+    assert seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
 
 
 # ---- parts that are not there, or do not fit
