@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.settings import check_keys, read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
@@ -32,7 +33,7 @@ M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
-class PretrainedNetwork(nn.Module):
+class PretrainedNetwork(nn.Module, HubUpload):
     """Base of networks that are built as `cls(config)`; `load_report`: names of the tensors that were read."""
 
     config_class: ClassVar[Any]

@@ -24,6 +24,7 @@ from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.generator import Generator, Task
@@ -59,7 +60,7 @@ class Written:
     request: Prompt
 
 
-class MultimodalSystem(Generator):
+class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
     Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,

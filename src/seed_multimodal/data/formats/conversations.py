@@ -15,11 +15,10 @@ The other fields stay as they are; a system message goes to `fields["system"]`. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs, shorten
+from seed_multimodal.data.formats.record import BadRecord, parse_json, shorten
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -39,7 +38,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in ("messages", "conversations", "data"):
         # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
         if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):
-            fields[key] = _parsed(fields[key], key, where)
+            fields[key] = parse_json(fields[key], f"{where}: {key!r}")
     if "messages" in fields:
         turns = _turns(fields["messages"], ("role", "from"), ("content", "value"), "messages", where)
     elif "conversations" in fields:
@@ -64,27 +63,23 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _turns(
-    value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
-) -> list[tuple[str, list[Part]]]:
-    if not isinstance(value, list) or not value:
+def _turns(value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
+           ) -> list[tuple[str, list[Part]]]:
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shorten(value)}.")
     turns = []
     for number, turn in enumerate(value, 1):
         name = f"{where}: turn {number} of {key!r}"
-        if not isinstance(turn, Mapping):
-            raise BadRecord("wrong type", f"{name}: is {shorten(turn)}, not an object.")
-        who = next((turn[k] for k in author if turn.get(k) is not None), None)
-        if who is None:
-            raise BadRecord("missing key", f"{name}: has no key {author[0]!r}.")
+        who, content = (next((turn[one] for one in names if turn.get(one) is not None), None)
+                        for names in (author, said))
+        for one, names in ((who, author), (content, said)):
+            if one is None:
+                raise BadRecord("missing key", f"{name}: has no key {names[0]!r}.")
         role = ROLES.get(str(who).lower())
         if role is None:
             raise BadRecord("wrong role", f"{name}: {author[0]!r} is {shorten(who)}, not one of {', '.join(ROLES)}.")
-        content = next((turn[k] for k in said if turn.get(k) is not None), None)
-        if content is None:
-            raise BadRecord("missing key", f"{name}: has no key {said[0]!r}.")
-        turns.append((role, [_part(part, name) for part in ([content] if isinstance(content, str) else
-                                                            _list(content, name))]))
+        parts = [content] if isinstance(content, str) else _list(content, name)
+        turns.append((role, [_part(part, name) for part in parts]))
     return turns
 
 
@@ -92,19 +87,18 @@ def _part(part: Any, name: str) -> Part:
     """A part of a turn in our form, from ours or from a chat API's (`{"type": "text", "text": …}`)."""
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping):
-        raise BadRecord("wrong type", f"{name}: a part is {shorten(part)}, not a text or a picture.")
-    if part.get("codes") is not None:
-        return {"codes": _list(part["codes"], name)}
-    if part.get("text") is not None:
-        return str(part["text"])
-    image = part.get("image_url") if part.get("image") is None else part["image"]
-    image = image.get("url", image) if isinstance(image, Mapping) else image
-    if image not in NO_IMAGE:
-        return {"image": image}
-    if part.get("type") == "image":  # the picture stands in `images`
-        return PLACEHOLDER
-    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(dict(part))}.")
+    if isinstance(part, Mapping):
+        if part.get("codes") is not None:
+            return {"codes": _list(part["codes"], name)}
+        if part.get("text") is not None:
+            return str(part["text"])
+        image = part.get("image_url") if part.get("image") is None else part["image"]
+        image = image.get("url", image) if isinstance(image, Mapping) else image
+        if image not in NO_IMAGE:
+            return {"image": image}
+        if part.get("type") == "image":  # the image stands in `images`
+            return PLACEHOLDER
+    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(part)}.")
 
 
 def _pairs(data: Any) -> bool:
@@ -196,12 +190,3 @@ def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise BadRecord("wrong type", f"{name}: {shorten(value)} is no list.")
     return list(value)
-
-
-def _parsed(text: str, key: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", f"{where}: {key!r} is a text that is not json ({error}).") from None
-    refuse_half_pairs(value, text, where)
-    return value

@@ -30,7 +30,7 @@ def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
 
 
 def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
-    """The error of a record without a picture where one is looked for."""
+    """The error of a record without an image where one is looked for."""
     key = key or IMAGE_FIELDS[0]
     where = f"no .{', .'.join(extensions)} member" if in_tar(record) else f"nothing under key {key!r}" \
         + other_keys(key, record.fields)
@@ -43,7 +43,7 @@ def in_tar(record: Record) -> bool:
 
 
 def other_keys(key: str, item: Mapping[str, Any]) -> str:
-    """What stands where `key` was looked for, or the nearest key, for a sentence."""
+    """What stands under the key, the nearest key, or the keys that there are, for a sentence."""
     if key in item:
         return f" (it is {str(item[key])[:60]!r})"
     return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
@@ -96,23 +96,21 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     Raises:
         BadRecord: there is none, one is blank, or it is something else.
     """
-    if not key:
-        there = [one for one in CAPTION_FIELDS if one in fields] or CAPTION_FIELDS[:1]
-        key = next((one for one in there if fields.get(one) is not None), there[0])
     if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
         raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
-    if key not in fields:
-        null = " or null there" if ": row " in where else ""  # tables do not tell the two apart
-        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{null}{other_keys(key, fields)}.")
+    names = (key,) if key else CAPTION_FIELDS
+    key = next((one for one in names if fields.get(one) is not None), next((one for one in names if one in fields), ""))
+    if not key:
+        raise BadRecord("missing key", f"{where}: has no caption key {names[0]!r}{other_keys(names[0], fields)}.")
     value = fields[key]
-    found = [value] if isinstance(value, str) else value
-    if value is None or found == []:
+    if value is None or value == []:
         raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    found = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in found):
         raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
     if not all(text.strip() for text in found):
         raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
-    return [_whole_letters(text) for text in found]
+    return found
 
 
 def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
@@ -131,12 +129,6 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
     if not text.strip():
         raise BadRecord("empty text", f"{record.where}: its .txt is empty.")
     return text if whole else text.strip()
-
-
-def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
-    it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class PictureFolder:

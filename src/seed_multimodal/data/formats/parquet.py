@@ -20,27 +20,29 @@ FOOTERS = 64  # files whose footers are kept
 
 
 class ParquetFile:
-    """The rows of a parquet file by number, unread."""
+    """The rows of a parquet file by number, unread; `sizes`: rows of each row group.
+
+    Raises BadRecord when `sizes` or `bytes_of_row` are asked for: it cannot be read as parquet.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
+        """Rows of each row group."""
         return self._about[0]
 
     @property
     def bytes_of_row(self) -> int:
         """Bytes of a row, on average."""
-        return self._about[1]
+        return self._about[1] // max(1, sum(self._about[0]))
 
     @cached_property
     def _about(self) -> tuple[list[int], int]:
         with opened(self.path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            return ([group.num_rows for group in groups],
-                    sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows))
+            return [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is `rowN`."""

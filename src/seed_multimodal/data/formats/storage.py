@@ -89,11 +89,6 @@ def stat(path: str | Path) -> tuple[int, str]:
     return status.st_size, str(status.st_mtime_ns)
 
 
-def file_size(path: str | Path) -> int:
-    """Bytes of a file. Raises DataError: it is not there."""
-    return stat(path)[0]
-
-
 def local_copy(url: str, folder: str | Path) -> str:
     """The copy of a remote file in a folder, made when it is first needed; it belongs to the file as it is now."""
     size, version = stat(url)

@@ -321,9 +321,6 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
         assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
     with pytest.raises(DataError, match="out: this folder holds no tar, jsonl"):
         open_records(tmp_path / "out")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "manifest.json").write_text('[{"text": "of one\'s own"}]')
-    assert len(open_records(tmp_path / "list")) == 1
     (tmp_path / "wrong" / "3.jpg").write_bytes(jpeg(3))
     assert start(tmp_path / "again", gpus=8, **here) == 0  # one unit of work: seven more would load a tokenizer each
     said = capfd.readouterr().err
