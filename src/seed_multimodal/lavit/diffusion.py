@@ -65,11 +65,8 @@ class LavitDetokenizer(Detokenizer):
     def from_pretrained(cls, folder: str | Path, decoder: CodeDecoder | None = None, *,
                         safety: str | Path | None = None, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> LavitDetokenizer:
-        """Load a diffusion folder. A U-Net in a torch file (`.bin`, as released) is read as tensors only.
-
-        Args:
-            safety: folder with the checker of all images (a warning if there is none); None: unchecked.
-            dtype: of the U-Net.
+        """Load a diffusion folder; `safety`: folder with the checker of all images (a warning if there is none), None:
+        unchecked; `dtype`: of the U-Net.
 
         Raises:
             CheckpointError: something is not there (with what to download), damaged, or does not fit the rest.
