@@ -125,6 +125,8 @@ def _recon_parser() -> argparse.ArgumentParser:
 def _recon(args: argparse.Namespace) -> int:
     writable_folder(args.out, ConfigError)
     with common.loading(args):
+        import diffusers
+
         from seed_multimodal.seed.original import Seed1
 
         dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
@@ -132,8 +134,9 @@ def _recon(args: argparse.Namespace) -> int:
         decoder = model.images.decoder
     usual = decoder.unet.config.sample_size * decoder.factor
     settings = {"num_inference_steps": args.ddim_steps, "guidance_scale": args.scale, "height": args.H or usual,
-                "width": args.W or usual,
-                "scheduler": "DPMSolverMultistepScheduler" if args.dpm_solver else "PNDMScheduler"}
+                "width": args.W or usual}
+    sampler = diffusers.DPMSolverMultistepScheduler if args.dpm_solver else diffusers.PNDMScheduler
+    decoder.scheduler = sampler.from_config(decoder.scheduler.config)
     decoder.check_settings(**settings)
 
     def rebuild(name: str, image: Image.Image) -> None:

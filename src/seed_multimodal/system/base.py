@@ -223,7 +223,7 @@ class MultimodalSystem(Generator, HubUpload):
 
         def draw(event: dict[str, Any]) -> Image.Image | None:
             if "part" not in event:
-                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS, "scheduler": None}
+                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS}
                 return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
             if not self.images.can_draw:
                 return None

@@ -91,11 +91,10 @@ def test_the_share_without_conditions() -> None:
     from diffusers import DDPMScheduler
 
     watched, schedule = Recorder(), training_schedule(DDPMScheduler())
-    loss = LavitPixelLoss(dropout=0.2, min_snr=5.0)
+    loss = LavitPixelLoss(dropout=0.2)
     made = loss(watched, schedule, torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
                 generator=torch.Generator().manual_seed(0))
     assert abs(watched.without.float().mean() - 0.2) < 0.02 and made["mse"] == pytest.approx(1, abs=0.1)
-    assert made["total_loss"] < made["mse"]
 
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
