@@ -44,6 +44,8 @@ def read_errors(path: str | Path) -> Iterator[None]:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file.") from None
     except Exception as error:
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DataError(f"{path}: cannot be read ({reason}).") from error
 
