@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.cli.seed1 import recon_script  # noqa: E402
+from seed_multimodal.cli.seed import recon_script  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(recon_script())

@@ -4,7 +4,7 @@
     python benchmarks/tokenizer.py --device cuda --model original     random weights, 1.15 B parameters
 
 `plain` is the original's way: attention as three operations, nothing compiled; `modules`: scaled_dot_product_attention;
-`compiled`: each block with torch.compile (`seed.compile`); `graph` (CUDA): the same as a CUDA graph. Each line has the
+`compiled`: each block with torch.compile (`fast_encode`); `graph` (CUDA): the same as a CUDA graph. Each line has the
 ratio to `plain` and the share of codes equal to those of float32 with the same weights; lines of `encode` also the
 operations of one image.
 """
@@ -23,9 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.seed.compile import fast_encode
 from seed_multimodal.seed.configuration import Seed2Config
-from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
 
 VARIANTS = ("plain", "modules", "compiled")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.cli.seed_llama import tokenizer_script  # noqa: E402
+from seed_multimodal.cli.seed import tokenizer_script  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(tokenizer_script())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from seed_multimodal.cli.lavit import multimodal_script  # noqa: E402
+from seed_multimodal.cli.lavit import lavit_script  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(multimodal_script(Path(__file__).name, str(__doc__)))
+    sys.exit(lavit_script(Path(__file__).name, str(__doc__)))

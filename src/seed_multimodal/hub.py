@@ -7,7 +7,8 @@ Nothing is downloaded here while `HF_HUB_OFFLINE` is set (the default): a hub na
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 
 SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
-DOWNLOADS_OFF = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
+OFFLINE = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
 SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
@@ -188,8 +189,31 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
     try:
         return Path(snapshot_download(hub_id, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error)
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
-            reason = DOWNLOADS_OFF
+        reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
                               f"{advice}.") from error
+
+
+class HubUpload:
+    """Gives a class with `save_pretrained` its `push_to_hub`."""
+
+    save_pretrained: Callable[..., Path]
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if it is new; returns its address.
+
+        Raises:
+            CheckpointError: not reachable, or not permitted (`hf auth login`).
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "model")
+            try:
+                address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+                HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
+                raise CheckpointError(f"{repo_id}: cannot be uploaded ({reason}).") from error
+        return str(address)

@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default=Path("outputs/quickstart"), type=Path, metavar="FOLDER")
-    add_common(parser, debug=False)
+    add_common(parser)
     add_quantization(parser)
     return run_program(parser, _main, argv)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs from a checkout that is not installed
 
-from seed_multimodal.cli.reload_qwen_vit import main  # noqa: E402
+from seed_multimodal.cli.tools import reload_script  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reload_script())

@@ -53,14 +53,3 @@ def test_benchmark_prints_a_line_per_variant(program: str, monkeypatch: pytest.M
             assert results["codes_equal_float32"] == results["images_equal_float32"] == 1.0
         if program == "training":
             assert results["loss"] < results["first_loss"], "the same batch again and again is learned"
-
-
-def test_benchmark_of_a_missing_model_is_one_sentence(monkeypatch: pytest.MonkeyPatch,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    monkeypatch.setattr(sys, "argv", ["tokenizer.py", "--device", "cpu", "--model", "pretrained/nan"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(BENCHMARKS / "tokenizer.py"), run_name="__main__")
-    printed = capsys.readouterr()
-    assert ended.value.code == 2 and not printed.out
-    assert "pretrained/nan/system.json" in printed.err and printed.err.count("\n") == 1

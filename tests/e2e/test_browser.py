@@ -1,17 +1,12 @@
-"""The whole demo in a real browser: both programs as their own processes on free ports, driven by headless Chromium.
-
-`SEED_SCREENSHOTS=DIR pytest tests/serving/test_browser.py` keeps the screenshots.
-"""
+"""The whole demo in a real browser: both programs as their own processes on free ports, driven by headless Chromium."""
 
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,32 +24,21 @@ pytestmark = pytest.mark.timeout(900)
 
 
 class Program:
-    """A started program whose output is read line by line."""
+    """A started program."""
 
     def __init__(self, *command: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1",
                        "GRADIO_ANALYTICS_ENABLED": "False"}
         self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        self.lines: list[str] = []
+                                        stdout=subprocess.PIPE)
         self.address = ""
-        self._new: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._new.put(line)
-        self._new.put(None)
 
     def wait_for(self, words: str) -> str:
-        """The first line that holds `words`."""
-        while True:
-            line = self._new.get(timeout=SECONDS)
-            assert line is not None, f"{self.process.args} ended early:\n{''.join(self.lines)}"
-            self.lines.append(line)
-            if words in line:
-                return line
+        """What follows `words` in the first line that holds them."""
+        assert self.process.stdout is not None
+        line = next((line for line in self.process.stdout if words in line), None)
+        assert line is not None, f"{self.process.args} ended early"
+        return line.split(words)[1].split()[0]
 
     def stop(self) -> None:
         self.process.terminate()
@@ -95,10 +79,10 @@ def browser(tmp_path: Path) -> Iterator[Any]:
 
 @pytest.fixture()
 def page(backend: Program, browser: Any) -> Iterator[Page]:
-    backend.address = backend.wait_for("answering at").split("answering at ")[1].split()[0]
+    backend.address = backend.wait_for("answering at ")
     frontend = Program("gradio_demo/seed_llama_gradio.py", "--model_type", "nano", "--server_port", str(free_port()),
                        "--request_address", backend.address)
-    browser.get(frontend.wait_for("The chat is at").split("The chat is at ")[1].split()[0])
+    browser.get(frontend.wait_for("The chat is at "))
     yield Page(browser)
     frontend.stop()
 
@@ -121,7 +105,6 @@ class Page:
             return WebDriverWait(self.browser, SECONDS, ignored_exceptions=[StaleElementReferenceException]).until(
                 lambda _: true())
         except TimeoutException:
-            self.screenshot("failed")
             pytest.fail(f"waited {SECONDS} s for {what}; the page says: {self.text('body')[:2000]}")
 
     def all(self, selector: str) -> list[Any]:
@@ -168,12 +151,6 @@ class Page:
         """The model's turn is over: nothing waits, and Regenerate can be pressed."""
         return "Waiting" not in self.text("#status") and self.all("#regenerate")[0].is_enabled()
 
-    def screenshot(self, name: str) -> None:
-        folder = os.environ.get("SEED_SCREENSHOTS")
-        if folder:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.browser.save_screenshot(str(Path(folder) / f"{name}.png"))
-
 
 def answered(backend: Program) -> int:
     """How many requests the backend has answered."""
@@ -184,7 +161,6 @@ def answered(backend: Program) -> int:
 @pytest.mark.process
 def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, picture: Image.Image,
                                                  tmp_path: Path) -> None:
-    page.screenshot("1_empty")
     backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
     page.write("Are you busy?")
     page.click("#submit")
@@ -201,7 +177,6 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     page.until(lambda: page.messages("bot") and page.answered(), "the first answer")
     assert "What is it?" in page.text("#chat .user")
     page.until(lambda: len(page.pictures("user")) == 1, "the sent picture in the conversation")
-    page.screenshot("2_answered")
     assert page.pictures("bot") == []
 
     page.write("Please draw a red apple.")
@@ -212,7 +187,6 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     assert page.pictures("bot") == [(16, 16)]
     final = page.all("#chat .bot img")[0].get_attribute("src")
     assert len(appeared()) >= 2 and appeared()[-1] == final, "previews in the place of the picture, then the picture"
-    page.screenshot("3_drawn")
 
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.upload(tmp_path / "fake.png")
@@ -229,7 +203,6 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     page.write("Are you there?")
     page.click("#submit")
     page.until(lambda: "start the backend" in page.text("#status"), "the sentence about the backend")
-    page.screenshot("4_backend_down")
     page.click("#regenerate")
     page.until(lambda: page.all("#regenerate")[0].is_enabled(), "the end of the vain attempt")
     assert "Are you there?" in page.text("#chat .user") and "draw a red apple" in page.text("#chat .user")

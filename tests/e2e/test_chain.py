@@ -1,19 +1,18 @@
 """From pictures to answers by the application's own commands: tokenise, pretrain, merge, tune, merge, ask."""
 
 import json
-import os
 import subprocess
 from pathlib import Path
 
 import pytest
 import warm_python
+from llm_runs import environment
 
 from seed_multimodal import SeedLlama
 
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 NANO = ROOT / "pretrained/nano"
-PLAIN = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 
 
@@ -21,7 +20,7 @@ def run(program: str, *arguments: object) -> str:
     """A command in MultiModalLLM, as the documentation gives it."""
     done = subprocess.run(
         [warm_python.PYTHON, program, *map(str, arguments)], cwd=APPLICATION, capture_output=True, text=True,
-        timeout=170, env={**PLAIN, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
+        timeout=170, env=environment())
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 

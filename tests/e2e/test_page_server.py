@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (1, 64, 0.0, 0.5, 3, False)  # beams, tokens, temperature, top_p, rounds, force
@@ -20,16 +21,12 @@ pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
 class Page:
-    """The program, its folder of temporary files, and visitors."""
+    """The program, and visitors."""
 
     def __init__(self, folder: Path, backend: int) -> None:
-        self.folder = folder
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         self.process = subprocess.Popen(  # a fresh process: a warm one has chosen its folder of temporary files
             [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_gradio.py"), "--model_type", "nano",
-             "--server_port", str(port), "--request_address", f"http://127.0.0.1:{backend}/generate"],
+             "--server_port", str(free_port()), "--request_address", f"http://127.0.0.1:{backend}/generate"],
             stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(folder)})
         assert self.process.stdout is not None
         line = next(line for line in self.process.stdout if "The chat is at" in line)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from llm_runs import environment
+from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this machine.
@@ -28,18 +29,14 @@ def sbatch(tmp_path: Path):
     for name, text in (("srun", SRUN), ("scontrol", "#!/bin/sh\necho 127.0.0.1\necho 127.0.0.1\n")):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def run(script: str, *arguments: object, **more: str) -> str:
-        plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
         done = subprocess.run(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-            timeout=170, env={**plain, "PATH": f"{tools}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1",
-                              "VIRTUAL_ENV": sys.prefix,
-                              "PYTHONPATH": str(ROOT / "src"), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "a,b",
-                              "SLURM_JOB_ID": str(port), "MASTER_PORT": str(port), **more})
+            timeout=170, env=environment(
+                PATH=f"{tools}:{os.environ['PATH']}", VIRTUAL_ENV=sys.prefix, SLURM_JOB_NUM_NODES="2",
+                SLURM_JOB_NODELIST="a,b", SLURM_JOB_ID=str(port), MASTER_PORT=str(port), **more))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout
 

@@ -23,8 +23,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     # The option is unknown when pytest was started above tests/golden: this conftest is read too late then.
     chosen = metafunc.config.getoption("--golden-dir", default=None)
     directory = DEFAULT_DIR if chosen is None else metafunc.config.invocation_params.dir / Path(chosen).expanduser()
-    try:
-        folders = fixture_folders(directory)
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from error
+    folders = fixture_folders(directory)
     metafunc.parametrize("golden_folder", folders, ids=[folder.name for folder in folders])

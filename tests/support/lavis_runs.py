@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llm_runs
 import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,10 +39,8 @@ torch.distributed.destroy_process_group()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For processes of ours: one thread, no downloads, the checkout's library."""
-    plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**plain, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT, **more}
+    """For programs and scripts of the application: warm processes."""
+    return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
 
 
 def write_pictures(folder: Path, count: int = 24) -> Path:
@@ -86,8 +84,7 @@ def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     """The lines of a run's log by step."""
-    lines = (folder / f"{stage}.log.jsonl").read_text().splitlines()
-    return {int(line["step"]): line for line in map(json.loads, lines)}
+    return {int(line["step"]): line for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl")}
 
 
 def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
 import subprocess
-from collections.abc import Sequence
+import tarfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,30 @@ TRAINER = {"max_steps": 8, "precision": "fp32", "gradient_accumulation_steps": 1
 OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
 
 
+def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
+    """Samples as extension → content."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as tar:
+        for number, sample in enumerate(samples):
+            for extension, content in sample.items():
+                member = tarfile.TarInfo(f"{number:05d}.{extension}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with changes; mappings are merged into the groups."""
+    return {**groups, **{name: {**groups.get(name, {}), **value} if isinstance(value, dict) else value
+                         for name, value in changes.items()}}
+
+
 def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
     """Captions and conversations as jsonl; returns a data configuration over both."""
-    folder.mkdir(parents=True, exist_ok=True)
     draw = random.Random(0)
     captions, chats = [], []
     for number in range(records):
@@ -39,8 +62,8 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
         captions.append({"image_ids": codes, "text": text})
         chats.append({"messages": [{"role": "user", "content": [{"codes": codes}, "what is it?"]},
                                    {"role": "assistant", "content": [f"{text}, number {number}"]}]})
-    for name, lines in (("captions", captions), ("chats", chats)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_json_lines(folder / "captions.jsonl", captions)
+    write_json_lines(folder / "chats.jsonl", chats)
     return {"sources": [
         {"name": "captions", "files": str(folder / "captions.jsonl"), "decoder": "pretrain.caption", "weight": 2.0,
          "options": {"reverse_ratio": 0.5}, "batch_size": 4, "max_length": 64},
@@ -72,7 +95,8 @@ def environment(**values: str) -> dict[str, str]:
     """One thread, no hub, and nothing of a process group that is around this test."""
     own = {key: value for key, value in os.environ.items() if key not in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), **values}
+    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
+            "PYTHONDONTWRITEBYTECODE": "1", **values}
 
 
 def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str) -> subprocess.Popen:
@@ -90,16 +114,16 @@ def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (war
     return said, complained
 
 
-def log_lines(output: Path) -> list[dict[str, float]]:
-    """The JSON log."""
-    file = output / "train.log.jsonl"
-    text = file.read_text() if file.is_file() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
+    """The JSON log, a line that is being written left out."""
+    file = output / name
+    lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def losses(output: Path) -> dict[int, float]:
-    """Step -> loss, exactly as it was computed."""
-    return {int(line["step"]): line["loss"] for line in log_lines(output) if "loss" in line}
+def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> dict[int, float]:
+    """Step → loss, exactly as it was computed."""
+    return {int(line["step"]): line[loss] for line in log_lines(output, name) if loss in line}
 
 
 def torchrun(*more: str) -> tuple[str, ...]:

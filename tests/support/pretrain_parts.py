@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noqa: F401
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,8 +26,6 @@ LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 TEXTS = ["a red picture a green picture a blue picture a grey picture What is red? plain words of no picture"] * 30
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), "grey": (120, 120, 120)}
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
-TRAINER = {"max_steps": 6, "precision": "fp32", "seed": 1, "dataloader_num_workers": 0, "logging_steps": 1,
-           "report_to": [], "save_steps": 100, "device": "cpu", "timeout_minutes": 2}
 
 
 def picture(colour: tuple[int, int, int], number: int = 0) -> bytes:
@@ -51,17 +48,11 @@ def write_parts(home: Path) -> None:
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
     llm.save_pretrained(home / "llm")
-    with tarfile.open(home / "captions.tar", "w") as tar:
-        for number, name in enumerate(COLOURS):
-            for extension, data in (("png", picture(COLOURS[name], number)), ("txt", f"a {name} picture".encode())):
-                info = tarfile.TarInfo(f"{number:04}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    records = {"words": [{"text": f"plain words of no picture, {name}"} for name in COLOURS],
-               "codes": [{"text": f"a {name}", "image_ids": [number, 2, 5][:1 + number % 3]}
-                         for number, name in enumerate(COLOURS)]}
-    for name, lines in records.items():
-        (home / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_tar(home / "captions.tar", ({"png": picture(colour, number), "txt": f"a {name} picture".encode()}
+                                      for number, (name, colour) in enumerate(COLOURS.items())))
+    write_json_lines(home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS))
+    write_json_lines(home / "codes.jsonl", ({"text": f"a {name}", "image_ids": [number, 2, 5][:1 + number % 3]}
+                                            for number, name in enumerate(COLOURS)))
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
@@ -76,15 +67,8 @@ def data_of(home: Path, **changes: Any) -> dict[str, Any]:
 
 def config_of(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A whole configuration; mappings in `changes` are merged into its groups."""
-    groups = {"model": {"path": str(home / "llm"), "dtype": "fp32"}, "trainer": TRAINER, "data": data_of(home),
-              "optim": {"learning_rate": 5.0e-3, "part_rates": VISUAL_RATES, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
-              "visual_encoder": {"path": str(home / "visual")}}
-    return {"output_dir": str(output), "tokenizer": str(home / "words"),
-            **{name: {**values, **changes.get(name, {})} for name, values in groups.items()},
-            **{name: values for name, values in changes.items() if name not in groups}}
-
-
-def losses(output: Path) -> dict[int, float]:
-    """Step → loss, of the log."""
-    lines = [json.loads(line) for line in (output / "train.log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return merged({
+        "output_dir": str(output), "tokenizer": str(home / "words"), "data": data_of(home),
+        "model": {"path": str(home / "llm"), "dtype": "fp32"}, "trainer": {**TRAINER, "max_steps": 6},
+        "optim": {"learning_rate": 5.0e-3, "part_rates": VISUAL_RATES, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
+        "visual_encoder": {"path": str(home / "visual")}}, changes)

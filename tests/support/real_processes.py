@@ -41,12 +41,6 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def descendants(pid: int) -> list[int]:
-    """Processes that a process has started, and theirs."""
-    own = children(pid)
-    return [*own, *(grandchild for child in own for grandchild in descendants(child))]
-
-
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
     """Until something has happened; at the latest until the process or the time has ended."""
     deadline = time.monotonic() + seconds

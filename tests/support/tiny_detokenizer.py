@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny_sdxl
 import torch
+from llm_runs import merged, write_json_lines
 from PIL import Image
 
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
@@ -16,8 +18,19 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 ROOT = Path(__file__).resolve().parents[2]
 APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
+RUN = {"optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
+       "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0, "report_to": [],
+                   "logging_steps": 1, "save_steps": 2}}
 TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
                       n_queries=16, position_grid=4, pool_heads=2)
+
+
+def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
+    """Noise of these heights and widths."""
+    draw = np.random.default_rng(len(folder.name))
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
 
 
 def write_parts(home: Path) -> Path:
@@ -25,14 +38,11 @@ def write_parts(home: Path) -> Path:
     tiny_sdxl.sdxl_folder(home / "sdxl")
     torch.manual_seed(5)
     QwenVit(TOWER).save_pretrained(home / "tower")
-    draw = np.random.default_rng(0)
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
-        (home / folder).mkdir()
-        for number in range(count):
-            size = (24 + number, 20) if number % 2 else (20, 24 + 2 * number)
-            Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(home / folder / f"{number}.png")
-    lines = [{"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in range(5)]
-    (home / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_pictures(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
+                                       for number in range(count)))
+    write_json_lines(home / "edits.jsonl", ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"}
+                                            for n in range(5)))
     return home
 
 
@@ -42,17 +52,11 @@ def config(parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any])
     if stage == 2:
         sources.append({"name": "edits", "files": str(parts / "edits.jsonl"), "image_key": "target_image",
                         "condition_key": "source_image", "weight": 2.0})
-    made: dict[str, Any] = {
-        "output_dir": str(output),
+    return merged({
+        "output_dir": str(output), **RUN,
         "model": {"sdxl": str(parts / "sdxl"), "tower": str(parts / "tower"), "stage": stage, "tokens": 4,
                   "resampler": vars(tiny_sdxl.SIZES)},
-        "data": {"sources": sources, "batch_size": 4, "resolution": 16, "tower_size": 16},
-        "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
-        "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0,
-                    "report_to": [], "logging_steps": 1, "save_steps": 2}}
-    for group, values in changes.items():
-        made[group] = {**made.get(group, {}), **values}
-    return made
+        "data": {"sources": sources, "batch_size": 4, "resolution": 16, "tower_size": 16}}, changes)
 
 
 def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A LaVIT whose pixel decoders are tiny: a diffusers folder of either kind, tokenizer and code decoder that fit."""
+"""A LaVIT whose pixel decoders are tiny: diffusion folders of both kinds as released, tokenizer and code decoder."""
 
 from __future__ import annotations
 
@@ -6,35 +6,66 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import tiny_detokenizer
 import tiny_sdxl
 import torch
-from PIL import Image
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from llm_runs import merged
+from tiny_lavit import TINY, tiny_tokenizer
+from torch import Tensor
 
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "MultiModalLLM" / "configs" / "lavit_detokenizer"
+CONFIGS = tiny_detokenizer.APPLICATION / "configs" / "lavit_detokenizer"
+TOKENS, WIDTH, POOLED = 8, tiny_sdxl.CROSS, tiny_sdxl.SIZES.output2_dim  # of conditions
+NOTHING = 5  # embeddings of the empty text
 DECODER = LavitDecoderConfig(
     tokens=TINY.patches, code_dim=TINY.codebook_dim, width=16, depth=1, heads=2, mlp_width=24,
-    feature_dim=TINY.vit.width, prompt_dim=tiny_sdxl.SIZES.output1_dim, pooled_dim=tiny_sdxl.SIZES.output2_dim)
+    feature_dim=TINY.vit.width, prompt_dim=tiny_sdxl.SIZES.output1_dim, pooled_dim=POOLED)
 
 
-def diffusion(folder: Path, head: Head) -> Path:
-    """A U-Net of SDXL's kind, or of Stable Diffusion 1's with the embeddings of an empty text."""
-    from diffusers import UNet2DConditionModel
+def unet(head: Head, **changes: Any) -> Any:
+    """A U-Net with weights large enough to tell conditions apart."""
+    made = tiny_sdxl.unet(sdxl=head == "highres", **changes)
+    for name, parameter in made.named_parameters():
+        if parameter.ndim > 1 and ("attn2" in name or "add_embedding" in name):
+            torch.nn.init.normal_(parameter, std=0.5)
+    return made
 
-    tiny_sdxl.sdxl_folder(folder)
+
+def nothing() -> Tensor:
+    return torch.randn(1, NOTHING, WIDTH, generator=torch.Generator().manual_seed(2))
+
+
+def diffusion(place: Path, head: Head) -> Path:
+    """`{vae,scheduler,unet}`; for stage 1's head with the empty text and the safety checker."""
+    from diffusers import DDIMScheduler
+
+    tiny_sdxl.vae(**tiny_sdxl.SDXL_VAE).save_pretrained(place / "vae")
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+                  set_alpha_to_one=False).save_pretrained(place / "scheduler")
+    unet(head).save_pretrained(place / "unet", safe_serialization=False)
     if head == "lowres":
-        torch.manual_seed(6)
-        UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), norm_num_groups=4, cross_attention_dim=14,
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=4).save_pretrained(folder / "unet")
-        torch.save(torch.randn(1, 3, 14), folder / "uncond_embeddings.bin")
-    return folder
+        torch.save(nothing(), place / "uncond_embeddings.bin")
+        checker(place)
+    return place
+
+
+def checker(place: Path) -> None:
+    """A safety checker that recognises nothing."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "image_size": 16, "patch_size": 8}
+    torch.manual_seed(4)
+    made = StableDiffusionSafetyChecker(CLIPConfig(vision_config=tower, projection_dim=8))
+    with torch.no_grad():
+        made.concept_embeds_weights.fill_(2.0)  # no cosine is larger
+        made.special_care_embeds_weights.fill_(2.0)
+    made.save_pretrained(place / "safety_checker")
+    CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
+                       ).save_pretrained(place / "feature_extractor")
 
 
 def code_decoder(head: Head = "highres") -> CodeDecoder:
@@ -53,25 +84,16 @@ def write_parts(home: Path) -> Path:
         diffusion(home / head, head)  # type: ignore[arg-type]
     save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")
     code_decoder().save_pretrained(home / "decoder")
-    draw = np.random.default_rng(0)
-    (home / "pictures").mkdir()
-    for number in range(8):
-        size = (20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
-        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(home / "pictures" / f"{number}.png")
+    tiny_detokenizer.write_pictures(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
+                                                        for number in range(8)))
     return home
 
 
 def config(parts: Path, output: Path, head: Head = "highres", **changes: dict[str, Any]) -> dict[str, Any]:
     """A resolved configuration; `changes` are merged into its groups."""
-    made: dict[str, Any] = {
-        "output_dir": str(output),
+    return merged({
+        "output_dir": str(output), **tiny_detokenizer.RUN,
         "model": {"diffusion": str(parts / head), "tokenizer": str(parts / "tokenizer"),
                   "decoder": str(parts / "decoder")},
         "data": {"sources": [{"name": "pictures", "files": str(parts / "pictures")}], "batch_size": 4,
-                 "sizes": [[16, 16], [16, 24], [24, 16]], "tower_size": 16},
-        "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
-        "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0,
-                    "report_to": [], "logging_steps": 1, "save_steps": 2}}
-    for group, values in changes.items():
-        made[group] = {**made.get(group, {}), **values}
-    return made
+                 "sizes": [[16, 16], [16, 24], [24, 16]], "tower_size": 16}}, changes)

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_sdxl import unet, vae
 from torch import Tensor, nn
 
 from seed_multimodal.nn.eva import EvaConfig, EvaVit
@@ -78,21 +79,15 @@ def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
 
 def diffusion_folder(folder: Path, *, text: bool = True, checker: bool = False) -> Path:
     """A Stable Diffusion 1 of 16 x 16 pixels, saved by diffusers; `checker` adds one that flags every picture."""
-    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4, cross_attention_dim=TEXT_WIDTH, attention_head_dim=2)
-    vae = AutoencoderKL(block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-                        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4)
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,
                               set_alpha_to_one=False, steps_offset=1)
     parts = _checker() if checker else {"safety_checker": None, "feature_extractor": None}
     StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder() if text else None, tokenizer=_words(folder) if text else None,
-        unet=unet, scheduler=scheduler, requires_safety_checker=checker, **parts).save_pretrained(folder)
+        vae=vae(), text_encoder=text_encoder() if text else None, tokenizer=_words(folder) if text else None,
+        unet=unet(sdxl=False, cross_attention_dim=TEXT_WIDTH, attention_head_dim=2), scheduler=scheduler,
+        requires_safety_checker=checker, **parts).save_pretrained(folder)
     return folder
 
 

@@ -1,15 +1,10 @@
-"""A complete SEED-X with random weights, small enough to build and run in a test: all parts, the layout of a system
-folder, or that of the released weights.
-
-Built once per test session by the fixture `tiny_x_folder` (tests/conftest.py), or by hand:
-`python tests/support/tiny_seed_x.py FOLDER [STAGE]`. It talks nonsense, but every part does its work.
-"""
+"""A complete SEED-X with random weights, in a system folder (once per test session by the fixture `tiny_x_folder` of
+tests/conftest.py) or in the layout of the released weights."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +164,3 @@ def _spread(model: Any) -> Any:
         if parameter.ndim > 1 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
     return model
-
-
-if __name__ == "__main__":
-    print(build(sys.argv[1], stage=int(sys.argv[2]) if len(sys.argv) > 2 else 1))

@@ -1,13 +1,9 @@
-"""A complete system with random weights, small enough to build and run in a test: same classes, same files as nano's.
-
-Built once per test session by the fixture `tiny_folder` (tests/conftest.py), or by
-hand: `python tests/support/tiny_system.py FOLDER`. It talks nonsense, but every part does its work.
-"""
+"""A complete SEED-LLaMA with random weights and nano's files, built once per test session by the fixture `tiny_folder`
+(tests/conftest.py)."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -72,22 +68,20 @@ def _write_llm(folder: Path, vocab_size: int) -> None:
 
 def write_detokenizer(folder: Path) -> None:
     """A stable-unCLIP of 2 x GRID pixels with a layout decoder."""
-    from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
+    from diffusers import DDIMScheduler, DDPMScheduler, StableUnCLIPImg2ImgPipeline, UNet2DConditionModel
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+    from tiny_sdxl import vae
 
     from seed_multimodal.diffusion.layout import LayoutDecoder
 
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, layers_per_block=1, norm_num_groups=4,
-        sample_size=2 * GRID)
     unet = UNet2DConditionModel(
         sample_size=GRID, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         cross_attention_dim=CROSS, class_embed_type="projection", projection_class_embeddings_input_dim=2 * EMBEDDING)
     schedule = {"beta_schedule": "squaredcos_cap_v2"}
     pipeline = StableUnCLIPImg2ImgPipeline(
-        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None, vae=vae, unet=unet,
+        feature_extractor=None, image_encoder=None, tokenizer=None, text_encoder=None, unet=unet,
+        vae=vae(layers_per_block=1, sample_size=2 * GRID),
         image_normalizer=StableUnCLIPImageNormalizer(embedding_dim=EMBEDDING),
         image_noising_scheduler=DDPMScheduler(**schedule),
         scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False))
@@ -96,7 +90,3 @@ def write_detokenizer(folder: Path) -> None:
     layout = LayoutDecoder(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
     layout.save_pretrained(folder / "layout")
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0}))
-
-
-if __name__ == "__main__":
-    print(build(sys.argv[1]))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lavis_runs
+import llm_runs
 import torch
 import warm_python
 import yaml
@@ -79,10 +80,7 @@ class Trainer:
 
     def losses(self, output: Path) -> dict[int, float]:
         """Step → loss, exactly as it was computed."""
-        file = output / self.log
-        lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
-        found = [json.loads(line) for line in lines if line.endswith("\n")]
-        return {int(line["step"]): line[self.loss] for line in found if self.loss in line}
+        return llm_runs.losses(output, self.log, self.loss)
 
     def result(self, output: Path) -> dict[str, torch.Tensor]:
         """The weights that a run ends in."""
@@ -117,15 +115,11 @@ def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str
 
 
 def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    import llm_runs
-
     files = {group: home / f"{group}.yaml" for group in ("model", "data", "trainer", "optim", "tokenizer")}
     return [*llm_runs.overrides(files, output), *_every(output, steps, save, [*STEADY, *more])]
 
 
 def _llm_parts(home: Path) -> None:
-    import llm_runs
-
     llm_runs.write_files(home, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
 
 

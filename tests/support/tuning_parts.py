@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noqa: F401
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -29,8 +28,6 @@ RESAMPLERS = {"input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1,
         "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}
 VIEWS = {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]}
-TRAINER = {"max_steps": 8, "precision": "fp32", "seed": 1, "dataloader_num_workers": 0, "logging_steps": 1,
-           "report_to": [], "save_steps": 100, "device": "cpu", "timeout_minutes": 2}
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
@@ -70,16 +67,10 @@ def write_data(home: Path) -> None:
         {"role": "assistant", "content": [{"image": f"{other}.jpg"}]}]}
         for one, other in zip(names, names[1:] + names[:1], strict=True)]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
-        (home / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    with tarfile.open(home / "captions.tar", "w") as tar:
-        for number, name in enumerate(names):
-            parts = {"jpg": jpeg(COLOURS[name]), "txt": f"a {name} picture".encode()}
-            if number % 2:
-                parts["json"] = json.dumps({"similarity": 0.9}).encode()
-            for extension, data in parts.items():
-                info = tarfile.TarInfo(f"{number:04}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
+        write_json_lines(home / f"{name}.jsonl", records)
+    similar = {"json": b'{"similarity": 0.9}'}
+    write_tar(home / "captions.tar", ({"jpg": jpeg(COLOURS[name]), "txt": f"a {name} picture".encode(),
+                                       **(similar if number % 2 else {})} for number, name in enumerate(names)))
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
@@ -101,15 +92,7 @@ def config_of(home: Path, output: Path, *, data: dict[str, Any] | None = None, l
     """A whole configuration; `changes` are merged into its groups."""
     model = {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True} if lora else {
         "sizes": dict(LLAMA), "dtype": "fp32"}
-    groups = {"model": model, "trainer": dict(TRAINER), "agent": {**RESAMPLERS},
-              "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
-              "visual_encoder": {"path": str(home / "tower")}}
-    return {"output_dir": str(output), "tokenizer": str(home / "tokenizer"), "data": data or data_of(home),
-            **{name: {**values, **changes.get(name, {})} for name, values in groups.items()},
-            **{name: values for name, values in changes.items() if name not in groups}}
-
-
-def losses(output: Path) -> dict[int, float]:
-    """Step → loss, of the log."""
-    lines = [json.loads(line) for line in (output / "train.log.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+    return merged({
+        "output_dir": str(output), "tokenizer": str(home / "tokenizer"), "data": data or data_of(home), "model": model,
+        "trainer": TRAINER, "agent": RESAMPLERS, "visual_encoder": {"path": str(home / "tower")},
+        "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}}, changes)

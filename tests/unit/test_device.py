@@ -125,7 +125,7 @@ def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Pat
 
 def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFixture[str],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    from seed_multimodal.cli import evaluate, seed1, seed_llama
+    from seed_multimodal.cli import evaluate, seed
     from seed_multimodal.cli.main import main
     from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
     from seed_nano import quickstart
@@ -140,15 +140,15 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
     monkeypatch.syspath_prepend(str(ROOT / "gradio_demo"))
     backend = __import__("seed_llama_flask").build_parser()
     talking = [shown(main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
-    talking += [shown(partial(seed_llama.llama_script, size)) for size in ("8b", "14b")]
+    talking += [shown(partial(seed.llama_script, size)) for size in ("8b", "14b")]
     talking += [shown(program) for program in (
-        seed_llama.tokenizer_script, backend.parse_args, quickstart.main, report.main,
+        seed.tokenizer_script, backend.parse_args, quickstart.main, report.main,
         *(partial(evaluate.eval_program, name, "") for name in (
             "eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")))]
     talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
     pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
     pictures += [shown(main, name) for name in ("tokenize", "reconstruct")] + [
-        shown(seed1.recon_script), shown(main, "eval", "tokenizer")]
+        shown(seed.recon_script), shown(main, "eval", "tokenizer")]
     for text in talking:
         assert "--quantization {8bit,4bit}" in text, text[:200]
     for text in talking + pictures:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.cli.pretokenize import main  # noqa: E402
+from seed_multimodal.cli.data import extraction_script  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main("interleaved", Path(__file__).name, str(__doc__)))
+    sys.exit(extraction_script("interleaved", Path(__file__).name, str(__doc__)))

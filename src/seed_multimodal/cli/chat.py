@@ -16,13 +16,14 @@ from seed_multimodal.images.io import open_image
 
 HELP = ("Type a message; /image FILE shows an image with it, /draw MESSAGE asks for an answer with an image, "
         "/reset starts over, /help prints this, /quit ends.")
+FILES = "image_{}.png"
 
 
 class Talk:
     """One conversation: its messages, and the folder of drawn images."""
 
     def __init__(self, system: Any, args: argparse.Namespace) -> None:
-        self.system, self.args = system, args
+        self.system, self.args, self.folder = system, args, Path(args.out)
         self.messages: list[dict[str, Any]] = []
         self.images: list[Any] = []  # of the next message
 
@@ -44,35 +45,28 @@ class Talk:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
         answer, preview = None, None  # preview: the file of the image that is being made
-        try:
-            for event in events:
-                if event["type"] == "text":
-                    if not (parts and "text" in parts[-1]):
-                        parts.append({"text": ""})
-                    parts[-1]["text"] += event["text"]
-                    self._print(event["text"])
-                elif event["type"] == "image_preview":  # the whole image replaces it
-                    preview = save_image(event["image"], preview or self._next_file())
-                    self._print(f" [after {len(event['codes'])} codes: {preview}] ")
-                elif event["type"] == "image":
-                    parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
-                    if event["image"] is not None:
-                        parts[-1]["image"] = str(save_image(event["image"], preview or self._next_file()))
-                    preview = None
-                    self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
-                elif event["type"] == "image_broken":
-                    parts.append({"broken": event["reason"]})
-                    self._print(f" [{event['reason']}] ")
-                elif event["type"] == "done":
-                    answer = event["answer"]
-                    self._print(f" [{answer.note}]\n" if answer.note else "\n")
-        finally:
-            if preview is not None:  # its image broke off, or Ctrl-C was pressed
-                preview.unlink(missing_ok=True)
+        for event in events:
+            if event["type"] == "text":
+                if not (parts and "text" in parts[-1]):
+                    parts.append({"text": ""})
+                parts[-1]["text"] += event["text"]
+                self._print(event["text"])
+            elif event["type"] == "image_preview":  # the whole image replaces it
+                preview = save_image(event["image"], preview or next_number(self.folder, FILES))
+                self._print(f" [after {len(event['codes'])} codes: {preview}] ")
+            elif event["type"] == "image":
+                parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
+                if event["image"] is not None:
+                    parts[-1]["image"] = str(save_image(event["image"], preview or next_number(self.folder, FILES)))
+                preview = None
+                self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
+            elif event["type"] == "image_broken":
+                parts.append({"broken": event["reason"]})
+                self._print(f" [{event['reason']}] ")
+            elif event["type"] == "done":
+                answer = event["answer"]
+                self._print(f" [{answer.note}]\n" if answer.note else "\n")
         return parts, answer
-
-    def _next_file(self) -> Path:
-        return next_number(Path(self.args.out), "image_{}.png")
 
     def _print(self, text: str) -> None:
         if not self.args.json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import sys
 from collections import Counter
@@ -16,18 +17,10 @@ from typing import Any
 
 from PIL import Image
 
+from seed_multimodal import entry
 from seed_multimodal.config import project_root
 from seed_multimodal.disk import replacing, writable_folder, writing
-from seed_multimodal.entry import (
-    DONE,
-    SOME_FAILED,
-    add_debug,
-    add_device,
-    add_offload,
-    add_quantization,
-    log_line,
-    whole_number,
-)
+from seed_multimodal.entry import log_line, whole_number
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.quiet import quiet_libraries
@@ -35,11 +28,8 @@ from seed_multimodal.quiet import quiet_libraries
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # of one image or text; others end the command
-SETTINGS = {  # flag → keyword of a system's methods
-    "max_new_tokens": "max_new_tokens", "temperature": "temperature", "top_p": "top_p", "num_beams": "num_beams",
-    "top_k": "top_k", "guidance_scale_for_llm": "guidance", "steps": "num_inference_steps",
-    "guidance_scale": "guidance_scale", "image_guidance_scale": "image_guidance_scale", "ratio": "ratio",
-    "height": "height", "width": "width"}
+SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "guidance",  # of generation; of drawing
+            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width")
 
 
 # ---- flags
@@ -52,73 +42,53 @@ def program_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: int = 0, out: str = "",
-               batch_size: int = 0, language: bool = False, generation: bool = False, drawing: bool = False,
-               debug: bool = True) -> None:
-    """Flags of commands with a system; their defaults are the system's own settings.
-
-    Args:
-        out, batch_size: defaults of `--out` and `--batch-size`, for commands that have them.
-        language: the command loads a language model. debug: False where `entry.run_program` adds that flag.
-    """
-    group = parser.add_argument_group("model and machine")
-    group.add_argument("--model", default=model, metavar="NAME", help="nano, nano-x and nano-lavit (shipped), 8b, "
-                       f"14b, seed-x, seed-x-i, seed-x-edit, lavit, or a system folder (default: {model})")
-    add_device(group)
-    group.add_argument("--seed", type=int, default=seed, help="the same seed gives the same result")
+               batch_size: int = 0, language: bool = False, generation: bool = False, drawing: bool = False) -> None:
+    """Flags of commands with a system: `--out` and `--batch-size` with these defaults, and those of a language model,
+    of text generation, of the de-tokenizer, whose defaults are the system's."""
+    parser.add_argument("--model", default=model, help="nano, nano-x and nano-lavit (shipped), 8b, 14b, seed-x, "
+                        "seed-x-i, seed-x-edit, lavit, or a system folder (default: %(default)s)")
+    entry.add_device(parser)
+    parser.add_argument("--seed", type=int, default=seed, help="the same seed gives the same result")
     if out:
         parser.add_argument("--out", default=out, help="folder, or a file for one image (default: %(default)s)")
     if batch_size:
-        parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, metavar="N",
-                            help="images or texts at once (default: %(default)s)")
+        parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s")
     if language:
-        add_quantization(group)
-        add_offload(group)
+        entry.add_quantization(parser)
+        entry.add_offload(parser)
     if generation:
-        parser.add_argument("--max-new-tokens", type=int, metavar="N")
-        parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy")
-        parser.add_argument("--top-p", type=float, metavar="P", help="0: greedy")
-        parser.add_argument("--num-beams", type=int, metavar="N")
+        parser.add_argument("--max-new-tokens", type=int)
+        parser.add_argument("--temperature", type=float, help="0: greedy")
+        parser.add_argument("--top-p", type=float, help="0: greedy")
+        parser.add_argument("--num-beams", type=int)
     if drawing:
-        parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-        parser.add_argument("--guidance-scale", type=float, metavar="G", help="of the de-tokenizer")
-    if debug:
-        add_debug(parser)
+        parser.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps")
+        parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """`--json` and `--debug`, for commands without a system."""
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    add_debug(parser)
+    """`--json` and `--debug`, which every command of `seed` has."""
+    parser.add_argument("--json", action="store_true", help="JSON objects on stdout, one a line")
+    entry.add_debug(parser)
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Flags of the size of a drawing."""
     parser.add_argument("--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)")
-    parser.add_argument("--height", type=whole_number(8), metavar="PIXELS", help="SEED-X, LaVIT: of the drawing")
-    parser.add_argument("--width", type=whole_number(8), metavar="PIXELS")
+    parser.add_argument("--height", type=whole_number(8), help="SEED-X, LaVIT: of the drawing, in pixels")
+    parser.add_argument("--width", type=whole_number(8))
 
 
 def add_beside(parser: argparse.ArgumentParser) -> None:
     """Flags of drawing with a source or condition image."""
-    parser.add_argument("--image-guidance-scale", type=float, metavar="G", help="SEED-X: towards that image")
+    parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
     parser.add_argument("--ratio", choices=(*KEPT_RATIOS, *RATIOS), help="SEED-X: restore (default) or keep that of "
                         "the source or condition image, or square as the original; LaVIT: width to height")
 
 
-def add_codes(parser: argparse.ArgumentParser) -> None:
-    """`--codes` of commands that draw."""
-    parser.add_argument("--codes", type=code_counts, metavar="N,N,…", help="progressive drawing: the image after the "
-                        "first N codes; several numbers (4,8,16,32): one image each, and a sheet of them")
-
-
-def code_counts(text: str) -> list[int]:
-    """The type of `--codes`: numbers of codes, `8` or `4,8,16,32`, each once."""
-    return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
-
-
 def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
     """The flags of generation and drawing that were given, as keyword arguments of a system's methods."""
-    return {keyword: getattr(args, flag) for flag, keyword in SETTINGS.items() if getattr(args, flag, None) is not None}
+    return {name: value for name, value in vars(args).items() if name in SETTINGS and value is not None}
 
 
 # ---- loading
@@ -197,7 +167,7 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
                 log_line(f"seed: {error}" if Path(name).name in str(error) else f"seed: {name}: {error}")
     if failed:
         log_line(f"seed: {len(names) - len(failed)} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
-    return SOME_FAILED if failed else DONE
+    return entry.SOME_FAILED if failed else entry.DONE
 
 
 # ---- saving
@@ -217,20 +187,16 @@ class Outputs:
             raise ConfigError(f"{out}: one file for {count} images; give --out a folder.")
         writable_folder(self.path.parent if self.is_file else self.path, ConfigError)
 
-    def next(self, stem: str, suffix: str = ".png") -> Path:
-        """The file of the next result, in a folder named after `stem`; the second of a name gets a number."""
-        if self.is_file:
-            return self.path
+    def save(self, image: Image.Image, stem: str, suffix: str = ".png") -> str:
+        """Save the next result, in a folder as `stem`, where the second of a name gets a number; returns its path."""
         self._used[stem] += 1
-        return self.path / (f"{stem}_{self._used[stem]}{suffix}" if self._used[stem] > 1 else f"{stem}{suffix}")
+        name = f"{stem}_{self._used[stem]}" if self._used[stem] > 1 else stem
+        return str(save_image(image, self.path if self.is_file else self.path / f"{name}{suffix}"))
 
 
 def next_number(folder: Path, pattern: str) -> Path:
-    """A free file in `folder`, numbered from how many of its kind are there; `pattern`: such as `grid-{:03d}.png`."""
-    number = len(list(folder.glob(pattern.partition("{")[0] + "*.png")))
-    while (folder / pattern.format(number)).exists():
-        number += 1
-    return folder / pattern.format(number)
+    """The first free file of a numbered `pattern` in `folder`, such as `grid-{:03d}.png`."""
+    return next(path for number in itertools.count() if not (path := folder / pattern.format(number)).exists())
 
 
 def slug(text: str) -> str:
@@ -256,4 +222,4 @@ def write_text(text: str, path: str | Path) -> None:
 
 def emit(args: argparse.Namespace, record: dict[str, Any], plain: str) -> None:
     """One result on stdout: a JSON line with `--json`, else the plain text."""
-    print(json.dumps(record, ensure_ascii=False) if args.json else plain, flush=True)
+    print(json.dumps(record, ensure_ascii=False) if args.json else plain)

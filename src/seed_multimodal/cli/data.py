@@ -1,14 +1,15 @@
-"""`seed data check` and `seed data convert`: check training data, and convert pickled shards to json."""
+"""`seed data check | convert`, and the extraction tools: training data checked, converted, pre-tokenised."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import add_json, emit
-from seed_multimodal.entry import DONE, SOME_FAILED, log_line, whole_number
+from seed_multimodal.cli.common import add_json, emit, program_parser
+from seed_multimodal.entry import DONE, SOME_FAILED, add_device, log_line, run_program, whole_number
 from seed_multimodal.errors import ConfigError, counted
 
 
@@ -73,32 +74,24 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     checker = commands.add_parser("check", help="check every record before training")
-    checker.add_argument("files", nargs="+", metavar="FILES", help="tar, jsonl, json, parquet; patterns, folders")
+    checker.add_argument("files", nargs="+", help="tar, jsonl, json, parquet; patterns, folders")
     checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", metavar="NAME", help="of all records, as sft.qa (default: by each one's keys); "
-                         "lavit.… and seed_x.… read images as training does, and need --tokenizer")
-    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of the "
-                         "decoder, as reverse_ratio=0.5; repeat for more")
-    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder, or a registered format "
-                         "(default: by name)")
-    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of "
-                         "the registered format; repeat for more")
+    checker.add_argument("--decoder", help="of all records, as sft.qa or seed_x.chat (default: by each one's keys)")
+    checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
+    checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
+    checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE")
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument("--stage", metavar="NAME", help="the tool that will read them: tokenizer (training and "
-                         "evaluation), pictures (LaVIT's tokenizer, pixel decoders), llm, or an extraction: caption, "
-                         "qa, video, edit, story, interleaved, chat (default: by each record's keys)")
+    checker.add_argument("--stage", help="the tool that will read them: tokenizer, pictures (LaVIT's tokenizer, pixel "
+                         "decoders), llm, caption, qa, video, edit, story, interleaved, chat (default: by their keys)")
     checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
-    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N", help="open about N images that are "
-                         "not tokenised yet, or all (default: 200)")
-    checker.add_argument("--max-errors", type=whole_number(0), default=20, metavar="N", help="show N errors; 0: all "
-                         "(default: 20; all are counted)")
-    checker.add_argument("--length", type=whole_number(1), metavar="N",
-                         help="tokens a record may have (needs --tokenizer)")
+    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N | all", help="open so many")
+    checker.add_argument("--max-errors", type=whole_number(0), default=20, help="errors to show; 0: all (default: 20)")
+    checker.add_argument("--length", type=whole_number(1), help="tokens a record may have (needs --tokenizer)")
     checker.set_defaults(work=check)
     converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
-    converter.add_argument("tars", nargs="+", metavar="IN_TARS", help="shards, patterns, folders")
+    converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
-    converter.add_argument("--workers", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
+    converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
     converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
     converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
@@ -122,3 +115,58 @@ def _option(text: str) -> tuple[str, Any]:
         return key, json.loads(value)
     except ValueError:
         return key, value
+
+
+# ---- pre-tokenisation
+
+
+def extraction_script(kind: str, program: str, description: str, argv: Sequence[str] | None = None) -> int:
+    """A tool `extract_image_ids_to_torchdata_parallel*.py`, which writes `kind` records; returns the exit code."""
+    return run_program(extraction_parser(program, description), lambda args: _pretokenize(kind, args), argv)
+
+
+def extraction_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """The flags of every extraction tool; the first eight are the original ones."""
+    parser = program_parser(program, description)
+    transform = parser.add_mutually_exclusive_group()
+    transform.add_argument("--image_processor", metavar="YAML", help="images as a processor of transformers makes them")
+    transform.add_argument("--image_transform", metavar="YAML", help="default: squash to the tokenizer's size")
+    parser.add_argument("--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer")
+    parser.add_argument("--data", metavar="YAML", required=True, help="the input")
+    parser.add_argument("--save_dir", required=True)
+    parser.add_argument("--gpus", type=int, help="processes, one per GPU (default: at most 4; on a CPU 1)")
+    parser.add_argument("--batch_size", type=int, help="halved on out-of-memory (default: 256, on a CPU 32)")
+    parser.add_argument("--num_workers", type=int, default=4, help="decode workers of each process (default: 4)")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th unit from I on")
+    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="in a folder that exists")
+    parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
+    parser.add_argument("--views", type=int, default=1, help="of each image (caption, qa, chat), the others augmented")
+    parser.add_argument("--seed", type=int, default=0, help="of the augmented views")
+    add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on CUDA)")
+    parser.add_argument("--block", type=int, default=10_000, help="records of a unit where no tar is read")
+    parser.add_argument("--maxcount", type=int, default=10_000, help="records per output tar")
+    parser.add_argument("--max_bad", type=int, default=20, help="broken samples in a row that end the run")
+    parser.add_argument("--log_every", type=float, default=10.0, help="seconds between progress lines")
+    return parser
+
+
+def _pretokenize(kind: str, args: argparse.Namespace) -> int:
+    from seed_multimodal.data.pretokenize.encode import EncoderSettings
+    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    from seed_multimodal.data.pretokenize.run import RunSettings, run
+
+    return run(RunSettings(
+        kind=kind, data=args.data, save_dir=args.save_dir,
+        encoder=EncoderSettings(args.tokenizer, args.device, args.dtype, args.compile),
+        fields=parse_fields(args.fields), gpus=args.gpus, shard=args.shard,
+        image_transform=args.image_transform or args.image_processor, batch_size=args.batch_size,
+        workers=args.num_workers, views=args.views, seed=args.seed, block=args.block, limit=args.maxcount,
+        resume=args.resume, max_bad=args.max_bad, log_every=args.log_every, debug=args.debug))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    number, slash, count = text.partition("/")
+    if not slash or not number.isdigit() or not count.isdigit():
+        raise argparse.ArgumentTypeError(f"must be I/N, for example 0/16, not {text!r}")
+    return int(number), int(count)

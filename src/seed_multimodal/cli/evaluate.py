@@ -1,4 +1,4 @@
-"""`seed eval vqa|caption|text2image` for every system, and the programs of `MultiModalLLM/eval/` for SEED-LLaMA:
+"""`seed eval` for every system, and the programs of `MultiModalLLM/eval/` for SEED-LLaMA:
 questions, captions and drawings over whole sets, alone or under torchrun. Without flags two of the programs repeat the
 original's probes. The same command resumes.
 """
@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Sequence
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, load_system, program_parser
-from seed_multimodal.entry import DONE, SOME_FAILED, log_line, run_program, whole_number
+from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, load_system, loading, program_parser
+from seed_multimodal.config import load_yaml
+from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, run_program, whole_number
 from seed_multimodal.errors import counted
 from seed_multimodal.language.tasks import DEMO_QUESTIONS
 
@@ -26,7 +29,7 @@ CAPTIONS = ("A small wooden house on a snowy hill in the evening", "A lighthouse
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
     parser, draws = program_parser(program, description), program == "eval_caption_to_images.py"
-    _add_run(parser, "generated_images" if draws else f"outputs/{Path(program).stem}", "8b", False, draws)
+    _add_run(parser, "generated_images" if draws else f"outputs/{Path(program).stem}", "8b", draws)
     if draws:
         _add_captions(parser, required=False)
         parser.set_defaults(prompts="plain")
@@ -37,13 +40,15 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
 
 
 def add_commands(kinds: Any) -> None:
-    """`vqa`, `caption` and `text2image` below `seed eval`."""
+    """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
+    _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
     for name, add, work, text in (
             ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
             ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
             ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID")):
         parser = kinds.add_parser(name, help=text, description=text)
-        _add_run(parser, f"outputs/eval_{name}", "nano", True, work is _draw)
+        _add_run(parser, f"outputs/eval_{name}", "nano", work is _draw)
+        add_debug(parser)
         add(parser)
         parser.set_defaults(work=work)
 
@@ -51,15 +56,12 @@ def add_commands(kinds: Any) -> None:
 # ---- flags
 
 
-def _add_run(parser: argparse.ArgumentParser, out: str, model: str, debug: bool, drawing: bool) -> None:
-    parser.add_argument("--prompts", choices=("chat", "plain"), default="chat", help="of SEED-LLaMA: the tuned models' "
-                        "requests, or the pretrained model's bare ones")
+def _add_run(parser: argparse.ArgumentParser, out: str, model: str, drawing: bool) -> None:
+    parser.add_argument("--prompts", choices=("chat", "plain"), default="chat", help="plain: of pretrained SEED-LLaMA")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of the images")
     parser.add_argument("--limit", type=whole_number(1), metavar="N", help="the first N samples only")
-    parser.add_argument("--max_bad", type=whole_number(1), default=20, metavar="N", help="end after N bad samples in a "
-                        "row (default: %(default)s)")
-    add_common(parser, model, seed=42, out=out, batch_size=16, language=True, generation=True, drawing=drawing,
-               debug=debug)
+    parser.add_argument("--max_bad", type=whole_number(1), default=20, help="end after so many bad samples in a row")
+    add_common(parser, model, seed=42, out=out, batch_size=16, language=True, generation=True, drawing=drawing)
 
 
 def _add_vqa(parser: argparse.ArgumentParser) -> None:
@@ -69,20 +71,18 @@ def _add_vqa(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dataset", choices=("vqav2", "okvqa", "vizwiz", "gqa"), default="vqav2", help="gqa: an "
                         "answer is right or wrong; vizwiz: the system is first asked whether there is an answer")
     parser.add_argument("--image", help="for one question (default: images/cat.jpg)")
-    parser.add_argument("--question", default=DEMO_QUESTIONS[0], help="default: %(default)s")
+    parser.add_argument("--question", default=DEMO_QUESTIONS[0])
     parser.add_argument("--keep_ratio", action="store_true", help="resize and crop, as the original's probe does")
 
 
 def _add_caption(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
-    parser.add_argument("--truth", type=Path, metavar="JSON", help="the captions to compare with, where --captions is "
-                        "a list of images (NoCaps, Flickr30k, LaVIT's lists)")
+    parser.add_argument("--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)")
 
 
 def _add_text2image(parser: argparse.ArgumentParser) -> None:
     _add_captions(parser)
-    parser.add_argument("--best-of", type=whole_number(1), metavar="N", help="drawings of a caption, of which CLIP "
-                        "keeps one (default: 4 if there is a CLIP folder, else 1)")
+    parser.add_argument("--best-of", type=whole_number(1), help="drawings, of which CLIP keeps one (default: 4 or 1)")
     parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
     parser.add_argument("--resolution", type=whole_number(1), default=512, help="of real images for FID (default: 512)")
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
@@ -100,11 +100,11 @@ def _add_captions(parser: argparse.ArgumentParser, required: bool = True) -> Non
 def _ask(args: argparse.Namespace) -> int:
     if args.questions is None:
         return _ask_once(args)
-    return _evaluate(args, args.questions, "vqa", args.dataset, truth=args.annotations, options=_text_options(args))
+    return run_task(args, args.questions, "vqa", args.dataset, truth=args.annotations, options=_text_options(args))
 
 
 def _describe(args: argparse.Namespace) -> int:
-    return _evaluate(args, args.captions, "caption", truth=args.truth, split=args.split, options=_text_options(args))
+    return run_task(args, args.captions, "caption", truth=args.truth, split=args.split, options=_text_options(args))
 
 
 def _draw(args: argparse.Namespace) -> int:
@@ -112,8 +112,8 @@ def _draw(args: argparse.Namespace) -> int:
 
     best_of = args.best_of or (4 if args.clip or CLIP_FOLDER.is_dir() else 1)
     clip = find_clip(args.clip) if best_of > 1 or args.clip else None
-    return _evaluate(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
-                     resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
+    return run_task(args, args.captions, "text2image", split=args.split, best_of=best_of, clip=clip, seed=args.seed,
+                    resolution=args.resolution, inception=args.inception, options=chosen_settings(args))
 
 
 def _draw_as_original(args: argparse.Namespace) -> int:
@@ -122,8 +122,8 @@ def _draw_as_original(args: argparse.Namespace) -> int:
 
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])
-    return _evaluate(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
-                     options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
+    return run_task(args, args.captions or "built in", "text2image", seed=args.seed, original=True,
+                    options=chosen_settings(args), samples=[replace(one, image=None) for one in samples])
 
 
 def _ask_once(args: argparse.Namespace) -> int:
@@ -156,23 +156,84 @@ def _load(args: argparse.Namespace) -> Any:
     return system
 
 
-def _evaluate(args: argparse.Namespace, file: str, task: str, dataset: str = "coco", *, samples: Any = None,
-              **settings: Any) -> int:
+def run_task(args: argparse.Namespace, file: str, task: str, dataset: str = "coco", *, samples: Any = None,
+             load: Callable[[argparse.Namespace], Any] | None = None, **settings: Any) -> int:
+    """Evaluate the system that `load` makes on a file of samples, print the summary; returns the exit code."""
     from seed_multimodal.evaluation.answers import Run
     from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
 
     run = Run(find_task(task, dataset), Path(file), Path(args.out), images=args.images, limit=args.limit,
               batch=args.batch_size, max_bad=args.max_bad, prompts=args.prompts, **settings)
     samples = read_samples(run) if samples is None else samples[:args.limit]  # before the weights, which take minutes
-    return report(evaluate(_load(args), run, samples), run.out)
-
-
-def report(summary: dict[str, Any] | None, out: Path) -> int:
-    """Print a summary (None: other processes still work); returns the exit code."""
-    if summary is None:
+    summary = evaluate((load or _load)(args), run, samples)
+    if summary is None:  # other processes still work
         return DONE
-    print(json.dumps(summary, ensure_ascii=False), flush=True)
+    print(json.dumps(summary, ensure_ascii=False))
     if summary["bad"]:
-        log_line(f"{out}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the same "
-                 "command tries them again.")
+        log_line(f"{run.out}: {counted(summary['bad'], 'sample')} of {summary['samples']:,} could not be used; the "
+                 "same command tries them again.")
     return SOME_FAILED if summary["bad"] else DONE
+
+
+# ---- seed eval tokenizer
+
+TOKENIZER_PARTS = ("decoder", "clip", "stage1", "clip_text", "text_tokenizer")
+AMOUNTS = ("limit", "rebuild", "batch", "seed")
+
+
+def measure_tokenizer(args: argparse.Namespace) -> int:
+    """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
+    with loading(args):
+        from seed_multimodal.data.formats.pairs import open_pairs
+        from seed_multimodal.device import RELEASED_FP16, choose_device
+        from seed_multimodal.evaluation.machine import circumstances
+        from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
+
+        spec, settings = data_spec(args), {name: getattr(args, name) for name in (*TOKENIZER_PARTS, *AMOUNTS)}
+        source = open_pairs(spec)
+        runtime = choose_device(args.device, args.dtype, log=log_line, fp16=RELEASED_FP16)
+        opened = open_tokenizer(args.model, runtime, **{name: settings[name] for name in TOKENIZER_PARTS})
+        facts = {"model": args.model, "data": spec, "settings": settings, "runtime": str(runtime),
+                 **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]]))}
+        report = evaluate_tokenizer(source, opened, args.out, facts, **{name: settings[name] for name in AMOUNTS},
+                                    log=log_line)
+    print(json.dumps(report, ensure_ascii=False))
+    return DONE
+
+
+def data_spec(args: argparse.Namespace) -> dict[str, Any]:
+    """`--data` and its flags as the mapping that `data.formats.pairs.open_pairs` reads."""
+    from seed_multimodal.data.formats.sources import registered
+
+    if Path(args.data).suffix in (".yaml", ".yml"):
+        spec = {str(key): value for key, value in load_yaml(args.data).items()}
+    elif args.data in registered():
+        spec = {"format": args.data, "split": args.split or "val"}
+    else:
+        spec = {"format": "auto", "files": args.data, "split": args.split}
+    keys = {name: getattr(args, name) for name in ("image_root", "image_key", "caption_key", "captioned")}
+    return {key: value for key, value in {**spec, **keys}.items() if value is not None}
+
+
+def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="pretrained/nano", help="system or tokenizer folder (default: %(default)s)")
+    parser.add_argument("--data", required=True, help="a folder of images (captions in .txt), a list (.json, .jsonl, "
+                        ".parquet), a pattern of .tar shards, a registered format (nano), or a .yaml file")
+    parser.add_argument("--out", required=True, help="folder of report.json, evaluate.txt and the sheet")
+    parser.add_argument("--stage1", help="stage-1 checkpoint: its text path for retrieval")
+    parser.add_argument("--limit", type=whole_number(1), help="look at LIMIT images, drawn by --seed")
+    parser.add_argument("--split", help="of a registered format (default: val)")
+    parser.add_argument("--image-root", help="folder of the images that a list names")
+    parser.add_argument("--image-key")
+    parser.add_argument("--caption-key")
+    parser.add_argument("--no-captions", dest="captioned", action="store_const", const=False, help="images alone")
+    parser.add_argument("--clip", help="CLIP vision encoder of the target embedding (none: without)")
+    parser.add_argument("--clip-text", help="CLIP text encoder of the same space")
+    parser.add_argument("--text-tokenizer", help="word pieces of stage 1")
+    parser.add_argument("--decoder", help="diffusers folder that rebuilds images (none: without)")
+    parser.add_argument("--rebuild", type=whole_number(0), default=128, help="rebuild so many images (default: 128)")
+    parser.add_argument("--batch-size", dest="batch", type=whole_number(1), default=64)
+    parser.add_argument("--seed", type=whole_number(0), default=0)
+    add_device(parser)
+    add_debug(parser)
+    parser.set_defaults(work=measure_tokenizer)

@@ -13,42 +13,32 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.cli.common import (
-    Outputs,
-    chosen_settings,
-    emit,
-    load_images,
-    load_system,
-    run_batches,
-    save_image,
-    slug,
-    write_text,
-)
+from seed_multimodal.cli import common
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
 
 
 def tokenize(args: argparse.Namespace) -> int:
     """Print (and with `--out` write) the codes of each image; with `--save-plot` draw them."""
-    plot = Outputs(args.save_plot) if args.save_plot else None
-    codec = load_images(args)
+    plot = common.Outputs(args.save_plot) if args.save_plot else None
+    codec = common.load_images(args)
     _require_codes(args, codec)
     records: list[dict[str, Any]] = []
 
     def show(name: str, codes: Any) -> None:
         records.append({"image": name, "codes": codes.tolist()})
-        emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
+        common.emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
 
-    code = run_batches(args, args.images, show, lambda names: codec.encode(_open(codec, names)), args.batch_size)
+    code = common.run_batches(args, args.images, show, lambda names: codec.encode(_open(codec, names)), args.batch_size)
     if args.out:
-        write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
+        common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
     if plot and records:
         from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 
         rows = [Row(record["image"], [Cell(codec.open(record["image"])),
                                       Cell(code_strip(record["codes"], codec.section))]) for record in records]
         title = "Images and their codes: equal colours in the same place are equal codes"
-        save_image(contact_sheet(rows, title, cell=110), plot.next("codes"))
+        plot.save(contact_sheet(rows, title, cell=110), "codes")
     return code
 
 
@@ -58,8 +48,8 @@ def reconstruct(args: argparse.Namespace) -> int:
         raise ConfigError("seed reconstruct: give either images or --codes-file FILE.")
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
-    outputs = Outputs(args.out, len(names) * len(args.codes or [0]))
-    codec, settings = load_images(args), chosen_settings(args)
+    outputs = common.Outputs(args.out, len(names) * len(args.codes or [0]))
+    codec, settings = common.load_images(args), common.chosen_settings(args)
     if stored:
         _require_codes(args, codec)
     codec.check_drawing(**settings, **({"codes": args.codes[0]} if args.codes else {}))
@@ -77,53 +67,53 @@ def reconstruct(args: argparse.Namespace) -> int:
     def show(name: str, result: tuple[Any, Sequence[Image.Image]]) -> None:
         saved, paths = _save_drawn(result[1], args.codes, outputs, f"{Path(name).stem}_rebuilt", "rebuilt")
         codes = {"codes": [int(code) for code in result[0]]} if hasattr(codec, "section") else {}
-        emit(args, {"image": name, **codes, **saved}, f"{name}: {paths}")
+        common.emit(args, {"image": name, **codes, **saved}, f"{name}: {paths}")
 
-    return run_batches(args, names, show, work, args.batch_size)
+    return common.run_batches(args, names, show, work, args.batch_size)
 
 
 def describe(args: argparse.Namespace) -> int:
     """Print a caption for each image."""
-    return _each_image(args, "describe", args.prompt, lambda name, text: emit(
+    return _each_image(args, "describe", args.prompt, lambda name, text: common.emit(
         args, {"image": name, "description": text}, f"{name}: {text}"))
 
 
 def ask(args: argparse.Namespace) -> int:
     """Print the answer to one question about each image."""
-    return _each_image(args, "ask", args.question, lambda name, text: emit(
+    return _each_image(args, "ask", args.question, lambda name, text: common.emit(
         args, {"image": name, "question": args.question, "answer": text}, f"{name}: {text}"))
 
 
 def detect(args: argparse.Namespace) -> int:
     """Print where something is in each image, and save the image with the boxes on it."""
-    outputs = Outputs(args.out, len(args.images))
+    outputs = common.Outputs(args.out, len(args.images))
 
     def show(name: str, detection: Any) -> None:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
-        path = str(save_image(detection.drawn(), outputs.next(f"{Path(name).stem}_boxes")))
+        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes")
         text = detection.text.replace("</s>", "").strip()
         boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
-        emit(args, {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes],
-                    "text": text, "drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
+        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes], "text": text}
+        common.emit(args, record | {"drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
 
     return _each_image(args, "detect", args.phrase, show)
 
 
 def edit(args: argparse.Namespace) -> int:
     """Change each image as instructed and save the results."""
-    outputs = Outputs(args.out, len(args.images))
+    outputs = common.Outputs(args.out, len(args.images))
 
     def show(name: str, image: Image.Image) -> None:
-        path = str(save_image(image, outputs.next(f"{Path(name).stem}_edited")))
-        emit(args, {"image": name, "instruction": args.instruction, "edited": path}, f"{name}: {path}")
+        path = outputs.save(image, f"{Path(name).stem}_edited")
+        common.emit(args, {"image": name, "instruction": args.instruction, "edited": path}, f"{name}: {path}")
 
     return _each_image(args, "edit", args.instruction, show)
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the images."""
-    outputs = Outputs(args.out, len(args.texts) * len(args.codes or [0]))
+    outputs = common.Outputs(args.out, len(args.texts) * len(args.codes or [0]))
     system, options = _load(args)
 
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
@@ -131,10 +121,10 @@ def draw(args: argparse.Namespace) -> int:
         return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
-        saved, paths = _save_drawn(images, args.codes, outputs, slug(text), "image")
-        emit(args, {"text": text, **saved}, f"{text}: {paths}")
+        saved, paths = _save_drawn(images, args.codes, outputs, common.slug(text), "image")
+        common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
-    return run_batches(args, args.texts, show, work, args.batch_size)
+    return common.run_batches(args, args.texts, show, work, args.batch_size)
 
 
 def read_codes(path: str) -> dict[str, list[int]]:
@@ -170,9 +160,9 @@ def _open(codec: Any, names: Sequence[str]) -> list[Image.Image]:
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The system, which logs no notes of its own, and the keywords of its methods."""
-    system = load_system(args)
+    system = common.load_system(args)
     system.log = None
-    return system, {"seed": args.seed, "batch_size": args.batch_size, **chosen_settings(args)}
+    return system, {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
 
 
 def _log_note(system: Any, content: Sequence[Any]) -> None:
@@ -193,7 +183,7 @@ def _each_image(args: argparse.Namespace, method: str, text: str | None, show: C
         results: Sequence[Any] = getattr(system, method)(images, text, **options)
         return results
 
-    return run_batches(args, args.images, show, work, args.batch_size)
+    return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
 def _for_counts(counts: Sequence[int] | None, draw: Callable[..., Sequence[Image.Image]]
@@ -202,16 +192,16 @@ def _for_counts(counts: Sequence[int] | None, draw: Callable[..., Sequence[Image
     return list(zip(*([draw(codes=count) for count in counts] if counts else [draw()]), strict=True))
 
 
-def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, outputs: Outputs, stem: str, key: str
-                ) -> tuple[dict[str, Any], str]:
+def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, outputs: common.Outputs, stem: str,
+                key: str) -> tuple[dict[str, Any], str]:
     """Save an image, or those of several numbers of codes and a sheet of them; for JSON under `key`, and in words."""
     if counts is None or len(counts) == 1:
-        path = str(save_image(images[0], outputs.next(stem)))
+        path = outputs.save(images[0], stem)
         return {key: path}, path
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
-    paths = {str(count): str(save_image(image, outputs.next(f"{stem}_{count}")))
-             for count, image in zip(counts, images, strict=True)}
-    cells = [Cell(image, f"{count} codes") for count, image in zip(counts, images, strict=True)]
-    sheet = str(save_image(contact_sheet([Row("", cells)]), outputs.next(f"{stem}_codes")))
+    drawn = dict(zip(counts, images, strict=True))
+    paths = {str(count): outputs.save(image, f"{stem}_{count}") for count, image in drawn.items()}
+    cells = [Cell(image, f"{count} codes") for count, image in drawn.items()]
+    sheet = outputs.save(contact_sheet([Row("", cells)]), f"{stem}_codes")
     return {key: paths, "sheet": sheet}, f"{sheet} ({', '.join(paths.values())})"

@@ -8,14 +8,6 @@
     seed draw "a red apple"                     an image from words
     seed edit cat.jpg "Make it in noto style."  a changed image
     seed chat                                   a conversation with images in both directions
-    seed convert old.pt new.safetensors         old weights, safely
-    seed export-tokenizer --stage1 … --stage2 … trained stages → a tokenizer
-    seed assemble lavit --tokenizer … --out …   parts of trainings → a system folder
-    seed eval tokenizer --data … --out …        quality of a tokenizer
-    seed eval vqa|caption|text2image …          accuracy, CIDEr, FID on the benchmarks' files
-    seed plot runs/a runs/b                     curves of training runs
-    seed data check train.jsonl …               errors in training data, and where
-    seed data convert old/*.tar --out new       the original's pickled shards as json
 
 Results go to stdout (one JSON object a line with `--json`), everything else to stderr. Exit codes: 0 done, 1 some
 images or texts failed, 2 the whole command failed, 130 interrupted.
@@ -28,9 +20,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from seed_multimodal import __version__
-from seed_multimodal.cli import chat, data, eval_tokenizer, evaluate, images, tools
-from seed_multimodal.cli.common import add_beside, add_codes, add_common, add_size, program_parser
-from seed_multimodal.entry import guarded
+from seed_multimodal.cli import chat, data, evaluate, images, tools
+from seed_multimodal.cli.common import add_beside, add_common, add_json, add_size, program_parser
+from seed_multimodal.entry import guarded, whole_number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     _add_language_commands(commands)
     tools.add_commands(commands)
     kinds = commands.add_parser("eval", help="measure a model").add_subparsers(required=True, metavar="WHAT")
-    eval_tokenizer.add_arguments(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
     evaluate.add_commands(kinds)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
     return parser
@@ -56,14 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_image_commands(commands: Any) -> None:
     tokenize = _command(commands, images.tokenize, "images", batch_size=32)
-    tokenize.add_argument("--out", metavar="FILE", help="also write the codes, one JSON object a line")
-    tokenize.add_argument("--save-plot", metavar="FILE", help="also draw the codes: a coloured strip for each image")
-
+    tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
+    tokenize.add_argument("--save-plot", help="also draw the codes: a file with a coloured strip for each image")
     reconstruct = _command(commands, images.reconstruct, batch_size=8, out="outputs", drawing=True)
     reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
-    reconstruct.add_argument("--codes-file", metavar="FILE", help="draw the codes that `seed tokenize --out` wrote")
+    reconstruct.add_argument("--codes-file", help="draw the codes that `seed tokenize --out` wrote")
     reconstruct.add_argument("--condition", metavar="IMAGE", help="SEED-X: what the drawing may take over")
-    add_codes(reconstruct)
+    _add_codes(reconstruct)
     add_beside(reconstruct)
 
 
@@ -72,22 +62,29 @@ def _add_language_commands(commands: Any) -> None:
     describe = _command(commands, images.describe, "images", **answering)
     describe.add_argument("--prompt", help="ask for the description in other words")
     ask = _command(commands, images.ask, "images", **answering)
-    ask.add_argument("question", metavar="QUESTION")
+    ask.add_argument("question")
     detect = _command(commands, images.detect, "images", out="outputs", **answering)
-    detect.add_argument("phrase", metavar="PHRASE", help="such as: the red car (SEED-X)")
-
+    detect.add_argument("phrase", help="such as: the red car (SEED-X)")
     draw = _command(commands, images.draw, "texts", out="outputs", drawing=True, **answering)
-    add_codes(draw)
+    _add_codes(draw)
     add_size(draw)
     edit = _command(commands, images.edit, "images", out="outputs", drawing=True, **answering)
-    edit.add_argument("instruction", metavar="INSTRUCTION")
+    edit.add_argument("instruction")
     add_beside(edit)
-
     talk = _command(commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True)
-    talk.add_argument("--message", action="append", metavar="TEXT", help="send this and stop; repeat for more turns")
+    talk.add_argument("--message", action="append", help="send this and stop; repeat for more turns")
     talk.add_argument("--force-image", action="store_true", help="every answer holds an image")
-    talk.add_argument("--image", action="append", default=[], metavar="IMAGE", help="shown with the first message")
+    talk.add_argument("--image", action="append", default=[], help="shown with the first message")
     talk.add_argument("--no-previews", action="store_true", help="on a terminal, too: no image before it is whole")
+
+
+def _add_codes(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--codes", type=_counts, metavar="N,N,…", help="progressive drawing: the image after the first "
+                        "N codes; several numbers (4,8,16,32): one image each, and a sheet of them")
+
+
+def _counts(text: str) -> list[int]:
+    return list(dict.fromkeys(whole_number(1)(word.strip()) for word in text.split(",")))
 
 
 def _command(commands: Any, work: Callable[[argparse.Namespace], int], items: str = "", **flags: Any
@@ -96,11 +93,7 @@ def _command(commands: Any, work: Callable[[argparse.Namespace], int], items: st
     parser: argparse.ArgumentParser = commands.add_parser(work.__name__, help=work.__doc__, description=work.__doc__)
     if items:
         parser.add_argument(items, nargs="+", metavar=items.upper()[:-1])
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    add_json(parser)
     add_common(parser, **flags)
     parser.set_defaults(work=work)
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -8,25 +8,14 @@ Without flags they repeat the originals with their weights, whose parts the YAML
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.cli.common import (
-    Outputs,
-    add_beside,
-    add_common,
-    chosen_settings,
-    load_images,
-    load_system,
-    run_each,
-    save_image,
-)
+from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, run_program, some_text, whole_number
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
 CONFIGS = {
@@ -50,7 +39,6 @@ class Script:
     Attributes:
         model: the original language model ("": none). adapter: YAML file of the stage it draws with.
         image, condition: in `demo_images/`. scene, phrase: of a second request, for boxes.
-        instead: prompt and phrase where `STAND_IN` is shown.
     """
 
     text: str
@@ -61,13 +49,7 @@ class Script:
     prompt: str = ""
     scene: str = ""
     phrase: str = ""
-    instead: tuple[str, str] = ("", "")
     condition: str = ""
-
-    @property
-    def tuned(self) -> bool:
-        """Whether the language model follows instructions."""
-        return self.model != "seed_x"
 
     @property
     def files(self) -> dict[str, str]:
@@ -83,28 +65,24 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     script = SCRIPTS[name]
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=script.text)
     if script.image:
-        parser.add_argument("--image", nargs="+", metavar="IMAGE", help=f"default: demo_images/{script.image}, or "
-                            f"images/{STAND_IN} where that is not")
+        parser.add_argument("--image", nargs="+", help=f"default: demo_images/{script.image} or images/{STAND_IN}")
     if script.condition:
-        parser.add_argument("--condition", metavar="IMAGE", help="what the drawing may take over (default: "
-                            f"demo_images/{script.condition}, or each image itself)")
+        parser.add_argument("--condition", help=f"default: demo_images/{script.condition} or the image itself")
     if script.prompt:
-        parser.add_argument("--prompt", type=some_text, metavar="TEXT", help=f"default: {script.prompt}")
+        parser.add_argument("--prompt", type=some_text, help=f"default: {script.prompt}")
     if script.phrase:
-        parser.add_argument("--detect", type=some_text, metavar="PHRASE", help=f"find it in --image, or {script.scene}")
-    add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
-               generation=bool(script.model), drawing=bool(script.adapter), debug=False)
-    parser.add_argument("--device_2", metavar="DEVICE", help="where images are encoded and drawn (default: --device)")
+        parser.add_argument("--detect", type=some_text, help=f"find it in --image, or {script.scene}")
+    common.add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
+                      generation=bool(script.model), drawing=bool(script.adapter))
+    parser.add_argument("--device_2", help="where images are encoded and drawn (default: --device)")
     if not script.model:
-        parser.add_argument("--embeddings", type=whole_number(1), metavar="N", help="draw from means of so many: 64 as "
-                            "in the paper (default: all 256, as the original)")
+        parser.add_argument("--embeddings", type=whole_number(1), help="draw from means of so many (default: all 256)")
     if script.adapter == SECOND_STAGE:
-        add_beside(parser)
-    files = parser.add_argument_group("parts of the original model")
+        common.add_beside(parser)
     for flag, file in script.files.items():
-        files.add_argument(f"--{flag}", metavar="YAML", help=f"default: {file}")
+        parser.add_argument(f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})")
     if script.adapter:
-        files.add_argument("--diffusion_model_path", metavar="FOLDER", help="SDXL base 1.0 (default: in pretrained/)")
+        parser.add_argument("--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)")
     return run_program(parser, lambda args: script.work(args, script), argv)
 
 
@@ -113,66 +91,63 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 def _rebuild(args: argparse.Namespace, script: Script) -> int:
     """Draw images again from their features, with a condition image where the program has one."""
-    files = args.image or [str(_demo_image(script.image)[0])]
-    outputs = Outputs(args.out, len(files))
-    codec = load_images(args, name=_config(args, script), device=args.device_2 or args.device)
+    files = args.image or [_demo_image(script.image)]
+    outputs = common.Outputs(args.out, len(files))
+    codec = common.load_images(args, name=_config(args, script), device=args.device_2 or args.device)
 
     def rebuild(name: str, image: Any) -> None:
-        settings = chosen_settings(args)
+        settings = common.chosen_settings(args)
         if script.condition:
             condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
             settings["conditions"] = [codec.open(condition or image)]
         features = codec.encode([image], args.embeddings)
         drawn = codec.draw(list(features), seeds=[args.seed], **settings)[0]
         ending = "_recon_with_condition" if script.condition else "_recon"
-        print(save_image(drawn, outputs.next(f"{Path(name).stem}{ending}", ".jpg")), flush=True)
+        print(outputs.save(drawn, f"{Path(name).stem}{ending}", ".jpg"))
 
-    return run_each(args, files, rebuild, codec.open)
+    return common.run_each(args, files, rebuild, codec.open)
 
 
 def _read(args: argparse.Namespace, script: Script) -> int:
     """Answer a question about images, find something in one; without flags both, as the original."""
     both = not (args.image or args.prompt or args.detect)
-    outputs = Outputs(args.out, len(args.image or [0]) if args.detect else 1)
+    outputs = common.Outputs(args.out, len(args.image or [0]) if args.detect else 1)
     system = _load(args, script)
-    options = {"seed": args.seed, **chosen_settings(args)}
+    options = {"seed": args.seed, **common.chosen_settings(args)}
     if both or args.detect is None or args.prompt:
-        image, is_original = _demo_image(script.image)
-        prompt = args.prompt or (script.prompt if args.image or is_original else script.instead[0])
-        print(system.ask([[Path(one) for one in args.image or [image]]], prompt, **options)[0], flush=True)
+        images = [Path(one) for one in args.image or [_demo_image(script.image)]]
+        print(system.ask([images], args.prompt or script.prompt, **options)[0])
     if both or args.detect is not None:
-        scene, is_original = _demo_image(script.scene)
-        files = [Path(one) for one in args.image or [scene]]
-        phrase = args.detect or (script.phrase if is_original else script.instead[1])
-        for file, detection in zip(files, system.detect(files, phrase, **options), strict=True):
-            print(detection.text, flush=True)
-            print(save_image(detection.drawn(), outputs.next(file.stem)), flush=True)
+        images = [Path(one) for one in args.image or [_demo_image(script.scene)]]
+        detections = system.detect(images, args.detect or script.phrase, **options)
+        for file, detection in zip(images, detections, strict=True):
+            print(detection.text)
+            print(outputs.save(detection.drawn(), file.stem))
     return DONE
 
 
 def _draw(args: argparse.Namespace, script: Script) -> int:
     """Draw a caption."""
     caption, original = args.prompt or script.prompt, args.model == "released"
-    outputs = Outputs(args.out)
+    outputs = common.Outputs(args.out)
     system = _load(args, script)
-    text = f"Generate an image: {caption}" if original and script.tuned else caption
-    drawn = system.draw(text, seed=args.seed, verbatim=original, **chosen_settings(args))
-    print(save_image(drawn, outputs.next(_stem(caption))))
+    text = f"Generate an image: {caption}" if original and script.model != "seed_x" else caption
+    drawn = system.draw(text, seed=args.seed, verbatim=original, **common.chosen_settings(args))
+    print(outputs.save(drawn, _stem(caption)))
     return DONE
 
 
 def _edit(args: argparse.Namespace, script: Script) -> int:
     """Change images as instructed."""
-    files, instruction = args.image or [str(_demo_image(script.image)[0])], args.prompt or script.prompt
-    outputs = Outputs(args.out, len(files))
+    files, instruction = args.image or [_demo_image(script.image)], args.prompt or script.prompt
+    outputs = common.Outputs(args.out, len(files))
     system = _load(args, script)
 
     def edit(name: str, image: Any) -> None:
-        changed = system.edit(image, instruction, seed=args.seed, **chosen_settings(args))
-        path = outputs.next(f"{files.index(name) + 1}_{_stem(instruction)}", ".jpg")
-        print(save_image(changed, path), flush=True)
+        changed = system.edit(image, instruction, seed=args.seed, **common.chosen_settings(args))
+        print(outputs.save(changed, f"{files.index(name) + 1}_{_stem(instruction)}", ".jpg"))
 
-    return run_each(args, files, edit, system.images.open)
+    return common.run_each(args, files, edit, system.images.open)
 
 
 # ---- their parts
@@ -185,26 +160,23 @@ def _config(args: argparse.Namespace, script: Script) -> Any:
 
         folder = getattr(args, "diffusion_model_path", None)
         return config_of_files({flag: getattr(args, flag) or file for flag, file in script.files.items()},
-                               tuned=script.tuned, **({"sdxl": folder} if folder else {}))
-    for flag in [*script.files, "diffusion_model_path"]:
-        if getattr(args, flag, None) is not None:
-            raise ConfigError(f"--{flag} names a part of the original model, but --model {args.model} has its own.")
+                               tuned=script.model != "seed_x", **({"sdxl": folder} if folder else {}))
     return args.model
 
 
 def _load(args: argparse.Namespace, script: Script) -> Any:
-    return load_system(args, name=_config(args, script), image_device=args.device_2, load_decoder=bool(script.adapter))
+    config = _config(args, script)
+    return common.load_system(args, name=config, image_device=args.device_2, load_decoder=bool(script.adapter))
 
 
-def _demo_image(name: str) -> tuple[Path, bool]:
-    """The original's image if it is there, else `STAND_IN`; and whether it is there."""
-    place = locate(f"demo_images/{name}")
-    return place or project_root(Path(__file__).parent) / "images" / STAND_IN, place is not None
+def _demo_image(name: str) -> str:
+    """The original's image if it is there, else `STAND_IN`."""
+    return str(locate(f"demo_images/{name}") or project_root(Path(__file__).parent) / "images" / STAND_IN)
 
 
 def _stem(text: str) -> str:
-    """A text as the originals name its image: without dots; what no file name holds becomes `_`."""
-    return re.sub(r"[\x00-\x1f/\\:*?\"<>|]", "_", text.replace(".", "")).strip()[:120]
+    """A text as the originals name its image."""
+    return text.replace(".", "").replace("/", "_")[:120]
 
 
 SCRIPTS = {
@@ -217,8 +189,7 @@ SCRIPTS = {
     "eval_img2text_seed_x": Script(
         "SEED-X describes an image and finds a car in another.", _read, "seed_x", image="cat_dog.jpeg",
         prompt="Describe this image briefly.", scene="car.jpg",
-        phrase="In ths background with a blue sky on the road, there is a car",  # its spelling is the original's
-        instead=("Describe this image briefly.", "In the picture there is a fox")),
+        phrase="In ths background with a blue sky on the road, there is a car"),  # the original's spelling
     "eval_text2img_seed_x": Script(
         "SEED-X draws a caption.", _draw, "seed_x", FIRST_STAGE,
         prompt="A super math wizard cat, richly textured oil painting."),
@@ -226,8 +197,7 @@ SCRIPTS = {
         "SEED-X-I answers a question about an image and finds something in another.", _read, "seed_x_i",
         image="advisor.png", prompt="Can I conntect with an advisor on Sunday?", scene="ground.png",
         phrase="Is there anything in the image that can protect me from catching the flu virus when I go out? Show me "
-               "the location.",
-        instead=("What is in the picture?", "the fox")),
+               "the location."),
     "eval_text2img_seed_x_i": Script(
         "SEED-X-I draws a caption.", _draw, "seed_x_i", FIRST_STAGE, prompt="A cybernetic soldier."),
     "eval_img2edit_seed_x_edit": Script(

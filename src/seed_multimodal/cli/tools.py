@@ -1,16 +1,26 @@
-"""`seed convert | export-tokenizer | assemble | plot`: old weights, trained stages, system folders, and curves."""
+"""`seed convert | export-tokenizer | assemble | plot`, `merge_lora_weights.py` and `reload_qwen_vit.py`: old weights,
+trained stages, system folders, and curves.
+"""
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from seed_multimodal.cli.common import add_json, cat_image, emit
+from seed_multimodal.cli.common import add_json, cat_image, emit, program_parser
+from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import read_json_object, writing
-from seed_multimodal.entry import DONE
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.entry import DONE, log_line, run_program
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import first_file, locate
+from seed_multimodal.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.lora import TrainedWeights
 
 # Flags of each system of `seed assemble`; those in brackets can be left out.
 PARTS: dict[str, dict[str, str]] = {
@@ -28,60 +38,45 @@ PARTS: dict[str, dict[str, str]] = {
 def add_commands(commands: Any) -> None:
     """The four commands with their flags."""
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
-    converter.add_argument("source", metavar="OLD")
-    converter.add_argument("target", metavar="NEW", nargs="?", help="default: the same name with .safetensors")
-    converter.add_argument("--dtype", default="keep", help="keep, float32, bfloat16 or float16 (default: keep)")
+    converter.add_argument("source")
+    converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
+    converter.add_argument("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep")
     converter.add_argument("--force", action="store_true", help="write over an existing file")
     converter.set_defaults(work=convert)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
-    plotter.add_argument("runs", nargs="+", metavar="RUN",
-                         help="output folder of a training run, or its NAME.log.jsonl")
-    plotter.add_argument("--out", default="curves.png", metavar="FILE",
-                         help="figure to write, .png, .pdf or .svg (default: %(default)s)")
+    plotter.add_argument("runs", nargs="+", help="output folders of training runs, or their NAME.log.jsonl")
+    plotter.add_argument("--out", default="curves.png", help="figure: .png, .pdf or .svg (default: %(default)s)")
     plotter.set_defaults(work=plot)
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     _add_export(exporter)
     for command in (converter, plotter, exporter):
         add_json(command)
-    kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(
-        dest="system", required=True, metavar="KIND")
+    kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(required=True)
     for kind, parts in PARTS.items():
-        _add_assemble(kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}"), kind)
+        command = kinds.add_parser(kind.replace("_", "-"), help=f"of {', '.join(parts)}")
+        for name, text in parts.items():
+            command.add_argument(f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]"))
+        command.add_argument("--settings", help="JSON file with keys of system.json (generation, tasks …)")
+        command.add_argument("--out", required=True, help="folder to make")
+        command.add_argument("--force", action="store_true", help="replace that folder if it is not empty")
+        add_json(command)
+        command.set_defaults(work=assemble, kind=kind)
 
 
 def _add_export(parser: argparse.ArgumentParser) -> None:
     stages = parser.add_mutually_exclusive_group(required=True)
-    parser.add_argument("--stage1", metavar="CKPT", help="checkpoint of stage 1 (not needed if stage 2 trained the "
-                        "Q-Former too)")
     stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
-    stages.add_argument("--lavit", metavar="CKPT", help="checkpoint of LaVIT's stage 1, in the place of both; with "
-                        "--vision, --config, --out and --force")
-    parser.add_argument("--vision", metavar="CKPT", help="vision encoder (eva_vit_g.pth, or the run's CLIP folder), "
-                        "unless a stage trained it")
-    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained "
-                        "(default: by its decode side; with both, seed2)")
-    parser.add_argument("--config", metavar="JSON", help="sizes (default: config.json beside a checkpoint, else the "
-                        "original ones)")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    parser.add_argument("--released", action="store_true", help="also the original files: seed_quantizer.pt (SEED-1: "
-                        "causal_qformer.pth, seed_tokenizer.pth) and eva_vit_g.pth")
-    parser.add_argument("--image", metavar="IMAGE", help="encoded to compare the result with the training modules "
-                        "(default: images/cat.jpg)")
-    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here, so "
-                        "that the folder serves SeedLlama")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
+    stages.add_argument("--lavit", metavar="CKPT", help="of LaVIT's stage 1, with --vision, --config, --out, --force")
+    parser.add_argument("--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too")
+    parser.add_argument("--vision", metavar="CKPT", help="vision encoder, unless a stage trained it")
+    parser.add_argument("--kind", choices=("auto", "seed2", "seed1"), default="auto", help="what stage 2 trained")
+    parser.add_argument("--config", metavar="JSON", help="sizes (default: beside a checkpoint, else the original ones)")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--released", action="store_true", help="also files in the original layout")
+    parser.add_argument("--image", help="to compare with the training modules (default: images/cat.jpg)")
+    parser.add_argument("--text-tokenizer", metavar="DIR", help="copy the language tokenizer's files from here")
+    parser.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
     parser.set_defaults(work=export)
-
-
-def _add_assemble(parser: argparse.ArgumentParser, kind: str) -> None:
-    for name, text in PARTS[kind].items():
-        parser.add_argument(f"--{name}", metavar="DIR", required="[" not in text, help=text.strip("[]"))
-    parser.add_argument("--settings", metavar="JSON", help="keys of system.json (generation, tasks …), over those that "
-                        "follow from the weights")
-    parser.add_argument("--out", metavar="DIR", required=True, help="folder to make")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is not empty")
-    add_json(parser)
-    parser.set_defaults(work=assemble, kind=kind)
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -93,8 +88,6 @@ def convert(args: argparse.Namespace) -> int:
     target = Path(args.target) if args.target else source.with_suffix(".safetensors")
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
-    if args.dtype not in ("keep", *DTYPES):
-        raise ConfigError(f"Unknown dtype {args.dtype!r}: use keep, {', '.join(sorted(DTYPES))}.")
     tensors = load_state_dict(source)
     if args.dtype != "keep":
         tensors = {name: tensor.to(DTYPES[args.dtype]) if tensor.is_floating_point() else tensor
@@ -147,4 +140,106 @@ def assemble(args: argparse.Namespace) -> int:
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}
     folder = assemble_system(args.kind, args.out, parts, settings, force=args.force)
     emit(args, {"folder": str(folder)}, f"{folder}: open it with --model {folder}")
+    return DONE
+
+
+# ---- the originals' programs
+
+
+def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
+    """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm` and `agent`."""
+    parser = program_parser(program, description)
+    parser.add_argument("--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's")
+    parser.add_argument("--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too")
+    parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
+    parser.add_argument("--lora_model", required=True, help="adapter, whole trained model, or zero_to_fp32.py output")
+    parser.add_argument("--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)")
+    parser.add_argument("--save_path", required=True, help="new folder for the merged model")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
+    parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
+    return run_program(parser, _merge, arguments)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from seed_multimodal.language.lora import merge_adapter
+
+    quiet_libraries(args.debug)
+    node = _read(args.model_cfg, "model")
+    inner = node.get("model") if isinstance(node.get("model"), Mapping) else {}
+    bases = (args.base_model, inner.get("pretrained_model_name_or_path"), node.get("path"),
+             node.get("pretrained_model_name_or_path"))
+    base = next((str(one) for one in bases if one not in (None, "", "???")), None)
+    log_line(merge_adapter(
+        (locate(base) or base) if base else None, locate(args.lora_model) or args.lora_model, args.save_path,
+        tokenizer=_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
+        lora=node.get("peft_config") or node.get("lora"), dtype=args.dtype, max_shard_size=args.max_shard_size,
+        force=args.force, agent=partial(_agent, args.agent_cfg)))
+    return DONE
+
+
+def _read(file: str | Path, part: str) -> Any:
+    """A part's YAML, or that part of a run's configuration."""
+    from omegaconf import OmegaConf
+
+    values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
+    return values.get(part) or {} if {"trainer", "data"} <= set(values) else values
+
+
+def _tokenizer(file: str) -> Any:
+    from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
+    from seed_multimodal.lavit.processing import LavitTokenizer
+
+    name = _read(file, "tokenizer").get("pretrained_model_name_or_path")
+    if name in (None, "", "???"):
+        raise ConfigError(f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
+    folder = Path(locate(str(name)) or str(name))
+    kind = MultimodalTokenizer if (folder / ADDED).is_file() else LavitTokenizer  # LaVIT's codes have no spelling
+    return kind.from_pretrained(folder)
+
+
+def _agent(file: str | None, trained: TrainedWeights) -> dict[str, Any]:
+    """`agent/config.json` of a SEED-X agent: its sizes."""
+    from seed_multimodal.seed_x.modeling import AgentSettings
+    from seed_multimodal.seed_x.pipeline import AgentSizes
+    from seed_multimodal.settings import read_settings
+
+    values = _read(file, "agent") if file else trained.agent_config
+    losses = {entry.name: values[entry.name] for entry in fields(AgentSettings) if entry.name in values}
+    sizes = {"settings": {**losses, **(values.get("losses") or {})}} | {
+        name: {key: value for key, value in values[name].items() if not key.startswith("_")}
+        for name in ("input_resampler", "output_resampler") if name in values}
+    return asdict(read_settings(AgentSizes, sizes, file or str(trained.source)))
+
+
+def reload_script(argv: Sequence[str] | None = None) -> int:
+    """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's YAML files name."""
+    parser = argparse.ArgumentParser(prog="reload_qwen_vit.py",
+                                     description="The vision encoder of Qwen-VL-Chat as a file of its own.")
+    parser.add_argument("--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)")
+    parser.add_argument("--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s")
+    parser.add_argument("--force", action="store_true", help="write over an existing file")
+    return run_program(parser, _reload, argv)
+
+
+def _reload(args: argparse.Namespace) -> int:
+    from seed_multimodal.seed_x.vision import IN_QWEN_VL
+    from seed_multimodal.weights import INDEXES, load_state_dict, save_torch
+
+    target, source = Path(args.out), locate(args.source) or Path(args.source)
+    if target.exists() and not args.force:
+        raise ConfigError(f"{target}: exists already (--force writes over it).")
+    index = first_file(source, INDEXES)
+    if index is None:
+        raise CheckpointError(f"{source}: there is no {' or '.join(INDEXES)}; download Qwen/Qwen-VL-Chat to "
+                              "pretrained/Qwen-VL-Chat, or name its folder with --source.")
+    places = {name: file for name, file in read_json_object(index)["weight_map"].items() if IN_QWEN_VL in name}
+    tensors: dict[str, Any] = {}
+    for file in sorted(set(places.values())):
+        shard = load_state_dict(source / file, mapped=True)
+        tensors |= {name.removeprefix(IN_QWEN_VL): shard[name] for name, place in places.items() if place == file}
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_torch(tensors, target)
+    log_line(f"{target}: {len(tensors)} tensors")
     return DONE

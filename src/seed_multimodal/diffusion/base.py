@@ -25,7 +25,7 @@ from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning, first_line
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
+from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import refuse_tensors
 
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
@@ -45,12 +45,11 @@ OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part
 class DrawingSettings:
     """Settings of a drawing; `seed_decode.json` in a diffusion folder changes the defaults.
 
-    A guidance of 1 or less runs the U-Net once per step. `scheduler`: name of a diffusers class.
+    A guidance of 1 or less runs the U-Net once per step.
     """
 
-    num_inference_steps: int = setting(20, least=1)
+    num_inference_steps: int = setting(20, least=1, most=1000)
     guidance_scale: float = 10.0
-    scheduler: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,17 +61,12 @@ class SizedSettings(DrawingSettings):
 
 
 class Detokenizer:
-    """Base class; a subclass defines `denoise`.
-
-    Attributes:
-        kind, where: of folder, and what to download, in error messages. device: where the parts compute.
-        part_names: attributes with weights, in the order of use. float32: of these, those that no dtype changes.
-        embedding_dim: width of the embeddings that the model was trained on.
-    """
+    """Base class; a subclass defines `denoise`. `kind` and `where` (what to download) are for error messages."""
 
     kind: ClassVar[str]
     where: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
+    # Attributes with weights, in the order of use; of these, those that stay in float32.
     part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")
     decode_at_once: ClassVar[int] = 1  # latents in one call of the autoencoder, whose memory grows with their number
@@ -92,36 +86,22 @@ class Detokenizer:
 
     # ---- settings
 
-    @property
-    def setting_names(self) -> list[str]:
-        """What `__call__` accepts as drawing settings."""
-        return list(vars(self.defaults))
-
     def check_settings(self, **given: Any) -> Any:
-        """The defaults with the given settings over them (None: the default).
-
-        Raises:
-            ConfigError: an unknown name (the nearest is named), or a value out of range.
-        """
+        """The defaults with the given settings over them (None: the default). Raises `ConfigError`: an unknown name
+        (the nearest is named), or a value out of range."""
         chosen = {name: value for name, value in given.items() if value is not None}
         settings = read_settings(type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting")
-        check_value(int, settings.num_inference_steps, "num_inference_steps",
-                    most=self.scheduler.config.num_train_timesteps)
-        if settings.scheduler is not None:
-            scheduler_class(settings.scheduler)
         self.size(settings)
         return settings
 
     def size(self, settings: Any) -> tuple[int, int]:
-        """Height and width of an image; `ConfigError` for one alone, or no whole number of latents."""
+        """Height and width of an image; `ConfigError` for no whole number of latents."""
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
-        height, width = getattr(settings, "height", None), getattr(settings, "width", None)
-        if (height is None) != (width is None):
-            raise ConfigError("Give height and width both, or neither.")
-        for name, value in (("height", height), ("width", width)):
-            if value is not None and value % unit:
+        sizes = {name: getattr(settings, name, None) or side for name in ("height", "width")}
+        for name, value in sizes.items():
+            if value % unit:
                 raise ConfigError(f"The {name} must be a multiple of {unit} pixels, not {value}.")
-        return height or side, width or side
+        return sizes["height"], sizes["width"]
 
     # ---- drawing
 
@@ -144,16 +124,11 @@ class Detokenizer:
             ConfigError: unknown settings, or out of range. CheckpointError: embeddings of another width.
         """
         chosen = self.check_settings(**settings)
-        if condition_images is not None and not self.reads_condition:
-            raise ConfigError("This de-tokenizer reads no condition image; editing needs SEED-X's second stage "
-                              "(seed_detokenizer/second_stage).")
         conditions = self.rows(embeds, negative_embeds, chosen)
         if self.reads_condition:
             conditions["images"] = condition_images
         count = len(next(iter(conditions.values())))
         seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
-        if len(seeds) != count:
-            raise ConfigError(f"{count} images need as many seeds, not {len(seeds)}.")
         images: list[Image.Image] = []
         for start in range(0, count, batch_size or max(count, 1)):
             part = slice(start, start + (batch_size or count))
@@ -182,17 +157,15 @@ class Detokenizer:
             concatenated: further input channels `[R·B, …, h, w]`.
         """
         scheduler = self.scheduler
-        if settings.scheduler is not None:
-            scheduler = scheduler_class(settings.scheduler).from_config(scheduler.config)
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         runs = len(conditions["encoder_hidden_states"]) // len(start)
         latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
-        own = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        options = {"generator": list(generators)} if "generator" in inspect.signature(scheduler.step).parameters else {}
         for done, step in enumerate(scheduler.timesteps, start=1):
             noisy = scheduler.scale_model_input(latents.repeat(runs, 1, 1, 1), step)
             noisy = noisy if concatenated is None else torch.cat([noisy, concatenated.to(noisy)], dim=1)
             prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
-            latents = scheduler.step(guide(prediction), step, latents, **own).prev_sample
+            latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
             if callback is not None:
                 callback(done, len(scheduler.timesteps))
         return latents
@@ -261,7 +234,7 @@ class Detokenizer:
         """Arguments of the constructor from a diffusion folder: named parts, default settings, layout."""
         parts: dict[str, Any] = {
             name: cls.load_part(place, name, torch.float32 if name in cls.float32 else dtype)
-            for name in names if name not in OPTIONAL or (place / OPTIONAL[name]).is_dir()}
+            for name in names if (place / OPTIONAL.get(name, "")).is_dir()}
         if (file := place / DEFAULTS).is_file():
             parts["defaults"] = read_settings(cls.settings_class, read_json_object(file, ConfigError), str(file))
         return parts | cls.load_layout(place)
@@ -273,16 +246,14 @@ class Detokenizer:
 
     @classmethod
     def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A scheduler, or a part of `CLASSES`: models in eval mode on the CPU.
-
-        Raises:
-            CheckpointError: not there, damaged, or without some of its tensors (the libraries only warn of these).
-        """
+        """A scheduler, or a part of `CLASSES`: models in eval mode on the CPU. Raises `CheckpointError`: not there,
+        damaged, or without some of its tensors (the libraries only warn of these)."""
+        import diffusers
         from safetensors import SafetensorError
 
         if name.endswith("scheduler"):
             config = read_json_object(place / name / "scheduler_config.json", CheckpointError, cls.where)
-            return scheduler_class(str(config.get("_class_name"))).from_config(config)
+            return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
         folder = vae_folder(place) if name == "vae" else place / name
         if not folder.is_dir():  # diffusers would take it for a hub name
             raise CheckpointError(f"{folder}: there is no such folder; {cls.where}.")
@@ -324,21 +295,9 @@ def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length
     return hidden
 
 
-def scheduler_class(name: str) -> Any:
-    """A diffusers scheduler class; `ConfigError` names the nearest for an unknown one."""
-    import diffusers
-
-    names = [entry for entry in dir(diffusers) if entry.endswith("Scheduler")]
-    if name not in names:
-        raise ConfigError(f"Unknown scheduler {name!r}{nearest(name, names)}: give a diffusers class.")
-    return getattr(diffusers, name)
-
-
 def vae_folder(place: Path) -> Path:
     """The autoencoder of a diffusion folder: its own `vae/`, or `{"folder": "../…"}` of its `vae.json`."""
     file = place / VAE_ELSEWHERE
     if (place / "vae").is_dir() or not file.is_file():
         return place / "vae"
-    values = read_json_object(file, CheckpointError)
-    check_keys(values, ("folder",), str(file))
-    return (place / check_value(str, values.get("folder"), f"{file}: folder")).resolve()
+    return (place / str(read_json_object(file).get("folder"))).resolve()

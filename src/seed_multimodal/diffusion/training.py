@@ -1,9 +1,8 @@
-"""Training losses of U-Nets: noise, targets, weights of time steps, and the loss of SEED-X's SDXL adapters.
+"""Training losses of U-Nets: noise, targets, and the loss of SEED-X's SDXL adapters.
 
-`min_snr` weighs time steps by their signal-to-noise ratio, capped (Hang et al. 2023). In SEED-X's paper the embeddings
-of a frozen vision encoder condition SDXL, whose own loss trains the resampler and the U-Net's keys and values; the
-second stage also reads the latents of a condition image. The original repository has no training program, so the shares
-of samples without conditions are our choice (as InstructPix2Pix's), and so is `min_snr` (off by default).
+In SEED-X's paper the embeddings of a frozen vision encoder condition SDXL, whose own loss trains the resampler and the
+U-Net's keys and values; the second stage also reads the latents of a condition image. The original repository has no
+training program, so the shares of samples without conditions are our choice (as InstructPix2Pix's).
 """
 
 from __future__ import annotations
@@ -16,35 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import setting
 
 Trained = Literal["key_value", "all"]  # of a U-Net
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Noised latents `[B, C, h, w]`, their time steps `[B]`, the target, and weights in the loss `[B]` or None."""
+    """Noised latents `[B, C, h, w]`, their time steps `[B]`, and the target."""
 
     latents: Tensor
     steps: Tensor
     target: Tensor
-    weight: Tensor | None
 
     @classmethod
-    def draw(cls, schedule: Any, latents: Tensor, min_snr: float | None = None,
-             generator: torch.Generator | None = None) -> Noised:
-        """Noise and time steps by `generator`, on the CPU; min_snr: cap γ of the weights, None for none."""
+    def draw(cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None) -> Noised:
+        """Noise and time steps by `generator`, on the CPU."""
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
         steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator).to(
             latents.device)
-        weight = None if min_snr is None else min_snr_weight(schedule, steps, min_snr)
-        return cls(schedule.add_noise(latents, noise, steps), steps, noise_target(schedule, latents, noise, steps),
-                   weight)
+        return cls(schedule.add_noise(latents, noise, steps), steps, noise_target(schedule, latents, noise, steps))
 
     def losses(self, prediction: Tensor) -> dict[str, Tensor]:
-        """`total_loss`, the weighted mean; `mse`, the plain mean, without gradient."""
-        return {"total_loss": denoising_loss(prediction, self.target, self.weight),
-                "mse": denoising_loss(prediction.detach(), self.target)}
+        """`total_loss`, the mean squared error in float32; `mse`, the same without gradient."""
+        loss = F.mse_loss(prediction.float(), self.target.float())
+        return {"total_loss": loss, "mse": loss.detach()}
 
 
 def training_schedule(scheduler: Any) -> Any:
@@ -54,29 +49,10 @@ def training_schedule(scheduler: Any) -> Any:
     return DDPMScheduler.from_config(scheduler.config)
 
 
-def denoising_loss(prediction: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error in float32 of `[B, C, h, w]`, samples weighted by `weight` `[B]`."""
-    if weight is None:
-        return F.mse_loss(prediction.float(), target.float())
-    each = F.mse_loss(prediction.float(), target.float(), reduction="none").flatten(1).mean(1)
-    return (each * weight).mean()
-
-
 def noise_target(schedule: Any, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-    """What the U-Net should predict: the noise, or the velocity; `ConfigError` for a schedule of neither."""
-    kind = schedule.config.prediction_type
-    if kind == "epsilon":
-        return noise
-    if kind == "v_prediction":
-        return schedule.get_velocity(latents, noise, steps)
-    raise ConfigError(f"The scheduler's prediction_type is {kind!r}; training needs 'epsilon' or 'v_prediction'.")
-
-
-def min_snr_weight(schedule: Any, steps: Tensor, cap: float) -> Tensor:
-    """Weights `[B]` of time steps: min(SNR, cap) / SNR for noise, / (SNR + 1) for velocity (Hang et al. 2023)."""
-    share = schedule.alphas_cumprod.to(steps.device)[steps]
-    ratio = share / (1 - share)
-    return ratio.clamp(max=cap) / (ratio + (schedule.config.prediction_type == "v_prediction"))
+    """What the U-Net should predict: the noise, or the velocity."""
+    is_noise = schedule.config.prediction_type == "epsilon"
+    return noise if is_noise else schedule.get_velocity(latents, noise, steps)
 
 
 def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
@@ -101,7 +77,6 @@ class ConditionDropout:
     both: float = setting(0.05, least=0, most=1)
 
     def __post_init__(self) -> None:
-        check_settings(self, "condition dropout")
         if self.embeds + self.picture + self.both > 1:
             raise ConfigError("condition dropout: embeds, picture and both must be at most 1 together, not "
                               f"{self.embeds + self.picture + self.both:g}.")
@@ -117,13 +92,9 @@ class ConditionDropout:
 
 @dataclass(frozen=True)
 class AdapterLoss:
-    """The loss of a training step of either stage; min_snr: cap γ of the time steps' weights, None for none."""
+    """The loss of a training step of either stage."""
 
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
-    min_snr: float | None = setting(None, above=0)
-
-    def __post_init__(self) -> None:
-        check_settings(self, "adapter loss")
 
     def __call__(self, adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
                  empty_features: Tensor, condition_latents: Tensor | None = None,
@@ -138,7 +109,7 @@ class AdapterLoss:
         """
         device = latents.device
         without_embeds, without_picture = self.dropout.draw(len(latents), generator)
-        noised = Noised.draw(schedule, latents, self.min_snr, generator)
+        noised = Noised.draw(schedule, latents, generator)
         embeds = torch.where(without_embeds.to(device)[:, None, None], empty_features.to(image_embeds), image_embeds)
         if condition_latents is not None:
             condition_latents = condition_latents * ~without_picture.to(device)[:, None, None, None]

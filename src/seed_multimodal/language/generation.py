@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 COLDEST, HOTTEST = 1e-5, 1e5
 
 
+class Stopped(Exception):  # noqa: N818 (a signal, not an error)
+    """Raised inside `generate` when `should_stop` is true."""
+
+
 @dataclass(frozen=True)
 class GenerationSettings:
     """How to generate; the defaults are those of SEED-LLaMA's scripts, except that images are kept well-formed.
@@ -74,21 +78,14 @@ class GenerationSettings:
 
 @dataclass
 class Prompt:
-    """What the language model reads.
+    """What the language model reads."""
 
-    Attributes:
-        ids: tokens, `<s>` first where the family has one. embeds: [L, D], instead of `ids` where features are read.
-        answered: so many tokens at the end belong to the answer already.
-        negative: tokens that guidance steers away from, the image's start included; None: the start alone.
-        note: a sentence about words and images unlike those of the training. source: the image that is edited.
-    """
-
-    ids: Sequence[int] = ()
-    embeds: Tensor | None = None
-    answered: Sequence[int] = ()
-    negative: Sequence[int] | None = None
-    note: str = ""
-    source: Any = None
+    ids: Sequence[int] = ()  # `<s>` first where the family has one
+    embeds: Tensor | None = None  # [L, D], instead of `ids` where features are read
+    answered: Sequence[int] = ()  # the tokens at the end that belong to the answer already
+    negative: Sequence[int] | None = None  # what guidance steers away from, `<img>` included; None: `<img>` alone
+    note: str = ""  # a sentence about words and images unlike those of the training
+    source: Any = None  # the image that is edited
 
     def __len__(self) -> int:
         return len(self.ids) if self.embeds is None else len(self.embeds)
@@ -139,7 +136,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
 
     Returns:
         `num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
-        `<img>` first. With a seed, each prompt gets what it would get alone.
+        `<img>` first.
 
     Raises:
         GenerationError: a prompt too long for the model, no room for a forced image, scores that are not numbers.
@@ -167,11 +164,8 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     if states is not None:
         states.beams = getattr(output, "beam_indices", None)
     beams = count if settings.num_beams > 1 else 1
-    return [[*answered[row // beams], *until_end(new, end)] for row, new in enumerate(output.sequences.tolist())]
-
-
-class Stopped(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside `generate` when `should_stop` is true."""
+    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in output.sequences.tolist()]
+    return [[*answered[row // beams], *ids[:lengths[row]]] for row, ids in enumerate(output.sequences.tolist())]
 
 
 def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -186,11 +180,6 @@ def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, T
 def random_seed() -> int:
     """One number of torch's global generator of the CPU."""
     return int(torch.randint(2**63 - 1, ()))
-
-
-def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    """What was generated up to and including the first end token."""
-    return ids[:next((place for place, id in enumerate(ids, 1) if id in ends), len(ids))]
 
 
 class ImageSpans:
@@ -305,16 +294,14 @@ def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], se
     )
 
     words = tokenizer.vocabulary
-    processors = LogitsProcessorList([_check(should_stop)])
+    processors, device = LogitsProcessorList([_check(should_stop)]), llm.get_input_embeddings().weight.device
     if settings.guidance != 1:
-        device = llm.get_input_embeddings().weight.device
         negative = torch.tensor([list(prompt.negative or [words.boi_id]) for prompt in prompts], device=device)
         processors.append(UnbatchedClassifierFreeGuidanceLogitsProcessor(settings.guidance, llm, negative))
     if settings.constrain:
         processors.append(ImageSpans(words, opened, None if original else budget, original))
     if settings.min_new_tokens:
-        processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end,
-                                                            device=llm.get_input_embeddings().weight.device))
+        processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end, device=device))
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     beams = settings.num_beams > 1

@@ -1,8 +1,6 @@
 """`Generator`: a language model, its tokenizer and the settings of each task; answers in batches or token by token.
 
     prompts ─► generate ─► ids ─► AnswerReader ─► events, or the parts of an `Answer`
-
-A subclass says what its settings are and where its answers end.
 """
 
 from __future__ import annotations
@@ -31,13 +29,11 @@ Draw = Callable[[dict[str, Any]], Image.Image | None]  # the event of an image, 
 
 
 class Generator:
-    """Generates answers; it may be used from several threads, of which it serves one at a time.
-
-    Args:
-        llm_device: where an off-loaded language model computes; None: it stays where it is.
-    """
+    """Generates answers, for one thread at a time; a subclass says what its settings are and where its answers end.
+    `llm_device`: where an off-loaded language model computes; None: it stays where it is."""
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
+    drawing_settings: tuple[str, ...] = ()  # options that are no generation settings
     answer_after = ""  # see `TaskPrompts`
 
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any, llm_device: torch.device | None = None) -> None:
@@ -63,11 +59,6 @@ class Generator:
         return AnswerReader(self.tokenizer, self.stops(task), previews)
 
     # ---- settings
-
-    @property
-    def drawing_settings(self) -> tuple[str, ...]:
-        """Options that are no generation settings."""
-        return ()
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         """The defaults for a task with `options` over them; an unknown option raises `ConfigError` with the nearest. A

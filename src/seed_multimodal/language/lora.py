@@ -1,7 +1,5 @@
-"""Trained checkpoints merged into a LLaMA by peft, and saved as a plain folder that every loader takes.
-
-Read are peft's adapter folders and what DeepSpeed's `zero_to_fp32.py` writes of a run, whose names carry the prefixes
-of the engine, the training module and peft. The checkpoint of a tuned SEED-X holds its resamplers' tensors, too.
+"""Trained checkpoints (peft's adapter folders, what DeepSpeed's `zero_to_fp32.py` writes of a run, tuned SEED-X agents)
+merged into a LLaMA by peft, and saved as a plain folder.
 """
 
 from __future__ import annotations

@@ -59,17 +59,12 @@ class DrawnPart(ImagePart):
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the model.
-
-    `parts` holds `TextPart`, `DrawnPart` and `BrokenImagePart` in order; the properties are views of it. `ids` are the
-    generated tokens. `note`: a sentence about words and images in the request that are unlike those of the training.
-    `answer_after`: of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not.
-    """
+    """One answer of the model: `TextPart`, `DrawnPart` and `BrokenImagePart` in order, and views of them."""
 
     parts: Sequence[AnswerPart]
-    ids: Sequence[int] = ()
-    note: str = ""
-    answer_after: str = ""
+    ids: Sequence[int] = ()  # the generated tokens
+    note: str = ""  # a sentence about words and images in the request that are unlike those of the training
+    answer_after: str = ""  # of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not
 
     @property
     def text(self) -> str:
@@ -102,8 +97,7 @@ class Answer:
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
-    """The messages of a conversation; raises `RequestError` unless the last one is the user's and all are of the form
-    above."""
+    """The messages of a conversation; raises `RequestError` where they are not of the form above."""
     read = [_message(message, number) for number, message in enumerate(messages)]
     if not read or read[-1].role not in ("user", "raw"):
         raise RequestError("A conversation is a list of messages; the last one must be the user's: it gets the answer.")
@@ -142,9 +136,8 @@ def shown(image: Any) -> list[Any]:
 
 def grouped(images: Any) -> tuple[list[list[Any]], bool]:
     """Images of each request, and whether it was a single image: a list is a batch, a nested list one request."""
-    if isinstance(images, str) or is_image(images) or is_codes(images):
-        return [shown(images)], True
-    return [shown(one) for one in images], False
+    single = isinstance(images, str) or is_image(images) or is_codes(images)
+    return [shown(one) for one in ([images] if single else images)], single
 
 
 def texts_for(texts: str | Sequence[str], images: Sequence[Any]) -> Sequence[str]:
@@ -179,11 +172,10 @@ def _message(message: Any, number: int) -> Message:
 def _item(item: Any, number: int) -> Any:
     """The text, image or codes of one item of a message, also in the form of transformers or OpenAI."""
     if isinstance(item, Mapping):
-        kind = item.get("type")
-        if kind == "text" and isinstance(item.get("text"), str):
+        if item.get("type") == "text" and isinstance(item.get("text"), str):
             return item["text"]
-        item = next((item[key] for key in ("image", "url", "image_url") if kind in ("image", "image_url")
-                     and key in item), item)
+        if item.get("type") in ("image", "image_url"):
+            item = next((item[key] for key in ("image", "url", "image_url") if key in item), item)
         item = item.get("url", item) if isinstance(item, Mapping) else item
         if isinstance(item, str):
             return _file(item, number)

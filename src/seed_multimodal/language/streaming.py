@@ -24,12 +24,9 @@ Event = dict[str, Any]
 class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far.
 
-    It ends at `</s>` or where the text holds one of `stops` (the marker of a user's turn; LaVIT's ends of captions and
-    answers). Text is held back while its end may be incomplete: half a character, or the first letters of a stop.
-
-    Args:
-        previews: after how many codes of an image there is an event with them.
-        after: text up to and including these characters is a verdict, without stops and events.
+    It ends at `</s>` or where the text holds one of `stops`. Text is held back while its end may be incomplete: half a
+    character, or the first letters of a stop. `previews`: after how many codes of an image there is an event with them;
+    `after`: text up to and including these characters is a verdict, without stops and events.
     """
 
     def __init__(self, tokenizer: MultimodalTokenizer, stops: Sequence[str] = (), previews: Sequence[int] = (),

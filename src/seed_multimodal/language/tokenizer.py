@@ -41,18 +41,13 @@ _DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass
 class TokenizerFiles:
-    """The content of a tokenizer folder.
-
-    Attributes:
-        special: special word → whether white space is dropped before and after it.
-        raw: file name → bytes, for saving them again.
-    """
+    """The content of a tokenizer folder."""
 
     processor: spm.SentencePieceProcessor
     vocabulary: ImageVocabulary
     added: dict[str, int]
-    special: dict[str, tuple[bool, bool]]
-    raw: dict[str, bytes]
+    special: dict[str, tuple[bool, bool]]  # special word → whether white space is dropped before and after it
+    raw: dict[str, bytes]  # file name → its bytes, for saving them again
 
 
 class MultimodalTokenizer:

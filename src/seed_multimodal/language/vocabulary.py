@@ -36,18 +36,14 @@ def location_word(place: int) -> str:
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids.
-
-    `in_order`: whether an image's words are always the first codes, one after the other; `begun_only`: whether only the
-    prompt begins an image; `free_inside`: ids below this number are possible inside an image, and left out of it.
-    """
+    """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids."""
 
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
-    in_order: ClassVar[bool] = False
-    begun_only: ClassVar[bool] = False
-    free_inside: ClassVar[int] = 0
+    in_order: ClassVar[bool] = False  # an image's words are always the first codes, one after the other
+    begun_only: ClassVar[bool] = False  # only the prompt begins an image
+    free_inside: ClassVar[int] = 0  # ids below it are possible inside an image, and left out of it
 
     @property
     def code_start(self) -> int:
@@ -126,11 +122,8 @@ class ImageVocabulary:
 
 @dataclass(frozen=True)
 class SeedXVocabulary(ImageVocabulary):
-    """SEED-X's words; the defaults are the released ones (32,330 in all).
-
-    `tokens_per_image` of the `n_codes` image words are used. `brackets`, `patches`, `locations` and `boxes` are the ids
-    of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one.
-    """
+    """SEED-X's words; the defaults are the original ones (32,330 in all). `brackets`, `patches`, `locations`,
+    `boxes`: the ids of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one."""
 
     n_codes: int = 100
     tokens_per_image: int = 64
@@ -151,8 +144,7 @@ class SeedXVocabulary(ImageVocabulary):
 
     @classmethod
     def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
-        """The vocabulary of a tokenizer's added words, in whatever order; raises `KeyError` if the first of a kind is
-        missing."""
+        """The vocabulary of a tokenizer's added words, in any order; `KeyError`: the first of a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
         starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
         return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
@@ -176,7 +168,7 @@ class SeedXVocabulary(ImageVocabulary):
         return self.n_text + self.n_codes + self.n_locations + 6
 
     def is_image_word(self, id: int) -> bool:
-        """See `ImageVocabulary`; `<patch>` and `</patch>` are such words, too."""
+        """`<patch>` and `</patch>` are such words, too."""
         return super().is_image_word(id) or id in (self.patches, self.patches + 1)
 
     def run(self, tokens: int = 0) -> list[int]:

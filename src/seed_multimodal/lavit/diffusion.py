@@ -39,7 +39,7 @@ class LavitSettings(SizedSettings):
     """Defaults of the original `generate_image`; `ratio`: one of `RATIOS`, where no height and width are given. The
     last two are SDXL's other size conditions, (height, width) and (top, left)."""
 
-    num_inference_steps: int = setting(25, least=1)
+    num_inference_steps: int = setting(25, least=1, most=1000)
     guidance_scale: float = 7.0
     ratio: str | None = setting(None, choices=tuple(RATIOS))
     original_size: tuple[int, int] | None = setting(None, least=1)
@@ -65,11 +65,8 @@ class LavitDetokenizer(Detokenizer):
     def from_pretrained(cls, folder: str | Path, decoder: CodeDecoder | None = None, *,
                         safety: str | Path | None = None, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> LavitDetokenizer:
-        """Load a diffusion folder. A U-Net in a torch file (`.bin`, as released) is read as tensors only.
-
-        Args:
-            safety: folder with the checker of all images (a warning if there is none); None: unchecked.
-            dtype: of the U-Net.
+        """Load a diffusion folder; `safety`: folder with the checker of all images (a warning if there is none), None:
+        unchecked; `dtype`: of the U-Net.
 
         Raises:
             CheckpointError: something is not there (with what to download), damaged, or does not fit the rest.
@@ -105,7 +102,7 @@ class LavitDetokenizer(Detokenizer):
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
         generators'."""
-        made = rows if isinstance(rows, Conditions) else self.decoder(rows)
+        made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
         size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
         if start is None and self.layout is not None and made.features is not None:
             height, width = (side // self.factor for side in size)

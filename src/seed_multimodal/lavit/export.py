@@ -49,9 +49,8 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
                   config: str | Path | None = None, force: bool = False) -> tuple[Path, Path]:
     """Write `out/tokenizer` (without projector) and `out/decoder` (its untrained U-Net heads are random).
 
-    Args:
-        vision: the vision encoder of the run, unless the checkpoint holds it.
-        config: sizes; by default `config.json` beside the checkpoint.
+    `vision`: the vision encoder of the run, unless the checkpoint holds it; `config`: sizes, by default the
+    `config.json` beside the checkpoint.
 
     Raises:
         CheckpointError: not such a checkpoint, no vision encoder or another one than in the training.

@@ -42,10 +42,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 class LavitTokenizerConfig:
     """Sizes of the dynamic tokenizer; the defaults are the original ones.
 
-    Attributes:
-        vit_head: width of the vision encoder's unused classification head (stored with a final norm); 0: no head.
-        llm_width: of the language model that reads the continuous rows.
-        grad_checkpoint: recomputes the token merger's blocks in the backward pass.
+    `vit_head`: width of the vision encoder's unused classification head (stored with a final norm); 0: no head.
     """
 
     vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))

@@ -98,9 +98,8 @@ class LaVITforUnderstanding(_Model):
         """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
         `samples["prompt"]` (a text, or one each) is put.
 
-        Args:
-            options: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
-                `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
+        `options`: `use_nucleus_sampling`, `num_beams`, `max_length`, `min_length`, `top_p`, `top_k`,
+        `repetition_penalty`, `length_penalty`, `temperature`; `num_captions` of each image.
         """
         return self._texts(samples["image"], samples.get("prompt") or "", "describe", options)
 

@@ -136,9 +136,6 @@ class CodeRows(ImageCodec):
 class Lavit(MultimodalSystem):
     """LaVIT; settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
     `guidance_scale` (of the U-Net), `scheduler`, `callback`; `guidance` and `negative_prompt` steer the language model.
-
-    Attributes:
-        lemmatizer: of short answers; None: spaCy's, if it is there, loaded with the first.
     """
 
     images: CodeRows
@@ -152,7 +149,7 @@ class Lavit(MultimodalSystem):
                  **options: Any) -> None:
         super().__init__(config, tokenizer, llm, images, log, **options)
         self.tasks = TASKS
-        self.lemmatizer: Callable[[str], str] | None = None
+        self.lemmatizer: Callable[[str], str] | None = None  # of short answers; None: spaCy's, loaded with the first
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:

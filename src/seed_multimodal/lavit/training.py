@@ -208,7 +208,7 @@ class LavitStage1(nn.Module):
 
 def moving_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
     """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
-    quantizer = VectorQuantizer(start.size, start.dim, legacy=True, unit_rows=True, ema_decay=decay)
+    quantizer = VectorQuantizer(start.size, start.dim, unit_rows=True, ema_decay=decay)
     with torch.no_grad():
         quantizer.embedding.weight.copy_(F.normalize(start.embedding.weight.float(), dim=-1))
         quantizer.ema_sum.copy_(quantizer.embedding.weight)
@@ -240,10 +240,8 @@ class TrainedPixels(nn.Module):
 
     def forward(self, noisy_latents: Tensor, steps: Tensor, rows: Sequence[Tensor], time_ids: Tensor, without: Tensor
                 ) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`, from the codebook's rows `[n, C]` of each image.
-
-        `time_ids`: `[B, 6]` (`size_ids`); `without`: bool `[B]`, which images have no conditions.
-        """
+        """The U-Net's prediction `[B, C, h, w]`, from the codebook's rows `[n, C]` of each image, `time_ids` `[B, 6]`
+        (`size_ids`); `without`: bool `[B]`, which images have no conditions."""
         with torch.no_grad():
             features = self.decoder.features(rows)
         made, dtype = self.decoder.conditions(features), self.unet.dtype
@@ -266,17 +264,16 @@ class TrainedPixels(nn.Module):
 
 @dataclass(frozen=True)
 class LavitPixelLoss:
-    """The loss of a training step; dropout: share without conditions; min_snr: as of `Noised.draw`."""
+    """The loss of a training step; dropout: share without conditions."""
 
     dropout: float = 0.1
-    min_snr: float | None = None
 
     def __call__(self, model: nn.Module, schedule: Any, latents: Tensor, rows: Sequence[Tensor], time_ids: Tensor, *,
                  generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Losses (`Noised.losses`) of `TrainedPixels`, or a wrapper of it, at random time steps; latents are multiplied
-        by the autoencoder's scaling factor, `generator` (on the CPU) makes all random choices."""
+        """Losses (`Noised.losses`) of `TrainedPixels` at random time steps by a `generator` on the CPU; latents are
+        multiplied by the autoencoder's scaling factor."""
         without = torch.rand(len(latents), generator=generator) < self.dropout
-        noised = Noised.draw(schedule, latents, self.min_snr, generator)
+        noised = Noised.draw(schedule, latents, generator)
         return noised.losses(model(noised.latents, noised.steps, rows, time_ids, without.to(latents.device)))
 
 

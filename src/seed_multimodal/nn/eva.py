@@ -1,8 +1,7 @@
 """EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it.
 
-Note: the released file has 40 blocks, of which the first 39 are used; there is no final norm, head or pooling; keys
-have no bias (`[q_bias, 0, v_bias]`); positions are absolute and resized bicubically for another grid.
-Source: BAAI EVA-CLIP as shipped by LAVIS (`eva_vit_g.pth`); parameter names are the released ones.
+Of the original file's 40 blocks the first 39 are used; there is no final norm, head or pooling; keys have no bias.
+Source: BAAI EVA-CLIP as shipped by LAVIS (`eva_vit_g.pth`), with its parameter names.
 """
 
 from __future__ import annotations
@@ -22,11 +21,8 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """Sizes of the vision encoder; the defaults are the released ones.
-
-    `grad_checkpoint`: recompute the blocks in the backward pass. `pre_norm` (ours): a norm between positions and
-    blocks, as CLIP's vision encoders have, so that their weights can be used.
-    """
+    """Sizes of the vision encoder; the defaults are the original ones. `grad_checkpoint`: recompute the blocks in the
+    backward pass. `pre_norm` (ours): a norm before the blocks, as in CLIP, whose weights can then be used."""
 
     image_size: int = setting(224, least=1)
     patch_size: int = setting(14, least=1)
@@ -72,18 +68,6 @@ class EvaAttention(nn.Module):
         return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches by a strided convolution."""
-
-    def __init__(self, config: EvaConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`[B, 3, H, W]` → `[B, patches, width]`."""
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
 class EvaVit(nn.Module):
     """The vision encoder; `forward` returns every token, class token first."""
 
@@ -92,7 +76,8 @@ class EvaVit(nn.Module):
         self.config = config
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = nn.ModuleDict({
+            "proj": nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)})
         self.norm_pre = LayerNorm(config.width, eps=1e-6) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, EvaAttention)
                                     for _ in range(config.depth))
@@ -104,11 +89,11 @@ class EvaVit(nn.Module):
         """Released start for training from scratch; output projections shrink with depth."""
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        for name, value in self.blocks.named_parameters():
+            if name.endswith("weight") and value.ndim == 2:
+                nn.init.trunc_normal_(value, std=0.02)
+            elif name.endswith((".bias", "_bias")):
+                nn.init.zeros_(value)
         with torch.no_grad():
             for number, block in enumerate(self.blocks, start=1):
                 for name in ("attn.proj", "mlp.fc2"):
@@ -119,7 +104,8 @@ class EvaVit(nn.Module):
         size = self.config.image_size
         if tuple(images.shape[1:]) != (3, size, size):
             raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
-        patches = self.patch_embed(images).to(self.pos_embed.dtype)  # the residual stream stays fp32 under autocast
+        patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
+        patches = patches.to(self.pos_embed.dtype)  # the residual stream stays fp32 under autocast
         x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         x_BNW = self.norm_pre(x_BNW + self.pos_embed)
         for block in self.blocks:
@@ -135,45 +121,46 @@ def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
 # ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm` (up to its last norm)
 
 CLIP = "vision_model."
+_CLIP_NAMES = (("embeddings.class_embedding", "cls_token"), ("embeddings.position_embedding.weight", "pos_embed"),
+               ("embeddings.patch_embedding", "patch_embed.proj"), ("encoder.layers.", "blocks."),
+               ("pre_layrnorm", "norm_pre"), ("layer_norm1", "norm1"), ("layer_norm2", "norm2"),
+               ("self_attn.out_proj", "attn.proj"), ("self_attn.q_proj.bias", "attn.q_bias"),
+               ("self_attn.v_proj.bias", "attn.v_bias"))
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
     """EVA's tensors from those of a CLIP vision encoder, names with or without `vision_model.`; `config.depth` layers
     are taken. The key bias has no place in EVA: softmax cancels it."""
-    clip = {name if name.startswith(CLIP) else CLIP + name: value for name, value in clip.items()}
-    patch = clip[f"{CLIP}embeddings.patch_embedding.weight"]
-    state = {"cls_token": clip[f"{CLIP}embeddings.class_embedding"].view(1, 1, -1),
-             "pos_embed": clip[f"{CLIP}embeddings.position_embedding.weight"][None],
-             "patch_embed.proj.weight": patch, "patch_embed.proj.bias": torch.zeros(len(patch))}
-    state |= {ours: clip[theirs] for ours, theirs in _clip_names(config.depth, config.pre_norm).items()}
+    clip = {name.removeprefix(CLIP): value for name, value in clip.items()}
     for i in range(config.depth):
-        weights = [clip[f"{CLIP}encoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv"]
-        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat(weights)
-    return state
+        parts = [clip[f"encoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        clip[f"encoder.layers.{i}.attn.qkv.weight"] = torch.cat(parts)
+    state = {}
+    for name, value in clip.items():
+        for theirs, ours in _CLIP_NAMES:
+            name = name.replace(theirs, ours)
+        state[name] = value
+    state |= {"cls_token": state["cls_token"].view(1, 1, -1), "pos_embed": state["pos_embed"][None],
+              "patch_embed.proj.bias": torch.zeros(len(state["patch_embed.proj.weight"]))}
+    with torch.device("meta"):
+        names = EvaVit(config).state_dict()
+    return {name: state[name] for name in names}
 
 
 def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Inverse of `eva_from_clip`: the CLIP tensors that EVA has; `prefix` is before its names."""
-    eva = {name.removeprefix(prefix): value for name, value in eva.items() if name.startswith(prefix)}
-    depth = sum(name.endswith(".attn.qkv.weight") for name in eva)
-    state = {f"{CLIP}embeddings.class_embedding": eva["cls_token"].flatten(),
-             f"{CLIP}embeddings.position_embedding.weight": eva["pos_embed"][0],
-             f"{CLIP}embeddings.patch_embedding.weight": eva["patch_embed.proj.weight"]}
-    state |= {theirs: eva[ours] for ours, theirs in _clip_names(depth, "norm_pre.weight" in eva).items()}
-    for i in range(depth):
-        for part, rows in zip("qkv", eva[f"blocks.{i}.attn.qkv.weight"].chunk(3), strict=True):
-            state[f"{CLIP}encoder.layers.{i}.self_attn.{part}_proj.weight"] = rows
+    state: dict[str, Tensor] = {}
+    for name, value in eva.items():
+        if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
+            continue
+        name = name.removeprefix(prefix)
+        for theirs, ours in _CLIP_NAMES:
+            name = name.replace(ours, theirs)
+        if name.endswith("attn.qkv.weight"):
+            layer = name.removesuffix("attn.qkv.weight")
+            state |= {f"{CLIP}{layer}self_attn.{part}_proj.weight": rows
+                      for part, rows in zip("qkv", value.chunk(3), strict=True)}
+        else:
+            is_class = name == "embeddings.class_embedding"
+            state[CLIP + name] = value.flatten() if is_class else value[0] if "position_emb" in name else value
     return state
-
-
-def _clip_names(depth: int, pre_norm: bool) -> dict[str, str]:
-    """EVA's name → CLIP's, of tensors that are equal in both."""
-    same = {"norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
-            "attn.proj": "self_attn.out_proj"}
-    names = {f"norm_pre.{part}": f"{CLIP}pre_layrnorm.{part}" for part in ("weight", "bias") if pre_norm}
-    for i in range(depth):
-        layer = f"{CLIP}encoder.layers.{i}."
-        names |= {f"blocks.{i}.{ours}.{part}": f"{layer}{theirs}.{part}"
-                  for ours, theirs in same.items() for part in ("weight", "bias")}
-        names |= {f"blocks.{i}.attn.{part}_bias": f"{layer}self_attn.{part}_proj.bias" for part in "qv"}
-    return names

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
-from seed_multimodal.errors import ConfigError
-
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,8 +49,6 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(f"The width {width} does not divide into {heads} heads.")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
@@ -132,13 +128,9 @@ def checkpoint_layers(model: nn.Module) -> None:
     """Recompute every trained layer of the module lists in `model` in the backward pass; may be called again."""
     for layers in model.modules():
         for layer in layers if isinstance(layers, nn.ModuleList) else ():
-            if not is_checkpointed(layer) and any(parameter.requires_grad for parameter in layer.parameters()):
+            is_done = isinstance(layer.forward, functools.partial)
+            if not is_done and any(parameter.requires_grad for parameter in layer.parameters()):
                 layer.forward = functools.partial(checkpointed, layer.forward)
-
-
-def is_checkpointed(layer: nn.Module) -> bool:
-    """Whether a layer is recomputed in the backward pass."""
-    return isinstance(layer.forward, functools.partial) and layer.forward.func is checkpointed
 
 
 def checkpointed(forward: Any, *args: Any) -> Tensor:

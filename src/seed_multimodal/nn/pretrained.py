@@ -25,14 +25,15 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.settings import check_keys, read_settings
+from seed_multimodal.hub import HubUpload
+from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
-class PretrainedNetwork(nn.Module):
+class PretrainedNetwork(nn.Module, HubUpload):
     """Base of networks that are built as `cls(config)`; `load_report`: names of the tensors that were read."""
 
     config_class: ClassVar[Any]
@@ -42,11 +43,7 @@ class PretrainedNetwork(nn.Module):
 
     @classmethod
     def read_config(cls, file: str | Path) -> Any:
-        """Sizes from a `config.json`.
-
-        Raises:
-            ConfigError: damaged, of another model, or with an unknown key or value.
-        """
+        """Sizes from a `config.json`. Raises `ConfigError`: of another model, or with an unknown key or value."""
         values = dict(read_json_object(Path(file), ConfigError))
         if values.pop("model_type", cls.model_type) != cls.model_type:
             raise ConfigError(f"{file}: this is not the configuration of a {cls.__name__}.")
@@ -55,11 +52,8 @@ class PretrainedNetwork(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> Self:
-        """Load what `save_pretrained` wrote, in eval mode with frozen parameters.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or unsafe, or a tensor is missing, unknown or of another size.
-        """
+        """Load what `save_pretrained` wrote, in eval mode with frozen parameters. Raises `CheckpointError`: a file is
+        missing, damaged or unsafe, or a tensor is missing, unknown or of another size."""
         place = Path(folder)
         state = load_state_dict(place / WEIGHTS, mapped=True)
         return cls.from_state_dict(cls.read_config(place / CONFIG), state, place, device=device, dtype=dtype)
@@ -68,20 +62,17 @@ class PretrainedNetwork(nn.Module):
     def from_state_dict(cls, config: Any, state: Mapping[str, Tensor], source: str | Path, *,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         **options: Any) -> Self:
-        """A network in eval mode that uses the given tensors without a copy where device and dtype fit.
-
-        `options` are those of `assign_strictly`.
-        """
+        """A network in eval mode that uses the given tensors without a copy where device and dtype fit; `options` are
+        those of `assign_strictly`."""
         with torch.device("meta"):
             network = cls(config).to(dtype)
         network.load_report = assign_strictly(network, state, source, device=device, **options)
         return fill_buffers(network, device).requires_grad_(False).eval()
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write both files; weights are converted to `dtype` (default: kept)."""
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write both files."""
         place = Path(folder)
-        save_state_dict({name: value.to(dtype) if dtype and value.is_floating_point() else value
-                         for name, value in self.state_dict().items()}, place / WEIGHTS)
+        save_state_dict(self.state_dict(), place / WEIGHTS)
         values = ({"model_type": self.model_type} if self.model_type else {}) | dataclasses.asdict(self.config)
         replace_text(place / CONFIG, json.dumps(values, indent=2) + "\n")
         return place
@@ -92,13 +83,10 @@ def fill_buffers(network: M, device: str | torch.device) -> M:
     for part in network.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:
-                start = torch.zeros(buffer.shape, dtype=buffer.dtype, device=device)
-                part._buffers[name] = (torch.arange(buffer.shape[-1], device=device).expand_as(start).contiguous()
-                                       if name == "position_ids" else start)
+                start = torch.zeros_like(buffer, device=device)
+                is_count = name == "position_ids"
+                part._buffers[name] = start + torch.arange(start.shape[-1], device=device) if is_count else start
     return network
-
-
-# ---- a vision encoder that several models share
 
 
 def name_encoder(folder: str | Path, file: str | Path, prefix: str) -> None:
@@ -108,18 +96,12 @@ def name_encoder(folder: str | Path, file: str | Path, prefix: str) -> None:
 
 
 def named_encoder(folder: Path) -> tuple[Path, str] | None:
-    """The file and the prefix that `tower.json` names; None without one.
-
-    Raises:
-        CheckpointError: the named file is missing.
-    """
+    """The file and the prefix that `tower.json` names; None without one. Raises `CheckpointError`: no such file."""
     listed = folder / SHARED
     if not listed.is_file():
         return None
     values = read_json_object(listed)
-    check_keys(values, ("file", "prefix"), str(listed))
-    file = folder / str(values["file"])
+    file = folder / str(values.get("file"))
     if not file.is_file():
-        raise CheckpointError(f"{listed}: names the file {file} for the vision encoder, which is missing; "
-                              "keep this folder beside the one that it names.")
-    return file, str(values["prefix"])
+        raise CheckpointError(f"{listed}: names the file {file} for the vision encoder, which is missing.")
+    return file, str(values.get("prefix", ""))

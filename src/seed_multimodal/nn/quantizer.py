@@ -1,14 +1,12 @@
 """The vector quantizer: each query becomes the nearest of K codes.
 
-Released behaviour is the default: squared Euclidean distance, straight-through gradients, loss weights 1 (commitment)
-and 0.25 (codebook). Distances are computed in fp32. Ours, off by default, for training small codebooks: k-means start,
-restart of dead codes, cosine codes, moving-average updates (a uniform start of 8192 codes collapses on small data
-without them), and sections: each position chooses from its own part of the codebook.
+The original's behaviour is the default: squared Euclidean distance, straight-through gradients, loss weights 1
+(commitment) and 0.25 (codebook). Distances are computed in fp32. Ours, off by default, for training small codebooks:
+k-means start, restart of dead codes, cosine codes, moving-average updates (a uniform start of 8192 codes collapses on
+small data without them), and sections: each position chooses from its own part of the codebook.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -17,41 +15,14 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 
+CODEBOOK_WEIGHT = 0.25  # of the codebook term in the loss
 SCORES = 2**28  # distances held at once, 1 GB
-
-
-@dataclass(frozen=True)
-class CodebookUsage:
-    """How much of a codebook a set of codes uses; perplexity is exp of the entropy in nats."""
-
-    used: int
-    size: int
-    perplexity: float
-
-    @property
-    def fraction(self) -> float:
-        """Share of the codebook that occurs at least once."""
-        return self.used / self.size
-
-    @classmethod
-    def of_counts(cls, counts: Tensor) -> CodebookUsage:
-        """Of how often each code was chosen, `[K]`."""
-        share = counts.double()
-        share = share / share.sum().clamp_min(1)
-        entropy = -(share * share.clamp_min(1e-30).log()).sum()
-        return cls(int((share > 0).sum()), len(counts), float(entropy.exp()))
-
-    @classmethod
-    def of_codes(cls, codes: Tensor, size: int) -> CodebookUsage:
-        """Of codes `[...]` int64 out of a codebook of `size`."""
-        return cls.of_counts(torch.bincount(codes.flatten().cpu(), minlength=size))
 
 
 class VectorQuantizer(nn.Module):
     """`embedding` `[K, d]` holds the codes; `counts` `[K]` how often each was chosen in training (not saved).
 
     Args:
-        beta: weight of the codebook term; with `legacy=False` of the commitment term instead.
         normalize: compare and decode codes on the unit sphere.
         unit_rows: compare features on the unit sphere with the stored rows, and decode those (LaVIT); rows start on
             the sphere, and k-means and moving averages project onto it.
@@ -63,17 +34,16 @@ class VectorQuantizer(nn.Module):
     ema_count: Tensor
     ema_sum: Tensor
 
-    def __init__(self, size: int, dim: int, *, beta: float = 0.25, legacy: bool = True, normalize: bool = False,
-                 ema_decay: float | None = None, sections: int = 1, unit_rows: bool = False) -> None:
+    def __init__(self, size: int, dim: int, *, normalize: bool = False, ema_decay: float | None = None,
+                 sections: int = 1, unit_rows: bool = False) -> None:
         super().__init__()
         if size % sections:
             raise ConfigError(f"A codebook of {size} codes cannot be divided into {sections} equal sections.")
-        self.size, self.dim, self.beta, self.legacy = size, dim, beta, legacy
-        self.normalize, self.ema_decay, self.sections, self.unit_rows = normalize, ema_decay, sections, unit_rows
+        self.size, self.dim, self.normalize, self.unit_rows = size, dim, normalize, unit_rows
+        self.ema_decay, self.sections = ema_decay, sections
         self.embedding = nn.Embedding(size, dim)
         if unit_rows:
-            with torch.no_grad():
-                self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
+            self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         else:
             nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
         self.register_buffer("counts", torch.zeros(size), persistent=False)
@@ -116,14 +86,11 @@ class VectorQuantizer(nn.Module):
         if self.training:
             add_counts(self.counts, indices)
         chosen = self.lookup(indices)
-        commitment = F.mse_loss(z, chosen.detach())
+        loss = F.mse_loss(z, chosen.detach())
         if self.ema_decay is None:
-            codebook = F.mse_loss(chosen, z.detach())
-            loss = commitment + self.beta * codebook if self.legacy else codebook + self.beta * commitment
-        else:
-            loss = commitment if self.legacy else self.beta * commitment
-            if self.training:
-                self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay)
+            loss = loss + CODEBOOK_WEIGHT * F.mse_loss(chosen, z.detach())
+        elif self.training:
+            self._follow(z.detach().reshape(-1, self.dim).float(), indices.flatten(), self.ema_decay)
         return z + (chosen - z).detach(), loss, indices
 
     @torch.no_grad()
@@ -131,11 +98,8 @@ class VectorQuantizer(nn.Module):
         """Update the moving averages and the codes."""
         count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
-        if _is_distributed():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        self.ema_count.lerp_(count, 1 - decay)
-        self.ema_sum.lerp_(total, 1 - decay)
+        self.ema_count.lerp_(_sum_of_all(count), 1 - decay)
+        self.ema_sum.lerp_(_sum_of_all(total), 1 - decay)
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
         if self.unit_rows:
             means = F.normalize(means, dim=-1)
@@ -143,32 +107,27 @@ class VectorQuantizer(nn.Module):
         rows.copy_(torch.where((self.ema_count > 1e-3)[:, None], means.to(rows.dtype), rows))
 
     @torch.no_grad()
-    def init_from(self, data: Tensor, iterations: int = 10, generator: torch.Generator | None = None) -> None:
+    def init_from(self, data: Tensor, iterations: int = 10) -> None:
         """Start the codebook at the k-means centres of features `[..., d]` (the same on every process)."""
         points = self._by_section(data)
         every = torch.ones(self.size, dtype=torch.bool, device=points.device)
-        self._set_rows(every, self._sample(points, every, generator))
+        self._set_rows(every, self._sample(points, every))
         for _ in range(iterations):
             indices = self.nearest(points).flatten()
             count = torch.bincount(indices, minlength=self.size)
             total = torch.zeros(self.size, self.dim, device=points.device)
             rows = total.index_add_(0, indices, points.flatten(0, 1)) / count.clamp_min(1)[:, None]
-            empty = count == 0
-            rows[empty] = self._sample(points, empty, generator)
+            rows[count == 0] = self._sample(points, count == 0)
             self._set_rows(every, rows)
         self.counts.zero_()
 
     @torch.no_grad()
-    def restart_dead(self, data: Tensor, threshold: float = 1.0, generator: torch.Generator | None = None) -> int:
+    def restart_dead(self, data: Tensor, threshold: float = 1.0) -> int:
         """Move codes chosen fewer than `threshold` times in training since the last call onto random features
         `[..., d]`; returns how many."""
-        counts = self.counts.clone()
-        if _is_distributed():
-            dist.all_reduce(counts)
-        dead = counts < threshold
-        if int(dead.sum()):
-            points = self._by_section(data)
-            self._set_rows(dead, self._sample(points, dead.to(points.device), generator))
+        dead = _sum_of_all(self.counts.clone()) < threshold
+        if bool(dead.any()):
+            self._set_rows(dead, self._sample(self._by_section(data), dead))
         self.counts.zero_()
         return int(dead.sum())
 
@@ -176,18 +135,22 @@ class VectorQuantizer(nn.Module):
         """Features `[..., d]` → `[N, sections, d]`, as compared."""
         return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
 
-    def _sample(self, points: Tensor, which: Tensor, generator: torch.Generator | None) -> Tensor:
-        """A random feature for each row of the codebook marked in `which` `[K]`, from its own section's features."""
-        wanted = which.reshape(self.sections, -1).sum(1).tolist()
-        return torch.cat([_sample_rows(points[:, s], int(n), generator) for s, n in enumerate(wanted)])
+    def _sample(self, points: Tensor, which: Tensor) -> Tensor:
+        """A random feature for each row of the codebook marked in `which` `[K]`, from its own section's features:
+        distinct ones where there are enough, else repeated with a little noise."""
+        chosen = []
+        for section, count in enumerate(which.reshape(self.sections, -1).sum(1).tolist()):
+            order = torch.randperm(len(points), device=points.device).repeat(count // len(points) + 1)[:count]
+            rows = points[order, section]
+            noise = 0.01 * points.std() if count > len(points) else 0.0
+            chosen.append(rows + noise * torch.randn_like(rows))
+        return torch.cat(chosen)
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
-        rows = rows.to(self.embedding.weight.device)
         if self.unit_rows:
             rows = F.normalize(rows, dim=-1)
         if _is_distributed():
             dist.broadcast(rows, src=0)
-        which = which.to(rows.device)
         self.embedding.weight[which] = rows.to(self.embedding.weight.dtype)
         if self.ema_decay is not None:
             self.ema_count[which] = 1.0
@@ -195,23 +158,17 @@ class VectorQuantizer(nn.Module):
 
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
-    """Add to `counts` `[K]`, in place, how often each code occurs in `codes` `[...]` int64.
-
-    Unlike `torch.bincount`, this does not wait for the GPU.
-    """
+    """Add to `counts` `[K]`, in place, how often each code occurs in `codes` `[...]` int64; unlike `torch.bincount`
+    without waiting for the GPU."""
     codes = codes.flatten()
     return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))
 
 
-def _sample_rows(points: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
-    """`count` random rows: distinct ones where there are enough, otherwise repeated with a little noise."""
-    device = points.device if generator is None else generator.device
-    order = torch.randperm(len(points), generator=generator, device=device)[:count].to(points.device)
-    if len(order) == count:
-        return points[order]
-    extra = torch.randint(len(points), (count - len(order),), generator=generator, device=device).to(points.device)
-    noise = torch.randn(len(extra), points.shape[1], generator=generator, device=device).to(points)
-    return torch.cat([points[order], points[extra] + 0.01 * points.std() * noise])
+def _sum_of_all(value: Tensor) -> Tensor:
+    """The sum over all processes, in place."""
+    if _is_distributed():
+        dist.all_reduce(value)
+    return value
 
 
 def _is_distributed() -> bool:

@@ -50,7 +50,7 @@ class SeedDetokenizer(Detokenizer):
 class StableDiffusionSettings(base.SizedSettings):
     """Defaults of the original SEED-1."""
 
-    num_inference_steps: int = setting(50, least=1)
+    num_inference_steps: int = setting(50, least=1, most=1000)
     guidance_scale: float = 7.5
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.nn.layers import Block, LayerNorm
+from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.checkpoints import KNOWN, SEED1, SEED2, VISION, Layout, fit_positions, read_tokenizer
@@ -260,3 +260,27 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def fast_encode(tokenizer: nn.Module, dtype: torch.dtype = torch.float32, *, compile: bool = False,
+                mode: str | None = None) -> Callable[[Tensor], Tensor]:
+    """A faster `tokenizer.encode`: in a precision, with compiled blocks; the tokenizer is changed in place.
+
+    fp16 converts the whole model, as released; bf16 has too few bits for the sums of 39 blocks, so only matrix products
+    are in it, under autocast. The first call with a new batch size compiles. `mode`: of `torch.compile`.
+    """
+    mixed = dtype == torch.bfloat16
+    if mixed:
+        cast_layers(tokenizer, dtype)
+    else:
+        tokenizer.to(dtype)
+    if compile:
+        for layers in [part for part in tokenizer.modules() if isinstance(part, nn.ModuleList)]:
+            for layer in layers:
+                layer.compile(mode=mode)
+
+    def encode(images: Tensor) -> Tensor:
+        with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=mixed):
+            return tokenizer.encode(images)
+
+    return encode

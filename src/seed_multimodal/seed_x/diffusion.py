@@ -39,7 +39,7 @@ from seed_multimodal.settings import setting
 class SdxlSettings(SizedSettings):
     """Defaults of SEED-X's original programs; `image_guidance_scale`: of the second stage, at least 1 to guide."""
 
-    num_inference_steps: int = setting(50, least=1)
+    num_inference_steps: int = setting(50, least=1, most=1000)
     guidance_scale: float = 7.5
     image_guidance_scale: float = 1.5
 

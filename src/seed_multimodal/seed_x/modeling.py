@@ -66,14 +66,12 @@ class ContinuousLVLM(nn.Module):
                 embeds_gen_mask: Tensor | None, embeds_cmp_mask: Tensor | None, ids_gen_mask: Tensor,
                 ids_cmp_mask: Tensor, patch_positions: Tensor | None = None, position_ids: Tensor | None = None,
                 ) -> dict[str, Tensor]:
-        """A batch → `total_loss`, `lm_loss`, `rec_loss`.
+        """A batch → `total_loss`, `lm_loss`, `rec_loss`; label -100 is not learned, padding is on the right.
 
         Args:
-            input_ids, attention_mask, labels: [B, L]; label -100 is not learned; padding on the right.
             image_embeds: [N, places, K], features of all views of the batch, in the order of their words.
             embeds_gen_mask, embeds_cmp_mask: bool [N], views that are written and read; others are left out.
-            ids_gen_mask, ids_cmp_mask: bool [B, L], their image words.
-            patch_positions: [N, 2]. position_ids: [B, L], of packed sequences.
+            ids_gen_mask, ids_cmp_mask: bool [B, L], their image words. position_ids: [B, L], of packed sequences.
         """
         read, drawn = _chosen(image_embeds, embeds_cmp_mask), _chosen(image_embeds, embeds_gen_mask)
         embeds = self.embed(input_ids, ids_cmp_mask, read, _chosen(patch_positions, embeds_cmp_mask))

@@ -94,7 +94,7 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
             or describes something else.
     """
     parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
-    places = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
+    places: dict[str, Any] = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
     if "detokenizer" in places:
         places["sdxl"] = Path(sdxl)
     config = SystemConfig.find("seed-x-i", **places, tuned=tuned)

@@ -281,7 +281,7 @@ class SeedX(MultimodalSystem):
         detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
         return detections[0] if single else detections
 
-    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
+    def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
         text, places = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after), self.prompts.vocabulary
         boxes, problems = read_boxes(text, opened, places.n_locations)
@@ -291,13 +291,8 @@ class SeedX(MultimodalSystem):
 
     def reconstruct(self, images: Any, seed: Any = 0, *, condition: Any = None, embeddings: int | None = None,
                     batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
-        """Images drawn again from their features: a list.
-
-        Args:
-            condition: of a second stage, the image (or one for each) that shows what it may take over.
-            embeddings: draw from so many means of neighbours' features (64: as the language model writes them); None:
-                from all, as the original scripts.
-        """
+        """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
+        language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
         opened = [self.images.open(image) for group in grouped(images)[0] for image in group]
         self._log_note(self.images.note(opened))
         features = self.images.encode(opened, embeddings)
@@ -334,7 +329,7 @@ def read_agent_sizes(config: SystemConfig) -> tuple[AgentSizes, Mapping[str, Any
         return config.sizes["agent"], lora
     if sizes.is_file():
         return read_settings(AgentSizes, read_json_object(sizes, ConfigError), str(sizes)), lora
-    values = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
+    values: dict[str, Any] = {key: tuned[key] for key in ("input_resampler", "output_resampler") if key in tuned}
     return read_settings(AgentSizes, {**values, "settings": tuned.get("losses", {})}, str(tuning)), lora
 
 

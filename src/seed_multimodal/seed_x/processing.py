@@ -165,8 +165,8 @@ class Box:
 
     def ids(self, words: SeedXVocabulary) -> Ids:
         """The box as words."""
-        places = (self.x, self.y, self.width, self.height)
-        return Ids([words.boxes, *(words.locations + place for place in places), words.boxes + 1])
+        locations = (words.locations + place for place in (self.x, self.y, self.width, self.height))
+        return Ids([words.boxes, *locations, words.boxes + 1])
 
 
 def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:

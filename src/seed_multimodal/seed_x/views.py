@@ -36,9 +36,6 @@ class AnyResolution:
     image_size: int = 448
     grids: tuple[str, ...] = RELEASED_GRIDS
 
-    def __post_init__(self) -> None:
-        read_grids(self.grids)
-
     def grid(self, size: tuple[int, int]) -> Grid:
         """The grid of an image of `size` (width, height) in pixels; raises `ImageError` outside the default limits."""
         DEFAULT_LIMITS.check_size(size, "image")

@@ -1,4 +1,4 @@
-"""What the chat page's buttons do: pictures and texts in, an answer out, over the backend's `/generate`; no Gradio.
+"""What the chat page's buttons do: images and texts in, an answer out, over the backend's `/generate`; no Gradio.
 
 `Kind` holds the differences between the models that a page can use.
 """
@@ -36,14 +36,14 @@ if TYPE_CHECKING:
     from PIL import Image
 
 STILL_ANSWERING = "The model is still answering the last message; go on when it has."
-LOST_PICTURE = "(a picture that could not be drawn)"
+LOST_IMAGE = "(an image that could not be drawn)"
 UPLOADS = ImageLimits(max_bytes=64 << 20)
-STORED_SIDE = 512  # of what `chat_image` makes of a picture
+STORED_SIDE = 512  # of what `chat_image` makes of an image
 WHOLE_SIDE = 1792  # four views of 448 pixels: SEED-X sees no more
-IN_CODES = "A picture is read and written as 32 words."
-IN_DYNAMIC = ("A picture has as many words as there is to see in it. A picture alone is described, a question about it "
-              "is answered, and “Force a picture” draws what words and pictures say. Every message stands alone.")
-IN_VIEWS = "It sees the whole picture and parts of it, and shows where things are."
+IN_CODES = "An image is read and written as 32 codes."
+IN_DYNAMIC = ("An image has as many codes as there is to see in it. An image alone is described, a question about it "
+              "is answered, and “Force an image” draws what words and images say. Every message stands alone.")
+IN_VIEWS = "It sees the whole image and parts of it, and shows where things are."
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Kind:
     """The differences between the models that a page can use.
 
     Attributes:
-        whole: pictures are sent as they are (at most `WHOLE_SIDE` pixels), not squashed as the released demo did.
+        whole: images are sent as they are (at most `WHOLE_SIDE` pixels), not squashed as the released demo did.
         ratios: shapes that it draws in; a kind with them is asked with its own settings, not those of the sliders.
     """
 
@@ -104,7 +104,7 @@ class ChatPage:
     """The buttons' handlers; every method takes and returns the visitor's own `Dialogue`.
 
     Args:
-        folder: where pictures of the conversations are kept.
+        folder: where images of the conversations are kept.
     """
 
     address: str
@@ -119,14 +119,14 @@ class ChatPage:
         return Dialogue(self.kind.template)
 
     def add(self, dialogue: Dialogue, image: str | None, text: str | None) -> str:
-        """Put a picture and/or a text into the pending message; returns a message about a problem (`""`: none)."""
+        """Put an image and/or a text into the pending message; returns a message about a problem (`""`: none)."""
         if dialogue.asking:
             return STILL_ANSWERING
         try:
             if image:
                 with self.decoding:  # two images at once
-                    picture = self._for_page(image)
-                dialogue.add_image(self._store(picture))
+                    stored = self._for_page(image)
+                dialogue.add_image(self._store(stored))
             if text and text.strip():
                 before = dialogue.pending["text"]
                 dialogue.add_text((" " if before and not before.endswith(PLACEHOLDER) else "") + text.strip())
@@ -136,7 +136,7 @@ class ChatPage:
 
     def answer(self, dialogue: Dialogue, *, max_turns: int, force_boi: bool, ratio: str | None = None,
                **settings: Any) -> Generator[list[str], None, str]:
-        """Ask the backend; gives the previews of the answer's pictures each time one comes, and returns a message about
+        """Ask the backend; gives the previews of the answer's images each time one comes, and returns a message about
         a problem (`""`: the answer is in the dialogue)."""
         dialogue.max_turns, shown = int(max_turns), dict[int, str]()
         if self.kind.ratios:
@@ -144,7 +144,7 @@ class ChatPage:
         if dialogue.asking:
             return STILL_ANSWERING
         if not dialogue.waits():
-            return "Write a message or choose a picture first."
+            return "Write a message or choose an image first."
         if dialogue.too_long():
             dialogue.refuse()
             return ""
@@ -180,7 +180,7 @@ class ChatPage:
         return trouble
 
     def messages(self, dialogue: Dialogue, previews: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The conversation as Gradio's Chatbot shows it: texts and pictures in order; last an answer of `previews`."""
+        """The conversation as Gradio's Chatbot shows it: texts and images in order; last an answer of `previews`."""
         shown: list[dict[str, Any]] = []
         for entry in dialogue.conversation.messages:
             said = entry["message"]
@@ -188,30 +188,30 @@ class ChatPage:
             pieces = said["text"].split(PLACEHOLDER)
             content: list[Any] = [pieces[0]]
             for path, piece in zip(said["images"], pieces[1:], strict=True):
-                content += [{"path": path, "alt_text": "picture"} if path else LOST_PICTURE, piece]
+                content += [{"path": path, "alt_text": "image"} if path else LOST_IMAGE, piece]
             content = [BOX_WORDS.sub(" ", part).strip() if isinstance(part, str) else part for part in content]
             content += [{"path": path, "alt_text": "what was found"} for path in said.get("boxed", ())]
             shown.append({"role": role, "content": [part for part in content if part] or ["(nothing)"]})
         if dialogue.errors and shown:
-            failed = "Some pictures failed: " if LOST_PICTURE in shown[-1]["content"] else ""
+            failed = "Some images failed: " if LOST_IMAGE in shown[-1]["content"] else ""
             shown[-1]["content"].append(failed + " ".join(dialogue.errors))
         if previews:
             shown.append({"role": "assistant", "content": [{"path": path, "alt_text": "preview"} for path in previews]})
         return shown
 
     def _for_page(self, file: str) -> Image.Image:
-        """An uploaded picture as it is kept; small ones of models that see it whole as they are."""
+        """An uploaded image as it is kept; small ones of models that see it whole as they are."""
         if not self.kind.whole:
             return chat_image(open_image(file, limits=UPLOADS, at_least=2 * STORED_SIDE))
-        picture = open_image(file, limits=UPLOADS, at_least=WHOLE_SIDE)
-        return picture if max(picture.size) <= WHOLE_SIDE else fit_longer_side(picture, WHOLE_SIDE)
+        image = open_image(file, limits=UPLOADS, at_least=WHOLE_SIDE)
+        return image if max(image.size) <= WHOLE_SIDE else fit_longer_side(image, WHOLE_SIDE)
 
     def _for_request(self, path: str) -> str:
-        picture = open_image(path)
-        return image_to_base64(picture if self.kind.whole else request_image(picture))
+        image = open_image(path)
+        return image_to_base64(image if self.kind.whole else request_image(image))
 
     def _keep_boxes(self, dialogue: Dialogue, boxes: Sequence[dict[str, Any]]) -> None:
-        """Draw the boxes of the last answer on their pictures, which are shown below it."""
+        """Draw the boxes of the last answer on their images, which are shown below it."""
         known = [path for entry in dialogue.conversation.messages for path in entry["message"]["images"]]
         on: dict[str, list[list[int]]] = {}
         for found in boxes:
@@ -231,4 +231,4 @@ class ChatPage:
         return str(path)
 
     def _store_base64(self, text: str, folder: Path | None = None) -> str:
-        return self._store(image_from_base64(text, name="the answer's picture"), folder)
+        return self._store(image_from_base64(text, name="the answer's image"), folder)

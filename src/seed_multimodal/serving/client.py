@@ -59,5 +59,5 @@ def _answer(answer: Any, address: str, status: int) -> dict[str, Any]:
     if said or status != 200:
         raise RequestError(str(said) if said else f"The backend refused the request (status {status}).")
     if not isinstance(answer, dict) or any(not isinstance(answer.get(k), kind) for k, kind in ANSWER_KEYS.items()):
-        raise RequestError(f"{address} answered with something else than text and pictures; is it a SEED backend?")
+        raise RequestError(f"{address} answered with something else than text and images; is it a SEED backend?")
     return answer

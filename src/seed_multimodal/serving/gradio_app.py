@@ -1,7 +1,7 @@
-"""The chat in the browser: pictures and text in, text and pictures out, over the backend's `/generate`.
+"""The chat in the browser: images and text in, text and images out, over the backend's `/generate`.
 
 The page holds no model; `Dialogue` keeps the conversation, `chat_page` does the work, this file shows it. Works without
-internet: no analytics, no share link, no fonts from elsewhere. Pictures are kept in one temporary folder, removed at
+internet: no analytics, no share link, no fonts from elsewhere. Images are kept in one temporary folder, removed at
 the program's end, by SIGTERM too. Up to `VISITORS` wait for the model at the same time, each in a thread of his own.
 
 Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
@@ -41,11 +41,11 @@ def build_demo(page: ChatPage) -> gr.Blocks:
 
     with gr.Blocks(title=page.kind.title, analytics_enabled=False, delete_cache=(3600, 86400)) as demo:
         state = gr.State(page.new_dialogue())
-        gr.Markdown(f"# {page.kind.title}\nShow it a picture, ask about it, let it draw. "
+        gr.Markdown(f"# {page.kind.title}\nShow it an image, ask about it, let it draw. "
                     f"{page.kind.remark}", elem_id="title")
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
-                image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=220,
+                image = gr.Image(type="filepath", label="Image", sources=["upload", "clipboard"], height=220,
                                  elem_id="picture")
                 # Gradio would decode the file whole, and show an error of its own in place of our sentence.
                 image.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
@@ -72,7 +72,7 @@ def _settings(kind: Kind) -> list[Any]:
     """The released demo's sliders, with its ranges and the model's own defaults; last what only some kinds have."""
     import gradio as gr
 
-    force = gr.Radio([("Yes", True), ("No", False)], value=False, label="Force a picture", elem_id="force")
+    force = gr.Radio([("Yes", True), ("No", False)], value=False, label="Force an image", elem_id="force")
     ratio = [gr.Radio(list(kind.ratios), value=kind.ratios[0], label="Its shape (width : height)", elem_id="ratio")
              ] if kind.ratios else []
     with gr.Accordion("Settings", open=False, elem_id="settings", visible=not kind.ratios):
@@ -93,7 +93,7 @@ def _wire(page: ChatPage, state: Any, image: Any, text: Any, settings: list[Any]
 
     def on_add(dialogue: Dialogue, path: str | None, said: str | None) -> tuple[Any, ...]:
         trouble = page.add(dialogue, path, said)
-        # A picture is in the message by now, or refused. And an update of its box would make a new one, see build_demo.
+        # An image is in the message by now, or refused. And an update of its box would make a new one, see build_demo.
         left = gr.skip() if dialogue.asking else None
         return dialogue, page.messages(dialogue), as_it_is(trouble), left, gr.update() if trouble else ""
 
@@ -147,7 +147,7 @@ def launch(
     *, request_address: str = "http://127.0.0.1:7890/generate", model_type: str = "nano",
     server_name: str = "127.0.0.1", server_port: int = 7860, log: Callable[[str], None] | None = print,
 ) -> None:
-    """Serve the page until interrupted or ended by SIGTERM; the visitors' pictures are removed then.
+    """Serve the page until interrupted or ended by SIGTERM; the visitors' images are removed then.
 
     Raises:
         ConfigError: an unknown model type, or a port that is taken.

@@ -25,11 +25,7 @@ VISUAL = "visual_weight.safetensors"  # LaVIT's second stage, which trainings wr
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
                     settings: Mapping[str, Any] | None = None, *, force: bool = False) -> Path:
     """Make a system folder, complete or not at all, of the folders or files of its `parts`; `settings` of `system.json`
-    go over those that the weights decide.
-
-    Raises:
-        CheckpointError: a part that is not there. ConfigError: wrong settings, or `out` is not empty (and no `force`).
-    """
+    go over those that the weights decide; `force` replaces a folder that is not empty."""
     places = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, place in places.items():
         if not place.exists():
@@ -44,11 +40,7 @@ def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
-    """Write a system with a model card as one folder that names no others; parts that are missing are left out.
-
-    Raises:
-        ConfigError: `out` is not empty (`force` replaces it), or the system is LaVIT in the original's file layout.
-    """
+    """Write a system with a model card as one folder that names no others; parts that are missing are left out."""
     if config.original == "lavit":
         raise ConfigError(f"{config.name}: its parts are one folder in the original's layout already; copy that.")
     kind = config.system

@@ -24,6 +24,7 @@ from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.generator import Generator, Task
@@ -59,7 +60,7 @@ class Written:
     request: Prompt
 
 
-class MultimodalSystem(Generator):
+class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
     Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
@@ -72,7 +73,7 @@ class MultimodalSystem(Generator):
         super().__init__(tokenizer, llm, llm_device)
         self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
-        self.answer_after = config.tasks.answer_after or config.answer_after
+        self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
         for task in ("describe", "ask", "draw", "edit", "chat"):
             self.settings(task)  # wrong defaults in system.json are reported now
 
@@ -85,19 +86,15 @@ class MultimodalSystem(Generator):
 
         Args:
             name: nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit, or a folder.
-            device, dtype: see `choose_device`; the choice goes to `log`.
-            quantization: "8bit" or "4bit" for the language model.
+            device, dtype: see `choose_device`; the choice goes to `log`. quantization: "8bit" or "4bit" for the LLM.
             image_device, drawing_device: where images are encoded and drawn, if not on `device`.
             offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder".
             load_decoder: False: a system that never draws. parts: keys of `SystemConfig`, folders or hub names.
-
-        Raises:
-            CheckpointError: a part that is missing or damaged: one sentence, with what to put where.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
         if not issubclass(kind, cls):
-            raise ConfigError(f"{config.name} is a {kind.__name__}; load it with MultimodalSystem or {kind.__name__}.")
+            raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
         config.require("llm", "tokenizer")
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
@@ -106,11 +103,7 @@ class MultimodalSystem(Generator):
         return kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write the system as one folder with a model card; `from_pretrained`, `seed --model` and the servers load it.
-
-        Raises:
-            ConfigError: the folder is not empty (`force` replaces it), or the parts have an original's file layout.
-        """
+        """Write the system as one folder with a model card; `force` replaces a folder that is not empty."""
         from seed_multimodal.system.assemble import save_system
 
         return save_system(self.config, folder, force=force)
@@ -123,14 +116,8 @@ class MultimodalSystem(Generator):
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
                  seeds: Sequence[int | None] | None = None) -> list[Prompt]:
-        """Conversations as prompts; all their images are encoded together.
-
-        Args:
-            opening: text of a forced answer, at the end of the prompt. seeds: of encoders that draw (LaVIT's).
-
-        Raises:
-            RequestError, ImageError: content that cannot be read.
-        """
+        """Conversations as prompts; all their images are encoded together. `opening`: text of a forced answer, at the
+        end of the prompt; `seeds`: of encoders that draw (LaVIT's)."""
         raise NotImplementedError
 
     def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
@@ -148,10 +135,6 @@ class MultimodalSystem(Generator):
     def own_defaults(self, task: str) -> dict[str, Any]:
         return dict(self.config.generation)
 
-    @property
-    def drawing_settings(self) -> tuple[str, ...]:
-        return self.images.drawing_settings
-
     def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
         """Which task's settings and prompts a conversation is answered with."""
         return "chat"
@@ -165,11 +148,8 @@ class MultimodalSystem(Generator):
 
     def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
             **options: Any) -> Any:
-        """The answer to a question about an image: a text; a list of texts for a list of images.
-
-        Args:
-            question: one for all images, or one each. short: ask as the system was tuned to be asked.
-        """
+        """The answer to a question (one for all images, or one each) about an image: a text; a list of texts for a list
+        of images. `short`: ask as the system was tuned to be asked."""
         several = [question] if isinstance(question, str) else question
         asked = [self.tasks.question(one) if short else one
                  for one in (require_text(one, "The question") for one in several)]
@@ -181,15 +161,9 @@ class MultimodalSystem(Generator):
 
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
-        """An image of `text`; a list of images for a list of texts, or where `num_images` is given.
-
-        Args:
-            seed: one for all texts, or one each; image n of a text has `seed` + n.
-            verbatim: `text` is the whole request.
-
-        Raises:
-            GenerationError: no whole image.
-        """
+        """An image of `text`; a list of images for a list of texts, or where `num_images` is given. `seed`: one for all
+        texts, or one each; image n of a text has `seed` + n. `verbatim`: `text` is the whole request. Raises
+        `GenerationError` where the answer holds no whole image."""
         plain = verbatim or not self.config.tuned
         texts = [require_text(one, "The text to draw") for one in ([text] if isinstance(text, str) else text)]
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
@@ -231,7 +205,7 @@ class MultimodalSystem(Generator):
         """
         conversation = read_messages(messages)
         task = self.task_of(conversation, force_image)
-        drawing = self._drawing(options)
+        drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.settings(task, **options).with_seed()
@@ -249,7 +223,7 @@ class MultimodalSystem(Generator):
 
         def draw(event: dict[str, Any]) -> Image.Image | None:
             if "part" not in event:
-                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS, "scheduler": None}
+                few = {**drawing, "codes": len(event["codes"]), "num_inference_steps": PREVIEW_STEPS}
                 return self.images.draw([event["codes"]], seeds=seeds, **few)[0]
             if not self.images.can_draw:
                 return None
@@ -317,11 +291,10 @@ class MultimodalSystem(Generator):
         groups, single = grouped(images)
         conversations = [user_message([*group, *filter(None, [text])])
                          for group, text in zip(groups, texts_for(texts, groups), strict=True)]
-        seeds = None
-        if isinstance(options.get("seed"), (list, tuple, range)):
-            seeds = one_seed_each(options.pop("seed"), len(groups))
+        several = options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
         settings = self.settings(task, **options)
-        seeds = seeds or (None if settings.seed is None else [settings.seed] * len(groups))
+        seed = settings.seed if several is None else several
+        seeds = None if seed is None else one_seed_each(seed, len(groups))
         self._log_note(self.note(conversations[0][-1]) if single else "")
         written = self.write(conversations, task, settings, batch_size=batch_size, seeds=seeds)
         said = [self.said(one.answer, task) for one in written]
@@ -329,7 +302,7 @@ class MultimodalSystem(Generator):
 
     def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
               options: dict[str, Any]) -> list[Image.Image]:
-        drawing = self._drawing(options)
+        drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
@@ -344,9 +317,6 @@ class MultimodalSystem(Generator):
                                       + (f": {one.answer.problems[0]}" if one.answer.problems else "."))
         return self.draw_values([one.values[0] for one in written], [one.request for one in written], seeds,
                                 min(batch_size, 8), drawing)
-
-    def _drawing(self, options: dict[str, Any]) -> dict[str, Any]:  # removes them from the options
-        return {key: options.pop(key) for key in self.drawing_settings if key in options}
 
     def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
         """The prompt of a conversation; where it is longer than the context, its oldest turns are left out."""

@@ -120,9 +120,6 @@ class SystemConfig:
         """The config of a name or folder (None: of the `llm` that is given); `require` checks whether parts are there.
 
         `system` is the kind that it must be; `given` are parts (paths or hub names), `template`, `tuned` and `head`.
-
-        Raises:
-            CheckpointError: no such folder. ConfigError: another kind of system, a wrong `system.json`.
         """
         given = {key: value for key, value in given.items() if value is not None}
         name, head = given.get("llm", "") if name is None else name, given.get("head")
@@ -157,6 +154,7 @@ class SystemConfig:
         if kind == "lavit":
             check_value(dict[str, dict[str, Any]], config.generation, f"{file}: generation")
         config.name, config.transform = str(folder), {**BILINEAR, **config.transform}
+        config.answer_after = config.answer_after or config.tasks.answer_after
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, folder / value)
@@ -224,11 +222,8 @@ class SystemConfig:
         return not any(self._missing(key) is not None for key in parts)
 
     def require(self, *parts: str) -> SystemConfig:
-        """Itself, with these parts on this disk (an original's from the hub, where that is allowed).
-
-        Raises:
-            CheckpointError: parts that are missing: what to download and where to put it.
-        """
+        """Itself, with these parts on this disk (an original's from the hub, where that is allowed); `CheckpointError`
+        says of missing parts what to download and where to put it."""
         origins = {key: _origin(place) for key, place in self._usual_places().items()}
         for key in parts:
             if key in origins and not self.has(key) and getattr(self, key) == self._usual_places()[key]:

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import importlib
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.images.io import ImageLimits, open_image
+from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generator import on_device
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
@@ -70,8 +69,7 @@ def family(name: str) -> Any:
 
 def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
                 log: Log = None) -> Any:
-    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model; raises `CheckpointError`
-    for a part that is missing or damaged."""
+    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
@@ -87,16 +85,11 @@ class ImageCodec:
         model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
         at_least: a larger image is reduced while it is opened, to this side or more.
         drawing_device: None: `device`. offload: of "encoder" and "decoder", on the CPU while they do not work.
-
-    Attributes:
-        progressive: whether the first codes of an image can be drawn.
-        drawing_settings: what `draw` accepts; `own_settings`: those that the de-tokenizer does not know.
-        domain: what the system was trained on.
     """
 
-    progressive: ClassVar[bool] = False
-    drawing_settings: ClassVar[tuple[str, ...]] = ()
-    own_settings: ClassVar[tuple[str, ...]] = ()
+    progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
+    drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
+    own_settings: ClassVar[tuple[str, ...]] = ()  # of these, what the de-tokenizer does not know
     domain: Domain | None = None
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
     encode: Callable[..., Any]
@@ -106,9 +99,7 @@ class ImageCodec:
                  drawing_device: torch.device | None = None, at_least: int | None = None,
                  offload: Collection[str] = ()) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
-        self.limits, self.at_least = ImageLimits(), at_least
-        self._load_decoder = load_decoder
-        self._decoder: Any = None
+        self.at_least, self._load_decoder, self._decoder = at_least, load_decoder, None
         self._lock = threading.RLock()  # held while the models compute
         self.offload(offload)
 
@@ -141,10 +132,9 @@ class ImageCodec:
         """Keep these of "encoder" and "decoder" on the CPU while they do not work; and the others not."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
-        if self._decoder is not None and "decoder" in parts:
-            self._decoder.enable_cpu_offload(self.drawing_device)
-        elif self._decoder is not None:
-            self._decoder.to(self.drawing_device)
+        if self._decoder is not None:
+            place = self._decoder.enable_cpu_offload if "decoder" in parts else self._decoder.to
+            place(self.drawing_device)
 
     def check_drawing(self, **settings: Any) -> None:
         """Raise for unknown settings of `draw` and a missing de-tokenizer before the language model works for it."""
@@ -153,7 +143,7 @@ class ImageCodec:
 
     def open(self, image: Any, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
-        return open_image(image, name=name, limits=self.limits, at_least=self.at_least)
+        return open_image(image, name=name, at_least=self.at_least)
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
@@ -191,20 +181,18 @@ class Remembered:
     """What was made of the last images, by the content of their pixels."""
 
     def __init__(self, most: int) -> None:
-        self.most, self.known = most, OrderedDict[bytes, Any]()  # oldest use first
+        self.most, self.known = most, dict[bytes, Any]()  # oldest use first
 
     def of(self, pixels: Sequence[Tensor], make: Callable[[list[Tensor]], Sequence[Any]]) -> list[Any]:
         """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        if new:
-            self.known.update(zip(new, make([*new.values()]), strict=True))
-        for name in names:
-            self.known.move_to_end(name)
-        values = [self.known[name] for name in names]
-        while len(self.known) > self.most:
-            self.known.popitem(last=False)
-        return values
+        made = dict(zip(new, make([*new.values()]), strict=True)) if new else {}
+        used = {name: made[name] if name in made else self.known.pop(name) for name in dict.fromkeys(names)}
+        self.known |= used
+        for name in [*self.known][:-self.most]:
+            del self.known[name]
+        return [used[name] for name in names]
 
 
 class Domain(nn.Module):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.quantizer import CodebookUsage, VectorQuantizer, add_counts
+from seed_multimodal.nn.quantizer import VectorQuantizer, add_counts
 from seed_multimodal.settings import setting
 
 
@@ -145,8 +145,10 @@ class CodebookMaintenance:
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
     """How often each code was chosen `[K]` → the share of codes that were, and their perplexity; empty if none was."""
-    usage = CodebookUsage.of_counts(counts)
-    return {"codebook_used": usage.fraction, "perplexity": usage.perplexity} if usage.used else {}
+    if not counts.any():
+        return {}
+    entropy = torch.special.entr(counts.double() / counts.sum()).sum()  # in nats
+    return {"codebook_used": float((counts > 0).double().mean()), "perplexity": float(entropy.exp())}
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""The numbers of a run: smoothed by a meter, written as a console line, JSON, TensorBoard scalars and, if asked, wandb."""
+"""The numbers of a run: smoothed by a meter, written as a console line, JSON, TensorBoard scalars and, if asked, to
+wandb.
+"""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def check_seed1_case(model: StableDiffusionDetokenizer, case: str, record: dict[
 
 
 def check_images(model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors) -> None:
-    from seed_multimodal.cli.seed1 import make_grid
+    from seed_multimodal.cli.seed import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
     pictures = model.to_images(want[f"{case}.latents"])

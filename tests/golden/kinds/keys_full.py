@@ -38,7 +38,7 @@ SDXL_UNET = {
     "projection_class_embeddings_input_dim": 2816, "sample_size": 128, "transformer_layers_per_block": [1, 2, 10],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": True,
 }
-UNET_KEYS, UNET_PARAMETERS = 1680, 2_567_463_684
+UNET = 1680, 2_567_463_684  # keys, parameters
 KEY_VALUE_PARAMETERS = 545_587_200
 
 
@@ -130,20 +130,14 @@ def check_seed_x(name: str, table: Table) -> None:
         assert_same(name, "detokenizer_resampler.json", "table")
         adapter = sdxl_adapter()
         check_keys(adapter, table, name, "unet.")
-        check_sdxl(adapter)
-
-
-def check_sdxl(adapter: SDXLAdapter) -> None:
-    """The U-Net's keys are diffusers' own and no part of the table: their number and size are the released one's."""
-    unet = adapter.unet.state_dict()
-    assert_same(len(unet), UNET_KEYS, "keys of the U-Net")
-    assert_same(sum(value.numel() for value in unet.values()), UNET_PARAMETERS, "parameters of the U-Net")
-    adapter.set_trainable("key_value")
-    trained = sum(value.numel() for value in adapter.unet.parameters() if value.requires_grad)
-    assert_same(trained, KEY_VALUE_PARAMETERS, "keys and values of the U-Net's attention")
-    edits = sdxl_adapter(channels=8).state_dict()
-    assert_same(list(edits), list(adapter.state_dict()), "keys of the second stage")
-    assert_same(list(edits["unet.conv_in.weight"].shape), [320, 8, 3, 3], "the second stage's first convolution")
+        unet = adapter.unet.state_dict()  # diffusers' own and no part of the table: number and size are the released
+        assert_same((len(unet), sum(map(torch.numel, unet.values()))), UNET, "keys and parameters of the U-Net")
+        adapter.set_trainable("key_value")
+        trained = sum(value.numel() for value in adapter.unet.parameters() if value.requires_grad)
+        assert_same(trained, KEY_VALUE_PARAMETERS, "keys and values of the U-Net's attention")
+        edits = sdxl_adapter(channels=8).state_dict()
+        assert_same(list(edits), list(adapter.state_dict()), "keys of the second stage")
+        assert_same(list(edits["unet.conv_in.weight"].shape), [320, 8, 3, 3], "the second stage's first convolution")
 
 
 def tables(check: Callable[[str, Table], None]) -> Callable[[Path], None]:

@@ -65,20 +65,21 @@ def check_parameters(model: Any, meta: dict[str, Any]) -> None:
     assert_same(adapter, meta["adapter_file_keys"], "names and shapes in the adapter's file")
 
 
+def forward(model: Any, given: Tensors, train: bool = False) -> tuple[Any, Tensor]:
+    """The output, and which positions are real: of padding nobody reads what it sees."""
+    model.train(train)
+    with torch.no_grad():
+        out = model(**{key: given[key] for key in ("input_ids", "attention_mask", "labels")})
+    return out, given["attention_mask"].bool()
+
+
 def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
+    batch = SimpleNamespace(position_ids=None, **{k: given[k] for k in ("input_ids", "labels", "attention_mask")})
     for mode in ("train", "eval"):
-        model.train(mode == "train")
-        with torch.no_grad():
-            out = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], labels=given["labels"])
-        # A padded position may see other padding (the reference) or not (a mask): nobody reads it.
-        real = given["attention_mask"].bool()
+        out, real = forward(model, given, mode == "train")
+        losses = [out.loss, *(packed_loss(model, batch, kind=kind).mean.detach() for kind in ("plain", "chunked"))]
         assert_close(out.logits[real], want[f"{mode}.logits"][real], *LOGITS, f"{mode}.logits")
-        assert_close(out.loss, want[f"{mode}.loss"], *LOGITS, f"{mode}.loss")
-        for kind in ("plain", "chunked"):
-            batch = SimpleNamespace(**{k: given[k] for k in ("input_ids", "labels", "attention_mask")},
-                                    position_ids=None)
-            assert_close(packed_loss(model, batch, kind=kind).mean, want[f"{mode}.loss"], *LOGITS,
-                         f"{mode}.loss, {kind}")
+        assert_close(torch.stack(losses), want[f"{mode}.loss"].expand(3), *LOGITS, f"{mode}.loss")
 
 
 def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None:
@@ -171,10 +172,7 @@ def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
 
 def check_near(model: Any, given: Tensors, want: Tensors) -> None:
     """The end of the steps is near the lost start."""
-    model.eval()
-    real = given["attention_mask"].bool()
-    with torch.no_grad():
-        out = model(input_ids=given["input_ids"], attention_mask=given["attention_mask"], labels=given["labels"])
+    out, real = forward(model, given)
     moved = (out.logits - want["eval.logits"])[real].abs().median()
     assert moved < 0.05 * want["eval.logits"][real].std(), f"eval.logits: typically {moved:.3g} away after two steps"
     assert want["eval.loss"] - 0.3 < out.loss < want["eval.loss"], f"eval.loss after two steps: {out.loss:.4f}"

@@ -175,15 +175,10 @@ def check_inference(folder: Path) -> None:
         check_run(run, tokenizer)
     for case in cases["extract_box"]:
         for key, opened in (("chat_model", False), ("base_model", True)):
-            check_boxes(case["text"], opened, case[key] or [])
-
-
-def check_boxes(text: str, opened: bool, recorded: list[list[int]]) -> None:
-    """Ours keeps what the scripts could draw and has a sentence for the rest."""
-    boxes, problems = read_boxes(text, opened)
-    whole = [Box(*numbers) for numbers in recorded if len(numbers) == 4]
-    assert_same([box for box in boxes if box in whole], boxes, f"boxes of {text!r}")
-    assert all(problem.endswith(".") for problem in problems)
+            boxes, problems = read_boxes(case["text"], opened)  # what the scripts could draw, a sentence for the rest
+            whole = [Box(*numbers) for numbers in case[key] or [] if len(numbers) == 4]
+            assert_same([box for box in boxes if box in whole], boxes, f"boxes of {case['text']!r}")
+            assert all(problem.endswith(".") for problem in problems)
 
 
 def check_run(run: dict[str, Any], tokenizer: Any) -> None:

@@ -270,7 +270,10 @@ def check_seedx(folder: Path) -> None:
             check_pair(case, tokenizer, name)
         else:
             assert_same(case["function"], "filter_data_with_similarity", name)
-            check_filter(case["arguments"]["item"], case["kwargs"], case["output"], name)
+            item, kwargs = case["arguments"]["item"], case["kwargs"]
+            kept = not dissimilar({"metadata": item["metadata"]}, kwargs["similarity_thr"]) and "images" in item \
+                and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
+            assert_same(kept, case["output"], name)
 
 
 RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
@@ -400,12 +403,6 @@ def learn_wording(case: dict[str, Any]) -> None:
         sentences = list(getattr(phrases, name))
         sentences[numbers[0]] = words
         setattr(phrases, name, tuple(sentences))
-
-
-def check_filter(item: dict[str, Any], kwargs: dict[str, Any], expected: bool, name: str) -> None:
-    kept = not dissimilar({"metadata": item["metadata"]}, kwargs["similarity_thr"]) and "images" in item \
-        and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
-    assert_same(kept, expected, name)
 
 
 KINDS = {"llm_sequences": check_llm, "seedx_sequences": check_seedx}

@@ -12,9 +12,8 @@ import json
 import platform
 import random
 import sys
-import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import lavis_runs
 import llm_runs
 import numpy as np
 import torch
+from llm_runs import write_json_lines, write_tar
 from PIL import Image
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
@@ -42,21 +42,6 @@ def environment() -> str:
 
 
 # ---- files
-
-
-def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{number:05d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-
-
-def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def picture(number: int) -> bytes:
@@ -144,47 +129,20 @@ def write_mixture(folder: Path) -> dict[str, Any]:
 # ---- digests of batches
 
 
-@contextmanager
-def pair_batches(spec: Any, world: int, workers: int) -> Iterator[list[Any]]:
-    """For each rank the batches of a source of pairs, or of its description."""
-    from seed_multimodal.data.formats.pairs import open_pairs
-    from seed_multimodal.data.stream.pair_dataset import PairDataset
-    from seed_multimodal.data.stream.step_batches import StepBatches
-    from seed_multimodal.images.augment import TrainTransform
-    from seed_multimodal.language.words import BlipCaption
-
-    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
-    source = open_pairs(spec) if isinstance(spec, dict) else spec
-    with ExitStack() as stack:
-        yield [stack.enter_context(StepBatches(
-            PairDataset(source, transform, BlipCaption(), seed=7, log=None), 2, seed=7, rank=rank, world=world,
-            workers=workers)) for rank in range(world)]
-
-
-@contextmanager
-def llm_batches(config: dict[str, Any], world: int, workers: int) -> Iterator[list[Any]]:
-    """For each rank the batches of a data configuration."""
-    from seed_multimodal.data.stream.data_settings import read_data_settings
-    from seed_multimodal.data.stream.llm_batches import LlmBatches
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-    words = MultimodalTokenizer.from_pretrained(WORDS)
-    with ExitStack() as stack:
-        yield [stack.enter_context(LlmBatches(read_data_settings(config), words, rank=rank, world=world,
-                                              workers=workers)) for rank in range(world)]
-
-
-def running(ranks: list[Any], content: Callable[[Any], dict[str, bytes]]) -> dict[str, list[str]]:
+def running(open_rank: Callable[..., Any], world: int, content: Callable[[Any], dict[str, bytes]]
+            ) -> dict[str, list[str]]:
     """For each part of the content a running SHA-256 over all batches of all ranks, as it stands every 20 steps."""
     totals: dict[str, Any] = {}
     found: dict[str, list[str]] = {}
-    for step in range(BATCHES):
-        for rank in ranks:
-            for part, content_of_part in content(rank.at(step)).items():
-                totals.setdefault(part, hashlib.sha256()).update(content_of_part)
-        if (step + 1) % EVERY == 0:
-            for part, total in totals.items():
-                found.setdefault(part, []).append(total.hexdigest()[:16])
+    with ExitStack() as stack:
+        ranks = [stack.enter_context(open_rank(rank=rank, world=world)) for rank in range(world)]
+        for step in range(BATCHES):
+            for rank in ranks:
+                for part, content_of_part in content(rank.at(step)).items():
+                    totals.setdefault(part, hashlib.sha256()).update(content_of_part)
+            if (step + 1) % EVERY == 0:
+                for part, total in totals.items():
+                    found.setdefault(part, []).append(total.hexdigest()[:16])
     return found
 
 
@@ -210,24 +168,33 @@ ROWS = {"packed, 1 process": (True, 1, 0), "packed, 1 process, 2 workers": (True
 
 
 def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
+    from seed_multimodal.data.formats.pairs import open_pairs
+    from seed_multimodal.data.stream.pair_dataset import PairDataset
+    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.images.augment import TrainTransform
+    from seed_multimodal.language.words import BlipCaption
+
     kind, world, workers = PAIRS[case]
-    with pair_batches(write_pairs(folder)[kind], world, workers) as ranks:
-        return running(ranks, pairs)
+    spec = write_pairs(folder)[kind]
+    source = open_pairs(spec) if isinstance(spec, dict) else spec
+    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
+    return running(lambda **place: StepBatches(
+        PairDataset(source, transform, BlipCaption(), seed=7, log=None), 2, seed=7, workers=workers, **place),
+        world, pairs)
 
 
 def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
+    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.llm_batches import LlmBatches
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
     packing, world, workers = ROWS[case]
-    with llm_batches({**write_mixture(folder), "packing": packing}, world, workers) as ranks:
-        return running(ranks, rows)
+    settings = read_data_settings({**write_mixture(folder), "packing": packing})
+    words = MultimodalTokenizer.from_pretrained(WORDS)
+    return running(lambda **place: LlmBatches(settings, words, workers=workers, **place), world, rows)
 
 
 # ---- losses
-
-
-def logged(file: Path, name: str) -> list[float]:
-    """`name` of every step in a run's log."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
 
 
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
@@ -240,47 +207,36 @@ def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any)
         llm_runs.run(arguments, before=llm_runs.torchrun())
     else:
         run(arguments, llm_runs.APPLICATION / "configs")
-    return logged(folder / "out" / "train.log.jsonl", "loss")
+    return list(llm_runs.losses(folder / "out").values())
 
 
 PLAIN_LORA = {"lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}}
 MUON = {"name": "muon", "learning_rate": 2.0e-3, "weight_decay": 0.01, "warmup_ratio": 0.1, "min_lr_ratio": 0.02}
 
 
-def lavis_pictures(folder: Path) -> Path:
-    """24 pictures and `pairs.json` beside them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for n in range(24):
-        (folder / f"{n:02d}.png").write_bytes(picture(n))
-    (folder / "pairs.json").write_text(json.dumps(
-        [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
-    return folder
-
-
 def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
     from omegaconf import OmegaConf
 
-    pictures = lavis_pictures(folder / "pictures")
-    config = OmegaConf.load(lavis_runs.APPLICATION / "lavis" / "projects" / lavis_runs.PROJECTS[stage])
-    processors = config.datasets.pop("nano")
-    processors.vis_processor.train.name = "blip2_image_train"
-    pairs = {"storage": [str(pictures / "pairs.json")]}
-    info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
-    config.datasets = {"coco_caption": {**processors, "build_info": info}}
-    config.run.output_dir = str(folder / "out")
-    own = (lavis_runs.TINY_STAGE2 if stage == "stage2" else [f"model.text_tokenizer={WORDS}"])
-    tiny = [*lavis_runs.TINY, "run.iters_per_epoch=15", "run.max_epoch=2", *own]
-    config = OmegaConf.merge(config, OmegaConf.from_dotlist(tiny))
-    for key in ("clip_model", "image_features_dim") if log.startswith("seed1") else ():
-        config.model.pop(key)
-    OmegaConf.save(config, folder / "run.yaml")
+    pictures = folder / "pictures"
+    pictures.mkdir(parents=True)
+    for n in range(24):
+        (pictures / f"{n:02d}.png").write_bytes(picture(n))
+    (pictures / "pairs.json").write_text(json.dumps(
+        [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
+    arguments = lavis_runs.write_config(stage, pictures, folder / "out")
+    if log.startswith("seed1"):
+        config = OmegaConf.load(arguments[1])
+        for key in ("clip_model", "image_features_dim"):
+            config.model.pop(key)
+        OmegaConf.save(config, arguments[1])
     if str(lavis_runs.APPLICATION) not in sys.path:
         sys.path.append(str(lavis_runs.APPLICATION))
     import train
 
-    given = ["--cfg-path", str(folder / "run.yaml"), *(["--options", *options] if options else [])]
+    words = [f"model.text_tokenizer={WORDS}"] if stage == "stage1" else []
+    given = [*arguments, "--options", "run.iters_per_epoch=15", "run.max_epoch=2", *words, *options]
     train.build(train.parser("").parse_args(given)).train()
-    return logged(folder / "out" / f"{log}.log.jsonl", "last_loss")
+    return list(llm_runs.losses(folder / "out", f"{log}.log.jsonl", "last_loss").values())
 
 
 def text_encoder(folder: Path) -> Path:

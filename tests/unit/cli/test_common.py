@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from seed_multimodal.cli.common import Outputs, next_number, run_batches, slug
 from seed_multimodal.entry import REFUSED, guarded
@@ -14,13 +15,13 @@ from seed_multimodal.errors import ConfigError, RequestError
 
 
 def test_outputs_in_a_folder_have_own_names(tmp_path):
-    outputs = Outputs(f"{tmp_path}/drawn.v2", 2)
-    assert outputs.next(slug("a cat")) == tmp_path / "drawn.v2" / "a_cat.png"
-    assert outputs.next(slug("a cat")).name == "a_cat_2.png"
+    outputs, image = Outputs(f"{tmp_path}/drawn.v2", 2), Image.new("RGB", (4, 4))
+    assert [outputs.save(image, slug("a cat")) for _ in range(2)] == [
+        f"{tmp_path}/drawn.v2/a_cat.png", f"{tmp_path}/drawn.v2/a_cat_2.png"]
 
 
 def test_outputs_one_file(tmp_path):
-    assert Outputs(str(tmp_path / "a.jpg")).next("cat") == tmp_path / "a.jpg"
+    assert Outputs(str(tmp_path / "a.jpg")).save(Image.new("RGB", (4, 4)), "cat") == str(tmp_path / "a.jpg")
     with pytest.raises(ConfigError, match="one file for 2 images"):
         Outputs(str(tmp_path / "a.jpg"), 2)
     (tmp_path / "file").touch()
@@ -29,8 +30,8 @@ def test_outputs_one_file(tmp_path):
 
 
 def test_next_number_is_free(tmp_path):
-    (tmp_path / "0001.png").touch()  # 0000.png was deleted
-    assert next_number(tmp_path, "{:04d}.png") == tmp_path / "0002.png"
+    (tmp_path / "0000.png").touch()
+    assert next_number(tmp_path, "{:04d}.png") == tmp_path / "0001.png"
     assert next_number(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
 
 

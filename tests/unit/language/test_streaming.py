@@ -71,14 +71,10 @@ def test_the_blank_that_begins_the_next_turn_is_no_part_of_the_answer(words: Mul
     assert "".join(event["text"] for event in events) == "a red  apple "
 
 
-def test_almost_a_marker_is_text(words: MultimodalTokenizer) -> None:
-    _, events = read_all(words, words.encode("one\nUSEFUL\nUS"))
-    assert "".join(event["text"] for event in events) == "one\nUSEFUL\nUS"
-
-
-def test_without_marker_nothing_is_cut(words: MultimodalTokenizer) -> None:
-    _, events = read_all(words, words.encode("one\nUSER: two"), marker="")
-    assert "".join(event["text"] for event in events) == "one\nUSER: two"
+@pytest.mark.parametrize(("text", "marker"), [("one\nUSEFUL\nUS", MARKER), ("one\nUSER: two", "")])
+def test_read_keeps_what_is_no_marker(words: MultimodalTokenizer, text: str, marker: str) -> None:
+    _, events = read_all(words, words.encode(text), marker)
+    assert "".join(event["text"] for event in events) == text
 
 
 def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, reading_state, save_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.training import moving_codebook
@@ -77,12 +77,11 @@ def test_load_both_takes_each_merger_from_its_file(layout: str, tmp_path: Path, 
         assert load_both(tmp_path)[1] is None
 
 
-@pytest.mark.parametrize(("file", "name", "missing"), [
-    ("eva_vitg_psz14", "blocks.1.attn.q_bias", "encoder.blocks.1.attn.q_bias"),
-    ("tokenizer_encoder", "quantize.embedding.weight", ""), ("visual_weight", "vit_proj.weight", "")])
-def test_load_both_refuses_missing_tensors(file: str, name: str, missing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "name"), [
+    ("tokenizer_encoder", "quantize.embedding.weight"), ("visual_weight", "vit_proj.weight")])
+def test_load_both_refuses_missing_tensors(file: str, name: str, tmp_path: Path) -> None:
     original(tmp_path, **{file: {name: torch.empty(0)}})
-    with pytest.raises(CheckpointError, match=f"missing from the file: '{missing or name}'"):
+    with pytest.raises(CheckpointError, match=f"missing from the file: '{name}'"):
         load_both(tmp_path, tmp_path / "language_model")
 
 
@@ -90,25 +89,11 @@ def test_load_refuses_wrong_files(tmp_path: Path) -> None:
     original(tmp_path, tokenizer_encoder={"quantize.embedding.weight": torch.ones(21, 4)})
     with pytest.raises(CheckpointError, match=r"'quantize.embedding.weight': the file has \(21, 4\)"):
         load_dynamic_tokenizer(tmp_path)
-    original(tmp_path, tokenizer_encoder={"other.weight": torch.ones(1), "quantize.ema_count": torch.ones(20)})
-    with pytest.warns(SeedWarning, match="1 tensor that the model does not know was left out: 'other.weight'"):
-        load_dynamic_tokenizer(tmp_path)
     torch.save({"code": Path}, tmp_path / "visual_tokenizer" / "tokenizer_encoder.bin")
     with pytest.raises(CheckpointError, match="more than tensors"):
         load_dynamic_tokenizer(tmp_path)
     with pytest.raises(CheckpointError, match="download LaVIT"):
         load_dynamic_tokenizer(tmp_path / "nowhere")
-    save_dynamic_tokenizer(tiny_tokenizer(), tmp_path / "own")
-    (tmp_path / "own" / "config.json").write_text(json.dumps({**asdict(TINY), "llm_with": 3}))
-    with pytest.raises(ConfigError, match="llm_width"):
-        load_dynamic_tokenizer(tmp_path / "own")
-
-
-def test_load_in_half_precision_casts_layers_alone(tmp_path: Path) -> None:
-    model = load_dynamic_tokenizer(original(tmp_path), dtype=torch.bfloat16)
-    halves = {name for name, p in model.named_parameters() if p.dtype == torch.bfloat16}
-    assert {"encoder.patch_embed.proj.weight", "causal_encoder.blocks.0.mlp.fc1.weight"} <= halves
-    assert not any(part in name for name in halves for part in ("norm", "q_bias", "pos_embed", "quantize", "in_conv.0"))
 
 
 def test_save_leaves_out_training_state_and_a_missing_projector(tmp_path: Path, pixels: Tensor) -> None:

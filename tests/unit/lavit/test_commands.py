@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import runpy
-import shutil
 import sys
 from pathlib import Path
 
@@ -56,48 +55,20 @@ def test_draw_and_edit_in_sizes_and_ratios(seed, shown):
     assert Image.open(lines[0]["image"]).size == (40, 32)
     _, lines = seed("edit", shown, "in the snow", "--ratio", "2:3")
     assert Image.open(lines[0]["edited"]).size == (48, 80)
-    for wrong in (("draw", "a fish", "--codes", "4"), ("edit", shown, "snow", "--ratio", "restore"),
-                  ("draw", "a fish", "--width", "40"), ("detect", shown, "the fish")):
-        assert seed(*wrong)[0] == 2
+    assert seed("detect", shown, "the fish")[0] == 2
 
 
 def test_codes_of_any_number(seed, shown, tmp_path, tiny_lavit):
     picture(2).save(tmp_path / "other.png")
-    code, lines = seed("tokenize", shown, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl"),
-                       "--save-plot", str(tmp_path / "plot.png"))
+    code, lines = seed("tokenize", shown, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl"))
     codes = [line["codes"] for line in lines]
     assert code == 0 and codes[0] == tiny_lavit.tokenize(shown)[0].tolist() and len(codes[0]) != len(codes[1])
-    assert (tmp_path / "plot.png").is_file()
     for given in ((shown,), ("--codes-file", str(tmp_path / "codes.jsonl"))):
         code, lines = seed("reconstruct", *given)
         assert code == 0 and lines[0]["codes"] == codes[0] and Image.open(lines[0]["rebuilt"]).size == (64, 64)
-    (tmp_path / "wrong.jsonl").write_text("[99]\n[1]\n")
-    assert seed("reconstruct", "--codes-file", str(tmp_path / "wrong.jsonl"))[0] == 1
-    assert seed("reconstruct", shown, "--codes", "2,4")[0] == 2
-
-
-def test_chat_answers_one_message(seed, shown):
-    code, lines = seed("chat", "--image", shown, "--message", "What is it?")
-    assert code == 0 and lines[0]["answer"][0]["text"]
-    code, lines = seed("chat", "--image", shown, "--message", "in the snow", "--force-image")
-    assert code == 0 and Image.open(lines[0]["answer"][0]["image"]).size == (64, 64)
-    assert seed("chat", "--message", "hello")[0] == 2
-    assert seed("chat", "--image", shown, "--message", "one", "--message", "two")[0] == 2
 
 
 # ---- programs
-
-
-def test_num_return_images_differ_though_the_system_is_greedy(tiny_lavit_folder, tmp_path, capsys):
-    home = shutil.copytree(tiny_lavit_folder, tmp_path / "copy")
-    values = json.loads((home / "system.json").read_text())
-    values["generation"]["draw"]["do_sample"] = False
-    (home / "system.json").write_text(json.dumps(values))
-    assert programs.text2image_script("text2image_synthesis.py", "", [
-        "--model", str(home), "--device", "cpu", "--prompt", "a red apple", "--num_return_images", "2", "--out",
-        str(tmp_path / "out")]) == 0
-    one, other = capsys.readouterr().out.split()
-    assert Path(one).read_bytes() != Path(other).read_bytes()
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -122,51 +93,24 @@ def test_programs(name, tiny_lavit_folder, shown, tmp_path, monkeypatch, capsys)
     assert (lines, files) == wanted[name]
 
 
-def test_programs_without_weights_say_what_to_put_where(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert programs.text2image_script("text2image_synthesis.py", "", []) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "rain1011/LaVIT-7B-v2" in said and "pretrained/LaVIT-7B-v2" in said
-
-
 def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert programs.multimodal_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
+    assert programs.lavit_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
     assert "absent.png: there is no such file" in capsys.readouterr().err
 
 
-def test_evaluation_wrong_values_end_before_the_weights_are_loaded(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    own = ["--model_path", str(tiny_lavit_folder), "--task_name"]
-    (tmp_path / "a.json").write_text('[{"image": "1.png", "question": "What?", "question_id": 1, "caption": "a fox"}]')
-    for more, sentence in ((["vqa", "--dataset", "cocoo"], "cocoo"), (["vqa"], "there is no such file"),
-                           (["vqa", "--annopath", "a.json", "--truth", "b.json"], "b.json: there is no such"),
-                           (["text2image", "--annopath", "a.json"], "there is no CLIP folder")):
-        assert programs.evaluate_script("evaluate.py", "", [*own, *more]) == 2
-        assert sentence in capsys.readouterr().err
-    for name in ("caption_eval", "vqa_eval", "text2image_eval", "evaluate"):
-        assert '"$@"' in (HOME / "scripts" / f"{name}.sh").read_text()
-
-
 @pytest.mark.process
-def test_the_evaluation_of_captions_and_answers(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
+def test_evaluate_scores_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    for number in (1, 2):
-        picture(number).save(tmp_path / f"{number}.png")
-    (tmp_path / "asked.json").write_text(json.dumps([
-        {"image": f"{number}.png", "img_id": number, "question": "What is it?", "question_id": number, "answer": "fox"}
-        for number in (1, 2)]))
-    (tmp_path / "truth.json").write_text(json.dumps({"images": [], "annotations": [
-        {"image_id": number, "caption": "a fox"} for number in (1, 2)]}))
-    own = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu", "--imagepath",
-           str(tmp_path), "--annopath", str(tmp_path / "asked.json")]
-    for task, dataset, more in (("caption", "nocaps", ["--truth", str(tmp_path / "truth.json")]), ("vqa", "gqa", [])):
-        out = tmp_path / "results" / task
-        code = programs.evaluate_script("evaluate.py", "", ["--task_name", task, "--dataset", dataset, *own, *more,
-                                                            "--out", str(out)])
-        summary = json.loads(capsys.readouterr().out.splitlines()[-1])
-        assert code == 0 and summary["samples"] == 2 and any(out.iterdir())
+    picture(1).save(tmp_path / "1.png")
+    (tmp_path / "asked.json").write_text('[{"image": "1.png", "img_id": 1}]')
+    (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')
+    code = programs.evaluate_script("evaluate.py", "", [
+        "--task_name", "caption", "--dataset", "nocaps", "--model_path", str(tiny_lavit_folder), "--device", "cpu",
+        "--imagepath", str(tmp_path), "--annopath", str(tmp_path / "asked.json"), "--truth",
+        str(tmp_path / "truth.json"), "--out", str(tmp_path / "out"), "--model_dtype", "fp32"])
+    assert code == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
 
 
 # ---- notebooks

@@ -42,14 +42,6 @@ def test_forward_gives_an_image_alone_and_in_a_batch_the_same_conditions(head: s
     assert (together.pooled is None) == (head == "lowres")
 
 
-@torch.no_grad()
-def test_position_of_a_row_is_its_rank() -> None:
-    model, (one,) = decoder(), rows(4)
-    assert not torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-3)
-    model.pos_embed.zero_()
-    assert torch.allclose(model([one]).prompt_embeds, model([one.flip(0)]).prompt_embeds, atol=1e-5)
-
-
 def test_conditions_train_every_parameter_and_recomputing_changes_nothing() -> None:
     plain, again, images = decoder(), decoder(grad_checkpoint=True), rows(3, 5)
     for model in (plain, again):
@@ -80,12 +72,8 @@ def test_from_pretrained_reads_own_folders_and_original_files(tmp_path: Path) ->
 
 
 def test_from_pretrained_refuses_wrong_files(tmp_path: Path) -> None:
-    state, file = decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin"
     with pytest.raises(CheckpointError, match="rain1011/LaVIT-7B-v2"):
         CodeDecoder.from_pretrained(tmp_path / "absent")
-    torch.save(state, file)
+    torch.save(decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin")
     with pytest.raises(CheckpointError, match="tensors have another size"):
-        CodeDecoder.from_pretrained(file)
-    torch.save({name: value for name, value in state.items() if name != "query_embed"}, file)
-    with pytest.raises(CheckpointError, match="1 tensors are missing from the file: 'query_embed'"):
-        CodeDecoder.from_pretrained(file, config=LavitDecoderConfig(**SIZES))
+        CodeDecoder.from_pretrained(tmp_path)

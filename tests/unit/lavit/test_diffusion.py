@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_lavit_pixels
+import tiny_lavit_training
+import tiny_seed1
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.layout import LayoutDecoder
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings, read_empty_text
 
-N, WIDTH, POOLED, EMPTY = (tiny_lavit_pixels.TOKENS, tiny_lavit_pixels.WIDTH, tiny_lavit_pixels.POOLED,
-                           tiny_lavit_pixels.NOTHING)
+N, WIDTH, POOLED, EMPTY = (tiny_lavit_training.TOKENS, tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED,
+                           tiny_lavit_training.NOTHING)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of both kinds, as released: U-Nets in torch files, the checker in one of them."""
     place = tmp_path_factory.mktemp("LaVIT")
-    tiny_lavit_pixels.folder(place / "highres_pixel_decoding", "highres")
-    tiny_lavit_pixels.folder(place / "pixel_decoding", "lowres")
+    tiny_lavit_training.diffusion(place / "highres_pixel_decoding", "highres")
+    tiny_lavit_training.diffusion(place / "pixel_decoding", "lowres")
     return place
 
 
@@ -66,7 +65,6 @@ def by_hand(model: LavitDetokenizer, seed: int, size: tuple[int, int], toward: d
 
 @torch.no_grad()
 def test_sdxl_kind_reads_sizes_and_steers_away_from_zeros(high: LavitDetokenizer) -> None:
-    """25 steps and guidance 7 are the defaults; sizes are (height, width)."""
     given, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
     toward = {"encoder_hidden_states": given.prompt_embeds,
               "added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": ids}}
@@ -84,7 +82,7 @@ def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> N
     """The unconditional prompt is masked behind the empty text's embeddings: their content plays no role."""
     low, given = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
-    away = {"encoder_hidden_states": torch.cat([tiny_lavit_pixels.nothing(), rest], 1),
+    away = {"encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
             "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
     wanted = by_hand(low, 6, (8, 8), {"encoder_hidden_states": given.prompt_embeds}, away, 3, 5.0)
     torch.testing.assert_close(latents(low, given, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
@@ -92,7 +90,7 @@ def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> N
 
 def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
     assert len(RATIOS) == 6 and all(one % 64 == 0 for size in RATIOS.values() for one in size)
-    full = LavitDetokenizer(tiny_lavit_pixels.unet("highres", sample_size=512), high.vae, high.scheduler)
+    full = LavitDetokenizer(tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
     for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):
@@ -110,20 +108,6 @@ def test_size_conditions_are_exact_in_half_precision(place: Path) -> None:
     assert seen[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 
 
-def test_a_layout_reads_the_features_in_any_ratio(place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "highres_pixel_decoding", tmp_path / "own")
-    classes = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 2}
-    LayoutDecoder(24, 4, 8, 0, classes, [[[0, 0.5, 0.5, 0.5]]] * 2, width=8, features=4, side=2, hidden=8, depth=1,
-                  coarse=4, patch=1).save_pretrained(tmp_path / "own" / "layout")
-    model = LavitDetokenizer.from_pretrained(tmp_path / "own")
-    given = conditions(2)._replace(features=torch.randn(2, N, 6))
-    for height, width in ((16, 16), (16, 24)):
-        settings: dict[str, Any] = {"height": height, "width": width}
-        warm = latents(model, given, 1, 2, **settings)
-        assert warm.shape == (2, 4, height // 2, width // 2)
-        assert not torch.allclose(warm, latents(model, conditions(2), 1, 2, **settings), atol=1e-2)
-
-
 def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "pixel_decoding", tmp_path / "low")
     torch.save(torch.zeros(1, 3, WIDTH + 1), tmp_path / "low" / EMPTY_TEXT)
@@ -136,28 +120,18 @@ def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: P
 
 def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
     """By the text encoder of Stable Diffusion's folder, where LaVIT's file is not."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    torch.save(torch.ones(1, 3, 8), tmp_path / "uncond_embeddings.bin")
-    assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
-    (tmp_path / "uncond_embeddings.bin").unlink()
     with pytest.raises(CheckpointError, match=f"holds no {EMPTY_TEXT}; download LaVIT"):
-        read_empty_text(tmp_path, 8)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer" / "vocab.json").write_text('{"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}')
-    (tmp_path / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 5}))
-    model = CLIPTextModel(CLIPTextConfig(vocab_size=3, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
-                                         num_attention_heads=2, max_position_embeddings=5, bos_token_id=0,
-                                         eos_token_id=1, pad_token_id=1)).eval()
-    model.save_pretrained(tmp_path / "text_encoder")
+        read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
+    tiny_seed1.diffusion_folder(tmp_path)
+    empty = torch.tensor([[2, *[3] * (tiny_seed1.TEXT_TOKENS - 1)]])
     with torch.no_grad():
-        wanted = model(torch.tensor([[0, 1, 1, 1, 1]])).last_hidden_state
-    torch.testing.assert_close(read_empty_text(tmp_path, 8), wanted)
+        wanted = tiny_seed1.text_encoder()(empty).last_hidden_state
+    torch.testing.assert_close(read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH), wanted)
+    torch.save(torch.ones(1, 3, 8), tmp_path / EMPTY_TEXT)
+    assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 
 
 def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
-    """The released one is in the other decoder's folder; it computes in its own precision."""
     model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder(), dtype=torch.bfloat16,
                                              safety=place / "pixel_decoding")
     rows = [torch.randn(3, 4), torch.randn(5, 4)]

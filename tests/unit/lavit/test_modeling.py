@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lavit_tokenizer import TINY, tiny_tokenizer
+from tiny_lavit import TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.lavit.modeling import DynamicTokenizer, TokenMerger, choose, gumbel_noise, masked_softmax
@@ -38,14 +38,9 @@ def log_probs() -> Tensor:
 
 def test_masked_softmax_is_its_formula() -> None:
     scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
-    weights = masked_softmax(scores, allowed)
     e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
-    assert torch.allclose(weights, (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6), atol=1e-7)
+    assert torch.allclose(masked_softmax(scores, allowed), (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6), atol=1e-7)
     assert torch.allclose(masked_softmax(scores, torch.zeros(5)), torch.full_like(scores, 0.2))
-    dominated = masked_softmax(torch.tensor([[[[100.0, 1.0, 2.0]]]]), torch.tensor([0.0, 1, 1]))
-    assert torch.allclose(dominated, torch.full_like(dominated, 1 / 3))
-    half = masked_softmax(scores.bfloat16(), torch.ones(5))
-    assert torch.equal(half, masked_softmax(scores.bfloat16().float(), torch.ones(5)).bfloat16())
 
 
 def changed(features: Tensor, patch: int) -> Tensor:
@@ -70,25 +65,11 @@ def test_merger_is_causal_over_kept_patches_and_sees_dropped_ones_by_cross_atten
 # ---- token selector
 
 
-def test_draw_keeps_patches_with_their_probability(log_probs: Tensor) -> None:
-    draws = 4000
-    frequency = choose(log_probs[:1].expand(draws, -1, -1), generator=generators(3)[0]).keep_BN.mean(0)
-    p = log_probs[0, :, 0].exp()
-    assert ((frequency - p).abs() < 4.5 * (p * (1 - p) / draws).sqrt() + 1e-3).all()
-
-
 def test_global_draw_is_torchs_gumbel_softmax(log_probs: Tensor) -> None:
     torch.manual_seed(7)
     keep = choose(log_probs).keep_BN
     torch.manual_seed(7)
     assert torch.equal(keep, F.gumbel_softmax(log_probs, tau=1, hard=True)[..., 0].round())
-
-
-def test_generator_for_each_image_makes_it_independent_of_its_batch(log_probs: Tensor) -> None:
-    together = choose(log_probs, generator=generators(*range(IMAGES))).keep_BN
-    alone = [choose(log_probs[i:i + 1], generator=generators(i)).keep_BN for i in range(IMAGES)]
-    assert torch.equal(together, torch.cat(alone))
-    assert not torch.equal(together, choose(log_probs, generator=generators(*range(1, IMAGES + 1))).keep_BN)
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
@@ -110,13 +91,6 @@ def test_decisions_are_hard_with_the_gradient_of_the_soft_ones(mode: str, log_pr
     (keep * weights).sum().backward()
     (value * weights).sum().backward()
     assert torch.allclose(logits.grad, soft.grad, atol=1e-6)
-
-
-def test_training_reaches_the_selector_through_the_merger(pixels: Tensor) -> None:
-    model = tiny_tokenizer().requires_grad_(True).train()
-    model.rows(pixels, generator=generators(*range(IMAGES)))[0].square().sum().backward()
-    gradients = [p.grad for p in model.token_predictor.parameters()]
-    assert all(g is not None and torch.isfinite(g).all() and g.abs().max() > 0 for g in gradients)
 
 
 # ---- images to rows and codes
@@ -145,14 +119,9 @@ def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
 def test_half_layers_keep_an_fp32_stream(dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor) -> None:
     half = cast_layers(tiny_tokenizer(), dtype)
     features, want = half.patch_features(pixels), model.patch_features(pixels)
-    assert features.dtype == torch.float32
+    assert features.dtype == torch.float32 and (features - want).abs().max() < 0.02 * want.abs().max()
     assert not torch.equal(features, features.to(dtype).float()), "the stream was rounded"
-    assert (features - want).abs().max() < 0.02 * want.abs().max()
     keep = model.select(want, mode="threshold").keep_BN
     merged, exact = half.merge(want, keep), model.merge(want, keep)
     assert merged.dtype == torch.float32 and (merged - exact).abs().max() < 0.05 * exact.abs().max()
     assert half.continuous(pixels, mode="threshold")[0].dtype == dtype
-    assert half.select(want).log_probs_BN2.dtype == torch.float32
-    with torch.autocast("cpu", dtype):  # a surrounding autocast does the same for fp32 layers
-        around = model.patch_features(pixels)
-    assert around.dtype == torch.float32 and not torch.equal(around, want)

@@ -43,7 +43,6 @@ def test_captions_of_files_and_pixels(understands, tiny_lavit, tmp_path):
     captions = seeded(understands.generate, {"image": [str(file) for file in files]}, **few)
     assert len(captions) == 2 and captions == seeded(understands.generate, {"image": files}, **few)
     assert len(understands.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
-    assert len(understands.generate({"image": files[0], "prompt": "a red"}, use_nucleus_sampling=True, **few)) == 1
     pixels = torch.stack([tiny_lavit.images.writer.transform(Image.open(file)) for file in files])
     assert len(understands.generate({"image": pixels}, **few)) == 2
     with pytest.raises(ConfigError, match="max_lenght"):
@@ -55,9 +54,6 @@ def test_answers_with_and_without_prompt(understands):
     answers = seeded(understands.predict_answers, samples)
     assert len(answers) == 2
     assert answers == seeded(understands.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
-    bare = {"image": picture(1), "text_input": "Question: What is this? Answer:"}
-    assert seeded(understands.predict_answers, bare, prompt="") == seeded(
-        understands.predict_answers, {"image": picture(1), "text_input": "What is this?"})
 
 
 def test_drawings_of_texts_and_images(draws):
@@ -80,9 +76,6 @@ def test_prompts_and_negative_prompts_of_ids(draws):
     assert ids.equal(seeded(draws.generate_image_tokenids, "a red apple",
                             uncond_input_ids=[[words.vocabulary.boi_id]], **few))
     assert draws.generate_image_embeds(ids).prompt_embeds.shape == (1, 16, 16)
-    end, texts = words.vocabulary.eoi_id, ["a red apple"] * 20  # 20 is the original's least length; an image has 16
-    ids = seeded(draws.generate_image_tokenids, texts, min_length=20, guidance_scale=1.0)
-    assert (ids == end).any()
 
 
 def test_detokenizer_reads_pixels_of_any_size(tiny_lavit_folder):
@@ -93,9 +86,7 @@ def test_detokenizer_reads_pixels_of_any_size(tiny_lavit_folder):
     assert one.size == (40, 32) and same(one, other)
 
 
-def test_modes_dtypes_and_missing_weights(understands, draws, tiny_lavit_folder, tmp_path, monkeypatch):
-    name = "causal_encoder.blocks.0.mlp.fc1.weight"
-    assert not understands.images.reader.get_parameter(name).equal(draws.images.writer.get_parameter(name))
+def test_build_model_dtypes_and_missing_weights(draws, tiny_lavit_folder, tmp_path, monkeypatch):
     half = build_model(tiny_lavit_folder, understanding=False, check_safety=False, load_tokenizer=False)
     assert half.system.llm.dtype == torch.bfloat16 and half.generate_image("a red apple", **SMALL)[0].size == (64, 64)
     with pytest.raises(ConfigError, match="Unknown dtype 'int8'"):

@@ -11,16 +11,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip, resize_positions
-from seed_multimodal.nn.layers import LayerNorm, checkpoint_layers, is_checkpointed
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip, resize_positions
+from seed_multimodal.nn.layers import LayerNorm, checkpoint_layers
 
 SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
 
 
 def test_class_token_first_and_every_patch_follows() -> None:
@@ -30,8 +25,9 @@ def test_class_token_first_and_every_patch_follows() -> None:
     changed[..., :4, 4:8] += 1.0  # second patch of the first row
     with torch.no_grad():
         assert vit(image).shape == (1, 17, 24)
-        difference = (vit.patch_embed(changed) - vit.patch_embed(image)).abs().sum(-1)[0]
-    assert difference.nonzero().flatten().tolist() == [1]
+        embed = vit.patch_embed["proj"]
+        difference = (embed(changed) - embed(image)).abs().sum(1)[0]
+    assert difference.nonzero().tolist() == [[0, 1]]
 
 
 def test_a_clip_tower_s_weights_give_a_clip_tower_s_output() -> None:
@@ -45,6 +41,9 @@ def test_a_clip_tower_s_weights_give_a_clip_tower_s_output() -> None:
             value.add_(torch.randn_like(value) * 0.2)
     vit, images = EvaVit(dataclasses.replace(SMALL, pre_norm=True)), torch.randn(5, 3, 16, 16)
     vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
+    back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
+    given = clip.state_dict()
+    assert len(back) > 40 and all(torch.equal(value, given[name]) for name, value in back.items())
     with torch.no_grad():
         own, wanted = vit(images), clip.vision_model(images).last_hidden_state
         torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
@@ -87,7 +86,7 @@ def test_layers_that_are_not_trained_are_not_checkpointed() -> None:
     vit = EvaVit(SMALL)
     vit.blocks[:2].requires_grad_(False)
     checkpoint_layers(vit)
-    assert [is_checkpointed(block) for block in vit.blocks] == [False, False, True]
+    assert ["forward" in vars(block) for block in vit.blocks] == [False, False, True]
 
 
 def test_positions_resize_keeps_class_token_and_identity() -> None:
@@ -98,12 +97,6 @@ def test_positions_resize_keeps_class_token_and_identity() -> None:
     assert torch.equal(larger[:, 0], table[:, 0])
     constant = torch.cat([table[:, :1], torch.full((1, 16, 8), 3.0)], dim=1)
     torch.testing.assert_close(resize_positions(constant, 7)[:, 1:], torch.full((1, 49, 8), 3.0))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 20, 16), (1, 1, 16, 16), (1, 3, 8, 8)])
-def test_other_image_sizes_are_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\]"):
-        EvaVit(SMALL)(torch.zeros(shape))
 
 
 def test_impossible_sizes_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Vector quantiser: nearest code, gradients, legacy weights, k-means start, restart, cosine codes, moving average."""
+"""Vector quantizer: nearest code, gradients, k-means start, restart, cosine codes, moving average."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.quantizer import CodebookUsage, VectorQuantizer
+from seed_multimodal.nn.quantizer import VectorQuantizer
 
 
 def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,25 +39,20 @@ def test_distances_are_fp32_under_autocast_and_for_half_weights() -> None:
     assert torch.equal(half.nearest(points).flatten(), brute)
 
 
-@pytest.mark.parametrize(("legacy", "commitment", "codebook"), [(True, 1.0, 0.25), (False, 0.25, 1.0)])
-def test_loss_weights_and_straight_through_gradient(legacy: bool, commitment: float, codebook: float) -> None:
-    quantizer = VectorQuantizer(10, 4, legacy=legacy)
+def test_loss_weights_and_straight_through_gradient() -> None:
+    quantizer = VectorQuantizer(10, 4)
     z = torch.randn(2, 3, 4, requires_grad=True)
     quant, loss, indices = quantizer(z)
     rows = quantizer.embedding.weight[indices]
     torch.testing.assert_close(quant, rows)
-    torch.testing.assert_close(loss, (commitment + codebook) * F.mse_loss(z, rows))
+    torch.testing.assert_close(loss, 1.25 * F.mse_loss(z, rows))
     loss.backward()
-    torch.testing.assert_close(z.grad, commitment * 2 * (z - rows).detach() / z.numel())
+    torch.testing.assert_close(z.grad, 2 * (z - rows).detach() / z.numel())
     assert set(quantizer.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == set(
         indices.flatten().tolist())
     z.grad = None
     quantizer(z)[0].sum().backward()
     torch.testing.assert_close(z.grad, torch.ones_like(z))
-
-
-def test_released_keys_only() -> None:
-    assert list(VectorQuantizer(10, 4).state_dict()) == ["embedding.weight"]
 
 
 def test_k_means_start_finds_the_clusters() -> None:
@@ -67,7 +62,7 @@ def test_k_means_start_finds_the_clusters() -> None:
     quantizer.init_from(points[torch.randperm(len(points))].reshape(6, -1, 6), iterations=20)
     after = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
     assert after < 0.02 * before
-    assert CodebookUsage.of_codes(quantizer.nearest(points), 24).used >= 12
+    assert len(quantizer.nearest(points).unique()) >= 12
 
 
 def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> None:
@@ -75,7 +70,8 @@ def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> No
     tables = []
     for _ in range(2):
         quantizer = VectorQuantizer(32, 4)
-        quantizer.init_from(points, generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(3)
+        quantizer.init_from(points)
         tables.append(quantizer.embedding.weight.detach().clone())
     assert torch.equal(*tables)
     assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
@@ -91,8 +87,7 @@ def test_restart_moves_exactly_the_dead_codes_and_counts_anew() -> None:
     assert quantizer.restart_dead(seen + 1.0, threshold=1.0) == 5
     moved = (quantizer.embedding.weight != before).any(1).nonzero().flatten().tolist()
     assert moved == [1, 3, 4, 5, 6]
-    assert set(quantizer.embedding.weight[moved][:, 0].tolist()) <= {1.0, 21.0, 71.0} | {
-        v for v in quantizer.embedding.weight[moved][:, 0].tolist() if min(abs(v - k) for k in (1, 21, 71)) < 5}
+    assert all(min(abs(value - k) for k in (1, 21, 71)) < 5 for value in quantizer.embedding.weight[moved][:, 0])
     assert int(quantizer.counts.sum()) == 0
     quantizer.eval()(seen)
     assert int(quantizer.counts.sum()) == 0, "evaluation must not count"
@@ -120,18 +115,11 @@ def test_moving_average_follows_its_features_without_gradient() -> None:
     torch.testing.assert_close(loss, F.mse_loss(points[None], quantizer.embedding.weight[indices]))
 
 
-def test_usage_and_perplexity() -> None:
-    even = CodebookUsage.of_codes(torch.arange(5).repeat(3), 10)
-    assert (even.used, even.size, even.fraction) == (5, 10, 0.5)
-    assert even.perplexity == pytest.approx(5.0)
-    assert CodebookUsage.of_codes(torch.zeros(4, 3, dtype=torch.long), 10).perplexity == pytest.approx(1.0)
-
-
 def test_sections_give_each_position_its_own_codes() -> None:
     torch.manual_seed(5)
     quantizer = VectorQuantizer(24, 4, sections=6).train()
     points = torch.randn(200, 6, 4) + 3.0 * torch.randn(6, 4)
-    quantizer.init_from(points, generator=torch.Generator().manual_seed(1))
+    quantizer.init_from(points)
     _, _, codes = quantizer(points)
     own = torch.arange(6) * 4
     assert bool(((codes >= own) & (codes < own + 4)).all())

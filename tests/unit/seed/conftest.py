@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tiny_seed1
 import torch
+from PIL import Image
 
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
@@ -30,3 +33,15 @@ def tiny() -> Seed2Config:
 @pytest.fixture
 def images() -> torch.Tensor:
     return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SEED-1 as `pretrained/` would hold it, with its Stable Diffusion and three images."""
+    place = tmp_path_factory.mktemp("pretrained")
+    tiny_seed1.tokenizer().save_pretrained(place)
+    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
+    for number in range(3):
+        image = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
+        Image.fromarray(image).save(place / f"{number}.png")
+    return place

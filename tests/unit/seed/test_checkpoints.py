@@ -15,7 +15,6 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.nn.eva import EvaConfig, EvaVit
-from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.seed.checkpoints import load_blip2, load_clip_text, load_clip_vision, load_vision
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
@@ -74,16 +73,8 @@ def _vision_in_the_hub_cache(model: SeedTokenizer, folder: Path) -> Path:
     return folder
 
 
-def _without_position_ids(model: SeedTokenizer, folder: Path) -> Path:
-    _released(model, folder)
-    for name in model.layout.files:
-        state = load_state_dict(folder / name)
-        torch.save({key: value for key, value in state.items() if "position_ids" not in key}, folder / name)
-    return folder
-
-
 LAYOUTS = [SeedTokenizer.save_pretrained, _file_of_ours, _released, _file_with_the_others_beside, _as_safetensors,
-           _with_our_config, _vision_in_the_hub_cache, _without_position_ids]
+           _with_our_config, _vision_in_the_hub_cache]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
@@ -111,9 +102,6 @@ def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path,
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
     loaded = Seed2Tokenizer.from_pretrained(folder, vision=tmp_path / "vision.pth", config=seed2.config)
     assert torch.equal(loaded.encode(images), seed2.encode(images))
-    torch.save({"x": torch.zeros(3)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match=r"other\.pth: not an EVA vision encoder"):
-        Seed2Tokenizer.from_pretrained(folder, vision=tmp_path / "other.pth", config=seed2.config)
 
 
 def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
@@ -121,7 +109,6 @@ def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2To
     larger = dataclasses.replace(seed2.config, recon_s=False, vit=dataclasses.replace(seed2.config.vit, image_size=32))
     loaded = Seed2Tokenizer.from_pretrained(folder, config=larger)
     assert loaded.visual_encoder.pos_embed.shape == (1, 17, 16) and not hasattr(loaded, "blocks")
-    assert torch.equal(loaded.visual_encoder.pos_embed[:, 0], seed2.visual_encoder.pos_embed[:, 0])
     assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
@@ -135,19 +122,6 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     torch.save({"model": state | image_branch}, folder / "seed_tokenizer.pth")
     loaded = Seed1Tokenizer.from_pretrained(folder, config=model.config)
     torch.testing.assert_close(loaded.decode(loaded.encode(images)), model.decode(model.encode(images)))
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").is_file(), reason="reads /proc")
-def test_from_pretrained_maps_the_files(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
-    """Weights of the file's precision are not copied; changing them does not change the file."""
-    folder = _seed2_folder(seed2, tmp_path / "a")
-    loaded = Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
-    mapped = {Path(line.split(maxsplit=5)[5].strip()).name for line in Path("/proc/self/maps").read_text().splitlines()
-              if str(folder) in line}
-    assert mapped >= {"seed_quantizer.pt", "eva_vit_g.pth"}
-    with torch.no_grad():
-        loaded.query_tokens += 1
-    assert torch.equal(Seed2Tokenizer.from_pretrained(folder, config=seed2.config).query_tokens, seed2.query_tokens)
 
 
 @pytest.mark.parametrize(("file", "changes", "message"), [
@@ -167,35 +141,23 @@ def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
-class _Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple:
-        return Path.touch, (self.marker,)
-
-
 def test_from_pretrained_damaged_or_unsafe_files_are_refused(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
-    folder, marker = _seed2_folder(seed2, tmp_path / "a"), tmp_path / "ran"
+    folder = _seed2_folder(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
     state, whole = load_state_dict(file), file.read_bytes()
-    for content in (b"", whole[:len(whole) // 2], b"not a checkpoint at all"):
+    torch.save(state | {"temp": Path("a")}, tmp_path / "unsafe.pt")
+    unsafe = (tmp_path / "unsafe.pt").read_bytes()
+    for content, message in ((whole[:len(whole) // 2], ""), (unsafe, ": refused.*unsafe")):
         file.write_bytes(content)
-        with pytest.raises(CheckpointError, match=r"seed_quantizer\.pt"):
+        with pytest.raises(CheckpointError, match=rf"seed_quantizer\.pt{message}"):
             Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
-    torch.save(state | {"temp": _Payload(marker)}, file)
-    with pytest.raises(CheckpointError, match=r"seed_quantizer\.pt: refused.*unsafe"):
-        Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
-    assert not marker.exists()
 
 
-def test_from_pretrained_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_from_pretrained_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such SEED-2 tokenizer; put seed_quantizer\.pt .*eva_vit_g\.pth"):
         Seed2Tokenizer.from_pretrained(tmp_path / "absent")
-    (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"holds no SEED-1 tokenizer \(causal_qformer\.pth and seed_tokenizer"):
-        Seed1Tokenizer.from_pretrained(tmp_path / "empty")
+        Seed1Tokenizer.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="no-such-owner/tokenizer: neither a local folder nor reachable"):
         Seed2Tokenizer.from_pretrained("no-such-owner/tokenizer")
 
@@ -223,11 +185,9 @@ def _saved(state: dict[str, Tensor], file: Path) -> Path:
 def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Tensor], tmp_path: Path) -> None:
     model, lines = Stage1Model(CONFIG, vocab_size=61, embed_dim=8), []
     vision = {name: value.clone() for name, value in model.visual_encoder.state_dict().items()}
-    bundled = {"visual_encoder.cls_token": torch.ones(1, 1, 1024)}
-    report = load_blip2(model, _saved(blip2 | bundled, tmp_path / "blip2_pretrained.pth"), lines.append)
+    report = load_blip2(model, _saved(blip2, tmp_path / "blip2_pretrained.pth"), lines.append)
     assert set(report.loaded) == set(blip2) - {"itm_head.weight", "itm_head.bias"}
-    for name in report.loaded:
-        assert torch.equal(model.state_dict()[name], blip2[name]), name
+    assert all(torch.equal(model.state_dict()[name], blip2[name]) for name in report.loaded)
     assert all(torch.equal(value, model.visual_encoder.state_dict()[name]) for name, value in vision.items())
     assert len(lines) == 1 and "itm_head (2)" in lines[0]
 
@@ -286,25 +246,6 @@ def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp
     vision.save_pretrained(tmp_path, max_shard_size="6KB")  # the vision half alone, in shards
     assert torch.equal(load_clip_vision(tmp_path, log=None)(images).image_embeds, vision(images).image_embeds)
     assert load_vision(EvaVit(dataclasses.replace(EVA, depth=1, pre_norm=True)), clip_folder, None).loaded
-
-
-def test_load_clip_vision_with_a_shared_encoder(clip_folder: Path, images: Tensor, tmp_path: Path) -> None:
-    """`tower.json` names the file that holds what EVA has of it; the rest is the folder's own."""
-    from seed_multimodal.nn.eva import clip_from_eva, eva_from_clip
-
-    model = load_clip_vision(clip_folder, log=None)
-    model.save_pretrained(tmp_path / "clip")
-    eva = eva_from_clip(model.state_dict(), dataclasses.replace(EVA, depth=2, pre_norm=True))
-    save_state_dict({f"v.{name}": value for name, value in eva.items()}, tmp_path / "eva.safetensors")
-    own = {name: value for name, value in model.state_dict().items() if name not in clip_from_eva(eva)}
-    assert "visual_projection.weight" in own and not any("fc1.weight" in name for name in own)
-    save_state_dict(own, tmp_path / "clip" / "model.safetensors")
-    name_encoder(tmp_path / "clip", tmp_path / "eva.safetensors", "v.")
-    loaded = load_clip_vision(tmp_path / "clip", log=None)
-    torch.testing.assert_close(loaded(images).image_embeds, model(images).image_embeds)
-    (tmp_path / "eva.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"tower\.json: names the file .* which is missing"):
-        load_clip_vision(tmp_path / "clip", log=None)
 
 
 def test_load_clip_vision_wrong_folders_are_refused(clip_folder: Path, tmp_path: Path) -> None:

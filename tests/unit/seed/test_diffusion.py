@@ -60,11 +60,6 @@ def test_stable_diffusion_draws_as_the_stock_pipeline(sd: Path, embeds: Tensor) 
     assert np.array_equal(away, expected(stock, prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[2:3]))
 
 
-def test_stable_diffusion_without_text_encoder_steers_away_from_zeros(tmp_path: Path, embeds: Tensor) -> None:
-    model = StableDiffusionDetokenizer.from_pretrained(tiny_seed1.diffusion_folder(tmp_path / "bare", text=False))
-    assert np.array_equal(draw(model, embeds[:2]), draw(model, embeds[:2], negative_embeds=torch.zeros(1, N, W)))
-
-
 def test_flagged_images_are_black(tmp_path: Path, embeds: Tensor) -> None:
     place = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
     with pytest.warns(SeedWarning, match="made 1 of 1 images black"):

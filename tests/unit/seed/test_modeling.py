@@ -10,10 +10,9 @@ import pytest
 import tiny_seed1
 import torch
 
-from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.seed.compile import fast_encode
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, fast_encode
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
@@ -62,11 +61,6 @@ def test_encode_and_decode_build_no_graph_and_ignore_dropout(model: SeedTokenize
     assert torch.equal(codes, model.eval().encode(images))
 
 
-def test_encode_another_image_size_is_refused(model: SeedTokenizer) -> None:
-    with pytest.raises(ImageError, match=r"\[B, 3, 16, 16\], got \[2, 3, 16, 18\]"):
-        model.encode(torch.zeros(2, 3, 16, 18))
-
-
 def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Tensor) -> None:
     quant, loss, indices = model.quantize(model.pre_quant(images))
     embeddings = model.decode_embeddings(quant)
@@ -98,17 +92,16 @@ def test_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path: Path,
     assert half.dtype == dtype and half.Qformer.bert.embeddings.position_ids.dtype == torch.int64
     assert (half.encode(images) == exact).float().mean() > 0.7, "most codes survive half precision"
     torch.testing.assert_close(half.decode(exact).float(), model.decode(exact), rtol=0.1, atol=0.05)
-    codes = fast_encode(model, dtype)(images)
-    assert (codes == exact).float().mean() > 0.7
+    assert (fast_encode(half, dtype)(images) == exact).float().mean() > 0.7
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_fast_encode_compiled_gives_the_codes_of_the_plain_encoder(tiny: Seed2Config, images: torch.Tensor) -> None:
-    model = Seed2Tokenizer(tiny).eval()
-    torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
+def test_fast_encode_compiled_gives_the_same_codes(model: SeedTokenizer, images: torch.Tensor) -> None:
     exact = model.encode(images)
-    assert torch.equal(fast_encode(model, torch.float32, compile=True)(images), exact)
+    assert torch.equal(fast_encode(model, compile=True)(images), exact)
+
+
 
 
 @pytest.mark.parametrize(("changes", "message"), [
@@ -124,7 +117,6 @@ def test_read_config_wrong_values_are_named(tmp_path: Path, changes: dict[str, o
         assert "config.json" in str(caught.value)
 
 
-def test_config_released_presets() -> None:
-    assert Seed1Config.released([]) == Seed1Config()
-    assert Seed2Config.released(["image_down.0.weight"]) == Seed2Config()
-    assert Seed2Config.released([]) == Seed2Config(use_qformer_image=True, reverse_depth=4)
+def test_push_to_hub_offline_is_one_sentence(model: SeedTokenizer) -> None:
+    with pytest.raises(CheckpointError, match="owner/name: cannot be uploaded .*HF_HUB_OFFLINE=0"):
+        model.push_to_hub("owner/name")

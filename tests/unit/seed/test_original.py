@@ -7,12 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_seed1
 import torch
 from PIL import Image
 
 from seed_multimodal.config import instantiate
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, ImageError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.original import Seed1, SeedLlamaTokenizer
@@ -24,27 +23,6 @@ GOLDEN = ROOT / "tests" / "golden" / "data" / "llm_sequences"
 @pytest.fixture(scope="module")
 def tokenizer(tiny_folder: Path) -> SeedLlamaTokenizer:
     return SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def seed1_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `pretrained/` would hold: the original files, their sizes, and a diffusion folder."""
-    place = tmp_path_factory.mktemp("pretrained")
-    model = tiny_seed1.tokenizer()
-    tiny_seed1.released_folder(model, place)
-    model.save_pretrained(place / "ours")
-    (place / "ours" / "config.json").rename(place / "config.json")
-    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
-    return place
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    place = tmp_path_factory.mktemp("images")
-    for number in range(3):
-        pixels = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
-    return sorted(place.iterdir())
 
 
 def pixels(images: list[Image.Image]) -> np.ndarray:
@@ -68,12 +46,12 @@ def test_text_is_tokenized_as_recorded(tokenizer):
         assert words.decode(torch.tensor(case["ids"])) == case["decoded"]
 
 
-def test_encode_image_reads_files_images_and_pixels(tokenizer, images):
-    image = Image.open(images[0])
+def test_encode_image_reads_files_images_and_pixels(tokenizer, folder):
+    image = Image.open(folder / "0.png")
     tensor = seed_image_processor(32)(image)
     codes = tokenizer.encode_image(image_torch=tensor)
     assert codes.shape == (1, 32) and torch.equal(codes, tokenizer.images.model.encode(tensor))
-    for given in ({"image_path": images[0]}, {"image_path": str(images[0])}, {"image_pil": image}):
+    for given in ({"image_path": folder / "0.png"}, {"image_path": str(folder / "0.png")}, {"image_pil": image}):
         assert torch.equal(tokenizer.encode_image(**given), codes)
     assert torch.equal(tokenizer.encode_image(image_torch=torch.stack([tensor, tensor])), codes.expand(2, -1))
     for given in ({}, {"image_pil": image, "image_torch": tensor}):
@@ -91,13 +69,11 @@ def test_decode_image_steers_away_from_codes(tokenizer):
                                         num_inference_steps=3))
     assert np.array_equal(one[0], each[0]) and not np.array_equal(one[1:], each[1:])
     assert not np.array_equal(pixels(tokenizer.decode_image(codes, negatives)), plain)
-    with pytest.raises(CodesError, match="outside"):
-        tokenizer.decode_image([[99] * 32])
 
 
 @pytest.mark.parametrize(("lines", "dtype", "fp16"), [
-    ("", torch.float32, True), ("fp16: False", torch.float32, False),
-    ("fp16: True\ndtype: float16", torch.float16, True), ("fp16: False\ndtype: bf16", torch.bfloat16, False)])
+    ("", torch.float32, True), ("fp16: True\ndtype: float16", torch.float16, True),
+    ("fp16: False\ndtype: bf16", torch.bfloat16, False)])
 def test_tokenizer_of_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
     file = tmp_path / "words.yaml"
     file.write_text("_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
@@ -110,8 +86,9 @@ def test_tokenizer_of_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
 # ---- Seed1
 
 
-def test_seed1_encodes_and_draws(seed1_folder, images):
-    model = Seed1.from_pretrained(seed1_folder, device="cpu", log=None)
+def test_seed1_encodes_and_draws(folder):
+    images = sorted(folder.glob("*.png"))
+    model = Seed1.from_pretrained(folder, device="cpu", log=None)
     codes = model.tokenize(images)
     tensors = torch.stack([seed_image_processor(16)(Image.open(image).convert("RGB")) for image in images])
     assert codes.shape == (3, 32) and torch.equal(codes, model.tokenizer.encode(tensors))
@@ -120,17 +97,13 @@ def test_seed1_encodes_and_draws(seed1_folder, images):
     assert drawn.shape == (3, 16, 16, 3) and np.abs(drawn - again).max() <= 1
     one, other = pixels(model.draw(codes[[0, 0]], seed=[1, 2], num_inference_steps=3))
     assert np.abs(one - other).max() > 5
-    built = instantiate(ROOT / "configs" / "tokenizer" / "seed1.yaml", folder=str(seed1_folder), device="cpu",
-                        diffusion=str(seed1_folder / "stable-diffusion-v1-4"))
+    built = instantiate(ROOT / "configs" / "tokenizer" / "seed1.yaml", folder=str(folder), device="cpu",
+                        diffusion=str(folder / "stable-diffusion-v1-4"))
     assert torch.equal(built.tokenize(images), codes)
 
 
-def test_seed1_errors_are_one_sentence(seed1_folder, images, tmp_path):
-    model = Seed1.from_pretrained(seed1_folder, device="cpu", log=None)
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(ImageError, match=r"broken\.png"):
-        model.tokenize([images[0], tmp_path / "broken.png"])
+def test_seed1_errors_are_one_sentence(folder, tmp_path):
     with pytest.raises(CodesError, match="outside"):
-        model.draw([[50] * 32])
+        Seed1.from_pretrained(folder, device="cpu", log=None).draw([[50] * 32])
     with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*, and download the diffusers folder"):
         Seed1.from_pretrained(tmp_path / "nowhere", diffusion=tmp_path / "no-sd", log=None)

@@ -7,24 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_seed1
 import warm_python
 from PIL import Image
 
-from seed_multimodal.cli.seed1 import make_grid, recon_script
+from seed_multimodal.cli.seed import recon_script
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("pretrained")
-    tiny_seed1.tokenizer().save_pretrained(place)
-    tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")
-    for number in range(3):
-        image = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), dtype=np.uint8)
-        Image.fromarray(image).save(place / f"{number}.png")
-    return place
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:
@@ -75,14 +63,6 @@ def test_recon_skips_a_bad_image(folder, tmp_path, capsys):
     assert "broken.png" in capsys.readouterr().err and (tmp_path / "out" / "samples" / "0000.png").is_file()
 
 
-@pytest.mark.parametrize(("flags", "words"), [
-    (("--W", "20"), "width must be a multiple of 8 pixels"), (("--dtype", "int3"), "Unknown dtype 'int3'")])
-def test_recon_wrong_values(folder, tmp_path, capsys, flags, words):
-    assert run(folder, tmp_path, *flags) == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("demo_recon.py: ") and words in last and not list(tmp_path.iterdir())
-
-
 @pytest.mark.process
 def test_recon_without_weights_says_what_to_download(tmp_path):
     done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
@@ -90,10 +70,3 @@ def test_recon_without_weights_says_what_to_download(tmp_path):
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     for wanted in ("causal_qformer.pth", "seed_tokenizer.pth", "eva_vit_g.pth", "nothing-here", "hf download"):
         assert wanted in done.stderr
-
-
-def test_make_grid_puts_lines_around_images():
-    tiles = [Image.new("RGB", (4, 3), (number, 0, 0)) for number in range(1, 6)]
-    grid = np.asarray(make_grid(tiles, 3))
-    assert grid.shape == (2 * 5 + 2, 3 * 6 + 2, 3)
-    assert grid[2, 2, 0] == 1 and grid[2, 8, 0] == 2 and grid[7, 8, 0] == 5 and not grid[7:, 14:].any()

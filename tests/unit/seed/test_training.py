@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 import warm_python
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
@@ -29,6 +28,8 @@ from seed_multimodal.seed.training import (
     Stage1Output,
     Stage2Model,
     Stage2Weights,
+    similarities,
+    unit_rows,
 )
 
 WORDS = 30
@@ -51,14 +52,13 @@ def _model(**options: Any) -> Stage1Model:
     return Stage1Model(TINY, vocab_size=WORDS, embed_dim=8, **options)
 
 
-def _run(model: Stage1Model, count: int = 4) -> Stage1Output:
-    output = model(*_batch(count))
+def _run(model: Stage1Model) -> Stage1Output:
+    output = model(*_batch(4))
     output.loss.backward()
     return output
 
 
 def test_stage1_gather_gradient_changes_gradients_only() -> None:
-    assert _run(_model(), count=1).loss.isfinite()
     full, none, always = _model(), _model(gather_gradient=False), _model(gather_gradient=True)
     assert torch.equal(_run(full).loss, _run(none).loss)
     assert not torch.allclose(full.vision_proj.weight.grad, none.vision_proj.weight.grad)
@@ -67,15 +67,11 @@ def test_stage1_gather_gradient_changes_gradients_only() -> None:
 
 
 def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
-    model = _model()
-    _run(model)
-    assert not model.visual_encoder.training and model.Qformer.training
-    assert all(p.grad is None for p in model.visual_encoder.parameters())
-    assert model.ln_vision.weight.grad is not None
-    trained = _model(freeze_vit=False)
-    _run(trained)
-    assert trained.visual_encoder.training
-    assert all(p.grad is not None for p in trained.visual_encoder.parameters())
+    for frozen in (True, False):
+        model = _model(freeze_vit=frozen)
+        _run(model)
+        assert model.visual_encoder.training is not frozen and model.Qformer.training
+        assert all((p.grad is None) is frozen for p in model.visual_encoder.parameters())
 
 
 def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
@@ -91,36 +87,20 @@ def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
     torch.testing.assert_close(output.loss_embedding, expected)
 
 
-class _Given(nn.Module):
-    """Hidden states in place of the Q-Former's: the contrast alone is measured."""
-
-    def __init__(self, image: Tensor, text: Tensor) -> None:
-        super().__init__()
-        self.image, self.text = nn.Parameter(image), nn.Parameter(text)
-
-    def forward(self, *args: Tensor, **more: Tensor) -> Tensor:
-        return (self.image if args else self.text)[:, None]
-
-
 def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[Tensor]:
     """Gradients of the contrast of 64 pairs that are about as alike as a trained model's, temperature 0.07."""
     source = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
     common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
-    image, text = (4 * common + pairs + 0.5 * draw(64, 768) for _ in range(2))
+    hidden = [(4 * common + pairs + 0.5 * draw(64, 768)).to(dtype).requires_grad_() for _ in range(2)]
     torch.manual_seed(0)
-    model = Stage1Model(TINY, vocab_size=WORDS, embed_dim=256)
-    model.vision_proj, model.text_proj = nn.Linear(768, 256), nn.Linear(768, 256)
-    model.text_proj.load_state_dict(model.vision_proj.state_dict())
-    model.Qformer = given = _Given(image, text)  # type: ignore[assignment]
-    model.ln_vision = nn.Identity()  # type: ignore[assignment]
-    model.to(dtype)
+    projection = nn.Linear(768, 256).to(dtype)
     scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
     with torch.autocast("cpu", mixed, enabled=mixed is not None):
-        loss = model(None, torch.zeros(64, 2), vit_features=torch.zeros(64, 1, 1, dtype=dtype)).loss
+        image, text = (unit_rows(projection, one) for one in hidden)
+        loss = F.cross_entropy(similarities(image, text) / 0.07, torch.arange(64), label_smoothing=0.1)
     (loss * scale).backward()
-    trained = [given.image, given.text, model.vision_proj.weight, model.text_proj.weight, model.temp]
-    return [one.grad.double() / scale for one in trained]  # type: ignore[union-attr]
+    return [one.grad.double() / scale for one in (*hidden, projection.weight)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
@@ -219,17 +199,14 @@ def test_stage2_seed2_loss_is_the_weighted_sum(tiny: Seed2Config, images: Tensor
 
 
 def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
-    target, weights = torch.randn(5, 7, 16), Seed1Stage2Weights(1.0, 3.0, 4.0)
-    model, other = (tiny_seed1.loud(_stage2("seed1", TINY, **options)).eval() for options in ({}, {"weights": weights}))
-    other.load_state_dict(model.state_dict())
+    target = torch.randn(5, 7, 16)
+    model = tiny_seed1.loud(_stage2("seed1", TINY, weights=Seed1Stage2Weights(1.0, 3.0, 4.0))).eval()
     out = model(images, target)
     torch.testing.assert_close(out.loss, out.loss_embed + out.loss_recon_s + out.loss_distil)
-    torch.testing.assert_close(out.loss_embed, 5 * 1.25 * F.mse_loss(model.quantize.embedding(out.indices),
-                                                                     out.pre_quant))
-    torch.testing.assert_close(out.loss_distil, 0.5 * F.mse_loss(out.embeds, target))
+    codebook = F.mse_loss(model.quantize.embedding(out.indices), out.pre_quant)
+    torch.testing.assert_close(out.loss_embed, 1.25 * codebook)
+    torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
     torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(other(images, target).loss,
-                               out.loss_embed / 5 + out.loss_recon_s * 1.5 + out.loss_distil * 8)
 
 
 def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tensor) -> None:
@@ -244,10 +221,6 @@ def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tenso
     assert _trained(model) == DECODERS["seed1"]
     with pytest.raises(ConfigError, match="needs target text features"):
         model(images)
-    with pytest.raises(ConfigError, match="16 wide, the tokenizer's embeddings 20"):
-        Seed1Stage2Model(dataclasses.replace(tiny_seed1.config(), text_features_dim=20), text_encoder=encoder)
-    with pytest.raises(ConfigError, match="target image embedding"):
-        Stage2Model(tiny)(images)
 
 
 def test_stage2_warm_up_without_quantizer(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
@@ -285,18 +258,6 @@ def test_keep_prefix_keeps_the_first_codes(tiny: Seed2Config) -> None:
     assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
-def test_scale_start_lets_the_codes_reach_the_embedding(tiny: Seed2Config) -> None:
-    spread = {}
-    for scaled in (False, True):
-        torch.manual_seed(0)
-        model = Stage2Model(dataclasses.replace(tiny, codebook_size=64))
-        if scaled:
-            model.scale_start()
-        nn.init.normal_(model.quantize.embedding.weight)  # codes of unit size
-        spread[scaled] = float(model.decode(torch.randint(64, (100, 32))).std(0).mean())
-    assert spread[True] > 0.1 > 5 * spread[False]
-
-
 def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
     model = _stage2(kind, tiny, ema_decay=0.9)
     model(images, target).loss.backward()
@@ -306,9 +267,7 @@ def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, i
     assert model.encode_task_layer[0].weight.requires_grad
     codes = tokenizer.encode(images)
     assert torch.equal(codes, model.encode(images))
-    with torch.no_grad():
-        model.encode_task_layer[2].bias += 1.0
-    assert tokenizer.encode_task_layer[2].bias.equal(model.encode_task_layer[2].bias)
+    assert tokenizer.encode_task_layer[2].bias.data_ptr() == model.encode_task_layer[2].bias.data_ptr()
     assert list(tokenizer.state_dict()) == list(type(tokenizer)(tokenizer.config).state_dict())
 
 
@@ -323,29 +282,6 @@ def test_load_stage1_takes_the_encoder_by_name(kind: str, tiny: Seed2Config, ima
     torch.testing.assert_close(second.to_tokenizer().query_features(images), expected)
     trained = {n: v for n, v in first.state_dict().items() if not n.startswith("visual_encoder.")}
     assert any(name.startswith("visual_encoder.") for name in second.load_stage1(trained).missing)
-    del trained["query_tokens"]
-    with pytest.raises(CheckpointError, match="query_tokens"):
-        second.load_stage1(trained, "half.pth")
-
-
-@pytest.mark.slow
-def test_stage2_a_few_steps_learn_the_target(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
-    weights = Stage2Weights(distil_image=5.0) if kind == "seed2" else Seed1Stage2Weights(distil_text=5.0)
-    model = _stage2(kind, tiny, frozen_dropout=False, corrupt=0.1, weights=weights)
-    for part in (model.visual_encoder, model.Qformer):  # untrained, they hardly tell one image from another
-        tiny_seed1.loud(part)
-    with torch.no_grad():
-        model.quantize.init_from(model.pre_quant(images))
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    losses = []
-    for _ in range(120):
-        optimizer.zero_grad()
-        out = model(images, target)
-        out.loss.backward()
-        optimizer.step()
-        losses.append(out.loss_distil.item())
-    same_for_all = 5 * F.mse_loss(target.mean(0).expand_as(target), target)
-    assert sum(losses[-5:]) / 5 < 0.85 * same_for_all, "the prediction depends on the image"
 
 
 if __name__ == "__main__":

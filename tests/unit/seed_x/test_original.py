@@ -19,14 +19,13 @@ import warm_python
 from PIL import Image
 
 from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
-from seed_multimodal.config import find_target, load_yaml
+from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.original import config_of_files
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.system.base import MultimodalSystem
-from seed_multimodal.weights import load_state_dict
 
 ROOT = Path(__file__).resolve().parents[3]
 PICTURES = {  # what each program leaves in vis/ without flags: a square as the original's, or in the source's ratio
@@ -104,17 +103,6 @@ def test_programs_without_flags(name: str, released: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["eval_img2text_seed_x", "eval_img2text_seed_x_i"])
-def test_reading_programs_need_no_drawing_parts(name: str, released: Path, here: Path) -> None:
-    (here / "pretrained").unlink()
-    (here / "pretrained").mkdir()
-    for part in (released / "pretrained").iterdir():
-        if part.name not in ("stable-diffusion-xl-base-1.0", "seed_detokenizer"):
-            (here / "pretrained" / part.name).symlink_to(part)
-    assert seed_x_script(name, ["--device", "cpu", "--max-new-tokens", "4"]) == 0
-
-
-@pytest.mark.slow
 def test_requests_are_the_originals(here: Path, prompts: list[list[int]]) -> None:
     for name in PICTURES:
         if SCRIPTS[name].model:
@@ -135,17 +123,6 @@ def test_requests_are_the_originals(here: Path, prompts: list[list[int]]) -> Non
     once = [ids for number, ids in enumerate(prompts) if ids not in prompts[:number]]  # a drawing may be asked twice
     for found, wanted in zip(once, asked, strict=True):
         assert found == wanted, (tokenizer.decode(found), tokenizer.decode(wanted))
-
-
-@pytest.mark.slow
-def test_results_equal_the_system_s(here: Path) -> None:
-    assert seed_x_script("eval_img2edit_seed_x_edit", ["--device", "cpu", "--out", "a.png", "--seed", "3"]) == 0
-    assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu", "--out", "b.png", "--embeddings", "4"]) == 0
-    system = SeedX.from_pretrained(config_of_files(SCRIPTS["eval_img2edit_seed_x_edit"].files), device="cpu", log=None)
-    car = Path("demo_images/car.jpg")
-    assert np.array_equal(Image.open("a.png"), system.edit(car, "Make it under the sunset", seed=3))
-    first = SeedX.from_pretrained(config_of_files(SCRIPTS["eval_text2img_seed_x_i"].files), device="cpu", log=None)
-    assert np.array_equal(Image.open("b.png"), first.reconstruct(Path("demo_images/men.jpg"), seed=42, embeddings=4)[0])
 
 
 # ---- flags
@@ -169,36 +146,25 @@ def test_flags_of_drawing(here: Path) -> None:
 def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
     assert seed_x_script("eval_img2text_seed_x_i", [*both, "--prompt", "<image> or <image>?", *FEW]) == 0
-    assert len(prompts) == 1 and not list(Path().glob("vis/*"))
+    assert len(prompts) == 1
     assert seed_x_script("eval_img2text_seed_x_i", [*both, "--detect", "the man", *FEW]) == 0
     assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
     Path("torn.jpg").write_bytes(Path("demo_images/men.jpg").read_bytes()[:200])
     pair = ["--image", "torn.jpg", "demo_images/car.jpg", "--device", "cpu"]
     assert seed_x_script("eval_seed_x_detokenizer", pair) == 1 and Path("vis/car_recon.jpg").is_file()
     assert "torn.jpg" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        seed_x_script("eval_img2text_seed_x_i", ["--prompt", " "])
-
-
-def test_device_2_is_used_with_other_models(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("eval_text2img_seed_x", "eval_seed_x_detokenizer"):
-        assert seed_x_script(name, ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]) == 2
-        assert "toaster" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                       capsys: pytest.CaptureFixture[str]) -> None:
+                                     capsys: pytest.CaptureFixture[str]) -> None:
     """A system's folder in the place of the released one, as `--model nano-x` is; our pictures stand in."""
     monkeypatch.chdir(tmp_path)
     for name in PICTURES:
         assert seed_x_script(name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]) == 0
     assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same picture
-    capsys.readouterr()
-    assert seed_x_script("eval_text2img_seed_x", ["--model", str(tiny_x_folder), "--llm", "a.yaml"]) == 2
-    assert "--llm names a part of the original model" in capsys.readouterr().err
+    flags = ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]
+    assert seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
 
 
 # ---- parts that are not there, or do not fit
@@ -244,13 +210,6 @@ def test_stray_key_of_the_original_is_accepted(here: Path, capsys: pytest.Captur
     first = SCRIPTS["eval_seed_x_detokenizer"].adapter
     assert seed_x_script("eval_seed_x_detokenizer_with_condition", ["--device", "cpu", "--adapter", first]) != 0
     assert "reads no condition image" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("path", sorted(p for folder in ("visual_encoder", "processer", "discrete_model", "clm_models",
-                                                         "sdxl_adapter", "tokenizer")
-                                        for p in (ROOT / "configs" / folder).glob("*.yaml")), ids=lambda p: p.stem)
-def test_configuration_targets_are_ours(path: Path) -> None:
-    assert find_target(load_yaml(path)["_target_"]).__module__.startswith("seed_multimodal.")
 
 
 @pytest.mark.slow
@@ -303,8 +262,6 @@ def test_tuned_agent_with_its_lora(here: Path, capsys: pytest.CaptureFixture[str
     assert torch.equal(system.agent.patch_pos_embed, made.patch_pos_embed)
     assert seed_x_script("eval_img2text_seed_x", ["--agent", "mine.yaml", *FEW]) == 2
     assert "q_proj" in capsys.readouterr().err
-    words = ["--agent", "mine.yaml", "--llm", files["llm"], *FEW]
-    assert seed_x_script("eval_img2text_seed_x", words) == 0
     with pytest.raises(ConfigError, match="leave the quantisation out"):
         SeedX.from_pretrained(config_of_files(files), device="cpu", log=None, load_decoder=False, quantization="8bit")
 
@@ -319,10 +276,6 @@ def test_checkpoint_of_our_tuning_holds_its_lora(here: Path) -> None:
             "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}}))
     (here / "pretrained").unlink()
     home = tiny_seed_x.build_released(here / "pretrained")
-    torch.save(load_state_dict(file), file)
     system = SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
     ids = torch.tensor([[1, 5, 9, 13, 40]])
     assert torch.allclose(system.llm(input_ids=ids).logits, made.llm(input_ids=ids).logits, atol=1e-4)
-    (file.parent / "agent.json").write_text("[1]")
-    with pytest.raises(ConfigError, match="agent.json: must hold a json object"):
-        SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)

@@ -10,12 +10,11 @@ import pytest
 
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
-from seed_multimodal.language.vocabulary import Ids, SeedXVocabulary
+from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.seed_x.processing import (
     Box,
     ReadImage,
     SeedXPrompts,
-    answer_text,
     place_images,
     read_boxes,
     without_words,
@@ -31,20 +30,10 @@ def test_released_ids() -> None:
     assert [ids[w] for w in ("<img_00000>", "<img_00099>", "<img>", "</img>", "<patch>", "</patch>", "<loc-0>",
                              "<loc-223>", "<box_start>", "<box_end>")] == [
         32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327, 32328, 32329]
-    assert list(ids.values()) == list(range(32000, 32330))
     assert [len(words.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
     assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_word(32103)
     assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
     assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)  # the authors' own picture
-
-
-def test_places_of_views(seedx_tokenizer: MultimodalTokenizer) -> None:
-    words = seedx_tokenizer.vocabulary
-    assert isinstance(words, SeedXVocabulary)
-    ids = [1, 5, *words.read_ids(2), 7, *words.read_ids(1)]
-    assert words.places(ids) == [3, 4, 5, 6, 9, 10, 11, 12, 16, 17, 18, 19]
-    with pytest.raises(RequestError, match=r"at token \d+ of the prompt are not the 4 of a whole view\."):
-        words.places(ids[:-1])
 
 
 @pytest.mark.parametrize(("word", "id", "message"), [
@@ -57,20 +46,6 @@ def test_damaged_words_are_refused(word: str, id: int | None, message: str, tmp_
     file.write_text(json.dumps({key: value for key, value in words.items() if value is not None}))
     with pytest.raises(CheckpointError, match=message):
         MultimodalTokenizer.from_pretrained(file.parent)
-
-
-def test_white_space_beside_every_word(seedx_tokenizer: MultimodalTokenizer) -> None:
-    """The rules of transformers 4.30.2: blanks and line ends beside an added word go, each piece has its own blank."""
-    t = seedx_tokenizer
-    alone = t.encode("What")
-    words = t.vocabulary
-    assert isinstance(words, SeedXVocabulary)
-    assert t.encode("<patch> \n What") == [words.patches, *alone]
-    assert t.encode("What <loc-3>\nWhat") == [*alone, words.locations + 3, *alone]
-    assert t.encode("What<loc-16>") == t.encode_parts(["What<loc-16>"])  # no word of this grid: letters
-    assert t.encode_parts(["What ", Ids([words.boxes]), "\nWhat"]) == [*alone, words.boxes, *alone]
-    assert t.encode_parts(["<loc-3>"]) != [words.locations + 3]  # typed by a user
-    assert t.decode([words.boxes, words.locations, words.boxes + 1]) == "<box_start> <loc-0> <box_end>"
 
 
 def test_prompts(seedx_tokenizer: MultimodalTokenizer) -> None:
@@ -130,13 +105,3 @@ def test_boxes_of_rectangles() -> None:
     assert Box.around((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
     assert Box.around((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
     assert Box(0, 223, 100, 100).corners((224, 224)) == (0, 173, 50, 224)  # cut off at the edges
-
-
-def test_answer_text(seedx_tokenizer: MultimodalTokenizer) -> None:
-    t = seedx_tokenizer
-    words = t.vocabulary
-    assert isinstance(words, SeedXVocabulary)
-    cat = t.encode("a cat")
-    assert answer_text([*cat, *words.run(), 2], t) == "a cat </img> </s>"
-    assert answer_text([*words.run()[1:], *words.run()[:3]], t) == "</img> <img_00000> <img_00001>"  # broke off
-    assert answer_text([*cat, words.eoi_id], t) == "a cat </img>"  # spontaneous

@@ -8,7 +8,7 @@ import pytest
 import tiny_seed_x
 import torch
 
-from seed_multimodal.cli import reload_qwen_vit
+from seed_multimodal.cli.tools import reload_script
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.weights import load_state_dict
 
@@ -21,7 +21,7 @@ def test_reload_both_formats_without_the_language_models_shard(
     encoder = tiny_seed_x.write_qwen_vl(tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files)
     shards = sorted((tmp_path / "pretrained" / "Qwen-VL-Chat").glob("*-of-*"))
     shards[0].unlink()
-    assert reload_qwen_vit.main([]) == 0
+    assert reload_script([]) == 0
     file = tmp_path / "pretrained" / "QwenViT" / "qwen_vit_G.pt"
     state = load_state_dict(file)
     assert state.keys() == encoder.state_dict().keys()
@@ -29,9 +29,9 @@ def test_reload_both_formats_without_the_language_models_shard(
     pixels = torch.randn(1, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
     again = QwenVit.from_pretrained(file, config=tiny_seed_x.TOWER)
     assert torch.equal(again(pixels), encoder.float().eval()(pixels))
-    assert reload_qwen_vit.main([]) == 2 and "exists already" in capsys.readouterr().err
+    assert reload_script([]) == 2 and "exists already" in capsys.readouterr().err
     shards[1].unlink()
-    assert reload_qwen_vit.main(["--force"]) == 2
+    assert reload_script(["--force"]) == 2
     assert f"{shards[1].name}: there is no such weights file" in capsys.readouterr().err
-    assert reload_qwen_vit.main(["--source", str(tmp_path / "nowhere"), "--force"]) == 2
+    assert reload_script(["--source", str(tmp_path / "nowhere"), "--force"]) == 2
     assert "download Qwen/Qwen-VL-Chat" in capsys.readouterr().err

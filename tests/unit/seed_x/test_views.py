@@ -10,7 +10,6 @@ from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.seed_x.views import (
     RELEASED_GRIDS,
     AnyResolution,
-    choose_grid,
     drawing_size,
     patch_positions,
     read_grids,
@@ -45,15 +44,10 @@ def test_views_of_extreme_shapes(size: tuple[int, int]) -> None:
     assert torch.equal(views, views[:1, :, :1, :1].expand_as(views))
 
 
-def test_choose_grid_takes_the_first_of_a_tie() -> None:
-    for grids in (["1x2", "2x1"], ["2x1", "1x2"]):
-        assert choose_grid((500, 500), read_grids(grids), 448) == read_grids(grids)[0]
-
-
-def test_any_resolution_of_wrong_grids_and_sizes() -> None:
+def test_wrong_grids_and_sizes() -> None:
     for grids in ((), ("2 x 1",), ("1x1", "0x2"), ("8x8",)):
         with pytest.raises(ConfigError, match="not grids of views"):
-            AnyResolution(grids=grids)
+            read_grids(grids)
     with pytest.raises(ImageError, match="40000x3"):
         AnyResolution().cut(Image.new("RGB", (40_000, 3)))
 

@@ -191,8 +191,8 @@ def test_messages_show_a_broken_image_in_its_place(page: ChatPage) -> None:
                                        "error_msg": ["An image has 2 codes instead of 32."]}])
     assert ended(page.answer, dialogue, **ASKED) == ""
     assert page.messages(dialogue)[1]["content"] == [
-        "Here", "(a picture that could not be drawn)", "done",
-        "Some pictures failed: An image has 2 codes instead of 32."]
+        "Here", "(an image that could not be drawn)", "done",
+        "Some images failed: An image has 2 codes instead of 32."]
 
 
 @pytest.mark.slow
@@ -205,6 +205,6 @@ def test_build_demo_opens_no_connection(name: str, page: ChatPage, monkeypatch) 
     page.kind = kind_of(name)
     demo = build_demo(page)
     labels = {block.label for block in demo.blocks.values() if getattr(block, "label", None)}
-    assert {"Picture", "Message", "Conversation", "Beams", "Top P", "Force a picture"} <= labels
+    assert {"Image", "Message", "Conversation", "Beams", "Top P", "Force an image"} <= labels
     rounds = [block.value for block in demo.blocks.values() if getattr(block, "label", "") == "Most rounds of history"]
     assert rounds == [5 if name == "nano" else 3]

@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from seed_multimodal.data.check.fields import PICTURES, as_tokenised, code_lists, has_pictures, is_raw
-from seed_multimodal.data.check.pictures import LLM, PAIRS, STAGES, PictureReader, guess_stage
+from seed_multimodal.data.check.pictures import LLM, STAGES, PictureReader, guess_stage
 from seed_multimodal.data.check.report import CheckReport, CheckSettings, Finding
 from seed_multimodal.data.decoders.base import TEXT, TEXTS, Decoder
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
@@ -116,7 +116,7 @@ class _Checker:
         stage = self.settings.stage
         if format == "tar" and stage != LLM:
             shard = TarFile(path, self._pictures.pair.columns)
-            if stage is not None or shard.has(*self._pictures.pair.image_keys).any():
+            if stage is not None or shard.has(self._pictures.pair.image_keys):
                 return shard
         return open_file(path, format, views.TAR_PARTS if self._opens else None, self.settings.format_options)
 
@@ -129,7 +129,7 @@ class _Checker:
         stage = self.settings.stage
         try:
             found = source.locate(index)
-            record = found.parsed(source.open_files, half_pairs=stage in PAIRS)
+            record = found.parsed(source.open_files)
             raw = stage if stage != LLM else None
             if stage is None and (found.members.keys() & {"image", "txt"}
                                   or (is_raw(record.fields) and not self.settings.decoder)):

@@ -15,11 +15,11 @@ The other fields stay as they are; a system message goes to `fields["system"]`. 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.formats.record import BadRecord, refuse_half_pairs, shorten
+from seed_multimodal.data.formats.record import BadRecord, parse_json, shorten
+from seed_multimodal.errors import counted
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -39,14 +39,17 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     for key in ("messages", "conversations", "data"):
         # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
         if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):
-            fields[key] = _parsed(fields[key], key, where)
-    if "messages" in fields:
-        turns = _turns(fields["messages"], ("role", "from"), ("content", "value"), "messages", where)
-    elif "conversations" in fields:
-        turns = _turns(fields["conversations"], ("from", "role"), ("value", "content"), "conversations", where)
+            fields[key] = parse_json(fields[key], f"{where}: {key!r}")
+    if "messages" in fields or "conversations" in fields:
+        key = "messages" if "messages" in fields else "conversations"
+        turns = _turns(fields[key], key, where)
     elif "data" in fields and "image_ids" not in fields and ("image" in fields or _pairs(fields["data"])):
-        turns = _alternating(fields["data"], where)  # without a picture, odd ones are left to the released decoder
-    elif {"source_image", "target_image"} <= fields.keys() and not _as_codes(fields):
+        if not _pairs(fields["data"]):  # without an image, odd ones are left to the original's decoder
+            raise BadRecord("wrong type", f"{where}: 'data' is {shorten(fields['data'])}; questions and answers "
+                            "come in pairs of texts.")
+        turns = [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(fields["data"])]
+    elif {"source_image", "target_image"} <= fields.keys() and all(  # tables have empty columns
+            fields.get(f"{key}_ids") is None for key in ("source_image", "target_image")):
         fields["messages"] = _edit(fields, where)
         return fields
     else:
@@ -56,7 +59,11 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     pictures = [] if placed and not _placeholders(turns) else _pictures(fields, turns, where)
     if pictures and "data" in fields and not _placeholders(turns):
         turns[0][1][:0] = [PLACEHOLDER] * len(pictures)
-    _put_in(turns, pictures, where)
+    count, left = _placeholders(turns), iter(pictures)
+    if count != len(pictures):
+        raise BadRecord("images and placeholders", f"{where}: {counted(count, f'{PLACEHOLDER} placeholder')} for "
+                        f"{counted(len(pictures), 'picture')}.")
+    turns = [(role, with_pictures(content, left)) for role, content in turns]
     if turns and turns[0][0] == "system":
         fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
     _check_order(turns, where)
@@ -64,25 +71,21 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     return fields
 
 
-def _turns(
-    value: Any, author: Sequence[str], said: Sequence[str], key: str, where: str
-) -> list[tuple[str, list[Part]]]:
-    if not isinstance(value, list) or not value:
+def _turns(value: Any, key: str, where: str) -> list[tuple[str, list[Part]]]:
+    if not isinstance(value, list) or not value or not all(isinstance(turn, Mapping) for turn in value):
         raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shorten(value)}.")
     turns = []
     for number, turn in enumerate(value, 1):
         name = f"{where}: turn {number} of {key!r}"
-        if not isinstance(turn, Mapping):
-            raise BadRecord("wrong type", f"{name}: is {shorten(turn)}, not an object.")
-        who = next((turn[k] for k in author if turn.get(k) is not None), None)
-        if who is None:
-            raise BadRecord("missing key", f"{name}: has no key {author[0]!r}.")
-        role = ROLES.get(str(who).lower())
+        author, said = (next((one for one in names if turn.get(one) is not None), "")
+                        for names in (("role", "from"), ("content", "value")))
+        if not author or not said:
+            raise BadRecord("missing key", f"{name}: has no {'role or from' if not author else 'content or value'}.")
+        role = ROLES.get(str(turn[author]).lower())
         if role is None:
-            raise BadRecord("wrong role", f"{name}: {author[0]!r} is {shorten(who)}, not one of {', '.join(ROLES)}.")
-        content = next((turn[k] for k in said if turn.get(k) is not None), None)
-        if content is None:
-            raise BadRecord("missing key", f"{name}: has no key {said[0]!r}.")
+            raise BadRecord("wrong role", f"{name}: {author!r} is {shorten(turn[author])}, not one of "
+                            f"{', '.join(ROLES)}.")
+        content = turn[said]
         turns.append((role, [_part(part, name) for part in ([content] if isinstance(content, str) else
                                                             _list(content, name))]))
     return turns
@@ -92,36 +95,22 @@ def _part(part: Any, name: str) -> Part:
     """A part of a turn in our form, from ours or from a chat API's (`{"type": "text", "text": …}`)."""
     if isinstance(part, str):
         return part
-    if not isinstance(part, Mapping):
-        raise BadRecord("wrong type", f"{name}: a part is {shorten(part)}, not a text or a picture.")
-    if part.get("codes") is not None:
-        return {"codes": _list(part["codes"], name)}
-    if part.get("text") is not None:
-        return str(part["text"])
-    image = part.get("image_url") if part.get("image") is None else part["image"]
-    image = image.get("url", image) if isinstance(image, Mapping) else image
-    if image not in NO_IMAGE:
-        return {"image": image}
-    if part.get("type") == "image":  # the picture stands in `images`
-        return PLACEHOLDER
-    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(dict(part))}.")
+    if isinstance(part, Mapping):
+        if part.get("codes") is not None:
+            return {"codes": _list(part["codes"], name)}
+        if part.get("text") is not None:
+            return str(part["text"])
+        image = part.get("image_url") if part.get("image") is None else part["image"]
+        image = image.get("url", image) if isinstance(image, Mapping) else image
+        if image not in NO_IMAGE:
+            return {"image": image}
+        if part.get("type") == "image":  # the image stands in `images`
+            return PLACEHOLDER
+    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(part)}.")
 
 
 def _pairs(data: Any) -> bool:
     return isinstance(data, list) and bool(data) and not len(data) % 2 and all(isinstance(text, str) for text in data)
-
-
-def _alternating(data: Any, where: str) -> list[tuple[str, list[Part]]]:
-    if not isinstance(data, list) or not all(isinstance(text, str) for text in data):
-        raise BadRecord("wrong type", f"{where}: 'data' must be a list of texts, not {shorten(data)}.")
-    if not data or len(data) % 2:
-        raise BadRecord("wrong role", f"{where}: 'data' holds {len(data)} texts; questions and answers come in pairs.")
-    return [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(data)]
-
-
-def _as_codes(fields: Mapping[str, Any]) -> bool:
-    """Whether a picture of an edit is given as codes; tables have an empty column of pictures beside them."""
-    return any(fields.get(f"{key}_ids") is not None for key in ("source_image", "target_image"))
 
 
 def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -156,17 +145,6 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
     return sum(part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str))
 
 
-def _put_in(turns: list[tuple[str, list[Part]]], pictures: list[Part], where: str) -> None:
-    """Replace each placeholder by its picture; empty parts are dropped."""
-    count = _placeholders(turns)
-    if count != len(pictures):
-        raise BadRecord("images and placeholders", f"{where}: {count} {PLACEHOLDER} placeholder{'s' * (count != 1)} "
-                        f"for {len(pictures)} picture{'s' * (len(pictures) != 1)}.")
-    left = iter(pictures)
-    for _, content in turns:
-        content[:] = with_pictures(content, left)
-
-
 def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
     """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts are dropped."""
     parts: list[Part] = []
@@ -183,9 +161,8 @@ def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Par
 
 def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
     for number, (role, content) in enumerate(turns):
-        expected = "assistant" if number % 2 else "user"
-        if role != expected:
-            raise BadRecord("wrong role", f"{where}: turn {number + 1} is the {role}'s, but the {expected}'s was due.")
+        if role != ("assistant" if number % 2 else "user"):
+            raise BadRecord("wrong role", f"{where}: turn {number + 1} is the {role}'s; user and assistant alternate.")
         if all(isinstance(part, str) and not part.strip() for part in content):
             raise BadRecord("empty text", f"{where}: turn {number + 1} (the {role}'s) is empty.")
     if len(turns) % 2 or not turns:
@@ -196,12 +173,3 @@ def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
         raise BadRecord("wrong type", f"{name}: {shorten(value)} is no list.")
     return list(value)
-
-
-def _parsed(text: str, key: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("malformed json", f"{where}: {key!r} is a text that is not json ({error}).") from None
-    refuse_half_pairs(value, text, where)
-    return value

@@ -30,7 +30,7 @@ def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
 
 
 def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
-    """The error of a record without a picture where one is looked for."""
+    """The error of a record without an image where one is looked for."""
     key = key or IMAGE_FIELDS[0]
     where = f"no .{', .'.join(extensions)} member" if in_tar(record) else f"nothing under key {key!r}" \
         + other_keys(key, record.fields)
@@ -43,7 +43,7 @@ def in_tar(record: Record) -> bool:
 
 
 def other_keys(key: str, item: Mapping[str, Any]) -> str:
-    """What stands where `key` was looked for, or the nearest key, for a sentence."""
+    """What stands under the key, the nearest key, or the keys that there are, for a sentence."""
     if key in item:
         return f" (it is {str(item[key])[:60]!r})"
     return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
@@ -96,23 +96,21 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     Raises:
         BadRecord: there is none, one is blank, or it is something else.
     """
-    if not key:
-        there = [one for one in CAPTION_FIELDS if one in fields] or CAPTION_FIELDS[:1]
-        key = next((one for one in there if fields.get(one) is not None), there[0])
     if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
         raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
-    if key not in fields:
-        null = " or null there" if ": row " in where else ""  # tables do not tell the two apart
-        raise BadRecord("missing key", f"{where}: has no caption key {key!r}{null}{other_keys(key, fields)}.")
+    names = (key,) if key else CAPTION_FIELDS
+    key = next((one for one in names if fields.get(one) is not None), next((one for one in names if one in fields), ""))
+    if not key:
+        raise BadRecord("missing key", f"{where}: has no caption key {names[0]!r}{other_keys(names[0], fields)}.")
     value = fields[key]
-    found = [value] if isinstance(value, str) else value
-    if value is None or found == []:
+    found = value if isinstance(value, list) else [value]
+    if value is None or not found:
         raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
-    if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+    if not all(isinstance(text, str) for text in found):
         raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
     if not all(text.strip() for text in found):
         raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
-    return [_whole_letters(text) for text in found]
+    return found
 
 
 def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
@@ -133,32 +131,26 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
     return text if whole else text.strip()
 
 
-def _whole_letters(text: str) -> str:
-    """The text with `?` for half a surrogate pair: captions cut inside an emoji end in one, and no tokenizer accepts
-    it."""
-    return text.encode("utf-8", "replace").decode("utf-8")
-
-
 class PictureFolder:
-    """The pictures of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
+    """The images of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
 
-    def __init__(self, path: Path, recursive: bool = True) -> None:
-        self.path, self.recursive = path, recursive
+    def __init__(self, path: str | Path, recursive: bool = True) -> None:
+        self.path, self.recursive = Path(path), recursive
 
     @cached_property
-    def pictures(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """In the order of their names."""
-        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if is_picture(path))
+        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if
+                      path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file())
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All pictures are one piece."""
-        return [len(self.pictures)]
+        """All images are one piece."""
+        return [len(self.images)]
 
     def locate(self, row: int) -> Record:
-        """A record with the path of its picture under `image`, and the members `txt` and `json` if those files are
-        there."""
-        path = self.pictures[row]
+        """A record with the path of the image under `image`, and members `txt` and `json` if there are such files."""
+        path = self.images[row]
         record = Record(path.relative_to(self.path).as_posix(), str(path), {"image": str(path.resolve())},
                         file=str(path))
         for extension in ("txt", "json"):
@@ -166,8 +158,3 @@ class PictureFolder:
             if beside.is_file():
                 record.members[extension] = Place(str(beside), 0, beside.stat().st_size)
         return record
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file has a picture's suffix and is not hidden."""
-    return path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file()

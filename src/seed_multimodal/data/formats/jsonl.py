@@ -8,13 +8,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.data.formats.storage import open_binary, read_all, remote_errors
+from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
 from seed_multimodal.errors import first_line
 
 LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
@@ -30,7 +29,7 @@ class JsonLines(IndexedFile):
         """First byte and length of each record and the number of its line from 1, int64 [N]."""
         start, length, line = array("q"), array("q"), array("q")
         position = 0
-        with remote_errors(self.path), open_binary(self.path) as file:
+        with read_errors(self.path), open_binary(self.path) as file:
             for number, content in enumerate(file, 1):
                 if number == 1:
                     _refuse_compressed(self.path, content)
@@ -40,8 +39,7 @@ class JsonLines(IndexedFile):
                     length.append(len(content))
                     line.append(number)
                 position += len(content)
-        return {name: np.array(values, np.int64) for name, values in
-                (("start", start), ("length", length), ("line", line))}
+        return {"start": np.array(start), "length": np.array(length), "line": np.array(line)}
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -50,67 +48,52 @@ class JsonLines(IndexedFile):
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is the line."""
-        line, place = self.arrays["line"][row], Place(self.path, *(int(self.arrays[name][row]) for name in
-                                                                   ("start", "length")))
+        arrays = self.arrays
+        line, place = arrays["line"][row], Place(self.path, int(arrays["start"][row]), int(arrays["length"][row]))
         return Record(f"line{line}", f"{self.path}: line {line}", {}, {"json": place}, self.path)
 
 
 class JsonList:
-    """The items of a .json list by number; the list may stand under one of `LISTS`.
+    """The items of a .json list by number, which may stand under one of `LISTS`, or an object per line.
 
     Items are kept as json in one piece of memory, which forked workers share.
     """
-
-    def __init__(self, path: str | Path, items: Sequence[Any]) -> None:
-        self.path = str(path)
-        written = [json.dumps(item).encode() for item in items]
-        self._data, self._ends = b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """All records are one piece."""
-        return [len(self._ends) - 1]
-
-    def locate(self, row: int) -> Record:
-        """A record; its key is the item."""
-        data = self._data[self._ends[row]:self._ends[row + 1]]
-        return Record(f"item{row}", f"{self.path}: item {row}", {}, {"json": data}, self.path)
-
-
-class JsonFile:
-    """The records of a .json file, which holds a list or an object per line."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @cached_property
-    def _records(self) -> JsonList | JsonLines:
+    def _items(self) -> tuple[bytes, np.ndarray] | JsonLines:
+        """The items, and where each begins and the last ends."""
         content = read_all(self.path).removeprefix(BOM)
         _refuse_compressed(self.path, content)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
-            first = content.lstrip().partition(b"\n")[0]
-            if getattr(error, "msg", "") == "Extra data" and first.startswith(b"{"):
+            if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
                 return JsonLines(self.path)
-            reason = getattr(error, "msg", first_line(error))
             line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-            raise BadRecord("malformed json", f"{self.path}: {line}is not json ({reason}).") from None
+            raise BadRecord("malformed json", f"{self.path}: {line}is not json ({first_line(error)}).") from None
         if isinstance(value, dict):
             found = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
             value = [value] if found is None and b"\n" not in content.strip() else found
         if not isinstance(value, list):
             raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
-        return JsonList(self.path, value)
+        written = [json.dumps(item).encode() for item in value]
+        return b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
 
     @property
     def sizes(self) -> Sequence[int]:
         """All records are one piece. Raises BadRecord: the file is no json list."""
-        return self._records.sizes
+        return self._items.sizes if isinstance(self._items, JsonLines) else [len(self._items[1]) - 1]
 
     def locate(self, row: int) -> Record:
         """A record; its key is the line or item."""
-        return self._records.locate(row)
+        if isinstance(self._items, JsonLines):
+            return self._items.locate(row)
+        data, ends = self._items
+        members: dict[str, bytes | Place] = {"json": data[ends[row]:ends[row + 1]]}
+        return Record(f"item{row}", f"{self.path}: item {row}", {}, members, self.path)
 
 
 def _refuse_compressed(path: str, start: bytes) -> None:

@@ -10,9 +10,8 @@ Nothing is decoded here. A sample without image or caption, or whose members can
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +28,6 @@ from seed_multimodal.data.formats.images import (
     stored_picture,
     text_member,
 )
-from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
 from seed_multimodal.data.formats.sources import FileRecords, find_files, open_file, open_registered, registered
@@ -38,6 +36,7 @@ from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.settings import check_keys, nearest
 
 SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
+FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset")
 PROBED = 20  # samples that are looked at before a source is refused
 
 
@@ -69,10 +68,21 @@ class PairSource(Protocol):
 
 
 class PairReader:
-    """What makes a pair of a record; the arguments are those of `Pairs`."""
+    """What makes a pair of a record.
+
+    Args:
+        image_root: folder of the images that lists name; None: paths count from their list's folder, else from the
+            current one.
+        image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
+            of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
+        image_keys: extensions of a tar's images, the preferred first.
+        caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
+        captioned: False: images are enough, and captions are not read.
+        condition_key: key of the image that each image is an edit of (`source_image`); None: there is none.
+    """
 
     def __init__(self, image_root: str | Path | None = None, image_key: str | None = None,
-                 image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
+                 image_keys: str | Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
                  caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None) -> None:
         if caption_file not in (None, "json", "txt"):
             raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
@@ -89,7 +99,7 @@ class PairReader:
         Raises:
             BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
         """
-        read = record.parsed(files, half_pairs=True)  # captions cut inside an emoji are mended
+        read = record.parsed(files)
         captions = self._captions(read, files) if self.captioned else []
         image: StoredPicture | None = read.member("image", files=files)
         if image is None:
@@ -118,7 +128,7 @@ class PairReader:
 
 
 class Pairs:
-    """Pairs of files of any kind: shards, lists, tables, folders of images.
+    """Pairs of files of any kind: shards, lists, tables, folders of images, registered formats.
 
     | format | a sample |
     | --- | --- |
@@ -126,51 +136,30 @@ class Pairs:
     | json, jsonl, parquet | an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
     | folder | images with KEY.txt or KEY.json beside them |
 
-    Args:
-        files: a path, folder, URL or pattern, or a list of them.
-        format: one of these; auto goes by the suffixes and by what a folder holds.
-        image_root: folder of the images that lists name; None: paths count from their list's folder, else from the
-            current one.
-        image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
-            of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
-        image_keys: extensions of a tar's images, the preferred first.
-        caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
-        captioned: False: images are enough, and captions are not read.
-        condition_key: key of the image that each image is an edit of (`source_image`); None: there is none.
-        cache: folder into which remote files are copied; None: they are read by ranges.
+    `files`, `format` and `cache` as of `sources.open_records`; `reading`: arguments of `PairReader`.
 
-    Attributes:
-        shard_sizes: samples of each shard or row group, which lets the training order keep reads near each other; None:
-            there are only lists and folders, for which any order is good.
-        shuffle_block: so many rows of the tables fit into the memory for row groups; None: no table.
+    `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
+    keep reads near each other; `shuffle_block`: so many rows of tables fit into the memory for them (None: no table).
 
     Raises:
         DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *,
-                 image_root: str | Path | None = None, image_key: str | None = None,
-                 image_keys: Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
-                 caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None,
-                 cache: str | None = None) -> None:
-        self._reader = PairReader(image_root, image_key, image_keys, caption_key, caption_file, captioned,
-                                  condition_key)
+    def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *, cache: str | None = None,
+                 **reading: Any) -> None:
+        self._reader = PairReader(**reading)
         given = [files] if isinstance(files, str | Path) else list(files)
         parts = [TarFile(path, self._reader.columns) if kind == "tar" else open_file(path, kind)
                  for path, kind in find_files(given, format, pictures=True)]
         self._records = FileRecords(parts, ", ".join(map(str, given)), cache)
-        self._length = len(self._records)
-        if shards := [part for part in parts if isinstance(part, TarFile)]:
-            self._refuse_without(shards, self._reader.image_keys)
-            if captioned:
-                self._refuse_without(shards, self._reader.caption_files)
         tables = [part for part in parts if isinstance(part, ParquetFile)]
-        self.shard_sizes = self._records.shard_sizes if shards or tables else None
+        near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
+        self.shard_sizes = self._records.shard_sizes if near else None
         self.shuffle_block = KEPT // 3 // max(1, *(table.bytes_of_row for table in tables)) if tables else None
-        self._probe()
+        self._refuse_unusable()
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._records)
 
     def key(self, index: int) -> str:
         """The sample's place in its file: key, item, line or row."""
@@ -180,54 +169,34 @@ class Pairs:
         """One sample. Raises as `PairReader`."""
         return self._reader(self._records.locate(index), self._records.open_files)
 
-    def _refuse_without(self, shards: Sequence[TarFile], extensions: Sequence[str]) -> None:
-        """Refuse shards of which none has a member with one of these: they are another data set's."""
-        if not any(shard.has(*extensions).any() for shard in shards):
-            raise DataError(f"{shards[0].path}: neither this nor any other shard of {self._records.name} has a member "
-                            f"with extension {' or '.join(extensions)}.")
-
-    def _probe(self) -> None:
-        """Refuse a wrong key, say, before a training loads its model."""
-        first: DataError | None = None
-        for index in range(min(PROBED, self._length)):
+    def _refuse_unusable(self) -> None:
+        """Raise the first sample's error if none of `PROBED` can be used, before a training loads its model."""
+        errors = []
+        for index in range(min(PROBED, len(self))):
             try:
                 self.read(index)
                 return
             except ImageError:
                 return  # files may be gone; what was read has a caption
             except DataError as error:
-                first = first or error
-        assert first is not None
-        raise first
+                errors.append(error)
+        raise errors[0]
 
 
-class RegisteredPairs:
-    """Pairs of a registered format (`registry`); `options` go to its opener."""
+class RegisteredPairs(Pairs):
+    """Pairs of a registered format (`sources.registered`); `options` go to its opener."""
+
+    shard_sizes = shuffle_block = None
 
     def __init__(self, format: str, files: str | Path | None = None, **options: Any) -> None:
-        self._file = open_registered(format, files, options)
-        self._reader = PairReader(**getattr(self._file, "pair_keys", {}))
-
-    def __len__(self) -> int:
-        return sum(map(int, self._file.sizes))
-
-    def key(self, index: int) -> str:
-        """Name of the record."""
-        return _key(self._file.locate(index))
-
-    def read(self, index: int) -> Pair:
-        """One pair, its image not opened."""
-        return self._reader(self._file.locate(index), OpenFiles(limit=1))
-
-
-FORMATS: dict[str, Callable[..., PairSource]] = {
-    "auto": Pairs, **{name: partial(Pairs, format=name) for name in ("json", "jsonl", "parquet", "folder")},
-    "webdataset": partial(Pairs, format="tar")}
+        file = open_registered(format, files, options)
+        self._reader = PairReader(**getattr(file, "pair_keys", {}))
+        self._records = FileRecords([file], format)
 
 
 def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
-    of `Pairs`; of a registered format, `files` and its options.
+    of `Pairs` and `PairReader`; of a registered format, `files` and its options.
 
     Raises:
         ConfigError: an unknown format, an unknown key (the nearest is named), or a missing one.
@@ -243,16 +212,14 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
         known = (*FORMATS, *registered())
         raise ConfigError(f"data: format must be {', '.join(known)}, not {kind!r}{nearest(str(kind), known)}.")
     named = "pattern" if kind == "webdataset" and "files" not in options else "files"
-    keys = [named if one == "files" else one for one in inspect.signature(FORMATS[kind]).parameters if one != "format"]
-    check_keys(options, keys, f"data of format {kind}")
+    check_keys(options, [named, "cache", *inspect.signature(PairReader).parameters], f"data of format {kind}")
     files = options.pop(named, None)
     if not files:
         raise ConfigError(f"data of format {kind}: {named} is not given.")
-    options["files"] = files
-    return FORMATS[kind](**options)
+    return Pairs(files, "tar" if kind == "webdataset" else kind, **options)
 
 
 def _key(record: Record) -> str:
-    """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's picture."""
+    """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's image."""
     place = record.where.removeprefix(f"{record.file}: ")
     return record.key if place == record.where or in_tar(record) else place

@@ -20,27 +20,29 @@ FOOTERS = 64  # files whose footers are kept
 
 
 class ParquetFile:
-    """The rows of a parquet file by number, unread."""
+    """The rows of a parquet file by number, unread; `sizes`: rows of each row group.
+
+    Raises BadRecord when `sizes` or `bytes_of_row` are asked for: it cannot be read as parquet.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Rows of each row group. Raises BadRecord: it cannot be read as parquet."""
+        """Rows of each row group."""
         return self._about[0]
 
     @property
     def bytes_of_row(self) -> int:
         """Bytes of a row, on average."""
-        return self._about[1]
+        return self._about[1] // max(1, sum(self._about[0]))
 
     @cached_property
     def _about(self) -> tuple[list[int], int]:
         with opened(self.path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
-            return ([group.num_rows for group in groups],
-                    sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows))
+            return [group.num_rows for group in groups], sum(group.total_byte_size for group in groups)
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is `rowN`."""
@@ -65,21 +67,26 @@ class RowGroups:
         Raises:
             BadRecord: its row group cannot be read or is no longer there, or Python has no such value.
         """
-        _, ends = self._footer(path)
+        if path not in self._footers:
+            with opened(path) as file:
+                footer = file.metadata
+            sizes = (footer.row_group(group).num_rows for group in range(footer.num_row_groups))
+            self._footers[path] = footer, list(accumulate(sizes))
+            if len(self._footers) > FOOTERS:
+                self._footers.popitem(last=False)
+        footer, ends = self._footers[path]
         group = bisect_right(ends, number)
+        if group == len(ends):
+            raise BadRecord("damaged file", f"{path}: has fewer rows than when it was indexed; do not change files in "
+                            "use.")
         try:
-            start = ends[group - 1] if group else 0
-            found: list[dict[str, Any]] = [] if group == len(ends) else \
-                self._group(path, group).slice(number - start, 1).to_pylist()
+            rows = self._group(path, group, footer).slice(number - (ends[group - 1] if group else 0), 1).to_pylist()
         except UnicodeDecodeError as error:
             raise BadRecord("malformed text", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
         except (ValueError, OverflowError, LookupError) as error:  # a date after 9999, an unknown time zone
             raise BadRecord("wrong type", f"{path}: row {number}: a value cannot be read ({first_line(error)})."
                             ) from None
-        if not found:
-            raise BadRecord("damaged file", f"{path}: has fewer rows than when it was indexed; do not change files in "
-                            "use.")
-        return {key: value for key, value in found[0].items() if value is not None}
+        return {key: value for key, value in rows[0].items() if value is not None}
 
     def clear(self) -> None:
         """Drop what is kept."""
@@ -87,29 +94,17 @@ class RowGroups:
         self._footers.clear()
         self.held = 0
 
-    def _group(self, path: str, group: int) -> Any:
+    def _group(self, path: str, group: int, footer: Any) -> Any:
         """A row group as arrow's table."""
-        key = path, group
-        if key not in self._groups:
-            with opened(path, metadata=self._footer(path)[0]) as file:
+        if (path, group) not in self._groups:
+            with opened(path, metadata=footer) as file:
                 table = file.read_row_group(group, use_threads=False)  # arrow's thread pool does not survive a fork
             self.held += table.nbytes
             while self._groups and self.held > self.kept:
                 self.held -= self._groups.popitem(last=False)[1].nbytes
-            self._groups[key] = table
-        self._groups.move_to_end(key)
-        return self._groups[key]
-
-    def _footer(self, path: str) -> tuple[Any, list[int]]:
-        if path not in self._footers:
-            with opened(path) as file:
-                footer = file.metadata
-            rows = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
-            self._footers[path] = footer, list(accumulate(rows))
-            while len(self._footers) > FOOTERS:
-                self._footers.popitem(last=False)
-        self._footers.move_to_end(path)
-        return self._footers[path]
+            self._groups[path, group] = table
+        self._groups.move_to_end((path, group))
+        return self._groups[path, group]
 
 
 @contextmanager

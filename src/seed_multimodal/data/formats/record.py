@@ -6,6 +6,7 @@ A record that is not read yet holds only the positions of its parts, so that it 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,8 @@ class Record:
                 return files.read(*found) if isinstance(found, Place) else found
         return None
 
-    def parsed(self, files: FileReader, *, half_pairs: bool = False) -> Record:
-        """The record with its json member, or its table row, among `fields`; `half_pairs`: see `parse_object`.
+    def parsed(self, files: FileReader) -> Record:
+        """The record with its json member, or its table row, among `fields`.
 
         Raises:
             BadRecord: its `problem`, a json member that holds no object, a row that cannot be read.
@@ -83,7 +84,7 @@ class Record:
         if data is None:
             return self
         others = {extension: part for extension, part in self.members.items() if extension != "json"}
-        return Record(self.key, self.where, parse_object(data, self.where, half_pairs) | self.fields, others, self.file)
+        return Record(self.key, self.where, parse_object(data, self.where) | self.fields, others, self.file)
 
 
 class BadRecord(DataError):
@@ -97,40 +98,26 @@ class BadRecord(DataError):
         return BadRecord, (self.kind, str(self))
 
 
-def parse_object(data: bytes | str, where: str, half_pairs: bool = False) -> dict[str, Any]:
-    """A json object from its bytes.
-
-    Raises:
-        BadRecord: no json, no object, or (unless `half_pairs`) a text with half of a surrogate pair, which no tokenizer
-            can encode.
-    """
+def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
+    """A json object from its bytes. Raises BadRecord: no json, or no object."""
     value = parse_json(data, where)
     if not isinstance(value, dict):
         raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
-    if not half_pairs:
-        refuse_half_pairs(value, data, where)
     return value
 
 
 def parse_json(data: bytes | str, where: str) -> Any:
-    """Any json value from its bytes. Raises BadRecord for what is not json."""
+    """Any json value; half a surrogate pair, in which texts cut inside an emoji end, becomes `?`. Raises BadRecord."""
     try:
-        return json.loads(data)
+        value = json.loads(data)
+        small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
+        if b"\\ud" in small or b"\xed" in small:  # escaped, or as bytes of their own
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
     except UnicodeDecodeError as error:
         raise BadRecord("malformed text", f"{where}: is not UTF-8 ({error.reason}).") from None
     except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, at character {error.pos}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise BadRecord("malformed json", f"{where}: is not json ({reason}).") from None
-
-
-def refuse_half_pairs(value: Any, data: bytes | str, where: str) -> None:
-    """Raises BadRecord if a text of `value` (parsed from `data`) holds half of a surrogate pair."""
-    small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
-    if b"\\ud" in small or b"\xed" in small:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise BadRecord("malformed json", f"{where}: a text holds half of a surrogate pair.") from None
+        raise BadRecord("malformed json", f"{where}: is not json ({error}).") from None
 
 
 def shorten(value: Any) -> str:
@@ -149,14 +136,7 @@ def find_image(path: str, root: str | Path | None = None, beside: str | Path | N
     folders = [Path(root)] if root is not None else [Path(beside).parent if beside else Path(), Path()]
     places = [Path(path)] if Path(path).is_absolute() else []
     places += [folder / path.lstrip("/") for folder in folders]
-    return next((place for place in places if _is_file(place)), None)
-
-
-def _is_file(place: Path) -> bool:
-    try:
-        return place.is_file()
-    except (OSError, ValueError):  # a name too long, such as a picture as base64; a closed folder; a null byte
-        return False
+    return next((place for place in places if os.path.isfile(place)), None)
 
 
 class RecordFile(Protocol):

@@ -1,9 +1,8 @@
 """The original's pickled shards: read as data, converted once by `seed data convert OLD... --out DIR`.
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
-stand-ins that only collect numbers, every other name is refused before it is looked up, and the sizes that a pickle
-claims are checked before it is read. What comes out is plain: dict, list, str, int, float, bool, None. Tuples and
-integer arrays become lists, UTF-8 bytes become texts, as json writes them.
+stand-ins that only collect numbers, and every other name is refused before it is looked up. What comes out is plain:
+dict, list, str, int, float, bool, None. Tuples and integer arrays become lists, UTF-8 bytes become texts.
 
 Each shard is converted by itself, written whole or not at all; shards that are there are skipped, so that the same
 command resumes. This is the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
@@ -19,7 +18,7 @@ import multiprocessing
 import os
 import pickletools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from seed_multimodal.data.formats.sources import find_files
 from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.entry import end_with_parent, log_line
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.errors import DataError, SeedError, first_line
 from seed_multimodal.progress import Progress
 
 MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
@@ -44,42 +43,31 @@ _BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, Type
            MemoryError, RecursionError)
 
 
-class _Refused(Exception):
-    """Something a pickle requests that is not allowed."""
-
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.kind = kind
-
-
 def read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """The dict in a released sample's .pkl member, in json's types.
+    """The dict in a sample's .pkl member, in json's types.
 
     Raises:
         BadRecord: naming `where` and what is refused: a global (a function or class by name), a type, or a pickle that
             is broken or claims more than it holds.
     """
     try:
-        _check_sizes(data)
-        value = _Plain(io.BytesIO(data)).load()
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if "PUT" in opcode.name and int(argument or 0) > count + 256:  # it would allocate a huge list at once
+                raise ValueError(f"it numbers an object {argument}")
+        return _plain_dict(_Plain(io.BytesIO(data)).load())
     except _Refused as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
     except _BROKEN as error:
-        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({error or type(error).__name__}).") \
-            from None
-    if not isinstance(value, dict):
-        raise BadRecord("wrong type", f"{where}: holds a {_named(value)}, not a dict.")
-    return _Json(where).convert(value, "", 0)
+        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
+                        ) from None
 
 
-def _check_sizes(data: bytes) -> None:
-    """Walk the opcodes without running them; a memo index far beyond their number would allocate a huge list at
-    once."""
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-        if "PUT" in opcode.name and int(argument or 0) > count + 256:
-            raise ValueError(f"it numbers an object {argument}")
-        if opcode.name in ("PERSID", "BINPERSID", "EXT1", "EXT2", "EXT4"):
-            raise ValueError(f"it uses {opcode.name}, which refers to something outside it")
+class _Refused(Exception):
+    """What a pickle requests or holds that is not allowed."""
+
+    def __init__(self, kind: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.kind = kind
 
 
 class _Plain(Unpickler):
@@ -94,17 +82,15 @@ class _Plain(Unpickler):
         return known
 
 
-class _Inert:
-    """Base of the stand-ins: at most callable, and immutable for the pickle."""
+class _StandIn:
+    """A function for pickles, which they cannot change."""
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Callable[..., Any] | None = None) -> None:
+    def __init__(self, call: Callable[..., Any]) -> None:
         self._call = call
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._call is None:
-            raise UnpicklingError("it calls a type")
         return self._call(*arguments)
 
     def __setstate__(self, state: Any) -> None:
@@ -112,58 +98,41 @@ class _Inert:
 
 
 class _Dtype:
-    """A data type by its code ("i8") and byte order."""
+    """An integer type by its code ("i8") and byte order."""
 
     __slots__ = ("code", "order")
 
-    def __init__(self, code: Any) -> None:
+    def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
             raise _Refused("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) < 2 or state[1] not in ("<", ">", "|", "="):
+        if state[1] not in ("<", ">", "|", "="):
             raise UnpicklingError("a numpy type has another state")
-        self.order = state[1]
-
-    def numbers(self, data: Any, shape: Any, fortran: Any = False) -> Any:
-        """Raw bytes as nested lists of ints (a bare int for shape ())."""
-        if isinstance(data, str):  # pickled by python 2
-            data = data.encode("latin-1")
-        if not isinstance(data, bytes | bytearray):
-            raise UnpicklingError("an array's numbers are no bytes")
-        kind = np.dtype(self.order.replace("|", "=") + self.code)
-        flat = np.frombuffer(bytes(data), kind)
-        if not isinstance(shape, tuple) or len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
-            raise UnpicklingError("an array's shape does not fit its numbers")
-        return flat.reshape(shape, order="F" if fortran else "C").tolist()
+        self.order = state[1].replace("|", "=")
 
 
 class _Array:
-    """An integer array while its parts arrive."""
+    """An integer array while its parts arrive: nested lists of ints (a bare int for shape ())."""
 
     __slots__ = ("value", "size")
 
-    def __init__(self) -> None:
-        self.value: Any = None
-        self.size = 0
-
-    def fill(self, dtype: Any, data: Any, shape: Any, fortran: bool) -> None:
-        """Set the numbers from a pickle's state."""
-        if not isinstance(dtype, _Dtype):
-            raise UnpicklingError("an array has no numpy type")
-        self.value, self.size = dtype.numbers(data, shape, fortran), len(data)
-
     def __setstate__(self, state: Any) -> None:
-        if not isinstance(state, tuple) or len(state) != 5:
-            raise UnpicklingError("a numpy array has another state")
         _, shape, dtype, fortran, data = state
-        self.fill(dtype, data, shape, bool(fortran))
+        if isinstance(data, str):  # pickled by python 2
+            data = data.encode("latin-1")
+        if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray) or not isinstance(shape, tuple):
+            raise UnpicklingError("a numpy array has another state")
+        flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
+        if len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
+            raise UnpicklingError("an array's shape does not fit its numbers")
+        self.value, self.size = flat.reshape(shape, order="F" if fortran else "C").tolist(), len(data)
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -> _Array:
     array = _Array()
-    array.fill(dtype, data, shape, order == "F")
+    array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
@@ -174,54 +143,49 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return text.encode("latin-1")
 
 
-STAND_INS: dict[tuple[str, str], _Inert] = {
-    ("numpy", "ndarray"): _Inert(),
-    ("numpy", "dtype"): _Inert(lambda code, *_: _Dtype(code)),
-    ("numpy.core.multiarray", "_reconstruct"): _Inert(lambda *_: _Array()),
-    ("numpy.core.multiarray", "scalar"): _Inert(lambda dtype, data: _from_buffer(data, dtype, ()).value),
-    ("numpy.core.numeric", "_frombuffer"): _Inert(_from_buffer),
-    ("_codecs", "encode"): _Inert(_encode),
-    ("__builtin__", "bytes"): _Inert(lambda: b"")}  # how protocol 2 writes no bytes at all
+def _call_type(*_: Any) -> None:
+    raise UnpicklingError("it calls a type")
 
 
-class _Json:
-    """Converts the result to json's types and counts the items."""
+STAND_INS: dict[tuple[str, str], _StandIn] = {
+    ("numpy", "ndarray"): _StandIn(_call_type),
+    ("numpy", "dtype"): _StandIn(_Dtype),
+    ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
+    ("numpy.core.multiarray", "scalar"): _StandIn(lambda dtype, data: _from_buffer(data, dtype, ()).value),
+    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
+    ("_codecs", "encode"): _StandIn(_encode),
+    ("__builtin__", "bytes"): _StandIn(lambda: b"")}  # how protocol 2 writes no bytes at all
 
-    def __init__(self, where: str) -> None:
-        self.where, self.nodes = where, 0
 
-    def convert(self, value: Any, path: str, depth: int) -> Any:
-        """`value` in json's types; `path` names it in a refusal."""
-        self.nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
-                           value.size if isinstance(value, _Array) else 0)
-        if self.nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise BadRecord("wrong type", f"{self.where}: is larger than {MAX_NODES:,} values or nested deeper than "
-                            f"{MAX_DEPTH}.")
+def _plain_dict(value: Any) -> dict[str, Any]:
+    """The value in json's types, with a count of what it holds."""
+    nodes = 0
+
+    def convert(value: Any, path: str, depth: int) -> Any:
+        nonlocal nodes
+        nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
+                      value.size if isinstance(value, _Array) else 0)
+        if nodes > MAX_NODES or depth > MAX_DEPTH:
+            raise _Refused("wrong type", f"is larger than {MAX_NODES:,} values or nested deeper than {MAX_DEPTH}.")
         kind = type(value)
         if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
             return value
         if kind is float:
             return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
         if kind is list or kind is tuple:
-            return [self.convert(one, f"{path}[{place}]", depth + 1) for place, one in enumerate(value)]
-        if kind is dict:
-            for key in value:
-                if type(key) is not str:
-                    raise BadRecord("wrong type", f"{self.where}: a key{' of ' + path if path else ''} is the "
-                                    f"{_named(key)} {str(key)[:40]!r}, not a text.")
-            return {key: self.convert(one, f"{path}.{key}" if path else key, depth + 1) for key, one in value.items()}
-        if kind is _Array and value.value is not None:
+            return [convert(one, f"{path}[{place}]", depth + 1) for place, one in enumerate(value)]
+        if kind is dict and all(type(key) is str for key in value):
+            return {key: convert(one, f"{path}.{key}" if path else key, depth + 1) for key, one in value.items()}
+        if kind is _Array:
             return value.value
         if kind is bytes:
-            try:
-                return value.decode("utf-8")
-            except UnicodeDecodeError:
-                raise BadRecord("wrong type", f"{self.where}: {path} holds bytes that are no text.") from None
-        raise BadRecord("wrong type", f"{self.where}: {path or 'it'} holds a {_named(value)}, which is no plain value.")
+            return value.decode("utf-8")
+        raise _Refused("wrong type", f"{path or 'it'} holds a {kind.__name__}, which is no plain value.")
 
-
-def _named(value: Any) -> str:
-    return {_Array: "numpy array", _Dtype: "numpy type"}.get(type(value), type(value).__name__)
+    if type(value) is not dict:
+        raise _Refused("wrong type", f"holds a {type(value).__name__}, not a dict.")
+    plain: dict[str, Any] = convert(value, "", 0)
+    return plain
 
 
 @dataclass
@@ -249,64 +213,48 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, *, skip_bad: boo
         DataError: no such tars, or a process was killed.
     """
     out = writable_folder(Path(out).absolute(), DataError)
-    paths = [Path(path).absolute() for path, _ in find_files(tars, "tar")]
-    paths = [path for path in paths if not path.is_relative_to(out)]
+    paths = [path for name, _ in find_files(tars, "tar") if not (path := Path(name).absolute()).is_relative_to(out)]
     if not paths:
         raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
     folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
     base = os.path.commonpath([*folders, *(path.parent for path in paths
                                            if not any(map(path.is_relative_to, folders)))])
-    jobs = {path: out / path.relative_to(base) for path in paths}
-    left = [(path, target, skip_bad) for path, target in jobs.items()
+    jobs = [(path, out / path.relative_to(base)) for path in paths]
+    left = [(path, target, skip_bad) for path, target in jobs
             if force or not target.is_file() or target.stat().st_mtime < path.stat().st_mtime]
     report = ConvertReport(kept=len(jobs) - len(left))
-    with Progress("convert", len(left), "shard", log=log_line if progress else None) as bar:
-        for samples, skipped, refusal in _results(left, workers):
-            report.converted += not refusal
-            report.samples += samples
-            report.skipped += skipped
-            report.refused += [refusal] if refusal else []
-            bar.update()
-    report.refused.sort()
-    return report
-
-
-_Result = tuple[int, list[str], str]  # samples, sentences about those left out, why the shard was refused
-
-
-def _results(jobs: Sequence[tuple[Path, Path, bool]], workers: int) -> Iterator[_Result]:
-    if workers <= 1 or len(jobs) <= 1:
-        yield from (_convert(*job) for job in jobs)
-        return
-    # Spawned processes: this one may hold threads, which do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=end_with_parent) as pool:
+    context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
+    with Progress("convert", len(left), "shard", log=log_line if progress else None) as bar, \
+            ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
         try:
-            for future in as_completed([pool.submit(_convert, *job) for job in jobs]):
-                yield future.result()
+            for samples, skipped, refusal in (pool.map if workers > 1 else map)(_convert, left):
+                report.converted += not refusal
+                report.samples += samples
+                report.skipped += skipped
+                report.refused += [refusal] if refusal else []
+                bar.update()
         except BrokenProcessPool:
             raise DataError("A conversion process was killed (often because memory ran out); the same command "
                             "resumes.") from None
+    return report
 
 
-def _convert(path: Path, target: Path, skip_bad: bool) -> _Result:
+def _convert(job: tuple[Path, Path, bool]) -> tuple[int, list[str], str]:
+    """(samples, sentences about those left out, why the shard was refused) of (its file, the new one, skip_bad)."""
+    path, target, skip_bad = job
     skipped: list[str] = []
     for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
         left.unlink()
     try:
         with writing(target, DataError):
-            samples = write_shard(target, _samples(TarFile(path), skipped if skip_bad else None))
-        return samples, skipped, ""
-    except SeedError as error:
-        return 0, [], str(error)
-    except ValueError as error:  # a name that does not fit a tar's header
-        return 0, [], f"{target}: cannot be written ({error})."
+            return write_shard(target, _samples(TarFile(path), skipped if skip_bad else None)), skipped, ""
+    except (SeedError, ValueError) as error:  # ValueError: a name that does not fit a tar's header
+        return 0, [], str(error) if isinstance(error, SeedError) else f"{target}: cannot be written ({error})."
 
 
 def _samples(tar: TarFile, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {"json": bytes}) of each sample; other members (images) are carried along as they are."""
-    files = OpenFiles(limit=1)
-    written = 0
+    files, written = OpenFiles(limit=1), 0
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
         try:
@@ -319,7 +267,6 @@ def _samples(tar: TarFile, skipped: list[str] | None) -> Iterator[tuple[str, dic
             if skipped is None or error.kind == "damaged file":
                 raise
             skipped.append(str(error))
-    files.close()
     if not written:
         raise DataError(f"{tar.path}: holds no sample that can be converted.")
 
@@ -331,9 +278,9 @@ def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
         return members
     if len(pickles) != 1 or "json" in members:
         raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; one .pkl member was expected.")
-    value = read_pickle(members[pickles[0]], f"{where}.{pickles[0]}")
+    value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     except UnicodeEncodeError:
         raise BadRecord("wrong type", f"{where}: a text holds half of a surrogate pair.") from None
-    return {"json": text} | {extension: data for extension, data in members.items() if extension not in PICKLED}
+    return {"json": text, **members}

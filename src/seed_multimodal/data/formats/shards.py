@@ -1,30 +1,22 @@
-"""Writes webdataset shards: a tar, or tar.gz, of KEY.ext members, equal bytes for equal records."""
+"""Writes webdataset shards: a tar of KEY.ext members, equal bytes for equal records."""
 
 from __future__ import annotations
 
-import gzip
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from seed_multimodal.disk import replacing
-from seed_multimodal.errors import DataError, how_to_install
 
 
 class ShardWriter:
-    """Adds records to an open shard, through webdataset's `TarWriter` without times and owners.
+    """Adds records to an open file, through webdataset's `TarWriter` without times and owners."""
 
-    Args:
-        file: an open file, in which the tar is written.
-    """
+    def __init__(self, file: IO[bytes]) -> None:
+        from webdataset import TarWriter  # imports torch
 
-    def __init__(self, file: IO[bytes] | gzip.GzipFile) -> None:
-        try:
-            from webdataset import TarWriter  # imports torch
-        except ImportError:
-            raise DataError(f"Writing shards needs the package webdataset: {how_to_install('webdataset')}.") from None
         self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False,
                                   keep_meta=True)
         self._tar.tarstream.format = tarfile.USTAR_FORMAT  # it ignores its own argument `format`
@@ -43,13 +35,10 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at the end, whole or not at all; `.gz` names are compressed. Raises OSError."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as raw, ExitStack() as stack:
-        packed = path.suffix == ".gz"
-        file = stack.enter_context(gzip.GzipFile("", "wb", 9, raw, mtime=0)) if packed else raw
-        yield stack.enter_context(closing(ShardWriter(file)))
+    """A writer whose shard appears at the end, whole or not at all. Raises OSError."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as file, closing(ShardWriter(file)) as writer:
+        yield writer
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:

@@ -4,11 +4,10 @@
     source.read(17)                                               # Record(key, where, fields)
     source.locate(17)                                             # the same, unread
 
-Every source is map-style, so that the order of training can be a function of (seed, step). Indexes are read or made
-when the length is first asked for; ask before forking workers, so that they share them.
+Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
 
-Other packages add formats by entry points of the group `seed_multimodal.formats`, each `open_mine(path, **options)`
-that returns a `record.RecordFile`; `path` is None where the configuration names no files. For image-caption pairs its
+Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)`
+returns a `record.RecordFile`; `path` is None where the configuration names no files. For image-caption pairs its
 `pair_keys`, if it has any, are arguments of `pairs.PairReader`.
 """
 
@@ -22,7 +21,7 @@ import multiprocessing
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -34,14 +33,14 @@ import numpy as np
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.formats.images import PictureFolder, is_picture
-from seed_multimodal.data.formats.index import IndexedFile, make_index, piece_sizes
-from seed_multimodal.data.formats.jsonl import JsonFile, JsonLines
+from seed_multimodal.data.formats.images import PICTURE_ENDINGS, PictureFolder
+from seed_multimodal.data.formats.index import IndexedFile, piece_sizes
+from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
-from seed_multimodal.data.formats.storage import filesystem, is_remote, open_binary, remote_errors
-from seed_multimodal.data.formats.tar import JsonTar, TarFile
+from seed_multimodal.data.formats.record import Record, RecordFile
+from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
+from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
@@ -51,8 +50,7 @@ GROUP = "seed_multimodal.formats"
 SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
             "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
             "parquet": (".parquet",)}
-NOTES = ("manifest.json", "settings.json")  # of pre-tokenisation, beside its shards
-DOWNLOADED = "_stats.json"  # of img2dataset, after the shard's number
+NOTES = re.compile(r"manifest\.json|settings\.json|counts\.json|\d+_stats\.json")  # of tools that write shards
 _WILD = re.compile(r"[*?\[]")
 _COMPARED = 2000  # names: a folder of images may hold a million, to compare which would take minutes
 
@@ -80,11 +78,11 @@ def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]]
     """
     if format == "tar":
         return JsonTar(path, others)
-    if format == "parquet":
-        return ParquetFile(path)
-    if format in ("json", "jsonl"):
-        return JsonLines(path) if format == "jsonl" else JsonFile(path)
-    return open_registered(format, path, options or {}) if format in registered() else PictureFolder(Path(path))
+    if format in registered():
+        return open_registered(format, path, options or {})
+    kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
+                                                   "folder": PictureFolder}
+    return kinds[format](path)
 
 
 def open_records(
@@ -127,13 +125,8 @@ class FileRecords:
     @cached_property
     def _sizes(self) -> list[list[int]]:
         sizes = piece_sizes(self.parts)
-        damages = [part.damage for part in self.parts if isinstance(part, TarFile) and part.damage]
-        total = sum(map(sum, sizes))
-        if total == len(damages) > 0:
-            raise BadRecord("damaged file", damages[0])
-        if not total:
-            others = f", nor do the other {len(self.parts) - 1} files" if len(self.parts) > 1 else ""
-            raise DataError(f"{self.files[0]}: holds no record{others}.")
+        if not any(map(any, sizes)):
+            raise DataError(f"{self.name or self.files[0]}: holds no record.")
         return sizes
 
     @cached_property
@@ -143,8 +136,7 @@ class FileRecords:
     @cached_property
     def shard_sizes(self) -> np.ndarray:
         """Records of each file (of each row group of parquet), int64; empty files are left out."""
-        sizes = np.array(list(itertools.chain.from_iterable(self._sizes)), np.int64)
-        return sizes[sizes > 0]
+        return np.array([size for sizes in self._sizes for size in sizes if size], np.int64)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -183,7 +175,7 @@ def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(files)), mp_context=context, initializer=end_with_parent) as pool, \
             Progress("index", len(files), "file") as bar:
-        for _ in pool.map(make_index, files):
+        for _ in pool.map(IndexedFile.write_index, files):
             bar.update()
     return len(files)
 
@@ -193,15 +185,12 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     """(file, its format) of each file behind the patterns and folders, each once.
 
     Args:
-        pictures: a folder may hold images, too: lists and tables in it name them, and without any it is one input of
-            format `folder`.
+        pictures: a folder without lists and tables may be one input of format `folder`.
         recursive: folders are searched at any depth.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
-    if format in registered():
-        return [(str(one), format) for one in given]
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
@@ -209,8 +198,8 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     if not given:
         raise DataError("The list of files is empty.")
     found: dict[str, str] = {}
-    for path in expand_pattern(given):
-        if _is_folder(path):
+    for path in map(str, given) if format in registered() else expand_pattern(given):
+        if format not in registered() and _is_folder(path):
             found.update(_in_folder(path, format, pictures, recursive))
         else:
             found[path] = _format_of(path, format)
@@ -225,11 +214,9 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     """
     found: dict[str, None] = {}
     for one in map(str, patterns):
-        matches = {name: _matches(name) for name in _expand_braces(one)}
+        matches = {name: _matches(name) for name in braceexpand(one, escape=False)}
         missing = [name for name, some in matches.items() if not some]
         if len(missing) == len(matches):
-            if os.path.islink(one):
-                raise DataError(f"{one}: is a link to {os.readlink(one)}, which is not there.")
             if _WILD.search(one) or "{" in one:
                 raise DataError(f"{one}: no file matches this pattern.")
             raise DataError(f"{one[:200]}: there is no such file or folder{nearest_path(one)}.")
@@ -255,13 +242,6 @@ def nearest_path(path: str | Path) -> str:
     return f" (did you mean {place.with_name(close[0])}?)" if close else ""
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    try:
-        return list(braceexpand(pattern, escape=False))
-    except ValueError:  # unbalanced: the name of a file may hold one
-        return [pattern]
-
-
 def _matches(name: str) -> list[str]:
     """Existing paths of this name (which may hold brackets) or matching its wildcards; a remote file is not looked for
     before it is read."""
@@ -269,7 +249,7 @@ def _matches(name: str) -> list[str]:
         if not _WILD.search(name):
             return [name]
         files, pattern = filesystem(name)
-        with remote_errors(name):
+        with read_errors(name):
             return sorted(files.unstrip_protocol(one) for one in files.glob(pattern))
     found = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
     return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
@@ -284,7 +264,7 @@ def _listing(folder: str, recursive: bool) -> list[str]:
     """The files in a folder, without hidden ones, by name."""
     if is_remote(folder):
         files, name = filesystem(folder)
-        with remote_errors(folder):
+        with read_errors(folder):
             found = sorted(map(files.unstrip_protocol, files.find(name, maxdepth=None if recursive else 1)))
     else:
         found = [str(path) for path in sorted(Path(folder).glob("**/*" if recursive else "*")) if path.is_file()]
@@ -292,48 +272,30 @@ def _listing(folder: str, recursive: bool) -> list[str]:
 
 
 def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dict[str, str]:
+    files = [path for path in _listing(folder, recursive) if not NOTES.fullmatch(path.rpartition("/")[2])]
+    shown = {os.path.splitext(path)[0] for path in files if pictures and path.lower().endswith(PICTURE_ENDINGS)}
     kinds: dict[str, list[str]] = {}
-    shown: set[str] = set()  # images, without their suffixes
-    for path in _listing(folder, recursive):
+    for path in files:
         kind = _suffix_format(path)
-        if pictures and is_picture(Path(path)):
-            shown.add(os.path.splitext(path)[0])
-        elif kind and format in ("auto", kind, kind[:4]) and not _is_note(path):
+        if kind and format in ("auto", kind, kind[:4]) and not (kind == "json" and os.path.splitext(path)[0] in shown):
             kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
         kinds.pop("json", None)  # beside shards these are manifests and statistics
-    if pictures and "json" in kinds:
-        kinds["json"] = [path for path in kinds["json"] if os.path.splitext(path)[0] not in shown]
-    kinds = {kind: paths for kind, paths in kinds.items() if paths}
-    if pictures and format in ("auto", "folder") and shown and not kinds:
+    if format in ("auto", "folder") and shown and not kinds:
         return {folder: "folder"}
     if not kinds:
-        wanted = ", ".join(SUFFIXES if format == "auto" else (format,)) + " files"
-        wanted = "images" if format == "folder" else f"{wanted} or images" if pictures else wanted
+        wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if pictures else ''}"
         raise DataError(f"{folder}: this folder holds no {wanted}{', at any depth' if recursive else ''}.")
     if len(kinds) > 1 and format == "auto":
-        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name "
-                        "files.")
+        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
-
-
-def _is_note(path: str) -> bool:
-    """Whether a file is a report that a tool wrote beside its shards; a list of records may have the same name."""
-    name = path.rpartition("/")[2]
-    if name in NOTES:
-        with open_binary(path) as file:
-            return file.read(2) == b"{\n"
-    return name.removesuffix(DOWNLOADED).isdigit()
 
 
 def _format_of(path: str, format: str) -> str:
     kind = _suffix_format(path)
-    if format != "auto":
-        return kind if kind[:4] == format else format  # lines of json are json
-    if not kind:
-        known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
-        raise DataError(f"{path}: its suffix tells no format (known: {known}); give the format.")
-    return kind
+    if format == "auto" and not kind:
+        raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
+    return kind if format in ("auto", kind[:4]) else format  # lines of json are json
 
 
 def _suffix_format(path: str) -> str:

@@ -29,33 +29,33 @@ def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it."""
     import fsspec
 
-    with remote_errors(url):
+    with read_errors(url):
         found: tuple[Any, str] = fsspec.core.url_to_fs(url)
         return found
 
 
 @contextmanager
-def remote_errors(url: str | Path) -> Iterator[None]:
-    """Each client library has exceptions of its own: they become a DataError that names the URL."""
+def read_errors(path: str | Path) -> Iterator[None]:
+    """Errors of the system and of client libraries, which have exceptions of their own, become a DataError."""
     try:
         yield
     except SeedError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{url}: there is no such file.") from None
+        raise DataError(f"{path}: there is no such file.") from None
     except Exception as error:
-        raise DataError(f"{url}: cannot be read ({first_line(error)}).") from error
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise DataError(f"{path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
     """A file to be read from its start to its end. Raises DataError: it cannot be opened."""
-    if not is_remote(path):
-        try:
+    with read_errors(path):
+        if not is_remote(path):
             return open(path, "rb")
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
-    files, name = filesystem(str(path))
-    with remote_errors(path):
+        files, name = filesystem(str(path))
         handle: IO[bytes] = files.open(name, "rb", block_size=SCAN_BLOCK, cache_type="readahead")
         return handle
 
@@ -63,35 +63,26 @@ def open_binary(path: str | Path) -> IO[bytes]:
 def open_ranges(url: str) -> Any:
     """A remote file to be read at random positions, through a cache of blocks. Raises DataError as `read_all`."""
     files, name = filesystem(url)
-    with remote_errors(url):
+    with read_errors(url):
         return files.open(name, "rb", block_size=BLOCK, cache_type="blockcache", cache_options={"maxblocks": BLOCKS})
 
 
 def read_all(path: str | Path) -> bytes:
     """The content of a file. Raises DataError: it cannot be read."""
-    with remote_errors(path), open_binary(path) as file:
+    with read_errors(path), open_binary(path) as file:
         return file.read()
 
 
 def stat(path: str | Path) -> tuple[int, str]:
     """Size in bytes, and what changes with the content (time of change or ETag). Raises DataError: it is not there."""
-    if is_remote(path):
+    with read_errors(path):
+        if not is_remote(path):
+            status = os.stat(path)
+            return status.st_size, str(status.st_mtime_ns)
         files, name = filesystem(str(path))
-        with remote_errors(path):
-            about = files.info(name)
-            version = next((about[key] for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
-                            if about.get(key)), "")
-            return int(about["size"]), str(version)
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be opened ({error.strerror}).") from None
-    return status.st_size, str(status.st_mtime_ns)
-
-
-def file_size(path: str | Path) -> int:
-    """Bytes of a file. Raises DataError: it is not there."""
-    return stat(path)[0]
+        about = files.info(name)
+        versions = (about.get(key) for key in ("ETag", "etag", "mtime", "LastModified", "last_modified", "created"))
+        return int(about["size"]), str(next(filter(None, versions), ""))
 
 
 def local_copy(url: str, folder: str | Path) -> str:
@@ -104,7 +95,7 @@ def local_copy(url: str, folder: str | Path) -> str:
     files, name = filesystem(url)
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_path(copy) as scratch, remote_errors(url):
+        with replacing_path(copy) as scratch, read_errors(url):
             files.get_file(name, str(scratch))
             if scratch.stat().st_size != size:
                 raise DataError(f"{url}: the connection broke while it was copied.")

@@ -17,12 +17,11 @@ import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
-from seed_multimodal.data.formats.storage import open_binary, remote_errors
+from seed_multimodal.data.formats.storage import open_binary, read_errors
 from seed_multimodal.errors import DataError
 
 COMPRESSED = (".gz", ".tgz")
 PICKLED = ("pkl", "pickle")
-BLOCK = tarfile.BLOCKSIZE
 
 
 class TarFile(IndexedFile):
@@ -57,13 +56,9 @@ class TarFile(IndexedFile):
         """All samples are one piece; a torn one is among them."""
         return [len(self.arrays["keys"]) + bool(self.damage)]
 
-    def has(self, *extensions: str) -> np.ndarray:
-        """Which of the whole samples have a member with one of these extensions, bool [N]."""
-        arrays = self.arrays
-        wanted = np.isin(arrays["extensions"], extensions)[arrays["extension"]]
-        found = np.zeros(len(arrays["keys"]), bool)
-        found[np.searchsorted(arrays["first"], np.flatnonzero(wanted), side="right") - 1] = True
-        return found
+    def has(self, extensions: Sequence[str]) -> bool:
+        """Whether any sample has a member with one of these extensions."""
+        return not set(self._extensions).isdisjoint(extensions)
 
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
@@ -72,22 +67,18 @@ class TarFile(IndexedFile):
             return Record("torn", path, file=path, problem=("damaged file", self.damage))
         key = arrays["keys"][row].decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
-        wanted = None if self.columns is None else {one for some in self.columns.values() for one in some}
         members: dict[str, Place] = {}
         for member in range(*arrays["first"][row:row + 2].tolist()):
             extension = self._extensions[arrays["extension"][member]]
-            if wanted is not None and extension not in wanted:
+            if self.columns is not None and not any(extension in some for some in self.columns.values()):
                 continue
             if extension in members:
                 record.problem = "duplicate id", f"{record.where} has two .{extension} members."
             members[extension] = Place(path, int(arrays["offset"][member]), int(arrays["size"][member]))
-        if self.columns is None:
-            record.members.update(members)
-        else:
-            for name, some in self.columns.items():
-                found = next((members[one] for one in some if one in members), None)
-                if found is not None:
-                    record.members[name] = found
+        for name, some in (self.columns or {one: (one,) for one in members}).items():
+            found = next((members[one] for one in some if one in members), None)
+            if found is not None:
+                record.members[name] = found
         return record
 
     @cached_property
@@ -99,26 +90,17 @@ class JsonTar(TarFile):
     """The `KEY.json` members of a tar, and those of `others` (see `TarFile`), with which a sample needs no json."""
 
     def __init__(self, path: str | Path, others: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__(path, {"json": ("json",), **(others or {})})
-        self.others = others or {}
-
-    @property
-    def sizes(self) -> Sequence[int]:
-        """As of `TarFile`. Raises BadRecord: a sample is a pickle, or none has a .json."""
-        pickled = self.has(*PICKLED) & ~self.has("json")
-        if pickled.any():
-            key = TarFile.locate(self, int(pickled.argmax())).key
-            raise BadRecord("pickled", f"{self.path}: sample {key} is a pickle, which may hold code; convert the "
-                            f"shards once: seed data convert {self.path} --out FOLDER.")
-        count = len(self.arrays["keys"])
-        if count and not self.others and not self.has("json").any():
-            raise BadRecord("missing member", f"{self.path}: none of its {count} samples has a .json member.")
-        return super().sizes
+        super().__init__(path, {"json": ("json",), "pickle": PICKLED, **(others or {})})
+        self._needed = () if others else ("json",)
 
     def locate(self, row: int) -> Record:
-        """A sample, unread. Raises BadRecord: it has no .json."""
+        """A sample, unread. Raises BadRecord: it has no .json, or a pickle in its place."""
         record = super().locate(row)
-        if record.problem is None and "json" not in record.members and not self.others:
+        pickled = record.members.pop("pickle", None)
+        if record.problem is None and "json" not in record.members and (pickled or self._needed):
+            if pickled:
+                raise BadRecord("pickled", f"{record.where} is a pickle, which may hold code; convert the shards once: "
+                                f"seed data convert {self.path} --out FOLDER.")
             raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 
@@ -137,34 +119,32 @@ def scan_tar(path: str) -> Arrays:
     keys: list[bytes] = []
     numbers: dict[str, int] = {}
     first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
-    with remote_errors(path), open_binary(path) as file:
+    with read_errors(path), open_binary(path) as file:
         if file.read(2) == b"\x1f\x8b" or path.endswith(COMPRESSED):
             raise DataError(f"{path}: compressed shards cannot be read at random positions (only plain .tar can); "
                             "unpack it with gunzip first.")
         file.seek(0)
-        last, damage = b"", ""
+        position = -1
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                position = -1
                 while (member := tar.next()) is not None:
                     if tar.offset <= position:
                         raise tarfile.ReadError("a header has a size below 0")
                     position = tar.offset
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    key, ending = split_name(member.name)
-                    if not key or not member.isreg():
+                    name, ending = split_name(member.name)
+                    if not name or not member.isreg():
                         continue
-                    name = key.encode("utf-8", "surrogateescape")
-                    if name != last or not keys:
-                        keys.append(name)
+                    key = name.encode("utf-8", "surrogateescape")
+                    if not keys or key != keys[-1]:
+                        keys.append(key)
                         first.append(len(offset))
-                        last = name
                     extension.append(numbers.setdefault(ending, len(numbers)))
                     offset.append(member.offset_data)
                     size.append(member.size)
                 damage = _damage_at(file, tar.offset)
         except (tarfile.TarError, ValueError, OverflowError) as error:
-            damage = "its end is missing" if "end of data" in str(error) or "truncated" in str(error) else str(error)
+            damage = str(error)
     first.append(len(offset))
     if damage and keys:  # members of the last sample may be missing
         keys.pop()
@@ -173,17 +153,16 @@ def scan_tar(path: str) -> Arrays:
     if damage:
         after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
         damage = f"torn or damaged {after} ({damage})."
-    return {"keys": np.array(keys, bytes), "first": np.array(first, np.int64), "damage": np.array(damage),
-            "extensions": np.array(list(numbers), str),
+    return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
             "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
-            "offset": np.array(offset[:members], np.int64), "size": np.array(size[:members], np.int64)}
+            "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
 
 
 def _damage_at(file: IO[bytes], position: int) -> str:
     """What is wrong where `tarfile` stopped, which it does without an error at anything that is no header."""
     file.seek(position)
-    block = file.read(BLOCK)
-    if len(block) < BLOCK:
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
         return "its end is missing"
     return "no header where one is due" if block.strip(b"\0") else ""
 

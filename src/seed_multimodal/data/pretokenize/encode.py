@@ -1,6 +1,6 @@
 """The encoder: a tokenizer's YAML → codes of batches of bytes, on one device; and the fingerprint of its weights.
 
-On CUDA compiled and in half precision (`seed.compile`), elsewhere plain in float32, unless asked otherwise. Weights are
+On CUDA compiled and in half precision (`fast_encode`), elsewhere plain in float32, unless asked otherwise. Weights are
 read in float32 either way, so that the fingerprint is the same on every device.
 """
 
@@ -25,8 +25,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.seed.compile import fast_encode
-from seed_multimodal.seed.modeling import SeedTokenizer
+from seed_multimodal.seed.modeling import SeedTokenizer, fast_encode
 from seed_multimodal.settings import check_keys, setting
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")

@@ -16,7 +16,7 @@ from typing import Any
 from seed_multimodal.data.formats.images import IMAGE_KEYS, PictureFolder
 from seed_multimodal.data.formats.record import Record, RecordFile
 from seed_multimodal.data.formats.sources import find_files, nearest_path, open_file, open_registered, registered
-from seed_multimodal.data.formats.storage import file_size, is_remote
+from seed_multimodal.data.formats.storage import is_remote, stat
 from seed_multimodal.data.formats.tar import COMPRESSED, TarFile
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.errors import DataError
@@ -69,10 +69,10 @@ def list_units(settings: InputSettings, block: int) -> list[Unit]:
     units: list[Unit] = []
     for path, format in _inputs(settings):
         if format == "tar":
-            units.append(Unit(len(units), format, path, size=file_size(path)))
+            units.append(Unit(len(units), format, path, size=stat(path)[0]))
             continue
         total, _ = _numbered(path, format, settings)
-        size = total if os.path.isdir(path) else file_size(path)
+        size = total if os.path.isdir(path) else stat(path)[0]
         for start in range(0, total, block):
             units.append(Unit(len(units), format, path, start, min(total, start + block), size))
     if not units:
@@ -105,7 +105,7 @@ def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Cal
 
 @functools.lru_cache(maxsize=2)
 def _opened(path: str, format: str, recursive: bool) -> RecordFile:
-    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)
+    return PictureFolder(path, recursive) if format == "folder" else open_file(path, format)
 
 
 def _inputs(settings: InputSettings) -> list[tuple[str, str]]:

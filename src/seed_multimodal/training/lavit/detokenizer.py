@@ -45,7 +45,7 @@ class LavitPixelTask(PixelTask):
     def __init__(self, run: PixelRun[LavitPixelModel], group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.model = run.model
-        self.loss = LavitPixelLoss(self.model.dropout, self.model.min_snr)
+        self.loss = LavitPixelLoss(self.model.dropout)
 
     @property
     def folder(self) -> Path:

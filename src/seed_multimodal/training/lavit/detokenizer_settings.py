@@ -30,7 +30,7 @@ class LavitPixelModel:
         start: an earlier result to begin with: U-Net and code decoder; "": those of `diffusion` and `decoder`.
         trained: of the U-Net, `all` or `key_value`; the heads always are.
         selection, selection_seed: which patches are kept, see `PictureCodes`.
-        dropout, min_snr: see `LavitPixelLoss`.
+        dropout: see `LavitPixelLoss`.
         seed: of a new head.
     """
 
@@ -42,7 +42,6 @@ class LavitPixelModel:
     selection: Mode = "draw"
     selection_seed: int = setting(0, least=0)
     dropout: float = setting(0.1, least=0, most=1)
-    min_snr: float | None = setting(None, above=0)
     gradient_checkpointing: bool = False
     seed: int = setting(0, least=0)
 

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.lavit.training import LavitStage1
-from seed_multimodal.nn.quantizer import CodebookUsage
-from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, evaluation_mode
+from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import parameter_groups
@@ -111,14 +110,14 @@ class Stage1Measures:
     Attributes:
         cosine: mean over patches of 1 − cos(x, x̂). blind: the same if every picture were answered with the mean of
             all, patch by patch: what is reached without seeing anything.
-        kept: share of the patches. tokens: of each picture, in order. usage: of the codebook, None without codes.
+        kept: share of the patches. tokens: of each picture, in order. usage: as of `codebook_use`, None without codes.
     """
 
     cosine: float
     blind: float
     kept: float
     tokens: list[int]
-    usage: CodebookUsage | None
+    usage: dict[str, float] | None
 
     def to_dict(self) -> dict[str, Any]:
         """For a record: numbers, and the spread of the tokens in the place of their list."""
@@ -126,7 +125,7 @@ class Stage1Measures:
         spread = {"tokens": count.mean(), "tokens_deviation": count.std(correction=0), "tokens_least": count.min(),
                   "tokens_most": count.max()}
         codes = {} if self.usage is None else {
-            "codes_used": self.usage.used, "codebook": self.usage.size, "perplexity": round(self.usage.perplexity, 1)}
+            "codebook_used": round(self.usage["codebook_used"], 4), "perplexity": round(self.usage["perplexity"], 1)}
         return {"cosine": round(self.cosine, 4), "blind": round(self.blind, 4), "kept": round(self.kept, 4),
                 **{name: round(float(value), 2) for name, value in spread.items()}, **codes}
 
@@ -151,4 +150,4 @@ def measure(model: LavitStage1, batches: Iterable[Tensor], *, quantize: bool | N
     whole = torch.cat(features)
     blind = 1 - F.cosine_similarity(whole, whole.mean(0, keepdim=True).expand_as(whole), dim=-1).mean()
     return Stage1Measures(float(sum(losses)) / len(whole), float(blind), sum(counts) / whole[..., 0].numel(), counts,
-                          CodebookUsage.of_codes(torch.cat(codes), model.quantize.size) if codes else None)
+                          codebook_use(torch.cat(codes).bincount(minlength=model.quantize.size)) if codes else None)

@@ -43,7 +43,7 @@ class DetokenizerTask(PixelTask):
     def __init__(self, run: PixelRun[DetokenizerModel], group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.model = run.model
-        self.loss = AdapterLoss(self.model.dropout, self.model.min_snr)
+        self.loss = AdapterLoss(self.model.dropout)
         self.reads_condition = self.model.stage == 2
 
     @property

@@ -29,7 +29,7 @@ class DetokenizerModel:
         resampler: sizes of the new resampler.
         trained: `key_value` (and the resampler; the paper's first stage) or `all` (the released second stage).
         tokens: embeddings of a picture after pooling, 64 by the paper; 0 or the tower's own number: no pooling.
-        dropout, min_snr: see `AdapterLoss`.
+        dropout: see `AdapterLoss`.
         seed: of the new resampler.
     """
 
@@ -42,7 +42,6 @@ class DetokenizerModel:
     trained: Trained = "key_value"
     tokens: int = setting(64, least=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
-    min_snr: float | None = setting(None, above=0)
     gradient_checkpointing: bool = False
     seed: int = setting(0, least=0)
 

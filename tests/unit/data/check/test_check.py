@@ -212,7 +212,7 @@ def test_a_broken_file_does_not_stop_the_others(tmp_path):
     write_shard(tmp_path / "c.tar", [("k", {"pkl": b"."})])
     write_shard(tmp_path / "d.tar", [("z", {"json": b'{"text": "a"}'})])
     report = check(tmp_path)
-    assert report.files == 4 and report.records == 9  # the torn sample is one
+    assert report.files == 4 and report.records == 10  # the torn sample is one
     assert report.errors == {"damaged file": 1, "pickled": 1, "duplicate id": 2}
     assert "b.tar: torn or damaged after sample" in report.findings[2].sentence
     assert "seed data convert" in report.findings[3].sentence

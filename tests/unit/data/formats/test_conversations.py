@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from seed_multimodal.data.formats.conversations import with_messages
@@ -57,18 +55,18 @@ def test_with_messages_other_formats():
 
 @pytest.mark.parametrize(("item", "kind", "words"), [
     ({"conversations": []}, "wrong type", "list of turns"),
-    ({"conversations": ["hello"]}, "wrong type", "turn 1 of 'conversations': is 'hello', not an object"),
-    ({"conversations": [{"value": "a"}]}, "missing key", "turn 1 .*no key 'from'"),
-    ({"conversations": [{"from": "human"}]}, "missing key", "no key 'value'"),
+    ({"conversations": ["hello"]}, "wrong type", "must be a list of turns, not .'hello'"),
+    ({"conversations": [{"value": "a"}]}, "missing key", "turn 1 .*has no role or from"),
+    ({"conversations": [{"from": "human"}]}, "missing key", "has no content or value"),
     ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "'from' is 'cat'"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "wrong role", "turn 1 is the assistant's"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "wrong role", "ends without an answer"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}]}, "empty text", "turn 2"),
     ({"conversations": [{"from": "human", "value": 7}]}, "wrong type", "7 is no list"),
-    ({"conversations": "not json"}, "malformed json", "'conversations' is a text that is not json"),
+    ({"conversations": "not json"}, "malformed json", "'conversations': is not json"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "missing key", "a part holds neither"),
-    ({"image": "a.jpg", "data": ["q"]}, "wrong role", "come in pairs"),
-    ({"image": "a.jpg", "data": "[1]"}, "wrong type", "'data' must be a list of texts"),
+    ({"image": "a.jpg", "data": ["q"]}, "wrong type", "come in pairs"),
+    ({"image": "a.jpg", "data": "[1]"}, "wrong type", "'data' is "),
     ({"source_image": "a", "target_image": "b"}, "missing key", "'instruction' must be a text"),
     ({"source_image": "", "target_image": "b", "instruction": "c"}, "missing key", "'source_image' is empty"),
 ])
@@ -76,9 +74,3 @@ def test_with_messages_wrong_conversation(item, kind, words):
     with pytest.raises(BadRecord, match="^f.jsonl: line 3: .*" + words) as caught:
         with_messages(item, "f.jsonl: line 3")
     assert caught.value.kind == kind
-
-
-def test_with_messages_half_surrogate_pair():
-    inside = json.dumps([{"role": "user", "content": "\ud800"}, {"role": "assistant", "content": "b"}])
-    with pytest.raises(BadRecord, match="f: row 3: a text holds half of a surrogate pair"):
-        with_messages({"messages": inside}, "f: row 3")

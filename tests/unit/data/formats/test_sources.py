@@ -59,15 +59,13 @@ def test_open_records_of_tars(tmp_path):
 
 def test_read_broken_members(tmp_path):
     path = tar(tmp_path / "a.tar", {"good": caption(1), "torn": b'{"text": "a', "list": [1],
-                                    "half": b'{"t": "\\ud83d"}', "deep": b'{"a":' * 100_000,
-                                    "pair": b'{"t": "\\ud83d\\ude00"}'})
+                                    "deep": b'{"a":' * 100_000, "pair": b'{"t": "\\ud83d\\ude00 \\ud83d"}'})
     source = open_records(path)
-    for row, (key, words) in enumerate([("torn", "is not json"), ("list", "holds a list"), ("half", "surrogate"),
-                                        ("deep", "is not json")], 1):
+    for row, (key, words) in enumerate([("torn", "is not json"), ("list", "holds a list"), ("deep", "is not json")], 1):
         with pytest.raises(BadRecord, match=f"a.tar: sample {key}: .*{words}") as caught:
             source.read(row)
         assert caught.value.kind == "malformed json"
-    assert source.read(0).fields == caption(1) and source.read(5).fields == {"t": "😀"}
+    assert source.read(0).fields == caption(1) and source.read(4).fields == {"t": "😀 ?"}
 
 
 def test_open_records_of_lines(tmp_path):
@@ -82,9 +80,7 @@ def test_open_records_of_lines(tmp_path):
     bom = open_records(written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}'))
     assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line2"
     halves = open_records(written(tmp_path / "h.jsonl", b'{"t": "a\xed\xa0\x80b"}\n{"t": "a\\ud800b"}'))
-    for index in (0, 1):
-        with pytest.raises(BadRecord, match=f"line {index + 1}: a text holds half of a surrogate pair"):
-            halves.read(index)
+    assert fields(halves) == [{"t": "a?b"}] * 2, "half a surrogate pair"
 
 
 @pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
@@ -214,7 +210,7 @@ def test_expand_pattern(tmp_path):
 
 @pytest.mark.parametrize(("pattern", "words"), [
     ("none-*.tar", "none-.*: no file matches this pattern"), ("n-{00..02}.tar", "no file matches this pattern"),
-    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "is a link to .*nowhere"),
+    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "there is no such file"),
     ("a-00.tar", r"there is no such file or folder \(did you mean .*a-0.tar\?\)"), ("A" * 5000, "A{100}: there is no"),
     ("fifo.tar", "there is no such file")])
 def test_expand_pattern_without_match(tmp_path, pattern, words):

@@ -26,7 +26,7 @@ def tar_of(path: Path, members: Iterable[tuple[str, bytes]], kind: int = tarfile
     with tarfile.open(path, "w", format=kind) as archive:
         for name, data in members:
             info = tarfile.TarInfo(name)
-            info.size = len(data)
+            info.size, info.mode = len(data), 0o644
             archive.addfile(info, io.BytesIO(data))
     return path
 
@@ -67,7 +67,7 @@ def test_locate_groups_as_webdataset(tmp_path: Path) -> None:
                            ("two", {"x.y": b"two.x.y"})]
     columns = TarFile(path, {"image": ("png", "jpg"), "text": ("json",)})
     assert [set(columns.locate(row).members) for row in range(3)] == [{"image", "text"}] * 2 + [set()]
-    assert columns.has("jpg", "x.y").tolist() == [True, False, True] and not columns.has("webp").any()
+    assert columns.has(["x.y"]) and not columns.has(["webp"])
 
 
 def test_locate_a_member_that_is_there_twice(tmp_path: Path) -> None:
@@ -110,15 +110,12 @@ def test_what_is_no_plain_tar(tmp_path: Path, shards: Path) -> None:
     for name, content in (("text.tar", b"not a tar " * 200), ("empty.tar", b"")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: torn or damaged in its first sample"):
-            len(open_records(tmp_path / name))
+            open_records(tmp_path / name).read(0)
     with pytest.raises(DataError, match=r"none\.tar: holds no record"):
         len(open_records(tar_of(tmp_path / "none.tar", [])))
     write_shard(tmp_path / "old.tar", [("k1", {"json": b"{}"}), ("k2", {"pkl": b"\x80\x04}."})])
     with pytest.raises(DataError, match=r"old\.tar: sample k2 is a pickle.*seed data convert .*old\.tar --out"):
-        len(open_records(tmp_path / "old.tar"))
-    write_shard(tmp_path / "pictures.tar", [("k", {"jpg": b"x"})])
-    with pytest.raises(DataError, match=r"pictures\.tar: none of its 1 samples has a \.json member"):
-        len(open_records(tmp_path / "pictures.tar"))
+        open_records(tmp_path / "old.tar").read(1)
     write_shard(tmp_path / "mixed.tar", [("k1", {"json": b"{}"}), ("k2", {"jpg": b"x"})])
     with pytest.raises(BadRecord, match=r"mixed\.tar: sample k2: has no \.json member"):
         open_records(tmp_path / "mixed.tar").read(1)
@@ -133,7 +130,7 @@ def test_scan_tar_of_a_negative_size(tmp_path: Path) -> None:
     (tmp_path / "odd.tar").write_bytes(first + bytes(block) + bytes(2048))
     started = time.monotonic()
     with pytest.raises(DataError, match="torn or damaged in its first sample"):
-        len(open_records(tmp_path / "odd.tar"))
+        open_records(tmp_path / "odd.tar").read(0)
     assert time.monotonic() - started < 5
 
 
@@ -153,7 +150,7 @@ def test_open_files_closes_the_oldest(tmp_path: Path) -> None:
     files = OpenFiles(limit=2)
     for _ in range(2):
         assert [files.read(path, 3, 2) for path in paths] == [bytes([n, n]) for n in range(5)]
-        assert len(files._local) == 2
+        assert len(files._handles) == 2
     files.close()
     with pytest.raises(DataError, match="gone"):
         files.read(tmp_path / "gone", 0, 1)
@@ -166,27 +163,13 @@ RECORDS = [("a", {"webp": b"1", "json": b"{}"}), ("folder/b", {"txt": "größe".
            ("empty", {"txt": b"", "_odd.x": b"x"})]
 
 
-def as_tarfile(path: Path, records: Iterable[tuple[str, dict[str, bytes]]]) -> None:
-    """The same shard by the standard library alone."""
-    with open(path, "wb") as raw:
-        packed = gzip.GzipFile("", "wb", 9, raw, mtime=0) if path.suffix == ".gz" else None
-        with tarfile.open(fileobj=packed or raw, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-            for key, members in records:
-                for extension, data in members.items():
-                    info = tarfile.TarInfo(f"{key}.{extension}")
-                    info.size, info.mode = len(data), 0o644
-                    archive.addfile(info, io.BytesIO(data))
-        if packed is not None:
-            packed.close()
-
-
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_write_shard_as_tarfile(tmp_path: Path, name: str) -> None:
-    as_tarfile(tmp_path / f"reference-{name}", RECORDS)
+def test_write_shard_as_tarfile(tmp_path: Path) -> None:
+    members = [(f"{key}.{extension}", data) for key, members in RECORDS for extension, data in members.items()]
+    reference = tar_of(tmp_path / "reference.tar", members)
     for folder in ("one", "two"):
-        assert write_shard(tmp_path / folder / name, RECORDS) == len(RECORDS)
-        assert (tmp_path / folder / name).read_bytes() == (tmp_path / f"reference-{name}").read_bytes()
-        assert [path.name for path in (tmp_path / folder).iterdir()] == [name]
+        assert write_shard(tmp_path / folder / "x.tar", RECORDS) == len(RECORDS)
+        assert (tmp_path / folder / "x.tar").read_bytes() == reference.read_bytes()
+        assert [path.name for path in (tmp_path / folder).iterdir()] == ["x.tar"]
 
 
 def test_write_shard_is_read_back(tmp_path: Path) -> None:
@@ -199,9 +182,8 @@ def test_write_shard_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
-def test_write_shard_that_fails(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
+def test_write_shard_that_fails(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
     path.write_bytes(b"what was there")
 
     def broken() -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -214,4 +196,4 @@ def test_write_shard_that_fails(tmp_path: Path, name: str) -> None:
         write_shard(path, [("k" * 300, {"json": b"{}"})])
     with pytest.raises(OSError), open_shard(path / "y.tar"):
         pass
-    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [(name, b"what was there")]
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [("x.tar", b"what was there")]

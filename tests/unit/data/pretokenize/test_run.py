@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.cli.pretokenize import build_parser, main
+from seed_multimodal.cli.data import extraction_parser, extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.decode import TaskDecoder
@@ -321,9 +321,6 @@ def test_a_run_that_could_use_nothing_does_not_end_well(start, tmp_path, capfd, 
         assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
     with pytest.raises(DataError, match="out: this folder holds no tar, jsonl"):
         open_records(tmp_path / "out")
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list" / "manifest.json").write_text('[{"text": "of one\'s own"}]')
-    assert len(open_records(tmp_path / "list")) == 1
     (tmp_path / "wrong" / "3.jpg").write_bytes(jpeg(3))
     assert start(tmp_path / "again", gpus=8, **here) == 0  # one unit of work: seven more would load a tokenizer each
     said = capfd.readouterr().err
@@ -372,13 +369,13 @@ def test_wrong_flags_are_one_sentence(flags, message, data, tmp_path, capfd, mon
     monkeypatch.chdir(APP)
     given = ["--tokenizer", "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir",
              str(tmp_path / "out"), "--device", "cpu"]
-    assert main("caption", "tool", "text", [*given, *flags]) == 2
+    assert extraction_script("caption", "tool", "text", [*given, *flags]) == 2
     said = capfd.readouterr().err
     assert message in said and said.startswith("tool: ") or message in said.splitlines()[-1]
 
 
 def test_released_flags_and_defaults():
-    parser = build_parser("tool", "text")
+    parser = extraction_parser("tool", "text")
     args = parser.parse_args(needed := ["--tokenizer", "t", "--data", "d", "--save_dir", "s"])
     original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
                 "gpus": None, "batch_size": None, "num_workers": 4}
@@ -393,6 +390,6 @@ def test_every_tool_names_its_kind():
     assert len(TOOLS) == 7
     kinds = {path.stem.removeprefix("extract_image_ids_to_torchdata_parallel").lstrip("_") or "caption"
              for path in TOOLS}
-    assert all(f'main("{kind}", ' in path.read_text() for kind in kinds for path in TOOLS
+    assert all(f'extraction_script("{kind}", ' in path.read_text() for kind in kinds for path in TOOLS
                if path.stem.endswith(kind) or (kind == "caption" and path.stem.endswith("parallel")))
     assert kinds == {"caption", "qa", "video", "edit", "story", "interleaved", "chat"}

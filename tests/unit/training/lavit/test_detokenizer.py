@@ -12,7 +12,7 @@ import pytest
 import torch
 import warm_python
 from tiny_detokenizer import ROOT, losses
-from tiny_lavit_tokenizer import tiny_tokenizer
+from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
@@ -91,11 +91,10 @@ def test_the_share_without_conditions() -> None:
     from diffusers import DDPMScheduler
 
     watched, schedule = Recorder(), training_schedule(DDPMScheduler())
-    loss = LavitPixelLoss(dropout=0.2, min_snr=5.0)
+    loss = LavitPixelLoss(dropout=0.2)
     made = loss(watched, schedule, torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
                 generator=torch.Generator().manual_seed(0))
     assert abs(watched.without.float().mean() - 0.2) < 0.02 and made["mse"] == pytest.approx(1, abs=0.1)
-    assert made["total_loss"] < made["mse"]
 
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
@@ -105,8 +104,8 @@ def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path,
     the codes count."""
     pixels, decoder = LavitDetokenizer.from_pretrained(parts / head), code_decoder(head)
     if head == "lowres":
-        decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 14)
-        decoder.config = decoder.config.__class__(**{**vars(decoder.config), "prompt_dim": 14})
+        decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 16)
+        decoder.config = decoder.config.__class__(**{**vars(decoder.config), "prompt_dim": 16})
     model = TrainedPixels(pixels.unet, decoder, pixels.null_embeds).eval()
     noisy, steps, ids = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), size_ids((16, 16), count=2)
     rows = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]

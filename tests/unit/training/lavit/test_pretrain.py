@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from seed_multimodal.cli.merge import main
+from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.config import find_target, load_yaml
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
@@ -191,7 +191,7 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
     (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
     system = tmp_path / "system"
-    assert main("merge_lora_weights.py", "", [
+    assert merge_script("merge_lora_weights.py", "", [
         "--model_cfg", str(tmp_path / "model.yaml"), "--tokenizer_cfg", str(tmp_path / "words.yaml"), "--lora_model",
         str(tmp_path / "out" / "checkpoint-2"), "--save_path", str(system / "language_model")]) == 0
     state, visual = load_state_dict(home / "visual" / "model.safetensors"), system / "visual_tokenizer"

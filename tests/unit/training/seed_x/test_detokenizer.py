@@ -61,7 +61,7 @@ def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, s
 def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(parts: Path, tmp_path: Path) -> None:
     """With averaged weights, condition dropout, several micro-steps and gradient checkpointing on one side only: a run
     stopped in the middle ends with the weights of one that was not."""
-    changes: dict[str, Any] = {"trainer": {"ema": 0.9, "gradient_accumulation_steps": 2}, "model": {"min_snr": 5.0}}
+    changes: dict[str, Any] = {"trainer": {"ema": 0.9, "gradient_accumulation_steps": 2}, "model": {}}
     train_detokenizer(config(parts, tmp_path / "whole", 2, **changes))
     changes["model"]["gradient_checkpointing"] = True
     changes["trainer"]["save_total_limit"] = 1
@@ -109,7 +109,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
     (1, {"model": {"tokens": 5}}, ConfigError, "The tower's 16 embeddings .* cannot be pooled to 5"),
     (1, {"model": {"stage": 3}}, ConfigError, "stage: input should be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained: input should be 'key_value' or 'all'"),
-    (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
+    (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "must be at most 1 together, not 2.1"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
     (1, {"model": {"resampler": {**vars(tiny_sdxl.SIZES), "embedding_dim": 12}}}, ConfigError,

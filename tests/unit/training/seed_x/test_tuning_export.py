@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from seed_multimodal.cli.merge import main
+from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
@@ -46,7 +46,7 @@ def merge(home: Path, folder: Path, trained: Path, *more: str, lora: Any = None,
     model = {"lora": lora, **({"path": str(home / "llm")} if base else {"sizes": {}})}
     (folder / "model.yaml").write_text(yaml.safe_dump(model))
     (folder / "words.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")}))
-    return main("merge_lora_weights.py", "", ["--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(
+    return merge_script("merge_lora_weights.py", "", ["--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(
         folder / "words.yaml"), "--lora_model", str(trained), "--save_path", str(folder / "merged"), *more])
 
 

@@ -1,0 +1,173 @@
+"""The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in `scripts/`.
+
+Without flags they repeat the originals with their weights. Other language models get the same requests through their
+own tasks (ask, draw, edit), because they were tuned on other sentences.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from seed_multimodal.cli import common
+from seed_multimodal.cli.common import cat_image
+from seed_multimodal.disk import writable_folder
+from seed_multimodal.entry import DONE, add_device, log_line, run_program, whole_number
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tasks import DEMO_QUESTIONS
+
+QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
+
+
+def tokenizer_script(argv: Sequence[str] | None = None) -> int:
+    """`scripts/seed_tokenizer_inference.py`: image → 32 codes → image."""
+    parser = _parser("seed_tokenizer_inference.py", "An image becomes 32 codes and an image again.", "cat.jpg")
+    return run_program(parser, _round_trip, argv)
+
+
+def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
+    """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b", the meaning of `--model released`."""
+    parser = _parser(f"seed_llama_inference_{size.upper()}.py",
+                     f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.", ".")
+    return run_program(parser, lambda args: _demonstrate(args, size), argv)
+
+
+def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=text)
+    parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
+    parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
+    common.add_common(parser, model="released", out=out, language=True)
+    return parser
+
+
+def _round_trip(args: argparse.Namespace) -> int:
+    outputs = common.Outputs(args.out)
+    codec = common.load_images(args)
+    codec.check_drawing()
+    codes = codec.encode([Path(args.image or cat_image())])
+    print(" ".join(map(str, codes[0].tolist())))
+    print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
+    if args.prompt:
+        print(common.load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
+    return DONE
+
+
+def _demonstrate(args: argparse.Namespace, size: str) -> int:
+    single = bool(args.prompt or args.image)
+    outputs = common.Outputs(args.out, 1 if single else 2)
+    args.model = size if args.model == "released" else args.model
+    system = common.load_system(args)
+    if single:
+        _answer(args, system, [*([Path(args.image)] if args.image else []), args.prompt or QUESTION], outputs, "answer")
+    elif system.config.original:
+        _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
+        _answer(args, system, [DRAWING], outputs, "dog")
+        _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")
+    else:
+        print(system.ask(cat_image(), QUESTION, seed=args.seed))
+        print(outputs.save(system.draw("a dog on the green grass", seed=args.seed), "dog", ".jpg"))
+        print(outputs.save(system.edit(cat_image(), EDITING, seed=args.seed), "cat_sunglasses", ".jpg"))
+    return DONE
+
+
+def _answer(args: argparse.Namespace, system: Any, content: list[Any], outputs: common.Outputs, name: str) -> None:
+    """One request: print the answer's text, save its images."""
+    answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
+    print(answer.text)
+    for image in answer.images:
+        print(outputs.save(image, name, ".jpg"))
+
+
+# ---- SEED-1
+
+
+def recon_script(argv: Sequence[str] | None = None) -> int:
+    """`demo_recon.py`: an image becomes SEED-1's 32 codes, and the codes become images by Stable Diffusion.
+
+    Flags, file names and defaults are the original demo's. Unlike there, several images are possible, sample k has the
+    seed `--seed` + k whatever the device, and nothing is downloaded.
+    """
+    return run_program(_recon_parser(), _recon, argv)
+
+
+def _recon_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="demo_recon.py", description="An image becomes SEED-1's 32 codes, and the codes become images again.")
+    parser.add_argument("--image", nargs="+", action="extend", help="default: images/cat.jpg")
+    parser.add_argument("--model", default="pretrained", help="folder of the tokenizer (default: pretrained)")
+    parser.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder")
+    add_device(parser, None, "by --precision")
+    parser.add_argument("--ckpt", help="Stable Diffusion 1.4 (default: beside the tokenizer, or in pretrained/)")
+    parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
+    parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
+    parser.add_argument("--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)")
+    parser.add_argument("--n_iter", type=whole_number(1), default=1, help="batches for each image (default: 1)")
+    parser.add_argument("--n_rows", type=int, default=0, help="images in a row of the grid (default: n_samples)")
+    parser.add_argument("--seed", type=int, default=42, help="of the starting noise (default: 42)")
+    parser.add_argument("--fixed_code", action="store_true", help="the same noise in each iteration")
+    parser.add_argument("--H", type=int, help="height in pixels (default: what the model was trained on)")
+    parser.add_argument("--W", type=int, help="width in pixels")
+    parser.add_argument("--dpm_solver", action="store_true", help="sample with the DPM solver")
+    parser.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="full: float32")
+    parser.add_argument("--skip_grid", action="store_true", help="write no grid")
+    parser.add_argument("--skip_save", action="store_true", help="write no single images")
+    for flag in ("--prompt", "--from-file", "--config", "--C", "--f", "--ddim_eta"):
+        parser.add_argument(flag, help="accepted without effect")
+    for flag in ("--plms", "--laion400m"):
+        parser.add_argument(flag, action="store_true", help="accepted without effect")
+    return parser
+
+
+def _recon(args: argparse.Namespace) -> int:
+    writable_folder(args.out, ConfigError)
+    with common.loading(args):
+        import diffusers
+
+        from seed_multimodal.seed.original import Seed1
+
+        dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
+        model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=log_line)
+        decoder = model.images.decoder
+    usual = decoder.unet.config.sample_size * decoder.factor
+    settings = {"num_inference_steps": args.ddim_steps, "guidance_scale": args.scale, "height": args.H or usual,
+                "width": args.W or usual}
+    sampler = diffusers.DPMSolverMultistepScheduler if args.dpm_solver else diffusers.PNDMScheduler
+    decoder.scheduler = sampler.from_config(decoder.scheduler.config)
+    decoder.check_settings(**settings)
+
+    def rebuild(name: str, image: Image.Image) -> None:
+        codes = model.tokenize([image])[0]
+        print(" ".join(map(str, codes.tolist())))
+        for path in _draw_samples(model, codes, args, settings):
+            print(path)
+
+    return common.run_each(args, args.image or [str(cat_image())], rebuild, model.images.open)
+
+
+def _draw_samples(model: Any, codes: Any, args: argparse.Namespace, settings: dict[str, Any]) -> list[Path]:
+    """All samples of one image; returns the files written."""
+    images = []
+    for iteration in range(args.n_iter):
+        first = args.seed + (0 if args.fixed_code else iteration * args.n_samples)
+        images += model.draw([codes] * args.n_samples, seed=range(first, first + args.n_samples),
+                             batch_size=args.n_samples, **settings)
+    written, out = [], Path(args.out)
+    if not args.skip_save:
+        written += [common.save_image(image, common.next_number(out / "samples", "{:04d}.png")) for image in images]
+    if not args.skip_grid:
+        grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
+        written.append(common.save_image(grid, common.next_number(out, "grid-{:03d}.png")))
+    return written
+
+
+def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
+    """Images of one size in rows of `columns`, with black lines of 2 pixels around each; a single one stays bare."""
+    from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+    from torchvision.utils import make_grid as tile
+
+    grid: Image.Image = to_pil_image(tile([pil_to_tensor(image) for image in images], nrow=columns))
+    return grid
