@@ -273,30 +273,6 @@ def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: S
     return f"other settings than in the run that saved its state: {'; '.join(shown)}" if changes else ""
 
 
-def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
-                 instead: str) -> None:
-    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun).
-
-    Args:
-        instead: how a new run takes only the weights.
-
-    Raises:
-        CheckpointError: they differ.
-    """
-    for key, noun in names.items():
-        if saved.get(key) != now[key]:
-            before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
-            raise CheckpointError(f"{folder}: was saved by a run with {before} as its {noun}, this one has {present}, "
-                                  f"so it would not continue with the same numbers; use the same, or take only its "
-                                  f"weights ({instead}) in a new folder.")
-
-
-def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
-    return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
-            for key, noun in names.items() if saved.get(key) != now[key]]
-
-
 def refuse_other_frozen(folder: Path, saved: SavedState, now: Mapping[str, Sequence[float]], instead: str) -> None:
     """Refuse a checkpoint whose run read from other frozen models (`Task.frozen_models`). Raises CheckpointError."""
     before = saved.trainer.get("frozen_models", {})

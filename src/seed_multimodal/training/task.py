@@ -221,10 +221,32 @@ class StageTask(Task):
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another number of samples per step, from which their order follows; another number of processes, which
         share them out in another way, is a remark."""
-        from seed_multimodal.training.checkpoint import other_numbers, refuse_other
-
         refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes"})
+
+
+def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
+                 instead: str) -> None:
+    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun).
+
+    Args:
+        instead: how a new run takes only the weights.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for key, noun in names.items():
+        if saved.get(key) != now[key]:
+            before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
+            raise CheckpointError(f"{folder}: was saved by a run with {before} as its {noun}, this one has {present}, "
+                                  f"so it would not continue with the same numbers; use the same, or take only its "
+                                  f"weights ({instead}) in a new folder.")
+
+
+def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
+    return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
+            for key, noun in names.items() if saved.get(key) != now[key]]
 
 
 def read_record(file: Path) -> dict[str, Any]:

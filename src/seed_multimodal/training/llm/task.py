@@ -20,7 +20,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.checkpoint import other_numbers, refuse_other
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.caption_eval import open_evaluation
@@ -38,7 +37,7 @@ from seed_multimodal.training.llm.summary import join_reports, save_config, summ
 from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.task import Task
+from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.weights import load_state_dict
 
 if TYPE_CHECKING:

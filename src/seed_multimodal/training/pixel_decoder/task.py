@@ -24,7 +24,6 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.checkpoint import other_numbers, refuse_other
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
@@ -41,7 +40,7 @@ from seed_multimodal.training.pixel_decoder.features import (
 from seed_multimodal.training.pixel_decoder.kept_features import keep_features
 from seed_multimodal.training.pixel_decoder.memory import held_memory
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
-from seed_multimodal.training.task import Task
+from seed_multimodal.training.task import Task, other_numbers, refuse_other
 
 SMALL = 256  # side of pictures of which the autoencoder takes one at a time; of smaller ones it takes several
 # Settings that change no number of the training, or are reported elsewhere (`PixelTask.check_resume`).
