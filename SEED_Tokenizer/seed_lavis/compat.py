@@ -108,7 +108,7 @@ def init_distributed_mode(args: Any) -> None:
         return
     args.rank, args.world_size = environment_place()
     args.gpu, args.distributed = int(os.environ.get("LOCAL_RANK") or 0), True
-    join_processes(str(args.device), args.timeout_minutes, group_of_one=True, address=args.get("dist_url", "env://"))
+    join_processes(str(args.device), args.timeout_minutes, group_of_one=True)
 
 
 def _load() -> None:
