@@ -135,14 +135,9 @@ def merge_adapter(
     summary for the log. Memory holds the model in fp32.
 
     Args:
-        base: LLaMA folder; None if `trained` is a whole model.
-        trained: as of `read_trained`, or the folder of a whole model, which is only saved again.
+        trained: as of `read_trained`, or the folder of a whole model, which needs no `base` and is only saved again.
         tokenizer: its vocabulary must be the result's, and its files are saved with the weights.
         dtype: fp32, bf16, fp16, or base. agent: gives the content of a SEED-X agent's `config.json`.
-
-    Raises:
-        CheckpointError: missing, damaged or foreign tensors, another vocabulary.
-        ConfigError: no base, or an `out` that is not empty or holds what is read.
     """
     place = Path(trained)
     target = output_folder(out, force=force, what="the merged model", read=(base, place))

@@ -33,14 +33,6 @@ def test_plain() -> None:
     assert get_template("plain").render([("user", ["a ", CODES, "b"])]) == ["a ", CODES, "b"]
 
 
-def test_text_form(tokenizer: MultimodalTokenizer) -> None:
-    image = "<img>" + "".join(f"<img_0000{i}>" for i in CODES) + "</img>"
-    text = get_template("vicuna").render_text(DIALOGUE[:1], tokenizer.vocabulary)
-    assert text == f"<s>USER: {image}What is it?\nASSISTANT:"
-    parts = get_template("vicuna").render(DIALOGUE[:1])
-    assert tokenizer.encode(text) == tokenizer.encode_parts(parts, add_bos=True)
-
-
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_longer_dialogues_continue_shorter_ones(name: str, tokenizer: MultimodalTokenizer) -> None:
     template = get_template(name)
