@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
@@ -62,9 +62,6 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
-        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
-            raise ConfigError(f"Without sampling, {self.num_beams} beams give at most as many answers, not "
-                              f"{self.num_return_sequences}.")
 
     @property
     def samples(self) -> bool:

@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -32,10 +30,8 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order.
-
-    A conversation of one message with the role "raw" is continued as it is, without a template.
-    """
+    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order. A conversation of one message with
+    the role "raw" is continued as it is, without a template."""
 
     role: str
     content: tuple[Any, ...]
@@ -195,8 +191,6 @@ def _file(name: str, number: int) -> Any:
     """The image of a chat message's address, or its file."""
     if name.startswith("data:"):
         return image_from_base64(name, name=f"The image of message {number}")
-    if name.startswith("file:"):
-        return Path(url2pathname(urlsplit(name).path))
     if "://" in name:
         raise RequestError(f"Message {number}: {name[:80]} is an address, and nothing is downloaded; give the file.")
     return Path(name)

@@ -135,16 +135,9 @@ class MultimodalTokenizer:
         return [*pieces, text[start:]]
 
     def encode_parts(self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False) -> list[int]:
-        """Texts and images → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
-
-        Args:
-            parts: a string is encoded on its own; a sequence of ints is the codes of one image; `Ids` are put in as
-                they are.
-            strip: drop white space next to images, as the original tokenizer does. add_bos: put `<s>` in front.
-
-        Raises:
-            CodesError: not the codes of one image. RequestError: a text that is not Unicode.
-        """
+        """Texts, codes of images and `Ids` → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
+        `strip`: drop white space next to images, as the original tokenizer does; `add_bos`: put `<s>` in front. Raises
+        `CodesError` for other than the codes of one image, `RequestError` for a text that is not Unicode."""
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
             if not isinstance(part, str):
@@ -218,8 +211,6 @@ def read_files(folder: Path) -> TokenizerFiles:
     try:
         if PATCH not in added:
             vocabulary = ImageVocabulary(n_text, n_codes, int(per_image or 32))
-        elif n_text == SeedXVocabulary.n_text:  # the released order
-            vocabulary = SeedXVocabulary(tokens_per_image=int(per_image or 64))
         else:
             vocabulary = SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
     except (KeyError, TypeError, ValueError) as error:

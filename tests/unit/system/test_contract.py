@@ -170,7 +170,7 @@ def test_messages_of_transformers_and_openai(system: Any, tmp_path: Path) -> Non
 
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     forms = [file, {"type": "image", "image": str(file)}, {"type": "image", "image": noise(1)},
-             {"type": "image", "url": file.as_uri()}, {"type": "image_url", "image_url": {"url": url}}]
+             {"type": "image", "url": str(file)}, {"type": "image_url", "image_url": {"url": url}}]
     answers = {str(system.chat(user(item, {"type": "text", "text": "What?"}))) for item in forms}
     assert len(answers) == 1
     for item, error in (({"type": "image", "url": "https://host/a.png"}, RequestError),
