@@ -195,7 +195,7 @@ class SeedX(MultimodalSystem):
         if made != (read.kv_dim or read.embed_dim):
             raise CheckpointError(f"{config.vision}: its features have width {made}, but {config.agent} reads width "
                                   f"{read.kv_dim or read.embed_dim}; they do not belong together.")
-        return cls(config, words, agent, images, log, llm_device=runtimes.llm_device)
+        return cls(config, words, agent, images, log)
 
     # ---- what a family defines
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
@@ -44,7 +43,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes, family, offloaded, one_seed_each
+from seed_multimodal.system.images import OFFLOADED, ImageCodec, Log, Runtimes, family, one_seed_each
 
 BATCH = 16
 BAR_FROM = 32  # requests from which there is a progress bar
@@ -69,8 +68,8 @@ class MultimodalSystem(Generator, HubUpload):
     """
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
-                 log: Log = None, *, llm_device: torch.device | None = None) -> None:
-        super().__init__(tokenizer, llm, llm_device)
+                 log: Log = None) -> None:
+        super().__init__(tokenizer, llm)
         self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
@@ -99,8 +98,10 @@ class MultimodalSystem(Generator, HubUpload):
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
-        parked = offloaded(offload) - ({"llm"} if quantization else set())
-        return kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
+        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
+        system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
+        system.llm_device = llm.device if "llm" in parked else None
+        return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the system as one folder with a model card; `force` replaces a folder that is not empty."""

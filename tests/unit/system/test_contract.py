@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,23 @@ def test_messages_of_transformers_and_openai(system: Any, tmp_path: Path) -> Non
 
 
 # ---- settings
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])])
+def test_edit_keeps_max_new_tokens_where_the_model_may_speak_first(
+    tiny: Any, given: dict[str, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def write(conversations: Any, task: Any, settings: Any, *more: Any, **options: Any) -> Any:
+        limits.append(settings.max_new_tokens)
+        return plain(conversations, task, settings, *more, **options)
+
+    plain = tiny.write
+    monkeypatch.setattr(tiny, "write", write)
+    monkeypatch.setattr(tiny, "tasks", replace(tiny.tasks, edit_words=6))
+    tiny.edit(noise(1), "Make it red.", **FEW, **given)
+    assert limits == expected
 
 
 def test_unknown_options_name_the_nearest(system: Any) -> None:
