@@ -13,19 +13,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
-
-if TYPE_CHECKING:
-    from transformers import LogitsProcessorList
-
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 # Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
@@ -150,7 +146,10 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
                               answered[0][-1:] == [words.boi_id], original, should_stop)
     recording = contextlib.nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
-    with _seeded_beams(settings, seeds, embeds.device), recording:
+    device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
+        if beam_sampling:  # transformers draws from the global generator
+            torch.manual_seed((seeds or [0])[0])
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors, streamer=streamer)
     if states is not None:
@@ -269,7 +268,7 @@ def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVoc
 
 def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings,
          seeds: Sequence[int] | None, budget: int, end: list[int], opened: bool, original: bool,
-         should_stop: Callable[[], bool] | None) -> tuple[LogitsProcessorList, Any]:
+         should_stop: Callable[[], bool] | None) -> tuple[Any, Any]:
     """Logits processors and configuration of one call of transformers' `generate`."""
     from transformers import (
         GenerationConfig,
@@ -315,14 +314,3 @@ def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor],
         return scores
 
     return check
-
-
-@contextlib.contextmanager
-def _seeded_beams(settings: GenerationSettings, seeds: Sequence[int] | None, device: torch.device) -> Iterator[None]:
-    """Sampling with beams draws inside transformers: from the first prompt's seed, and the global state is restored."""
-    if not settings.samples or settings.num_beams == 1:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seeds or [0])[0])
-        yield

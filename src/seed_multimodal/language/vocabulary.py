@@ -104,16 +104,12 @@ class ImageVocabulary:
                 raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
         return codes
 
-    def check_codes(self, codes: Sequence[int]) -> list[int]:
-        """The codes of one image as plain ints; raises `CodesError` for another number of them or wrong ones."""
+    def image_ids(self, codes: Sequence[int]) -> list[int]:
+        """`<img>`, the codes, `</img>` as ids; raises `CodesError` for another number of codes or wrong ones."""
         least, most = self.least_codes, self.tokens_per_image
         if not least <= len(codes) <= most:
             raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
-        return [id - self.code_start for id in self.code_to_id(codes)]
-
-    def image_ids(self, codes: Sequence[int]) -> list[int]:
-        """`<img>`, the codes, `</img>` as ids; raises as `check_codes`."""
-        return [self.boi_id, *self.code_to_id(self.check_codes(codes)), self.eoi_id]
+        return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
     def image_text(self, codes: Iterable[int]) -> str:
         """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes."""

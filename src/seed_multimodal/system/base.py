@@ -263,17 +263,16 @@ class MultimodalSystem(Generator, HubUpload):
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
-        written: dict[int, Written] = {}
+        written: list[Written] = []
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = dict(enumerate(self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)))
-        rest = [row for row in range(len(conversations)) if row not in written or len(written[row].values) != 1]
+            written = self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)
+        rest = [row for row in range(len(conversations)) if not written or len(written[row].values) != 1]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
-                           seeds=None if seeds is None else [seeds[row] for row in rest])
-        written |= zip(rest, again, strict=True)
-        return [written[row] for row in range(len(conversations))]
+        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
+                                seeds=None if seeds is None else [seeds[row] for row in rest]))
+        return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
     # ---- inside
 

@@ -49,6 +49,7 @@ class Runtimes:
         """Where the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
+
 def family(name: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
     module, _, kind = FAMILIES[name].partition(":")
@@ -147,9 +148,8 @@ class ImageCodec:
 
     def note(self, images: Sequence[Any]) -> str:
         """One sentence where images are unlike those of the training, or nothing."""
-        if self.domain is None or not len(images):
-            return ""
-        return self.domain.note(self.vision_tokens(images, self.domain.layer))
+        known = self.domain if len(images) else None
+        return known.note(self.vision_tokens(images, known.layer)) if known else ""
 
     @torch.inference_mode()
     def vision_tokens(self, images: Sequence[Any], layer: str) -> Tensor:
@@ -175,8 +175,8 @@ class Remembered:
         """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        made = dict(zip(new, make([*new.values()]), strict=True)) if new else {}
-        used = {name: made[name] if name in made else self.known.pop(name) for name in dict.fromkeys(names)}
+        self.known |= zip(new, make([*new.values()]) if new else (), strict=True)
+        used = {name: self.known.pop(name) for name in dict.fromkeys(names)}
         self.known |= used
         for name in [*self.known][:-self.most]:
             del self.known[name]
