@@ -10,9 +10,9 @@ negative (always with beams).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,10 +64,6 @@ class GenerationSettings:
         """Whether tokens are drawn."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
-    def with_seed(self) -> GenerationSettings:
-        """With a seed of its own where none was given."""
-        return self if self.seed is not None or not self.samples else replace(self, seed=random_seed())
-
 
 @dataclass
 class Prompt:
@@ -93,16 +89,11 @@ class HiddenStates:
         self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
         self.first = 0  # the answer's word that the first pass ends at
 
-    @contextlib.contextmanager
-    def recording(self, llm: Any, first: int) -> Iterator[None]:
-        """Inside, every pass of the language model is kept."""
+    def recording(self, llm: Any, first: int) -> Any:
+        """A context in which every pass of the language model is kept."""
         self.steps, self.first = [], first
-        handle = llm.get_decoder().register_forward_hook(
+        return llm.get_decoder().register_forward_hook(
             lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
@@ -145,7 +136,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     end = [tokenizer.eos_id] if ends is None else list(ends)
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
                               answered[0][-1:] == [words.boi_id], original, should_stop)
-    recording = contextlib.nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
+    recording = nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
     device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
         if beam_sampling:  # transformers draws from the global generator

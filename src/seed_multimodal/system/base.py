@@ -25,7 +25,7 @@ from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictur
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
@@ -62,9 +62,8 @@ class Written:
 class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
-    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
-    `guidance_scale`, `height`, `width`, … where it has them) as keywords; defaults are the system's own. A system may
-    be used from several threads: its language model and its codec each serve one of them at a time.
+    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`, …) as
+    keywords; defaults are the system's own. Threads use its language model and its codec one at a time.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
@@ -205,7 +204,9 @@ class MultimodalSystem(Generator, HubUpload):
         drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
         if stream:
             options.setdefault("num_beams", 1)
-        settings = self.settings(task, **options).with_seed()
+        settings = self.settings(task, **options)
+        if settings.seed is None and settings.samples:
+            settings = replace(settings, seed=random_seed())
         opening = ""
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)

@@ -58,7 +58,7 @@ def family(name: str) -> Any:
 
 def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
                 log: Log = None) -> Any:
-    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model."""
+    """The `ImageCodec` of a system without its language model, or of an image tokenizer alone."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
@@ -68,13 +68,8 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
 
 class ImageCodec:
     """Images ⇄ codes or features; threads use it one at a time. A family defines `encode(images)`, which gives codes or
-    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them.
-
-    Args:
-        model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
-        at_least: a larger image is reduced while it is opened, to this side or more.
-        drawing_device: None: `device`. offload: as of `Runtimes`.
-    """
+    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them. `load_decoder` makes
+    the de-tokenizer; larger images are reduced to `at_least` or more on a side while they are opened."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
@@ -118,7 +113,7 @@ class ImageCodec:
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
-        """Keep these of "encoder" and "decoder" on the CPU while they do not work; and the others not."""
+        """Keep these of "encoder" and "decoder" on the CPU while they do not work, and the others not."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
         if self._decoder is not None:
@@ -156,12 +151,9 @@ class ImageCodec:
         """Output of a layer of the vision encoder for images, `[B, N, W]` float32 on the CPU."""
         tokens: list[Tensor] = []
         with self.encoding():
-            hook = self.encoder.get_submodule(layer).register_forward_hook(
-                lambda module, arguments, output: tokens.append(output.float().cpu()))
-            try:
+            with self.encoder.get_submodule(layer).register_forward_hook(
+                    lambda module, arguments, output: tokens.append(output.float().cpu())):
                 self.run_encoder(images)
-            finally:
-                hook.remove()
         return torch.cat(tokens)
 
 
@@ -230,8 +222,7 @@ def load_domain(file: Path | None, threshold: float) -> Domain | None:
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
     """The seeds of drawings: one for all, or one each; raises `CodesError` for another number of them."""
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    several = given if isinstance(given, (list, tuple, range)) else [given] * count
+    several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
     seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in several]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")
