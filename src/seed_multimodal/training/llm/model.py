@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.nn.pretrained import WEIGHTS
 from seed_multimodal.settings import check_keys
@@ -230,7 +230,7 @@ def use_fp8(model: nn.Module) -> None:
     try:
         from torchao.float8 import convert_to_float8_training
     except ImportError as error:
-        raise ConfigError("model.fp8 needs the package torchao: pip install torchao.") from error
+        raise ConfigError(f"model.fp8 needs the package torchao: {how_to_install('torchao')}.") from error
 
     def frozen(module: nn.Module, name: str) -> bool:
         return (type(module) is nn.Linear and not module.weight.requires_grad and "lora_" not in name
