@@ -17,7 +17,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.train import train_llm
+from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
