@@ -22,7 +22,6 @@ from seed_multimodal.data.decoders.sequence import SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.skip_budget import SkipBudget
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError
@@ -41,12 +40,12 @@ BATCH = 4  # pictures at a time, of equally long prompts; fewer where the GPU ha
 
 
 def open_evaluation(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
-                    rows: Callable[[Mixture], tuple[int, int]] | None = None, template: str | None = None,
-                    kind: HeldOutLosses | None = None) -> Callable[[Run, Any], dict[str, float]] | None:
+                    template: str | None = None, kind: HeldOutLosses | None = None
+                    ) -> Callable[[Run, Any], dict[str, float]] | None:
     """The evaluation of a run: its `eval_data` captioned, or their held-out loss; None: there is none.
 
     Args:
-        rows, template: as in `held_out.held_out`. kind: which losses are measured.
+        template: as in `held_out.held_out`. kind: which losses are measured.
 
     Returns:
         To be called with the loop's run and the model: numbers for the log, equal in all processes.
@@ -58,7 +57,7 @@ def open_evaluation(run: RunSettings, tokenizer: MultimodalTokenizer, group: Pro
         if run.eval_data is not None and run.trainer.eval_steps:
             return CaptionEvaluation(run, tokenizer, group, log).evaluate
         log("trainer.coco_caption_root needs eval_data and trainer.eval_steps: nothing is captioned.")
-    batches = held_out(run, tokenizer, group, log, rows, template)
+    batches = held_out(run, tokenizer, group, log, template)
     if batches is None:
         return None
 

@@ -7,7 +7,6 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,10 @@ class LlmTask(Task):
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
                                         self.settings.image_weight)
         self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
-                               workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
-        self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
-        self.rows = self.data.settings.rows or 1
+                               workers=self.settings.dataloader_num_workers, log=self._log)
+        self.rows = self.data.settings.rows
         self.plan.check_machine(self.data.settings)
-        self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
+        self.evaluation = open_evaluation(run, self.tokenizer, group, self._log,
                                           template_of(self.model_settings), self.held_out_losses())
         self.meter = TokenMeter()
         self.loop: Run
@@ -259,7 +257,7 @@ class LlmTask(Task):
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position in the data."""
-        return dict(self.data.state(step * self.settings.gradient_accumulation_steps))
+        return dict(self.data.state())
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Restore the position in the data; the number of processes may have changed."""
