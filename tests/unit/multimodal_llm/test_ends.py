@@ -68,7 +68,7 @@ def test_a_source_that_gave_nothing_is_a_warning():
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
     """Data that end inside a step are learned all the same, with the weight of a step of that size."""
-    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=7)
+    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=14)
     data["packing"] = packing
     for source in data["sources"]:
         source["cycles"] = 1

@@ -90,7 +90,7 @@ def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
     assert {key: found[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
     assert found["name"] == ("adamw_hf" if way == "script" else "adamw")
     data = read_data_settings(run.data)
-    assert data.packing and data.rows is None  # as many as hold a released micro-batch
+    assert data.packing and data.rows == 6  # about the tokens of a released micro-batch
     lora = read_model_settings(run.model).lora
     assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (16, 32, 0.05)
     assert lora["modules_to_save"] == ["embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm"]

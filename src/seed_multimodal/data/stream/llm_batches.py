@@ -227,8 +227,8 @@ class LlmBatches:
         return self._waited + self.loader.wait_seconds
 
     def at(self, step: int) -> LlmBatch:
-        """The rank's batch at a micro-step: the next one, or a later one, which makes those before it, too. After
-        `restore` the first call sets the number of the next step.
+        """The rank's batch at a micro-step. After `restore` the first call sets the number of the next step. Others than
+        the next one are reached by making those before it (an earlier one: from the start).
 
         Raises:
             EndOfData: every source is used up, as far as this rank reads it (ranks may come to it some steps apart).
@@ -236,7 +236,9 @@ class LlmBatches:
         """
         start = step if self._next is None else self._next
         if step < start:
-            raise ValueError(f"step {step} is before the next one, {start}")
+            self.close()
+            self._begin(DrawOrder(self.mixture, self.rank, self.world))
+            start = 0
         for number in range(start, step + 1):
             batch = self._packed() if self.settings.packing else self._padded()
             self._next = number + 1
