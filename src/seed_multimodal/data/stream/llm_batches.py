@@ -227,8 +227,8 @@ class LlmBatches:
         return self._waited + self.loader.wait_seconds
 
     def at(self, step: int) -> LlmBatch:
-        """The rank's batch at a micro-step. After `restore` the first call sets the number of the next step. Others than
-        the next one are reached by making those before it (an earlier one: from the start).
+        """The rank's batch at a micro-step. After `restore` the first call sets the number of the next step. Steps other
+        than the next one are reached by making those before them (an earlier one: from the start).
 
         Raises:
             EndOfData: every source is used up, as far as this rank reads it (ranks may come to it some steps apart).
