@@ -282,3 +282,9 @@ def test_refusals_before_the_first_step(train, more, words):
         pytest.skip("this machine can do it")
     with pytest.raises(ConfigError, match=words):
         train("out", *more)
+
+
+def test_tokens_per_step_sets_the_micro_steps(train, capsys):
+    home = train("out", "trainer.max_steps=1", "trainer.tokens_per_step=1000", "data.rows=2")
+    assert json.loads((home / "summary.json").read_text())["micro_steps"] == 3  # of 2 rows of 160 positions
+    assert "a step: 2 packed rows of 160 x 3 micro-steps x 1 process = 960 positions." in capsys.readouterr().out

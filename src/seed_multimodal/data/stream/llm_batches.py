@@ -227,7 +227,7 @@ class LlmBatches:
         return self._waited + self.loader.wait_seconds
 
     def at(self, step: int) -> LlmBatch:
-        """The rank's batch at a micro-step. After `restore` the first call sets the number of the next step. Steps other
+        """The batch at a micro-step. After `restore` the first call sets the number of the next step. Steps other
         than the next one are reached by making those before them (an earlier one: from the start).
 
         Raises:

@@ -13,7 +13,7 @@ from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
-from seed_multimodal.training.llm.row_facts import IGNORED
+from seed_multimodal.training.llm.loss import IGNORED
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 

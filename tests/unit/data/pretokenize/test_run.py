@@ -184,7 +184,7 @@ def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
     for _ in range(2):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         said = capfd.readouterr().err
-        assert "0 records" in said and "broken: 7" in said and "not one record was written" in said
+        assert "0 records" in said and "bad 7" in said and "not one record was written" in said
 
 
 @pytest.mark.process
