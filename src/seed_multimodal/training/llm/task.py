@@ -7,6 +7,7 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
