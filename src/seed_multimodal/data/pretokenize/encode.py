@@ -140,7 +140,7 @@ def image_processor(folder: str) -> ImageTransform:
         raise ConfigError(f"{file}: normalises with {settings['image_mean']}; the tokenizers read CLIP's mean.")
     size = settings.get("size", 224)
     keep = not isinstance(size, dict) or "shortest_edge" in size
-    side: int = size if not isinstance(size, dict) else size.get("shortest_edge", size.get("height"))
+    side: Any = size if not isinstance(size, dict) else size.get("shortest_edge", size.get("height"))
     crop = settings.get("crop_size", side) if keep and settings.get("do_center_crop", True) else side
     if side not in (crop, isinstance(crop, dict) and crop["height"]) or (not keep and size["width"] != side):
         raise ConfigError(f"{file}: resizes to {size} and crops {settings.get('crop_size')}; only squares are encoded.")

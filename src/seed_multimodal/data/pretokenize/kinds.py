@@ -50,10 +50,9 @@ def joined_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> 
 class Kind:
     """One kind of records.
 
-    Args:
+    Attributes:
         fields: keys of the input by what they hold; `ask`: a fixed question, `suffix`: put behind each question.
         presets: other such mappings by name; `default` is merged unless a preset is named.
-        views: whether several views of an image can be written.
     """
 
     name: str

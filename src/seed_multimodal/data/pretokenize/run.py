@@ -165,7 +165,9 @@ class _Extractor:
         return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
 
     def _write(self, shard: Shard, decoded: DecodedTask, writer: ShardWriter, counts: Counter[str]) -> None:
-        codes = [row for batch in decoded.pixels.split(self.batch_size) if len(batch) for row in self.encoder(batch)]
+        codes: list[list[int]] = []
+        for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
+            codes += self.encoder(batch)
         self.images += len(codes)
         counts.update({"read": len(decoded.samples), "images": len(codes)})
         for sample in decoded.samples:
@@ -181,9 +183,10 @@ class _Extractor:
             elif sample.dropped:
                 counts[f"dropped: {sample.dropped}"] += 1
             else:
-                found = [rows and [codes[row] for row in rows] for rows in sample.rows]
+                found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
                 record = self.kind.record(sample.fields, found, self.encoder.vocabulary)
-                writer.add(f"{shard.key}-{sample.number:07d}", {"json": _encoded(record)})
+                writer.add(f"{shard.key}-{sample.number:07d}", {"json": json.dumps(
+                    _finite(record), ensure_ascii=False, separators=(",", ":")).encode()})
                 counts["samples"] += 1
 
     def _name(self, what: str, sentence: str) -> None:
@@ -230,16 +233,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 
-def _encoded(record: Mapping[str, Any]) -> bytes:
-    """A record as json; NaN (as in LAION's metadata), which json lacks, becomes null."""
-    try:
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8")
-
-
 def _finite(value: Any) -> Any:
+    """A value for json, which lacks NaN (as in LAION's metadata): null."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

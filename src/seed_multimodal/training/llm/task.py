@@ -76,7 +76,7 @@ class LlmTask(Task):
                                         self.settings.image_weight)
         self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
                                workers=self.settings.dataloader_num_workers, log=self._log)
-        self.rows = self.data.settings.rows or 1
+        self.rows = self.data.settings.rows
         if self.settings.tokens_per_step:
             micro_batch = group.world * self.rows * self.data.settings.length
             self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(
@@ -251,7 +251,7 @@ class LlmTask(Task):
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position in the data."""
-        return dict(self.data.state(step * self.settings.gradient_accumulation_steps))
+        return dict(self.data.state())
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Restore the position in the data; the number of processes may have changed."""

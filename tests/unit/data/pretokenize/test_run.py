@@ -26,7 +26,6 @@ from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
 APP = ROOT / "MultiModalLLM"
-TOOLS = sorted((APP / "src" / "tools").glob("extract_image_ids_to_torchdata_parallel*.py"))
 SHARDS, SIZE = 8, 24
 
 
@@ -212,10 +211,3 @@ def test_extraction_parser_has_the_original_flags() -> None:
     original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
                 "gpus": None, "batch_size": None, "num_workers": 4}
     assert {name: getattr(args, name) for name in original} == original
-
-
-def test_every_tool_names_its_kind() -> None:
-    for path in TOOLS:
-        kind = path.stem.removeprefix("extract_image_ids_to_torchdata_parallel").lstrip("_") or "caption"
-        assert f'extraction_script("{kind}", ' in path.read_text()
-    assert len(TOOLS) == 7

@@ -61,8 +61,7 @@ def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_p
     trained = {name: value for name, value in task.weights().items() if name.startswith(("causal_", "vit_proj"))}
     frozen = load_dynamic_tokenizer(home / "visual")
     reader, words = with_merger(frozen, trained, "here"), task.tokenizer.vocabulary
-    batch = task.data.at(0)
-    assert batch.views is not None and {True, False} == set(batch.views.written.tolist())
+    batch = next(one for one in map(task.data.at, range(9)) if {True, False} == set(one.views.written.tolist()))
     ready = task.ready(batch)
     with torch.no_grad():
         found = task.losses(task.module, ready)
