@@ -21,7 +21,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.loop_settings import WAIT_MINUTES
+from seed_multimodal.training.config import WAIT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 PRECISIONS = ("fp16", "bf16", "fp32")

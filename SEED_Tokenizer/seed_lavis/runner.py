@@ -26,8 +26,8 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.checkpoint_folders import checkpoints
-from seed_multimodal.training.stage import train_stage
+from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
@@ -62,9 +62,6 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
-        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
-            raise ConfigError(f"Without sampling, {self.num_beams} beams give at most as many answers, not "
-                              f"{self.num_return_sequences}.")
 
     @property
     def samples(self) -> bool:
@@ -126,20 +123,15 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
              original: bool = False, streamer: Any = None, should_stop: Callable[[], bool] | None = None
              ) -> list[list[int]]:
-    """Continue every prompt.
+    """`num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
+    `<img>` first. Raises `GenerationError` for a prompt too long for the model, no room for a forced image, and scores
+    that are not numbers.
 
     Args:
         seeds: one for each prompt; None: `settings.seed` for all. ends: tokens that end an answer; None: `</s>`.
         original: only the rules for images of the original code (see `ImageSpans`).
         streamer: a transformers streamer, for a single prompt without beams.
         should_stop: called before each token; true raises `Stopped`.
-
-    Returns:
-        `num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
-        `<img>` first.
-
-    Raises:
-        GenerationError: a prompt too long for the model, no room for a forced image, scores that are not numbers.
     """
     words, count = tokenizer.vocabulary, settings.num_return_sequences
     if not prompts:
@@ -184,13 +176,9 @@ def random_seed() -> int:
 
 class ImageSpans:
     """A logits processor that forbids every next token that would break an image. Its state is read from the generated
-    ids, so it works in batches and with beams.
-
-    Args:
-        opened: whether the prompt ends in `<img>`.
-        budget: new tokens in all; `<img>` is forbidden where `</img>` would not fit any more.
-        original: of SEED-X's image words forbid only those that the original code forbids.
-    """
+    ids, so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: new tokens in all
+    (`<img>` is forbidden where `</img>` would not fit any more); `original`: of SEED-X's image words forbid only those
+    that the original code forbids."""
 
     def __init__(self, words: ImageVocabulary, opened: bool = False, budget: int | None = None,
                  original: bool = False) -> None:
@@ -260,11 +248,9 @@ class SeededDraw:
 
 def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     """Embeddings [L, D] of a prompt, a forced `<img>` last."""
-    device = embed.weight.device
-    if prompt.embeds is None:
-        return embed(torch.tensor([*prompt.ids, *forced], device=device))  # type: ignore[no-any-return]
-    rows = prompt.embeds.to(embed.weight)
-    return torch.cat([rows, embed(torch.tensor(forced, device=device))]) if forced else rows
+    words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
+    rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
+    return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
 def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:

@@ -32,16 +32,9 @@ ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; they are computed 
 
 def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
              quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> LlamaForCausalLM:
-    """Read a LLaMA folder or hub id for inference, straight to `device`.
-
-    Args:
-        dtype: precision of the weights (with quantisation: of the rest).
-        quantization: "8bit" or "4bit" through bitsandbytes, on CUDA devices and CPUs.
-        vocabulary: the tokenizer's; the model must have as many words.
-
-    Raises:
-        CheckpointError: missing, damaged, unsafe or foreign files. ConfigError: an impossible quantisation.
-    """
+    """Read a LLaMA folder or hub id for inference, straight to `device`; `quantization`: "8bit" or "4bit" through
+    bitsandbytes (`dtype` is then that of the rest). Raises `CheckpointError` for missing, damaged, unsafe or foreign
+    files and other words than those of `vocabulary`, `ConfigError` for an impossible quantisation."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
     device = torch.device(device)

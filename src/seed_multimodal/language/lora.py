@@ -135,14 +135,9 @@ def merge_adapter(
     summary for the log. Memory holds the model in fp32.
 
     Args:
-        base: LLaMA folder; None if `trained` is a whole model.
-        trained: as of `read_trained`, or the folder of a whole model, which is only saved again.
+        trained: as of `read_trained`, or the folder of a whole model, which needs no `base` and is only saved again.
         tokenizer: its vocabulary must be the result's, and its files are saved with the weights.
-        dtype: fp32, bf16, fp16, or base. agent: gives the content of a SEED-X agent's `config.json`.
-
-    Raises:
-        CheckpointError: missing, damaged or foreign tensors, another vocabulary.
-        ConfigError: no base, or an `out` that is not empty or holds what is read.
+        dtype: fp32, bf16 or fp16. agent: gives the content of a SEED-X agent's `config.json`.
     """
     place = Path(trained)
     target = output_folder(out, force=force, what="the merged model", read=(base, place))
@@ -152,8 +147,7 @@ def merge_adapter(
     llama = _load_base(place if is_whole else base, changes, tokenizer)
     model = _with_trained(llama, changes)
     llama = model.merge_and_unload() if changes.lora else llama
-    precision = DTYPES[dtype] if dtype != "base" else _stored_dtype(place if is_whole else base)
-    force_special_ids(llama.to(precision))
+    force_special_ids(llama.to(DTYPES[dtype]))
     with making_folder(target, out) as folder:
         inner = folder / LLM_FOLDER if changes.agent else folder
         llama.save_pretrained(inner, max_shard_size=max_shard_size)
@@ -193,9 +187,3 @@ def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any)
     if words != llama.config.vocab_size:
         llama.resize_token_embeddings(words, mean_resizing=False)
     return llama
-
-
-def _stored_dtype(folder: str | Path | None) -> torch.dtype:
-    """Precision of a model's weights by its configuration."""
-    values = read_json_object(Path(folder) / "config.json") if folder is not None else {}
-    return getattr(torch, str(values.get("dtype") or values.get("torch_dtype") or "float32"))

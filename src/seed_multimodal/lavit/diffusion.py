@@ -102,7 +102,7 @@ class LavitDetokenizer(Detokenizer):
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
         generators'."""
-        made = rows if isinstance(rows, Conditions) else self.decoder(rows)
+        made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
         size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
         if start is None and self.layout is not None and made.features is not None:
             height, width = (side // self.factor for side in size)

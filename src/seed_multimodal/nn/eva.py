@@ -149,7 +149,7 @@ def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Te
 
 def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Inverse of `eva_from_clip`: the CLIP tensors that EVA has; `prefix` is before its names."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, value in eva.items():
         if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
             continue

@@ -212,11 +212,6 @@ class SystemConfig:
         return {key: Path(usual[key].replace("highres_", "") if low else usual[key])
                 for key in PARTS[self.system] if key in usual}
 
-    @property
-    def can_draw(self) -> bool:
-        """Whether all parts that only draw are on this disk."""
-        return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
-
     def has(self, *parts: str) -> bool:
         """Whether these parts are on this disk."""
         return not any(self._missing(key) is not None for key in parts)
@@ -234,13 +229,9 @@ class SystemConfig:
         if self.has(*parts):
             return self
         if self.original:
-            wanted = dict[str, list[str]]()
-            for key, (source, _) in origins.items():
-                if (place := self._missing(key)) and key != "safety":
-                    wanted.setdefault(source.what, []).append(place)
-            listed = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
-            raise CheckpointError(f"{self.name}: its weights are not on this disk: download {listed} (details in "
-                                  f"pretrained/README.md){hub.or_take(self.system)}.")
+            missing = [(source, place) for key, (source, _) in origins.items()
+                       if (place := self._missing(key)) and key != "safety"]
+            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}{hub.or_take(self.system)}.")
         texts = [f"its {PARTS[self.system][key][0]} is not there"
                  + (f": put it at {place}" if place else " (seed assemble joins parts)")
                  for key in parts if (place := self._missing(key)) is not None]

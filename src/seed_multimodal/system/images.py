@@ -23,18 +23,19 @@ from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generator import on_device
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import SEEDS, check_keys, check_value
+from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.weights import load_state_dict
 
 Log = Callable[[str], None] | None
 FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
-OFFLOADED = frozenset(("llm", "encoder", "decoder"))  # parts that can stay on the CPU while they are not in use
+OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 
 @dataclass(frozen=True)
 class Runtimes:
-    """Where the parts of a system compute; `offload`: of "llm", "encoder" and "decoder"."""
+    """Where the parts of a system compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while
+    they do not work."""
 
     llm: Runtime
     images: Runtime
@@ -47,19 +48,6 @@ class Runtimes:
     def llm_home(self) -> torch.device:
         """Where the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
-
-    @property
-    def llm_device(self) -> torch.device | None:
-        """Where an off-loaded language model computes."""
-        return self.llm.device if "llm" in self.offload else None
-
-
-def offloaded(parts: bool | Collection[str]) -> frozenset[str]:
-    """The names of the parts that are on their device only while they work; True: all of them."""
-    names = OFFLOADED if parts is True else parts or ()
-    check_keys(names, OFFLOADED, "offload")
-    return frozenset(names)
-
 
 def family(name: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
@@ -74,7 +62,7 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
     pipeline = importlib.import_module(family(config.system).__module__)
-    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=offloaded(offload)))
+    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ()))
 
 
 class ImageCodec:
@@ -84,7 +72,7 @@ class ImageCodec:
     Args:
         model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
         at_least: a larger image is reduced while it is opened, to this side or more.
-        drawing_device: None: `device`. offload: of "encoder" and "decoder", on the CPU while they do not work.
+        drawing_device: None: `device`. offload: as of `Runtimes`.
     """
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn

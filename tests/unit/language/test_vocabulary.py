@@ -28,8 +28,3 @@ def test_image_ids_and_image_text() -> None:
 def test_image_ids_of_wrong_codes(codes: list[int], message: str) -> None:
     with pytest.raises(CodesError, match=message):
         ImageVocabulary(n_text=100, n_codes=8, tokens_per_image=3).image_ids(codes)
-
-
-def test_id_to_code_of_text_ids() -> None:
-    with pytest.raises(CodesError, match="at place 1"):
-        ImageVocabulary().id_to_code([32000, 5])

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import ROOT, TINY, TINY_LAVIT, TINY_STAGE2, environment, write_clip, write_config, write_text_encoder
+from lavis_runs import ROOT, TINY, TINY_STAGE2, environment, write_clip, write_text_encoder
 
 NANO = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 CLIP_SIZES = "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: True}"

@@ -103,9 +103,9 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     if not key:
         raise BadRecord("missing key", f"{where}: has no caption key {names[0]!r}{other_keys(names[0], fields)}.")
     value = fields[key]
-    if value is None or value == []:
-        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
     found = value if isinstance(value, list) else [value]
+    if value is None or not found:
+        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
     if not all(isinstance(text, str) for text in found):
         raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
     if not all(text.strip() for text in found):
@@ -114,11 +114,7 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
-    """The text of a record's .txt, without blanks around it unless `whole`; None without one.
-
-    Raises:
-        BadRecord: it is blank, or not UTF-8.
-    """
+    """The text of a record's .txt, without blanks around it unless `whole`; None without one. Raises BadRecord."""
     data = record.member("txt", files=files)
     if data is None:
         return None
@@ -132,25 +128,25 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
 
 
 class PictureFolder:
-    """The pictures of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
+    """The images of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
 
-    def __init__(self, path: Path, recursive: bool = True) -> None:
-        self.path, self.recursive = path, recursive
+    def __init__(self, path: str | Path, recursive: bool = True) -> None:
+        self.path, self.recursive = Path(path), recursive
 
     @cached_property
-    def pictures(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """In the order of their names."""
-        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if is_picture(path))
+        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if
+                      path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file())
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All pictures are one piece."""
-        return [len(self.pictures)]
+        """All images are one piece."""
+        return [len(self.images)]
 
     def locate(self, row: int) -> Record:
-        """A record with the path of its picture under `image`, and the members `txt` and `json` if those files are
-        there."""
-        path = self.pictures[row]
+        """A record with the path of the image under `image`, and members `txt` and `json` if there are such files."""
+        path = self.images[row]
         record = Record(path.relative_to(self.path).as_posix(), str(path), {"image": str(path.resolve())},
                         file=str(path))
         for extension in ("txt", "json"):
@@ -158,8 +154,3 @@ class PictureFolder:
             if beside.is_file():
                 record.members[extension] = Place(str(beside), 0, beside.stat().st_size)
         return record
-
-
-def is_picture(path: Path) -> bool:
-    """Whether a file has a picture's suffix and is not hidden."""
-    return path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file()

@@ -48,9 +48,9 @@ class JsonLines(IndexedFile):
 
     def locate(self, row: int) -> Record:
         """A record, unread; its key is the line."""
-        arrays = self.arrays
-        line, place = arrays["line"][row], Place(self.path, int(arrays["start"][row]), int(arrays["length"][row]))
-        return Record(f"line{line}", f"{self.path}: line {line}", {}, {"json": place}, self.path)
+        line, start, length = (self.arrays[name].item(row) for name in ("line", "start", "length"))
+        members: dict[str, bytes | Place] = {"json": Place(self.path, start, length)}
+        return Record(f"line{line}", f"{self.path}: line {line}", {}, members, self.path)
 
 
 class JsonList:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.parquet import KEPT, RowGroups
-from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, read_errors
+from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, unreadable
 from seed_multimodal.errors import DataError
 
 
@@ -30,20 +30,18 @@ class OpenFiles:
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`. Raises DataError: they cannot be read, or are no longer there."""
         place = self._place(path)
-        with read_errors(place):
-            handle = self._handles.pop(place, None)  # put back after the read: one that fails is opened again
+        handle = self._handles.pop(place, None)  # put back after the read: one that fails is opened again
+        try:
             if handle is None:
                 handle = open_ranges(place) if is_remote(place) else os.open(place, os.O_RDONLY)
-            if is_remote(place):
-                handle.seek(offset)
-                data: bytes = handle.read(size)
-            else:
-                data = os.pread(handle, size, offset)
-                while len(data) < size and (more := os.pread(handle, size - len(data), offset + len(data))):
-                    data += more
-            self._handles[place] = handle
-            if len(self._handles) > self.limit:
-                self._close(self._handles.popitem(last=False)[1])
+            data = _piece(handle, offset, size)
+            while len(data) < size and (more := _piece(handle, offset + len(data), size - len(data))):
+                data += more
+        except Exception as error:  # noqa: BLE001
+            unreadable(place, error)
+        self._handles[place] = handle
+        if len(self._handles) > self.limit:
+            self._close(self._handles.popitem(last=False)[1])
         if len(data) < size:
             raise DataError(f"{path}: it is shorter than when it was indexed; do not change shards in use.")
         return data
@@ -79,3 +77,11 @@ class OpenFiles:
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | None]]:
         return OpenFiles, (self.limit, self.tables.kept, self.cache)  # open files stay behind when a worker is spawned
+
+
+def _piece(handle: Any, offset: int, size: int) -> bytes:
+    if isinstance(handle, int):
+        return os.pread(handle, size, offset)
+    handle.seek(offset)
+    data: bytes = handle.read(size)
+    return data

@@ -136,16 +136,10 @@ class Pairs:
     | json, jsonl, parquet | an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
     | folder | images with KEY.txt or KEY.json beside them |
 
-    Args:
-        files: a path, folder, URL or pattern, or a list of them.
-        format: one of these; auto goes by the suffixes and by what a folder holds.
-        cache: folder into which remote files are copied; None: they are read by ranges.
-        reading: arguments of `PairReader`.
+    `files`, `format` and `cache` as of `sources.open_records`; `reading`: arguments of `PairReader`.
 
-    Attributes:
-        shard_sizes: samples of each shard or row group, which lets the training order keep reads near each other; None:
-            there are only lists and folders, for which any order is good.
-        shuffle_block: so many rows of the tables fit into the memory for row groups; None: no table.
+    `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
+    keep reads near each other; `shuffle_block`: so many rows of tables fit into the memory for them (None: no table).
 
     Raises:
         DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
@@ -162,7 +156,7 @@ class Pairs:
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
         self.shard_sizes = self._records.shard_sizes if near else None
         self.shuffle_block = KEPT // 3 // max(1, *(table.bytes_of_row for table in tables)) if tables else None
-        self._probe()
+        self._refuse_unusable()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -175,9 +169,9 @@ class Pairs:
         """One sample. Raises as `PairReader`."""
         return self._reader(self._records.locate(index), self._records.open_files)
 
-    def _probe(self) -> None:
-        """Refuse a wrong key, say, before a training loads its model."""
-        first: DataError | None = None
+    def _refuse_unusable(self) -> None:
+        """Raise the first sample's error if none of `PROBED` can be used, before a training loads its model."""
+        errors = []
         for index in range(min(PROBED, len(self))):
             try:
                 self.read(index)
@@ -185,9 +179,8 @@ class Pairs:
             except ImageError:
                 return  # files may be gone; what was read has a caption
             except DataError as error:
-                first = first or error
-        assert first is not None
-        raise first
+                errors.append(error)
+        raise errors[0]
 
 
 class RegisteredPairs(Pairs):

@@ -21,7 +21,7 @@ import multiprocessing
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -78,11 +78,11 @@ def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]]
     """
     if format == "tar":
         return JsonTar(path, others)
-    if format == "parquet":
-        return ParquetFile(path)
-    if format in ("json", "jsonl"):
-        return JsonLines(path) if format == "jsonl" else JsonList(path)
-    return open_registered(format, path, options or {}) if format in registered() else PictureFolder(Path(path))
+    if format in registered():
+        return open_registered(format, path, options or {})
+    kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
+                                                   "folder": PictureFolder}
+    return kinds[format](path)
 
 
 def open_records(
@@ -125,9 +125,8 @@ class FileRecords:
     @cached_property
     def _sizes(self) -> list[list[int]]:
         sizes = piece_sizes(self.parts)
-        if not sum(map(sum, sizes)):
-            others = f", nor do the other {len(self.parts) - 1} files" if len(self.parts) > 1 else ""
-            raise DataError(f"{self.files[0]}: holds no record{others}.")
+        if not any(map(any, sizes)):
+            raise DataError(f"{self.name or self.files[0]}: holds no record.")
         return sizes
 
     @cached_property
@@ -137,8 +136,7 @@ class FileRecords:
     @cached_property
     def shard_sizes(self) -> np.ndarray:
         """Records of each file (of each row group of parquet), int64; empty files are left out."""
-        sizes = np.array(list(itertools.chain.from_iterable(self._sizes)), np.int64)
-        return sizes[sizes > 0]
+        return np.array([size for sizes in self._sizes for size in sizes if size], np.int64)
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -216,11 +214,9 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     """
     found: dict[str, None] = {}
     for one in map(str, patterns):
-        matches = {name: _matches(name) for name in _expand_braces(one)}
+        matches = {name: _matches(name) for name in braceexpand(one, escape=False)}
         missing = [name for name, some in matches.items() if not some]
         if len(missing) == len(matches):
-            if os.path.islink(one):
-                raise DataError(f"{one}: is a link to {os.readlink(one)}, which is not there.")
             if _WILD.search(one) or "{" in one:
                 raise DataError(f"{one}: no file matches this pattern.")
             raise DataError(f"{one[:200]}: there is no such file or folder{nearest_path(one)}.")
@@ -244,13 +240,6 @@ def nearest_path(path: str | Path) -> str:
         return ""
     close = difflib.get_close_matches(place.name, names, n=1) if len(names) <= _COMPARED else []
     return f" (did you mean {place.with_name(close[0])}?)" if close else ""
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    try:
-        return list(braceexpand(pattern, escape=False))
-    except ValueError:  # unbalanced: the name of a file may hold one
-        return [pattern]
 
 
 def _matches(name: str) -> list[str]:
@@ -304,12 +293,9 @@ def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dic
 
 def _format_of(path: str, format: str) -> str:
     kind = _suffix_format(path)
-    if format != "auto":
-        return kind if kind[:4] == format else format  # lines of json are json
-    if not kind:
-        known = ", ".join(ending for endings in SUFFIXES.values() for ending in endings)
-        raise DataError(f"{path}: its suffix tells no format (known: {known}); give the format.")
-    return kind
+    if format == "auto" and not kind:
+        raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
+    return kind if format in ("auto", kind[:4]) else format  # lines of json are json
 
 
 def _suffix_format(path: str) -> str:

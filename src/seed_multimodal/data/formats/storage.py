@@ -11,12 +11,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from seed_multimodal.disk import disk_reason, replacing_path
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-BLOCK, BLOCKS = 1 << 20, 8  # bytes of a range request, and how many of a remote file are kept
+BLOCK, BLOCKS = 1 << 20, 4  # bytes of a range request, and how many of a remote file are kept
 SCAN_BLOCK = 8 << 20  # bytes of a request where a remote file is read from its start to its end
 
 
@@ -36,16 +36,22 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def read_errors(path: str | Path) -> Iterator[None]:
-    """Errors of the system and of client libraries, which have exceptions of their own, become a DataError."""
+    """Errors while a file is read become a DataError (`unreadable`)."""
     try:
         yield
-    except SeedError:
-        raise
-    except FileNotFoundError:
+    except Exception as error:  # noqa: BLE001
+        unreadable(path, error)
+
+
+def unreadable(path: str | Path, error: Exception) -> NoReturn:
+    """Raise a DataError for an error of the system or of a client library (which have exceptions of their own), any
+    other error as it is."""
+    if isinstance(error, SeedError) or not is_remote(path) and not isinstance(error, OSError):
+        raise error
+    if isinstance(error, FileNotFoundError):
         raise DataError(f"{path}: there is no such file.") from None
-    except Exception as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise DataError(f"{path}: cannot be read ({reason}).") from error
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+    raise DataError(f"{path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:

@@ -65,25 +65,31 @@ class TarFile(IndexedFile):
         arrays, path = self.arrays, self.path
         if row == len(arrays["keys"]):
             return Record("torn", path, file=path, problem=("damaged file", self.damage))
-        key = arrays["keys"][row].decode("utf-8", "surrogateescape")
+        key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
-        members: dict[str, Place] = {}
-        for member in range(*arrays["first"][row:row + 2].tolist()):
-            extension = self._extensions[arrays["extension"][member]]
-            if self.columns is not None and not any(extension in some for some in self.columns.values()):
-                continue
-            if extension in members:
-                record.problem = "duplicate id", f"{record.where} has two .{extension} members."
-            members[extension] = Place(path, int(arrays["offset"][member]), int(arrays["size"][member]))
-        for name, some in (self.columns or {one: (one,) for one in members}).items():
-            found = next((members[one] for one in some if one in members), None)
-            if found is not None:
-                record.members[name] = found
+        seen: dict[str, int] = {}  # extension number of each part's member
+        first, extension = arrays["first"], arrays["extension"]
+        for member in range(first.item(row), first.item(row + 1)):
+            number = extension.item(member)
+            for part, preferred in self._parts[number]:
+                if number == seen.get(part):
+                    record.problem = "duplicate id", f"{record.where} has two .{self._extensions[number]} members."
+                if part not in seen or seen[part] in preferred:
+                    record.members[part] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
+                    seen[part] = number
         return record
 
     @cached_property
     def _extensions(self) -> list[str]:
         return list(self.arrays["extensions"].tolist())
+
+    @cached_property
+    def _parts(self) -> list[list[tuple[str, set[int]]]]:
+        """For each extension number, the parts it is a member of, and the extensions that it is preferred to there."""
+        numbers = {extension: number for number, extension in enumerate(self._extensions)}
+        columns = {one: (one,) for one in numbers} if self.columns is None else self.columns
+        return [[(part, {numbers[one] for one in wanted[wanted.index(extension) + 1:] if one in numbers})
+                 for part, wanted in columns.items() if extension in wanted] for extension in numbers]
 
 
 class JsonTar(TarFile):
@@ -91,17 +97,17 @@ class JsonTar(TarFile):
 
     def __init__(self, path: str | Path, others: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__(path, {"json": ("json",), "pickle": PICKLED, **(others or {})})
-        self._needed = () if others else ("json",)
+        self._needed = not others
 
     def locate(self, row: int) -> Record:
         """A sample, unread. Raises BadRecord: it has no .json, or a pickle in its place."""
         record = super().locate(row)
-        pickled = record.members.pop("pickle", None)
-        if record.problem is None and "json" not in record.members and (pickled or self._needed):
-            if pickled:
+        if record.problem is None and "json" not in record.members:
+            if "pickle" in record.members:
                 raise BadRecord("pickled", f"{record.where} is a pickle, which may hold code; convert the shards once: "
                                 f"seed data convert {self.path} --out FOLDER.")
-            raise BadRecord("missing member", f"{record.where}: has no .json member.")
+            if self._needed:
+                raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 
 

@@ -105,7 +105,7 @@ def _numbered(path: str, format: str, settings: InputSettings) -> tuple[int, Cal
 
 @functools.lru_cache(maxsize=2)
 def _opened(path: str, format: str, recursive: bool) -> RecordFile:
-    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)
+    return PictureFolder(path, recursive) if format == "folder" else open_file(path, format)
 
 
 def _inputs(settings: InputSettings) -> list[tuple[str, str]]:

@@ -52,22 +52,17 @@ def test_read_pickle_plain_values(protocol):
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
-@pytest.mark.parametrize("dtype", ["int64", "int32", ">i2", "uint8", "<u4", "int8", "bool"])
+@pytest.mark.parametrize("dtype", ["int64", ">i2", "uint8", "bool"])
 def test_read_pickle_arrays(protocol, dtype):
     array = np.arange(12).reshape(3, 4).astype(dtype)
     value = {"a": array, "f": np.asfortranarray(array), "slice": array[::2, 1:], "n": array[1, 2], "none": array[:0],
-             "scalar": np.array(7).astype(dtype), "list": [array[0], array[1]]}
+             "list": [array[0], array[1]]}
     expected = {"a": array.tolist(), "f": array.tolist(), "slice": array[::2, 1:].tolist(), "n": array[1, 2].item(),
-                "none": [], "scalar": np.array(7).astype(dtype).item(), "list": array[:2].tolist()}
-    assert read_pickle(pickle.dumps(value, protocol), "w") == expected
-
-
-def test_read_pickle_of_numpy_1_and_2():
-    """numpy 1 wrote numpy.core, numpy 2 writes numpy._core."""
-    data = pickle.dumps({"a": np.arange(3)}, 2)
-    old, new = data.replace(b"numpy._core.", b"numpy.core."), data.replace(b"numpy.core.", b"numpy._core.")
-    assert old != new
-    assert read_pickle(old, "w") == read_pickle(new, "w") == {"a": [0, 1, 2]}
+                "none": [], "list": array[:2].tolist()}
+    data = pickle.dumps(value, protocol)
+    assert read_pickle(data, "w") == expected
+    if protocol < 4:  # names have no lengths there
+        assert read_pickle(data.replace(b"numpy._core.", b"numpy.core."), "w") == expected, "as numpy 1 wrote them"
 
 
 def hostile(trace: Path) -> dict[str, tuple[object, str]]:

@@ -210,7 +210,7 @@ def test_expand_pattern(tmp_path):
 
 @pytest.mark.parametrize(("pattern", "words"), [
     ("none-*.tar", "none-.*: no file matches this pattern"), ("n-{00..02}.tar", "no file matches this pattern"),
-    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "is a link to .*nowhere"),
+    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "there is no such file"),
     ("a-00.tar", r"there is no such file or folder \(did you mean .*a-0.tar\?\)"), ("A" * 5000, "A{100}: there is no"),
     ("fifo.tar", "there is no such file")])
 def test_expand_pattern_without_match(tmp_path, pattern, words):

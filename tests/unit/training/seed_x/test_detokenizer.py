@@ -109,7 +109,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
     (1, {"model": {"tokens": 5}}, ConfigError, "The tower's 16 embeddings .* cannot be pooled to 5"),
     (1, {"model": {"stage": 3}}, ConfigError, "stage: input should be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained: input should be 'key_value' or 'all'"),
-    (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
+    (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "must be at most 1 together, not 2.1"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
     (1, {"model": {"resampler": {**vars(tiny_sdxl.SIZES), "embedding_dim": 12}}}, ConfigError,
