@@ -47,14 +47,19 @@ def next_commands(runner: Any, checkpoint: str) -> list[str]:
     if stage == "stage1":
         script = APPLICATION / "train_scripts" / "codebook.sh"
         return [shlex.join(evaluation), f"CONFIG={shlex.quote(write_stage2(runner, checkpoint))} sh {script}"]
+    if stage != "lavit-stage1" and not options.load_pretrained:
+        return [shlex.join(evaluation)]  # an export needs a stage 1
     stages = ["--stage1", str(Path(locate(str(options.pretrained))).absolute()), "--stage2", checkpoint]
     export = ["seed", "export-tokenizer", *(["--lavit", checkpoint] if stage == "lavit-stage1" else stages)]
     if runner.model.vision_file:
         export += ["--vision", str(Path(runner.model.vision_file).absolute())]
     if stage == "stage2" and (words := language_tokenizer(Path(stages[1]), options.n_embed)):
         export += ["--text-tokenizer", str(words.absolute())]
+    commands = [evaluation, [*export, "--out", out]]
+    if stage == "lavit-stage1":
+        commands.append(["seed", "assemble", "lavit", "--tokenizer", out, "--out", out := f"{runner.folder}/system"])
     use = ["seed", "tokenize", str(APPLICATION.parent / "images" / "cat.jpg"), "--model", out]
-    return [shlex.join(command) for command in (evaluation, [*export, "--out", out], use)]
+    return [shlex.join(command) for command in (*commands, use)]
 
 
 def write_stage2(runner: Any, checkpoint: str) -> str:

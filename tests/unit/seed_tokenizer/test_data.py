@@ -144,7 +144,7 @@ def test_mixed_order_draws_joined_sets_in_their_ratios(tmp_path, pictures):
     shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])
     listed = {"annotations": {"train": {"storage": str(pictures / "pairs.json")}}}
     sets = {"unsplash": build("unsplash", {"storage": str(tmp_path / "0.tar")}),
-            "coco_caption": build("coco_caption", {**listed, "images": {"storage": str(pictures)}})}
+            "coco_caption": build("conceptual_caption_3m", {**listed, "images": {"storage": str(pictures)}})}
     joined = split_of(sets, ["train"])
     assert isinstance(joined, JoinedPairs) and len(joined) == 4 + 24
     order = mixed_order(sets, ["train"], {"unsplash": 3.0, "coco_caption": 1.0}, 0)

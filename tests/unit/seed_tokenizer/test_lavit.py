@@ -73,7 +73,7 @@ def test_shards_and_the_rate_of_the_token_selector(yaml, run, pictures, tmp_path
         run(yaml("lavit", "model.vit_weights=null", name="wrong"))
 
 
-def test_a_finished_run_resumes_with_another_seed_but_no_other_vision_encoder(yaml, run, other_vision, tmp_path, capsys):
+def test_a_longer_run_with_another_seed_or_vision_encoder(yaml, run, other_vision, tmp_path, capsys):
     """The parts that later trainings begin with are random, and are not compared."""
     run(yaml("lavit", "run.max_epoch=2"))
     run(yaml("lavit", "run.max_epoch=3", "run.seed=7"))
