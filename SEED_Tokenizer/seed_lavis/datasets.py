@@ -139,16 +139,6 @@ def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[
     return parts[0] if len(parts) == 1 else JoinedPairs(parts)
 
 
-def dataset_ratios(sets: Sequence[str], ratios: Mapping[str, float]) -> dict[str, float]:
-    """Checked `run.train_dataset_ratios`: a positive weight for each data set, or none at all."""
-    if ratios:
-        check_keys(ratios, sets, "run.train_dataset_ratios")
-    for name in sets if ratios else ():
-        if not 0 < ratios.get(name, 0.0) < float("inf"):
-            raise ConfigError(f"run.train_dataset_ratios.{name} must be a positive number, not {ratios.get(name)}.")
-    return dict(ratios)
-
-
 def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str],
                 ratios: Mapping[str, float], seed: int) -> MixedOrder | None:
     """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set.

@@ -19,7 +19,7 @@ from yaml import YAMLError
 from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import nearest, read_settings, setting
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import WAIT_MINUTES
 
@@ -195,7 +195,6 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
         ConfigError: one sentence about what is wrong.
     """
     from seed_lavis.compat import Config, registry
-    from seed_lavis.datasets import dataset_ratios
 
     file = Path(locate(cfg_path))
     if not file.is_file():
@@ -221,7 +220,11 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     run.output_dir = str(Path(run.output_dir).absolute())
     run.device = str(choose_device(run.device, log=None).device)
     config.run_cfg.update(vars(run))  # defaults included, so that LAVIS's own code sees them too
-    dataset_ratios(list(config.datasets_cfg), run.train_dataset_ratios)
+    if run.train_dataset_ratios:
+        check_keys(run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios")
+    for name in config.datasets_cfg if run.train_dataset_ratios else ():
+        if not 0 < run.train_dataset_ratios.get(name, 0.0) < math.inf:
+            raise ConfigError(f"{file}: run.train_dataset_ratios.{name} must be a positive number.")
     return config
 
 
