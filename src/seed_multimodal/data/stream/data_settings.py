@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.decoders.registry import DECODERS
+from seed_multimodal.data.decoders import DECODERS
 from seed_multimodal.data.stream.released_settings import is_released, released_data_config
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
@@ -37,7 +37,7 @@ class SourceSettings:
 
     Attributes:
         files, format, format_options: as `formats.sources.open_records` takes them.
-        decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
+        decoder: a name of `decoders.get_decoder`; `options` go to it.
         image_dir: folder of the pictures that the records of a decoder `seed_x.*` name; None: beside their file.
         weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
             without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if

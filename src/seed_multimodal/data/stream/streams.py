@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
 from seed_multimodal.data.decoders.opened import PictureSequence
-from seed_multimodal.data.decoders.sequence import IGNORED, TokenSequence
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.data.stream.packing import Arrays, best_fit, split_long
 from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, TOO_LONG, SkipBudget, SkippedSample

@@ -17,8 +17,8 @@ import torch
 
 from seed_multimodal.caption_scores import caption_scores
 from seed_multimodal.data.annotations import read_captions
-from seed_multimodal.data.decoders.registry import get_decoder
-from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
@@ -108,7 +108,7 @@ class CaptionEvaluation:
             for number in range(len(records)):
                 where = records.locate(number).where
                 try:
-                    sequence = decoder(records.read(number).fields, SeededDraws(0, number))
+                    sequence = decoder.decode(records.read(number).fields, SeededDraws(0, number))
                 except BadRecord as error:
                     reason = str(error) if str(error).startswith(where) else f"{where}: {error}"
                     self.log(f"skipped: {reason}")

@@ -104,7 +104,7 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
     length = case["kwargs"]["max_length"]
     settings = read_data_settings({"sources": [{
         "name": "one", "files": str(file), "decoder": OF_FUNCTION[case["function"]], "image_dir": str(tmp_path),
-        "batch_size": 1, "max_length": length, "cycles": 1, "options": {**options, "validate": False}}],
+        "batch_size": 1, "max_length": length, "cycles": 1, "options": options}],
         "packing": False})
     with LlmBatches(settings, words) as batches:
         batch = batches.at(0)
