@@ -60,8 +60,7 @@ def build(args: argparse.Namespace) -> RunnerSeed:
 
 def train(args: argparse.Namespace) -> int:
     """Build and train (or evaluate, with `run.evaluate`); exit code 0."""
-    from seed_multimodal.training.distributed import leave_processes
-    from seed_multimodal.training.failures import translate_errors
+    from seed_multimodal.training.distributed import leave_processes, translate_errors
 
     clean = False
     try:

@@ -101,14 +101,14 @@ def init_distributed_mode(args: Any) -> None:
 
     Sets `rank`, `world_size`, `gpu` and `distributed` on `args` (LAVIS's run section).
     """
-    from seed_multimodal.training.distributed import environment_number, join_processes
+    from seed_multimodal.training.distributed import environment_place, join_processes
 
     args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    args.rank, args.world_size = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
-    args.gpu, args.distributed = environment_number("LOCAL_RANK", 0), True
-    join_processes(str(args.device), args.timeout_minutes, group_of_one=True, address=args.get("dist_url", "env://"))
+    args.rank, args.world_size = environment_place()
+    args.gpu, args.distributed = int(os.environ.get("LOCAL_RANK") or 0), True
+    join_processes(str(args.device), args.timeout_minutes, group_of_one=True)
 
 
 def _load() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from seed_lavis.options import RunOptions
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
 
 
 @dataclass(frozen=True)

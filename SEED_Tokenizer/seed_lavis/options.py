@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import setting
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.loop_settings import WAIT_MINUTES
+from seed_multimodal.training.config import WAIT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 REPOSITORY = APPLICATION.parent

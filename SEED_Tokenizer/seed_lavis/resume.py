@@ -14,8 +14,8 @@ from seed_lavis.context import RunContext
 from seed_lavis.log import log
 from seed_lavis.options import locate
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.checkpoint_folders import checkpoints
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.task import StageTask
 
 
 def prepare_resume(run: RunContext, task: StageTask) -> None:

@@ -22,7 +22,7 @@ from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.stage import train_stage
+from seed_multimodal.training.trainer import train_stage
 
 
 @registry.register_runner("runner_seed")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from seed_lavis.compat import registry
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.schedules import USABLE, check_kind, learning_rate
 
 

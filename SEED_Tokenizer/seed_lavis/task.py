@@ -25,7 +25,7 @@ from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.codebook import CodebookMaintenance
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.task import StageTask
 
 # Settings that change no number of the training: not reported when they differ at a resume.
 QUIET = tuple(f"run.{key}" for key in (

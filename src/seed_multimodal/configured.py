@@ -121,7 +121,7 @@ def _require_weights(model: str | Path, tokenizer: str | Path) -> None:
             diffusion = node.get("diffusion_path")
             if diffusion or folder is None or not (folder / "diffusion_model").is_dir():
                 named.append(("unclip", str(diffusion or PARTS["unclip"].folder)))
-    missing = [(kind, name) for kind, name in named
+    missing = [(PARTS.get(kind), name) for kind, name in named
                if not (fetched and is_hub_name(name)) and local_folder(name) is None]
     if missing:
         raise CheckpointError(f"{not_on_disk(missing)}, or start scripts/start_backend_nano.sh (--system nano), which "

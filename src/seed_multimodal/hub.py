@@ -122,19 +122,13 @@ def llm_kind(name: str | Path) -> str:
     return next((size for size in ("14b", "8b") if size in str(name).lower()), "llm")
 
 
-def download(kind: str) -> str:
-    """What to download for a part, in words; `llm` stands for some language model."""
-    part = PARTS.get(kind)
-    return "a LLaMA folder" if part is None else part.what
-
-
-def not_on_disk(missing: Iterable[tuple[str, str | Path]]) -> str:
-    """The sentence, without its end, for parts that are not there: what to download and where to put it.
-
-    Args:
-        missing: of each part its key in `PARTS` (`llm`: some language model) and its folder or hub name.
-    """
-    advice = ", ".join(f"{download(kind)} into {released_folder(where)}" for kind, where in missing)
+def not_on_disk(missing: Iterable[tuple[ReleasedPart | None, str | Path]]) -> str:
+    """The sentence, without its end, for parts that are not there: what to download and where to put it; `missing`: of
+    each part its source (None: some LLaMA), and its folder or hub name."""
+    wanted = dict[str, list[str]]()
+    for part, where in missing:
+        wanted.setdefault("a LLaMA folder" if part is None else part.what, []).append(released_folder(where))
+    advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
     return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
 
 

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.training.checkpoint_folders import checkpoints, fault_of
+from seed_multimodal.training.checkpoint import checkpoints, read_tree
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.schedules import batch_indices
-from seed_multimodal.training.stage import StageTask, train_stage
-from seed_multimodal.training.state_tree import read_tree
+from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.trainer import train_stage
 
 
 def toy_model() -> tuple[nn.Sequential, torch.Tensor]:
@@ -120,7 +120,6 @@ def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     """What the newest checkpoint of a stage holds: `model`, `ema`, and the keys of trainer_state.json and of the
     optimiser's file."""
     place = newest(folder, name)
-    assert not fault_of(place)
     tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
                for part, file in (("model", "model"), ("ema", "ema"))}
     return {**tensors, **json.loads((place / "trainer_state.json").read_text()),

@@ -23,9 +23,9 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfi
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
-from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.stage import train_stage
+from seed_multimodal.training.trainer import train_stage
 
 PATCHES, WIDTH, CODES, CODE = 16, 32, 32, 16
 SIZES = LavitTokenizerConfig(

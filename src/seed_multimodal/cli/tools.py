@@ -155,7 +155,7 @@ def merge_script(program: str, description: str, arguments: Sequence[str] | None
     parser.add_argument("--lora_model", required=True, help="adapter, whole trained model, or zero_to_fp32.py output")
     parser.add_argument("--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)")
     parser.add_argument("--save_path", required=True, help="new folder for the merged model")
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16", "base"), help="default: fp32")
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32")
     parser.add_argument("--max_shard_size", default="5GB", help="largest weights file (default: 5GB)")
     parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
     return run_program(parser, _merge, arguments)

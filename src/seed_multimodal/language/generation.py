@@ -10,22 +10,18 @@ negative (always with beams).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import GenerationError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
-
-if TYPE_CHECKING:
-    from transformers import LogitsProcessorList
-
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 # Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
@@ -62,18 +58,11 @@ class GenerationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
-        if self.num_return_sequences > 1 and not self.samples and self.num_return_sequences > self.num_beams:
-            raise ConfigError(f"Without sampling, {self.num_beams} beams give at most as many answers, not "
-                              f"{self.num_return_sequences}.")
 
     @property
     def samples(self) -> bool:
         """Whether tokens are drawn."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
-
-    def with_seed(self) -> GenerationSettings:
-        """With a seed of its own where none was given."""
-        return self if self.seed is not None or not self.samples else replace(self, seed=random_seed())
 
 
 @dataclass
@@ -100,16 +89,11 @@ class HiddenStates:
         self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
         self.first = 0  # the answer's word that the first pass ends at
 
-    @contextlib.contextmanager
-    def recording(self, llm: Any, first: int) -> Iterator[None]:
-        """Inside, every pass of the language model is kept."""
+    def recording(self, llm: Any, first: int) -> Any:
+        """A context in which every pass of the language model is kept."""
         self.steps, self.first = [], first
-        handle = llm.get_decoder().register_forward_hook(
+        return llm.get_decoder().register_forward_hook(
             lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
@@ -126,20 +110,15 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
              original: bool = False, streamer: Any = None, should_stop: Callable[[], bool] | None = None
              ) -> list[list[int]]:
-    """Continue every prompt.
+    """`num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
+    `<img>` first. Raises `GenerationError` for a prompt too long for the model, no room for a forced image, and scores
+    that are not numbers.
 
     Args:
         seeds: one for each prompt; None: `settings.seed` for all. ends: tokens that end an answer; None: `</s>`.
         original: only the rules for images of the original code (see `ImageSpans`).
         streamer: a transformers streamer, for a single prompt without beams.
         should_stop: called before each token; true raises `Stopped`.
-
-    Returns:
-        `num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
-        `<img>` first.
-
-    Raises:
-        GenerationError: a prompt too long for the model, no room for a forced image, scores that are not numbers.
     """
     words, count = tokenizer.vocabulary, settings.num_return_sequences
     if not prompts:
@@ -157,8 +136,11 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     end = [tokenizer.eos_id] if ends is None else list(ends)
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
                               answered[0][-1:] == [words.boi_id], original, should_stop)
-    recording = contextlib.nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
-    with _seeded_beams(settings, seeds, embeds.device), recording:
+    recording = nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
+    device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
+        if beam_sampling:  # transformers draws from the global generator
+            torch.manual_seed((seeds or [0])[0])
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors, streamer=streamer)
     if states is not None:
@@ -184,13 +166,9 @@ def random_seed() -> int:
 
 class ImageSpans:
     """A logits processor that forbids every next token that would break an image. Its state is read from the generated
-    ids, so it works in batches and with beams.
-
-    Args:
-        opened: whether the prompt ends in `<img>`.
-        budget: new tokens in all; `<img>` is forbidden where `</img>` would not fit any more.
-        original: of SEED-X's image words forbid only those that the original code forbids.
-    """
+    ids, so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: new tokens in all
+    (`<img>` is forbidden where `</img>` would not fit any more); `original`: of SEED-X's image words forbid only those
+    that the original code forbids."""
 
     def __init__(self, words: ImageVocabulary, opened: bool = False, budget: int | None = None,
                  original: bool = False) -> None:
@@ -260,11 +238,9 @@ class SeededDraw:
 
 def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     """Embeddings [L, D] of a prompt, a forced `<img>` last."""
-    device = embed.weight.device
-    if prompt.embeds is None:
-        return embed(torch.tensor([*prompt.ids, *forced], device=device))  # type: ignore[no-any-return]
-    rows = prompt.embeds.to(embed.weight)
-    return torch.cat([rows, embed(torch.tensor(forced, device=device))]) if forced else rows
+    words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
+    rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
+    return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
 def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
@@ -283,7 +259,7 @@ def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVoc
 
 def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings,
          seeds: Sequence[int] | None, budget: int, end: list[int], opened: bool, original: bool,
-         should_stop: Callable[[], bool] | None) -> tuple[LogitsProcessorList, Any]:
+         should_stop: Callable[[], bool] | None) -> tuple[Any, Any]:
     """Logits processors and configuration of one call of transformers' `generate`."""
     from transformers import (
         GenerationConfig,
@@ -329,14 +305,3 @@ def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor],
         return scores
 
     return check
-
-
-@contextlib.contextmanager
-def _seeded_beams(settings: GenerationSettings, seeds: Sequence[int] | None, device: torch.device) -> Iterator[None]:
-    """Sampling with beams draws inside transformers: from the first prompt's seed, and the global state is restored."""
-    if not settings.samples or settings.num_beams == 1:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seeds or [0])[0])
-        yield

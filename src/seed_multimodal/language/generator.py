@@ -29,16 +29,15 @@ Draw = Callable[[dict[str, Any]], Image.Image | None]  # the event of an image, 
 
 
 class Generator:
-    """Generates answers, for one thread at a time; a subclass says what its settings are and where its answers end.
-    `llm_device`: where an off-loaded language model computes; None: it stays where it is."""
+    """Generates answers, for one thread at a time; a subclass says what its settings are and where its answers end."""
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
     drawing_settings: tuple[str, ...] = ()  # options that are no generation settings
     answer_after = ""  # see `TaskPrompts`
+    llm_device: torch.device | None = None  # where an off-loaded language model computes
 
-    def __init__(self, tokenizer: MultimodalTokenizer, llm: Any, llm_device: torch.device | None = None) -> None:
-        self.tokenizer, self.llm = tokenizer, llm
-        self._llm_device, self._turn = llm_device, threading.Lock()
+    def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
+        self.tokenizer, self.llm, self._turn = tokenizer, llm, threading.Lock()
 
     # ---- a subclass defines
 
@@ -74,12 +73,8 @@ class Generator:
         return read_settings(GenerationSettings, values, "Generation setting")
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image; a default limit is raised to leave room for it, a `given` one that is too small
-        raises `ConfigError`."""
-        needed = self.tokenizer.vocabulary.least_codes + 1
-        if "max_new_tokens" in given and settings.max_new_tokens < needed:
-            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
-                              f"small for a request that must be answered with one.")
+        """Settings that force an image; a default limit is raised to leave room for it, a `given` one is kept."""
+        needed = 0 if "max_new_tokens" in given else self.tokenizer.vocabulary.least_codes + 1
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     # ---- answers
@@ -87,7 +82,7 @@ class Generator:
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
                  **how: Any) -> list[list[int]]:
         """The ids of each answer; `how`: further arguments of `language.generation.generate`."""
-        with self._turn, on_device(self.llm, self._llm_device):
+        with self._turn, on_device(self.llm, self.llm_device):
             return generate(self.llm, self.tokenizer, prompts, settings, ends=self.ends(task), **how)
 
     def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:

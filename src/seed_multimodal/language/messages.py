@@ -9,12 +9,10 @@ transformers and OpenAI do: `{"type": "text", "text": …}`, `{"type": "image", 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -32,10 +30,8 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order.
-
-    A conversation of one message with the role "raw" is continued as it is, without a template.
-    """
+    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order. A conversation of one message with
+    the role "raw" is continued as it is, without a template."""
 
     role: str
     content: tuple[Any, ...]
@@ -91,9 +87,8 @@ class Answer:
         return " ".join(self._texts(PLACEHOLDER))
 
     def _texts(self, *image: str) -> list[str]:
-        texts = [[answer_in(part.text.strip(), self.answer_after)] if isinstance(part, TextPart) else image
-                 for part in self.parts]
-        return [text for one in texts for text in one]
+        return [text for part in self.parts for text in (
+            [answer_in(part.text.strip(), self.answer_after)] if isinstance(part, TextPart) else image)]
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
@@ -128,28 +123,33 @@ def is_codes(value: object) -> bool:
     return isinstance(value, (list, tuple)) and len(value) > 0 and all(type(code) is int for code in value)
 
 
+def is_single(content: object) -> bool:
+    """Whether `content` is one text, file name, image or row of codes, rather than a list of them."""
+    return isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
+
+
 def shown(image: Any) -> list[Any]:
     """The images of one request: one, or a list of them; a string is a file's name."""
-    single = isinstance(image, str) or is_image(image) or is_codes(image)
-    return [Path(item) if isinstance(item, str) else item for item in ([image] if single else image)]
+    return [Path(item) if isinstance(item, str) else item for item in ([image] if is_single(image) else image)]
 
 
-def grouped(images: Any) -> tuple[list[list[Any]], bool]:
-    """Images of each request, and whether it was a single image: a list is a batch, a nested list one request."""
-    single = isinstance(images, str) or is_image(images) or is_codes(images)
-    return [shown(one) for one in ([images] if single else images)], single
+def all_shown(images: Any) -> list[Any]:
+    """The images of all requests."""
+    return [item for one in ([images] if is_single(images) else images) for item in shown(one)]
 
 
-def texts_for(texts: str | Sequence[str], images: Sequence[Any]) -> Sequence[str]:
-    """One text for each image."""
-    return [texts] * len(images) if isinstance(texts, str) else list(texts)
+def requests_about(images: Any, texts: str | Sequence[str]) -> tuple[list[list[Message]], bool]:
+    """A conversation about each image, and whether it is one alone (a list is a batch, a nested list one request);
+    `texts`: one for all images, or one each."""
+    single = is_single(images)
+    groups = [shown(one) for one in ([images] if single else images)]
+    said = [texts] * len(groups) if isinstance(texts, str) else texts
+    return [user_message([*group, *filter(None, [text])]) for group, text in zip(groups, said, strict=True)], single
 
 
-def require_text(value: str, what: str) -> str:
-    """A text that says something; raises RequestError for an empty one."""
-    if not value.strip(". \t\r\n"):
-        raise RequestError(f"{what} is empty.")
-    return value
+def each_text(change: Callable[[str], str], texts: str | Sequence[str]) -> str | list[str]:
+    """A text changed, or each of a list."""
+    return change(texts) if isinstance(texts, str) else [change(one) for one in texts]
 
 
 def _message(message: Any, number: int) -> Message:
@@ -162,8 +162,7 @@ def _message(message: Any, number: int) -> Message:
         raise RequestError(f"Message {number} has the unknown role {role!r}; use {', '.join(ROLES)}.")
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
-    single = isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
-    items = tuple(_item(item, number) for item in ([content] if single else content))
+    items = tuple(_item(item, number) for item in ([content] if is_single(content) else content))
     if role == "user" and not any(item.strip(". \t\r\n") if isinstance(item, str) else True for item in items):
         raise RequestError(f"Message {number} is empty.")
     return Message(role, items)
@@ -192,8 +191,6 @@ def _file(name: str, number: int) -> Any:
     """The image of a chat message's address, or its file."""
     if name.startswith("data:"):
         return image_from_base64(name, name=f"The image of message {number}")
-    if name.startswith("file:"):
-        return Path(url2pathname(urlsplit(name).path))
     if "://" in name:
         raise RequestError(f"Message {number}: {name[:80]} is an address, and nothing is downloaded; give the file.")
     return Path(name)

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.vocabulary import ImageVocabulary
 
 Part = str | Sequence[int]
 Turn = tuple[str, str | Sequence[Part]]  # user or assistant, and texts and images (as codes) in order
@@ -24,27 +23,28 @@ ROLES = ("user", "assistant")
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The words around a user's turn; `user_marker` opens every user turn, so the last one can be found."""
+    """The words around a user's turn, and around an instruction (`system`) before all turns."""
 
     name: str
     user_prefix: str
     user_suffix: str
     separator: str
-    user_marker: str
     system_prefix: str = ""
     system_suffix: str = ""
 
     @property
-    def turn_marker(self) -> str:
-        """What opens a user's turn after an answer: there an answer ends; `""` for a template without roles.
+    def user_marker(self) -> str:
+        """What opens every user turn."""
+        return self.user_prefix.rstrip()
 
-        The original models saw no end token between turns, so some of their answers run into the next question.
-        """
-        return self.separator + self.user_marker if self.user_prefix else ""
+    @property
+    def turn_marker(self) -> str:
+        """What opens a user's turn after an answer, where the answer ends: the original models saw no end token between
+        turns, so some of their answers run into the next question."""
+        return self.separator + self.user_marker
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
-        """Spans of a dialogue, an instruction (`system`) before everything; after a user turn it ends where the answer
-        begins."""
+        """Spans of a dialogue; after a user turn it ends where the answer begins."""
         spans: list[Part] = []
         opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
         for role, content in turns:
@@ -56,11 +56,6 @@ class PromptTemplate:
         """Spans of one turn; `opening` goes before a user's."""
         parts = [content] if isinstance(content, str) else content
         return merge_text([opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts)
-
-    def render_text(self, turns: Sequence[Turn], vocabulary: ImageVocabulary) -> str:
-        """The same dialogue as the one string the original scripts give to their tokenizer."""
-        return "<s>" + "".join(span if isinstance(span, str) else vocabulary.image_text(span)
-                               for span in self.render(turns))
 
 
 def merge_text(parts: Sequence[Part]) -> list[Part]:
@@ -75,17 +70,16 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
 
 
 TEMPLATES = {template.name: template for template in (
-    PromptTemplate("vicuna", "USER: ", "\nASSISTANT:", "\n", "USER:", system_suffix="\n"),
-    PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "[INST]", "<<SYS>>\n", "\n<</SYS>>\n\n"),
-    PromptTemplate("plain", "", "", "", "\n"),
+    PromptTemplate("vicuna", "USER: ", "\nASSISTANT:", "\n", system_suffix="\n"),
+    PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "<<SYS>>\n", "\n<</SYS>>\n\n"),
+    PromptTemplate("plain", "", "", ""),
 )}
 TUNED_TEMPLATES = ("vicuna", "llama2")  # of models that answer
-LLAMA2_WIDTH = 5120
 
 
 def template_for(hidden_size: int | None) -> str:
     """LLaMA-2's template for the 14B (built on LLaMA-2-chat 13B), Vicuna's for all others."""
-    return "llama2" if hidden_size == LLAMA2_WIDTH else "vicuna"
+    return "llama2" if hidden_size == 5120 else "vicuna"
 
 
 def get_template(name: str) -> PromptTemplate:

@@ -7,9 +7,11 @@ Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "i
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from torch import Tensor
@@ -146,7 +148,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 class TokenStreamer:
-    """A transformers streamer that puts every new token into a queue, and stops generation once `left` is set."""
+    """A transformers streamer that puts every new token into `queue`, and stops generation once `left` is set."""
 
     def __init__(self) -> None:
         self.queue: queue.Queue[Any] = queue.Queue()
@@ -154,41 +156,26 @@ class TokenStreamer:
         self._seen_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Called by `generate`: first with the prompt, then with each new token."""
         for token in value.flatten().tolist() if self._seen_prompt else ():
-            self.queue.put(int(token))
-        self._seen_prompt = True
+            self.queue.put(token)
+        self._seen_prompt = True  # the first call brings it
         if self.left.is_set():
             raise Stopped
 
     def end(self) -> None:
-        """Called by `generate` at the end."""
+        self.queue.put(None)
 
 
 def tokens_from_thread(produce: Callable[[TokenStreamer], Any]) -> Generator[int, None, None]:
-    """Run `produce(streamer)` in a thread, which does not wait for its tokens to be read, and yield its tokens.
-
-    Leaving the iterator early ends the generation; an exception in the thread is raised here.
-    """
+    """Run `produce(streamer)` in a thread, which does not wait for its tokens to be read, and yield its tokens. Leaving
+    the iterator early ends the generation; an exception in the thread is raised here."""
     streamer = TokenStreamer()
-
-    def work() -> None:
-        error = None
+    with ThreadPoolExecutor(1, "seed-generate") as pool:
+        result = pool.submit(produce, streamer)
+        result.add_done_callback(lambda _: streamer.end())  # also after an error
         try:
-            produce(streamer)
-        except Stopped:
-            pass
-        except BaseException as raised:  # noqa: BLE001 (raised in the consumer's thread)
-            error = raised
-        streamer.queue.put(error)
-
-    thread = threading.Thread(target=work, name="seed-generate", daemon=True)
-    thread.start()
-    try:
-        while isinstance(item := streamer.queue.get(), int):
-            yield item
-        if item is not None:
-            raise item
-    finally:
-        streamer.left.set()
-        thread.join()
+            yield from iter(streamer.queue.get, None)
+            with contextlib.suppress(Stopped):
+                result.result()
+        finally:
+            streamer.left.set()

@@ -20,15 +20,15 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object, replace_text, replacing
-from seed_multimodal.errors import CheckpointError, CodesError, DataError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 MODEL, ADDED, CONFIG, SPECIAL = (
@@ -41,12 +41,13 @@ _DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass
 class TokenizerFiles:
-    """The content of a tokenizer folder."""
+    """The content of a tokenizer folder; without names of image words (LaVIT) the vocabulary is the caller's."""
 
     processor: spm.SentencePieceProcessor
     vocabulary: ImageVocabulary
     added: dict[str, int]
     special: dict[str, tuple[bool, bool]]  # special word → whether white space is dropped before and after it
+    config: dict[str, Any]
     raw: dict[str, bytes]  # file name → its bytes, for saving them again
 
 
@@ -55,6 +56,7 @@ class MultimodalTokenizer:
 
     bos_id, eos_id = 1, 2
     unk_id = pad_id = 0  # the released tokenizer pads with <unk>
+    spelled = True  # whether image words have names
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
@@ -69,17 +71,24 @@ class MultimodalTokenizer:
         self._words = re.compile("|".join([_NUMBERED_WORD.pattern, *map(re.escape, others)]))
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> MultimodalTokenizer:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Read a folder; raises `CheckpointError` if a file is missing or damaged or numbers the words otherwise."""
         return cls(read_files(Path(folder)))
 
     @classmethod
     def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
-              n_locations: int = 0) -> MultimodalTokenizer:
+              n_locations: int = 0) -> Self:
         """Learn a byte-fallback BPE model with LLaMA's settings from `texts` and write a tokenizer folder: `vocab_size`
         text pieces (those of bytes and control words included), `n_codes` image words on top, and, with `n_locations`
         places on a side of the grid of boxes, SEED-X's words."""
-        write_files(Path(folder), train_model(texts, vocab_size), n_codes, tokens_per_image, n_locations)
+        model = io.BytesIO()
+        spm.SentencePieceTrainer.Train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()), model_writer=model,
+            model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1,
+            eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
+            normalization_rule_name="identity", split_digits=True, allow_whitespace_only_pieces=True, num_threads=1,
+            minloglevel=2, max_sentence_length=1 << 16)
+        write_files(Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, cls.spelled)
         return cls.from_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path) -> Path:
@@ -126,20 +135,13 @@ class MultimodalTokenizer:
         return [*pieces, text[start:]]
 
     def encode_parts(self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False) -> list[int]:
-        """Texts and images → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
-
-        Args:
-            parts: a string is encoded on its own; a sequence of ints is the codes of one image; `Ids` are put in as
-                they are.
-            strip: drop white space next to images, as the original tokenizer does. add_bos: put `<s>` in front.
-
-        Raises:
-            CodesError: not the codes of one image. RequestError: a text that is not Unicode.
-        """
+        """Texts, codes of images and `Ids` → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
+        `strip`: drop white space next to images, as the original tokenizer does; `add_bos`: put `<s>` in front. Raises
+        `CodesError` for other than the codes of one image, `RequestError` for a text that is not Unicode."""
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
             if not isinstance(part, str):
-                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids([int(code) for code in part]))
+                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids(part))
                 continue
             if strip and place > 0 and not isinstance(parts[place - 1], str):
                 part = part.lstrip()
@@ -203,15 +205,12 @@ def plain_text(text: str) -> str:
 def read_files(folder: Path) -> TokenizerFiles:
     """Read and check a tokenizer folder; raises `CheckpointError` for a file that is missing or damaged, and for words
     with other ids than the layout gives them."""
-    files = read_text_files(folder, lambda n_text, config: ImageVocabulary(n_text), needed=(MODEL, ADDED))
+    files = read_text_files(folder, needed=(MODEL, ADDED))
     added, n_text = read_json_object(folder / ADDED), files.vocabulary.n_text
-    config = read_json_object(folder / CONFIG) if CONFIG in files.raw else {}
-    per_image, n_codes = config.get("tokens_per_image"), sum(1 for name in added if _CODE_WORD.fullmatch(name))
+    per_image, n_codes = files.config.get("tokens_per_image"), sum(1 for name in added if _CODE_WORD.fullmatch(name))
     try:
         if PATCH not in added:
             vocabulary = ImageVocabulary(n_text, n_codes, int(per_image or 32))
-        elif n_text == SeedXVocabulary.n_text:  # the released order
-            vocabulary = SeedXVocabulary(tokens_per_image=int(per_image or 64))
         else:
             vocabulary = SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
     except (KeyError, TypeError, ValueError) as error:
@@ -237,10 +236,8 @@ def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, p
                               f"train stage 2 with model.n_embed={vocabulary.n_codes}, or take other words.")
 
 
-def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], ImageVocabulary],
-                    needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
-    """Read a plain LLaMA tokenizer, whose image words have no spelling (LaVIT); `vocabulary`: the number of text pieces
-    and the content of `tokenizer_config.json` → the words."""
+def read_text_files(folder: Path, needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
+    """Read a plain LLaMA tokenizer; of its vocabulary only `n_text` counts."""
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
                               "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
@@ -256,7 +253,8 @@ def read_text_files(folder: Path, vocabulary: Callable[[int, dict[str, Any]], Im
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
     config, entries = (read_json_object(folder / name) if name in raw else {} for name in (CONFIG, SPECIAL))
-    return TokenizerFiles(processor, vocabulary(processor.GetPieceSize(), config), {}, _special_words(entries), raw)
+    vocabulary = ImageVocabulary(processor.GetPieceSize())
+    return TokenizerFiles(processor, vocabulary, {}, _special_words(entries), config, raw)
 
 
 def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
@@ -292,22 +290,3 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int,
         replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     with replacing(folder / MODEL) as handle:  # last: a folder that has it is complete
         handle.write(model)
-
-
-def train_model(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model with LLaMA's settings: byte fallback, dummy blank, digits apart, no normalisation;
-    raises `DataError` if `vocab_size` cannot be reached with the texts."""
-    sentences = [line for text in texts for line in text.split("\n") if line.strip()]
-    model = io.BytesIO()
-    try:
-        spm.SentencePieceTrainer.Train(
-            sentence_iterator=iter(sentences), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1, eos_id=2, pad_id=-1,
-            add_dummy_prefix=True, remove_extra_whitespaces=False, normalization_rule_name="identity",
-            split_digits=True, allow_whitespace_only_pieces=True, num_threads=1, minloglevel=2,
-            max_sentence_length=1 << 16)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[-200:]
-        raise DataError(f"A tokenizer of {vocab_size} pieces cannot be learnt from {len(sentences)} lines: {reason}"
-                        ) from error
-    return model.getvalue()

@@ -168,7 +168,7 @@ class Lavit(MultimodalSystem):
             if needed != found:
                 raise CheckpointError(f"{config.tokenizer} and {config.llm} do not belong together: {needed} {what} "
                                       f"and {found}.")
-        return cls(config, words, llm, images, log, llm_device=runtimes.llm_device)
+        return cls(config, words, llm, images, log)
 
     # ---- what a family defines
 

@@ -20,13 +20,13 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, CodesError, SeedWarning, how_to_install
-from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files, train_model, write_files
+from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.language.words import question_text
 from seed_multimodal.settings import check_value
@@ -71,10 +71,11 @@ class LavitTokenizer(MultimodalTokenizer):
     """A plain LLaMA tokenizer beside `LavitWords`: text ⇄ ids without `<s>`; image words are left out of texts."""
 
     pad_id = 2
+    spelled = False
     vocabulary: LavitWords
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, words: LavitWords | None = None) -> LavitTokenizer:
+    def from_pretrained(cls, folder: str | Path, words: LavitWords | None = None) -> Self:
         """Read `tokenizer.model` and the optional configuration files of a folder.
 
         Args:
@@ -83,24 +84,16 @@ class LavitTokenizer(MultimodalTokenizer):
         Raises:
             CheckpointError: a file that is missing or damaged; more pieces than `words` has text.
         """
-        def layout(pieces: int, config: dict[str, Any]) -> LavitWords:
-            sizes = {name: check_value(int, config[key], f"{folder}/tokenizer_config.json: {key}", least=1)
-                     for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
-                     if key in config}
-            chosen = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
-            if pieces > chosen.n_text:
-                raise CheckpointError(f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin "
-                                      f"at {chosen.n_text}.")
-            return chosen
-
-        return cls(read_text_files(Path(folder), layout))
-
-    @classmethod
-    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int,
-              tokens_per_image: int = 256, n_locations: int = 0) -> LavitTokenizer:
-        """See `MultimodalTokenizer.train`; the image words stand behind the pieces and have no spelling."""
-        write_files(Path(folder), train_model(texts, vocab_size), n_codes, tokens_per_image, spelled=False)
-        return cls.from_pretrained(folder)
+        files = read_text_files(Path(folder))
+        pieces = files.vocabulary.n_text
+        sizes = {name: check_value(int, files.config[key], f"{folder}/tokenizer_config.json: {key}", least=1)
+                 for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))
+                 if key in files.config}
+        files.vocabulary = words or (LavitWords(pieces, **sizes) if sizes else LavitWords())
+        if pieces > files.vocabulary.n_text:
+            raise CheckpointError(f"{folder}: the tokenizer has {pieces} pieces, but the model's image words begin at "
+                                  f"{files.vocabulary.n_text}.")
+        return cls(files)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids → text."""

@@ -66,7 +66,7 @@ class SeedLlamaTokenizer:
         """
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
-            raise CheckpointError(f"{not_on_disk([('tokenizer', pretrained_model_name_or_path)])}; {YAML_RUNS}.")
+            raise CheckpointError(f"{not_on_disk([(PARTS['tokenizer'], pretrained_model_name_or_path)])}; {YAML_RUNS}.")
         diffusion = diffusion_path or (folder / INSIDE if (folder / INSIDE).is_dir() else PARTS["unclip"].folder)
         runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
         config = SystemConfig(tokenizer=folder, detokenizer=local_folder(diffusion) or Path(diffusion),

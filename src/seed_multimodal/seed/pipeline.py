@@ -154,7 +154,7 @@ class SeedLlama(MultimodalSystem):
             raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
                               f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
                               f"{words.vocabulary.tokens_per_image}.")
-        return cls(config, words, llm, images, log, llm_device=runtimes.llm_device)
+        return cls(config, words, llm, images, log)
 
     def stops(self, task: Task) -> Sequence[str]:
         return (self.template.turn_marker,)

@@ -27,11 +27,11 @@ from seed_multimodal.language.messages import (
     Answer,
     DrawnPart,
     Message,
-    grouped,
+    all_shown,
+    each_text,
     is_codes,
     is_image,
-    texts_for,
-    user_message,
+    requests_about,
 )
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -195,7 +195,7 @@ class SeedX(MultimodalSystem):
         if made != (read.kv_dim or read.embed_dim):
             raise CheckpointError(f"{config.vision}: its features have width {made}, but {config.agent} reads width "
                                   f"{read.kv_dim or read.embed_dim}; they do not belong together.")
-        return cls(config, words, agent, images, log, llm_device=runtimes.llm_device)
+        return cls(config, words, agent, images, log)
 
     # ---- what a family defines
 
@@ -274,9 +274,8 @@ class SeedX(MultimodalSystem):
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows
         instructions is asked for it; the base model completes it, so its last words name the thing."""
-        groups, single = grouped(images)
-        asked = [str(self.tasks.detect_request(one)) if self.config.tuned else one for one in texts_for(phrase, groups)]
-        conversations = [user_message([*group, text]) for group, text in zip(groups, asked, strict=True)]
+        asked = each_text(self.tasks.detect_request, phrase) if self.config.tuned else phrase
+        conversations, single = requests_about(images, asked)
         written = self.write(conversations, "detect", self.settings("detect", **options), batch_size=batch_size)
         detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
         return detections[0] if single else detections
@@ -293,12 +292,12 @@ class SeedX(MultimodalSystem):
                     batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
         """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
         language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
-        opened = [self.images.open(image) for group in grouped(images)[0] for image in group]
+        opened = [self.images.open(image) for image in all_shown(images)]
         self._log_note(self.images.note(opened))
         features = self.images.encode(opened, embeddings)
         shown = None
         if condition is not None:
-            shown = [self.images.open(one) for group in grouped(condition)[0] for one in group]
+            shown = [self.images.open(one) for one in all_shown(condition)]
             shown *= len(opened) if len(shown) == 1 else 1
         return self.images.draw(list(features), seeds=one_seed_each(seed, len(opened)), conditions=shown,
                                 batch_size=batch_size, **drawing)

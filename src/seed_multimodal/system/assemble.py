@@ -14,12 +14,12 @@ from typing import Any
 
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.language.lora import VISUAL
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PARTS, SETTINGS, SystemConfig
 
 OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors",
                                      "manifest.json", ".*")
-VISUAL = "visual_weight.safetensors"  # LaVIT's second stage, which trainings write with the language model
 
 
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],

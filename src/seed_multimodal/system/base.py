@@ -19,24 +19,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Answer,
     Message,
-    grouped,
+    all_shown,
+    each_text,
     is_image,
     read_messages,
-    require_text,
-    texts_for,
+    requests_about,
     user_message,
     without_oldest_turn,
 )
@@ -44,7 +43,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes, family, offloaded, one_seed_each
+from seed_multimodal.system.images import OFFLOADED, ImageCodec, Log, Runtimes, family, one_seed_each
 
 BATCH = 16
 BAR_FROM = 32  # requests from which there is a progress bar
@@ -63,14 +62,13 @@ class Written:
 class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
-    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
-    `guidance_scale`, `height`, `width`, … where it has them) as keywords; defaults are the system's own. A system may
-    be used from several threads: its language model and its codec each serve one of them at a time.
+    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`, …) as
+    keywords; defaults are the system's own. Threads use its language model and its codec one at a time.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
-                 log: Log = None, *, llm_device: torch.device | None = None) -> None:
-        super().__init__(tokenizer, llm, llm_device)
+                 log: Log = None) -> None:
+        super().__init__(tokenizer, llm)
         self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
@@ -99,8 +97,10 @@ class MultimodalSystem(Generator, HubUpload):
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
-        parked = offloaded(offload) - ({"llm"} if quantization else set())
-        return kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
+        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
+        system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
+        system.llm_device = llm.device if "llm" in parked else None
+        return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
         """Write the system as one folder with a model card; `force` replaces a folder that is not empty."""
@@ -150,10 +150,8 @@ class MultimodalSystem(Generator, HubUpload):
             **options: Any) -> Any:
         """The answer to a question (one for all images, or one each) about an image: a text; a list of texts for a list
         of images. `short`: ask as the system was tuned to be asked."""
-        several = [question] if isinstance(question, str) else question
-        asked = [self.tasks.question(one) if short else one
-                 for one in (require_text(one, "The question") for one in several)]
-        return self._say(images, asked[0] if isinstance(question, str) else asked, "ask", batch_size, options)
+        asked = each_text(self.tasks.question, question) if short else question
+        return self._say(images, asked, "ask", batch_size, options)
 
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any) -> Any:
         """Where `phrase` is in an image, for systems that answer with boxes (SEED-X)."""
@@ -165,7 +163,7 @@ class MultimodalSystem(Generator, HubUpload):
         texts, or one each; image n of a text has `seed` + n. `verbatim`: `text` is the whole request. Raises
         `GenerationError` where the answer holds no whole image."""
         plain = verbatim or not self.config.tuned
-        texts = [require_text(one, "The text to draw") for one in ([text] if isinstance(text, str) else text)]
+        texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
         images = self._draw(conversations, "draw", seed, num_images, batch_size, options)
         return images[0] if isinstance(text, str) and num_images == 1 else images
@@ -173,15 +171,13 @@ class MultimodalSystem(Generator, HubUpload):
     def edit(self, images: Any, instruction: str | Sequence[str], seed: Any = 0, *, num_images: int = 1,
              batch_size: int = BATCH, **options: Any) -> Any:
         """An image after `instruction`; a list of images for a list of images. Raises as `draw`."""
-        groups, single = grouped(images)
-        conversations = [user_message([*group, require_text(one, "The instruction")])
-                         for group, one in zip(groups, texts_for(instruction, groups), strict=True)]
+        conversations, single = requests_about(images, instruction)
         edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
         return edited[0] if single and num_images == 1 else edited
 
     def reconstruct(self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
         """Images, or their codes, drawn again: a list."""
-        items = [item for group in grouped(images)[0] for item in group]
+        items = all_shown(images)
         seeds = one_seed_each(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
         codes = iter(self._codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
@@ -190,7 +186,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def tokenize(self, images: Any) -> Any:
         """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
-        return self._codes_of([item for group in grouped(images)[0] for item in group], ())
+        return self._codes_of(all_shown(images), ())
 
     def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
              previews: Sequence[int] | None = None, should_stop: Callable[[], bool] | None = None,
@@ -208,7 +204,9 @@ class MultimodalSystem(Generator, HubUpload):
         drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
         if stream:
             options.setdefault("num_beams", 1)
-        settings = self.settings(task, **options).with_seed()
+        settings = self.settings(task, **options)
+        if settings.seed is None and settings.samples:
+            settings = replace(settings, seed=random_seed())
         opening = ""
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
@@ -266,17 +264,16 @@ class MultimodalSystem(Generator, HubUpload):
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
-        written: dict[int, Written] = {}
+        written: list[Written] = []
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = dict(enumerate(self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)))
-        rest = [row for row in range(len(conversations)) if row not in written or len(written[row].values) != 1]
+            written = self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)
+        rest = [row for row in range(len(conversations)) if not written or len(written[row].values) != 1]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
-                           seeds=None if seeds is None else [seeds[row] for row in rest])
-        written |= zip(rest, again, strict=True)
-        return [written[row] for row in range(len(conversations))]
+        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
+                                seeds=None if seeds is None else [seeds[row] for row in rest]))
+        return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
     # ---- inside
 
@@ -288,13 +285,11 @@ class MultimodalSystem(Generator, HubUpload):
     def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int,
              options: dict[str, Any]) -> Any:
         """The text of the answer about each image; images in it are not drawn."""
-        groups, single = grouped(images)
-        conversations = [user_message([*group, *filter(None, [text])])
-                         for group, text in zip(groups, texts_for(texts, groups), strict=True)]
+        conversations, single = requests_about(images, texts)
         several = options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several
-        seeds = None if seed is None else one_seed_each(seed, len(groups))
+        seeds = None if seed is None else one_seed_each(seed, len(conversations))
         self._log_note(self.note(conversations[0][-1]) if single else "")
         written = self.write(conversations, task, settings, batch_size=batch_size, seeds=seeds)
         said = [self.said(one.answer, task) for one in written]

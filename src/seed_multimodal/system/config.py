@@ -234,13 +234,9 @@ class SystemConfig:
         if self.has(*parts):
             return self
         if self.original:
-            wanted = dict[str, list[str]]()
-            for key, (source, _) in origins.items():
-                if (place := self._missing(key)) and key != "safety":
-                    wanted.setdefault(source.what, []).append(place)
-            listed = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
-            raise CheckpointError(f"{self.name}: its weights are not on this disk: download {listed} (details in "
-                                  f"pretrained/README.md){hub.or_take(self.system)}.")
+            missing = [(source, place) for key, (source, _) in origins.items()
+                       if (place := self._missing(key)) and key != "safety"]
+            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}{hub.or_take(self.system)}.")
         texts = [f"its {PARTS[self.system][key][0]} is not there"
                  + (f": put it at {place}" if place else " (seed assemble joins parts)")
                  for key in parts if (place := self._missing(key)) is not None]

@@ -23,18 +23,19 @@ from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generator import on_device
 from seed_multimodal.quiet import quiet_loading
-from seed_multimodal.settings import SEEDS, check_keys, check_value
+from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.weights import load_state_dict
 
 Log = Callable[[str], None] | None
 FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
-OFFLOADED = frozenset(("llm", "encoder", "decoder"))  # parts that can stay on the CPU while they are not in use
+OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 
 @dataclass(frozen=True)
 class Runtimes:
-    """Where the parts of a system compute; `offload`: of "llm", "encoder" and "decoder"."""
+    """Where the parts of a system compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while
+    they do not work."""
 
     llm: Runtime
     images: Runtime
@@ -48,18 +49,6 @@ class Runtimes:
         """Where the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
-    @property
-    def llm_device(self) -> torch.device | None:
-        """Where an off-loaded language model computes."""
-        return self.llm.device if "llm" in self.offload else None
-
-
-def offloaded(parts: bool | Collection[str]) -> frozenset[str]:
-    """The names of the parts that are on their device only while they work; True: all of them."""
-    names = OFFLOADED if parts is True else parts or ()
-    check_keys(names, OFFLOADED, "offload")
-    return frozenset(names)
-
 
 def family(name: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
@@ -69,23 +58,18 @@ def family(name: str) -> Any:
 
 def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
                 log: Log = None) -> Any:
-    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model."""
+    """The `ImageCodec` of a system without its language model, or of an image tokenizer alone."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
     pipeline = importlib.import_module(family(config.system).__module__)
-    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=offloaded(offload)))
+    return pipeline.load_images(config, Runtimes(runtime, runtime, runtime, offload=OFFLOADED if offload else ()))
 
 
 class ImageCodec:
     """Images ⇄ codes or features; threads use it one at a time. A family defines `encode(images)`, which gives codes or
-    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them.
-
-    Args:
-        model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
-        at_least: a larger image is reduced while it is opened, to this side or more.
-        drawing_device: None: `device`. offload: of "encoder" and "decoder", on the CPU while they do not work.
-    """
+    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them. `load_decoder` makes
+    the de-tokenizer; larger images are reduced to `at_least` or more on a side while they are opened."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
@@ -129,7 +113,7 @@ class ImageCodec:
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
-        """Keep these of "encoder" and "decoder" on the CPU while they do not work; and the others not."""
+        """Keep these of "encoder" and "decoder" on the CPU while they do not work, and the others not."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
         if self._decoder is not None:
@@ -159,21 +143,17 @@ class ImageCodec:
 
     def note(self, images: Sequence[Any]) -> str:
         """One sentence where images are unlike those of the training, or nothing."""
-        if self.domain is None or not len(images):
-            return ""
-        return self.domain.note(self.vision_tokens(images, self.domain.layer))
+        known = self.domain if len(images) else None
+        return known.note(self.vision_tokens(images, known.layer)) if known else ""
 
     @torch.inference_mode()
     def vision_tokens(self, images: Sequence[Any], layer: str) -> Tensor:
         """Output of a layer of the vision encoder for images, `[B, N, W]` float32 on the CPU."""
         tokens: list[Tensor] = []
         with self.encoding():
-            hook = self.encoder.get_submodule(layer).register_forward_hook(
-                lambda module, arguments, output: tokens.append(output.float().cpu()))
-            try:
+            with self.encoder.get_submodule(layer).register_forward_hook(
+                    lambda module, arguments, output: tokens.append(output.float().cpu())):
                 self.run_encoder(images)
-            finally:
-                hook.remove()
         return torch.cat(tokens)
 
 
@@ -187,8 +167,8 @@ class Remembered:
         """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        made = dict(zip(new, make([*new.values()]), strict=True)) if new else {}
-        used = {name: made[name] if name in made else self.known.pop(name) for name in dict.fromkeys(names)}
+        self.known |= zip(new, make([*new.values()]) if new else (), strict=True)
+        used = {name: self.known.pop(name) for name in dict.fromkeys(names)}
         self.known |= used
         for name in [*self.known][:-self.most]:
             del self.known[name]
@@ -242,8 +222,7 @@ def load_domain(file: Path | None, threshold: float) -> Domain | None:
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
     """The seeds of drawings: one for all, or one each; raises `CodesError` for another number of them."""
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    several = given if isinstance(given, (list, tuple, range)) else [given] * count
+    several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
     seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in several]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")

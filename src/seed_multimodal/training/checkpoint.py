@@ -1,55 +1,73 @@
-"""The one store of checkpoints: what a checkpoint holds, how it is written, and how a run resumes from it.
+"""Checkpoints of a run: what they hold, how they are written, and how a run resumes from them.
 
     checkpoint-1000/
         model.safetensors                     the weights; a language model's task writes files of its own instead
         ema.safetensors                       their moving average, if one is kept
         optimizer.safetensors                 optimiser and loss scale
-        trainer_state.json, data_state.json   step, log, sums; each process's own state
         latest, global_step1000/              DeepSpeed, instead of optimizer.safetensors: every process's shards
-        manifest.json                         names, sizes and hashes; last
+        data_state.json, trainer_state.json   each process's position in the data; step, log, settings
 
-No random state: the numbers of a step follow from (seed, step, process). States are copied to host memory and written
-by the first process, on request in a thread beside the next steps; with DeepSpeed all processes write their shards
-before the next step.
+A checkpoint is written to `.checkpoint-N.tmp`, flushed, and gets its name by one rename, so what has the name is
+complete. There is no random state: the numbers of a step follow from (seed, step, process). The first process writes
+copies in host memory, on request in a thread beside the next steps; with DeepSpeed all processes write their shards.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
+import os
+import re
+import shutil
 import threading
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.checkpoint_folders import (
-    checkpoints,
-    clean,
-    describe,
-    files_of,
-    named,
-    newest,
-    prune,
-    publish,
-    temporary_folder,
-    unwritable,
-)
-from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.disk import disk_reason, flush_folder, lock, replace_folder, set_default_mode, writing
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.likeness import same_weights
+from seed_multimodal.settings import changed_settings
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine
-from seed_multimodal.training.failures import TrainingError
-from seed_multimodal.training.state_tree import flatten, write_tree
+from seed_multimodal.training.engine import Engine, ZeroEngine
 from seed_multimodal.training.task import Task
-from seed_multimodal.training.zero import ZeroEngine
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+@contextlib.contextmanager
+def output_folder_lock(folder: Path, group: ProcessGroup, timeout: float = 3.0) -> Iterator[None]:
+    """Lock of the output folder, held by the first process. Raises CheckpointError: another run uses it."""
+    with contextlib.ExitStack() as held:
+        taken = False
+        if group.first:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(lock(folder / ".run.lock", timeout))
+                except TimeoutError:
+                    taken = True
+        if group.agree(taken)[0]:
+            raise CheckpointError(f"{folder}: another run is using this output folder; let it end first, or use "
+                                  "another folder.")
+        yield
+
+
+def checkpoints(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of the checkpoints in a folder, the newest first."""
+    found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
+             if (match := _NAME.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()]
+    return sorted(found, reverse=True)
 
 
 class CheckpointStore:
@@ -61,46 +79,42 @@ class CheckpointStore:
     """
 
     def __init__(self, home: Path, group: ProcessGroup, *, limit: int | None, asynchronous: bool,
-                 log: Callable[[str], None], save_frozen: bool = True) -> None:
-        self.home, self.group, self.limit, self.asynchronous, self.log = home, group, limit, asynchronous, log
+                 save_frozen: bool = True) -> None:
+        self.home, self.group, self.limit, self.asynchronous = home, group, limit, asynchronous
         self.save_frozen = save_frozen
         self.saved: int | None = None
         self.place: Path | None = None
         self.problem: TrainingError | None = None
         self._thread: threading.Thread | None = None
         if group.first:
-            clean(home)
+            _clean(home)
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint to resume from, for `auto`, `never` or a folder; None: start anew.
 
         Raises:
-            CheckpointError: the folder is no checkpoint; `never`, but there are checkpoints; or all are incomplete.
+            CheckpointError: the folder is no checkpoint, `never` but there are checkpoints, or the processes see
+                different ones.
         """
-        if resume not in ("auto", "never"):
-            self.saved, self.place = named(Path(resume), self.group)
-            return self.place
         present = checkpoints(self.home)
-        if resume == "never":
-            if present:
-                raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
-                                      f"{present[0][1].name}); resume from them (resume=auto) or use another folder.")
-            return None
-        found = newest(self.home, self.group, self.log)
-        if found is None:
-            if present:
-                raise CheckpointError(f"{self.home}: none of its {len(present)} checkpoints is complete; remove them "
-                                      "to begin anew.")
-            return None
-        self.saved, self.place = found
+        if resume not in ("auto", "never"):
+            folder = Path(resume)
+            self.saved, self.place = read_states(folder).step, folder
+            return folder
+        if resume == "never" and present:
+            raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
+                                  f"{present[0][1].name}); resume from them (resume=auto) or use another folder.")
+        listed = [answer["steps"] for answer in self.group.gather({"steps": [step for step, _ in present]})]
+        if any(steps != listed[0] for steps in listed):
+            raise CheckpointError(f"{self.home}: the processes see different checkpoints in it; the output folder must "
+                                  "be on a disk that all of them share.")
+        if present:
+            self.saved, self.place = present[0]
         return self.place
 
     def description(self) -> str:
         """The last checkpoint in words, for sentences about failures."""
-        return "nothing was saved yet" if self.saved is None else (
-            f"the last checkpoint ({self.place}) is intact")
-
-    # ------------------------------------------------------------------------------------------------------ writing
+        return "nothing was saved yet" if self.saved is None else f"the last checkpoint ({self.place}) is intact"
 
     def save(self, step: int, task: Task, engine: Engine, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
@@ -115,27 +129,25 @@ class CheckpointStore:
         self.join()
         if self.problem is not None:
             raise self.problem
-        texts = {TRAINER_STATE: dict(state), DATA_STATE: self.group.gather(own)}
+        texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
         if isinstance(engine, ZeroEngine):
             self._save_shards(step, task, engine, texts)
             return
-        gathered, states = engine.weights(), engine.state_dict()
         if self.group.first:
             left_out = set() if self.save_frozen else set(frozen_names(task.module))
             # Copies, taken now: a thread may write while the next steps change the weights.
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in task.weights(gathered).items()
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in task.weights().items()
                        if name not in left_out}
             shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
-            tree, tensors = flatten(states)
+            tree, tensors = flatten(engine.state_dict())
 
             def fill(folder: Path) -> None:
                 task.save_files(folder, weights)
                 if shadow:
                     save_state_dict(shadow, folder / AVERAGE)
                 write_tree(folder / OPTIMIZER, tree, tensors)
-                _write_texts(folder, texts)
 
-            self._thread = threading.Thread(target=self._write, args=(step, fill), name="checkpoint")
+            self._thread = threading.Thread(target=self._write, args=(step, fill, texts), name="checkpoint")
             self._thread.start()
         else:
             self._is_saved(step)
@@ -149,62 +161,180 @@ class CheckpointStore:
             self._thread = None
 
     def finish(self) -> None:
-        """Wait for the checkpoint being written, in all processes.
-
-        Raises:
-            TrainingError: it could not be written.
-        """
+        """As `join`, in all processes. Raises TrainingError: it could not be written."""
         self.join()
         if self.group.agree(self.problem is not None)[0]:
             raise self.problem or TrainingError("The first process could not write its checkpoint.")
 
-    def _write(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Fill, describe and publish a folder (first process alone)."""
+    def _write(self, step: int, fill: Callable[[Path], None], texts: Mapping[str, Any]) -> None:
+        """Fill and publish a folder (first process alone)."""
         try:
-            folder = temporary_folder(self.home, step)
+            folder = self._temporary(step)
             fill(folder)
-            publish(folder, step, {name: describe(folder, name) for name in files_of(folder)})
+            self._publish(folder, step, texts)
             self._is_saved(step)
-            prune(self.home, self.limit, step)
         except Exception as error:  # noqa: BLE001 (an exception in a thread would be lost)
-            self.problem = unwritable(step, error, self.description())
-            clean(self.home)
+            self.problem = self._unwritable(step, error)
+            _clean(self.home)
 
     def _save_shards(self, step: int, task: Task, engine: ZeroEngine, texts: Mapping[str, Any]) -> None:
         folder = self.home / f".checkpoint-{step}.tmp"
         try:
             if self.group.first:
-                temporary_folder(self.home, step)
+                self._temporary(step)
             self.group.agree(False)  # the folder is there
             engine.save_shards(folder, step)
             weights = engine.weights()
             if self.group.first:
-                assert weights is not None
                 task.save_files(folder, task.weights(weights))
-                _write_texts(folder, texts)
             self.group.agree(False)  # everything is written
-            names = files_of(folder)
-            own = {name: describe(folder, name) for name in names[self.group.rank::self.group.world]}
-            entries = {name: entry for answer in self.group.gather(own) for name, entry in answer.items()}
             if self.group.first:
-                publish(folder, step, entries)
-                prune(self.home, self.limit, step)
+                self._publish(folder, step, texts)
             self.group.agree(False)  # it has its name
-        except (OSError, SafetensorError) as error:
-            raise unwritable(step, error, self.description()) from error
-        except RuntimeError as error:  # torch.save reports only that its file writer failed
-            if "write" not in str(error) and "inline_container" not in str(error):
+        except (OSError, RuntimeError) as error:  # torch.save reports only that its file writer failed
+            if isinstance(error, RuntimeError) and "write" not in str(error) and "inline_container" not in str(error):
                 raise
-            raise unwritable(step, error, self.description()) from error
+            raise self._unwritable(step, error) from error
         self._is_saved(step)
+
+    def _temporary(self, step: int) -> Path:
+        place = self.home / f".checkpoint-{step}.tmp"
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
+        return place
+
+    def _publish(self, folder: Path, step: int, texts: Mapping[str, Any]) -> None:
+        """Flush a complete folder, give it its name, and remove the oldest."""
+        for name, content in texts.items():
+            (folder / name).write_text(json.dumps(content), encoding="utf-8")
+        for path in folder.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())
+        replace_folder(folder, self.home / f"checkpoint-{step}")
+        flush_folder(self.home)
+        # Later ones are of a run that resumed from an earlier step; counting them would remove the one just written.
+        present = [path for number, path in checkpoints(self.home) if number <= step]
+        for path in present[self.limit:] if self.limit is not None else []:
+            aside = path.with_name(f".{path.name}.old")
+            os.replace(path, aside)  # so that nothing half removed looks like a checkpoint
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _unwritable(self, step: int, error: Exception) -> TrainingError:
+        reason = disk_reason(error) if isinstance(error, OSError) else first_line(error)
+        return TrainingError(f"The checkpoint of step {step} cannot be written: {reason}; {self.description()}.")
 
     def _is_saved(self, step: int) -> None:
         self.saved, self.place = step, self.home / f"checkpoint-{step}"
 
 
-def _write_texts(folder: Path, texts: Mapping[str, Any]) -> None:
-    for name, content in texts.items():
-        (folder / name).write_text(json.dumps(content, indent=1 if name == TRAINER_STATE else None), encoding="utf-8")
+def _clean(folder: Path) -> None:
+    """Remove what a killed run left half written, and put back a checkpoint that was just being replaced."""
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = re.fullmatch(r"\.(checkpoint-\d+)\.(tmp|(\d+\.)?old)", path.name)
+        if name and name[3] and not (folder / name[1]).exists():
+            os.replace(path, folder / name[1])
+        elif name:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- resuming
+
+
+@dataclass
+class SavedState:
+    """A checkpoint's state besides its tensors. `states`: every process's own part."""
+
+    trainer: dict[str, Any] = field(default_factory=dict)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return int(self.trainer.get("global_step", 0))
+
+
+def read_states(folder: Path) -> SavedState:
+    """The state of a checkpoint besides its tensors. Raises CheckpointError: files are missing or damaged."""
+    found = []
+    for name in (TRAINER_STATE, DATA_STATE):
+        try:
+            found.append(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{folder / name}: is not there or not readable, so this is no checkpoint to resume "
+                                  "from.") from error
+    return SavedState(*found)
+
+
+def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str]) -> str:
+    """One sentence without full stop on the differences that `changed_settings` finds ("": nothing)."""
+    changes = changed_settings(before, now, silent)
+    shown = changes[:8] + ([f"{len(changes) - 8} more"] if len(changes) > 8 else [])
+    return f"other settings than in the run that saved its state: {'; '.join(shown)}" if changes else ""
+
+
+def refuse_other_frozen(folder: Path, saved: SavedState, now: Mapping[str, Sequence[float]], instead: str) -> None:
+    """Refuse a checkpoint whose run read from other frozen models (`Task.frozen_models`). Raises CheckpointError."""
+    before = saved.trainer.get("frozen_models", {})
+    other = next((name for name, value in now.items() if not same_weights(before.get(name, value), value)), None)
+    if other is not None:
+        raise CheckpointError(f"{folder}: was trained with another {other} than this run has; give the same one, or "
+                              f"start from its weights in a new folder ({instead}).")
+
+
+def load_engine(folder: Path, step: int, engine: Engine) -> None:
+    """Fill an engine's optimiser (and DeepSpeed's weights); all processes call it. Raises CheckpointError."""
+    if isinstance(engine, ZeroEngine):
+        engine.load_shards(folder, step)
+    else:
+        engine.load_state_dict(read_tree(folder / OPTIMIZER), str(folder))
+
+
+def load_task(folder: Path, saved: SavedState, task: Task) -> None:
+    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those that were left out must be
+    in place already.
+
+    Raises:
+        CheckpointError: weights of another model, or other frozen weights than the checkpoint was trained beside.
+    """
+    if _load_weights(folder, saved, task) and saved.trainer["frozen"] != frozen_check_sum(task.module):
+        raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained beside; start from the "
+                              "same initial weights, or in a new folder.")
+
+
+def _load_weights(folder: Path, saved: SavedState, task: Task) -> bool:
+    """Fill a task's module; returns whether the checkpoint leaves out the frozen weights."""
+    without = saved.trainer.get("frozen") is not None
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    return without
+
+
+def load_average(folder: Path, average: Ema) -> None:
+    """Fill a moving average; if the checkpoint has none, it starts from the current weights. Raises CheckpointError."""
+    if not (folder / AVERAGE).is_file():
+        return
+    saved = load_state_dict(folder / AVERAGE)
+    if saved.keys() != average.shadow.keys():
+        raise CheckpointError(f"{folder}: its averaged weights belong to other trained parameters ({len(saved)} "
+                              f"tensors, this run trains {len(average.shadow)}).")
+    for name, value in saved.items():
+        average.shadow[name].copy_(value)
+
+
+def warm_start(place: Path, task: Task) -> int:
+    """Load the (averaged) weights of another run's checkpoint, or of the newest in a folder; returns its step.
+
+    Raises:
+        CheckpointError: no checkpoint there, or weights of another model.
+    """
+    folder = next((path for _, path in checkpoints(place)), place)
+    if not (folder / TRAINER_STATE).is_file():
+        raise CheckpointError(f"{place}: there is no such checkpoint to start from.")
+    saved = read_states(folder)
+    _load_weights(folder, saved, task)
+    if (folder / AVERAGE).is_file():
+        assign_strictly(task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"])
+    return saved.step
 
 
 def frozen_names(module: nn.Module) -> list[str]:
@@ -222,3 +352,58 @@ def frozen_check_sum(module: nn.Module) -> int:
         picked = flat[places.long().to(flat.device)].float().tolist()
         total = zlib.crc32(f"{name}{tuple(own[name].shape)}{picked}".encode(), total)
     return total
+
+
+# ----------------------------------------------------------------------- nested states as safetensors, without pickle
+
+_TENSOR, _NUMBERED = "__tensor__", "__numbered__"
+
+
+def flatten(value: Any) -> tuple[Any, dict[str, Tensor]]:
+    """A JSON-able tree that refers to tensors by name, and those tensors, copied to the CPU."""
+    tensors: dict[str, Tensor] = {}
+
+    def visit(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            name = str(len(tensors))
+            tensors[name] = node.detach().to("cpu", copy=True).contiguous()
+            return {_TENSOR: name}
+        if isinstance(node, dict):
+            if all(isinstance(key, str) for key in node):
+                return {key: visit(item) for key, item in node.items()}
+            return {_NUMBERED: [[key, visit(item)] for key, item in node.items()]}
+        return [visit(item) for item in node] if isinstance(node, list | tuple) else node
+
+    return visit(value), tensors
+
+
+def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, list):
+        return [_unflatten(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if _TENSOR in tree:
+        return tensors[tree[_TENSOR]]
+    items = tree[_NUMBERED] if _NUMBERED in tree else tree.items()
+    return {key: _unflatten(item, tensors) for key, item in items}
+
+
+def write_tree(file: Path, tree: Any, tensors: dict[str, Tensor]) -> None:
+    """Write what `flatten` gave: tensors by number, the tree as JSON in the file's metadata."""
+    from safetensors.torch import save_file
+
+    save_file(tensors or {"none": torch.zeros(0)}, file, metadata={"format": "pt", "tree": json.dumps(tree)})
+    set_default_mode(file)
+
+
+def read_tree(file: Path) -> Any:
+    """The nested state of a file (tuples come back as lists). Raises CheckpointError: missing or damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tree = json.loads((opened.metadata() or {})["tree"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        return _unflatten(tree, tensors)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: is no readable state of a training run ({error}).") from error

@@ -1,6 +1,6 @@
-"""The processes of a run: joining the process group, agreement and sums, requests to stop (SIGTERM).
+"""The processes of a run: joining, sums over all of them, requests to stop (SIGTERM), failures as one sentence.
 
-Gradients travel through the engine. Everything else (did a loss become NaN, is a checkpoint due, numbers for the log)
+Gradients travel through the engine. Everything else (is a stop asked for, is a checkpoint due, numbers for the log)
 goes over a gloo group of its own, so that none of it waits for a GPU.
 """
 
@@ -10,7 +10,8 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -18,12 +19,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.training.failures import TrainingError
-from seed_multimodal.training.loop_settings import WAIT_MINUTES
+from seed_multimodal.device import choose_device, is_out_of_memory
+from seed_multimodal.errors import ConfigError, SeedError, first_line
+from seed_multimodal.training.config import WAIT_MINUTES
 
-_FOR_EVER = timedelta(days=30)
+STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
+_PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",
+               "timed out", "NCCL", "remote process", "no response from")
+
+
+class TrainingError(SeedError):
+    """A run that cannot continue: a loss that is not finite, no memory, a process that died, a disk that is full."""
 
 
 class ProcessGroup:
@@ -79,9 +85,8 @@ class ProcessGroup:
 
 
 def wait_limit(timeout_minutes: float) -> timedelta:
-    """How long a collective waits; 0 minutes: for ever."""
-    most = _FOR_EVER / timedelta(minutes=1)
-    return timedelta(minutes=min(timeout_minutes or most, most))
+    """How long a collective waits; 0 minutes: for ever (30 days)."""
+    return timedelta(minutes=min(timeout_minutes or 43_200, 43_200))
 
 
 def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False
@@ -91,24 +96,21 @@ def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool =
     return ProcessGroup(wait_limit(timeout_minutes)), place
 
 
-def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False, address: str = "env://"
-                   ) -> torch.device:
+def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> torch.device:
     """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes.
 
     Args:
         device: as `device.choose_device`; `auto` takes each node's GPUs by local rank.
         timeout_minutes: how long a collective waits; 0: for ever.
         group_of_one: make a process group for a single process, too (DeepSpeed needs one).
-        address: where the processes meet, as torch's `init_method`.
 
     Returns:
         This process's device.
 
     Raises:
-        ConfigError: more processes on this node than GPUs, or an incomplete environment.
-        TrainingError: the others did not join in time.
+        ConfigError: more processes on this node than GPUs. TrainingError: the others did not join in time.
     """
-    world, local = environment_place()[1], environment_number("LOCAL_RANK", 0)
+    world, local = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_RANK") or 0)
     place = choose_device(device, log=None).device
     if place.type == "cuda":
         if local >= torch.cuda.device_count():
@@ -118,69 +120,28 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
         torch.cuda.set_device(place)
     elif place.type == "cpu":  # DeepSpeed, which transformers imports to save a model, warns of no GPU else
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout = wait_limit(timeout_minutes)
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    if not dist.is_initialized():
-        if world > 1:
-            _join(backend, timeout, address)
-        elif group_of_one:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    timeout, backend = wait_limit(timeout_minutes), "nccl" if place.type == "cuda" else "gloo"
+    if not dist.is_initialized() and world > 1:
+        try:
+            dist.init_process_group(backend, timeout=timeout)
+        except (dist.DistError, ValueError) as error:
+            raise TrainingError(f"Process {os.environ.get('RANK')} of {world} did not meet the others at MASTER_ADDR "
+                                f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')} "
+                                f"({first_line(error)}); start all processes with torchrun.") from error
+    elif not dist.is_initialized() and group_of_one:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return place
+
+
+def environment_place() -> tuple[int, int]:
+    """torchrun's RANK and WORLD_SIZE; 0 of 1 where they are not set."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def leave_processes(clean: bool) -> None:
     """End the process group; after a failure without waiting, because the others may never reach this point."""
     if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
         dist.destroy_process_group()
-
-
-def _join(backend: str, timeout: timedelta, address: str) -> None:
-    """Join the other processes.
-
-    Raises:
-        ConfigError: an incomplete environment. TrainingError: they did not join in time, or nothing listens at the
-            address.
-    """
-    if address != "env://":
-        dist.init_process_group(backend, init_method=address, timeout=timeout, rank=environment_number("RANK", 0),
-                                world_size=environment_number("WORLD_SIZE", 1))
-        return
-    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
-        if not os.environ.get(name):
-            raise ConfigError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {name} is not set: start several "
-                              "processes with torchrun.")
-    environment_number("MASTER_PORT", 0)
-    try:
-        dist.init_process_group(backend, timeout=timeout)
-    except dist.DistError as error:
-        raise TrainingError(
-            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not meet the others at MASTER_ADDR "
-            f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']} ({first_line(error)}); start all "
-            "processes within timeout_minutes of each other.") from error
-
-
-def environment_place() -> tuple[int, int]:
-    """RANK and WORLD_SIZE; this process is 0 of 1 where they are not set.
-
-    Raises:
-        ConfigError: they are no numbers, or do not belong together.
-    """
-    rank, world = environment_number("RANK", 0), environment_number("WORLD_SIZE", 1)
-    if rank >= world:
-        raise ConfigError(f"RANK must be below WORLD_SIZE, but is {rank} of {world}.")
-    return rank, world
-
-
-def environment_number(name: str, default: int) -> int:
-    """A whole number from an environment variable.
-
-    Raises:
-        ConfigError: it is set to something else.
-    """
-    text = os.environ.get(name) or str(default)
-    if not text.isdigit():
-        raise ConfigError(f"{name} must be a number, not {text!r}.")
-    return int(text)
 
 
 class StopRequest:
@@ -203,3 +164,33 @@ class StopRequest:
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+
+
+@contextmanager
+def translate_errors(where: str, saved: str) -> Iterator[None]:
+    """Failures of the machine as sentences.
+
+    Args:
+        where: what was being done (`"step 12"`). saved: what is on the disk; the end of the sentence.
+
+    Raises:
+        TrainingError: out of memory, another process is gone, or fp16 gradients that overflow at DeepSpeed's smallest
+            loss scale. Other errors pass unchanged.
+    """
+    try:
+        yield
+    except SeedError:
+        raise
+    except Exception as error:
+        text = str(error)
+        if is_out_of_memory(error):
+            raise TrainingError(f"Out of memory at {where} ({first_line(error)}): use smaller batches (data.rows and "
+                                f"data.length, or data.batch_size), gradient_checkpointing, or a ZeRO stage with "
+                                f"offload; {saved}.") from error
+        if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
+            raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
+                                "the same command resumes from there.") from error
+        if "loss scale already at minimum" in text:  # DeepSpeed raises no class of its own
+            raise TrainingError(f"The fp16 gradients overflow at any loss scale at {where} (use bf16 or fp32); {saved}."
+                                ) from error
+        raise

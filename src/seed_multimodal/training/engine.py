@@ -1,12 +1,8 @@
-"""The engine that updates weights: accelerate's `Accelerator` for one process, DistributedDataParallel and FSDP2.
+"""The engines that update weights: accelerate's `Accelerator` for one process and DistributedDataParallel, and
+DeepSpeed with ZeRO 1, 2 and 3 from the original's JSON files.
 
-An engine makes an optimiser step in two halves, so that all processes can agree that a step is sound before weights
-change: `backward` for each micro-step, then `clip` and `update`. Trained weights are kept in fp32 and products are
-computed in the run's precision (autocast). `zero.ZeroEngine` is the same over DeepSpeed.
-
-From accelerate come the process state, autocast, DDP and FSDP2, the exchange of gradients, the backward pass and
-clipping. Ours: the order of these calls (accelerate's prepared optimiser would update one process's weights although
-another has a NaN), the loss scaler on CPUs (accelerate has none there) and the smallest loss scale.
+Trained weights are kept in fp32 and products are computed in the run's precision (autocast). accelerate's prepared
+optimiser is not used: the loss scaler on CPUs and the smallest loss scale are ours.
 """
 
 from __future__ import annotations
@@ -15,15 +11,15 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.distributed import ProcessGroup, environment_number
-from seed_multimodal.training.failures import TrainingError
-from seed_multimodal.training.loop_settings import LoopSettings
+from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
 
 if TYPE_CHECKING:
@@ -35,16 +31,13 @@ _GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group
 
 
 class Engine:
-    """A task's module and optimiser in one process, or in each of several (DDP, or with `fsdp` FSDP2).
+    """A task's module and optimiser in one process, or in each of several (DDP).
 
     Attributes:
         model: what a task's `micro_step` calls.
-        sharded: every process writes a part of the checkpoint of its own.
-        gathered: weights are spread over processes; `weights` collects them.
     """
 
     kind = "plain"
-    sharded = False
 
     def __init__(self, task: Task, settings: LoopSettings, group: ProcessGroup, device: torch.device) -> None:
         """Wrap a task's module.
@@ -56,7 +49,6 @@ class Engine:
             raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
                               "would train a model of its own.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
-        self.fsdp = self.gathered = settings.fsdp and group.world > 1
         self.module, self.optimizer = task.wrapped_part, task.optimizer
         self.trained = _trained_parameters(task, self.optimizer)
         self.accelerator = self._accelerator()
@@ -65,25 +57,13 @@ class Engine:
             device.type, enabled=settings.precision == "fp16")
 
     def _accelerator(self) -> Accelerator:
-        from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+        from accelerate.utils import DistributedDataParallelKwargs
 
-        if self.fsdp:
-            layers = self.task.layer_classes
-            plugin = FullyShardedDataParallelPlugin(
-                fsdp_version=2, state_dict_type="FULL_STATE_DICT",
-                auto_wrap_policy="transformer_based_wrap" if layers else "no_wrap",
-                transformer_cls_names_to_wrap=list(layers) or None)
-            return start_accelerate(self.device, self.group, self.settings.precision, fsdp_plugin=plugin)
         options = {"gradient_as_bucket_view": True, **self.task.ddp_options}
         return start_accelerate(self.device, self.group, self.settings.precision,
                                 kwargs_handlers=[DistributedDataParallelKwargs(**options)])
 
     def _prepare(self) -> nn.Module:
-        if self.fsdp:
-            model, optimizer = self.accelerator.prepare(self.module, self.optimizer)
-            self.optimizer = getattr(optimizer, "optimizer", optimizer)  # inside accelerate's wrapper
-            self.trained = _trained_parameters(self.task, self.optimizer)  # FSDP2 has replaced the parameters
-            return model
         if self.group.world == 1:
             return self.module
         return self.accelerator.prepare_model(self.module, device_placement=False)
@@ -107,8 +87,7 @@ class Engine:
     def clip(self) -> Tensor | None:
         """Norm of the step's gradients before clipping; clips them. None: known after `update` only."""
         self.scaler.unscale_(self.optimizer)
-        norm = self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf)
-        return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf)
 
     def update(self, rate: float) -> float | None:
         """Update the weights at a learning rate (times a group's `lr_scale`); an fp16 step whose gradients overflowed
@@ -142,25 +121,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------- states
 
-    def weights(self) -> dict[str, Tensor] | None:
-        """The trained weights by their names in the wrapped part, whole, where they are spread over processes (None:
-        they are not). All processes call it; with ZeRO-3 only the first one gets them."""
-        if not self.gathered:
-            return None
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        return dict(get_model_state_dict(self.model, options=options))
-
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and loss scaler; all processes call it, the first one's counts."""
-        optimizer = self.optimizer.state_dict()
-        if self.gathered:
-            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            optimizer = get_optimizer_state_dict(self.model, self.optimizer, options=options)
-        return {"optimizer": optimizer, "scaler": self.scaler.state_dict()}
+        """Optimiser and loss scaler."""
+        return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
         """Inverse of `state_dict`. Hyperparameters (weight decay, betas) stay as this run has set them.
@@ -170,17 +133,10 @@ class Engine:
         """
         with keeping_hyperparameters(self.optimizer):
             try:
-                if self.gathered:
-                    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-                    set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
-                                             options=StateDictOptions(full_state_dict=True))
-                else:
-                    self.optimizer.load_state_dict(state["optimizer"])
+                self.optimizer.load_state_dict(state["optimizer"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{where}: holds the state of another optimiser ({error}).") from error
-            if not self.gathered:
-                _restore_strides(self.optimizer)
+            _restore_strides(self.optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -199,7 +155,7 @@ def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, 
     count every process as number 0 of 1 and train as many separate models.
 
     Raises:
-        ConfigError: a precision that the device does not have. TrainingError: accelerate counts other processes.
+        ConfigError: a precision that the device does not have.
     """
     from accelerate import Accelerator, PartialState
 
@@ -207,14 +163,9 @@ def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, 
     os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
     PartialState(cpu=device.type == "cpu")
     try:
-        accelerator = Accelerator(mixed_precision=_MIXED[precision], **options)
+        return Accelerator(mixed_precision=_MIXED[precision], **options)
     except ValueError as error:
         raise ConfigError(f"precision {precision}: {first_line(error)}.") from error
-    expected = environment_number("WORLD_SIZE", 1) if group.world == 1 else group.world
-    if (accelerator.num_processes, accelerator.process_index) != (expected, group.rank):
-        raise TrainingError(f"accelerate sees process {accelerator.process_index} of {accelerator.num_processes}, but "
-                            f"this is process {group.rank} of {expected} (WORLD_SIZE).")
-    return accelerator
 
 
 def stop_accelerate() -> None:
@@ -223,7 +174,7 @@ def stop_accelerate() -> None:
 
     AcceleratorState._reset_state(True)
     GradientState._reset_state()
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_TORCH_DEVICE", "FSDP_VERSION"):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_TORCH_DEVICE"):
         os.environ.pop(name, None)
 
 
@@ -274,3 +225,225 @@ def _trained_parameters(task: Task, optimizer: Any) -> list[nn.Parameter]:
         raise ConfigError(f"[{task.name}] the optimiser trains {len(wanted) - len(trained)} tensors that are not in "
                           "the trained modules, so they would not be saved.")
     return trained
+
+
+# ------------------------------------------------------------------------------------------------------- DeepSpeed
+
+_INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
+
+
+def fill_config(config: Mapping[str, Any], settings: LoopSettings, *, world: int, rows: int, hidden_size: int,
+                cpu_adam: bool = False) -> tuple[dict[str, Any], list[str]]:
+    """A DeepSpeed configuration without "auto", and remarks.
+
+    Args:
+        rows: sequences of a micro-batch; nominal, DeepSpeed uses it for its own log only.
+        hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
+        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states.
+
+    Raises:
+        ConfigError: no ZeRO stage, or a value that contradicts the run's.
+    """
+    filled: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value
+                              for key, value in config.items()}
+    zero = filled.get("zero_optimization")
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
+    remarks = [f"the {key} of the DeepSpeed configuration is left out: optim has it" for key in
+               ("optimizer", "scheduler") if filled.pop(key, None) is not None]
+    for key in _INTEGERS:
+        if isinstance(filled.get(key), float):
+            filled[key] = int(filled[key])
+    accumulate = settings.accumulate
+    _agree(filled, "gradient_accumulation_steps", accumulate)
+    _agree(filled, "gradient_clipping", settings.clip)
+    for kind in ("bf16", "fp16"):
+        block = filled.get(kind)
+        wanted = settings.precision == kind
+        if wanted and not isinstance(block, dict):
+            raise ConfigError(f"deepspeed: the configuration has no {kind} block, but trainer.precision is {kind}.")
+        if isinstance(block, dict):
+            if block.get("enabled") not in ("auto", wanted):
+                raise ConfigError(f"deepspeed: {kind} is {block.get('enabled')} there, but trainer.precision is "
+                                  f"{settings.precision!r}.")
+            block["enabled"] = wanted
+    if filled.get("train_micro_batch_size_per_gpu") in ("auto", None):
+        filled["train_micro_batch_size_per_gpu"] = rows
+    filled["train_batch_size"] = filled["train_micro_batch_size_per_gpu"] * accumulate * world
+    by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+               "stage3_param_persistence_threshold": 10 * hidden_size}
+    zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
+    filled["zero_allow_untested_optimizer"] = True
+    filled["zero_force_ds_cpu_optimizer"] = cpu_adam
+    left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
+    if left:
+        raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
+    return filled, remarks
+
+
+def use_offload_threads(config: Mapping[str, Any]) -> str:
+    """Give this process its share of the node's cores if its optimiser's states are offloaded; returns a remark.
+
+    torchrun sets OMP_NUM_THREADS=1 where there are several processes, which would leave all cores but one a process
+    idle at every step. Any other value is the user's and stays.
+    """
+    offload = config["zero_optimization"].get("offload_optimizer") or {}
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if offload.get("device") not in ("cpu", "nvme") or processes < 2 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return ""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    torch.set_num_threads(threads)
+    return f"offloaded optimiser states: {threads} CPU threads in each of this node's {processes} processes"
+
+
+def _agree(filled: dict[str, Any], key: str, value: float) -> None:
+    if filled.get(key, "auto") not in ("auto", value):
+        raise ConfigError(f"deepspeed: {key} is {filled[key]} there, but {value} in trainer; make them equal.")
+    filled[key] = value
+
+
+class ZeroEngine(Engine):
+    """A task's module in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are spread over
+    processes."""
+
+    kind = "deepspeed"
+
+    def __init__(self, task: Task, settings: LoopSettings, group: ProcessGroup, device: torch.device,
+                 config: Mapping[str, Any]) -> None:
+        """Wrap a task's module; `config` is what `fill_config` gave.
+
+        Raises:
+            ConfigError: an optimiser that DeepSpeed cannot spread, or fp16 without a GPU.
+        """
+        if not isinstance(task.optimizer, torch.optim.Optimizer):
+            raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
+        self.config, self.stage = config, int(config["zero_optimization"]["stage"])
+        super().__init__(task, settings, group, device)
+
+    def _accelerator(self) -> Accelerator:
+        from accelerate import DeepSpeedPlugin
+
+        if self.device.type == "cpu":
+            _prepare_deepspeed_for_cpu()
+        self._lone = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
+        plugin = DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False)
+        return start_accelerate(self.device, self.group, self.settings.precision, deepspeed_plugin=plugin,
+                                gradient_accumulation_steps=self.settings.accumulate)
+
+    def _prepare(self) -> nn.Module:
+        model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
+        return model
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """DeepSpeed casts by itself."""
+        return nullcontext()
+
+    def accumulating(self, last: bool) -> AbstractContextManager[Any]:
+        """Tell DeepSpeed whether the step ends with this micro-step."""
+        self.model.set_gradient_accumulation_boundary(is_boundary=last)
+        return nullcontext()
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradients of a micro-step; after the last one they are reduced.
+
+        Not accelerate's `backward`, which makes the optimiser step at once.
+        """
+        self.model.backward(loss, scale_wrt_gas=False)
+        if not last:
+            self.model.step()  # moves nothing, counts the micro-step
+
+    def clip(self) -> None:
+        """DeepSpeed clips inside its step."""
+        return
+
+    def update(self, rate: float) -> float:
+        """Update the weights at a learning rate; returns the gradient norm before clipping."""
+        self.set_rate(rate)
+        self.model.step()
+        norm = self.model.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def loss_scale(self) -> None:
+        """DeepSpeed's own; it is not logged."""
+        return
+
+    @property
+    def reads_numbers(self) -> bool:
+        """DeepSpeed reads the norm of the gradients at each step."""
+        return True
+
+    def problem(self, norm: float | None) -> str:
+        """What is wrong with the gradients ("": nothing); fp16 steps that overflow are skipped by DeepSpeed."""
+        finite = norm is None or math.isfinite(norm)
+        return "" if finite or self.settings.precision == "fp16" else f"The gradient norm became {norm}"
+
+    def weights(self) -> dict[str, Tensor] | None:
+        """The trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
+        if self.stage == 3:
+            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
+
+    def close(self) -> None:
+        """Leave the environment as it was."""
+        super().close()
+        if self._lone:
+            os.environ.pop("LOCAL_RANK", None)
+
+    def save_shards(self, folder: Path, step: int) -> None:
+        """Write this process's shards and `latest`; all processes call it."""
+        self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
+                                   exclude_frozen_parameters=True)
+
+    def load_shards(self, folder: Path, step: int) -> None:
+        """Read the shards back; all processes call it.
+
+        Raises:
+            CheckpointError: shards of another model, stage or number of processes, or unsafe content.
+        """
+        with _weights_only(), keeping_hyperparameters(self.optimizer):
+            try:
+                path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
+            except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
+                raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
+                                      "they belong to the same model, optimiser, ZeRO stage and number of processes."
+                                      ) from error
+        if path is None:
+            raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
+
+
+def full_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The trained weights in fp32 on the CPU, from DeepSpeed's own copies of stages 1 and 2, which are spread; all
+    processes call it, after training and before the engine is closed."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
+            for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def _prepare_deepspeed_for_cpu() -> None:
+    """Without it DeepSpeed warns that it found no GPU, and compiles a collective operation for shared memory at its
+    first start (a minute, and it needs a C++ compiler), which gloo does as well."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+@contextmanager
+def _weights_only() -> Iterator[None]:
+    """torch.load inside DeepSpeed refuses anything but tensors, plain containers and DeepSpeed's own loss scaler."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
+        else:
+            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before

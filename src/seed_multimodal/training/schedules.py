@@ -21,7 +21,7 @@ from torch import Tensor
 from seed_multimodal.data.stream.order import EpochOrder
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
 
 OWN = ("cosine", "linear", "constant", "constant_with_warmup")
 # transformers' other names -> the option of its function that says where the rate ends, as a share of the highest

@@ -1,4 +1,4 @@
-"""The interface between the loop and what it trains: module, optimiser, loss per micro-step, files of a checkpoint."""
+"""What is trained: the interface of the trainer to a task, and the usual task, a module and a loss of each batch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.settings import check_settings
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.meter import Meter
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.training.metrics import Meter
+from seed_multimodal.training.optimizers import parameter_groups
+from seed_multimodal.training.schedules import check_kind, learning_rate
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 WEIGHTS = "model.safetensors"
 
@@ -28,7 +35,6 @@ class Task:
         parallel: whether several processes may train it.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
         ddp_options: options of DistributedDataParallel.
-        layer_classes: names of the layers' classes that FSDP2 takes as units.
         config: the resolved configuration; `quiet_keys`: keys whose change is not reported at a resume.
     """
 
@@ -40,7 +46,6 @@ class Task:
     parallel: bool = True
     averages: bool = True
     ddp_options: Mapping[str, Any] = {}
-    layer_classes: Sequence[str] = ()
     config: Mapping[str, Any] | None = None
     quiet_keys: Sequence[str] = ()
     start_hint: str = "`start`"  # how a new run takes the weights of another
@@ -70,8 +75,8 @@ class Task:
         return None
 
     def prepared(self, run: Any) -> None:
-        """Called once everything is restored, before the first step; `run` is the `loop.Run`, with its engine and
-        log."""
+        """Called once everything is restored, before the first step; `run` is the `trainer.Trainer`, with its
+        engine and log."""
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimiser step `step` (from 0); times a group's `lr_scale` if it has one."""
@@ -159,9 +164,99 @@ class Task:
         Raises:
             CheckpointError: weights of another model.
         """
-        from seed_multimodal.weights import assign_strictly
-
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
         assign_strictly(self.module, load_state_dict(folder / WEIGHTS), folder / WEIGHTS,
                         allow_missing=list(allow_missing))
+
+
+class StageTask(Task):
+    """One stage; a subclass has `step_loss`, and overrides the methods of `Task` in which it differs.
+
+    Args:
+        module: everything that is trained and saved.
+        optimizer: trains (some of) the parameters of `module`; AdamW on all that need gradients by default.
+        parallel: False if the loss calls parts of `module` past its `forward`, which no engine for several processes
+            can follow.
+    """
+
+    def __init__(self, name: str, module: nn.Module, settings: StageSettings, *, optimizer: Any = None,
+                 parallel: bool = True) -> None:
+        check_settings(settings, f"[{name}]")
+        check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
+        learning_rate(settings.steps - 1, settings)  # impossible options of a schedule end here
+        self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
+        self.optimizer = optimizer or torch.optim.AdamW(
+            parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
+        self.meter = Meter(settings.batch_size * settings.accumulate)
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """Scalar mean loss of a micro-step, and numbers to log; draws its randomness from torch's global generator,
+        which is seeded before every call."""
+        raise NotImplementedError
+
+    def learning_rate(self, step: int) -> float:
+        """Linear warm-up and, by default, a cosine."""
+        return learning_rate(step, self.settings)
+
+    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """The loss. On CPUs attention by plain matrix products: the backward pass of the fused bf16 kernel is several
+        times slower there."""
+        if next(self.module.parameters()).device.type != "cpu":
+            return self.step_loss(model, micro_step)
+        with sdpa_kernel(SDPBackend.MATH):
+            return self.step_loss(model, micro_step)
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+        """How large a step was; subclasses add their measures."""
+        shared = {"accumulate": self.settings.accumulate, "processes": group.world}
+        return {"stage": self.name, "batch_size": self.settings.batch_size,
+                **{key: count for key, count in shared.items() if count > 1}}
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """Processes, and samples of a step over all of them, from which their order follows."""
+        return {"processes": world,
+                "samples_per_step": self.settings.batch_size * self.settings.accumulate * world}
+
+    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+        """Refuse another number of samples per step, from which their order follows; another number of processes, which
+        share them out in another way, is a remark."""
+        refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
+        return other_numbers(saved, now, {"processes": "processes"})
+
+
+def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
+                 instead: str) -> None:
+    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun).
+
+    Args:
+        instead: how a new run takes only the weights.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    for key, noun in names.items():
+        if saved.get(key) != now[key]:
+            before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
+            raise CheckpointError(f"{folder}: was saved by a run with {before} as its {noun}, this one has {present}, "
+                                  f"so it would not continue with the same numbers; use the same, or take only its "
+                                  f"weights ({instead}) in a new folder.")
+
+
+def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
+    return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
+            for key, noun in names.items() if saved.get(key) != now[key]]
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """The record of a stage that is done.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        return read_json_object(file)
+    except (CheckpointError, OSError) as error:
+        raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage resumes from its checkpoint."
+                              ) from error

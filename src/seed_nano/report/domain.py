@@ -29,9 +29,9 @@ from torchvision.transforms import v2
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
 from seed_multimodal.system.images import Domain, load_domain, open_images
-from seed_multimodal.training.loop import train
-from seed_multimodal.training.loop_settings import StageSettings
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.task import StageTask
+from seed_multimodal.training.trainer import train
 from seed_multimodal.weights import save_state_dict
 from seed_nano.world.scene import MIDDLE, Slot, paint
 from seed_nano.world.splits import scene_at

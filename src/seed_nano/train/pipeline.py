@@ -28,7 +28,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.stage import train_stage
+from seed_multimodal.training.trainer import train_stage
 from seed_nano.train.task import QUIET
 from seed_nano.train.workspace import ROOT, Workspace, located
 from seed_nano.world.scene import find_world

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.task import StageTask
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.splits import scene_at

@@ -24,7 +24,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.weights import save_state_dict
 from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene

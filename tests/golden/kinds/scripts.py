@@ -42,7 +42,9 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
     assert len(case["prompts"]) == len(case["calls"]) > 0
     for prompt, call in zip(case["prompts"], case["calls"], strict=True):
         turn = ("user", user_content(prompt["text"], template.user_prefix, template.user_suffix))
-        assert_same(template.render_text([turn], tokenizer.vocabulary), prompt["text"], "prompt string")
+        spans = [span if isinstance(span, str) else tokenizer.vocabulary.image_text(span)
+                 for span in template.render([turn])]
+        assert_same("<s>" + "".join(spans), prompt["text"], "prompt string")
         assert_same([tokenizer.encode(prompt["text"])], call["input_ids"], "ids of the prompt string")
         assert_same([tokenizer.encode_parts(template.render([turn]), add_bos=True)], call["input_ids"],
                     "ids of the prompt's parts")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+from itertools import groupby
 
 import pytest
 
-from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
+from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
 from seed_multimodal.language.streaming import AnswerReader, tokens_from_thread
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -19,8 +20,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     return MultimodalTokenizer.train(texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
 
 
-def read_all(words: MultimodalTokenizer, ids: list[int], marker: str = MARKER) -> tuple[AnswerReader, list[dict]]:
-    reader, events = AnswerReader(words, [marker]), []
+def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = "") -> tuple[AnswerReader, list]:
+    reader, events = AnswerReader(words, stops or [MARKER], after=after), []
     for id in ids:
         events += reader.read(id)
     return reader, events + reader.close()
@@ -52,29 +53,21 @@ def test_previews_come_with_the_codes_they_are_made_of(words: MultimodalTokenize
     assert not [event for id in odd for event in broken.read(id) if event["type"] == "image_preview"]
 
 
-def test_the_answer_ends_where_the_user_would_speak(words: MultimodalTokenizer) -> None:
-    said = words.encode("a red apple")
-    beyond = [*words.encode("\nUSER: What is this?"), *words.vocabulary.image_ids([0] * 32)]
-    reader, events = read_all(words, said + beyond)
-    assert "".join(event["text"] for event in events).strip() == "a red apple"
-    assert words.decode(reader.ids).strip() == "a red apple" and reader.finished
+@pytest.mark.parametrize(("text", "marker", "kept"), [
+    ("a red apple\nUSER: What is this?", MARKER, "a red apple"), ("a red  apple ", MARKER, "a red  apple "),
+    ("one\nUSEFUL\nUS", MARKER, "one\nUSEFUL\nUS"), ("one\nUSER: two", "", "one\nUSER: two")])
+def test_read_ends_at_a_stop(words: MultimodalTokenizer, text: str, marker: str, kept: str) -> None:
+    reader, events = read_all(words, words.encode(text), marker)
+    assert "".join(event["text"] for event in events) == words.decode(reader.ids) == kept
 
 
-def test_the_blank_that_begins_the_next_turn_is_no_part_of_the_answer(words: MultimodalTokenizer) -> None:
+def test_read_drops_the_blank_that_begins_the_next_turn(words: MultimodalTokenizer) -> None:
     """Models tuned on dialogues write it; kept in the answer it would stand twice in the next turn's prompt."""
     said = words.encode("a red apple.")
     ids = words.encode_parts(["a red apple.", "\nUSER: What"])
     assert words.decode(ids[:len(said) + 1]) == "a red apple. "
     reader, events = read_all(words, ids)
     assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == said
-    reader, events = read_all(words, words.encode("a red  apple "))
-    assert "".join(event["text"] for event in events) == "a red  apple "
-
-
-@pytest.mark.parametrize(("text", "marker"), [("one\nUSEFUL\nUS", MARKER), ("one\nUSER: two", "")])
-def test_read_keeps_what_is_no_marker(words: MultimodalTokenizer, text: str, marker: str) -> None:
-    _, events = read_all(words, words.encode(text), marker)
-    assert "".join(event["text"] for event in events) == text
 
 
 def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
@@ -89,27 +82,12 @@ def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
                 words.encode("a fish"), [v.boi_id, *[v.n_text + rng.randrange(16) for _ in range(count)], v.eoi_id],
                 [v.boi_id, *[v.n_text + 1] * count], [v.eoi_id], [v.n_text + 2] * rng.randint(1, 3)])
         _, events = read_all(words, ids)
-        told: list[object] = []
-        for event in events:
-            if event["type"] == "text":
-                told.append(event["text"])
-            elif event["type"] != "image_start":
-                told.append(event.get("codes") or event["reason"])
-        merged: list[object] = []
-        for item in told:
-            if isinstance(item, str) and merged and isinstance(merged[-1], str) and item not in _reasons(ids, words) \
-                    and merged[-1] not in _reasons(ids, words):
-                merged[-1] += item
-            else:
-                merged.append(item)
-        want = [part.text if isinstance(part, TextPart) else part.codes if isinstance(part, ImagePart) else part.reason
-                for part in split_answer(ids, words)]
-        assert [m.strip() if isinstance(m, str) else m for m in merged] == \
-            [w.strip() if isinstance(w, str) else w for w in want], ids
-
-
-def _reasons(ids: list[int], words: MultimodalTokenizer) -> set[str]:
-    return {part.reason for part in split_answer(ids, words) if isinstance(part, BrokenImagePart)}
+        kinds = groupby((event for event in events if event["type"] != "image_start"), lambda event: event["type"])
+        read = [item for kind, group in kinds for item in (
+            ["".join(event["text"] for event in group).strip()] if kind == "text" else
+            [event.get("codes") or event["reason"] for event in group])]
+        assert read == [part.text.strip() if isinstance(part, TextPart) else part.codes if isinstance(part, ImagePart)
+                        else part.reason for part in split_answer(ids, words)], ids
 
 
 def test_an_error_in_the_thread_is_raised_here() -> None:
@@ -121,12 +99,8 @@ def test_an_error_in_the_thread_is_raised_here() -> None:
 
 
 def test_a_verdict_before_the_answer_is_not_given_out(words: MultimodalTokenizer) -> None:
-    ids = words.encode("red, blue - a red apple. And more")
-    reader, given = AnswerReader(words, ["."], after=" - "), []
-    for id in ids:
-        given += reader.read(id)
-    text = "".join(event["text"] for event in given + reader.close())
+    reader, events = read_all(words, words.encode("red, blue - a red apple. And more"), ".", after=" - ")
+    text = "".join(event["text"] for event in events)
     assert text.strip() == "a red apple" and words.decode(reader.ids).endswith("a red apple")
-    plain = AnswerReader(words, ["."], after=" - ")
-    plain.read_all(words.encode("a fish. And more"))
+    plain, _ = read_all(words, words.encode("a fish. And more"), ".", after=" - ")
     assert words.decode(plain.ids) == "a fish"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.errors import CheckpointError, CodesError, DataError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [3, 0, 23, 7, 7]
@@ -29,22 +29,16 @@ def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str)
     assert tokenizer.decode(ids) == text
 
 
-def test_from_pretrained_refuses_words_for_another_codebook(tokenizer_folder: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
-    sizes = {"model_type": "seed2_tokenizer", "codebook_size": 24, "num_query": 5}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    MultimodalTokenizer.from_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({**sizes, "codebook_size": 12}))
-    with pytest.raises(CheckpointError, match="has words for 24 codes, 5 to a picture, but .* has 12, 5 to"):
-        MultimodalTokenizer.from_pretrained(folder)
-
-
-def test_train_twice_gives_equal_files(tmp_path: Path) -> None:
+def test_train_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
         MultimodalTokenizer.train(iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
-    assert MultimodalTokenizer.from_pretrained(tmp_path / "a").vocabulary.tokens_per_image == 32
+    again = MultimodalTokenizer.from_pretrained(tmp_path / "a")
+    assert again.vocabulary.tokens_per_image == 32
+    names = sorted(file.name for file in (tmp_path / "a").iterdir())
+    assert names == sorted(file.name for file in again.save_pretrained(tmp_path / "copy").iterdir())
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes() for name in names)
 
 
 def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer) -> None:
@@ -57,11 +51,7 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
         tokenizer.encode("USER: ") + image + tokenizer.encode("hello"))
     assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
     assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
-
-
-def test_encode_keeps_white_space_next_to_special_words(tokenizer: MultimodalTokenizer) -> None:
-    blank = tokenizer.encode(" ")
-    assert tokenizer.encode("<s> ") == [1, *blank]
+    assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]  # but not next to special words
     assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
 
 
@@ -94,15 +84,7 @@ def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_pat
     assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
 
 
-def test_save_pretrained_writes_the_same_files(tokenizer: MultimodalTokenizer, tokenizer_folder: Path, tmp_path: Path
-                                               ) -> None:
-    tokenizer.save_pretrained(tmp_path / "copy")
-    names = sorted(file.name for file in tokenizer_folder.iterdir())
-    assert names == sorted(file.name for file in (tmp_path / "copy").iterdir())
-    assert all((tokenizer_folder / n).read_bytes() == (tmp_path / "copy" / n).read_bytes() for n in names)
-
-
-def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer) -> None:
     for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
         with pytest.raises(CodesError):
             tokenizer.encode_parts(["x", codes])
@@ -111,15 +93,13 @@ def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer, tmp_path: Pat
             tokenizer.decode([5, id])
     with pytest.raises(RequestError, match="plain Unicode"):
         tokenizer.encode("\ud800")
-    for size in (100, 5000):  # fewer than the bytes; more than the text can give
-        with pytest.raises(DataError, match=f"{size} pieces"):
-            MultimodalTokenizer.train(["a cat"], tmp_path, vocab_size=size, n_codes=4)
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("tokenizer.model", b"", "missing or empty"), ("tokenizer.model", b"junk", "not a SentencePiece model"),
     ("added_tokens.json", b"{", "not valid json"), ("added_tokens.json", b"{}", "it must have"),
-    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have")])
+    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have"),
+    ("config.json", b'{"codebook_size": 12}', "has words for 24 codes, 5 to a picture, but .* has 12, 5 to")])
 def test_from_pretrained_of_a_damaged_folder(tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes,
                                              message: str) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")

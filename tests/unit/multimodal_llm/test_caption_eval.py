@@ -76,7 +76,6 @@ def test_the_flag_and_the_released_pipe():
 
 @pytest.mark.parametrize(("more", "sentence"), [
     (["trainer.coco_caption_root=nowhere"], r"nowhere is not there; put the reference captions there"),
-    (["trainer.fsdp=true"], "FSDP2 and ZeRO-3 take apart"),
     (["eval_data=DATA"], "every source holds prompts of the decoder")])
 def test_what_cannot_be_captioned_is_refused_at_the_start(train, evaluation, more, sentence, tmp_path):
     with pytest.raises(ConfigError, match=sentence):

@@ -12,13 +12,13 @@ import yaml
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.app import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
-from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.optimizers import OptimSettings
-from seed_multimodal.training.zero import fill_config, use_offload_threads
 
 CONFIGS = Path(__file__).resolve().parents[3] / "MultiModalLLM" / "configs"
 JSONS = sorted((CONFIGS / "deepspeed").glob("*.json"))
@@ -230,27 +230,20 @@ def test_deepspeed_files_are_filled(file):
     assert (offload == "cpu") == ("offload" in file.stem)
 
 
-@pytest.mark.parametrize(("name", "processes", "given", "threads", "words"), [
-    ("stage2_offload_bf16", 4, "1", 16, "16 CPU threads in each of this node's 4 processes"),  # torchrun's own 1
-    ("stage3_offload_opt_fp16", 3, None, 21, "21 CPU threads"),
-    ("stage2_offload_bf16", 128, "1", 1, "1 CPU thread in each"),
-    ("stage2_offload_bf16", 4, "3", None, "OMP_NUM_THREADS=3 CPU threads a process, as set"),
-    ("stage2_offload_bf16", 1, "1", None, ""), ("stage2_bf16", 4, "1", None, "")])
-def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, threads, words, monkeypatch):
+@pytest.mark.parametrize(("name", "processes", "given", "threads"), [
+    ("stage2_offload_bf16", 4, "1", 16), ("stage2_offload_bf16", 4, "3", None), ("stage2_bf16", 4, "1", None)])
+def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, threads, monkeypatch):
     import torch
 
-    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(64)))
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    monkeypatch.setenv("OMP_NUM_THREADS", given or "1")
-    if given is None:
-        monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
     before = torch.get_num_threads()
     try:
         said = use_offload_threads(json.loads((CONFIGS / "deepspeed" / f"{name}.json").read_text()))
-        assert torch.get_num_threads() == (before if threads is None else threads)
+        assert torch.get_num_threads() == (threads or before) and bool(said) == bool(threads)
     finally:
         torch.set_num_threads(before)
-    assert words in said if words else not said
 
 
 def test_deepspeed_files_must_agree_with_the_trainer():

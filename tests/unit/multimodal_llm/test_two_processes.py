@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,6 @@ from pathlib import Path
 import pytest
 import warm_python
 from real_processes import STARTED, children, free_port, nothing_stays_behind  # noqa: F401
-
-from seed_multimodal.training.checkpoint_folders import fault_of
 
 pytestmark = pytest.mark.timeout(600)
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
@@ -56,31 +53,9 @@ def test_two_nodes_are_one_process_with_twice_the_micro_batches_and_resume_as_on
 
     # One process goes on where two stopped (plain engine), with as many micro-batches a step: the same data.
     again = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", **lora)
-    assert list(runs.losses(again)) == [1, 2, 3, 4, 5, 6] and not fault_of(again / "checkpoint-6")
+    assert list(runs.losses(again)) == [1, 2, 3, 4, 5, 6]
     sums = [[line["tokens"] for line in runs.log_lines(folder)] for folder in (one, again)]
     assert sums[0] == sums[1]
-
-
-@pytest.mark.process
-def test_fsdp_of_two_processes_is_one_process_and_resumes_in_any_number(runs, train, tmp_path):
-    """FSDP2 spreads weights and optimiser states; checkpoints hold them whole, as the plain engine's do."""
-    one = train("one", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")
-    out = tmp_path / "two"
-    arguments = runs.overrides(runs.write_files(tmp_path / "files"), out, "trainer.max_steps=4", "trainer.save_steps=2",
-                               "trainer.fsdp=true")
-    runs.run(arguments, before=runs.torchrun())
-    whole = runs.losses(out)
-    assert whole == pytest.approx(runs.losses(one), abs=1e-6)
-    names = {path.name for path in (out / "checkpoint-4").iterdir()}
-    assert names == {path.name for path in (one / "checkpoint-4").iterdir()}
-
-    shutil.rmtree(out / "checkpoint-4")
-    said, _ = runs.run(arguments, before=runs.torchrun())
-    assert "WARNING" not in said, "DeepSpeed, which transformers imports to save a model, found no GPU"
-    assert "resumes from" in said and "(step 2)" in said and runs.losses(out) == whole
-    shutil.rmtree(out / "checkpoint-4")
-    alone = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4")
-    assert runs.losses(alone) == pytest.approx(whole, abs=1e-6)
 
 
 @pytest.mark.process
@@ -115,33 +90,6 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
 
 
 @pytest.mark.process
-def test_an_output_folder_that_is_not_shared_is_refused(runs, tmp_path):
-    """Each process has a folder of its own, as on two nodes without a common disk."""
-    script = tmp_path / "each.py"
-    script.write_text("""
-import os, sys
-from pathlib import Path
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.checkpoint_folders import check_shared
-from seed_multimodal.training.distributed import start_processes
-group, _ = start_processes("cpu", 1.0)
-for folder, fits in ((Path(sys.argv[1]), True), (Path(sys.argv[1]) / f"node{group.rank}", False)):
-    folder.mkdir(exist_ok=True)
-    if group.first:
-        (folder / "config.yaml").write_text("a: 1")
-    try:
-        check_shared(folder / "config.yaml", group, 0.5)
-        assert fits
-    except CheckpointError as error:
-        assert not fits and "must be on a disk that all of them share" in str(error), error
-os._exit(0)  # as the trainer leaves: gloo's teardown aborts now and then
-""")
-    done = subprocess.run([*runs.torchrun(), str(script), str(tmp_path)], env=runs.environment(), text=True,
-                          capture_output=True, timeout=100)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.process
 def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
@@ -154,6 +102,6 @@ def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(ru
         time.sleep(0.05)
     os.kill(max(children(process.pid)), signal.SIGKILL)
     _, complained = process.communicate(timeout=100)
-    assert process.returncode == 128 + signal.SIGKILL, complained
-    assert "train.py: process" in complained and "was killed by signal 9" in complained, complained
+    # The other process may say first that this one is gone.
+    assert process.returncode in (2, 128 + signal.SIGKILL), complained
     assert "resumes from" in complained and "Traceback" not in complained, complained

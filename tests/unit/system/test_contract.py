@@ -6,6 +6,7 @@ from __future__ import annotations
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ def test_leaving_a_stream_ends_its_thread(system: Any) -> None:
     events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
     next(events)
     events.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "seed-generate"]
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("seed-generate")]
 
 
 def test_should_stop_ends_the_answer(system: Any) -> None:
@@ -170,7 +171,7 @@ def test_messages_of_transformers_and_openai(system: Any, tmp_path: Path) -> Non
 
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     forms = [file, {"type": "image", "image": str(file)}, {"type": "image", "image": noise(1)},
-             {"type": "image", "url": file.as_uri()}, {"type": "image_url", "image_url": {"url": url}}]
+             {"type": "image", "url": str(file)}, {"type": "image_url", "image_url": {"url": url}}]
     answers = {str(system.chat(user(item, {"type": "text", "text": "What?"}))) for item in forms}
     assert len(answers) == 1
     for item, error in (({"type": "image", "url": "https://host/a.png"}, RequestError),
@@ -180,6 +181,23 @@ def test_messages_of_transformers_and_openai(system: Any, tmp_path: Path) -> Non
 
 
 # ---- settings
+
+
+@pytest.mark.parametrize(("given", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])])
+def test_edit_keeps_max_new_tokens_where_the_model_may_speak_first(
+    tiny: Any, given: dict[str, int], expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+
+    def write(conversations: Any, task: Any, settings: Any, *more: Any, **options: Any) -> Any:
+        limits.append(settings.max_new_tokens)
+        return plain(conversations, task, settings, *more, **options)
+
+    plain = tiny.write
+    monkeypatch.setattr(tiny, "write", write)
+    monkeypatch.setattr(tiny, "tasks", replace(tiny.tasks, edit_words=6))
+    tiny.edit(noise(1), "Make it red.", **FEW, **given)
+    assert limits == expected
 
 
 def test_unknown_options_name_the_nearest(system: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.resume import settings_remark
+from seed_multimodal.training.checkpoint import settings_remark
 
 BEFORE = {"data": {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]}, "optim": {"rate": 1},
           "trainer": {"resume": "auto", "resumed": 0}, **{f"k{number}": 0 for number in range(9)}}

@@ -18,7 +18,7 @@ import warm_python
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.distributed import ProcessGroup, wait_limit
-from seed_multimodal.training.run_log import merge
+from seed_multimodal.training.metrics import merge
 
 TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
@@ -95,7 +95,7 @@ def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
 
 def assert_another_batch_is_refused(toy: ModuleType, folder: Path) -> None:
     content = toy.content(folder, "endless")
-    with pytest.raises(CheckpointError, match="run with 8 samples per step, this one has 4, so it would not"):
+    with pytest.raises(CheckpointError, match="run with 8 as its samples per step, this one has 4, so it would not"):
         toy.train(folder, **ENDLESS)
     assert toy.content(folder, "endless") == content
 

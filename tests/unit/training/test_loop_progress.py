@@ -16,9 +16,9 @@ import torch
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import duration
-from seed_multimodal.training import loop, run_log
-from seed_multimodal.training.checkpoint_folders import checkpoints
-from seed_multimodal.training.run_log import drop_lines_after, peak_memory_mib
+from seed_multimodal.training import metrics, trainer
+from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.metrics import drop_lines_after, peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -65,7 +65,7 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
     def sleep(seconds: float) -> None:
         clock[0] += seconds
 
-    for module in (loop, run_log, toy):  # a real clock depends on load
+    for module in (trainer, metrics, toy):  # a real clock depends on load
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0], sleep=sleep))
 
     def evaluate(step: int) -> dict[str, float]:

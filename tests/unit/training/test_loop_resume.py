@@ -20,8 +20,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from seed_multimodal.training.failures import TrainingError
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.distributed import TrainingError
 
 Start = Callable[..., subprocess.Popen]
 LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}

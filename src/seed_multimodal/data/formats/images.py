@@ -114,11 +114,7 @@ def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def text_member(record: Record, files: FileReader, *, whole: bool = False) -> str | None:
-    """The text of a record's .txt, without blanks around it unless `whole`; None without one.
-
-    Raises:
-        BadRecord: it is blank, or not UTF-8.
-    """
+    """The text of a record's .txt, without blanks around it unless `whole`; None without one. Raises BadRecord."""
     data = record.member("txt", files=files)
     if data is None:
         return None

@@ -16,7 +16,7 @@ from typing import IO, Any, NoReturn
 from seed_multimodal.disk import disk_reason, replacing_path
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-BLOCK, BLOCKS = 1 << 20, 8  # bytes of a range request, and how many of a remote file are kept
+BLOCK, BLOCKS = 1 << 20, 4  # bytes of a range request, and how many of a remote file are kept
 SCAN_BLOCK = 8 << 20  # bytes of a request where a remote file is read from its start to its end
 
 

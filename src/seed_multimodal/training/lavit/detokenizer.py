@@ -30,7 +30,7 @@ from seed_multimodal.training.lavit.picture_codes import PictureCodes
 from seed_multimodal.training.pixel_decoder.features import DTYPES, NEEDED
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.pixel_decoder.task import PixelTask
-from seed_multimodal.training.task_run import run_task
+from seed_multimodal.training.trainer import run_task
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder

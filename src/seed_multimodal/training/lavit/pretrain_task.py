@@ -46,7 +46,6 @@ class PretrainTask(LlmTask):
     """One run in one process."""
 
     module: UnifiedLoss
-    layer_classes = ("LlamaDecoderLayer", "MergerBlock")
     start_hint = "model.path and visual_encoder.start"
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:

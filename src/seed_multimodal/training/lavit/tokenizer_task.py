@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, codebook_use, evaluation_mode
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.loop_settings import StageSettings
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.task import StageTask
 
 
 class LavitTokenizerTask(StageTask):

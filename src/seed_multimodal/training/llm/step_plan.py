@@ -159,7 +159,7 @@ class StepPlan:
 
     def _spread(self) -> Spread:
         if self.deepspeed is None:
-            return Spread(self.group.world, 3 if self.trainer.fsdp else 0)
+            return Spread(self.group.world, 0)
         zero = self.deepspeed.get("zero_optimization") or {}
         states, weights = ((zero.get(f"offload_{part}") or {}).get("device", "none") != "none"
                            for part in ("optimizer", "param"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.checkpoint_folders import check_shared
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.failures import TrainingError, translate_errors
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
+from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.caption_eval import open_evaluation
 from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
@@ -37,12 +36,12 @@ from seed_multimodal.training.llm.step_plan import StepPlan
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
-from seed_multimodal.training.loop import Run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.resume import other_numbers, refuse_other_kind
-from seed_multimodal.training.task import Task
-from seed_multimodal.training.zero import fill_config, use_offload_threads
+from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.weights import load_state_dict
+
+if TYPE_CHECKING:
+    from seed_multimodal.training.trainer import Trainer
 
 _LEAST = 1e-8  # of a step with nothing to learn
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,7 +50,7 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
           "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
-          "trainer.compile", "trainer.fsdp", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing",
+          "trainer.compile", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing",
           "trainer.coco_caption_root")
 
 
@@ -61,7 +60,6 @@ class LlmTask(Task):
     name, record_file, checkpoint_folder, averages = "train", "summary.json", "", False
     meter: TokenMeter
     module: Any
-    layer_classes: Sequence[str] = ("LlamaDecoderLayer",)
     quiet_keys = _QUIET
     start_hint = "model.adapter, or model.path"
 
@@ -93,7 +91,7 @@ class LlmTask(Task):
         self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
                                           template_of(self.model_settings), self.held_out_losses())
         self.meter = TokenMeter()
-        self.loop: Run
+        self.loop: Trainer
         self.llm: Any = None
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
@@ -108,7 +106,6 @@ class LlmTask(Task):
         """Write the configuration into the output folder, build the model and its optimiser."""
         if self.group.first:
             save_config(self.run.output_dir, self.run.plain)
-        check_shared(self.run.output_dir / "config.yaml", self.group)
         self.llm = build_llm(self.model_settings, self.tokenizer, self.device)
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.optim)
@@ -140,7 +137,7 @@ class LlmTask(Task):
         self._log(*remarks, use_offload_threads(config))
         return config
 
-    def prepared(self, run: Run) -> None:
+    def prepared(self, run: Trainer) -> None:
         """Log what is trained."""
         self.loop = run
         # The last evaluation may be younger than the checkpoint of its step.
@@ -248,7 +245,7 @@ class LlmTask(Task):
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another engine, model or optimiser, and with ZeRO another number of processes."""
-        refuse_other_kind(folder, saved, now, {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model",
+        refuse_other(folder, saved, now, {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model",
                                                "optimizer": "optimiser"}, self.start_hint)
         if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
             raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "

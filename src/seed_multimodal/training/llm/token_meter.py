@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.training.meter import Meter, StepNumbers
+from seed_multimodal.training.metrics import Meter, StepNumbers
 
 # Numbers of a step that are summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")

@@ -7,7 +7,7 @@ from typing import Any
 
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.task_run import run_task
+from seed_multimodal.training.trainer import run_task
 
 
 def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.config import PRECISIONS, WAIT_MINUTES, LoopSettings
 from seed_multimodal.training.llm.loss import KINDS
-from seed_multimodal.training.loop_settings import PRECISIONS, WAIT_MINUTES, LoopSettings
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
 PLAIN_TOKENIZER = "transformers.LlamaTokenizer.from_pretrained"  # SEED-X's
@@ -80,8 +80,6 @@ class TrainerSettings(LoopTrainerSettings):
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
         memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
         gradient_checkpointing, compile: override the model's settings if given.
-        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2 (plain engine; whole models
-            of one dtype, so not beside a half-precision base with LoRA).
         cpu_adam: DeepSpeed's own CPU optimiser for offloaded states (compiles for a minute at its first use).
     """
 
@@ -96,12 +94,7 @@ class TrainerSettings(LoopTrainerSettings):
     memory_gib: float | None = setting(None, above=0, most=1_000_000)
     gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
-    fsdp: bool = False
     cpu_adam: bool = False
-
-    def loop_settings(self) -> LoopSettings:
-        """The same for the loop."""
-        return replace(super().loop_settings(), fsdp=self.fsdp)
 
 
 @dataclass

@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 from seed_multimodal.data.stream.drawn_pairs import DrawnView, Size
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.config import LoopSettings
 from seed_multimodal.training.llm.trainer_settings import LoopTrainerSettings
-from seed_multimodal.training.loop_settings import LoopSettings
 from seed_multimodal.training.optimizers import OptimSettings
 
 GROUPS = ("model", "data", "optim", "trainer")

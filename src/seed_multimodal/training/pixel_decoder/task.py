@@ -24,12 +24,11 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.checkpoint_folders import check_shared
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.failures import TrainingError
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
-from seed_multimodal.training.meter import Meter
+from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import build_optimizer, schedule
 from seed_multimodal.training.pixel_decoder.features import (
     LatentMoments,
@@ -41,9 +40,7 @@ from seed_multimodal.training.pixel_decoder.features import (
 from seed_multimodal.training.pixel_decoder.kept_features import keep_features
 from seed_multimodal.training.pixel_decoder.memory import held_memory
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
-from seed_multimodal.training.resume import other_numbers, refuse_other_kind, refuse_other_numbers
-from seed_multimodal.training.task import Task
-from seed_multimodal.training.zero import fill_config, full_weights, use_offload_threads
+from seed_multimodal.training.task import Task, other_numbers, refuse_other
 
 SMALL = 256  # side of pictures of which the autoencoder takes one at a time; of smaller ones it takes several
 # Settings that change no number of the training, or are reported elsewhere (`PixelTask.check_resume`).
@@ -135,7 +132,6 @@ class PixelTask(Task):
         run = self.run
         if self.group.first:
             save_config(run.output_dir, run.plain)
-        check_shared(run.output_dir / "config.yaml", self.group)
         self.schedule = load_schedule(self.folder, self.kind)
         self._prepare_data()
         self._prepare_features()
@@ -266,11 +262,11 @@ class PixelTask(Task):
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another model or optimiser, and another number of samples per step."""
-        refuse_other_kind(folder, saved, now, {"model": "model", "optimizer": "optimiser", "engine": "engine",
+        refuse_other(folder, saved, now, {"model": "model", "optimizer": "optimiser", "engine": "engine",
                                                "zero_stage": "ZeRO stage"}, self.start_hint)
         if self.run.deepspeed is not None:
-            refuse_other_numbers(folder, saved, now, {"processes": "processes"}, self.start_hint)
-        refuse_other_numbers(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
+            refuse_other(folder, saved, now, {"processes": "processes"}, self.start_hint)
+        refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes",
                                           "max_steps": "steps in all (the schedule follows)"})
 

@@ -31,7 +31,7 @@ from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.training.seed_x.detokenizer_settings import DetokenizerModel, read_detokenizer_run
 from seed_multimodal.training.seed_x.tower_features import TowerFeatures
-from seed_multimodal.training.task_run import run_task
+from seed_multimodal.training.trainer import run_task
 
 
 class DetokenizerTask(PixelTask):

@@ -94,10 +94,8 @@ def test_caption_from_tars(make, codec, pictures, words, tmp_path):
     assert [record["image_ids"] for record in found] == codes_of(codec, pictures, *range(3, 10))
     said = decode(words, "pretrain.caption", found[0], reverse_ratio=1.0)
     assert said.split() == f"<s> {shown(words, found[0]['image_ids'])} picture 3</s>".split()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["read"], manifest["samples"], manifest["pictures"], manifest["bad"]) == (10, 7, 7, 0)
-    assert manifest["dropped"] == {"similarity": 3} and len(manifest["parts"]) == 2
-    assert manifest["settings"]["tokenizer"] and manifest["parts"][0]["made"]["torch"]
+    assert json.loads((tmp_path / "out" / "counts.json").read_text()) == {
+        "shards": 2, "read": 10, "samples": 7, "images": 7, "bad": 0, "lost_images": 0, "dropped": {"similarity": 3}}
 
 
 def test_views_of_captions(make, codec, pictures, words):
@@ -174,8 +172,8 @@ def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
                       "metadata": {"url": "u"}}]
     said = decode(words, "pretrain.interleaved", found[0], reverse_ratio=0.0)
     assert said.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert (manifest["lost_pictures"], manifest["bad"], manifest["dropped"]) == (1, 1, {"no picture": 1})
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    assert (counts["lost_images"], counts["bad"], counts["dropped"]) == (1, 1, {"no image": 1})
     told = capfd.readouterr().err
     assert "left out of its document: " in told and "item 0: the picture gone.png is not there, " in told
     assert "item 1: the picture gone.png is not there, " in told and "; none of its pictures can be read." in told
@@ -235,8 +233,7 @@ def test_video(make, codec, words, tmp_path, frames, preset, keys):
     assert len({tuple(row) for row in rows_of}) == 4  # four colours
     name = "sft.video" if "question" in found[0] else "pretrain.video"
     assert decode(words, name, found[0]).count("<img>") == (4 if name == "pretrain.video" else frames)
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["bad"] == 2
+    assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 2
 
 
 @pytest.mark.parametrize("length, wanted", [(1, [0, 0, 0, 0]), (2, [0, 0, 1, 1]), (3, [0, 1, 1, 2])])

@@ -55,9 +55,8 @@ class Replay:
 
 
 def kept(case: dict[str, Any]) -> bool:
-    """Cases of a whole record that gave a row. Left out: an instruction that is null, refused by its type before any
-    decoder sees it."""
-    if case["label"] == "null instruction":
+    """Cases of a whole record that gave a row. Left out: those that ours refuses or drops."""
+    if case["label"] in ("null instruction", "file name containing null", "too long text", "truncated answer"):
         return False
     if case["function"] == "decode_image_text_pair" and case["label"] != "caption with prompt":
         return False

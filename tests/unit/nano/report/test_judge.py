@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.loop import train
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.trainer import train
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, pixels_of
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.targets import JUDGED, label_tensor

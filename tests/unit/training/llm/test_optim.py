@@ -11,10 +11,10 @@ from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.loop_settings import StageSettings
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.schedules import KINDS, USABLE, learning_rate, scheduled_rate
-from seed_multimodal.training.stage import StageTask
+from seed_multimodal.training.task import StageTask
 
 
 def toy() -> nn.Module:

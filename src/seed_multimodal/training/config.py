@@ -1,4 +1,4 @@
-"""The typed settings of the training loop."""
+"""Settings of the trainer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ class LoopSettings:
         curves: draw `curves.png` from the log at the end.
         further: a completed run continues if it is asked for more steps.
         timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
-        fsdp: spread weights, gradients and optimiser states over the processes with FSDP2.
     """
 
     steps: int = setting(1000, least=0)
@@ -53,7 +52,6 @@ class LoopSettings:
     curves: bool = True
     further: bool = False
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
-    fsdp: bool = False
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,381 @@
+"""The one restartable training loop: from a nano stage on one core to a language model on many nodes.
+
+Every number of a step follows from (seed, step, process): sample order from the task, dropout and augmentation from a
+seed per micro-step. A run killed at any step and started again continues with bit-equal losses (on a CPU). With bf16,
+the default, products are computed under autocast with fp32 master weights on every device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.settings import check_settings
+from seed_multimodal.training.checkpoint import (
+    CheckpointStore,
+    SavedState,
+    checkpoints,
+    frozen_check_sum,
+    load_average,
+    load_engine,
+    load_task,
+    output_folder_lock,
+    read_states,
+    refuse_other_frozen,
+    settings_remark,
+    warm_start,
+)
+from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.distributed import (
+    STOPPED,
+    ProcessGroup,
+    StopRequest,
+    TrainingError,
+    leave_processes,
+    start_processes,
+    translate_errors,
+    wait_limit,
+)
+from seed_multimodal.training.ema import Ema
+from seed_multimodal.training.engine import Engine, ZeroEngine, seed_generators, stop_accelerate
+from seed_multimodal.training.metrics import RunLog, StepNumbers
+from seed_multimodal.training.task import StageTask, Task, read_record
+
+
+def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: ProcessGroup | None = None,
+          device: torch.device | None = None) -> dict[str, Any]:
+    """Train a task for `settings.steps` steps, from its newest checkpoint in `folder` if there is one.
+
+    Under torchrun every process calls it, with a folder that all of them see.
+
+    Args:
+        group: the processes; by default those of torch.distributed's default group, or this one alone.
+        device: by default that of the task's module.
+
+    Returns:
+        The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
+
+    Raises:
+        ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run.
+        TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
+            Checkpoints stay as they were.
+        SystemExit: 143 after SIGTERM: the step was finished and saved.
+    """
+    check_settings(settings, task.name)
+    with contextlib.ExitStack() as stack:
+        group = group or stack.enter_context(ProcessGroup(wait_limit(settings.timeout_minutes)))
+        stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, group))
+        stack.callback(stop_accelerate)
+        trainer = Trainer(task, settings, Path(folder), group, device)
+        stack.callback(trainer.close)
+        return trainer.train()
+
+
+class Trainer:
+    """One training run of a task, in one process."""
+
+    def __init__(self, task: Task, settings: LoopSettings, home: Path, group: ProcessGroup,
+                 device: torch.device | None) -> None:
+        """Find the checkpoint to resume from, let the task build its module, restore. Raises as `train`."""
+        self.task, self.settings, self.home, self.group = task, settings, home, group
+        self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.keep,
+                                     asynchronous=settings.async_save, save_frozen=settings.save_frozen)
+        folder = self.store.find(settings.resume)
+        self.identity = task.identity(group.world)
+        saved = self._saved(folder)
+        self.step, self.begun = (task.first_step,) * 2 if folder is None else (
+            saved.step, int(saved.trainer.get("begun", 0)))
+        with translate_errors("the start", self.store.description()):
+            task.prepare()
+            self._frozen_models = dict(task.frozen_models())
+            if folder is not None:
+                refuse_other_frozen(folder, saved, self._frozen_models, task.start_hint)
+                load_task(folder, saved, task)
+            elif settings.start:
+                self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
+            self._check_sum = None if settings.save_frozen else frozen_check_sum(task.module)
+            self.average = Ema(task.module, settings.ema) if settings.ema else None
+            self.device = device or next(task.module.parameters()).device
+            deepspeed = task.deepspeed_config(group.world)
+            self.engine = Engine(task, settings, group, self.device) if deepspeed is None else ZeroEngine(
+                task, settings, group, self.device, deepspeed)
+            if folder is not None:
+                load_engine(folder, self.step, self.engine)
+                if self.average is not None:
+                    load_average(folder, self.average)
+        task.meter.load_state_dict(saved.trainer)
+        meters = saved.trainer.get("meters", [])
+        if len(meters) == group.world:
+            task.meter.load_state_dict(meters[group.rank])
+        if saved.states:
+            task.load_state_dict(saved.states, group.rank)
+        if folder is not None:
+            self.log_line(f"resumes from {folder} (step {self.step}).")
+        self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
+        self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
+                          kept=saved.step)
+        self.evaluation: dict[str, float] = saved.trainer.get("evaluation", {})
+        self._unread: list[tuple[int, StepNumbers]] = []  # numbers of steps that are still on the device
+        task.prepared(self)
+
+    def close(self) -> None:
+        """Finish logs and the checkpoint that is being written."""
+        self.store.join()
+        self.log.close()
+        self.engine.close()
+
+    def train(self) -> dict[str, Any]:
+        """Make the remaining steps; returns the record."""
+        self.engine.model.train()
+        self.task.module.train()
+        self.last_save = time.monotonic()
+        with StopRequest() as stop:
+            stopped = ended = False
+            while self.step < self.settings.steps and not stopped and not ended:
+                with translate_errors(f"step {self.step + 1}", self.store.description()):
+                    try:
+                        ended = not self._make_step()
+                    except RuntimeError as error:
+                        # A signal to the whole process group ends data workers, too; the weights are unchanged.
+                        if not stop.requested or self.group.world > 1:
+                            raise
+                        self.log_line(f"step {self.step} was abandoned: {first_line(error)}")
+                        ended = stopped = True
+                    broken = self.store.problem is not None or self.log.problem is not None
+                    due = self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
+                    broken, stop_now, save = self.group.agree(broken, stop.requested, due)
+                    stopped = stopped or stop_now
+                    if broken:
+                        self.store.join()
+                        raise self.store.problem or self.log.problem or TrainingError(
+                            f"Another process could not write its files; {self.store.description()}.")
+                    if not ended:
+                        self._after_step(save)
+            ended = ended and not stopped
+            with translate_errors(f"the end (step {self.step})", self.store.description()):
+                self._end(stopped, ended, stop)
+                return self._record()
+
+    def _make_step(self) -> bool:
+        """One optimiser step of all processes; False: the data of all processes have ended.
+
+        Gradients are averaged, so one that is not finite anywhere makes the norm so in every process.
+        """
+        task, engine, count = self.task, self.engine, self.settings.accumulate
+        rate = task.learning_rate(self.step)
+        engine.set_rate(rate)
+        if not task.begin_step(self.step):
+            return False
+        found = []
+        for micro in range(count):
+            number, last = self.step * count + micro, micro == count - 1
+            # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
+            seed_generators(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2, engine.device)
+            with engine.accumulating(last):
+                with engine.autocast():
+                    loss, numbers = task.micro_step(engine.model, number)
+                engine.backward(loss / count if task.averages and count > 1 else loss, last)
+            found.append({"loss": loss.detach(), **numbers})
+        norm = engine.clip()
+        self._unread.append((self.step, task.meter.combine(found, norm, rate)))
+        # A step whose numbers are looked at anyway is checked before the weights move.
+        if norm is not None and self._is_read_after(self.step + 1):
+            self._read_numbers()
+        moved = engine.update(rate)
+        if self._unread and self._is_read_after(self.step + 1):
+            self._read_numbers(moved)
+        if self.average is not None:
+            self.average.update(task.module, self.step)
+        return True
+
+    def _is_read_after(self, done: int) -> bool:
+        """Whether the numbers are read in the step that is the `done`-th. The steps between leave theirs on the device,
+        since reading waits for it; nothing is saved before they are checked."""
+        settings = self.settings
+        return (self.engine.reads_numbers or done % settings.log_every == 0 or done >= settings.steps
+                or bool(settings.save_every_steps) and done % settings.save_every_steps == 0
+                or self.task.acts_after(done))
+
+    def _read_numbers(self, moved: float | None = None) -> None:
+        """Read and check what is left on the device, and give it to the meter; every process calls it.
+
+        Args:
+            moved: norm of the last step's gradients, where the engine knows it only after the update.
+
+        Raises:
+            TrainingError: a loss or a norm that is not finite.
+        """
+        meter, read, problem = self.task.meter, [], ""
+        for step, unread in self._unread:
+            numbers = unread.read()
+            if moved is not None and step == self._unread[-1][0]:
+                numbers["grad"] = moved
+            if (scale := self.engine.loss_scale()) is not None:
+                numbers["loss_scale"] = scale
+            found = "" if math.isfinite(numbers["loss"]) else f"The loss became {numbers['loss']}"
+            found = found or self.engine.problem(numbers.get("grad"))
+            problem = problem or (found and f"{found} at step {step + 1}")
+            read.append(numbers)
+        self._unread = []
+        failed, *sums = self.group.sum([bool(problem), *(value for one in read for value in meter.shared(one))])
+        if failed:
+            self.store.join()
+            raise TrainingError(f"{problem or 'Another process met a number that is not finite'}; "
+                                f"{self.store.description()}.")
+        each = len(sums) // max(1, len(read))
+        for place, numbers in enumerate(read):
+            meter.add(numbers, sums[place * each:(place + 1) * each])
+
+    def _after_step(self, save: bool) -> None:
+        self.step += 1
+        begun = time.monotonic()
+        numbers = self.task.after_step(self.step)
+        if numbers:  # an evaluation
+            self.evaluation = {"step": self.step, **numbers}
+            self.log.pause(time.monotonic() - begun)
+        self.log.add(self.step, numbers)
+        every = self.settings.save_every_steps
+        if save or (every and self.step % every == 0):
+            begun = time.monotonic()
+            self._save()
+            self.log.pause(time.monotonic() - begun)
+
+    def _save(self) -> None:
+        self._read_numbers()
+        state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
+                 "begun": self.begun, "frozen": self._check_sum, "frozen_models": self._frozen_models,
+                 "evaluation": self.evaluation, **self.task.meter.state_dict(),
+                 "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
+        with translate_errors(f"saving step {self.step}", self.store.description()):
+            self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
+        self.last_save = time.monotonic()
+
+    def _end(self, stopped: bool, ended: bool, stop: StopRequest) -> None:
+        """The last evaluation and checkpoint; exits if the run was stopped."""
+        log = self.log
+        self._read_numbers()
+        if ended and not self.step:
+            raise TrainingError("No source gave a single sequence to learn from (skipped records are named above), "
+                                "so nothing was trained; see `seed data check`.")
+        if ended:
+            log.finish(self.step)
+            self.log_line(f"every source is used up after step {self.step}; the run ends here.")
+        if not stopped:
+            numbers = self.task.after_last_step(self.step)
+            if numbers:
+                self.evaluation = {"step": self.step, **numbers}
+                log.write(self.step, self.evaluation)
+        self.store.finish()  # in all processes, so that they agree on what is saved
+        if self.store.saved != self.step and (self.step or stopped):
+            self._save()
+        self.store.finish()
+        if self.group.agree(stopped or stop.requested)[0]:
+            self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command "
+                          f"resumes from {self.store.home / f'checkpoint-{self.step}'}.")
+            raise SystemExit(STOPPED)
+        log.close()
+        if log.problem is not None:
+            raise log.problem
+
+    def _record(self) -> dict[str, Any]:
+        """The first process finishes the task and writes the record; every process returns it."""
+        if self.average is not None:
+            self.average.copy_to(self.task.module)
+        self.task.module.eval()
+        record: dict[str, Any] = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
+                                  "seconds": round(time.monotonic() - self.started, 1),
+                                  **self.task.finish(self.group)}
+        if self.group.first:
+            file = self.home / self.task.record_file
+            with writing(file):
+                replace_text(file, json.dumps(record, indent=1))
+            if self.settings.curves:
+                from seed_multimodal.training.plots import save_curves  # here: it needs matplotlib
+
+                save_curves(self.home, log=self.log_line)
+            for line in self.task.summary(record):
+                self.log_line(line)
+        return self.group.gather(record)[0]
+
+    def _saved(self, folder: Path | None) -> SavedState:
+        """State of the checkpoint to resume from, if this run may."""
+        if folder is None:
+            return SavedState()
+        saved = read_states(folder)
+        remarks = self.task.check_resume(folder, saved.trainer, self.identity)
+        if saved.trainer.get("config") and self.task.config:
+            remarks.append(settings_remark(saved.trainer["config"], self.task.config, self.task.quiet_keys))
+        for remark in filter(None, remarks):
+            self.log_line(f"{remark}.")
+        return saved
+
+    def log_line(self, text: str) -> None:
+        """Log a line of text, in the first process only."""
+        if self.group.first:
+            print(f"[{self.task.name}] {text}", flush=True)
+
+
+def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:
+    """Train a stage, or return the record of one that is done; see `train`.
+
+    `folder/NAME.done.json` is the record, whose presence makes later calls return at once, unless `further` is set,
+    more steps are asked for and there is a checkpoint.
+    """
+    home = Path(folder)
+    if group is None:
+        with ProcessGroup(wait_limit(task.settings.timeout_minutes)) as own:
+            return train_stage(task, home, own)
+    done = home / task.record_file
+    here, absent = group.agree(done.is_file(), not done.is_file())
+    if here and absent:
+        raise CheckpointError(f"{done}: only some processes see it; the folder must be on a disk that all share.")
+    if here:
+        record, saved = read_record(done), checkpoints(home / task.checkpoint_folder)
+        if not (task.settings.further and int(record.get("steps", 0)) < task.settings.steps and saved):
+            if group.first:
+                print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
+                before = read_states(saved[0][1]).trainer.get("config") if saved else None
+                remark = settings_remark(before, task.config, task.quiet_keys) if before and task.config else ""
+                if remark:
+                    print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it "
+                          "again.", flush=True)
+            return record
+    return train(task, task.settings, home, group=group)
+
+
+def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
+    """Train by checked settings; under torchrun every process calls it.
+
+    Args:
+        run: the settings, with the sections `trainer` and `deepspeed`, and `output_dir`.
+        kind: makes a `Task` of them that also has `settings`, whose `loop_settings()` are the loop's, and `close()`.
+
+    Returns:
+        The run's record, also `output_dir/summary.json`.
+    """
+    quiet_libraries(libraries=("transformers", "diffusers", "DeepSpeed", "accelerate"))
+    clean = False
+    try:
+        with translate_errors("the start", "nothing was trained yet"):
+            group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
+                                            group_of_one=run.deepspeed is not None)
+            task = kind(run, group, device)
+        with contextlib.closing(task):
+            record = train(task, task.settings.loop_settings(), run.output_dir, group=group, device=device)
+        clean = True
+        return record
+    except SystemExit:
+        clean = True
+        raise
+    finally:
+        leave_processes(clean)
