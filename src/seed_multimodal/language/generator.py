@@ -73,8 +73,12 @@ class Generator:
         return read_settings(GenerationSettings, values, "Generation setting")
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image; a default limit is raised to leave room for it, a `given` one is kept."""
-        needed = 0 if "max_new_tokens" in given else self.tokenizer.vocabulary.least_codes + 1
+        """Settings that force an image; a default limit is raised to leave room for it, a `given` one that is too small
+        raises `ConfigError`."""
+        needed = self.tokenizer.vocabulary.least_codes + 1
+        if "max_new_tokens" in given and settings.max_new_tokens < needed:
+            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
+                              f"small for a request that must be answered with one.")
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     # ---- answers

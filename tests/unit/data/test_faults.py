@@ -264,7 +264,7 @@ def test_a_record_that_is_broken_is_skipped(tmp_path: Path, codes: Callable, wor
 def streamed(folder: Path, words: Any) -> tuple[list[int], list[str]]:
     """The numbers of the records that one epoch of the stream has used, and the sentences about the others."""
     settings = read_data_settings({"sources": [{"name": "all", "files": str(folder), "decoder": "pretrain.caption",
-                                                "cycles": 1}], "length": 128, "lanes": 1})
+                                                "cycles": 1}], "length": 128})
     told: list[str] = []
     used: list[int] = []
     with LlmBatches(settings, words, log=told.append) as batches:

@@ -1,7 +1,7 @@
 """Decoding of samples in the workers of a DataLoader: records → resized images as bytes, which keep a GPU fed.
 
-A task holds the positions of its records, so workers need no indexes. Images travel as uint8 [n, 3, S, S], a quarter of
-their normalised size. Errors of a sample are returned as a sentence; other errors are raised.
+A task holds the positions of its records, so workers need no indexes. Errors of a sample are returned as a sentence;
+other errors are raised.
 """
 
 from __future__ import annotations
@@ -29,10 +29,7 @@ from seed_multimodal.images.transforms import ImageTransform
 
 @dataclass
 class Task:
-    """Records of a shard that are decoded together, from number `first` of the file on.
-
-    `share`: of the shard; `last`: the shard ends with them.
-    """
+    """Records decoded together, from number `first` of the file on; `share`: of their shard; `last`: it ends there."""
 
     first: int
     records: list[Record]
@@ -42,8 +39,7 @@ class Task:
 
 @dataclass
 class DecodedSample:
-    """A decoded sample: what its kind has read, and the rows of its images' views (None: an optional image that cannot
-    be read, see `lost`); or why it is `bad` or `dropped`."""
+    """What a kind has read, and the rows of its images' views (None: a lost image); or why it is left out."""
 
     number: int
     fields: dict[str, Any] = field(default_factory=dict)
@@ -55,12 +51,25 @@ class DecodedSample:
 
 @dataclass
 class DecodedTask:
-    """A task's samples, and the rows of pixels of all their images: uint8 [rows, 3, S, S]."""
+    """A task's samples, and the pixels of their images' views, uint8 [rows, 3, S, S]."""
 
+    task: Task
     samples: list[DecodedSample]
     pixels: Tensor
-    share: float
-    last: bool
+
+
+class _Rows(dict[str, int]):
+    """Rows of pixels by the names of views: an image with several questions is encoded once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pixels: list[np.ndarray] = []
+
+    def cut(self, count: int) -> None:
+        """Drop the rows from `count` on."""
+        for name in list(self)[count:]:
+            del self[name]
+        del self.pixels[count:]
 
 
 class TaskDataset(Dataset[DecodedTask]):
@@ -79,59 +88,53 @@ class TaskDataset(Dataset[DecodedTask]):
         self._files = OpenFiles(rows=0)  # they are read in order
 
     def __getitem__(self, task: Task) -> DecodedTask:
-        rows: dict[str, int] = {}  # of each view by its name: an image with several questions is encoded once
-        pixels: list[np.ndarray] = []
-        samples = [self._decode(task.first + place, record, rows, pixels) for place, record in enumerate(task.records)]
-        side = self.transform.image_size
-        made = torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0, 3, side, side, dtype=torch.uint8)
-        return DecodedTask(samples, made, task.share, task.last)
+        rows, side = _Rows(), self.transform.image_size
+        samples = [self._decode(task.first + place, record, rows) for place, record in enumerate(task.records)]
+        pixels = np.stack(rows.pixels) if rows else np.empty((0, 3, side, side), np.uint8)
+        task.records = []
+        return DecodedTask(task, samples, torch.from_numpy(pixels))
 
-    def _decode(self, number: int, record: Record, rows: dict[str, int], pixels: list[np.ndarray]) -> DecodedSample:
-        known = len(pixels)
+    def _decode(self, number: int, record: Record, rows: _Rows) -> DecodedSample:
+        known, made = len(rows), DecodedSample(number)
         try:
-            if not record.members and not record.fields and record.row is None and record.problem is None:
-                raise Dropped("no image, text or json")
             sample = Sample(record, self._files, self.settings, self._keys)
-            fields, pictures = self.kind.read(sample)
-            lost: list[str] = []
-            found = [self._views(picture, f"{record.where} {place}", fields.get("metadata", sample.fields), rows,
-                                 pixels, lost) for place, picture in enumerate(pictures)]
-            if lost and not any(found):
-                raise ImageError(f"{lost[0].removesuffix('.')}; none of its pictures can be read.")
-            return DecodedSample(number, fields, found, lost)
-        except (Dropped, ImageError, DataError) as error:
-            del pixels[known:]
-            for name in [name for name, row in rows.items() if row >= known]:
-                del rows[name]
-            reason = str(error)
-            return DecodedSample(number, dropped=reason) if isinstance(error, Dropped) else \
-                DecodedSample(number, bad=reason)
+            made.fields, pictures = self.kind.read(sample)
+            metadata = made.fields.get("metadata", sample.fields)
+            made.rows = [self._views(picture, f"{record.where} {place}", metadata, rows, made.lost)
+                         for place, picture in enumerate(pictures)]
+            if made.lost and not any(made.rows):
+                raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its pictures can be read.")
+            return made
+        except Dropped as reason:
+            rows.cut(known)
+            return DecodedSample(number, dropped=str(reason))
+        except (ImageError, DataError) as error:
+            rows.cut(known)
+            return DecodedSample(number, bad=str(error))
 
-    def _views(self, picture: Picture, place: str, metadata: Any, rows: dict[str, int], pixels: list[np.ndarray],
-               lost: list[str]) -> list[int] | None:
+    def _views(self, picture: Picture, place: str, metadata: Any, rows: _Rows, lost: list[str]) -> list[int] | None:
         """The rows of an image's views; None for an optional image that cannot be read, which is added to `lost`."""
         name = picture.key or place
         names = [f"{name}#{number}" for number in range(self.views if picture.read else 1)]
-        if not self._filter.active and all(one in rows for one in names):
-            return [rows[one] for one in names]
-        try:
-            image = picture.load()
-        except ImageError as error:
-            if not picture.optional:
-                raise
-            lost.append(str(error))
-            return None
-        try:
-            reason = self._filter.drop_reason(image.size, metadata if isinstance(metadata, dict) else {})
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{picture.name}: its metadata holds no number for the filters ({error}).") from None
-        if reason:
-            raise Dropped(reason)
-        small = self.transform.resize(image)
-        for number, one in enumerate(names):
-            if one not in rows:
-                rows[one] = len(pixels)
-                pixels.append(np.asarray(view(small, number, self.seed, name), np.uint8).transpose(2, 0, 1))
+        if self._filter.active or not all(one in rows for one in names):
+            try:
+                image = picture.load()
+            except ImageError as error:
+                if not picture.optional:
+                    raise
+                lost.append(str(error))
+                return None
+            try:
+                reason = self._filter.drop_reason(image.size, metadata if isinstance(metadata, dict) else {})
+            except (TypeError, ValueError) as error:
+                raise DataError(f"{picture.name}: its metadata holds no number for the filters ({error}).") from None
+            if reason:
+                raise Dropped(reason)
+            small = self.transform.resize(image)
+            for number, one in enumerate(names):
+                if one not in rows:
+                    rows[one] = len(rows)
+                    rows.pixels.append(np.asarray(view(small, number, self.seed, name), np.uint8).transpose(2, 0, 1))
         return [rows[one] for one in names]
 
 
@@ -141,10 +144,9 @@ def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, work
     Raises:
         DataError: a file cannot be opened, or a worker was killed.
     """
-    loader = DataLoader(dataset, sampler=_tasks(shards, dataset.settings, size), batch_size=None,  # type: ignore[arg-type]
-                        num_workers=workers)
+    tasks: Any = _tasks(shards, dataset.settings, size)
     try:
-        yield from loader
+        yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

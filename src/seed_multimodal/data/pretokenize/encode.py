@@ -6,7 +6,6 @@ In half precision on CUDA, elsewhere in float32, unless asked otherwise.
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import zlib
 from collections.abc import Mapping
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
 from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_memory
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, ImageTransform, normalise
+from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.modeling import fast_encode
-from seed_multimodal.settings import check_keys, setting
+from seed_multimodal.settings import setting
 
 PROCESSORS = ("transformers.BlipImageProcessor.from_pretrained", "transformers.CLIPImageProcessor.from_pretrained")
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
@@ -118,14 +118,9 @@ def read_transform(path: str | Path | None, own: ImageTransform, image_size: int
 
 
 def build_transform(path: str | Path) -> ImageTransform:
-    """The transform a YAML describes.
-
-    Raises:
-        ConfigError: a target that builds no transform, or a processor with steps that `ImageTransform` lacks.
-    """
+    """The transform that a YAML describes. Raises ConfigError: a target that builds none."""
     config = load_yaml(path)
     if config.get("_target_") in PROCESSORS:
-        check_keys(map(str, config), ("_target_", "pretrained_model_name_or_path"), str(path))
         return image_processor(str(config.get("pretrained_model_name_or_path")))
     made = instantiate(config)
     if not isinstance(made, ImageTransform):
@@ -140,26 +135,13 @@ def image_processor(folder: str) -> ImageTransform:
         ConfigError: not there, no json, other means, or a crop that is not the resized square.
     """
     file = Path(folder) / "preprocessor_config.json"
-    try:
-        settings: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{file}: not readable as json ({error}); name an image transform by --image_transform "
-                          "instead.") from None
-    mean, std = settings.get("image_mean", CLIP_MEAN), settings.get("image_std", CLIP_STD)
-    if not _near(mean, CLIP_MEAN) or not _near(std, CLIP_STD):
-        raise ConfigError(f"{file}: normalises with {mean} and {std}; the tokenizers read CLIP's mean and deviation.")
+    settings = read_json_object(file, ConfigError, "name an image transform by --image_transform instead")
+    if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:
+        raise ConfigError(f"{file}: normalises with {settings['image_mean']}; the tokenizers read CLIP's mean.")
     size = settings.get("size", 224)
     keep = not isinstance(size, dict) or "shortest_edge" in size
-    side = size if not isinstance(size, dict) else size.get("shortest_edge", size.get("height"))
+    side: Any = size if not isinstance(size, dict) else size.get("shortest_edge", size.get("height"))
     crop = settings.get("crop_size", side) if keep and settings.get("do_center_crop", True) else side
-    crop = crop.get("height") if isinstance(crop, dict) else crop
-    if not isinstance(side, int) or crop != side or (not keep and size.get("width") != side):
+    if side not in (crop, isinstance(crop, dict) and crop["height"]) or (not keep and size["width"] != side):
         raise ConfigError(f"{file}: resizes to {size} and crops {settings.get('crop_size')}; only squares are encoded.")
-    resample = settings.get("resample", 3)
-    if resample not in RESAMPLE:
-        raise ConfigError(f"{file}: unknown resample {resample!r}.")
-    return ImageTransform(side, keep, RESAMPLE[resample])
-
-
-def _near(values: Any, wanted: tuple[float, ...]) -> bool:
-    return len(values) == len(wanted) and all(abs(a - b) < 1e-4 for a, b in zip(values, wanted, strict=True))
+    return ImageTransform(side, keep, RESAMPLE[settings.get("resample", 3)])

@@ -102,11 +102,7 @@ def _original(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:
-    """`--fields vqa` or `--fields image=file,question=q` as the setting.
-
-    Raises:
-        ConfigError: a piece without `=` among several.
-    """
+    """`--fields vqa` or `--fields image=file,question=q` as the setting. Raises ConfigError: a piece without `=`."""
     if text is None or "=" not in text:
         return text
     pairs = [piece.partition("=") for piece in text.split(",")]

@@ -19,6 +19,7 @@ of these fields and the images' codes.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -49,10 +50,9 @@ def joined_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> 
 class Kind:
     """One kind of records.
 
-    Args:
+    Attributes:
         fields: keys of the input by what they hold; `ask`: a fixed question, `suffix`: put behind each question.
         presets: other such mappings by name; `default` is merged unless a preset is named.
-        views: whether several views of an image can be written.
     """
 
     name: str
@@ -64,11 +64,7 @@ class Kind:
     record: Callable[[Fields, Codes, ImageVocabulary], Fields] = joined_record
 
     def keys(self, given: str | Mapping[str, str], where: str = "fields") -> dict[str, str]:
-        """The keys used: a preset by name, or a mapping over the kind's own.
-
-        Raises:
-            ConfigError: an unknown preset or name; the nearest is named.
-        """
+        """The keys used: a preset by name, or a mapping over the kind's own. Raises ConfigError: an unknown name."""
         if isinstance(given, str):
             if given not in self.presets:
                 known = ", ".join(self.presets) or "none"
@@ -81,11 +77,7 @@ class Kind:
 
 
 def get_kind(name: str) -> Kind:
-    """A kind by name.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """A kind by name. Raises ConfigError: an unknown one."""
     if name not in KINDS:
         raise ConfigError(f"There are no {name!r} records{nearest(name, KINDS)}: use {', '.join(KINDS)}.")
     return KINDS[name]
@@ -116,8 +108,6 @@ def _read_qa(sample: Sample) -> Read:
     fields = {**_question(sample), "answer": sample.text(sample.keys["answer"])}
     value = sample.image(sample.keys["image"])
     several = value if isinstance(value, list) else [value]
-    if not several:
-        raise BadRecord("missing key", f"{sample.where}: its list of images is empty.")
     return fields, [sample.picture(one, read=len(several) == 1) for one in several]
 
 
@@ -130,30 +120,23 @@ def _read_video(sample: Sample) -> Read:
 
 def _read_story(sample: Sample) -> Read:
     limit = sample.settings.num_images
-    pictures, captions = (_listed(sample, sample.keys[name], limit) for name in ("images", "captions"))
+    pictures, captions = (_listed(sample, sample.keys[name]) for name in ("images", "captions"))
     wanted = limit if limit is not None else max(2, len(pictures))
     if len(pictures) != wanted or len(captions) != wanted:
-        have = "" if pictures and captions else f" ({sample.known_keys()})"
-        raise BadRecord("images and captions", f"{sample.where}: {counted(len(pictures), 'image')} under "
-                        f"{sample.keys['images']!r} and {counted(len(captions), 'caption')} under "
-                        f"{sample.keys['captions']!r} where {wanted} of each belong{have}.")
+        raise BadRecord("images and captions", f"{sample.where}: has {counted(len(pictures), 'image')} and "
+                        f"{counted(len(captions), 'caption')} where {wanted} of each belong ({sample.known_keys()}).")
     if not all(isinstance(text, str) and text.strip() for text in captions):
         raise BadRecord("wrong type", f"{sample.where}: one of its {sample.keys['captions']!r} is no text, or empty.")
     return {f"caption{number}": text for number, text in enumerate(captions)}, [
         sample.picture(picture) for picture in pictures]
 
 
-def _listed(sample: Sample, key: str, count: int | None) -> list[Any]:
-    """The list under a key, or what stands under key0, key1, … (with the plural's s left out).
-
-    One more than wanted is read, so that a story that is too long is not cut unnoticed.
-    """
+def _listed(sample: Sample, key: str) -> list[Any]:
+    """The list under a key, or what stands under key0, key1, … (with the plural's s left out)."""
     if isinstance(sample.fields.get(key), list):
         return list(sample.fields[key])
-    found: list[Any] = []
-    while f"{key.removesuffix('s')}{len(found)}" in sample.fields and len(found) <= (count or 1000):
-        found.append(sample.fields[f"{key.removesuffix('s')}{len(found)}"])
-    return found
+    names = (f"{key.removesuffix('s')}{number}" for number in itertools.count())
+    return [sample.fields[name] for name in itertools.takewhile(sample.fields.__contains__, names)]
 
 
 # ---- edit
@@ -181,8 +164,7 @@ def _edit_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> F
 def _read_interleaved(sample: Sample) -> Read:
     """A document, images and texts in turn, or an instruction and its response with `<image>` where an image stands.
 
-    An image of a document that cannot be read is left out with its place, as in the original; one of an instruction is
-    not.
+    An image of a document that cannot be read is left out with its place, as in the original.
     """
     keys, images = sample.keys, sample.fields.get(sample.keys["images"])
     if not isinstance(images, list):

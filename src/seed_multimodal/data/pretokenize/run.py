@@ -16,14 +16,14 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.pretokenize.dataset import DecodedSample, DecodedTask, TaskDataset, decode_shards
+from seed_multimodal.data.pretokenize.dataset import DecodedTask, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import Kind, get_kind
@@ -136,19 +136,6 @@ def _process(device: str) -> tuple[int, int, str]:
     return rank, world, device
 
 
-@dataclass
-class _Counts:
-    """Of a shard. `named`: its first broken samples and images that could not be read."""
-
-    read: int = 0
-    samples: int = 0
-    images: int = 0
-    bad: int = 0
-    lost_images: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    named: list[str] = field(default_factory=list)
-
-
 class _Extractor:
     """Makes shards of decoded tasks, which come in the order of the shards."""
 
@@ -157,55 +144,54 @@ class _Extractor:
         self.kind, self.encoder, self.tasks, self.save_dir = kind, encoder, tasks, save_dir
         self.batch_size, self.max_bad, self.progress = batch_size, max_bad, progress
         self.images = self._bad_in_a_row = 0
+        self.named: list[str] = []
 
     def make(self, shard: Shard) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
-        path, counts = _output(self.save_dir, shard), _Counts()
+        path, counts = _output(self.save_dir, shard), Counter[str]()
+        self.named = []
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
             left.unlink()
         with open_shard(path) as writer:
-            for task in self.tasks:
-                self._write(shard, task, writer, counts)
-                self.progress.update(task.share, images=f"{self.images:,}", speed=self.speed())
-                if task.last:
+            for decoded in self.tasks:
+                self._write(shard, decoded, writer, counts)
+                self.progress.update(decoded.task.share, done=self.speed())
+                if decoded.task.last:
                     break
-            _write_json(path.with_name(f"{path.stem}.counts.json"), vars(counts))
+            _write_json(self.save_dir / f"{shard.name}.counts.json", {**counts, "named": self.named})
 
     def speed(self) -> str:
         """Images so far, and per second."""
         return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
 
-    def _write(self, shard: Shard, task: DecodedTask, writer: ShardWriter, counts: _Counts) -> None:
-        codes = [row for batch in task.pixels.split(self.batch_size) if len(batch) for row in self.encoder(batch)]
+    def _write(self, shard: Shard, decoded: DecodedTask, writer: ShardWriter, counts: Counter[str]) -> None:
+        codes: list[list[int]] = []
+        for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
+            codes += self.encoder(batch)
         self.images += len(codes)
-        counts.images += len(codes)
-        for sample in task.samples:
-            counts.read += 1
+        counts.update({"read": len(decoded.samples), "images": len(codes)})
+        for sample in decoded.samples:
+            counts["lost images"] += len(sample.lost)
             for sentence in sample.lost:
-                counts.lost_images += 1
-                self._name("left out of its document", sentence, counts)
+                self._name("left out of its document", sentence)
+            self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
             if sample.bad:
-                self._skip(sample, counts)
-                continue
-            self._bad_in_a_row = 0
-            if sample.dropped:
-                counts.dropped[sample.dropped] += 1
-                continue
-            found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
-            record = self.kind.record(sample.fields, found, self.encoder.vocabulary)
-            writer.add(f"{shard.key}-{sample.number:07d}", {"json": _encoded(record)})
-            counts.samples += 1
+                counts["bad"] += 1
+                self._name("skipped", sample.bad)
+                if self._bad_in_a_row >= self.max_bad:
+                    raise DataError(f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)")
+            elif sample.dropped:
+                counts[f"dropped: {sample.dropped}"] += 1
+            else:
+                found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
+                record = self.kind.record(sample.fields, found, self.encoder.vocabulary)
+                writer.add(f"{shard.key}-{sample.number:07d}", {"json": json.dumps(
+                    _finite(record), ensure_ascii=False, separators=(",", ":")).encode()})
+                counts["samples"] += 1
 
-    def _skip(self, sample: DecodedSample, counts: _Counts) -> None:
-        counts.bad += 1
-        self._bad_in_a_row += 1
-        self._name("skipped", sample.bad, counts)
-        if self._bad_in_a_row >= self.max_bad:
-            raise DataError(f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)")
-
-    def _name(self, what: str, sentence: str, counts: _Counts) -> None:
-        if len(counts.named) < NAMED:
-            counts.named.append(sentence)
+    def _name(self, what: str, sentence: str) -> None:
+        if len(self.named) < NAMED:
+            self.named.append(sentence)
         self.progress.say(f"{what}: {sentence}")
 
 
@@ -218,7 +204,7 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
     file = save_dir / "settings.json"
     if not file.exists():
         _write_json(file, settings)
-    changes = changed_settings(read_json_object(file, DataError) or {}, json.loads(json.dumps(settings)))
+    changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
         raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes)}); choose another --save_dir, "
                         "or the same settings.")
@@ -226,22 +212,15 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
 
 def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     """Write and log the counts of all shards."""
-    total, dropped = Counter[str](), Counter[str]()
+    total = Counter[str]()
     for shard in shards:
-        path = _output(save_dir, shard)
-        found = read_json_object(path.with_name(f"{path.stem}.counts.json"), DataError) or {}
-        dropped.update(found.pop("dropped", {}))
+        found = read_json_object(save_dir / f"{shard.name}.counts.json", DataError)
         total.update({key: value for key, value in found.items() if isinstance(value, int)})
-    _write_json(save_dir / "counts.json", {"shards": len(shards), **total, "dropped": dropped})
-    text = (f"{save_dir}: {counted(total['samples'], 'record')} with {counted(total['images'], 'image')} in "
-            f"{counted(len(shards), 'shard')}, of {counted(total['read'], 'sample')} read")
-    if dropped:
-        text += f"; filtered: {', '.join(f'{count:,} {reason}' for reason, count in sorted(dropped.items()))}"
-    if total["lost_images"]:
-        text += f"; left out of documents: {counted(total['lost_images'], 'image')} that cannot be read"
-    if total["bad"]:
-        text += f"; broken: {total['bad']:,} (named in the shards' .counts.json)"
-    log_line(f"{text}.")
+    _write_json(save_dir / "counts.json", {"shards": len(shards), **total})
+    others = "".join(f"; {key} {number:,}" for key, number in sorted(total.items())
+                     if number and key not in ("samples", "images", "read"))
+    log_line(f"{save_dir}: {counted(total['samples'], 'record')} with {counted(total['images'], 'image')} in "
+             f"{counted(len(shards), 'shard')}, of {counted(total['read'], 'sample')} read{others}.")
     if total["samples"]:
         return DONE
     log_line(f"{save_dir}: not one record was written. Delete this folder before the next run, which would skip its "
@@ -254,16 +233,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 
-def _encoded(record: Mapping[str, Any]) -> bytes:
-    """A record as json; NaN (as in LAION's metadata), which json lacks, becomes null."""
-    try:
-        text = json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    except ValueError:
-        text = json.dumps(_finite(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8")
-
-
 def _finite(value: Any) -> Any:
+    """A value for json, which lacks NaN (as in LAION's metadata): null."""
     if isinstance(value, Mapping):
         return {key: _finite(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

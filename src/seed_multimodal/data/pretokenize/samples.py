@@ -1,4 +1,4 @@
-"""Samples of the input: records with access to their texts and pictures."""
+"""Samples of the input: records with access to their texts and images."""
 
 from __future__ import annotations
 
@@ -32,13 +32,9 @@ class Dropped(Exception):
 
 
 class Sample:
-    """A record as read: `fields` (of its json), its picture and text as members of a tar, pictures that fields name.
+    """A record as read: `fields` (of its json), its image and text as members of a tar, images that fields name.
 
-    Args:
-        keys: of the fields by what they hold (`Kind.keys`).
-
-    Raises:
-        BadRecord: its json is none, or the record is known to be broken.
+    `keys`: of the fields by what they hold (`Kind.keys`). All methods raise BadRecord: what is asked for is not there.
     """
 
     def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
@@ -47,15 +43,11 @@ class Sample:
         self.where, self.fields = record.where, self._record.fields
 
     def picture_member(self) -> bytes | None:
-        """The bytes of the picture that is a member."""
+        """The bytes of the image that is a member."""
         return self._record.member("image", *IMAGE_KEYS, files=self._files)
 
     def image(self, key: str) -> Any:
-        """What names the picture: the member's bytes, else the value under `key` (`image`: or where else one stands).
-
-        Raises:
-            BadRecord: nothing does.
-        """
+        """What names the image: the member's bytes, else the value under `key` (`image`: or where else one stands)."""
         found: Any = self.picture_member()
         if found is None:
             found = image_field(self.fields, "" if key == IMAGE_FIELDS[0] else key)
@@ -64,11 +56,7 @@ class Sample:
         return found
 
     def caption(self, key: str, *, member: bool) -> str | list[str]:
-        """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`).
-
-        Raises:
-            BadRecord: there is none, or it is blank or no text.
-        """
+        """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`)."""
         text = text_member(self._record, self._files) if member else None
         if text is not None:
             return text
@@ -76,12 +64,7 @@ class Sample:
         return found if len(found) > 1 else found[0]
 
     def text(self, key: str, *, required: bool = True) -> str | None:
-        """The text under a key; a number counts as text (NaN, like blanks, as nothing), of a list of texts the most
-        frequent one.
-
-        Raises:
-            BadRecord: another type, or nothing where something is required.
-        """
+        """The text under a key: also a number (NaN, like blanks, is nothing), of a list of texts the commonest one."""
         value = self.fields.get(key)
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             value = max(value, key=value.count)
@@ -107,12 +90,8 @@ class Sample:
                          f"{self.where}: has no picture where one is looked for ({self.known_keys()}).")
 
     def picture(self, value: Any, **options: Any) -> Picture:
-        """The picture that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
-        members.
-
-        Raises:
-            BadRecord: none of these.
-        """
+        """The image that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
+        members."""
         own = self._record.members.get(value) if isinstance(value, str) else None
         if isinstance(own, bytes):
             name = f"{self._record.file}: picture {value}"

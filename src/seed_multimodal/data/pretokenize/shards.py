@@ -38,10 +38,7 @@ class Shard:
 
 
 def list_shards(settings: InputSettings, block: int) -> list[Shard]:
-    """All shards of the inputs, in their order.
-
-    Args:
-        block: records of a shard where the input is no tar.
+    """All shards of the inputs, in their order; of `block` records where the input is no tar.
 
     Raises:
         DataError: no record, two inputs of one name, a list that is none; and as `find_inputs`.
@@ -94,12 +91,12 @@ def open_shard(shard: Shard, settings: InputSettings) -> tuple[Callable[[int], R
     return _open(shard.path, shard.format, settings).locate, range(shard.start, shard.stop)
 
 
+@functools.lru_cache(maxsize=2)
+def _opened(path: str, format: str, recursive: bool) -> RecordFile:
+    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)
+
+
 def _open(path: str, format: str, settings: InputSettings) -> RecordFile:
     if format in registered():
         return open_registered(format, path, settings.format_options)
     return _opened(path, format, settings.recursive)
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(path: str, format: str, recursive: bool) -> RecordFile:
-    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)

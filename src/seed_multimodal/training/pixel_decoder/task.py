@@ -38,7 +38,6 @@ from seed_multimodal.training.pixel_decoder.features import (
     load_schedule,
 )
 from seed_multimodal.training.pixel_decoder.kept_features import keep_features
-from seed_multimodal.training.pixel_decoder.memory import held_memory
 from seed_multimodal.training.pixel_decoder.settings import PixelRun
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 
@@ -121,10 +120,6 @@ class PixelTask(Task):
         """Of the run, in its log."""
         return self.result
 
-    def frozen_bytes(self) -> dict[str, float]:
-        """Of the models that a process holds beside what is trained."""
-        return {self.frozen: self.features.seen.held, "autoencoder": self.features.moments.held}
-
     # ------------------------------------------------------------------------------------------------- the training
 
     def prepare(self) -> None:
@@ -186,10 +181,6 @@ class PixelTask(Task):
                   f"{self.settings.precision}, {world} process{'es' if world > 1 else ''} on {self.device.type}; "
                   f"{pictures:,} pictures of {len(self.sources)} source{'s' if len(self.sources) > 1 else ''}, "
                   f"{self._samples(world)} a step; output in {self.run.output_dir}.")
-        held = held_memory(self.module, world=world, deepspeed=self.run.deepspeed, precision=self.settings.precision,
-                           ema=self.settings.ema > 0, frozen=self.frozen_bytes(), trained=self.parts)
-        kept = f"; {self.frozen} and autoencoder are not held, what they make is kept" if self.run.data.cache else ""
-        self._log(f"a process holds {held}{kept}; activations come on top.")
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, filled."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import AdapterLoss
+from seed_multimodal.diffusion.training import adapter_losses
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE, find_folder
@@ -43,7 +43,6 @@ class DetokenizerTask(PixelTask):
     def __init__(self, run: PixelRun[DetokenizerModel], group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.model = run.model
-        self.loss = AdapterLoss(self.model.dropout)
         self.reads_condition = self.model.stage == 2
 
     @property
@@ -88,8 +87,9 @@ class DetokenizerTask(PixelTask):
                generator: torch.Generator) -> Mapping[str, Tensor]:
         """See `PixelTask`."""
         adapter: Any = model
-        return self.loss(adapter, self.schedule, latents, features["seen"].float(), time_ids,
-                         empty_features=self.empty, condition_latents=features.get("condition"), generator=generator)
+        return adapter_losses(adapter, self.schedule, latents, features["seen"].float(), time_ids,
+                              dropout=self.model.dropout, empty_features=self.empty,
+                              condition_latents=features.get("condition"), generator=generator)
 
     def save_result(self, module: nn.Module, folder: Path) -> None:
         """For `SDXLAdapter.from_pretrained`."""

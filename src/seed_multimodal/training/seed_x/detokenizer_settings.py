@@ -29,7 +29,7 @@ class DetokenizerModel:
         resampler: sizes of the new resampler.
         trained: `key_value` (and the resampler; the paper's first stage) or `all` (the released second stage).
         tokens: embeddings of a picture after pooling, 64 by the paper; 0 or the tower's own number: no pooling.
-        dropout: see `AdapterLoss`.
+        dropout: see `ConditionDropout`.
         seed: of the new resampler.
     """
 

@@ -1,11 +1,9 @@
-"""What pre-tokenisation reads: input descriptions, shards, field mappings, filters, transforms."""
+"""What pre-tokenisation reads: input descriptions, shards, field mappings, transforms."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import build_transform
@@ -96,7 +93,7 @@ def test_presets_and_mappings_of_fields():
         parse_fields("image=a,b")
 
 
-# ---- files and units
+# ---- files and shards
 
 
 @pytest.mark.parametrize(("kind", "record", "words"), [
@@ -135,28 +132,6 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
     assert entries[0].fields["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
-
-
-def test_open_shard_of_a_torn_tar(tmp_path, jpeg):
-    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"words"}) for n in range(5)])
-    whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
-    settings = InputSettings(files=str(tmp_path / "a.tar"))
-    locate, numbers = open_shard(list_shards(settings, 10)[0], settings)
-    assert 0 < numbers.stop - 1 < 5 and f"after sample {numbers.stop - 2:03d}" in locate(numbers.stop - 1).problem[1]
-
-
-def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
-    """Side by side in a tar; which picture belongs to which text cannot be told."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, value in [("0.jpg", jpeg(0)), ("0.txt", b"zero"), ("1.jpg", jpeg(1)), ("1.txt", b"one"),
-                            ("1.jpg", jpeg(2)), ("1.txt", b"two"), ("2.jpg", jpeg(3)), ("2.txt", b"three")]:
-            info = tarfile.TarInfo(name)
-            info.size = len(value)
-            tar.addfile(info, io.BytesIO(value))
-    entries = [entry for entry, _ in decode("caption", InputSettings(files=str(tmp_path / "a.tar")))]
-    assert [entry.fields.get("text") for entry in entries] == ["zero", None, "three"]
-    assert "a.tar: sample 1 has two .txt members." in entries[1].bad
 
 
 @pytest.mark.process
@@ -210,18 +185,7 @@ def write(path: Path, jpeg: Callable) -> str:
     return str(path)
 
 
-# ---- filters, transforms, views, frames
-
-
-def test_filters_name_their_reason():
-    reason = ImageTextFilter(similarity=0.25, min_resolution=180, min_aspect=0.55).drop_reason
-    assert reason((179, 400), {"similarity": 0.1}) == "resolution"
-    assert reason((180, 400), {"similarity": 0.1}) == "aspect ratio"
-    assert reason((400, 219), {}) == "aspect ratio" and reason((400, 220), {}) == ""
-    assert reason((200, 200), {"similarity": 0.24}) == "similarity" == reason((200, 200), {"similarity": math.nan})
-    assert reason((200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) == "" == reason((200, 200), {})
-    off = ImageTextFilter(None, None, None)
-    assert off.drop_reason((1, 900), {"similarity": -1}) == "" and not off.active
+# ---- transforms, views, frames
 
 
 def test_transforms_and_processors(tmp_path):
