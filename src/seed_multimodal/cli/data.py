@@ -16,37 +16,25 @@ from seed_multimodal.errors import ConfigError, counted
 
 
 def check(args: argparse.Namespace) -> int:
-    """Check every record; prints errors and a summary. Exit code 1 if anything is wrong."""
-    from seed_multimodal.data.check.report import CheckSettings
-    from seed_multimodal.data.check.run import check_records
-    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is broken."""
+    from seed_multimodal.data.check import check_sources, read_run
+    from seed_multimodal.data.stream.data_settings import read_data_settings
 
-    if args.images is not None and not Path(args.images).is_dir():
-        raise ConfigError(f"--images {args.images}: there is no such folder.")
-    report = check_records(CheckSettings(
-        files=args.files, format=args.format, format_options=dict(args.format_option), tokenizer=args.tokenizer,
-        decoder=args.decoder, options=dict(args.option), images=args.images, max_errors=args.max_errors,
-        length=args.length, stage=args.stage, fields=parse_fields(args.fields) or {}, pictures=args.pictures))
-    emit(args, report.as_json(), "\n".join(_summary(report)))
-    return SOME_FAILED if report.wrong else DONE
-
-
-def _summary(report: Any) -> list[str]:
-    """The lines of a `CheckReport`: errors, counts, lengths."""
-    lines = [f"{finding.kind}: {finding.sentence}" for finding in report.findings]
-    if report.wrong > len(report.findings):
-        lines.append(f"… and {report.wrong - len(report.findings):,} more (--max-errors 0 shows all)")
-    opened = f" ({report.opened:,} opened)" if report.opened else ""
-    lines.append(f"{counted(report.files, 'file')}, {counted(report.records, 'record')}, "
-                 f"{counted(report.images, 'image')}{opened}")
-    lines += [f"  {kind}: {number:,}" for kind, number in report.kinds.most_common()]
-    if report.lengths:
-        lines.append(f"tokens of a record: median {report.length_at(0.5):,}, 95 % up to {report.length_at(0.95):,}, "
-                     f"longest {max(report.lengths):,}")
-    if report.control.records:
-        lines.append(f"warning: {report.control.sentence()}")
-    errors = ", ".join(f"{kind} {number:,}" for kind, number in report.errors.most_common())
-    return [*lines, f"{counted(report.wrong, 'error')}: {errors}" if report.wrong else "nothing wrong"]
+    if len(args.files) == 1 and args.files[0].endswith((".yaml", ".yml")):
+        settings, tokenizer = read_run(args.files[0], args.tokenizer)
+    elif args.decoder is None or args.tokenizer is None:
+        raise ConfigError("Files need --decoder NAME and --tokenizer DIR; or name the YAML file of a run.")
+    else:
+        source = {"name": args.decoder, "files": args.files, "decoder": args.decoder, "format": args.format,
+                  "format_options": dict(args.format_option), "options": dict(args.option), "image_dir": args.images}
+        settings = read_data_settings({"sources": [source], "length": args.length}, "seed data check")
+        tokenizer = args.tokenizer
+    reports = check_sources(settings, tokenizer, args.records)
+    broken = sum(report.broken for report in reports)
+    emit(args, {"sources": [report.as_json() for report in reports], "broken": broken}, "\n".join(
+        [*(line for report in reports for line in report.lines()),
+         counted(broken, "broken record") if broken else "nothing broken"]))
+    return SOME_FAILED if broken else DONE
 
 
 def convert(args: argparse.Namespace) -> int:
@@ -75,20 +63,17 @@ def index(args: argparse.Namespace) -> int:
 def add_commands(parser: argparse.ArgumentParser) -> None:
     """`check`, `convert` and `index` with their flags."""
     commands = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    checker = commands.add_parser("check", help="check every record before training")
-    checker.add_argument("files", nargs="+", help="tar, jsonl, json, parquet; patterns, folders")
-    checker.add_argument("--tokenizer", metavar="DIR", help="also check codes against it, and count tokens")
-    checker.add_argument("--decoder", help="of all records, as sft.qa or seed_x.chat (default: by each one's keys)")
+    checker = commands.add_parser("check", help="read a run's data as training does, before training")
+    checker.add_argument("files", nargs="+", metavar="RUN.yaml | FILES", help="the YAML of a run or its data; or tar, "
+                         "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer")
+    checker.add_argument("--records", type=_record_count, default=1000, metavar="N | all", help="of each source")
+    checker.add_argument("--tokenizer", metavar="DIR", help="the language model's (default: the run's)")
+    checker.add_argument("--decoder", help="of the files, as sft.qa or seed_x.chat")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
     checker.add_argument("--format", default="auto", help="tar, jsonl, json, parquet, folder or a registered format")
     checker.add_argument("--format-option", action="append", type=_option, default=[], metavar="KEY=VALUE")
     checker.add_argument("--images", metavar="DIR", help="folder of the images that records name")
-    checker.add_argument("--stage", help="the tool that will read them: tokenizer, pictures (LaVIT's tokenizer, pixel "
-                         "decoders), llm, caption, qa, video, edit, story, interleaved, chat (default: by their keys)")
-    checker.add_argument("--fields", metavar="NAME | A=B,…", help="of that stage: a preset, or which keys hold what")
-    checker.add_argument("--pictures", type=_image_count, default=200, metavar="N | all", help="open so many")
-    checker.add_argument("--max-errors", type=whole_number(0), default=20, help="errors to show; 0: all (default: 20)")
-    checker.add_argument("--length", type=whole_number(1), help="tokens a record may have (needs --tokenizer)")
+    checker.add_argument("--length", type=whole_number(2), default=2048, help="tokens of a row (default: 2048)")
     checker.set_defaults(work=check)
     converter = commands.add_parser("convert", help="pickled shards of the original → json shards, safely")
     converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
@@ -105,8 +90,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
         add_json(command)
 
 
-def _image_count(text: str) -> int | None:
-    return None if text == "all" else whole_number(0)(text)
+def _record_count(text: str) -> int | None:
+    return None if text == "all" else whole_number(1)(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

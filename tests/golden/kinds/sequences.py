@@ -1,7 +1,7 @@
 """Training sequences: exact ids, masks and labels of every decoder on recorded records, draws replayed in order.
 
-Decoders run with `validate: false`, the released behaviour to the letter, and refuse where the original raised; with
-validation they give the same or leave the sample out with a sentence.
+Where the original raised or left a sample out, ours refuses or leaves it out, too; beyond that only for the reasons in
+`STRICTER`.
 
 * `llm_sequences`: SEED-LLaMA's decoders, other fields and what the filter keeps too; `tokenization.json`: strings →
   ids, pieces, both decodings by the fixture's own tokenizer; `pipeline.json`: records on disk → batches. Left out: the
@@ -26,11 +26,10 @@ from typing import Any
 from kinds.seed_x_agent import seedx_tokenizer
 from runner import assert_close, assert_same, read_json, read_json_lines
 
-from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence, batch_rows
-from seed_multimodal.data.decoders.registry import get_decoder
-from seed_multimodal.data.decoders.seed_x import dissimilar
-from seed_multimodal.data.decoders.sequence import IGNORED, pad
+from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
+from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
+from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.seed_x import PictureDecoder, dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.data_settings import read_data_settings
@@ -41,13 +40,19 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 # The original's functions `decode_…` whose decoders here have another name.
 PRETRAIN = {"image_text_pair": "caption", "mmc4_data": "interleaved", "video_pair": "video",
-            "text_pretrain_data": "text", "edit_pair": "edit", "ra_data": "retrieval",
+            "text_pretrain_data": "text", "edit_pair": "edit",
             "coco_cap_eval_data": "caption_eval", "visual_question_data": "visual_question",
             "text_conversation_data": "text_conversation"}
 SFT = {"question_answer_pair": "qa", "edit_pair": "edit", "story_pair": "story", "difference_pair": "difference",
        "conversation_pair": "conversation", "video_pair": "video", "video_conversation_pair": "video_conversation",
        "edit_multi_pair": "multi_edit", "interleaved_pair": "interleaved", "visual_question_data": "visual_question",
        "text_conversation_data": "text_conversation"}
+LEFT_OUT = ("ra_data",)  # in no data file of the original
+# Samples that the original keeps and ours does not: images of another length, clips without enough frames, records of
+# which only </s> or a full stop would be learned, a direction that the original cannot draw, captions that are too long
+# to draw from, paths with "null" in them.
+STRICTER = ("codes, not", "num_frames", "nothing to learn", "is empty", "no dialogue", "reverse_ratio must be",
+            "do not fit into", "'nullable.png'", "instruction: is missing")
 TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
 BATCH = ("input_ids", "attention_mask", "labels")
 GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views
@@ -120,8 +125,18 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
         assert_same(made, {key: case[key] for key in made}, f"{text!r}")
 
 
+def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
+    """The original's row: cut on the right at `max_length`, or filled up with `pad_id`."""
+    ids, labels = sequence.ids[:max_length], sequence.labels[:max_length]
+    rest = max_length - len(ids)
+    return {"input_ids": ids + [pad_id] * rest, "attention_mask": [1] * len(ids) + [0] * rest,
+            "labels": labels + [IGNORED] * rest}
+
+
 def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
+    if function in LEFT_OUT or "'metadata'" in str(case.get("error")):  # which ours does not read
+        return
     decoder = f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
     name, options = f"case {case['id']} ({decoder})", dict(case["kwargs"])
     max_length, expected = options.pop("max_length", None), case.get("output")
@@ -131,18 +146,25 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     if max_length is None and expected and "attention_mask" in expected:
         max_length = len(expected["input_ids"])  # the function's own default
 
+    known = DECODERS[decoder].option_names()
+    options = {key: value for key, value in options.items() if key in known}
     draws = Replay(case["rng_calls"], name, case["seed"])
     try:
-        sequence = get_decoder(decoder, tokenizer, {**options, "validate": False}).decode(
-            plain(case["sample"]), draws, max_length)
+        sequence = get_decoder(decoder, tokenizer, options).decode(plain(case["sample"]), draws, max_length)
     except (DataError, ConfigError) as error:
-        assert case.get("error"), f"{name}: refused ({error})"
-        assert str(error).strip().endswith("."), f"{name}: {error!r} is no sentence"
+        assert not case.get("kept_by_filter") or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
         return
     assert not case.get("error"), f"{name}: the original raised {case['error']}, ours gave {sequence}"
     assert not draws.calls, f"{name}: draws left over: {draws.calls}"
-    assert_same(not sequence.dropped, case["kept_by_filter"], f"{name}: kept by the filter ({sequence.dropped})")
-    assert_same(sequence.extra, {k: v for k, v in expected.items() if k not in BATCH}, f"{name}: other fields")
+    if sequence.dropped:
+        assert not case["kept_by_filter"] or any(reason in sequence.dropped for reason in STRICTER), (
+            f"{name}: left out ({sequence.dropped})")
+    else:
+        assert case["kept_by_filter"], f"{name}: the original leaves it out"
+    if not sequence.ids or (sequence.dropped and case["kept_by_filter"]):
+        return
+    other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
+    assert_same(sequence.extra, other, f"{name}: other fields")
     if "labels" in expected:
         row = pad(sequence, max_length, tokenizer.pad_id)
         assert_same(row, {key: expected[key] for key in row}, name)
@@ -153,13 +175,6 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     assert len(sequence.labels) == len(sequence.ids), f"{name}: {len(sequence.labels)} labels"
     if "tokens" in case:
         assert_same(" ".join(tokenizer.tokens(sequence.ids)), case["tokens"], f"{name}: tokens")
-    try:
-        draws = Replay(case["rng_calls"], name, case["seed"])
-        again = get_decoder(decoder, tokenizer, options)(plain(case["sample"]), draws, max_length)
-    except (DataError, ConfigError) as error:
-        assert str(error).endswith("."), f"{name}: {error!r} is no sentence"
-        return
-    assert again is None or again == sequence, f"{name}: another sequence with validation"
 
 
 def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
@@ -220,10 +235,11 @@ def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: Multimodal
             assert "has no .json member" in str(error), error
             continue
         draws = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
-        sequence = decoder(record.fields, draws, settings["max_length"])
-        if sequence is not None:
+        sequence = decoder.decode(record.fields, draws, settings["max_length"])
+        if not sequence.dropped:
             rows.append({"__key__": record.key.rsplit("/", 1)[-1],
                          **pad(sequence, settings["max_length"], tokenizer.pad_id), **sequence.extra,
+                         "filter_flag": True,
                          "metadata": "{}"})  # the released pipe puts this where a decoder gives no metadata
     return sorted(rows, key=lambda row: row["text"])
 
@@ -279,11 +295,11 @@ def check_seedx(folder: Path) -> None:
 RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
 
 
-def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any], validate: bool) -> PictureDecoder:
+def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> PictureDecoder:
     given = {key: value for key, value in options.items() if key not in ("max_length", "num_img_gen_tokens")}
     given.setdefault("multi_resolution", False)
     given["resolution_grids"] = given.get("resolution_grids") or ["1x1"]
-    decoder = get_decoder(name, tokenizer, {**given, "validate": validate})
+    decoder = get_decoder(name, tokenizer, given)
     assert isinstance(decoder, PictureDecoder)
     return decoder
 
@@ -297,35 +313,66 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
         return
     if decoder == "seed_x.conversation":
         kwargs.pop("min_resolution", None)
-    released = make(decoder, tokenizer, kwargs, validate=False)
-    for field in released.picture_fields(fields):
-        size = sizes.get(fields[field].lstrip("/"))
-        if size is None:  # the loader's matter
-            assert_same(expected, {}, f"{name}: an image that is not there")
-            return
-        fields[field] = Opened(tuple(size))
-    compare(released, fields, case, kwargs["max_length"], name)
-    check_validated(make(decoder, tokenizer, kwargs, validate=True), fields, case, kwargs["max_length"], name)
+    made = make(decoder, tokenizer, kwargs)
+    missing = False
+
+    def open_image(value: str, field: str) -> Any:
+        nonlocal missing
+        size = sizes.get(value.lstrip("/"))
+        missing = missing or size is None and "null" not in value
+        return value if size is None else Opened(tuple(size))
+
+    fields = made.opened(fields, open_image)
+    if missing:  # the loader's matter
+        assert_same(expected, {}, f"{name}: an image that is not there")
+        return
+    compare(made, fields, case, kwargs["max_length"], name)
 
 
 def compare(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
             ) -> None:
-    """A decoder's sequence as the released row."""
+    """A decoder's sequence as the original's row."""
     expected, draws = case["output"], SeedXReplay(case["rng_calls"], name)
+    kept = "input_ids" in expected
     try:
         sequence = decoder.decode(fields, draws, max_length)
     except DataError as error:
-        assert case["error"] or not expected, f"{name}: refused ({error})"
+        assert case.get("error") or not kept or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
         return
     assert not draws.calls, f"{name}: draws left over: {draws.calls}"
-    if "input_ids" not in expected:
-        assert sequence.dropped, f"{name}: the original drops it"
+    if sequence.dropped:
+        assert not kept or any(reason in sequence.dropped for reason in STRICTER), f"{name}: {sequence.dropped}"
         return
-    assert not sequence.dropped, f"{name}: dropped ({sequence.dropped})"
+    assert kept, f"{name}: the original leaves it out"
     assert_row(sequence, expected, decoder.tokenizer, max_length, name)
     if "tokens" in case:
         row = batch_rows([sequence], max_length, 0)["input_ids"][0][:len(sequence)]
         assert_same(" ".join(decoder.tokenizer.tokens(row)), case["tokens"], f"{name}: tokens")
+
+
+def uses(used: UsedPicture) -> tuple[list[bool], list[bool]]:
+    """Of each view, whether it is read and whether it is written (of a written image the whole alone is)."""
+    return [not used.written] * used.views, [False] * (used.views - 1) + [used.written]
+
+
+def batch_rows(sequences: Sequence[PictureSequence], max_length: int, pad_id: int) -> dict[str, Any]:
+    """The original's batch without its pixels: rows of `max_length`, and for every view of every image in order
+    `embeds_cmp_mask`, `embeds_gen_mask` and `patch_position`."""
+    rows: dict[str, Any] = {}
+    for sequence in sequences:
+        row: dict[str, Any] = pad(sequence, max_length, pad_id)
+        for name, places in (("ids_gen_mask", set(sequence.written)), ("ids_cmp_mask", set(sequence.read))):
+            row[name] = [place in places for place in range(max_length)]
+        for name, value in row.items():
+            rows.setdefault(name, []).append(value)
+    images = [image for sequence in sequences for image in sequence.pictures]
+    views: dict[str, Any] = {
+        "embeds_cmp_mask": [use for image in images for use in uses(image)[0]],
+        "embeds_gen_mask": [use for image in images for use in uses(image)[1]],
+        "patch_position": [place for image in images for place in image.positions],
+        "images_patch_length": [image.views for image in images],
+        "image_size": [list(image.picture.size) for image in images]}
+    return {**rows, **(views if images else dict.fromkeys(views))}
 
 
 def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: MultimodalTokenizer, max_length: int,
@@ -349,25 +396,12 @@ def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: M
         assert_same(sum(picture.views for picture in sequence.pictures), shape[0], f"{name}: views")
 
 
-def check_validated(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int,
-                    name: str) -> None:
-    try:
-        sequence = decoder.decode(fields, SeedXReplay(case["rng_calls"], name), max_length)
-    except BadRecord as error:
-        assert str(error).endswith("."), f"{name}: {error!r} is no sentence"
-        return
-    if not sequence.dropped and "input_ids" in case["output"]:
-        assert_row(sequence, case["output"], decoder.tokenizer, max_length, name)
-
-
 def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],
                   tokenizer: MultimodalTokenizer, name: str) -> None:
     """An image of some views and its caption."""
     max_length, fields = kwargs.pop("max_length"), {"image": Opened((500, 450)), "text": caption}
     options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
-    compare(make("seed_x.caption", tokenizer, options, validate=False), fields, case, max_length, name)
-    check_validated(make("seed_x.caption", tokenizer, options, validate=True), fields, {**case, "output": {}},
-                    max_length, name)
+    compare(make("seed_x.caption", tokenizer, options), fields, case, max_length, name)
 
 
 def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) -> None:
@@ -378,7 +412,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
         options = {"min_resolution": 400, "min_aspect_ratio": 0.666, **kwargs}
         options = {k: options[k] for k in ("min_resolution", "min_aspect_ratio", "multi_resolution", "base_resolution",
                                            "resolution_grids") if k in options}
-        decoder = make("seed_x.caption", tokenizer, options, validate=False)
+        decoder = make("seed_x.caption", tokenizer, options)
         used = decoder.use({"image": Opened(tuple(data["image_size"]))}, "image")
         assert_same(bool(decoder.misshapen(used, "image")), case["output"] == {}, f"{name}: kept")
         return
@@ -388,7 +422,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
     learn_wording(case)
     kwargs.pop("assure_text", None)
     fields = {"image": Opened((500, 450)), **({"metadata": data} if metadata else {"text": data})}
-    decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False}, validate=False)
+    decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False})
     compare(decoder, fields, case, max_length, name)
 
 

@@ -1,5 +1,5 @@
 """Every reader with every fault: a sample that cannot be used is named, skipped and counted, and ends the run after
-many in a row; and `seed data check` says of a folder of data what the tools then do with it."""
+many in a row."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from seed_multimodal.data.check.report import CheckSettings
-from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
@@ -288,94 +286,3 @@ def all_rows(batches: LlmBatches) -> Iterator[list[int]]:
             return
         yield from batch.input_ids.tolist()
         step += 1
-
-
-# ---- the check
-
-
-def takes_all(tool: Callable[[Path], tuple[list[Any], list[str]]], folder: Path) -> bool:
-    """Whether a tool uses every sample of a folder."""
-    try:
-        used, bad = tool(folder)
-    except SeedError:
-        return False
-    return not bad and len(used) == COUNT
-
-
-def says_ok(folder: Path, stage: str | None, **settings: Any) -> bool:
-    """Whether the check finds nothing wrong."""
-    report = check_records(CheckSettings([folder], stage=stage, pictures=None, **settings), progress=False)
-    assert report.records == COUNT
-    return not report.wrong
-
-
-@pytest.mark.parametrize(("format", "fault"), [*ALL, *[(format, "") for format in PAIR_FORMATS]])
-def test_the_check_says_what_the_tools_do_with_pairs(tmp_path: Path, jpeg: Callable, format: str, fault: str) -> None:
-    write_pairs(tmp_path, format, where_in([""] * COUNT, fault), jpeg)
-    for tool, stage in ((trained, "tokenizer"), (evaluated, "tokenizer"), (extracted, "caption")):
-        assert says_ok(tmp_path, stage) == takes_all(tool, tmp_path) == (not fault), stage
-    assert says_ok(tmp_path, None) == (not fault)
-
-
-@pytest.mark.parametrize(("format", "fault"), [
-    (format, fault) for format, faults in LLM_FORMATS.items() for fault in ["", *faults]])
-def test_the_check_says_what_the_stream_does(tmp_path: Path, codes: Callable, words: Any, format: str,
-                                             fault: str) -> None:
-    write_llm(tmp_path, format, where_in([""] * COUNT, fault), codes)
-    given = {"tokenizer": WORDS, "decoder": "pretrain.caption"}
-    assert says_ok(tmp_path, "llm", **given) == takes_all(lambda folder: streamed(folder, words), tmp_path) == (
-        not fault)
-
-
-@pytest.mark.parametrize("stage", ["tokenizer", "caption", "llm"])
-def test_data_of_another_stage_is_not_passed(tmp_path: Path, jpeg: Callable, codes: Callable, words: Any,
-                                             stage: str) -> None:
-    """Pictures are no codes, and codes no pictures."""
-    write_pairs(tmp_path / "pairs", "parquet of structs", [""] * COUNT, jpeg)
-    write_llm(tmp_path / "codes", "jsonl", [""] * COUNT, codes)
-    other = tmp_path / ("pairs" if stage == "llm" else "codes")
-    assert not says_ok(other, stage, **({"tokenizer": WORDS} if stage == "llm" else {}))
-    tool = {"tokenizer": trained, "caption": extracted, "llm": lambda folder: streamed(folder, words)}[stage]
-    assert not takes_all(tool, other)
-
-
-# other kinds -> a good record ("{0}" and "{1}": its pictures), and changes that break it
-KINDS = {
-    "qa": ({"image": "{0}", "caption": "a cat"}, [
-        {"caption": None}, {"caption": ""}, {"image": None}, {"image": "gone"}, {"caption": {"a": 1}}, {"image": 5}]),
-    "edit": ({"source_image": "{0}", "target_image": "{1}", "instruction": "redder"},
-             [{"instruction": None}, {"instruction": " "}, {"target_image": None}, {"source_image": "gone"}]),
-    "story": ({"images": ["{0}"] * 5, "captions": ["a"] * 5}, [{"captions": ["a"] * 4}, {"captions": ["a"] * 4 + [""]},
-                                                               {"images": ["{0}"] * 4 + ["gone"]}, {"images": None}]),
-    "interleaved": ({"images": ["{0}", None], "texts": [None, "a"]},
-                    [{"texts": None}, {"texts": ["b", "a"]}, {"images": ["gone", None]}, {"images": [None, None]}]),
-    "chat": ({"image": "{0}", "conversations": [{"from": "human", "value": "<image>what"},
-                                               {"from": "gpt", "value": "a cat"}]},
-             [{"image": None}, {"image": "gone"}, {"conversations": None}, {"conversations": []}]),
-}
-
-
-@pytest.mark.parametrize(("form", "kind", "change"), [
-    (form, kind, change) for form in ("paths in jsonl", "structs in parquet") for kind, (_, changes) in KINDS.items()
-    for change in [{}, *changes] if form == "paths in jsonl" or change not in ({"caption": {"a": 1}}, {"image": 5})])
-def test_the_check_says_what_every_extraction_does(tmp_path: Path, jpeg: Callable, form: str, kind: str,
-                                                   change: dict[str, Any]) -> None:
-    for number in range(2):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-
-    def stored(value: Any) -> Any:
-        if isinstance(value, list):
-            return [stored(one) for one in value]
-        if isinstance(value, str) and value[:1] == "{":
-            name = f"{value[1]}.jpg"
-            return name if "paths" in form else {"bytes": (tmp_path / name).read_bytes(), "path": name}
-        return {"bytes": None, "path": "gone.jpg"} if value == "gone" and "structs" in form else value
-
-    good = KINDS[kind][0]
-    rows = [{key: stored(value) for key, value in (good | (change if number == BAD else {})).items()}
-            for number in range(COUNT)]
-    if "paths" in form:
-        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        write_table(tmp_path / "a.parquet", rows, [""] * COUNT)
-    assert says_ok(tmp_path, kind) == takes_all(lambda folder: extracted(folder, kind=kind), tmp_path) == (not change)

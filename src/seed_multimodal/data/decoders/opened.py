@@ -1,17 +1,16 @@
-"""Sequences with pictures that are opened beside their record, as pixels: what SEED-X's and LaVIT's decoders share.
+"""Sequences with images that are opened with their record, as pixels: what SEED-X's and LaVIT's decoders share.
 
-A record's pictures are opened before its decoder is called (`picture_fields` names them): anything with `size`, (width,
-height) in pixels. In the sequence each takes a run of places, whose contents (features or codes) follow on the device.
+An image has `size`, (width, height) in pixels. In the sequence it has a run of places, whose contents (features or
+codes) are made on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders.base import Decoder, DecoderOptions
-from seed_multimodal.data.decoders.sequence import IGNORED, Draws, TokenSequence
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, Draws, TokenSequence
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.seed_x.views import Grid, patch_positions
@@ -20,8 +19,8 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class UsedPicture:
-    """A picture of a sequence: as the record holds it, its grid of parts (None: the whole alone), read or written;
-    `seed`: for what is drawn when it is looked at."""
+    """An image of a sequence: as opened, its grid of parts (None: the whole alone), read or written; `seed`: of the
+    random choices when it is looked at."""
 
     picture: Any
     grid: Grid | None
@@ -30,26 +29,20 @@ class UsedPicture:
 
     @property
     def views(self) -> int:
-        """The parts and the whole."""
+        """How many views: the parts and the whole."""
         return 1 if self.grid is None else self.grid[0] * self.grid[1] + 1
 
     @property
     def positions(self) -> list[list[float]]:
-        """The centre of each view."""
+        """The centre (x, y) of each view."""
         found: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
         return found[-self.views:]
-
-    @property
-    def uses(self) -> tuple[list[bool], list[bool]]:
-        """Of each view, whether it is read and whether it is written (of a written picture the whole alone is)."""
-        last = [False] * (self.views - 1) + [self.written]
-        return [not self.written] * self.views, last
 
 
 @dataclass
 class PictureSequence(TokenSequence):
-    """A sequence with its pictures in order, and where their words stand: `read`, `written` (indices of `ids`); `cut`:
-    how many tokens were cut off at its end."""
+    """A sequence with its images in order, and where their words are: `read`, `written` (indices of `ids`); `cut`: how
+    many tokens were cut off at its end."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
@@ -59,80 +52,62 @@ class PictureSequence(TokenSequence):
 
 @dataclass(frozen=True)
 class OpenedOptions(DecoderOptions):
-    """Options of these decoders. Args: base_resolution: side of a view in pixels."""
+    """`base_resolution`: side of a view in pixels."""
 
     base_resolution: int = setting(224, least=1)
 
 
 class OpenedDecoder(Decoder):
-    """Base of these decoders. Note: `Decoder.codes` and its like have no use here, but for pictures given as codes.
-
-    Attributes:
-        interpolation: of a picture that is seen as a whole.
-    """
+    """Base of these decoders; `interpolation` is that of an image seen as a whole."""
 
     Options: ClassVar[type[DecoderOptions]] = OpenedOptions
-    reads_pictures = False  # as codes
     interpolation: ClassVar[str] = "bilinear"
-
-    def picture_fields(self, fields: Mapping[str, Any]) -> list[str]:
-        """The fields that name pictures to be opened before the call."""
-        names = [name for name in ("image", "source_image", "target_image") if name in fields]
-        return [name for name in names if not self.no_picture(fields[name])]
+    image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
 
     def opened(self, fields: Mapping[str, Any], open_picture: Callable[[Any, str], Any]) -> dict[str, Any]:
-        """The fields with their pictures opened by `open_picture(value, name)`, in `messages` too where these count."""
-        found = {**fields, **{name: open_picture(fields[name], name) for name in self.picture_fields(fields)}}
-        if "messages" not in self.needs or not isinstance(fields.get("messages"), list):
-            return found
+        """The fields with their images opened by `open_picture(value, name)`."""
+        return {**fields, **{name: open_picture(fields[name], name) for name in self.image_fields
+                             if fields.get(name, "") not in NO_IMAGE}}
 
-        def part(value: Any, name: str) -> Any:
-            shown = isinstance(value, Mapping) and value.get("image") is not None
-            return {"image": open_picture(value["image"], name)} if shown else value
-
-        found["messages"] = [
-            {**message, "content": [part(one, f"messages[{place}].content[{number}]")
-                                    for number, one in enumerate(message["content"])]}
-            if isinstance(message, Mapping) and isinstance(message.get("content"), list) else message
-            for place, message in enumerate(fields["messages"])]
-        return found
-
-    def no_picture(self, value: Any) -> bool:
-        """Whether a field says that there is none. Note: the released code also takes any path with `null` for that."""
-        if isinstance(value, str) and not self.validate:
-            return value in ("", "none") or "null" in value
-        return value is None or (isinstance(value, str) and value in NO_IMAGE)
-
-    def check_picture(self, picture: Any, name: str) -> None:
-        """Raises BadRecord: there is none, or it was not opened."""
-        size = getattr(picture, "size", None)
-        if picture is None:
-            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
-        if not isinstance(size, tuple) or len(size) != 2:
-            raise BadRecord("wrong type", f"{name}: must be an opened picture, not {shorten(picture)}.")
-
-    # ------------------------------------------------------------------------------------------ the sequence
+    def opened_image(self, fields: Mapping[str, Any], name: str) -> Any:
+        """The opened image of a field."""
+        image: Any = self.need(fields, name, object)
+        if not hasattr(image, "size"):
+            raise BadRecord("wrong type", f"{name}: must be an opened image, not {shorten(image)}.")
+        return image
 
     def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> PictureSequence:
         """See `Decoder`."""
         draft = self.draft(fields, draws)
-        sequence = PictureSequence([], [], draft.extra, draft.dropped)
-        if draft.dropped:
-            return sequence
-        self._check_content(draft)
-        self._fill(sequence, draft, None)
-        self.limit(sequence, max_length)
-        if not sequence.dropped and self.validate and set(sequence.labels) == {IGNORED}:
-            sequence.dropped = f"nothing to learn within {max_length} tokens"
+        sequence = PictureSequence([], [], draft.extra, draft.dropped or self.nothing_learned(draft))
+        if not sequence.dropped:
+            self.fill(sequence, draft)
+            self.limit(sequence, max_length)
+        if not sequence.dropped and set(sequence.labels) == {IGNORED}:
+            sequence.dropped = f"there is nothing to learn within {max_length} tokens"
         return sequence
 
+    def fill(self, sequence: PictureSequence, draft: Draft) -> None:
+        """Put the ids and labels of the segments into the sequence."""
+        raise NotImplementedError
+
+    def add(self, sequence: PictureSequence, ids: Sequence[int], labels: Sequence[int], image: UsedPicture | None = None
+            ) -> None:
+        """Add a text, or the words of an image."""
+        if image is not None:
+            places = sequence.written if image.written else sequence.read
+            places += [len(sequence) + place for place, id in enumerate(ids) if self.vocabulary.is_code_id(id)]
+            sequence.pictures.append(image)
+        sequence.ids += ids
+        sequence.labels += labels
+
     def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
-        """Cut an over-long sequence on the right; it is dropped where that would cut a picture."""
+        """Cut an over-long sequence on the right; it is dropped where that would cut an image, or ends in one."""
         if max_length is None or len(sequence) <= max_length:
             return
         last = max([*sequence.read, *sequence.written], default=-2) + 1  # its closing bracket
-        if last >= max_length:
-            sequence.dropped = f"a picture ends behind the {max_length} tokens of a sequence"
+        if last >= max_length or self.vocabulary.eoi_id in sequence.ids[-2:]:
+            sequence.dropped = f"its images do not fit into {max_length} tokens"
             return
         sequence.cut = len(sequence) - max_length
         sequence.ids, sequence.labels = sequence.ids[:max_length], sequence.labels[:max_length]

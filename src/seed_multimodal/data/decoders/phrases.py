@@ -5,13 +5,11 @@ A request and the response to it share an index, and the places of known ones ar
 
 from __future__ import annotations
 
-USER, ASSISTANT = "USER:", "ASSISTANT:"
 EDIT_PREFIX = "Edit this image with the instruction: "  # dropped from the instructions of the pretraining edit data
 NO_DIALOGUE = "Image Descriptions"  # a question holding this has no dialogue in it
 VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of ActivityNet-QA
 FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
 NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
-BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of these characters alone is blank (line ends: ours)
 
 # Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark.
 DRAW_KNOWN = (0, 1, 2, 3, 4, 6, 8, 9, 12, 15, 16)  # seen in recordings of the original, 1 and 3 without their places

@@ -1,13 +1,17 @@
-"""Decoders of SEED-X's instruction tuning: conversations about a picture, captions to draw from, edits; and ours, any
-conversation with pictures on both sides (edits of several turns).
+"""SEED-X's instruction tuning: conversations about an image, captions to draw from, edits; and ours, any conversation
+with images on both sides (edits of several turns).
 
-    seed_x.conversation   <s>[INST] [picture]question [/INST]\\nanswer\\n[INST] question [/INST]\\nanswer</s>
+    seed_x.conversation   <s>[INST] [image]question [/INST]\\nanswer\\n[INST] question [/INST]\\nanswer</s>
     seed_x.caption        <s>[INST] request caption [/INST]\\n response[drawn]</s>     of it only [drawn] is learned
     seed_x.edit           <s>[INST] [source]instruction [/INST]\\nresponse[drawn]</s>
     seed_x.chat           <s>[INST] … [/INST]\\nanswer[drawn]\\n[INST] [shown again]… [/INST]\\nanswer[drawn]</s>
 
-Each turn is tokenised on its own; answers, the `<img>` of drawn pictures and the final `</s>` are learned. Pictures:
-`pictured`. Source: SEED-X's released code (`sft_clm.py`, `image_text_pairs_clm.py`).
+Each turn is encoded on its own; answers, the `<img>` of drawn images and the final `</s>` are learned. Images:
+
+    read       <patch> 64 words </patch> for each part of the image, <img> 64 words </img> for the whole
+    written    <img> 64 words </img>; of these only <img> is learned as a word, the others' states are
+
+Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 """
 
 from __future__ import annotations
@@ -18,136 +22,194 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import LIST, TEXT, Draft, Span
-from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
-from seed_multimodal.data.decoders.pictured import INSTRUCTION, PictureDecoder, PictureOptions
-from seed_multimodal.data.decoders.sequence import Draws
+from seed_multimodal.data.decoders.base import IGNORED, Draft, Draws, Segment
+from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import BadRecord, shorten
-from seed_multimodal.language.prompts import ROLES
+from seed_multimodal.language.prompts import ROLES, merge_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.seed_x.views import RELEASED_GRIDS, choose_grid, read_grids
 from seed_multimodal.settings import setting
 
-SIMILARITIES = ("all_similarities", "similarity", "score", "SCORE")  # of caption and picture, in the record's json
+INSTRUCTION = "{instruction}"
+SIMILARITIES = ("all_similarities", "similarity", "score", "SCORE")  # of caption and image, in the record's json
+
+
+@dataclass(frozen=True)
+class PictureOptions(OpenedOptions):
+    """Options of these decoders, by their original names.
+
+    `num_img_in_tokens`, `num_img_out_tokens`: words of a view that is read, of an image that is written; 0: the
+    tokenizer's number. `multi_resolution`: images are cut into parts on one of `resolution_grids`; else they are read
+    as a whole. `base_resolution`: side of a view in pixels. `turn_sep`: before every further question.
+    """
+
+    num_img_in_tokens: int = setting(0, least=0)
+    num_img_out_tokens: int = setting(0, least=0)
+    multi_resolution: bool = True
+    resolution_grids: tuple[str, ...] = RELEASED_GRIDS
+    base_resolution: int = setting(448, least=1)
+    instruction_prompt: str = "[INST] {instruction} [/INST]\n"
+    system_message: str = ""
+    turn_sep: str = "\n"
+
+
+@dataclass(frozen=True)
+class FilterOptions(PictureOptions):
+    """Images outside these limits are left out."""
+
+    min_resolution: int = setting(0, least=0)
+    min_aspect_ratio: float = setting(0.0, least=0, most=1)
+
+
+class PictureDecoder(OpenedDecoder):
+    """Base of SEED-X's decoders."""
+
+    Options = PictureOptions
+
+    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+        """See `Decoder`. Raises `ConfigError` also for a tokenizer of another system."""
+        super().__init__(tokenizer, options)
+        self.words = seed_x_words(tokenizer)
+        self.grids = read_grids(self.options.resolution_grids)
+
+    def use(self, fields: Mapping[str, Any], name: str, written: bool = False) -> UsedPicture:
+        """The opened image of a field on the grid that suits it."""
+        image, side = self.opened_image(fields, name), self.options.base_resolution
+        grid = choose_grid(image.size, self.grids, side) if self.options.multi_resolution else None
+        return UsedPicture(image, grid, written)
+
+    def misshapen(self, used: UsedPicture, name: str) -> str:
+        """Why the original filter leaves out an image of this size; empty if it does not."""
+        (width, height), least, ratio = used.picture.size, self.options.min_resolution, self.options.min_aspect_ratio
+        if min(width, height) < least:
+            return f"{name}: fewer than {least} pixels on a side"
+        if ratio and not ratio <= height / width <= 1 / ratio:
+            return f"{name}: narrower than {ratio:g} to 1"
+        return ""
+
+    def asked(self, text: str, used: UsedPicture | None, before: bool) -> list[Any]:
+        """The content of a user's turn: its text, and an image in the place of its `<image>`, else before or after."""
+        if used is None:
+            return [text]
+        left, placeholder, right = text.partition(PLACEHOLDER)
+        parts = [left, used, right] if placeholder else [used, text] if before else [text, used]
+        return [part for part in parts if part != ""]
+
+    def instruct(self, content: Sequence[Any], first: bool = True) -> Segment:
+        """A user's turn, not learned."""
+        before, _, after = self.options.instruction_prompt.partition(INSTRUCTION)
+        return Segment([("" if first else self.options.turn_sep) + before, *content, after], learned=False)
+
+    def talk(self, segments: Sequence[Segment]) -> Draft:
+        """The segments after the system message."""
+        message = self.options.system_message
+        system = [Segment([message if message.endswith("\n") else f"{message}\n"], learned=False)] if message else []
+        every = [*system, *segments]
+        return Draft(every, {"text": self.as_text(every)})
+
+    def fill(self, sequence: PictureSequence, draft: Draft) -> None:
+        """See `OpenedDecoder`: between `<s>` and `</s>`, without white space next to images."""
+        self.add(sequence, [self.tokenizer.bos_id], [IGNORED])
+        for segment in draft.segments:
+            parts = merge_text(list(segment.parts))
+            for place, part in enumerate(parts):
+                if isinstance(part, str):
+                    part = part.lstrip() if place else part
+                    ids = self.tokenizer.encode(part.rstrip() if place + 1 < len(parts) else part)
+                    self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids))
+                else:
+                    ids = self.words_of(part)
+                    learned = self.words.boi_id if part.written else None
+                    self.add(sequence, ids, [id if id == learned else IGNORED for id in ids], part)
+        self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
+
+    def words_of(self, used: UsedPicture) -> list[int]:
+        """The words of an image."""
+        if used.written:
+            return self.words.run(self.options.num_img_out_tokens)
+        return list(self.words.read_ids(used.views, self.options.num_img_in_tokens))
+
+    def as_text(self, segments: Sequence[Segment]) -> str:
+        """See `Decoder`."""
+        parts = [part for segment in segments for part in segment.parts]
+        return "".join(part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.words_of(part)))
+                       for part in parts)
 
 
 class Conversation(PictureDecoder):
-    """A conversation with a picture (at `<image>`, else before or after the first question at random) or none.
-
-    Fields: `data` (question and answer in turn), `image` (opened; absent, null, "" or "none": no picture).
-
-    Options:
-        turn_sep: before every further question. Over-long conversations are cut on the right, as released.
-    """
+    """A conversation (`data`, question and answer in turn) with an image (`image`, at `<image>`, else before or after
+    the first question at random) or none (absent, null, "" or "none")."""
 
     name = "seed_x.conversation"
-    needs = {"data": LIST}
-    without_effect = ("min_resolution", "min_aspect_ratio")
-
-    @dataclass(frozen=True)
-    class Options(PictureOptions):
-        turn_sep: str = "\n"
+    image_fields = ("image",)
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        if fields.get("data") is None:
-            return self.lacking(["data"])
-        turns = self.list_of(fields, "data")
-        wrong = next((place for place, said in enumerate(turns) if not isinstance(said, str)), None)
-        if wrong is not None:
-            raise BadRecord("wrong type", f"data[{wrong}]: must be a text, not {shorten(turns[wrong])}.")
-        if self.validate and (not turns or len(turns) % 2):
-            raise BadRecord("wrong role", f"data: holds {len(turns)} texts; questions and answers come in pairs.")
-        shown = None if self.no_picture(fields.get("image")) else self.use(fields, "image")
+        turns = self.texts(fields, "data")
+        used = None if fields.get("image") in NO_IMAGE else self.use(fields, "image")
         before = draws.uniform() < 0.5
-        asks = range(0, len(turns), 2)
-        shows = next((place for place in asks if self.validate and PLACEHOLDER in turns[place]), 0)
-        spans = self.system()
-        for place, text in enumerate(turns):
-            name = f"data[{place}]"
-            if place % 2:
-                spans.append(Span([self.said(text, name)]))
-            else:
-                content = self.asked(text, name, shown if place == shows else None, before)
-                spans.append(self.instruct(*content, opening=self.options.turn_sep if place else ""))
-        return Draft(spans, {"text": "".join(self.as_text(span.parts) for span in spans)})
+        shows = next((place for place in range(0, len(turns), 2) if PLACEHOLDER in turns[place]), 0)
+        asked = [self.asked(text, used if place == shows else None, before) for place, text in enumerate(turns)]
+        return self.talk([Segment([text]) if place % 2 else self.instruct(asked[place], place == 0)
+                          for place, text in enumerate(turns)])
 
 
 class Edit(PictureDecoder):
-    """A picture (placed as a conversation's) and what to change, answered with a sentence and the changed picture.
+    """An image (placed as a conversation's) and what to change, answered with a sentence and the changed image:
+    `source_image`, `target_image`, `instruction`; `instruction_new` and `response` replace both texts.
 
-    Fields: `source_image`, `target_image` (opened), `instruction`; `instruction_new` and `response` replace both texts.
-
-    Options:
-        min_resolution, min_aspect_ratio: of the source.
-        prompt_drop_ratio: share of samples without the instruction. use_polite_response: answer with a sentence first.
+    `prompt_drop_ratio`: share of samples without the instruction. `use_polite_response`: answer with a sentence first.
     """
 
     name = "seed_x.edit"
-    needs = {"source_image": "picture", "target_image": "picture", "instruction": TEXT}
+    image_fields = ("source_image", "target_image")
 
     @dataclass(frozen=True)
-    class Options(PictureOptions):
+    class Options(FilterOptions):
         prompt_drop_ratio: float = setting(0.0, least=0, most=1)
         use_polite_response: bool = True
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        names = ("source_image", "target_image")
-        missing = [name for name in names if fields.get(name) is None]
-        if missing:
-            return self.lacking(missing)
-        source, target = self.use(fields, names[0]), self.use(fields, names[1], written=True)
-        reason = self.misshapen(source, names[0])
+        source, target = self.use(fields, "source_image"), self.use(fields, "target_image", written=True)
+        reason = self.misshapen(source, "source_image")
         if reason:
-            return Draft(dropped=reason)
-        given = fields.get("instruction_new") is not None and fields.get("response") is not None
-        name = "instruction_new" if given else "instruction"
-        response = self.said(self.text(fields, "response"), "response") if given else (
-            draws.choice(phrases.SEEDX_EDIT_RESPONSES))
-        response = response if given or self.options.use_polite_response else ""
-        dropped = draws.uniform() < self.options.prompt_drop_ratio
+            return Draft([], dropped=reason)
+        if fields.get("instruction_new") is not None and fields.get("response") is not None:
+            instruction, response = self.filled(fields, "instruction_new"), self.need(fields, "response", str)
+        else:
+            response = draws.choice(phrases.SEEDX_EDIT_RESPONSES)
+            response = response if self.options.use_polite_response else ""
+            instruction = self.filled(fields, "instruction")
+        instruction = "" if draws.uniform() < self.options.prompt_drop_ratio else instruction
         before = draws.uniform() < 0.5
-        content = self.asked(self._instruction(fields, name), name, source, before)
-        asked = self.asked("", name, source, before) if dropped else content
-        answer: list[Any] = [response, target]
-        spans = [*self.system(), self.instruct(*asked), Span(answer)]
-        return Draft(spans, {"text": "".join(self.as_text(span.parts) for span in spans)})
-
-    def _instruction(self, fields: Mapping[str, Any], name: str) -> str:
-        if fields.get(name) is None and not self.validate:
-            return ""
-        found = self.text(fields, name)
-        if self.validate and not found.replace(PLACEHOLDER, "").strip():
-            raise BadRecord("empty text", f"{name}: is empty.")
-        return found
+        return self.talk([self.instruct(self.asked(instruction, source, before)), Segment([response, target])])
 
     def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
-        """Never cut: an over-long sample is dropped, as released."""
+        """Never cut: an over-long sample is dropped, as in the original."""
         if max_length is not None and len(sequence) >= max_length:
             sequence.dropped = f"not fewer than {max_length} tokens"
 
 
 class Caption(PictureDecoder):
-    """A picture and its caption: the picture is drawn from it or, at random, read and described.
+    """An image (`image`) and its caption (`text`): the image is drawn from it or, at random, read and described.
 
-    Fields: `image` (opened), `text` (or what `use_caption_in_metadata` names), optional similarities.
+    `img_first_ratio`: share of samples that describe; below 0 none. `add_gen_prompt`: ask for the image with one of 28
+    requests. `similarity_thr`: leave out pairs below it (of records that have one of `SIMILARITIES`).
+    `use_caption_in_metadata`, `caption_key_in_metadata`: the caption's key, in the record or in `metadata`.
 
-    Options:
-        img_first_ratio: share of samples that describe; below 0 none.
-        add_gen_prompt: ask for the picture with one of 28 requests.
-        similarity_thr: leave out pairs below it (of records that have one of `SIMILARITIES`).
-        use_caption_in_metadata, caption_key_in_metadata: the caption's key, beside `text` or in `metadata`.
-
-    A caption too long to draw from leaves the sample out, counted. Note: without `validate` it becomes a sample that
-    reads the picture and learns the whole request, as released.
+    A caption too long to draw from leaves the sample out. In the original it became a sample that reads the image and
+    learns the whole request.
     """
 
     name = "seed_x.caption"
-    needs = {"image": "picture", "text": TEXT}
-    without_effect = ("assure_text",)
+    image_fields = ("image",)
 
     @dataclass(frozen=True)
-    class Options(PictureOptions):
+    class Options(FilterOptions):
         img_first_ratio: float = setting(0.5, least=-1, most=1)
         add_gen_prompt: bool = False
         similarity_thr: float | None = None
@@ -155,58 +217,28 @@ class Caption(PictureDecoder):
         caption_key_in_metadata: str = ""
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`; the text, then the picture."""
-        picture = self.use(fields, "image")
-        unlike = dissimilar(fields, self.options.similarity_thr)
-        reason = self.misshapen(picture, "image") or unlike
-        if reason:
-            return Draft(dropped=reason)
-        caption = self._caption(fields)
-        if self.options.add_gen_prompt:
-            request, response = draws_pair(draws)
-            asked = self.options.instruction_prompt.replace(INSTRUCTION, f"{request} {caption.lstrip()}")
-            caption = f"{asked} {response}"
-        parts: list[Any] = [caption, picture]
-        return Draft([Span(parts)], {"text": caption},
-                     image_first=draws.uniform() < self.options.img_first_ratio)
-
-    def _caption(self, fields: Mapping[str, Any]) -> str:
-        name = self.options.caption_key_in_metadata if self.options.use_caption_in_metadata else "text"
-        metadata = metadata_of(fields) if self.options.use_caption_in_metadata else {}
-        found = self.said(self.text({**metadata, **fields}, name), name)
-        if self.validate and not found.strip(phrases.BLANK_CAPTION):
-            raise BadRecord("empty text", f"{name}: is empty.")
-        return found
-
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> PictureSequence:
         """See `Decoder`."""
-        draft = self.draft(fields, draws)
-        sequence = PictureSequence([], [], draft.extra, draft.dropped)
-        if draft.dropped:
-            return sequence
-        parts: list[Any] = list(draft.spans[0].parts)
-        text, picture = parts
-        ids = self.tokenizer.encode(text)
-        longest = len(ids) + (self.tokens_in + 2) * picture.views + 2
-        too_long = max_length is not None and longest > max_length and not draft.image_first
-        if too_long and self.validate:
-            if len(ids) + self.tokens_out + 4 > (max_length or 0):
-                sequence.dropped = f"the caption is too long to draw from within {max_length} tokens"
-                return sequence
-            too_long = False  # what is written takes one view
-        if draft.image_first or too_long:
-            span = Span(parts[::-1])
+        used = self.use(fields, "image")
+        reason = self.misshapen(used, "image") or dissimilar(fields, self.options.similarity_thr)
+        if reason:
+            return Draft([], dropped=reason)
+        if self.options.use_caption_in_metadata:
+            name, fields = self.options.caption_key_in_metadata, {**metadata_of(fields), **fields}
         else:
-            span = Span([text, replace(picture, written=True)], learned=False)
-        self._fill(sequence, Draft([span]), None)
-        self.limit(sequence, max_length)
-        return sequence
+            name = "text"
+        caption = self.filled(fields, name)
+        if self.options.add_gen_prompt:
+            number = draws.randint(0, len(phrases.SEEDX_DRAW_REQUESTS) - 1)
+            request = f"{phrases.SEEDX_DRAW_REQUESTS[number]} {caption.lstrip()}"
+            asked = self.options.instruction_prompt.replace(INSTRUCTION, request)
+            caption = f"{asked} {phrases.SEEDX_DRAW_RESPONSES[number]}"
+        image_first = draws.uniform() < self.options.img_first_ratio
+        segment = Segment([used, caption]) if image_first else Segment([caption, replace(used, written=True)], False)
+        return Draft([segment], {"text": caption})
 
-
-def draws_pair(draws: Draws) -> tuple[str, str]:
-    """A request for a picture and the response to it."""
-    number = draws.randint(0, len(phrases.SEEDX_DRAW_REQUESTS) - 1)
-    return phrases.SEEDX_DRAW_REQUESTS[number], phrases.SEEDX_DRAW_RESPONSES[number]
+    def nothing_learned(self, draft: Draft) -> str:
+        """See `Decoder`: a drawn image is learned in a segment that is not."""
+        return ""
 
 
 def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -215,81 +247,61 @@ def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except (ValueError, RecursionError):
+        except ValueError:
             raise BadRecord("malformed json", f"metadata: is not json: {shorten(value)}.") from None
     return value if isinstance(value, Mapping) else {}
 
 
 def dissimilar(fields: Mapping[str, Any], threshold: float | None) -> str:
-    """Why a pair is left out by the similarity of caption and picture; empty if it is not, or none is known."""
-    if threshold is None:
-        return ""
+    """Why a pair is left out by the similarity of caption and image; empty if it is not, or none is known."""
     known = {**metadata_of(fields), **fields}
     name = next((name for name in SIMILARITIES if known.get(name) is not None), None)
-    if name is None:
+    if threshold is None or name is None:
         return ""
-    values = known[name] if isinstance(known[name], list | tuple) and known[name] else [known[name]]
-    if not all(isinstance(value, int | float) for value in values):
-        raise BadRecord("wrong type", f"{name}: must be a number or a list of numbers, not {shorten(known[name])}.")
-    return f"{name} is below {threshold:g}" if max(values) < threshold else ""
+    values = known[name] if isinstance(known[name], list) and known[name] else [known[name]]
+    return f"{name} is below {threshold:g}" if max(map(float, values)) < threshold else ""
 
 
 class Chat(PictureDecoder):
-    """Any conversation with pictures on both sides, of our records (`data.formats.conversations`).
+    """Any conversation with images on both sides, of our records (`data.formats.conversations`): `messages`, whose
+    contents hold opened images (`{"image": image}`).
 
-    Fields: `messages`, the pictures of their contents opened (`{"image": picture}`); `system`.
-
-    A picture of an answer is drawn. Where the next message brings none, the drawn one is shown again in front of it
+    An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it
     (`show_drawn`), so that several edits follow each other as single ones do.
     """
 
     name = "seed_x.chat"
-    needs = {"messages": LIST}
-    without_effect = ("min_resolution", "min_aspect_ratio")
-
-    def picture_fields(self, fields: Mapping[str, Any]) -> list[str]:
-        """None: its pictures stand in the messages."""
-        return []
 
     @dataclass(frozen=True)
     class Options(PictureOptions):
-        turn_sep: str = "\n"
         show_drawn: bool = True
+
+    def opened(self, fields: Mapping[str, Any], open_picture: Any) -> dict[str, Any]:
+        """See `OpenedDecoder`: the images of the messages."""
+        def part(value: Any, name: str) -> Any:
+            return {"image": open_picture(value["image"], name)} if isinstance(value, Mapping) else value
+
+        return {**fields, "messages": [
+            {**message, "content": message["content"] if isinstance(message["content"], str) else [
+                part(one, f"messages[{place}].content[{number}]") for number, one in enumerate(message["content"])]}
+            for place, message in enumerate(self.need(fields, "messages", list))]}
 
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
-        spans: list[Span] = self.system()
-        drawn: Any = None
-        messages = self.list_of(fields, "messages")
-        for place, message in enumerate(messages):
-            where = f"messages[{place}]"
-            if not isinstance(message, Mapping) or message.get("role") != ROLES[place % 2]:
-                raise BadRecord("wrong role", f"{where}: must be the {ROLES[place % 2]}'s turn.")
-            content = message.get("content")
-            parts = self._parts([content] if isinstance(content, str) else content, where, written=bool(place % 2))
-            pictures = [part for part in parts if isinstance(part, UsedPicture)]
-            if place % 2:
-                spans.append(Span(parts))
-                drawn = pictures[-1].picture if pictures else drawn
-                continue
-            if drawn is not None and not pictures and self.options.show_drawn:
-                parts = [self.use_picture(drawn, where), *parts]
-            drawn = None
-            spans.append(self.instruct(*parts, opening=self.options.turn_sep if place else ""))
-        if not messages or len(messages) % 2:
+        segments: list[Segment] = []
+        drawn: dict[str, Any] | None = None
+        for place, message in enumerate(self.need(fields, "messages", list)):
+            name, written = f"messages[{place}]", bool(place % 2)
+            if message.get("role") != ROLES[place % 2]:
+                raise BadRecord("wrong role", f"{name}: must be the {ROLES[place % 2]}'s turn.")
+            content = message["content"]
+            content = [content] if isinstance(content, str) else content
+            images = [part for part in content if not isinstance(part, str)]
+            if not written and drawn and not images and self.options.show_drawn:
+                content = [drawn, *content]
+            parts = [part if isinstance(part, str) else self.use(part, "image", written) for part in content]
+            segments.append(Segment(parts) if written else self.instruct(parts, place == 0))
+            drawn = images[-1] if written and images else None
+        if len(segments) % 2:
             raise BadRecord("wrong role", "messages: the conversation ends without an answer.")
-        return Draft(spans, {"text": "".join(self.as_text(span.parts) for span in spans)})
-
-    def _parts(self, content: Any, where: str, written: bool) -> list[Any]:
-        if not isinstance(content, Sequence):
-            raise BadRecord("wrong type", f"{where}.content: must be a text or a list, not {shorten(content)}.")
-        parts: list[Any] = []
-        for place, part in enumerate(content):
-            name = f"{where}.content[{place}]"
-            if isinstance(part, str):
-                parts.append(self.said(part, name))
-            elif isinstance(part, Mapping) and part.get("image") is not None:
-                parts.append(self.use_picture(part["image"], name, written))
-            else:
-                raise BadRecord("wrong type", f"{name}: must be a text or a picture, not {shorten(part)}.")
-        return parts
+        return self.talk(segments)

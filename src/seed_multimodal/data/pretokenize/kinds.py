@@ -1,4 +1,4 @@
-"""The kinds of records that are written, each with exactly the keys its decoder reads (`data.decoders.registry`).
+"""The kinds of records that are written, each with exactly the keys its decoder reads (`data.decoders`).
 
 | kind | record |
 | --- | --- |

@@ -22,7 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.decoders.registry import DECODERS
+from seed_multimodal.data.decoders import DECODERS
 from seed_multimodal.data.stream.released_settings import is_released, released_data_config
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
@@ -35,7 +35,7 @@ class SourceSettings:
 
     Attributes:
         files, format, format_options: as `formats.sources.open_records` takes them.
-        decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
+        decoder: a name of `decoders.get_decoder`; `options` go to it.
         image_dir: folder of the images that the records of a decoder `seed_x.*` name; None: that of their file.
         weight: share of the draws, relative to the other sources'. Without packing a draw is a micro-batch of
             `batch_size` sequences, as in the original. With packing it is one sequence, and the weight counts

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.sequence import IGNORED
+from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.data_settings import LlmDataSettings
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.data.stream.mixture import Mixture, Piece, Read

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seed_multimodal.data.decoders.base import Decoder
+from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, Draws, SeededDraws, TokenSequence, some_picture
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
-from seed_multimodal.data.decoders.registry import FEATURE_DECODERS, get_decoder, some_picture
-from seed_multimodal.data.decoders.sequence import IGNORED, Draws, SeededDraws, TokenSequence
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.order import EpochOrder

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from seed_multimodal.data.decoders.sequence import IGNORED
+from seed_multimodal.data.decoders.base import IGNORED
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of one sequence, int32 [n] each
 

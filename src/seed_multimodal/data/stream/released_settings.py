@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest
 
@@ -43,7 +43,8 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and
 MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 _SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
-_NEVER_READ = ("caption_prompt", "reverse_ratio", "tokenizer", "image_processor", "image_transform")
+_NEVER_READ = ("caption_prompt", "reverse_ratio", "assure_text", "min_resolution", "min_aspect_ratio", "tokenizer",
+               "image_processor", "image_transform")
 
 
 def is_released(config: Mapping[str, Any]) -> bool:
@@ -88,7 +89,7 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
     name, format = BUILDERS[target]
     decoder = (DECODERS | FEATURE_DECODERS)[name]
     options = decoder.option_names()
-    dropped = [key for key in (*decoder.without_effect, *_NEVER_READ) if key not in options]
+    dropped = [key for key in _NEVER_READ if key not in options]
     own = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
     check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped, *own], where)
     folders = pipe.get("data_dir")

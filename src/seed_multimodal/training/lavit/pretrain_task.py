@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.decoders import FEATURE_DECODERS
 from seed_multimodal.data.decoders.lavit import LavitOptions
-from seed_multimodal.data.decoders.registry import FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import SourceSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.sequence import IGNORED
+from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import DataError

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders.pictured import PictureOptions
+from seed_multimodal.data.decoders.seed_x import PictureOptions
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN

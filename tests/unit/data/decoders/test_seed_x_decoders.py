@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.pictured import PictureDecoder, PictureSequence, batch_rows
-from seed_multimodal.data.decoders.registry import get_decoder
-from seed_multimodal.data.decoders.sequence import IGNORED, SeededDraws
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
+from seed_multimodal.data.decoders.opened import PictureSequence
+from seed_multimodal.data.decoders.seed_x import PictureDecoder
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -53,7 +53,6 @@ def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalT
         sequence = make(words, "edit").decode(fields, SeededDraws(seed))
         source, target = sequence.pictures
         assert (source.views, source.written, target.views, target.written) == (3, False, 2, True)
-        assert source.uses == ([True] * 3, [False] * 3) and target.uses == ([False] * 2, [False, True])
         assert len(sequence.read) == 12 and len(sequence.written) == 4
         assert [sequence.ids[place] for place in sequence.written] == words.vocabulary.run()[1:-1]  # type: ignore[attr-defined]
         assert learned(sequence, words).endswith("<img> </s>")
@@ -97,9 +96,6 @@ def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer)
                               SeededDraws(seed))
         assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
         assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
-    literal = make(words, "conversation", validate=False).decode(
-        {"image": SQUARE, "data": ["<image> what?", "A cat."]}, SeededDraws(1))
-    assert "<image> what?" in words.decode(literal.ids)  # as released
 
 
 @pytest.mark.parametrize("value", [None, "", "none", "None", "null"])
@@ -107,32 +103,17 @@ def test_records_without_a_picture(words: MultimodalTokenizer, value: Any) -> No
     decoder = make(words, "conversation")
     fields = {"image": value, "data": ["What?", "No."]}
     sequence = decoder.decode(fields, SeededDraws(1))
-    assert not decoder.picture_fields(fields) and not sequence.pictures and not sequence.read
-    batch = batch_rows([sequence], 40, 0)
-    assert batch["patch_position"] is None and batch["embeds_cmp_mask"] is None
+    assert decoder.opened(fields, lambda *_: SQUARE) == fields and not sequence.pictures and not sequence.read
 
 
-def test_a_path_with_null_in_it_is_a_picture(words: MultimodalTokenizer) -> None:
-    fields = {"image": "a/nullable.png", "data": ["What?", "No."]}
-    assert make(words, "conversation").picture_fields(fields) == ["image"]
-    assert make(words, "conversation", validate=False).picture_fields(fields) == []  # as released
-    with pytest.raises(BadRecord, match="image: must be an opened picture, not 'a/nullable.png'"):
-        make(words, "conversation").decode(fields, SeededDraws(1))
-
-
-def test_captions_too_long_to_draw_from_are_left_out_and_never_become_others(words: MultimodalTokenizer) -> None:
+def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer) -> None:
     decoder = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
-    short, long = {"image": SQUARE, "text": "a cat"}, {"image": SQUARE, "text": "a red cat " * 30}
-    good = decoder(short, SeededDraws(3), 90)
-    assert isinstance(good, PictureSequence) and learned(good, words) == "<img> </s>" and not good.read
-    assert decoder(long, SeededDraws(3), 90) is None and "too long to draw from within 90" in decoder.reason
-    released = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True, validate=False)
-    other = released.decode(long, SeededDraws(3), 90)
-    assert other.read and not other.written and len(other) == 90  # the released defect
-    # What fits by its own length is kept, although the released rule counts the views that are not written.
-    exact = len(good)
-    assert decoder.decode(short, SeededDraws(3), exact).ids == good.ids
-    assert decoder.decode(short, SeededDraws(3), exact - 1).dropped
+    good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), 90)
+    assert learned(good, words) == "<img> </s>" and not good.read
+    long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededDraws(3), 90)
+    assert "do not fit into 90 tokens" in long.dropped
+    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good)).ids == good.ids
+    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good) - 1).dropped
 
 
 def test_captions_that_describe(words: MultimodalTokenizer) -> None:
@@ -146,10 +127,10 @@ def test_captions_that_describe(words: MultimodalTokenizer) -> None:
 def test_similarity(words: MultimodalTokenizer, metadata: Any, kept: bool) -> None:
     decoder = make(words, "caption", similarity_thr=0.2)
     fields = {"image": SQUARE, "text": "a cat"}
-    assert (decoder({**fields, "metadata": metadata}, SeededDraws(0)) is not None) == kept
+    assert (not decoder.decode({**fields, "metadata": metadata}, SeededDraws(0)).dropped) == kept
     if isinstance(metadata, dict):  # a tar's json is the record itself
-        assert (decoder({**fields, **metadata}, SeededDraws(0)) is not None) == kept
-        assert kept or "is below 0.2" in decoder.reason
+        dropped = decoder.decode({**fields, **metadata}, SeededDraws(0)).dropped
+        assert not dropped if kept else "is below 0.2" in dropped
 
 
 def test_small_and_narrow_pictures(words: MultimodalTokenizer) -> None:
@@ -159,7 +140,7 @@ def test_small_and_narrow_pictures(words: MultimodalTokenizer) -> None:
             picture = SMALL if "min_resolution" in options else WIDE
             fields = {"target_image": SQUARE, "instruction": "x", "text": "x", key: picture}
             decoder = make(words, name, **options)
-            assert decoder(fields, SeededDraws(0)) is None and reason in decoder.reason
+            assert reason in decoder.decode(fields, SeededDraws(0)).dropped
 
 
 def test_pictures_are_never_cut(words: MultimodalTokenizer) -> None:
@@ -167,18 +148,14 @@ def test_pictures_are_never_cut(words: MultimodalTokenizer) -> None:
     decoder = make(words, "conversation")
     whole = decoder.decode(fields, SeededDraws(1))
     for longest in range(1, len(whole) + 1):
-        released = make(words, "conversation", validate=False).decode(fields, SeededDraws(1), longest)
-        assert bool(released.dropped) == (longest <= max(whole.read) + 1)
         cut = decoder.decode(fields, SeededDraws(1), longest)
         assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learned_within(whole, longest))
         if not cut.dropped:
-            assert cut.ids == whole.ids[:longest] and batch_rows([cut], longest, 0)["ids_cmp_mask"][0].count(True) == 8
+            assert cut.ids == whole.ids[:longest] and len(cut.read) == 8
     edit = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
     length = len(make(words, "edit").decode(edit, SeededDraws(1)))
     assert make(words, "edit").decode(edit, SeededDraws(1), length).dropped == (
         f"not fewer than {length} tokens")
-    with pytest.raises(ValueError, match="does not fit into rows of 5"):
-        batch_rows([whole], 5, 0)
 
 
 def learned_within(sequence: PictureSequence, longest: int) -> bool:
@@ -205,62 +182,30 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
     assert sequence.ids[:len(asked)] == asked
 
 
-def test_the_batch_has_every_view_in_order(words: MultimodalTokenizer) -> None:
-    fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "x"}
-    edit = make(words, "edit").decode(fields, SeededDraws(2))
-    talk = make(words, "conversation").decode({"data": ["What?", "No."]}, SeededDraws(2))
-    batch = batch_rows([edit, talk], 80, 0)
-    assert batch["embeds_cmp_mask"] == [True, True, True, False, False]
-    assert batch["embeds_gen_mask"] == [False, False, False, False, True]
-    assert batch["patch_position"] == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
-    assert batch["images_patch_length"] == [3, 2] and batch["image_size"] == [[900, 450], [448, 448]]
-    assert [len(row) for row in batch["input_ids"]] == [80, 80]
-    assert sum(map(sum, batch["ids_cmp_mask"])) == 12 and sum(map(sum, batch["ids_gen_mask"])) == 4
-
-
 TALK = {"image": SQUARE, "data": ["What?", "No."]}
 EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("conversation", {"image": SQUARE}, "data: is missing"),
-    ("conversation", {**TALK, "data": ["What?"]}, "come in pairs"),
     ("conversation", {**TALK, "data": [1, 2]}, "data.0."),
-    ("conversation", {**TALK, "data": ["What?", " "]}, "nothing that could be learned"),
-    ("conversation", {**TALK, "data": ["<img>?", "No."]}, r"data\[0\]: holds the control word '<img>'"),
-    ("conversation", {**TALK, "data": ["a</s>b", "No."]}, "control word '</s>'"),
-    ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><box_end>"]}, r"data\[1\]: A box is not four"),
-    ("conversation", {**TALK, "data": ["a", "<box_start><loc-1><loc-2><loc-3><loc-16><box_end>"]}, "below 16 with"),
-    ("conversation", {**TALK, "data": ["<image> and <image>?", "No."]}, r"data\[0\]: 2 <image> placeholders for 1 pic"),
-    ("conversation", {**TALK, "data": ["<image>?", "No.", "<image>?", "No."]}, r"data\[2\]: holds <image>, but no pic"),
-    ("conversation", {**TALK, "data": ["What?", "<image>"]}, r"data\[1\]: holds <image>, but no picture stands there"),
-    ("edit", {**EDIT, "instruction": "<image>"}, "instruction: is empty"),
-    ("edit", {**EDIT, "instruction": "<image> as <image>"}, "instruction: 2 <image> placeholders for 1 picture"),
-    ("edit", {**EDIT, "instruction_new": "Swap.", "response": "<image>"}, "response: holds <image>, but no picture"),
-    ("caption", {"image": SQUARE, "text": "<image> a cat"}, "text: holds <image>, but no picture stands there"),
     ("edit", {**EDIT, "target_image": None}, "target_image: is missing"),
     ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
-    ("edit", {**EDIT, "instruction": 5}, "must be a text"),
-    ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be an opened picture"),
-    ("caption", {"image": SQUARE}, "text: is missing"), ("caption", {"text": "a"}, "image: is missing"),
+    ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be an opened image"),
     ("caption", {"image": SQUARE, "text": " . "}, "text: is empty"),
     ("caption", {"image": SQUARE, "text": "a", "metadata": "{"}, "metadata: is not json"),
-    ("caption", {"image": SQUARE, "text": "a", "similarity": "high"}, "similarity: must be a number"),
-    ("chat", {"messages": []}, "without an answer"), ("chat", {"messages": [{"role": "assistant"}]}, "user's turn"),
-    ("chat", {"messages": [{"role": "user", "content": [5]}]}, "must be a text or a picture"),
-    ("chat", {"messages": [{"role": "user", "content": None}]}, "must be a text or a list")])
-def test_bad_records_are_one_sentence(words: MultimodalTokenizer, name: str, fields: Any, message: str) -> None:
-    options = {"similarity_thr": 0.1} if name == "caption" else {}
-    with pytest.raises(BadRecord, match=message) as caught:
-        make(words, name, **options).decode(fields, SeededDraws(0))
-    assert str(caught.value).endswith(".")
+    ("chat", {"messages": [{"role": "user", "content": "a"}]}, "without an answer"),
+    ("chat", {"messages": [{"role": "assistant"}]}, "user's turn")])
+def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str) -> None:
+    with pytest.raises(BadRecord, match=message):
+        make(words, name).decode(fields, SeededDraws(0))
 
 
 RELEASED = {  # of the released data files; what the loader takes (max_length, data_dir, ...) is left out
     "conversation": {"resolution_grids": ["1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"]},
     "caption": {"similarity_thr": 0.1, "min_resolution": 400, "min_aspect_ratio": 0.6, "use_caption_in_metadata": False,
                 "add_gen_prompt": True, "caption_key_in_metadata": "top_caption", "img_first_ratio": -1.0,
-                "assure_text": True, "resolution_grids": ["1x1"]},
+                "resolution_grids": ["1x1"]},
     "edit": {"min_resolution": 400, "min_aspect_ratio": 0.6, "prompt_drop_ratio": 0.0, "use_polite_response": True,
              "resolution_grids": ["1x1"]}}
 
@@ -273,18 +218,9 @@ def test_the_released_options_are_known(words: MultimodalTokenizer, name: str) -
     assert decoder.options.resolution_grids == tuple(RELEASED[name]["resolution_grids"])
 
 
-def test_wrong_options(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    for name, options, message in (("edit", {"num_img_in_token": 3}, "num_img_in_tokens"),
-                                   ("edit", {"num_img_in_tokens": 9}, "cannot take 9 words; the tokenizer has 6"),
-                                   ("edit", {"resolution_grids": ["2by1"]}, "not grids of views"),
-                                   ("edit", {"instruction_prompt": "x"}, "instruction")):
-        with pytest.raises(ConfigError, match=message):
-            make(words, name, **options)
+def test_get_decoder_other_tokenizer(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not grids of views"):
+        make(words, "edit", resolution_grids=["2by1"])
     other = MultimodalTokenizer.train(TEXTS, tmp_path, vocab_size=300, n_codes=6, tokens_per_image=4)
     with pytest.raises(ConfigError, match="not SEED-X's"):
         get_decoder("seed_x.edit", other)
-
-
-def test_the_sentences_seen_in_recordings_are_at_their_places() -> None:
-    assert phrases.SEEDX_DRAW_REQUESTS[14] == "Generate an image:" and phrases.SEEDX_EDIT_RESPONSES[-1] == ""
-    assert len(set(phrases.SEEDX_DRAW_REQUESTS)) == 28 and len(set(phrases.SEEDX_EDIT_RESPONSES)) == 21

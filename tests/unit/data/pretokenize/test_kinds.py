@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.decoders.registry import get_decoder
-from seed_multimodal.data.decoders.sequence import SeededDraws
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import SeededDraws
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
@@ -71,8 +71,8 @@ def codes_of(codec: CodeImages, folder: Path, *numbers: int) -> list[list[int]]:
 
 
 def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
-    sequence = get_decoder(name, words, options)(fields, SeededDraws(0))
-    assert sequence is not None and any(label != -100 for label in sequence.labels)
+    sequence = get_decoder(name, words, options).decode(fields, SeededDraws(0))
+    assert not sequence.dropped and any(label != -100 for label in sequence.labels)
     return words.decode(sequence.ids)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.data.decoders.sequence import pad
+from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.mixture import Mixture
@@ -38,10 +38,12 @@ def test_at_padded_is_the_original_form(padded: Callable, words, numbers: Callab
         kind = numbers(batch)[0] // 1000
         length, size = list(SIZES.values())[kind]
         assert batch.input_ids.shape == (size, length) and {n // 1000 for n in numbers(batch)} == {kind}
-        expected = [pad(mixture.sequence(kind, position, length)[0], length, 0)
+        expected = [mixture.sequence(kind, position, length)[0]
                     for position in range(drawn[kind] * size, (drawn[kind] + 1) * size)]
-        for name in ("input_ids", "labels", "attention_mask"):
-            assert getattr(batch, name).tolist() == [row[name] for row in expected]
+        for name, values, filler in (("input_ids", [one.ids for one in expected], 0),
+                                     ("labels", [one.labels for one in expected], IGNORED),
+                                     ("attention_mask", [[1] * len(one) for one in expected], 0)):
+            assert getattr(batch, name).tolist() == [row + [filler] * (length - len(row)) for row in values]
         assert batch.position_ids.tolist() == [list(range(length))] * size
         assert batch.tokens == int(batch.attention_mask.sum()) and batch.sequences == size
         drawn[kind] += 1

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.released_settings import BUILDERS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seed_multimodal.data.decoders.sequence import IGNORED as NO
+from seed_multimodal.data.decoders.base import IGNORED as NO
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN, BatchViews
 from seed_multimodal.errors import DataError

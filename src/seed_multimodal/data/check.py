@@ -1,0 +1,150 @@
+"""`seed data check`: the sources of a training read by the training's own reader, before the training.
+
+Of each source N records, evenly over its files, are decoded as in training: counted are sequences, their tokens,
+samples that are dropped or broken, and control words written out in texts (`</s>`, `<img>`). These are no errors: most
+decoders make real tokens of them, as the original does, but each ends a text or opens an image.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal.config import load_yaml
+from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.decoders.base import SeededDraws
+from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.mixture import Mixture, read_sequence
+from seed_multimodal.data.stream.skip_budget import BROKEN, SkippedSample
+from seed_multimodal.entry import log_line
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.progress import Progress
+
+SHOWN = 3  # records that are named for each kind of problem
+LETTERS = ("chat", "sft.interleaved")  # decoders to which control words in texts are letters, or codes of images
+
+
+@dataclass
+class SourceReport:
+    """Counts of one source.
+
+    Attributes:
+        lengths: sequences by their number of tokens. too_long: those longer than the run's rows.
+        skipped: (kind, reason) → how many; first: some of their sentences.
+        control: names of control words in texts (all image codes as one).
+    """
+
+    name: str
+    size: int
+    records: int = 0
+    too_long: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
+    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first: list[str] = field(default_factory=list)
+    control: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def broken(self) -> int:
+        """How many records cannot be read or decoded."""
+        return sum(count for (kind, _), count in self.skipped.items() if kind == BROKEN)
+
+    def length_at(self, share: float) -> int:
+        """The length that this share (0..1) of the sequences does not exceed."""
+        wanted, seen = share * self.lengths.total(), 0
+        for length, count in sorted(self.lengths.items()):
+            seen += count
+            if seen >= wanted:
+                return length
+        return 0
+
+    def note(self, skipped: SkippedSample) -> None:
+        """Count a skipped sample; the first of each reason are named."""
+        key = skipped.kind, skipped.reason
+        self.skipped[key] += 1
+        if self.skipped[key] <= SHOWN:
+            self.first.append(f"{skipped.reason}: {skipped.where}")
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        tokens = {f"p{share}": self.length_at(share / 100) for share in (5, 50, 95, 99, 100)}
+        return {"name": self.name, "size": self.size, "records": self.records, "sequences": self.lengths.total(),
+                "tokens": tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
+                "skipped": [{"kind": kind, "reason": reason, "count": count}
+                            for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control)}
+
+    def lines(self) -> list[str]:
+        """The report in words."""
+        tokens = ", ".join(f"{share} % {self.length_at(share / 100):,}" for share in (5, 50, 95, 99))
+        found = [f"{self.name}: {self.records:,} of {self.size:,} records, {self.lengths.total():,} sequences",
+                 f"  tokens: {tokens}, longest {max(self.lengths, default=0):,}; too long: {self.too_long:,}"]
+        found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
+        found += [f"    {sentence}" for sentence in self.first]
+        words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
+        return [*found, f"  warning: control words in texts, which become real tokens: {words}"] if words else found
+
+
+def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, str]:
+    """Data settings and tokenizer of a run's YAML (its `data` and `tokenizer`), or of a data file alone.
+
+    Raises:
+        ConfigError: the file is not there, or names no tokenizer and none is given.
+    """
+    config = load_yaml(path)
+    words = tokenizer or config.get("tokenizer")
+    words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
+    if not words:
+        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR.")
+    return read_data_settings(config.get("data") or config, str(path)), str(words)
+
+
+def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None = 1000) -> list[SourceReport]:
+    """Decode so many records of each source (None: all) as the training does.
+
+    Raises:
+        ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
+    """
+    decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
+    kinds = {decoder.Words for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
+    words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
+    mixture = Mixture(settings, words)
+    reports = []
+    for number, source in enumerate(settings.sources):
+        size = len(mixture.records[number])
+        count = size if records is None else min(size, records)
+        report = SourceReport(source.name, size)
+        longest = settings.length if settings.packing else settings.padded_shape(number)[1]
+        with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
+            for place in range(count):
+                _check_record(mixture, number, place * size // count, words, longest, report)
+                bar.update()
+        reports.append(report)
+    return reports
+
+
+def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, longest: int,
+                  report: SourceReport) -> None:
+    records, decoder = mixture.records[source], mixture.decoders[source]
+    draws = SeededDraws(mixture.settings.seed, source, index)
+    report.records += 1
+    found = read_sequence(records, index, decoder, mixture.readers[source], draws, None, source)
+    if isinstance(found, SkippedSample):
+        report.note(found)
+        return
+    report.lengths[len(found[0])] += 1
+    report.too_long += len(found[0]) > longest
+    if decoder.name not in LETTERS:
+        for text in _texts(records.read(index).fields):
+            report.control.update("<img_…>" if word.startswith("<img_") else word for word in words.control_words(text))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a record."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | Mapping):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(one)

@@ -1,1 +1,0 @@
-"""`seed data check`: training data read and decoded once before a training does."""

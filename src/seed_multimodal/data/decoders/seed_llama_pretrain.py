@@ -1,0 +1,220 @@
+"""SEED-LLaMA's pre-training data: captions, interleaved documents, clips, text, edits, prompts of captioning.
+
+    pretrain.caption        <s>[image]caption</s>  or  <s>caption[image]</s>       everything learned
+    pretrain.interleaved    <s>texts and images in the order of the document</s>   everything learned
+    pretrain.video          <s>[frame][frame][frame][frame]caption</s>             caption learned
+    pretrain.text           <s>text</s>                                            everything learned
+    pretrain.edit           <s>[source]instruction[target]</s>                     target learned
+    pretrain.caption_eval   <s>[image]caption[image]caption[image]prompt           nothing (a prompt)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from seed_multimodal.data.decoders.base import (
+    BLANK_CAPTION,
+    IGNORED,
+    Decoder,
+    DecoderOptions,
+    Draft,
+    Draws,
+    Part,
+    Segment,
+    TokenSequence,
+)
+from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.settings import setting
+
+BLANK = "the text is blank"
+
+
+class Caption(Decoder):
+    """An image (`image_ids` or `views`) and its caption (`text`, which may be a list).
+
+    Options: `reverse_ratio`: share of samples with the image first. `caption_prompt`: a template with `{}` for the
+    caption, or a list of which one is drawn. `mask_left_label`: the left part is not learned.
+    `use_caption_in_metadata`: the caption is `metadata[caption_key_in_metadata]`. `first_text`: share of draws that
+    take the first of several captions, else any (ours).
+    """
+
+    name, whole = "pretrain.caption", True
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        mask_left_label: bool = False
+        use_caption_in_metadata: bool = False
+        caption_key_in_metadata: str = ""
+        first_text: float = setting(0.0, least=0, most=1)
+        caption_prompt: str | list[str] | None = None
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        prompts = self.options.caption_prompt or "{}"
+        prompt = draws.choice([prompts] if isinstance(prompts, str) else prompts)
+        image_first = draws.uniform() < self.options.reverse_ratio
+        image = self.image(fields, draws, read=image_first)
+        caption = self._caption(fields, draws)
+        parts: list[Part] = [image, prompt.format(caption)]
+        blank = "" if caption.strip(BLANK_CAPTION) else BLANK
+        return Draft([Segment(parts if image_first else parts[::-1])], {"text": caption}, blank)
+
+    def _caption(self, fields: Mapping[str, Any], draws: Draws) -> str:
+        if self.options.use_caption_in_metadata:
+            metadata = fields.get("metadata") or {}
+            found = json.loads(metadata) if isinstance(metadata, str) else metadata
+            return self.need(found, self.options.caption_key_in_metadata, str)
+        if not isinstance(fields.get("text"), list):
+            return self.need(fields, "text", str)
+        texts = self.texts(fields, "text")
+        first = self.options.first_text and draws.uniform() < self.options.first_text
+        return texts[0] if first else draws.choice(texts)
+
+    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
+        """See `Decoder`; a sample whose left part, which is not learned, was cut is dropped."""
+        sequence = super().decode(fields, draws, max_length)
+        if self.options.mask_left_label:
+            image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
+            last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
+            end = sequence.ids.index(last) + 1 if last in sequence.ids else 0
+            sequence.labels[:end] = [IGNORED] * end
+            sequence.dropped = sequence.dropped if end else f"the left part does not end within {max_length} tokens"
+        return sequence
+
+
+class Interleaved(Decoder):
+    """A document: `image_ids` and `texts` are equally long, at each place one of the two is None.
+
+    Options: `reverse_ratio`: share of documents in which every image is swapped with the element after it.
+    `max_images`: a document ends before the next image, or after the text that follows the last.
+    """
+
+    name, whole = "pretrain.interleaved", True
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        reverse_ratio: float = setting(0.5, least=-1, most=1)
+        max_images: int | None = setting(None, least=1)
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
+        backwards = draws.uniform() < self.options.reverse_ratio
+        if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=True)):
+            return Draft([], dropped="a place of the document is not either an image or a text")
+        parts: list[Part] = []
+        left = self.options.max_images
+        for place in _swapped(images) if backwards else range(len(texts)):
+            if left == 0 and images[place] is not None:
+                break
+            if images[place] is not None:
+                parts.append(self.codes(images[place], f"image_ids[{place}]"))
+                left = None if left is None else left - 1
+                continue
+            parts.append(self.need({f"texts[{place}]": texts[place]}, f"texts[{place}]", str))
+            if left == 0:
+                break
+        return Draft([Segment(parts)])
+
+
+def _swapped(images: Sequence[Any]) -> list[int]:
+    """Indices of the elements, each image swapped with the element after it."""
+    order: list[int] = []
+    while len(order) < len(images):
+        place = len(order)
+        pair = images[place] is not None and place + 1 < len(images)
+        order += [place + 1, place] if pair else [place]
+    return order
+
+
+class Video(Decoder):
+    """The frames of a clip (`image_ids`) and what it shows (`answer`).
+
+    Options: `num_frames`: how many frames are taken. `flat`: frames as one long list; false: a list for each frame.
+    """
+
+    name = "pretrain.video"
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        num_frames: int = setting(4, least=1)
+        flat: bool = True
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        number, per_frame = self.options.num_frames, self.vocabulary.tokens_per_image if self.options.flat else 1
+        codes = self.need(fields, "image_ids", list)
+        if self.options.flat and len(codes) < number * per_frame:
+            raise BadRecord("number of frames", f"image_ids: holds fewer than num_frames ({number}) frames.")
+        frames = self.images({"image_ids": codes[:number * per_frame]}, draws, read=True)
+        segments = [Segment(frames, learned=False), Segment([self.need(fields, "answer", str)])]
+        return Draft(segments, {"text": self.as_text(segments)})
+
+
+class Text(Decoder):
+    """Text alone (`text`)."""
+
+    name, whole = "pretrain.text", True
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        text = self.need(fields, "text", str)
+        return Draft([Segment([text])], {"text": text}, "" if text.strip(BLANK_CAPTION) else BLANK)
+
+
+class Edit(Decoder):
+    """An image, what to change, and the changed image: `source_image_ids`, `instruction`, `target_image_ids`."""
+
+    name, whole = "pretrain.edit", True
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        source = self.image(fields, draws, read=True, name="source_image_ids")
+        target = self.image(fields, draws, read=False, name="target_image_ids")
+        return Draft([Segment([source, self._instruction(fields), target])])
+
+    def _instruction(self, fields: Mapping[str, Any]) -> str:
+        return self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
+
+    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
+        """See `Decoder`."""
+        sequence = super().decode(fields, draws, max_length)
+        # As in the original: counted on the instruction alone, so blanks lost next to the image hide `<img>` too.
+        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(self._instruction(fields)))
+        sequence.labels = [IGNORED] * min(count, len(sequence.ids)) + sequence.labels[count:]
+        return sequence
+
+
+class CaptionEval(Decoder):
+    """The prompt of the original captioning evaluation: `image_ids`, `context` (captioned images to imitate),
+    `metadata.image_id`. Options: `num_context` (how many of them), `caption_prompt` (how the caption is to begin)."""
+
+    name = "pretrain.caption_eval"
+
+    @dataclass(frozen=True)
+    class Options(DecoderOptions):
+        num_context: int = setting(2, least=0)
+        caption_prompt: str = ""
+
+    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
+        """See `Decoder`."""
+        parts: list[Part] = []
+        for shot in self.need(fields, "context", list)[:self.options.num_context] if self.options.num_context else []:
+            parts += [self.image(shot, draws, read=False), self.need(shot, "text", str)]
+        parts += [self.image(fields, draws, read=False), self.options.caption_prompt]
+        name = self.need(self.need(fields, "metadata", dict), "image_id", object)
+        return Draft([Segment(parts, learned=False)], {"image_id": name})
+
+    def nothing_learned(self, draft: Draft) -> str:
+        """See `Decoder`: it is a prompt."""
+        return ""
+
+    def join(self, draft: Draft) -> tuple[list[int], list[int]]:
+        """See `Decoder`: without `</s>`."""
+        ids, labels = super().join(draft)
+        return ids[:-1], labels[:-1]
