@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 
 from seed_multimodal.training.llm.app import Application
 from seed_multimodal.training.llm.app import main_process as start
-from seed_multimodal.training.pixel_decoder.settings import DEEPSPEED, GROUPS
 
 
 def _train(config: Mapping[str, Any]) -> Any:
@@ -26,7 +25,8 @@ def _train(config: Mapping[str, Any]) -> Any:
     return train_lavit_detokenizer(config)
 
 
-APPLICATION = Application("train_lavit_detokenizer.py", str(__doc__), (*GROUPS, DEEPSPEED), _train)
+GROUPS = ("model", "data", "optim", "trainer", "deepspeed")
+APPLICATION = Application("train_lavit_detokenizer.py", str(__doc__), GROUPS, _train)
 
 
 def main_process(configs: str | Path) -> NoReturn:
