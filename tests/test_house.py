@@ -306,10 +306,11 @@ LINES = {
     "src/seed_nano": 5000, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1000,
     "tests/unit/nano": 1200,
     # Not at their budget yet: today's lines.
-    "src/seed_multimodal": 39_510, "src/seed_multimodal/images": 560, "src/seed_multimodal/nn": 610,
-    "src/seed_multimodal/language": 2050, "src/seed_multimodal/diffusion": 670, "src/seed_multimodal/system": 930,
+    "src/seed_multimodal": 39_510, "src/seed_multimodal/images": 560, "src/seed_multimodal/nn": 540,
+    "src/seed_multimodal/language": 1985, "src/seed_multimodal/diffusion": 615, "src/seed_multimodal/system": 900,
     "src/seed_multimodal/seed": 2000, "src/seed_multimodal/seed_x": 1550, "src/seed_multimodal/lavit": 1840,
-    "src/seed_multimodal/cli": 1850, "src/seed_multimodal/serving": 1240, "src/seed_multimodal/data": 10_150,
+    "src/seed_multimodal/cli": 1850, "src/seed_multimodal/serving": 1240, "src/seed_multimodal/data": 9_380,
+    "src/seed_multimodal/data/pretokenize": 1310,
     "src/seed_multimodal/training": 9450, "SEED_Tokenizer": 2570, "MultiModalLLM": 330, "tests": 34_260}
 
 

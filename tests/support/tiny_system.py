@@ -72,7 +72,7 @@ def write_detokenizer(folder: Path) -> None:
     from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
     from tiny_sdxl import vae
 
-    from seed_multimodal.diffusion.layout import LayoutDecoder
+    from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
 
     unet = UNet2DConditionModel(
         sample_size=GRID, block_out_channels=(8, 16), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
@@ -87,6 +87,6 @@ def write_detokenizer(folder: Path) -> None:
         scheduler=DDIMScheduler(**schedule, prediction_type="v_prediction", clip_sample=False))
     pipeline.save_pretrained(folder)
     labels = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 1}
-    layout = LayoutDecoder(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
-    layout.save_pretrained(folder / "layout")
+    sizes = LayoutConfig(EMBEDDING, 4, GRID, CROSS, labels, [[(0, 0.5, 0.5, 0.8)]], width=16, coarse=8)
+    LayoutDecoder(sizes).save_pretrained(folder / "layout")
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2, "guidance_scale": 3.0}))

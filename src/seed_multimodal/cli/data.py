@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -134,35 +136,53 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
     parser.add_argument("--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer")
     parser.add_argument("--data", metavar="YAML", required=True, help="the input")
     parser.add_argument("--save_dir", required=True)
-    parser.add_argument("--gpus", type=int, help="processes, one per GPU (default: at most 4; on a CPU 1)")
-    parser.add_argument("--batch_size", type=int, help="halved on out-of-memory (default: 256, on a CPU 32)")
+    parser.add_argument("--gpus", type=whole_number(1), help="processes, one per GPU (default: at most 4; on a CPU 1)")
+    parser.add_argument("--batch_size", type=int, help="images encoded at once (default: 256, on a CPU 32)")
     parser.add_argument("--num_workers", type=int, default=4, help="decode workers of each process (default: 4)")
-    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th unit from I on")
-    parser.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True, help="in a folder that exists")
+    parser.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th shard from I on")
     parser.add_argument("--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what")
     parser.add_argument("--views", type=int, default=1, help="of each image (caption, qa, chat), the others augmented")
     parser.add_argument("--seed", type=int, default=0, help="of the augmented views")
     add_device(parser, "auto", "auto: float16 on CUDA as the original, else float32")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="the encoder (default: on CUDA)")
-    parser.add_argument("--block", type=int, default=10_000, help="records of a unit where no tar is read")
-    parser.add_argument("--maxcount", type=int, default=10_000, help="records per output tar")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False,
+                        help="the encoder: minutes before the first image")
+    parser.add_argument("--block", type=int, default=10_000, help="records of a shard where no tar is read")
     parser.add_argument("--max_bad", type=int, default=20, help="broken samples in a row that end the run")
-    parser.add_argument("--log_every", type=float, default=10.0, help="seconds between progress lines")
     return parser
 
 
 def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     from seed_multimodal.data.pretokenize.encode import EncoderSettings
     from seed_multimodal.data.pretokenize.input_settings import parse_fields
-    from seed_multimodal.data.pretokenize.run import RunSettings, run
+    from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
+    from seed_multimodal.data.pretokenize.shards import find_inputs
 
-    return run(RunSettings(
+    settings = RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,
         encoder=EncoderSettings(args.tokenizer, args.device, args.dtype, args.compile),
-        fields=parse_fields(args.fields), gpus=args.gpus, shard=args.shard,
-        image_transform=args.image_transform or args.image_processor, batch_size=args.batch_size,
-        workers=args.num_workers, views=args.views, seed=args.seed, block=args.block, limit=args.maxcount,
-        resume=args.resume, max_bad=args.max_bad, log_every=args.log_every, debug=args.debug))
+        fields=parse_fields(args.fields), shard=args.shard, batch_size=args.batch_size, workers=args.num_workers,
+        image_transform=args.image_transform or args.image_processor, views=args.views, seed=args.seed,
+        block=args.block, max_bad=args.max_bad)
+    gpus = 1 if "RANK" in os.environ else _processes(args)
+    if gpus == 1:
+        return run(settings)
+    find_inputs(read_input(settings)[1])  # an error is shown once, not by each process
+    sources = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    os.execve(sys.executable, [sys.executable, "-m", "seed_multimodal.training.torchrun", "--standalone",
+                               f"--nproc_per_node={gpus}", *sys.argv], {**os.environ, "PYTHONPATH": sources})
+
+
+def _processes(args: argparse.Namespace) -> int:
+    """Processes to start on this machine."""
+    import torch
+
+    there = torch.cuda.device_count() if args.device in ("auto", "cuda") else 0
+    gpus: int = args.gpus or min(4, there) or 1
+    if args.device.startswith("cuda:") and gpus > 1:
+        raise ConfigError(f"--device {args.device} names one GPU, --gpus {gpus} needs {gpus}: leave one of them out.")
+    if there and gpus > there:
+        raise ConfigError(f"--gpus {gpus}: this machine has {counted(there, 'GPU')}.")
+    return gpus
 
 
 def _shard(text: str) -> tuple[int, int]:

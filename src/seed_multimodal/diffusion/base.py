@@ -2,8 +2,7 @@
 
     images = detokenizer(embeds, seeds=[1, 2, 3], num_inference_steps=20)
 
-A drawing depends on its embeddings and its seed, never on the rest of its batch. Latents stay float32 between the
-steps, whatever precision the U-Net computes in.
+A drawing depends on its embeddings and its seed, never on the rest of its batch. Latents are float32 between steps.
 """
 
 from __future__ import annotations
@@ -43,10 +42,7 @@ OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """Settings of a drawing; `seed_decode.json` in a diffusion folder changes the defaults.
-
-    A guidance of 1 or less runs the U-Net once per step.
-    """
+    """`seed_decode.json` in a diffusion folder changes the defaults; a guidance up to 1 runs the U-Net once a step."""
 
     num_inference_steps: int = setting(20, least=1, most=1000)
     guidance_scale: float = 10.0
@@ -61,14 +57,13 @@ class SizedSettings(DrawingSettings):
 
 
 class Detokenizer:
-    """Base class; a subclass defines `denoise`. `kind` and `where` (what to download) are for error messages."""
+    """Base class; subclasses define `denoise`. `kind` and `where` (what to download) are for error messages."""
 
     kind: ClassVar[str]
     where: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
-    # Attributes with weights, in the order of use; of these, those that stay in float32.
-    part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")
-    float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")
+    part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")  # with weights
+    float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
     decode_at_once: ClassVar[int] = 1  # latents in one call of the autoencoder, whose memory grows with their number
     denoise: Callable[..., Tensor]  # (settings, generators, callback=…, **`rows`) → latents [B, C, h, w]
     reads_condition = False
@@ -87,15 +82,14 @@ class Detokenizer:
     # ---- settings
 
     def check_settings(self, **given: Any) -> Any:
-        """The defaults with the given settings over them (None: the default). Raises `ConfigError`: an unknown name
-        (the nearest is named), or a value out of range."""
+        """The defaults with the given settings over them (None: the default). Raises `ConfigError`."""
         chosen = {name: value for name, value in given.items() if value is not None}
         settings = read_settings(type(self.defaults), {**vars(self.defaults), **chosen}, "Drawing setting")
         self.size(settings)
         return settings
 
     def size(self, settings: Any) -> tuple[int, int]:
-        """Height and width of an image; `ConfigError` for no whole number of latents."""
+        """Height and width of an image."""
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
         sizes = {name: getattr(settings, name, None) or side for name in ("height", "width")}
         for name, value in sizes.items():
@@ -110,18 +104,14 @@ class Detokenizer:
                  condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
                  batch_size: int | None = None, callback: Callback | None = None, **settings: Any
                  ) -> list[Image.Image]:
-        """Draw images.
+        """Draw images. Raises `ConfigError`: unknown settings, or out of range.
 
         Args:
-            embeds: conditions of B images, see the classes.
             negative_embeds: to steer away from, one for all images or one each.
             condition_images: of SEED-X's second stage, an image or None for each drawing.
             seeds: one for each image; None: drawn from torch's global generator.
-            batch_size: images at a time, None for all. callback: called after each step with the steps done and in all.
-            settings: fields of `settings_class`; None is the default.
-
-        Raises:
-            ConfigError: unknown settings, or out of range. CheckpointError: embeddings of another width.
+            batch_size: images at a time, None for all.
+            settings: fields of `settings_class`.
         """
         chosen = self.check_settings(**settings)
         conditions = self.rows(embeds, negative_embeds, chosen)
@@ -140,7 +130,7 @@ class Detokenizer:
         return images
 
     def rows(self, embeds: Any, negatives: Tensor | None, settings: Any) -> dict[str, Any]:
-        """Arguments of `denoise` with one row for each image, or None; the first is never None."""
+        """Arguments of `denoise` with one row for each image, or None (but the first)."""
         if embeds.shape[-1] != self.embedding_dim:
             raise CheckpointError(f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs width "
                                   f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together.")
@@ -150,12 +140,8 @@ class Detokenizer:
 
     def sample(self, start: Tensor, conditions: dict[str, Any], guide: Callable[[Tensor], Tensor], settings: Any,
                generators: Generators, callback: Callback | None = None, concatenated: Tensor | None = None) -> Tensor:
-        """The denoising loop: noise `[B, C, h, w]` → latents, in float32.
-
-        Args:
-            conditions: the U-Net's arguments, R·B rows for R runs of each image. guide: its R·B predictions → B.
-            concatenated: further input channels `[R·B, …, h, w]`.
-        """
+        """The denoising loop: noise `[B, C, h, w]` → latents, in float32. `conditions` (arguments of the U-Net) and
+        `concatenated` (further channels) have R·B rows for R runs of each image; `guide` combines the predictions."""
         scheduler = self.scheduler
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         runs = len(conditions["encoder_hidden_states"]) // len(start)
@@ -179,8 +165,7 @@ class Detokenizer:
         """Latents as PIL images, black where the safety checker flags them. Raises `GenerationError`: NaN."""
         pixels = self.decode(latents)
         if not bool(torch.isfinite(pixels).all()):
-            raise GenerationError("The diffusion model computed NaN or infinity: its weights are damaged, or float16 "
-                                  "is too narrow for them (use bfloat16 or float32).")
+            raise GenerationError("The diffusion model computed NaN or infinity: use bfloat16 or float32.")
         array = (pixels.permute(0, 2, 3, 1).float().cpu().numpy() * 255).round().astype("uint8")
         images, checker = [Image.fromarray(row) for row in array], self.safety_checker
         if checker is None:
@@ -205,7 +190,7 @@ class Detokenizer:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Everything with weights that drawing uses, in the order of use."""
+        """Everything with weights, in the order of use."""
         return {name: part for name in self.part_names if (part := getattr(self, name, None)) is not None}
 
     def to(self, device: str | torch.device) -> Self:
@@ -219,7 +204,7 @@ class Detokenizer:
         return self
 
     def enable_cpu_offload(self, device: str | torch.device) -> Self:
-        """Keep each part on the CPU except while it computes on `device` (accelerate's hooks); returns self."""
+        """Keep each part on the CPU except while it computes on `device`; returns self."""
         from accelerate import cpu_offload_with_hook
 
         self.to("cpu").device = torch.device(device)
@@ -237,17 +222,14 @@ class Detokenizer:
             for name in names if (place / OPTIONAL.get(name, "")).is_dir()}
         if (file := place / DEFAULTS).is_file():
             parts["defaults"] = read_settings(cls.settings_class, read_json_object(file, ConfigError), str(file))
-        return parts | cls.load_layout(place)
-
-    @staticmethod
-    def load_layout(place: Path) -> dict[str, Any]:
-        """The layout decoder of a small model, as an argument of the constructor."""
-        return {"layout": LayoutDecoder.from_pretrained(place / LAYOUT)} if (place / LAYOUT).is_dir() else {}
+        if (place / LAYOUT).is_dir():
+            parts["layout"] = LayoutDecoder.from_pretrained(place / LAYOUT)
+        return parts
 
     @classmethod
     def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A scheduler, or a part of `CLASSES`: models in eval mode on the CPU. Raises `CheckpointError`: not there,
-        damaged, or without some of its tensors (the libraries only warn of these)."""
+        """A scheduler or a part of `CLASSES`, networks in eval mode. Raises `CheckpointError`: not there, damaged, or
+        without some of its tensors (the libraries only warn of these)."""
         import diffusers
         from safetensors import SafetensorError
 

@@ -1,14 +1,13 @@
 """Layouts for the small U-Nets of the shipped models: where things belong, read from an embedding.
 
-A class embedding reaches every position of a U-Net alike, so a small one never learns where things belong.
 `LayoutDecoder` predicts the expected latents: as cross-attention tokens of the places, and as the mean of the latents
 from which sampling starts (the noise schedule of such a model ends at a signal share above zero).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LAYOUT = "layout"  # folder of a layout decoder, beside the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose things are named less surely than the heads do
@@ -43,11 +42,6 @@ class LabelHeads(nn.Module):
         """Logits `[B, classes]` of every label from embeddings `[B, E]`."""
         return {name: layer(embedding).float() for name, layer in self.layers.items()}
 
-    def loss(self, embedding: Tensor, labels_BL: Tensor) -> Tensor:
-        """Mean cross entropy of the labels, class numbers in the order of `classes`; -100 is ignored."""
-        logits = self(embedding).values()
-        return torch.stack([F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits)]).mean()
-
     def divergence(self, embedding: Tensor, teacher: Tensor) -> Tensor:
         """KL divergence `[B]` of the labels of embeddings from those of the teacher's (no gradient); mean, fp32."""
         with torch.autocast(embedding.device.type, enabled=False):
@@ -56,58 +50,63 @@ class LabelHeads(nn.Module):
             return torch.stack([F.kl_div(logits.log_softmax(1), target[name].softmax(1), reduction="none").sum(1)
                                 for name, logits in self(embedding.float()).items()]).mean(0)
 
-    @torch.no_grad()
-    def right(self, embedding: Tensor, labels_BL: Tensor) -> Tensor:
-        """Which labels are predicted correctly, bool `[B, L]`."""
-        return torch.stack([logits.argmax(1) for logits in self(embedding).values()], 1) == labels_BL
-
     @classmethod
     def load(cls, file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:
-        """Frozen heads from their state dict; `labels`: the order of the heads, which a file does not keep.
-
-        Raises:
-            CheckpointError: not there, damaged, or heads of other labels.
-        """
+        """Frozen heads of a file; `labels`: their order, which a file does not keep. Raises `CheckpointError`."""
         state = load_state_dict(file)
         sizes = {name.split(".")[1]: value.shape for name, value in state.items() if name.endswith(".weight")}
-        if not sizes or labels is not None and set(labels) != set(sizes):
-            raise CheckpointError(f"{file}: holds heads of {', '.join(sorted(sizes)) or 'no labels'}, not of "
-                                  f"{', '.join(labels or ('any',))}.")
+        if set(labels or sizes) != set(sizes):
+            raise CheckpointError(f"{file}: holds heads of {', '.join(sorted(sizes)) or 'no labels'}.")
         heads = cls(next(iter(sizes.values()))[1], {name: sizes[name][0] for name in labels or sizes})
         assign_strictly(heads, state, file)
         return heads.requires_grad_(False).eval()
 
 
-class LayoutDecoder(nn.Module):
+@dataclass(frozen=True)
+class LayoutConfig:
+    """Sizes of a `LayoutDecoder`.
+
+    `classes`: number of classes of the labels `first` and `second` (things, of which the second's begin with the
+    first's), `style`, `background`, `layout`. `anchors`: for each class of `layout` where things stand, as (0 for the
+    first thing or 1 for the second, x, y, side) in shares of the image.
+    """
+
+    embedding: int
+    channels: int  # of the latents
+    grid: int
+    cross_dim: int  # width of the tokens; 0: none
+    classes: dict[str, int]
+    anchors: list[list[tuple[float, float, float, float]]]
+    width: int = 256  # of names
+    features: int = 48  # channels and side of a thing's map
+    side: int = 8
+    hidden: int = 96  # width and number of the blocks of convolutions
+    depth: int = 2
+    coarse: int = 16  # side of the coarse image
+    patch: int = 2  # side of the latents that one token stands for
+    keeps: int = 0  # width of the convolutions that decide where latents of a condition image stay; 0: none
+    reading: tuple[int, ...] = ()  # (W, n): a linear layer first reduces each W numbers of the embedding to n
+
+
+class LayoutDecoder(PretrainedNetwork):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of the places `[B, (g/p)², D]`.
 
     Linear heads name what the embedding shows. Name, style and embedding of each thing become one small feature map,
     placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015): a thing is learned
     once for all its places. Convolutions join these maps, one of the background and a coarse image of the embedding.
-
-    Args:
-        classes: classes of the labels `first` and `second` (things, of which the second's classes begin with the
-            first's), `style`, `background`, `layout`.
-        anchors: for each class of `layout` where things stand: (0 for the first thing or 1 for the second, x, y, side),
-            in shares of the image.
-        width: of names; channels: of the latents; features, side: of a thing's map; hidden, depth: width and blocks of
-            the convolutions; coarse: side of the coarse image; patch: side p of the latents that a token stands for.
-        cross_dim: width of the tokens; 0: there are none.
-        keeps: width of the convolutions that decide where the latents of a condition image stay; 0: none.
-        reading: (W, n): a linear layer first reduces each W numbers of the embedding to n.
     """
 
-    def __init__(self, embedding: int, channels: int, grid: int, cross_dim: int, classes: Mapping[str, int],
-                 anchors: Sequence[Sequence[Sequence[float]]], width: int = 256, features: int = 48, side: int = 8,
-                 hidden: int = 96, depth: int = 2, coarse: int = 16, patch: int = 2, keeps: int = 0,
-                 reading: Sequence[int] = ()) -> None:
-        self.sizes: dict[str, Any] = {name: value for name, value in locals().items()
-                                      if name not in ("self", "__class__")}
+    config_class = LayoutConfig
+    config: LayoutConfig
+
+    def __init__(self, config: LayoutConfig) -> None:
         super().__init__()
-        self.grid, self.patch = grid, patch
-        self.reading = nn.Linear(*reading) if reading else None
-        if reading:
-            embedding = embedding // reading[0] * reading[1]
+        self.config, self.grid, self.patch = config, config.grid, config.patch
+        embedding, classes, width, features = config.embedding, config.classes, config.width, config.features
+        grid, side, hidden, coarse = config.grid, config.side, config.hidden, config.coarse
+        self.reading = nn.Linear(*config.reading) if config.reading else None
+        if config.reading:
+            embedding = embedding // config.reading[0] * config.reading[1]
         self.heads = LabelHeads(embedding, classes)
         self.names = nn.ParameterDict({name: torch.randn(classes[name], width) * 0.5
                                        for name in ("second", "style", "layout")})
@@ -117,27 +116,22 @@ class LayoutDecoder(nn.Module):
             nn.Linear(3 * width, 3 * width // 2), nn.GELU(),
             nn.Linear(3 * width // 2, features * side**2), nn.Unflatten(1, (features, side, side)))
         self.background = nn.Parameter(torch.randn(classes["background"], features, grid, grid) * 0.1)
-        spots = max(len(row) for row in anchors)
-        filled = [[*row, *[(-1, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in anchors]
+        spots = max(len(row) for row in config.anchors)
+        filled = [[*row, *[(-1.0, 0.5, 0.5, 1.0)] * (spots - len(row))] for row in config.anchors]
         self.register_buffer("anchors", torch.tensor(filled))
         self.coarse = nn.Sequential(nn.Linear(embedding, 3 * coarse**2, bias=False),
                                     nn.Unflatten(1, (3, coarse, coarse)))
         self.join = nn.Conv2d(3 * features + 3, hidden, 3, padding=1)
         self.mood = nn.Linear(embedding, hidden)
-        self.blocks = nn.ModuleList(_block(hidden) for _ in range(depth))
-        self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, channels, 3, padding=1))
-        self.token = nn.Linear(hidden * patch**2, cross_dim) if cross_dim else None
-        self.keep = _keeping(channels, keeps) if keeps else None
+        self.blocks = nn.ModuleList(_block(hidden) for _ in range(config.depth))
+        self.mean = nn.Sequential(nn.GroupNorm(8, hidden), nn.SiLU(), nn.Conv2d(hidden, config.channels, 3, padding=1))
+        self.token = nn.Linear(hidden * self.patch**2, config.cross_dim) if config.cross_dim else None
+        self.keep = _keeping(config.channels, config.keeps) if config.keeps else None
 
     def forward(self, embedding: Tensor, spots: Tensor | None = None, condition: Tensor | None = None
                 ) -> tuple[Tensor, Tensor]:
-        """Expected latents and tokens.
-
-        Args:
-            spots: true places of the things, `[B, K, 4]` as `anchors`, first number -1 for none; None: at the anchors.
-            condition: latents `[B, C, g, g]` of an image that stays where the embedding does not say otherwise; a
-                sample of zeros has none.
-        """
+        """Expected latents and tokens; `spots`: true places `[B, K, 4]` as `anchors`, first number -1 for none;
+        `condition`: latents `[B, C, g, g]` of an image of which most stays, zeros for none."""
         embedding = self.read(embedding)
         shares = self._shares(embedding)
         coarse = self.coarse(embedding)
@@ -169,8 +163,7 @@ class LayoutDecoder(nn.Module):
         return torch.where((condition != 0).flatten(1).any(1)[:, None, None, None], joined, mean)
 
     def _shares(self, embedding: Tensor) -> dict[str, Tensor]:
-        """Probabilities of every label's classes; in training less sure ones for some things, so that things never seen
-        are drawn from the embedding."""
+        """Probabilities of every label's classes; in training less sure ones for some things."""
         logits = self.heads(embedding)
         if self.training:
             unsure = torch.rand(2, len(embedding), 1, device=embedding.device)
@@ -200,16 +193,12 @@ class LayoutDecoder(nn.Module):
     def flat(self, embeds: Tensor) -> Tensor:
         """Embeddings `[B, E]`, or `[B, N, W]` averaged to as many as it reads, in its precision and on its device."""
         if embeds.ndim == 3:
-            embeds = pooled_tokens(embeds, max(self.sizes["embedding"] // embeds.shape[2], 1)).flatten(1)
+            embeds = pooled_tokens(embeds, max(self.config.embedding // embeds.shape[2], 1)).flatten(1)
         return embeds.to(self.mood.weight.dtype)
 
     def warm_latents(self, embeds: Tensor, generators: Sequence[torch.Generator], scheduler: Any,
                      condition: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Start of sampling: expected latents and noise, mixed as at the schedule's last training step.
-
-        Args:
-            embeds: as of `flat`. size: height and width of the latents; the layout is stretched over another than g.
-        """
+        """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last training step."""
         flat = self.flat(embeds)
         mean = self(flat, condition=None if condition is None else condition.to(flat))[0]
         if size is not None and size != tuple(mean.shape[2:]):
@@ -217,22 +206,6 @@ class LayoutDecoder(nn.Module):
         noise = torch.stack([torch.randn(mean.shape[1:], generator=one) for one in generators]).to(mean)
         signal = float(scheduler.alphas_cumprod[-1])
         return signal**0.5 * mean + (1.0 - signal) ** 0.5 * noise
-
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
-        """Write `config.json` and `model.safetensors`."""
-        home = Path(folder)
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "config.json").write_text(json.dumps(self.sizes, indent=1))
-        save_state_dict({n: t.to(dtype) for n, t in self.state_dict().items()}, home / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LayoutDecoder:
-        """Read what `save_pretrained` wrote. Raises `CheckpointError`: not there, damaged, or of another size."""
-        home = Path(folder)
-        with torch.device("meta"):  # weights that are replaced use up none of the caller's random numbers
-            module = cls(**read_json_object(home / "config.json"))
-        assign_strictly(module, load_state_dict(home / "model.safetensors"), home / "model.safetensors")
-        return module.eval()
 
 
 def _block(width: int) -> nn.Sequential:

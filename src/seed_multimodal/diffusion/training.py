@@ -1,13 +1,12 @@
 """Training losses of U-Nets: noise, targets, and the loss of SEED-X's SDXL adapters.
 
-In SEED-X's paper the embeddings of a frozen vision encoder condition SDXL, whose own loss trains the resampler and the
-U-Net's keys and values; the second stage also reads the latents of a condition image. The original repository has no
-training program, so the shares of samples without conditions are our choice (as InstructPix2Pix's).
+SEED-X's paper trains the adapters by SDXL's own loss. The original repository has no training program, so the shares of
+samples without conditions are our choice (as InstructPix2Pix's).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -22,7 +21,7 @@ Trained = Literal["key_value", "all"]  # of a U-Net
 
 @dataclass(frozen=True)
 class Noised:
-    """Noised latents `[B, C, h, w]`, their time steps `[B]`, and the target."""
+    """Noised latents `[B, C, h, w]`, their time steps `[B]`, and what the U-Net should predict: noise or velocity."""
 
     latents: Tensor
     steps: Tensor
@@ -34,7 +33,9 @@ class Noised:
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
         steps = torch.randint(schedule.config.num_train_timesteps, (len(latents),), generator=generator).to(
             latents.device)
-        return cls(schedule.add_noise(latents, noise, steps), steps, noise_target(schedule, latents, noise, steps))
+        is_noise = schedule.config.prediction_type == "epsilon"
+        target = noise if is_noise else schedule.get_velocity(latents, noise, steps)
+        return cls(schedule.add_noise(latents, noise, steps), steps, target)
 
     def losses(self, prediction: Tensor) -> dict[str, Tensor]:
         """`total_loss`, the mean squared error in float32; `mse`, the same without gradient."""
@@ -49,16 +50,9 @@ def training_schedule(scheduler: Any) -> Any:
     return DDPMScheduler.from_config(scheduler.config)
 
 
-def noise_target(schedule: Any, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-    """What the U-Net should predict: the noise, or the velocity."""
-    is_noise = schedule.config.prediction_type == "epsilon"
-    return noise if is_noise else schedule.get_velocity(latents, noise, steps)
-
-
 def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
              count: int = 1) -> Tensor:
-    """SDXL's size conditions `[count, 6]` (Podell et al. 2023, 2.2): original and target size as (height, width), and
-    the crop between them as (top, left)."""
+    """SDXL's conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop (top, left), target size."""
     return torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32).expand(count, -1)
 
 
@@ -90,27 +84,19 @@ class ConditionDropout:
         return embeds, picture
 
 
-@dataclass(frozen=True)
-class AdapterLoss:
-    """The loss of a training step of either stage."""
+def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
+                   dropout: ConditionDropout, empty_features: Tensor, condition_latents: Tensor | None = None,
+                   generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps, by a `generator` on the CPU.
 
-    dropout: ConditionDropout = field(default_factory=ConditionDropout)
-
-    def __call__(self, adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
-                 empty_features: Tensor, condition_latents: Tensor | None = None,
-                 generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Losses (`Noised.losses`) of an `SDXLAdapter`, or a wrapper of it, at random time steps.
-
-        Args:
-            latents: `[B, C, h, w]`, times the autoencoder's scaling factor. image_embeds: `[B, N, W]`.
-            time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, the vision encoder's of an empty image.
-            condition_latents: `[B, C, h, w]` without that factor, for a second stage; None: every sample without.
-            generator: on the CPU, of all random choices.
-        """
-        device = latents.device
-        without_embeds, without_picture = self.dropout.draw(len(latents), generator)
-        noised = Noised.draw(schedule, latents, generator)
-        embeds = torch.where(without_embeds.to(device)[:, None, None], empty_features.to(image_embeds), image_embeds)
-        if condition_latents is not None:
-            condition_latents = condition_latents * ~without_picture.to(device)[:, None, None, None]
-        return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
+    Args:
+        latents: `[B, C, h, w]`, times the autoencoder's scaling factor. image_embeds: `[B, N, W]`.
+        time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, the vision encoder's of an empty image.
+        condition_latents: `[B, C, h, w]` without that factor, for a second stage.
+    """
+    without_embeds, without_picture = (which.to(latents.device) for which in dropout.draw(len(latents), generator))
+    noised = Noised.draw(schedule, latents, generator)
+    embeds = torch.where(without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds)
+    if condition_latents is not None:
+        condition_latents = condition_latents * ~without_picture[:, None, None, None]
+    return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))

@@ -10,22 +10,18 @@ negative (always with beams).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
-
-if TYPE_CHECKING:
-    from transformers import LogitsProcessorList
-
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 # Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
@@ -68,10 +64,6 @@ class GenerationSettings:
         """Whether tokens are drawn."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
-    def with_seed(self) -> GenerationSettings:
-        """With a seed of its own where none was given."""
-        return self if self.seed is not None or not self.samples else replace(self, seed=random_seed())
-
 
 @dataclass
 class Prompt:
@@ -97,16 +89,11 @@ class HiddenStates:
         self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
         self.first = 0  # the answer's word that the first pass ends at
 
-    @contextlib.contextmanager
-    def recording(self, llm: Any, first: int) -> Iterator[None]:
-        """Inside, every pass of the language model is kept."""
+    def recording(self, llm: Any, first: int) -> Any:
+        """A context in which every pass of the language model is kept."""
         self.steps, self.first = [], first
-        handle = llm.get_decoder().register_forward_hook(
+        return llm.get_decoder().register_forward_hook(
             lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
@@ -149,8 +136,11 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     end = [tokenizer.eos_id] if ends is None else list(ends)
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
                               answered[0][-1:] == [words.boi_id], original, should_stop)
-    recording = contextlib.nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
-    with _seeded_beams(settings, seeds, embeds.device), recording:
+    recording = nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
+    device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
+        if beam_sampling:  # transformers draws from the global generator
+            torch.manual_seed((seeds or [0])[0])
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors, streamer=streamer)
     if states is not None:
@@ -269,7 +259,7 @@ def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVoc
 
 def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings,
          seeds: Sequence[int] | None, budget: int, end: list[int], opened: bool, original: bool,
-         should_stop: Callable[[], bool] | None) -> tuple[LogitsProcessorList, Any]:
+         should_stop: Callable[[], bool] | None) -> tuple[Any, Any]:
     """Logits processors and configuration of one call of transformers' `generate`."""
     from transformers import (
         GenerationConfig,
@@ -315,14 +305,3 @@ def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor],
         return scores
 
     return check
-
-
-@contextlib.contextmanager
-def _seeded_beams(settings: GenerationSettings, seeds: Sequence[int] | None, device: torch.device) -> Iterator[None]:
-    """Sampling with beams draws inside transformers: from the first prompt's seed, and the global state is restored."""
-    if not settings.samples or settings.num_beams == 1:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed((seeds or [0])[0])
-        yield

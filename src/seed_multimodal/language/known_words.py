@@ -48,5 +48,5 @@ class KnownWords:
 
 @lru_cache(maxsize=8)
 def read_known_words(file: Path) -> KnownWords:
-    """A file of known words; raises `ConfigError` for a file that is missing or holds something else."""
+    """A file of known words; raises `ConfigError` if it is missing or holds something else."""
     return read_settings(KnownWords, read_json_object(file, ConfigError), str(file))

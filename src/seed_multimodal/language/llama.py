@@ -7,22 +7,18 @@ never stops and padding takes the row of `</img>`; bos 1, eos 2, pad 0 are set b
 from __future__ import annotations
 
 import importlib.util
-import os
 import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
-from seed_multimodal.hub import PARTS, is_hub_name
+from seed_multimodal.hub import PARTS, find_file
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
-
-if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
 
 BOS, EOS, PAD = 1, 2, 0
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "use_cache": True}
@@ -31,7 +27,7 @@ ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; they are computed 
 
 
 def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-             quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> LlamaForCausalLM:
+             quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> Any:
     """Read a LLaMA folder or hub id for inference, straight to `device`; `quantization`: "8bit" or "4bit" through
     bitsandbytes (`dtype` is then that of the rest). Raises `CheckpointError` for missing, damaged, unsafe or foreign
     files and other words than those of `vocabulary`, `ConfigError` for an impossible quantisation."""
@@ -73,27 +69,19 @@ def force_special_ids(model: Any) -> None:
 
 
 def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import LlamaConfig
 
-    on_hub = isinstance(source, str) and is_hub_name(source)
-    if not on_hub and not os.path.isfile(Path(source) / "config.json"):
-        origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None)
-        raise CheckpointError(f"{source}: there is no language model (config.json and *.safetensors); " + (
-            f"download huggingface.co/{origin} into {source}, or use the nano model, which is in pretrained/nano."
-            if origin else "give the folder of a LLaMA."))
-    try:
-        values = LlamaConfig.get_config_dict(source)[0] if on_hub else read_json_object(Path(source) / "config.json")
-        config = LlamaConfig.from_dict({**values, **SPECIAL})
-    except (OSError, ValueError, TypeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{source}: its configuration cannot be read ({first_line(error)}).") from error
+    origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None)
+    values = read_json_object(find_file(source, ("config.json",), (
+        f"download huggingface.co/{origin} into {source}, or use the nano model, which is in pretrained/nano"
+        if origin else "give the folder of a LLaMA (config.json and *.safetensors)")))
     if values.get("model_type") != "llama":
         raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "
                               f"not 'llama'.")
     if vocabulary is not None and values.get("vocab_size") != vocabulary.size:
         raise CheckpointError(f"{source}: the model has {values.get('vocab_size')} words, but the tokenizer has "
                               f"{vocabulary.size}; they do not belong together.")
-    return config
+    return LlamaConfig.from_dict({**values, **SPECIAL})
 
 
 def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

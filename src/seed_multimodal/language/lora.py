@@ -4,7 +4,6 @@ merged into a LLaMA by peft, and saved as a plain folder.
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import shutil
@@ -33,6 +32,7 @@ PREFIX = "base_model.model."
 _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
 _FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # the base's own, saved beside the adapter
+_SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
@@ -75,14 +75,12 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
 def merge_into(llama: Any, source: str | Path, lora: Mapping[str, Any] | None = None) -> None:
     """Change a LLaMA's weights as a trained checkpoint says; arguments as of `read_trained`. Raises `CheckpointError`
     for tensors that the model does not have, or of another size."""
-    model = _with_trained(llama, read_trained(source, lora))
-    if model is not llama:
-        model.merge_and_unload()
+    _merge(llama, read_trained(source, lora))
 
 
 @torch.no_grad()
-def _with_trained(llama: Any, trained: TrainedWeights) -> Any:
-    """The LLaMA with the whole tensors in place; with low-rank matrices a `PeftModel` around it."""
+def _merge(llama: Any, trained: TrainedWeights) -> None:
+    """Put whole tensors in their places, and merge low-rank matrices."""
     ends = [trained.whole.get(name) for name in (EMBEDDING, HEAD)]
     apart = any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora) or (
         ends[1] is not None and (ends[0] is None or not torch.equal(ends[0], ends[1])))
@@ -95,10 +93,11 @@ def _with_trained(llama: Any, trained: TrainedWeights) -> Any:
             size = tuple(own[name].shape) if name in own else "missing"
             raise CheckpointError(f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}.")
         own[name].data = value.to(own[name])  # not in place: it may be a view of the base's file
-    return _with_lora(llama, trained) if trained.lora else llama
+    if trained.lora:
+        _merge_lora(llama, trained)
 
 
-def _with_lora(llama: Any, trained: TrainedWeights) -> Any:
+def _merge_lora(llama: Any, trained: TrainedWeights) -> None:
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     config = trained.config
@@ -108,9 +107,7 @@ def _with_lora(llama: Any, trained: TrainedWeights) -> Any:
     if str(config.get("init_lora_weights")).startswith(_CHANGE_BASE):
         raise CheckpointError(f"{trained.source}: an adapter with init_lora_weights {config['init_lora_weights']!r} "
                               f"belongs to a base that was changed for it, and cannot be merged.")
-    known = set(inspect.signature(LoraConfig).parameters) - {
-        "modules_to_save", "bias", "ensure_weight_tying", "inference_mode", "layers_to_transform", "layers_pattern"}
-    values = {key: value for key, value in config.items() if key in known}
+    values = {key: config[key] for key in _SHAPE if key in config}
     values |= {"target_modules": sorted({name.rpartition(".lora_")[0] for name in trained.lora})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied embeddings, and of deprecated names inside transformers
@@ -123,7 +120,7 @@ def _with_lora(llama: Any, trained: TrainedWeights) -> Any:
     wrong = [*result.unexpected_keys, *(name for name in result.missing_keys if ".lora_" in name)]
     if wrong:
         raise CheckpointError(f"{trained.source}: not a complete adapter of this model, first {wrong[0]!r}.")
-    return model
+    model.merge_and_unload()
 
 
 def merge_adapter(
@@ -145,8 +142,7 @@ def merge_adapter(
     changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
     agent_config = agent(changes) if agent is not None and changes.agent else None
     llama = _load_base(place if is_whole else base, changes, tokenizer)
-    model = _with_trained(llama, changes)
-    llama = model.merge_and_unload() if changes.lora else llama
+    _merge(llama, changes)
     force_special_ids(llama.to(DTYPES[dtype]))
     with making_folder(target, out) as folder:
         inner = folder / LLM_FOLDER if changes.agent else folder

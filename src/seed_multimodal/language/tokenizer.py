@@ -141,7 +141,7 @@ class MultimodalTokenizer:
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
             if not isinstance(part, str):
-                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids([int(code) for code in part]))
+                ids.extend(part if isinstance(part, Ids) else self.vocabulary.image_ids(part))
                 continue
             if strip and place > 0 and not isinstance(parts[place - 1], str):
                 part = part.lstrip()

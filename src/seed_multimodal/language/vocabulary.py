@@ -104,16 +104,12 @@ class ImageVocabulary:
                 raise CodesError(f"Image code {code} at place {place} is outside 0..{self.n_codes - 1}.")
         return codes
 
-    def check_codes(self, codes: Sequence[int]) -> list[int]:
-        """The codes of one image as plain ints; raises `CodesError` for another number of them or wrong ones."""
+    def image_ids(self, codes: Sequence[int]) -> list[int]:
+        """`<img>`, the codes, `</img>` as ids; raises `CodesError` for another number of codes or wrong ones."""
         least, most = self.least_codes, self.tokens_per_image
         if not least <= len(codes) <= most:
             raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
-        return [id - self.code_start for id in self.code_to_id(codes)]
-
-    def image_ids(self, codes: Sequence[int]) -> list[int]:
-        """`<img>`, the codes, `</img>` as ids; raises as `check_codes`."""
-        return [self.boi_id, *self.code_to_id(self.check_codes(codes)), self.eoi_id]
+        return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
     def image_text(self, codes: Iterable[int]) -> str:
         """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes."""
@@ -195,19 +191,5 @@ class SeedXVocabulary(ImageVocabulary):
         return [part for part in [*parts, text[done:]] if part]
 
     def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the placeholders inside `<patch>` … `</patch>` and `<img>` … `</img>`, where features are put
-        (`RequestError`: no whole view); an `<img>` at the very end begins an image that is to be written."""
-        places: list[int] = []
-        ids, start = list(ids), 0
-        closing = {self.patches: self.patches + 1, self.boi_id: self.eoi_id}
-        inside = self.run()[1:-1]
-        while start < len(ids) - (ids[-1:] == [self.boi_id]):
-            if ids[start] in closing:
-                end = start + len(inside) + 1
-                if ids[start + 1:end] != inside or ids[end:end + 1] != [closing[ids[start]]]:
-                    raise RequestError(f"The words of a picture at token {start} of the prompt are not the "
-                                       f"{len(inside)} of a whole view.")
-                places += range(start + 1, end)
-                start = end
-            start += 1
-        return places
+        """Indices of the placeholders, where features are put."""
+        return [place for place, id in enumerate(ids) if self.codes <= id < self.codes + self.tokens_per_image]

@@ -52,7 +52,7 @@ def question_text(question: str, max_words: int = 50) -> str:
 
 class BertWords:
     """Captions → ids and mask, int64 `[B, L]`, cut at `max_length` and padded to it (`full`, as in training) or to the
-    longest; `source`: folder or hub id; `size` counts the word pieces."""
+    longest; `size` counts the word pieces."""
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
         from transformers import BertTokenizer

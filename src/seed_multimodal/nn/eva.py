@@ -1,7 +1,7 @@
 """EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it.
 
-Of the original file's 40 blocks the first 39 are used; there is no final norm, head or pooling; keys have no bias.
-Source: BAAI EVA-CLIP as shipped by LAVIS (`eva_vit_g.pth`), with its parameter names.
+The first 39 of the original's 40 blocks, without final norm, head and pooling. Source: BAAI EVA-CLIP as shipped by
+LAVIS (`eva_vit_g.pth`), with its parameter names.
 """
 
 from __future__ import annotations
@@ -9,20 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, heads_first, heads_last, resize_square
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers
 from seed_multimodal.settings import setting
 
 
 @dataclass(frozen=True)
 class EvaConfig:
-    """Sizes of the vision encoder; the defaults are the original ones. `grad_checkpoint`: recompute the blocks in the
-    backward pass. `pre_norm` (ours): a norm before the blocks, as in CLIP, whose weights can then be used."""
+    """Sizes, by default the original ones; `pre_norm`: a norm before the blocks, as in CLIP."""
 
     image_size: int = setting(224, least=1)
     patch_size: int = setting(14, least=1)
@@ -36,8 +35,6 @@ class EvaConfig:
     def __post_init__(self) -> None:
         if self.image_size % self.patch_size:
             raise ConfigError(f"The image size {self.image_size} is not a multiple of the patch {self.patch_size}.")
-        if self.width % self.heads:
-            raise ConfigError(f"The vision width {self.width} does not divide into {self.heads} heads.")
 
     @property
     def grid(self) -> int:
@@ -48,24 +45,6 @@ class EvaConfig:
     def tokens(self) -> int:
         """Tokens per image: the class token and the patches."""
         return self.grid**2 + 1
-
-
-class EvaAttention(nn.Module):
-    """Self-attention with one fused projection and biases on queries and values only."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BNW: Tensor) -> Tensor:
-        """`[B, N, W]` → `[B, N, W]`."""
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
-        q, k, v = (heads_first(part, self.heads) for part in F.linear(x_BNW, self.qkv.weight, bias).chunk(3, dim=-1))
-        return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
 
 
 class EvaVit(nn.Module):
@@ -79,31 +58,22 @@ class EvaVit(nn.Module):
         self.patch_embed = nn.ModuleDict({
             "proj": nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)})
         self.norm_pre = LayerNorm(config.width, eps=1e-6) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, EvaAttention)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, key_bias=False)
                                     for _ in range(config.depth))
-        self.init_weights()
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        layer: Any
+        for depth, block in enumerate(self.blocks, start=1):  # output projections shrink with depth
+            attn, mlp = block.attn, block.mlp
+            for layer, scale in ((attn.qkv, 1), (attn.proj, 2 * depth), (mlp.fc1, 1), (mlp.fc2, 2 * depth)):
+                nn.init.trunc_normal_(layer.weight, std=0.02).data.div_(math.sqrt(scale))
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         if config.grad_checkpoint:
             checkpoint_layers(self)
 
-    def init_weights(self) -> None:
-        """Released start for training from scratch; output projections shrink with depth."""
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for name, value in self.blocks.named_parameters():
-            if name.endswith("weight") and value.ndim == 2:
-                nn.init.trunc_normal_(value, std=0.02)
-            elif name.endswith((".bias", "_bias")):
-                nn.init.zeros_(value)
-        with torch.no_grad():
-            for number, block in enumerate(self.blocks, start=1):
-                for name in ("attn.proj", "mlp.fc2"):
-                    block.get_parameter(f"{name}.weight").div_(math.sqrt(2 * number))
-
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`; `ImageError` for another size."""
-        size = self.config.image_size
-        if tuple(images.shape[1:]) != (3, size, size):
-            raise ImageError(f"Images must be [B, 3, {size}, {size}], got {list(images.shape)}.")
+        """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""
         patches = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)
         patches = patches.to(self.pos_embed.dtype)  # the residual stream stays fp32 under autocast
         x_BNW = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
@@ -111,11 +81,6 @@ class EvaVit(nn.Module):
         for block in self.blocks:
             x_BNW = block(x_BNW)
         return x_BNW
-
-
-def resize_positions(pos_embed: Tensor, grid: int) -> Tensor:
-    """Bicubically resize positions `[1, 1 + g², W]` to another square grid; the class token's is kept."""
-    return torch.cat([pos_embed[:, :1], resize_square(pos_embed[0, 1:], grid)[None]], dim=1)
 
 
 # ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm` (up to its last norm)
@@ -129,8 +94,7 @@ _CLIP_NAMES = (("embeddings.class_embedding", "cls_token"), ("embeddings.positio
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
-    """EVA's tensors from those of a CLIP vision encoder, names with or without `vision_model.`; `config.depth` layers
-    are taken. The key bias has no place in EVA: softmax cancels it."""
+    """EVA's tensors from those of a CLIP vision encoder, whose key bias softmax cancels."""
     clip = {name.removeprefix(CLIP): value for name, value in clip.items()}
     for i in range(config.depth):
         parts = [clip[f"encoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -45,28 +44,34 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection."""
+    """Multi-head self-attention with one fused projection; EVA's has no bias of the keys."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        if not key_bias:
+            self.q_bias, self.v_bias = nn.Parameter(torch.zeros(width)), nn.Parameter(torch.zeros(width))
+        self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BND: Tensor) -> Tensor:
         """`[B, N, D]` → `[B, N, D]`."""
-        q, k, v = (heads_first(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
+        if self.qkv.bias is None:
+            bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias, requires_grad=False), self.v_bias])
+            qkv = F.linear(x_BND, self.qkv.weight, bias)
+        else:
+            qkv = self.qkv(x_BND)
+        q, k, v = (heads_first(part, self.heads) for part in qkv.chunk(3, dim=-1))
         return self.proj(heads_last(F.scaled_dot_product_attention(q, k, v)))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block; the MLP is four times as wide unless `mlp_width` is given."""
 
-    def __init__(self, width: int, heads: int, mlp_width: int | None = None,
-                 attention: Callable[[int, int], nn.Module] = Attention) -> None:
+    def __init__(self, width: int, heads: int, mlp_width: int | None = None, key_bias: bool = True) -> None:
         super().__init__()
         self.norm1 = LayerNorm(width, eps=1e-6)
-        self.attn = attention(width, heads)
+        self.attn = Attention(width, heads, key_bias)
         self.norm2 = LayerNorm(width, eps=1e-6)
         self.mlp = Mlp(width, mlp_width or 4 * width)
 
@@ -141,11 +146,9 @@ def checkpointed(forward: Any, *args: Any) -> Tensor:
 
 
 def _same_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Contexts of the forward pass and its recomputation: both use the attention kernels allowed now, because other
-    kernels save other tensors, which PyTorch refuses."""
+    """Contexts of the forward pass and its recomputation, which must use the same attention kernels."""
     cuda = torch.backends.cuda  # these switches hold for every device
-    allowed = {SDPBackend.MATH: cuda.math_sdp_enabled(), SDPBackend.FLASH_ATTENTION: cuda.flash_sdp_enabled(),
-               SDPBackend.EFFICIENT_ATTENTION: cuda.mem_efficient_sdp_enabled(),
-               SDPBackend.CUDNN_ATTENTION: cuda.cudnn_sdp_enabled()}
-    chosen = [backend for backend, is_allowed in allowed.items() if is_allowed]
-    return nullcontext(), nullcontext() if all(allowed.values()) else sdpa_kernel(chosen)
+    switches = ((SDPBackend.MATH, cuda.math_sdp_enabled), (SDPBackend.FLASH_ATTENTION, cuda.flash_sdp_enabled),
+                (SDPBackend.EFFICIENT_ATTENTION, cuda.mem_efficient_sdp_enabled),
+                (SDPBackend.CUDNN_ATTENTION, cuda.cudnn_sdp_enabled))
+    return nullcontext(), sdpa_kernel([backend for backend, is_allowed in switches if is_allowed()])

@@ -1,14 +1,7 @@
 """Loading and saving of networks: a folder with `config.json` (the network's sizes) and `model.safetensors`.
 
-    class Network(PretrainedNetwork):
-        config_class, model_type = NetworkConfig, "network"      # a dataclass; stored as "model_type"
-
-    network.save_pretrained(folder)
-    network = Network.from_pretrained(folder)                    # strict: every tensor must be there and fit
-
 `tower.json` in a folder names a file of another model that holds the vision encoder, which is then stored once:
-
-    {"file": "../../model.safetensors", "prefix": "visual_encoder."}
+`{"file": "../../model.safetensors", "prefix": "visual_encoder."}`.
 """
 
 from __future__ import annotations
@@ -34,7 +27,7 @@ CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
 class PretrainedNetwork(nn.Module, HubUpload):
-    """Base of networks that are built as `cls(config)`; `load_report`: names of the tensors that were read."""
+    """Base of networks that are built as `cls(config)`, an instance of the dataclass `config_class`."""
 
     config_class: ClassVar[Any]
     model_type: ClassVar[str] = ""
@@ -52,8 +45,7 @@ class PretrainedNetwork(nn.Module, HubUpload):
     @classmethod
     def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
                         dtype: torch.dtype = torch.float32) -> Self:
-        """Load what `save_pretrained` wrote, in eval mode with frozen parameters. Raises `CheckpointError`: a file is
-        missing, damaged or unsafe, or a tensor is missing, unknown or of another size."""
+        """Load a folder in eval mode with frozen parameters. Raises `CheckpointError`."""
         place = Path(folder)
         state = load_state_dict(place / WEIGHTS, mapped=True)
         return cls.from_state_dict(cls.read_config(place / CONFIG), state, place, device=device, dtype=dtype)
@@ -62,8 +54,7 @@ class PretrainedNetwork(nn.Module, HubUpload):
     def from_state_dict(cls, config: Any, state: Mapping[str, Tensor], source: str | Path, *,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         **options: Any) -> Self:
-        """A network in eval mode that uses the given tensors without a copy where device and dtype fit; `options` are
-        those of `assign_strictly`."""
+        """A network of the given tensors, not copied where they fit; `options`: of `assign_strictly`."""
         with torch.device("meta"):
             network = cls(config).to(dtype)
         network.load_report = assign_strictly(network, state, source, device=device, **options)

@@ -1,9 +1,7 @@
 """The vector quantizer: each query becomes the nearest of K codes.
 
-The original's behaviour is the default: squared Euclidean distance, straight-through gradients, loss weights 1
-(commitment) and 0.25 (codebook). Distances are computed in fp32. Ours, off by default, for training small codebooks:
-k-means start, restart of dead codes, cosine codes, moving-average updates (a uniform start of 8192 codes collapses on
-small data without them), and sections: each position chooses from its own part of the codebook.
+The defaults are the original's: squared Euclidean distance in fp32, straight-through gradients, loss weights 1
+(commitment) and 0.25 (codebook). The options are for training small codebooks, which collapse without them.
 """
 
 from __future__ import annotations
@@ -20,17 +18,15 @@ SCORES = 2**28  # distances held at once, 1 GB
 
 
 class VectorQuantizer(nn.Module):
-    """`embedding` `[K, d]` holds the codes; `counts` `[K]` how often each was chosen in training (not saved).
+    """`embedding` `[K, d]` holds the codes.
 
     Args:
         normalize: compare and decode codes on the unit sphere.
-        unit_rows: compare features on the unit sphere with the stored rows, and decode those (LaVIT); rows start on
-            the sphere, and k-means and moving averages project onto it.
+        unit_rows: the stored rows are on the unit sphere; only features are normalised (LaVIT).
         ema_decay: codes follow a moving average of their features instead of the gradient.
-        sections: position q of `sections` positions chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
+        sections: position q chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
     """
 
-    counts: Tensor
     ema_count: Tensor
     ema_sum: Tensor
 
@@ -46,7 +42,6 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.data = F.normalize(self.embedding.weight.data, dim=-1)
         else:
             nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
-        self.register_buffer("counts", torch.zeros(size), persistent=False)
         if ema_decay is not None:
             self.embedding.weight.requires_grad_(False)
             self.register_buffer("ema_count", torch.zeros(size))
@@ -56,22 +51,18 @@ class VectorQuantizer(nn.Module):
         """Features `[..., d]` as they are compared."""
         return F.normalize(z, dim=-1) if self.normalize or self.unit_rows else z
 
-    def _rows(self, rows: Tensor) -> Tensor:
-        return F.normalize(rows, dim=-1) if self.normalize else rows
-
     def lookup(self, codes: Tensor) -> Tensor:
         """Codebook rows as decoded: `[...]` int64 → `[..., d]`."""
-        return self._rows(self.embedding(codes))
+        rows = self.embedding(codes)
+        return F.normalize(rows, dim=-1) if self.normalize else rows
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """Index of the nearest code, the first one of a tie: `[..., d]` → `[...]` int64, distances in fp32.
-
-        With sections the axis before the last is the position: `[..., sections, d]`.
-        """
+        """Index of the nearest code, the first one of a tie: `[..., d]` (`[..., sections, d]`) → `[...]` int64."""
         with torch.autocast(z.device.type, enabled=False):
             points = self.prepare(z.float()).reshape(-1, self.sections, self.dim).transpose(0, 1)
-            codes = self._rows(self.embedding.weight.float()).unflatten(0, (self.sections, -1))
+            rows = self.embedding.weight.float()
+            codes = (F.normalize(rows, dim=-1) if self.normalize else rows).unflatten(0, (self.sections, -1))
             lengths = codes.square().sum(2)[:, None]
             # The squared length of a point is the same for all codes, so the order does not need it.
             matches = [(lengths - 2 * torch.bmm(part, codes.transpose(1, 2))).argmin(dim=2)
@@ -83,8 +74,6 @@ class VectorQuantizer(nn.Module):
         """Quantise `[B, Q, d]` → (straight-through codes `[B, Q, d]`, loss `[]`, indices `[B, Q]` int64)."""
         indices = self.nearest(z)
         z = self.prepare(z)
-        if self.training:
-            add_counts(self.counts, indices)
         chosen = self.lookup(indices)
         loss = F.mse_loss(z, chosen.detach())
         if self.ema_decay is None:
@@ -98,8 +87,11 @@ class VectorQuantizer(nn.Module):
         """Update the moving averages and the codes."""
         count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
-        self.ema_count.lerp_(_sum_of_all(count), 1 - decay)
-        self.ema_sum.lerp_(_sum_of_all(total), 1 - decay)
+        if _is_distributed():
+            dist.all_reduce(count)
+            dist.all_reduce(total)
+        self.ema_count.lerp_(count, 1 - decay)
+        self.ema_sum.lerp_(total, 1 - decay)
         means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
         if self.unit_rows:
             means = F.normalize(means, dim=-1)
@@ -119,25 +111,19 @@ class VectorQuantizer(nn.Module):
             rows = total.index_add_(0, indices, points.flatten(0, 1)) / count.clamp_min(1)[:, None]
             rows[count == 0] = self._sample(points, count == 0)
             self._set_rows(every, rows)
-        self.counts.zero_()
 
     @torch.no_grad()
-    def restart_dead(self, data: Tensor, threshold: float = 1.0) -> int:
-        """Move codes chosen fewer than `threshold` times in training since the last call onto random features
-        `[..., d]`; returns how many."""
-        dead = _sum_of_all(self.counts.clone()) < threshold
+    def restart(self, dead: Tensor, data: Tensor) -> None:
+        """Move the codes marked in `dead` `[K]` onto random features `[..., d]`; every process must call it."""
         if bool(dead.any()):
             self._set_rows(dead, self._sample(self._by_section(data), dead))
-        self.counts.zero_()
-        return int(dead.sum())
 
     def _by_section(self, data: Tensor) -> Tensor:
         """Features `[..., d]` → `[N, sections, d]`, as compared."""
         return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
 
     def _sample(self, points: Tensor, which: Tensor) -> Tensor:
-        """A random feature for each row of the codebook marked in `which` `[K]`, from its own section's features:
-        distinct ones where there are enough, else repeated with a little noise."""
+        """A random feature of its section for each row marked in `which` `[K]`; repeated ones with noise."""
         chosen = []
         for section, count in enumerate(which.reshape(self.sections, -1).sum(1).tolist()):
             order = torch.randperm(len(points), device=points.device).repeat(count // len(points) + 1)[:count]
@@ -158,17 +144,9 @@ class VectorQuantizer(nn.Module):
 
 
 def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
-    """Add to `counts` `[K]`, in place, how often each code occurs in `codes` `[...]` int64; unlike `torch.bincount`
-    without waiting for the GPU."""
+    """Add how often each code occurs to `counts` `[K]`; unlike `torch.bincount` without waiting for the GPU."""
     codes = codes.flatten()
     return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))
-
-
-def _sum_of_all(value: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if _is_distributed():
-        dist.all_reduce(value)
-    return value
 
 
 def _is_distributed() -> bool:

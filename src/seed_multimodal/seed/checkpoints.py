@@ -25,7 +25,8 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hub_name
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip, resize_positions
+from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
+from seed_multimodal.nn.layers import resize_square
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, named_encoder
 from seed_multimodal.quiet import quiet_loading
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
@@ -184,8 +185,10 @@ def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) ->
 
 def fit_positions(state: Mapping[str, Tensor], sizes: EvaConfig, prefix: str = "") -> State:
     name = f"{prefix}pos_embed"
-    fits = name not in state or state[name].ndim != 3 or state[name].shape[1] == sizes.tokens
-    return dict(state) if fits else {**state, name: resize_positions(state[name], sizes.grid)}
+    if name not in state or state[name].ndim != 3 or state[name].shape[1] == sizes.tokens:
+        return dict(state)
+    old = state[name]
+    return {**state, name: torch.cat([old[:, :1], resize_square(old[0, 1:], sizes.grid)[None]], dim=1)}
 
 
 # ---- the CLIP model of the target, BLIP-2

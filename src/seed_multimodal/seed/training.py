@@ -342,7 +342,6 @@ class Stage2Base(SeedTokenizer):
         wanted = tokenizer.state_dict()
         tokenizer.load_state_dict({name: value for name, value in self.state_dict().items() if name in wanted},
                                   assign=True)
-        tokenizer.quantize.counts = torch.zeros_like(self.quantize.counts)  # not saved, so still without memory
         return tokenizer.requires_grad_(False).eval()
 
 

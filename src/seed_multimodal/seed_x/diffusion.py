@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
-from seed_multimodal.diffusion.layout import pooled_tokens
+from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
@@ -66,7 +66,9 @@ class SdxlDetokenizer(Detokenizer):
         parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
             weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)
-        return cls(weights, **parts | cls.load_layout(Path(adapter))).to(device)
+        if (Path(adapter) / LAYOUT).is_dir():
+            parts["layout"] = LayoutDecoder.from_pretrained(Path(adapter) / LAYOUT)
+        return cls(weights, **parts).to(device)
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:

@@ -25,7 +25,7 @@ from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictur
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
@@ -62,9 +62,8 @@ class Written:
 class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`.
 
-    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`,
-    `guidance_scale`, `height`, `width`, … where it has them) as keywords; defaults are the system's own. A system may
-    be used from several threads: its language model and its codec each serve one of them at a time.
+    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`, …) as
+    keywords; defaults are the system's own. Threads use its language model and its codec one at a time.
     """
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
@@ -205,7 +204,9 @@ class MultimodalSystem(Generator, HubUpload):
         drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
         if stream:
             options.setdefault("num_beams", 1)
-        settings = self.settings(task, **options).with_seed()
+        settings = self.settings(task, **options)
+        if settings.seed is None and settings.samples:
+            settings = replace(settings, seed=random_seed())
         opening = ""
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
@@ -263,17 +264,16 @@ class MultimodalSystem(Generator, HubUpload):
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
-        written: dict[int, Written] = {}
+        written: list[Written] = []
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = dict(enumerate(self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)))
-        rest = [row for row in range(len(conversations)) if row not in written or len(written[row].values) != 1]
+            written = self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)
+        rest = [row for row in range(len(conversations)) if not written or len(written[row].values) != 1]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
-                           seeds=None if seeds is None else [seeds[row] for row in rest])
-        written |= zip(rest, again, strict=True)
-        return [written[row] for row in range(len(conversations))]
+        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
+                                seeds=None if seeds is None else [seeds[row] for row in rest]))
+        return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
     # ---- inside
 

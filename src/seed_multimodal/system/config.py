@@ -212,6 +212,11 @@ class SystemConfig:
         return {key: Path(usual[key].replace("highres_", "") if low else usual[key])
                 for key in PARTS[self.system] if key in usual}
 
+    @property
+    def can_draw(self) -> bool:
+        """Whether all parts that only draw are on this disk."""
+        return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
+
     def has(self, *parts: str) -> bool:
         """Whether these parts are on this disk."""
         return not any(self._missing(key) is not None for key in parts)

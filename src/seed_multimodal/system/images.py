@@ -49,6 +49,7 @@ class Runtimes:
         """Where the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
+
 def family(name: str) -> Any:
     """The class of a family: "seed_llama", "seed_x" or "lavit"."""
     module, _, kind = FAMILIES[name].partition(":")
@@ -57,7 +58,7 @@ def family(name: str) -> Any:
 
 def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
                 log: Log = None) -> Any:
-    """The `ImageCodec` of a system, or of an image tokenizer alone, without a language model."""
+    """The `ImageCodec` of a system without its language model, or of an image tokenizer alone."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
@@ -67,13 +68,8 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
 
 class ImageCodec:
     """Images ⇄ codes or features; threads use it one at a time. A family defines `encode(images)`, which gives codes or
-    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them.
-
-    Args:
-        model: encodes images. load_decoder: makes the de-tokenizer; None: this system cannot draw.
-        at_least: a larger image is reduced while it is opened, to this side or more.
-        drawing_device: None: `device`. offload: as of `Runtimes`.
-    """
+    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them. `load_decoder` makes
+    the de-tokenizer; larger images are reduced to `at_least` or more on a side while they are opened."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
@@ -117,7 +113,7 @@ class ImageCodec:
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
-        """Keep these of "encoder" and "decoder" on the CPU while they do not work; and the others not."""
+        """Keep these of "encoder" and "decoder" on the CPU while they do not work, and the others not."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
         if self._decoder is not None:
@@ -147,21 +143,17 @@ class ImageCodec:
 
     def note(self, images: Sequence[Any]) -> str:
         """One sentence where images are unlike those of the training, or nothing."""
-        if self.domain is None or not len(images):
-            return ""
-        return self.domain.note(self.vision_tokens(images, self.domain.layer))
+        known = self.domain if len(images) else None
+        return known.note(self.vision_tokens(images, known.layer)) if known else ""
 
     @torch.inference_mode()
     def vision_tokens(self, images: Sequence[Any], layer: str) -> Tensor:
         """Output of a layer of the vision encoder for images, `[B, N, W]` float32 on the CPU."""
         tokens: list[Tensor] = []
         with self.encoding():
-            hook = self.encoder.get_submodule(layer).register_forward_hook(
-                lambda module, arguments, output: tokens.append(output.float().cpu()))
-            try:
+            with self.encoder.get_submodule(layer).register_forward_hook(
+                    lambda module, arguments, output: tokens.append(output.float().cpu())):
                 self.run_encoder(images)
-            finally:
-                hook.remove()
         return torch.cat(tokens)
 
 
@@ -175,8 +167,8 @@ class Remembered:
         """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        made = dict(zip(new, make([*new.values()]), strict=True)) if new else {}
-        used = {name: made[name] if name in made else self.known.pop(name) for name in dict.fromkeys(names)}
+        self.known |= zip(new, make([*new.values()]) if new else (), strict=True)
+        used = {name: self.known.pop(name) for name in dict.fromkeys(names)}
         self.known |= used
         for name in [*self.known][:-self.most]:
             del self.known[name]
@@ -230,8 +222,7 @@ def load_domain(file: Path | None, threshold: float) -> Domain | None:
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
     """The seeds of drawings: one for all, or one each; raises `CodesError` for another number of them."""
-    given = seed.tolist() if hasattr(seed, "tolist") else seed
-    several = given if isinstance(given, (list, tuple, range)) else [given] * count
+    several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
     seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in several]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")

@@ -116,10 +116,7 @@ class CodebookMaintenance:
         if not self.restarts(step):
             return
         self.add_up()
-        first = not dist.is_initialized() or dist.get_rank() == 0
-        counts = self.model.quantize.counts  # its own are lost with the process; `restart_dead` adds up all processes'
-        counts.copy_(self.counts.since_restart if first else torch.zeros_like(counts))
-        self.model.quantize.restart_dead(self.model.features)
+        self.model.quantize.restart(self.counts.since_restart < 1, self.model.features)
         self.counts.since_restart.zero_()
 
     def restarts(self, step: int) -> bool:

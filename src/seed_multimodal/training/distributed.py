@@ -184,9 +184,9 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
     except Exception as error:
         text = str(error)
         if is_out_of_memory(error):
-            raise TrainingError(f"Out of memory at {where} ({first_line(error)}): use smaller batches (data.rows and "
-                                f"data.length, or data.batch_size), gradient_checkpointing, or a ZeRO stage with "
-                                f"offload; {saved}.") from error
+            raise TrainingError(f"Out of memory at {where} ({first_line(error)}): lower data.rows "
+                                "(or data.batch_size) and raise trainer.gradient_accumulation_steps; "
+                                f"{saved}.") from error
         if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
             raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
                                 "the same command resumes from there.") from error

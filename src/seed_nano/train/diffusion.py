@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.diffusion.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_multimodal.diffusion.training import Noised
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
@@ -118,8 +118,8 @@ class UnetTask(NanoTask):
             projection_class_embeddings_input_dim=2 * width)
         heads, readout = load_label_heads(space), load_state_dict(space.work / READOUT_FILE)
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
-        layout = LayoutDecoder(width, channels, grid, sizes.cross_dim, heads.classes, arranged_anchors(),
-                               coarse=REDUCED, patch=patch)
+        layout = LayoutDecoder(LayoutConfig(width, channels, grid, sizes.cross_dim, heads.classes, arranged_anchors(),
+                                            coarse=REDUCED, patch=patch))
         layout.heads.load_state_dict(heads.state_dict())
         layout.coarse[0].load_state_dict({"weight": readout["readout"]})
         return unet, layout
@@ -187,7 +187,7 @@ class UnetOfCodesTask(UnetTask):
 
         unet: Any = UNet2DConditionModel.from_pretrained(self.out / "unet", local_files_only=True)
         unet.register_to_config(_name_or_path="")  # else this machine's path is saved with the model
-        return unet, LayoutDecoder.from_pretrained(self.out / "layout")
+        return unet, LayoutDecoder.from_pretrained(self.out / "layout").requires_grad_(True)
 
     def conditions(self, chosen: Tensor) -> Tensor:
         kind = torch.multinomial(torch.tensor(CONDITIONS), len(chosen), replacement=True)
@@ -203,9 +203,9 @@ class LayoutTask(NanoTask):
     def __init__(self, space: Any, folder: Path, features: Tensor, known: Mapping[str, nn.Module],
                  **sizes: Any) -> None:
         self.folder, self.features, layout = folder / LAYOUT, features.flatten(1), space.config.layout
-        self.layout = LayoutDecoder(
+        self.layout = LayoutDecoder(LayoutConfig(
             self.features.shape[1], self.latents.shape[1], self.latents.shape[2], 0, LABELS, arranged_anchors(),
-            patch=1, **asdict(layout), **sizes).to(space.device)
+            patch=1, **asdict(layout), **sizes)).to(space.device)
         for name, part in known.items():
             own = getattr(self.layout, name)
             own.load_state_dict(part.state_dict())

@@ -28,7 +28,7 @@ from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 from seed_nano.train.task import NanoTask, map_scenes
-from seed_nano.train.vision import LABELS
+from seed_nano.train.vision import LABELS, label_loss, labels_right
 from seed_nano.train.workspace import LavitWorkspace
 from seed_nano.world.scene import empty_pictures
 from seed_nano.world.targets import label_tensor
@@ -108,8 +108,9 @@ class ReaderTask(NanoTask):
         rows = batch_indices(micro_step, self.settings.batch_size, len(self.features), self.settings.seed)
         labels = self.labels[rows].to(self.space.device)
         read = model(self.features[rows].to(self.space.device))
-        right = self.reader.heads.right(read.detach(), labels).float()
-        return self.reader.heads.loss(read, labels), {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
+        logits = self.reader.heads(read)
+        right = labels_right(logits, labels).float()
+        return label_loss(logits, labels), {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         save_state_dict(self.reader.state_dict(), self.space.work / READER_FILE)

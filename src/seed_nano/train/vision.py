@@ -57,7 +57,7 @@ class VisionTask(NanoTask):
         weight = 1.0 + THINGS_WEIGHT * F.avg_pool2d(batch["mask"].to(device), pool)
         error = (self.readout(features).float().view_as(target) - target).square()
         known = (labels != IGNORED).float().sum(0).clamp_min(1)
-        right = self.heads.right(features.detach(), labels).float().sum(0) / known
+        right = labels_right(self.heads(features.detach()), labels).float().sum(0) / known
         numbers = {"naming": naming.detach(), "mse": error.detach().mean(), "first": right[0], "second": right[1],
                    "style": right[2]}
         return naming + 2.0 * (error * weight).mean(), numbers
@@ -76,6 +76,17 @@ class VisionTask(NanoTask):
         self.vision.save_pretrained(folder)
         save_state_dict(self.heads.state_dict(), space.work / HEADS_FILE)
         save_state_dict({"readout": self.readout.weight}, space.work / READOUT_FILE)
+
+
+def label_loss(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
+    """Mean cross entropy of all labels; -100 is ignored."""
+    losses = [F.cross_entropy(one, labels_BL[:, column]) for column, one in enumerate(logits.values())]
+    return torch.stack(losses).mean()
+
+
+def labels_right(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
+    """Which labels are predicted correctly, bool `[B, L]`."""
+    return torch.stack([one.argmax(1) for one in logits.values()], 1) == labels_BL
 
 
 def load_label_heads(space: Workspace) -> LabelHeads:
@@ -123,7 +134,7 @@ class ClipTask(VisionTask):
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         batch = self.scenes.at(micro_step)
         embedding = self.vision(pixel_values=normalise(batch["image"].to(self.space.device))).image_embeds
-        return self.read(embedding, batch, self.heads.loss(embedding, batch["labels"].to(self.space.device)))
+        return self.read(embedding, batch, label_loss(self.heads(embedding), batch["labels"].to(self.space.device)))
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         self.save(self.vision.visual_projection.weight, [*self.heads.layers.values(), self.readout],
@@ -214,8 +225,8 @@ class TowerTask(VisionTask):
         with torch.no_grad():
             wanted = self.teacher(pixel_values=pixels[usual]).image_embeds.float()
         unlike = F.mse_loss(self.imitate(features[usual]).float(), wanted)
-        naming = self.heads.loss(features, labels[:, :len(LABELS)])
-        naming = naming + 0.5 * self.quarters.loss(features, labels[:, len(LABELS):])
+        naming = label_loss(self.heads(features), labels[:, :len(LABELS)])
+        naming = naming + 0.5 * label_loss(self.quarters(features), labels[:, len(LABELS):])
         loss, numbers = self.read(features, batch, naming)
         return loss + IMITATION * unlike, {**numbers, "unlike": unlike.detach()}
 

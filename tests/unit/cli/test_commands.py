@@ -139,8 +139,6 @@ def test_draw_follows_seed_and_names_files_after_words(seed, tmp_path):
     assert pixels(one) == pixels(other)
     seed("draw", "a/b: ../c", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "other.png"))
     assert pixels(one) != pixels(tmp_path / "other.png")
-    code, lines, errors = seed("draw", "a cat", " ", "--steps", "1", "--out", out)
-    assert (code, len(lines)) == (1, 1) and "empty" in errors
 
 
 def test_draw_from_the_first_codes(seed, tmp_path):

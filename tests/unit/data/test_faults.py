@@ -20,10 +20,10 @@ from seed_multimodal.data.check.report import CheckSettings
 from seed_multimodal.data.check.run import check_records
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
-from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
+from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import get_kind
-from seed_multimodal.data.pretokenize.units import list_units
+from seed_multimodal.data.pretokenize.shards import list_shards
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.pair_dataset import PairDataset
@@ -204,13 +204,12 @@ def evaluated(folder: Path, most: int = 20) -> Found:
 def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:
     """An extraction, up to its pictures."""
     settings = InputSettings(files=str(folder))
-    decoder = TaskDecoder(get_kind(kind), settings, seed_image_processor(16))
+    dataset = TaskDataset(get_kind(kind), settings, seed_image_processor(16))
     used, bad = [], []
-    for result in iterate(decoding(list_units(settings, 5), decoder, 0)):
-        used += [sample.record.get("text") for sample in result.samples if sample.record]
+    for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
+        used += [sample.fields.get("text") for sample in result.samples if sample.fields]
         bad += [reason for sample in result.samples for reason in sample.lost]
-        bad += [sample.bad or f"dropped: {sample.dropped}" for sample in result.samples if not sample.record]
-        bad += [result.task.damage] if result.task.damage else []
+        bad += [sample.bad or f"dropped: {sample.dropped}" for sample in result.samples if not sample.fields]
     return used, bad
 
 
@@ -267,7 +266,7 @@ def test_a_record_that_is_broken_is_skipped(tmp_path: Path, codes: Callable, wor
 def streamed(folder: Path, words: Any) -> tuple[list[int], list[str]]:
     """The numbers of the records that one epoch of the stream has used, and the sentences about the others."""
     settings = read_data_settings({"sources": [{"name": "all", "files": str(folder), "decoder": "pretrain.caption",
-                                                "cycles": 1}], "length": 128, "lanes": 1})
+                                                "cycles": 1}], "length": 128})
     told: list[str] = []
     used: list[int] = []
     with LlmBatches(settings, words, log=told.append) as batches:

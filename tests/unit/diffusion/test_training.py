@@ -11,9 +11,9 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.training import (
-    AdapterLoss,
     ConditionDropout,
-    noise_target,
+    Noised,
+    adapter_losses,
     size_ids,
     training_schedule,
 )
@@ -49,7 +49,7 @@ def test_latents_are_noised_by_the_samplers_schedule(schedule: Any) -> None:
     assert isinstance(schedule, DDPMScheduler)
     assert (schedule.config.beta_start, schedule.config.prediction_type) == (0.00085, "epsilon")
     batch, watched = _batch(64), Recorder()
-    made = AdapterLoss(NEVER)(watched, schedule, **batch, generator=torch.Generator().manual_seed(0))
+    made = adapter_losses(watched, schedule, **batch, dropout=NEVER, generator=torch.Generator().manual_seed(0))
     share = schedule.alphas_cumprod[watched.steps][:, None, None, None]
     noise = (watched.noisy - share.sqrt() * batch["latents"]) / (1 - share).sqrt()
     assert 0 <= int(watched.steps.min()) and int(watched.steps.max()) < 1000 and len(watched.steps.unique()) > 50
@@ -69,7 +69,7 @@ def test_dropped_conditions(schedule: Any) -> None:
     assert float((~no_embeds & no_picture).float().mean()) == pytest.approx(0.3, abs=0.02)
     assert float((no_embeds & no_picture).float().mean()) == pytest.approx(0.1, abs=0.02)
     batch, watched = _batch(200), Recorder()
-    AdapterLoss(dropout)(watched, schedule, **batch, generator=torch.Generator().manual_seed(0))
+    adapter_losses(watched, schedule, **batch, dropout=dropout, generator=torch.Generator().manual_seed(0))
     no_embeds, no_picture = dropout.draw(200, torch.Generator().manual_seed(0))
     assert bool((watched.embeds[no_embeds] == 0.5).all()), "an empty image's embeddings, not zeros"
     torch.testing.assert_close(watched.embeds[~no_embeds], batch["image_embeds"][~no_embeds])
@@ -79,14 +79,12 @@ def test_dropped_conditions(schedule: Any) -> None:
     assert all(which.all() for which in ConditionDropout(0.0, 0.0, 1.0).draw(100))
 
 
-def test_noise_target_of_velocities(schedule: Any) -> None:
+def test_target_of_velocities(schedule: Any) -> None:
     velocity = DDPMScheduler.from_config(schedule.config, prediction_type="v_prediction")
-    steps = torch.tensor([0, 500, 999])
-    latents, noise = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8)
-    assert noise_target(schedule, latents, noise, steps) is noise
-    share = schedule.alphas_cumprod[steps]
-    wanted = share[:, None, None, None].sqrt() * noise - (1 - share)[:, None, None, None].sqrt() * latents
-    torch.testing.assert_close(noise_target(velocity, latents, noise, steps), wanted)
+    latents = torch.randn(3, 4, 8, 8)
+    noised = Noised.draw(velocity, latents)
+    share = schedule.alphas_cumprod[noised.steps][:, None, None, None]
+    torch.testing.assert_close(share.sqrt() * noised.latents - (1 - share).sqrt() * noised.target, latents)
 
 
 def test_condition_dropout_of_more_than_all_samples() -> None:

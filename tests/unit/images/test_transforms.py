@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
@@ -85,27 +84,7 @@ def test_read_equals_open_and_transform(transform: ImageTransform) -> None:
     assert torch.equal(normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue())))
 
 
-def test_batch_equals_single_images() -> None:
-    transform = get_transform("clip", False, 8)
-    pictures = [noise(20, 10), noise(5, 40)]
-    assert torch.equal(transform.batch(pictures), torch.stack([transform(p) for p in pictures]))
-
-
 def test_get_transform_with_wrong_settings() -> None:
     for arguments in ({"type": "vqgan"}, {"interpolation": "magic"}):
         with pytest.raises(ConfigError):
             get_transform(**arguments)
-
-
-@pytest.mark.parametrize("size", [(50, 30), (30, 50), (64, 64), (500, 3), (3, 500)])
-def test_crop_box_equals_torchvision(size: tuple[int, int]) -> None:
-    from torchvision import transforms as T
-
-    picture = noise(*size)
-    mine = TrainTransform(image_size=16)
-    theirs = T.RandomResizedCrop(16, scale=(0.5, 1.0))
-    for seed in range(5):
-        torch.manual_seed(seed)
-        top, left, height, width = theirs.get_params(picture, theirs.scale, theirs.ratio)
-        generator = torch.Generator().manual_seed(seed)
-        assert mine.crop_box(picture.size, generator) == (left, top, left + width, top + height)

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from seed_multimodal.language.answer import (
-    BrokenImagePart,
-    ImagePart,
-    TextPart,
-    split_answer,
-)
+from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [1, 2, 3, 4, 5]
@@ -17,9 +12,6 @@ def test_texts_and_pictures_in_order(tokenizer: MultimodalTokenizer) -> None:
     ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
     assert split_answer(ids, tokenizer) == [
         TextPart("Here is one."), ImagePart(CODES), TextPart("And another:"), ImagePart(CODES[::-1]), ImagePart(CODES)]
-
-
-def test_nothing_said(tokenizer: MultimodalTokenizer) -> None:
     assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 

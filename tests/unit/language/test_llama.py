@@ -68,7 +68,7 @@ def test_load_llm_of_a_missing_model(tmp_path: Path) -> None:
                          ("pretrained/seed_llama_14b_sft", "seed-llama-14b-sft")):
         with pytest.raises(CheckpointError, match=rf"huggingface\.co/AILab-CVC/{name} into "):
             load_llm(folder)
-    with pytest.raises(CheckpointError, match=r"there is no language model \(config\.json"):
+    with pytest.raises(CheckpointError, match=r"holds no config\.json; give the folder of a LLaMA"):
         load_llm(tmp_path)
     with pytest.raises(CheckpointError, match="AILab-CVC/no-such-model") as caught:
         load_llm("AILab-CVC/no-such-model")
@@ -126,7 +126,7 @@ def test_load_llm_quantised_on_a_cpu(quantization: str) -> None:
     assert torch.nn.functional.cosine_similarity(expected.flatten(), logits.flatten(), dim=0) > 0.95
 
 
-def test_load_llm_with_unknown_quantisation(llm_folder: Path) -> None:
+def test_load_llm_of_another_quantisation(llm_folder: Path) -> None:
     with pytest.raises(ConfigError, match="Unknown quantisation"):
         load_llm(llm_folder, quantization="3bit")
     with pytest.raises(ConfigError, match="need a CUDA device or a CPU, not mps"):

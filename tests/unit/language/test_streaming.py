@@ -20,8 +20,8 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     return MultimodalTokenizer.train(texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
 
 
-def read_all(words: MultimodalTokenizer, ids: list[int], marker: str = MARKER) -> tuple[AnswerReader, list[dict]]:
-    reader, events = AnswerReader(words, [marker]), []
+def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = "") -> tuple[AnswerReader, list]:
+    reader, events = AnswerReader(words, stops or [MARKER], after=after), []
     for id in ids:
         events += reader.read(id)
     return reader, events + reader.close()
@@ -99,12 +99,8 @@ def test_an_error_in_the_thread_is_raised_here() -> None:
 
 
 def test_a_verdict_before_the_answer_is_not_given_out(words: MultimodalTokenizer) -> None:
-    ids = words.encode("red, blue - a red apple. And more")
-    reader, given = AnswerReader(words, ["."], after=" - "), []
-    for id in ids:
-        given += reader.read(id)
-    text = "".join(event["text"] for event in given + reader.close())
+    reader, events = read_all(words, words.encode("red, blue - a red apple. And more"), ".", after=" - ")
+    text = "".join(event["text"] for event in events)
     assert text.strip() == "a red apple" and words.decode(reader.ids).endswith("a red apple")
-    plain = AnswerReader(words, ["."], after=" - ")
-    plain.read_all(words.encode("a fish. And more"))
+    plain, _ = read_all(words, words.encode("a fish. And more"), ".", after=" - ")
     assert words.decode(plain.ids) == "a fish"

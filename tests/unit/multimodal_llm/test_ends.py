@@ -68,7 +68,7 @@ def test_a_source_that_gave_nothing_is_a_warning():
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
     """Data that end inside a step are learned all the same, with the weight of a step of that size."""
-    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=7)
+    data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=14)
     data["packing"] = packing
     for source in data["sources"]:
         source["cycles"] = 1
@@ -101,7 +101,7 @@ def test_every_step_up_to_the_end_of_data_can_be_resumed_from(packing, world, co
     content |= {"packing": packing, "rows": 1}
     for source in content["sources"]:
         source["cycles"] = 1
-    broken = tmp_path / "chats.jsonl"  # the last draws of some lanes give nothing
+    broken = tmp_path / "chats.jsonl"  # the last draws of a process give nothing
     broken.write_text(broken.read_text().replace('"role": "user"', '"role": "nobody"', 3))
     settings, tokenizer = read_data_settings(content), MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
 
@@ -125,12 +125,11 @@ def test_every_step_up_to_the_end_of_data_can_be_resumed_from(packing, world, co
             if not any(found):
                 return tokens, after, lost
             tokens.append(sum(found))
-            after.append(json.loads(json.dumps([one.state(step * count) for one in ranks])))
+            after.append(json.loads(json.dumps([one.state() for one in ranks])))
 
     tokens, after, lost = rest(0, None)
     assert len(tokens) >= 1 and lost == 3
     for step, states in enumerate(after, 1):
-        assert len({state["position"] for state in states}) == 1
         again, _, told = rest(step, states)
         assert (again, told) == (tokens[step:], 3), f"after step {step} of {len(tokens)}"
 
@@ -283,3 +282,9 @@ def test_refusals_before_the_first_step(train, more, words):
         pytest.skip("this machine can do it")
     with pytest.raises(ConfigError, match=words):
         train("out", *more)
+
+
+def test_tokens_per_step_sets_the_micro_steps(train, capsys):
+    home = train("out", "trainer.max_steps=1", "trainer.tokens_per_step=1000", "data.rows=2")
+    assert json.loads((home / "summary.json").read_text())["micro_steps"] == 3  # of 2 rows of 160 positions
+    assert "a step: 2 packed rows of 160 x 3 micro-steps x 1 process = 960 positions." in capsys.readouterr().out

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import VectorQuantizer
 
 
@@ -77,20 +75,15 @@ def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> No
     assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
 
 
-def test_restart_moves_exactly_the_dead_codes_and_counts_anew() -> None:
-    quantizer = VectorQuantizer(8, 3).train()
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(torch.arange(8.0)[:, None].expand(8, 3) * 10)
-    seen = torch.tensor([0.0, 20.0, 20.0, 70.0])[:, None].expand(4, 3)[None].clone()
-    quantizer(seen)
-    before = quantizer.embedding.weight.detach().clone()
-    assert quantizer.restart_dead(seen + 1.0, threshold=1.0) == 5
-    moved = (quantizer.embedding.weight != before).any(1).nonzero().flatten().tolist()
-    assert moved == [1, 3, 4, 5, 6]
-    assert all(min(abs(value - k) for k in (1, 21, 71)) < 5 for value in quantizer.embedding.weight[moved][:, 0])
-    assert int(quantizer.counts.sum()) == 0
-    quantizer.eval()(seen)
-    assert int(quantizer.counts.sum()) == 0, "evaluation must not count"
+def test_restart_moves_exactly_the_dead_codes() -> None:
+    quantizer = VectorQuantizer(8, 3)
+    before = (torch.arange(8.0)[:, None] * 10).expand(8, 3)
+    quantizer.embedding.weight.data.copy_(before)
+    features = torch.tensor([1.0, 21.0, 71.0])[:, None].expand(3, 3)
+    dead = torch.tensor([False, True, False, True, True, False, False, False])
+    quantizer.restart(dead, features)
+    assert torch.equal((quantizer.embedding.weight != before).any(1), dead)
+    assert sorted(quantizer.embedding.weight[dead][:, 0].tolist()) == [1, 21, 71]
 
 
 def test_cosine_codes_ignore_length() -> None:
@@ -126,15 +119,9 @@ def test_sections_give_each_position_its_own_codes() -> None:
     for place in range(6):  # the nearest of its own four, though another section's code may be nearer
         rows = quantizer.embedding.weight[place * 4:place * 4 + 4]
         assert torch.equal(codes[:, place] - place * 4, torch.cdist(points[:, place], rows).argmin(1))
-    quantizer.counts[8:12] = 0.0  # the third section's codes are dead: they restart on that position's features
-    assert quantizer.restart_dead(points) == 4
+    quantizer.restart(torch.arange(24) // 4 == 2, points)  # onto features of that position
     moved = quantizer.embedding.weight[8:12]
     assert bool((torch.cdist(moved, points[:, 2]).min(1).values < 1e-6).all())
-
-
-def test_a_codebook_that_does_not_divide_into_sections_is_refused() -> None:
-    with pytest.raises(ConfigError, match="10 codes cannot be divided into 4"):
-        VectorQuantizer(10, 4, sections=4)
 
 
 @torch.no_grad()
@@ -145,7 +132,7 @@ def test_unit_rows_are_stored_on_the_sphere_and_compared_as_they_are() -> None:
     lengths.append(quantizer.embedding.weight.norm(dim=1))
     quantizer.train()(torch.randn(2, 30, 4))
     lengths.append(quantizer.embedding.weight.norm(dim=1))
-    quantizer.restart_dead(5 * torch.randn(50, 4), threshold=1e9)
+    quantizer.restart(torch.ones(6, dtype=torch.bool), 5 * torch.randn(50, 4))
     lengths.append(quantizer.embedding.weight.norm(dim=1))
     assert all(torch.allclose(one, torch.ones(6), atol=1e-5) for one in lengths)
     quantizer.embedding.weight[2] *= 3

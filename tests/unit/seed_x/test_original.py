@@ -203,13 +203,10 @@ def test_wrong_yaml_files(file: str, before: str, after: str, sentence: str, her
     assert sentence in capsys.readouterr().err
 
 
-def test_stray_key_of_the_original_is_accepted(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stray_key_of_the_original_is_accepted(here: Path) -> None:
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + "image_start_id\": 151857\n")
     assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
-    first = SCRIPTS["eval_seed_x_detokenizer"].adapter
-    assert seed_x_script("eval_seed_x_detokenizer_with_condition", ["--device", "cpu", "--adapter", first]) != 0
-    assert "reads no condition image" in capsys.readouterr().err
 
 
 @pytest.mark.slow

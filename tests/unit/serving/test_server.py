@@ -206,7 +206,7 @@ def test_program_names_every_missing_part_of_three_files(tmp_path: Path) -> None
     (tmp_path / "drawing").mkdir()
     with pytest.raises(CheckpointError) as caught:
         system_from_configs(**files)
-    assert f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words, AILab-CVC/seed-llama-14b-sft into " in str(
+    assert f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words; AILab-CVC/seed-llama-14b-sft into " in str(
         caught.value)
     (tmp_path / "words" / "diffusion_model").mkdir(parents=True)
     (tmp_path / "llama_14b").mkdir()

@@ -53,8 +53,7 @@ class PictureReader:
                     for one in (pair.image, pair.condition) if one is not None]
         kind = get_kind(stage)
         preset = "plain" if self._guessed and "plain" in kind.presets else self._fields
-        sample = Sample(record, files, self._settings.image_root)
-        return kind.parse(sample, self._settings, kind.keys(preset))[1]
+        return kind.read(Sample(record, files, self._settings, kind.keys(preset)))[1]
 
 
 def guess_stage(fields: Mapping[str, Any]) -> str:

@@ -1,17 +1,17 @@
-"""Settings of the input: a description in our keys, or one of the released pre-tokenisation files.
+"""Settings of the input: a description in our keys, or one of the original pre-tokenisation files.
 
     files: data/unsplash/webdataset        # folders, patterns with braces, lists of them
     format: auto                           # tar, json (lists or an object per line), parquet, folder, a registered one
     fields: vqa                            # which keys hold what: a preset of the kind, or a mapping
     min_resolution: 180                    # filters; without a key nothing is dropped for it
 
-The released files name a builder (`_target_`); one table leads from it to a kind, and nothing is imported from YAML.
+The original files name a builder (`_target_`); one table leads from it to a kind, and nothing is imported from YAML.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_keys, nearest, read_settings, setting
-
-_HYDRA = ("_target_", "_recursive_", "_convert_")
+from seed_multimodal.settings import nearest, read_settings, setting
 
 
 @dataclass
@@ -55,36 +53,24 @@ class InputSettings:
     num_frames: int = setting(4, least=1)
     num_images: int | None = setting(5, least=1)
 
-    def identity(self) -> dict[str, Any]:
-        """Settings that the output depends on, for the manifest."""
-        return {key: value for key, value in asdict(self).items() if key not in ("files", "image_root", "recursive")}
 
-
-@dataclass(frozen=True)
-class Pipe:
-    """What a released builder stands for: the kind of records, its defaults, keys that change nothing here."""
-
-    kind: str
-    defaults: dict[str, Any]
-    ignored: tuple[str, ...] = ("max_length",)  # only texts are written, so nothing is cut
-
-
-# The released input pipes of the two extraction tools.
-PIPES = {
-    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": Pipe(
+# The original input pipes of the two extraction tools: the kind of their records, and what they leave to defaults.
+PIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": (
         "caption", {"format": "tar", "similarity_thr": 0.2, "min_resolution": 180, "min_aspect_ratio": 0.666}),
-    "src.data.torchdata_eval.build_question_answer_datapipes": Pipe("qa", {"format": "json"}),
+    "src.data.torchdata_eval.build_question_answer_datapipes": ("qa", {"format": "json"}),
 }
 
 
-def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, **replaced: Any) -> InputSettings:
-    """Settings from a mapping or a YAML file, ours or released, for the tool that writes `kind` records.
+def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, fields: str | dict[str, str] | None = None
+                        ) -> InputSettings:
+    """Settings from a mapping or a YAML file, ours or original, for the tool that writes `kind` records.
 
     Args:
-        replaced: values from the command line that win over the file's (None: not given).
+        fields: of the command line, which win over the file's.
 
     Raises:
-        ConfigError: an unknown target, key or value, or a released file of another kind; the nearest key is named.
+        ConfigError: an unknown target, key or value, or an original file of another kind; the nearest key is named.
     """
     where = "data"
     if isinstance(config, str | Path):
@@ -92,38 +78,31 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, **rep
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     given = {str(key): value for key, value in plain.items()}
     if "_target_" in given:
-        given = _released(given, kind, where)
-    given |= {key: value for key, value in replaced.items() if value is not None}
+        given = _original(given, kind, where)
+    if fields is not None:
+        given["fields"] = fields
     settings = read_settings(InputSettings, given, where)
     if settings.format not in registered() and not settings.files:
         raise ConfigError(f"{where}: needs a value for 'files'.")
-    if settings.image_root == "":
-        raise ConfigError(f"{where}: image_root must be a folder, not ''.")
     root = settings.image_root and str(Path(settings.image_root).expanduser())
     return replace(settings, image_root=root)
 
 
-def _released(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
-    target = str(given["_target_"])
-    pipe = PIPES.get(target)
-    if pipe is None:
-        raise ConfigError(f"{where}: _target_ {target!r} is none of the released input pipes{nearest(target, PIPES)}.")
-    if pipe.kind != kind:
-        raise ConfigError(f"{where}: _target_ {target!r} reads {pipe.kind} data, but this tool writes {kind} records.")
-    own = [f.name for f in fields(InputSettings) if f.name != "files"]
-    check_keys(given, [*own, "data_dir", *pipe.ignored, *_HYDRA], where)
-    files = given.get("data_dir")
-    if not files:
-        raise ConfigError(f"{where}: needs a value for 'data_dir'.")
-    return {**pipe.defaults, **{key: value for key, value in given.items() if key in own}, "files": files}
+def _original(given: dict[str, Any], kind: str, where: str) -> dict[str, Any]:
+    """The settings of an original file; `max_length` changes nothing, since only texts are written."""
+    target = str(given.pop("_target_"))
+    if target not in PIPES:
+        raise ConfigError(f"{where}: _target_ {target!r} is none of the original input pipes{nearest(target, PIPES)}.")
+    of_kind, defaults = PIPES[target]
+    if of_kind != kind:
+        raise ConfigError(f"{where}: _target_ {target!r} reads {of_kind} data, but this tool writes {kind} records.")
+    files = given.pop("data_dir", None)
+    return {**defaults, **{key: value for key, value in given.items()
+                           if key not in ("max_length", "_recursive_", "_convert_")}, "files": files}
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:
-    """`--fields vqa` or `--fields image=file,question=q` as the setting.
-
-    Raises:
-        ConfigError: a piece without `=` among several.
-    """
+    """`--fields vqa` or `--fields image=file,question=q` as the setting. Raises ConfigError: a piece without `=`."""
     if text is None or "=" not in text:
         return text
     pairs = [piece.partition("=") for piece in text.split(",")]

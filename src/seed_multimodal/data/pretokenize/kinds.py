@@ -10,57 +10,61 @@
 | interleaved | `image_ids`, `texts` (parallel, None where the other is), `metadata`; or `instruction`, `response` |
 | chat | `messages` |
 
-With several views of a picture, caption and qa records also have `views`, whose first is the picture itself; in chats
-pictures of the user have them (a decoder draws one), pictures of the assistant, which the model learns to draw, do not.
+With several views of an image, caption and qa records also have `views`, whose first is the image itself; in chats
+images of the user have them (a decoder draws one), images of the assistant, which the model learns to draw, do not.
 
-A kind reads a sample, in a decode worker, as the record it becomes with `Slot`s where codes will stand, and the
-pictures to encode; `slots.filled` puts the codes in.
+A kind is two functions: `read` takes the fields and images of a sample, in a decode worker; `record` makes the record
+of these fields and the images' codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.pictures import Picture, frames
 from seed_multimodal.data.pretokenize.samples import Dropped, Sample
-from seed_multimodal.data.pretokenize.slots import Joined, Slot
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 from seed_multimodal.settings import check_keys, nearest
 
-Parsed = tuple[dict[str, Any], list[Picture]]
+Fields = dict[str, Any]
+Read = tuple[Fields, list[Picture]]
+Codes = Sequence[list[list[int]] | None]  # of each image its views; None: an optional one that cannot be read
+
+
+def joined_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+    """`image_ids` (image after image), the `views` of a single one if there are several, the fields."""
+    found = [views for views in codes if views]
+    several = {"views": found[0]} if len(found) == 1 and len(found[0]) > 1 else {}
+    return {"image_ids": [code for views in found for code in views[0]], **several, **fields}
 
 
 @dataclass(frozen=True)
 class Kind:
     """One kind of records.
 
-    Args:
-        parse: (sample, settings, keys by what they hold) -> the record with `Slot`s, and its pictures.
+    Attributes:
         fields: keys of the input by what they hold; `ask`: a fixed question, `suffix`: put behind each question.
         presets: other such mappings by name; `default` is merged unless a preset is named.
-        views: whether several views of a picture can be written.
     """
 
     name: str
-    parse: Callable[[Sample, InputSettings, Mapping[str, str]], Parsed]
+    read: Callable[[Sample], Read]
     fields: dict[str, str]
     presets: dict[str, dict[str, str]] = field(default_factory=dict)
     default: str = ""
     views: bool = False
+    record: Callable[[Fields, Codes, ImageVocabulary], Fields] = joined_record
 
     def keys(self, given: str | Mapping[str, str], where: str = "fields") -> dict[str, str]:
-        """The keys used: a preset by name, or a mapping over the kind's own.
-
-        Raises:
-            ConfigError: an unknown preset or name; the nearest is named.
-        """
+        """The keys used: a preset by name, or a mapping over the kind's own. Raises ConfigError: an unknown name."""
         if isinstance(given, str):
             if given not in self.presets:
                 known = ", ".join(self.presets) or "none"
@@ -73,159 +77,140 @@ class Kind:
 
 
 def get_kind(name: str) -> Kind:
-    """A kind by name.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
+    """A kind by name. Raises ConfigError: an unknown one."""
     if name not in KINDS:
         raise ConfigError(f"There are no {name!r} records{nearest(name, KINDS)}: use {', '.join(KINDS)}.")
     return KINDS[name]
 
 
-# ---- caption
+# ---- caption, qa, video, story
 
 
-def _parse_caption(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    data = sample.picture_member()
-    value = sample.image(keys["image"])
+def _read_caption(sample: Sample) -> Read:
+    settings, in_tar = sample.settings, sample.picture_member() is not None
+    value = sample.image(sample.keys["image"])
     named = settings.use_caption_in_metadata
-    text = sample.caption(settings.caption_key_in_metadata if named else keys["caption"], member=not named)
-    metadata = sample.fields if data is not None else {
-        key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
-    return {**_one_picture(), "text": text, "metadata": metadata}, [sample.picture(value)]
+    text = sample.caption(settings.caption_key_in_metadata if named else sample.keys["caption"], member=not named)
+    metadata = sample.fields if in_tar else {key: sample.fields[key] for key in ("image_id", "id")
+                                             if key in sample.fields}
+    return {"text": text, "metadata": metadata}, [sample.picture(value)]
 
 
-def _one_picture() -> dict[str, Any]:
-    return {"image_ids": Slot((0,)), "views": Slot((0,), "views")}
+def _question(sample: Sample, *, required: bool = True) -> Fields:
+    question = sample.keys["ask"] or sample.text(sample.keys["question"], required=required)
+    suffix = "" if sample.keys["ask"] else sample.keys["suffix"]
+    if question is not None and suffix and not question.endswith(suffix.strip()):
+        question = question.rstrip() + suffix
+    return {} if question is None else {"question": question}
 
 
-# ---- qa, video
-
-
-def _question(sample: Sample, keys: Mapping[str, str], *, required: bool = True) -> str | None:
-    if keys["ask"]:
-        return keys["ask"]
-    question = sample.text(keys["question"], required=required)
-    if question is None:
-        return None
-    suffix = keys["suffix"]
-    return question if not suffix or question.endswith(suffix.strip()) else question.rstrip() + suffix
-
-
-def _parse_qa(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    texts = {"question": _question(sample, keys), "answer": sample.text(keys["answer"])}
-    value = sample.image(keys["image"])
+def _read_qa(sample: Sample) -> Read:
+    fields = {**_question(sample), "answer": sample.text(sample.keys["answer"])}
+    value = sample.image(sample.keys["image"])
     several = value if isinstance(value, list) else [value]
-    if not several:
-        raise BadRecord("missing key", f"{sample.where}: its list of pictures is empty.")
-    if len(several) == 1:
-        return {**_one_picture(), **texts}, [sample.picture(several[0])]
-    return {"image_ids": Slot(tuple(range(len(several)))), **texts}, [
-        sample.picture(picture, read=False) for picture in several]
+    return fields, [sample.picture(one, read=len(several) == 1) for one in several]
 
 
-def _parse_video(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    answer, question = sample.text(keys["answer"]), _question(sample, keys, required=False)
-    texts = {"answer": answer} if question is None else {"question": question, "answer": answer}
-    name, count = str(sample.text(keys["video"])), settings.num_frames
-    pictures = frames(sample.path(name), f"{sample.where}: {name}", count)
-    return {"image_ids": Slot(tuple(range(count))), **texts}, pictures
+def _read_video(sample: Sample) -> Read:
+    answer = sample.text(sample.keys["answer"])
+    name = str(sample.text(sample.keys["video"]))
+    found = frames(sample.path(name), f"{sample.where}: {name}", sample.settings.num_frames)
+    return {**_question(sample, required=False), "answer": answer}, found
 
 
-# ---- edit, story
-
-
-def _parse_edit(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    texts = {name: sample.text(keys[name], required=False) for name in ("instruction", "instruction_gpt", "response")}
-    found = {name: text for name, text in texts.items() if text is not None}
-    if "instruction" not in found and not {"instruction_gpt", "response"} <= found.keys():
-        raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
-                        f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return {"source_image_ids": Slot((0,)), "target_image_ids": Slot((1,)), **found}, [
-        sample.picture(sample.fields.get(keys["source"])),
-        sample.picture(sample.fields.get(keys["target"]), read=False)]
-
-
-def _parse_story(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    pictures, captions = (_listed(sample, keys[name], settings.num_images) for name in ("images", "captions"))
-    wanted = settings.num_images if settings.num_images is not None else max(2, len(pictures))
+def _read_story(sample: Sample) -> Read:
+    limit = sample.settings.num_images
+    pictures, captions = (_listed(sample, sample.keys[name]) for name in ("images", "captions"))
+    wanted = limit if limit is not None else max(2, len(pictures))
     if len(pictures) != wanted or len(captions) != wanted:
-        keys_there = "" if pictures and captions else f" ({sample.keys()})"
-        raise BadRecord("images and captions", f"{sample.where}: {counted(len(pictures), 'picture')} under "
-                        f"{keys['images']!r} and {counted(len(captions), 'caption')} under {keys['captions']!r} "
-                        f"where {wanted} of each belong{keys_there}.")
+        raise BadRecord("images and captions", f"{sample.where}: has {counted(len(pictures), 'image')} and "
+                        f"{counted(len(captions), 'caption')} where {wanted} of each belong ({sample.known_keys()}).")
     if not all(isinstance(text, str) and text.strip() for text in captions):
-        raise BadRecord("wrong type", f"{sample.where}: one of its {keys['captions']!r} is no text, or empty.")
-    texts = {f"caption{number}": text for number, text in enumerate(captions)}
-    return {"image_ids": Slot(tuple(range(wanted))), **texts}, [sample.picture(picture) for picture in pictures]
+        raise BadRecord("wrong type", f"{sample.where}: one of its {sample.keys['captions']!r} is no text, or empty.")
+    return {f"caption{number}": text for number, text in enumerate(captions)}, [
+        sample.picture(picture) for picture in pictures]
 
 
-def _listed(sample: Sample, key: str, count: int | None) -> list[Any]:
-    """The list under a key, or what stands under key0, key1, … (with the plural's s left out).
-
-    One more than wanted is read, so that a story that is too long is not cut unnoticed.
-    """
+def _listed(sample: Sample, key: str) -> list[Any]:
+    """The list under a key, or what stands under key0, key1, … (with the plural's s left out)."""
     if isinstance(sample.fields.get(key), list):
         return list(sample.fields[key])
-    found: list[Any] = []
-    while f"{key.removesuffix('s')}{len(found)}" in sample.fields and len(found) <= (count or 1000):
-        found.append(sample.fields[f"{key.removesuffix('s')}{len(found)}"])
-    return found
+    names = (f"{key.removesuffix('s')}{number}" for number in itertools.count())
+    return [sample.fields[name] for name in itertools.takewhile(sample.fields.__contains__, names)]
 
 
-# ---- interleaved, chat
+# ---- edit
 
 
-def _parse_interleaved(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
-    """A document, pictures and texts in turn, or an instruction and its response with `<image>` where a picture stands.
+def _read_edit(sample: Sample) -> Read:
+    keys = sample.keys
+    texts = {name: sample.text(keys[name], required=False) for name in ("instruction", "instruction_gpt", "response")}
+    fields = {name: text for name, text in texts.items() if text is not None}
+    if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
+        raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
+                        f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
+    return fields, [sample.picture(sample.fields.get(keys["source"])),
+                    sample.picture(sample.fields.get(keys["target"]), read=False)]
 
-    A picture of a document that cannot be read is left out with its place, as released; one of an instruction is not.
+
+def _edit_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+    source, target = (views[0] for views in codes if views)
+    return {"source_image_ids": source, "target_image_ids": target, **fields}
+
+
+# ---- interleaved
+
+
+def _read_interleaved(sample: Sample) -> Read:
+    """A document, images and texts in turn, or an instruction and its response with `<image>` where an image stands.
+
+    An image of a document that cannot be read is left out with its place, as in the original.
     """
-    images = sample.fields.get(keys["images"])
+    keys, images = sample.keys, sample.fields.get(sample.keys["images"])
     if not isinstance(images, list):
-        raise BadRecord("missing key", f"{sample.where}: has no list of pictures under {keys['images']!r} "
-                        f"({sample.keys()}).")
+        raise BadRecord("missing key", f"{sample.where}: has no list of images under {keys['images']!r} "
+                        f"({sample.known_keys()}).")
     if keys["instruction"] in sample.fields:
-        texts = {name: str(sample.text(keys[name])) for name in ("instruction", "response")}
-        count = sum(text.count(PLACEHOLDER) for text in texts.values())
+        fields: Fields = {name: str(sample.text(keys[name])) for name in ("instruction", "response")}
+        count = sum(text.count(PLACEHOLDER) for text in fields.values())
         if count != len(images):
             raise BadRecord("images and placeholders", f"{sample.where}: {count} {PLACEHOLDER} placeholders for "
-                            f"{len(images)} pictures.")
-        numbers = iter(range(count))
-        return ({name: _with_pictures(text, numbers) for name, text in texts.items()},
-                [sample.picture(image) for image in images])
-    words = sample.fields.get(keys["texts"])
-    if not isinstance(words, list) or len(words) != len(images):
+                            f"{counted(len(images), 'image')}.")
+        return fields, [sample.picture(image) for image in images]
+    texts = sample.fields.get(keys["texts"])
+    if not isinstance(texts, list) or len(texts) != len(images):
         raise BadRecord("images and texts", f"{sample.where}: {keys['images']!r} and {keys['texts']!r} must be lists "
                         "of one length, with None where the other stands.")
-    for place, (image, text) in enumerate(zip(images, words, strict=True)):
+    for place, (image, text) in enumerate(zip(images, texts, strict=True)):
         if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise BadRecord("images and texts", f"{sample.where}: place {place} must hold a picture or a text.")
+            raise BadRecord("images and texts", f"{sample.where}: place {place} must hold an image or a text.")
     pictures = [sample.picture(image, optional=True) for image in images if image is not None]
     if not pictures:
-        raise Dropped("no picture")
-    numbers = iter(range(len(pictures)))
-    slots = [None if image is None else next(numbers) for image in images]
-    metadata = sample.fields.get("metadata")
-    return {"image_ids": [None if one is None else Slot((one,)) for one in slots],
-            "texts": [text if one is None else Slot((one,), "none") for one, text in zip(slots, words, strict=True)],
-            "metadata": {} if metadata is None else metadata}, pictures
+        raise Dropped("no image")
+    return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, pictures
 
 
-def _with_pictures(text: str, numbers: Iterator[int]) -> Joined:
-    """The text with the next pictures in place of its placeholders."""
-    first, *others = text.split(PLACEHOLDER)
-    return Joined((first, *(piece for other in others for piece in (next(numbers), other))))
+def _interleaved_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+    shown = iter(codes)
+    if "instruction" in fields:
+        return {name: "".join(vocabulary.image_text((next(shown) or [])[0]) if piece == PLACEHOLDER else piece
+                              for piece in re.split(f"({PLACEHOLDER})", text)) for name, text in fields.items()}
+    places = [(next(shown) if text is None else None, text) for text in fields["texts"]]
+    places = [(views, text) for views, text in places if views or text is not None]
+    return {"image_ids": [views and views[0] for views, _ in places], "texts": [text for _, text in places],
+            "metadata": fields["metadata"]}
 
 
-def _parse_chat(sample: Sample, settings: InputSettings, keys: Mapping[str, str]) -> Parsed:
+# ---- chat
+
+
+def _read_chat(sample: Sample) -> Read:
     fields = sample.fields
     data = sample.picture_member()
-    if data is not None:  # a tar of pictures with their conversation
+    if data is not None:  # a tar of images with their conversation
         fields = {**fields, "image": data}
     if _has_own_pictures(fields):
-        fields = {key: fields[key] for key in ("messages", "system") if key in fields}  # its pictures stand in place
+        fields = {key: fields[key] for key in ("messages", "system") if key in fields}  # its images stand in place
     found = with_messages(fields, sample.where)
     if "messages" not in found:
         have = ", ".join(sorted(map(str, fields))[:8]) or "no keys"
@@ -236,37 +221,45 @@ def _parse_chat(sample: Sample, settings: InputSettings, keys: Mapping[str, str]
         content: list[Any] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                content.append({"codes": Slot((len(pictures),), "codes or views")})
                 pictures.append(sample.picture(part["image"], read=message["role"] == "user"))
-            else:
-                content.append(part)
+                part = None
+            content.append(part)
         messages.append({"role": message["role"], "content": content})
     return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, pictures
 
 
 def _has_own_pictures(fields: Mapping[str, Any]) -> bool:
-    """Whether pictures stand in the messages themselves, not in a list beside them."""
+    """Whether images stand in the messages themselves, not in a list beside them."""
     messages = fields.get("messages")
     contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
     return any(isinstance(part, Mapping) and not part.keys().isdisjoint(("image", "image_url", "codes"))
                for content in contents if isinstance(content, list) for part in content)
 
 
+def _chat_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+    """The codes of each image in its place, or those of each of its views."""
+    shown = (views if len(views) > 1 else views[0] for views in codes if views)
+    return {**fields, "messages": [
+        {**message, "content": [{"codes": next(shown)} if part is None else part for part in message["content"]]}
+        for message in fields["messages"]]}
+
+
 _QA = {"image": "image", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
 _VIDEO = {"video": "video", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
 KINDS = {kind.name: kind for kind in (
-    Kind("caption", _parse_caption, {"image": "image", "caption": "caption"}, views=True),
-    # The released tool reads JourneyDB as it stands; its other variants were comments in the source.
-    Kind("qa", _parse_qa, _QA, {
+    Kind("caption", _read_caption, {"image": "image", "caption": "caption"}, views=True),
+    # The original tool reads JourneyDB as it stands; its other variants were comments in the source.
+    Kind("qa", _read_qa, _QA, {
         "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"}, "describe": {"ask": DESCRIBE_PROMPT},
         "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, default="journeydb", views=True),
-    Kind("video", _parse_video, _VIDEO, {
+    Kind("video", _read_video, _VIDEO, {
         "plain": {}, "caption": {"question": "", "answer": "caption"}, "qa": {"suffix": QA_SUFFIX},
         "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"}}),
-    Kind("edit", _parse_edit, {
+    Kind("edit", _read_edit, {
         "source": "source_image", "target": "target_image", "instruction": "instruction",
-        "instruction_gpt": "instruction_gpt", "response": "response"}),
-    Kind("story", _parse_story, {"images": "images", "captions": "captions"}),
-    Kind("interleaved", _parse_interleaved, {name: name for name in ("images", "texts", "instruction", "response")}),
-    Kind("chat", _parse_chat, {}, views=True),
+        "instruction_gpt": "instruction_gpt", "response": "response"}, record=_edit_record),
+    Kind("story", _read_story, {"images": "images", "captions": "captions"}),
+    Kind("interleaved", _read_interleaved, {name: name for name in ("images", "texts", "instruction", "response")},
+         record=_interleaved_record),
+    Kind("chat", _read_chat, {}, views=True, record=_chat_record),
 )}

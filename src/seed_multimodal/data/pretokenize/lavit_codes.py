@@ -4,8 +4,7 @@
     _target_: seed_multimodal.data.pretokenize.lavit_codes.lavit_codes
     pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
 
-A batch is padded with -1, which is left out where records are written. The draw of a picture is a function of its
-pixels and the seed, so that shards are the same however they are made.
+The draw of an image is a function of its pixels and the seed, so shards are the same however they are made.
 """
 
 from __future__ import annotations

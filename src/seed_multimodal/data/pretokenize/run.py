@@ -1,50 +1,41 @@
-"""Pre-tokenise a data set: input shards → codes → tars of json records, on any number of processes.
+"""Pre-tokenise a data set: each input shard becomes one output shard of json records with codes.
 
     run(RunSettings(kind="caption", data="configs/data/caption_torchdata_preprocess.yaml", save_dir="dataset/cc3m",
-                    encoder=EncoderSettings("configs/tokenizer/seed_llama_tokenizer.yaml"), gpus=8))
+                    encoder=EncoderSettings("configs/tokenizer/seed_llama_tokenizer.yaml")))
 
-Every unit of work (an input shard, or a block of records) becomes one folder `part-XXXX`, which depends on the unit
-alone, so processes need not communicate: those of one machine are spawned here (`gpus`), those of several come from
-torchrun's environment or a job array (`shard`). A run that was interrupted in any way continues with the units that are
-not finished.
+`SAVE_DIR/NAME.tar` appears whole or not at all, with its counts in `NAME.counts.json`; a run that starts again skips
+what is there. Under torchrun process r makes every WORLD_SIZE-th shard, in a job array (`shard`) task i every N-th.
+Batches are made inside a shard, in the order of its samples, so equal input gives equal records.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import glob
+import json
+import math
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seed_multimodal.data.pretokenize import RELEASED_BATCH, RELEASED_GPUS
-from seed_multimodal.data.pretokenize.decode import TaskDecoder
+from seed_multimodal.data.formats.shards import ShardWriter, open_shard
+from seed_multimodal.data.pretokenize.dataset import DecodedTask, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
-from seed_multimodal.data.pretokenize.kinds import get_kind
-from seed_multimodal.data.pretokenize.output import (
-    CHANGED,
-    agree_on_settings,
-    check_part,
-    merge,
-    part_folder,
-    refuse_other_settings,
-    summary,
-    versions,
-)
-from seed_multimodal.data.pretokenize.units import Unit, list_units
-from seed_multimodal.data.pretokenize.work import Extractor
-from seed_multimodal.disk import writing
-from seed_multimodal.entry import DONE, REFUSED, SOME_FAILED, end_with_parent, guarded, log_line
+from seed_multimodal.data.pretokenize.kinds import Kind, get_kind
+from seed_multimodal.data.pretokenize.shards import Shard, list_shards
+from seed_multimodal.disk import read_json_object, replace_text, writable_folder
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_settings, setting
+from seed_multimodal.settings import changed_settings, check_settings, setting
 
-CPU_BATCH = 32  # what is fastest there
+ORIGINAL_BATCH, CPU_BATCH = 256, 32
+NAMED = 100  # broken samples and images that the counts of a shard name
 
 
 @dataclass(frozen=True)
@@ -53,18 +44,15 @@ class RunSettings:
 
     Attributes:
         kind: of records, see `kinds.py`.
-        data: input description: a YAML file or a mapping; `fields` and `input` (of the command line) win over it.
-        gpus: processes on this machine, one GPU each; None: as released 4, at most as many as there are GPUs. On a CPU
-            the number of processes, None: one. Never more than units of work.
-        shard: (number, count): this run makes only every count-th unit, from `number` on (job arrays).
-        image_transform: YAML of the pictures' transform; None: squashed bilinearly to the tokenizer's size (of a
-            system's tokenizer: the system's own).
-        batch_size: pictures encoded at once, fewer where they do not fit into memory; None: as released 256, on a CPU
-            32.
-        workers: decode processes for each encoding process; 0: none.
-        views: of each picture (kinds caption, qa and chat); all but the first are augmented, from `seed`.
-        block: records of a unit where the input is no tar; limit: records per output tar.
-        resume: continue in a folder that exists; else it is refused.
+        data: input description: a YAML file or a mapping; `fields` wins over its own.
+        shard: (number, count): this run makes only every count-th shard, from `number` on.
+        image_transform: YAML of the images' transform; None: squashed bilinearly to the tokenizer's size (of a system's
+            tokenizer: the system's own).
+        batch_size: samples that are decoded, and images that are encoded, at once; None: as in the original 256, on a
+            CPU 32.
+        workers: decode processes; 0: none.
+        views: of each image (kinds caption, qa and chat); all but the first are augmented, from `seed`.
+        block: records of an output shard where the input is no tar.
         max_bad: this many broken samples in a row end the run.
     """
 
@@ -73,8 +61,6 @@ class RunSettings:
     save_dir: str
     encoder: EncoderSettings
     fields: str | dict[str, str] | None = None
-    input: Mapping[str, Any] | None = None
-    gpus: int | None = setting(None, least=1)
     shard: tuple[int, int] = (0, 1)
     image_transform: str | None = None
     batch_size: int | None = setting(None, least=1)
@@ -82,194 +68,175 @@ class RunSettings:
     views: int = setting(1, least=1)
     seed: int = 0
     block: int = setting(10_000, least=1)
-    limit: int = setting(10_000, least=1)
-    resume: bool = True
     max_bad: int = setting(20, least=1)
-    log_every: float = 10.0
-    debug: bool = False
-
-
-@dataclass(frozen=True)
-class Rank:
-    """One process of a run (of one shard of a job array): number `rank` of `world`; `device` of this machine."""
-
-    rank: int
-    world: int
-    device: str
-
-    @property
-    def name(self) -> str:
-        """Prefix of its log lines, when there are several processes."""
-        return f"[{self.rank} of {self.world}] " if self.world > 1 else ""
-
-    def share(self, units: Sequence[Unit], shard: tuple[int, int]) -> list[Unit]:
-        """Its units: of the job array's share, every `world`-th one."""
-        number, count = shard
-        return list(units[number::count][self.rank::self.world])
 
 
 def run(settings: RunSettings) -> int:
-    """Make this run's share; returns the exit code (0: complete; 1: nothing could be used).
+    """Make this process's share of the shards; the exit code is 1 if all are there and hold no record.
 
     Raises:
-        ConfigError, DataError: refusals before the work and, in a single process, during it.
+        ConfigError, DataError: wrong settings, another run's folder, too many broken samples in a row.
     """
-    kind = get_kind(settings.kind)
-    source = read_input_settings(settings.data, kind.name, fields=settings.fields, **dict(settings.input or {}))
-    kind.keys(source.fields)
-    _check(settings)
-    units = list_units(source, settings.block)
-    ranks = _ranks(settings, len(units[settings.shard[0]::settings.shard[1]]))
-    save_dir = Path(settings.save_dir)
-    with writing(save_dir, DataError):
-        _refuse_existing(settings, units, ranks)
-    refuse_other_settings(save_dir, _of_folder(settings, source))
-    share = f", of which share {settings.shard[0]} of {settings.shard[1]}" if settings.shard[1] > 1 else ""
-    log_line(f"{counted(len(units), 'unit')} of {source.files or source.format} as {kind.name} records to "
-             f"{save_dir}{share}; {len(ranks)} of {ranks[0].world} process{'es' * (ranks[0].world > 1)} started here.")
-    if len(ranks) == 1:
-        work(settings, source, units, ranks[0])
-        code = DONE
-    else:
-        code = _spawn(settings, source, units, ranks)
-    manifest = merge(save_dir, units)
-    if manifest is not None:
-        log_line(summary(manifest, save_dir))
-        if not manifest["samples"] and (manifest["read"] or manifest["bad"]):
-            log_line(f"{save_dir}: not one record was written. Delete this folder before the next run, which would "
-                     "take its parts as finished.")
-            return code or SOME_FAILED
-    elif code == DONE:
-        log_line(f"{save_dir}: this share is finished; others still work or have to be run.")
-    return code
-
-
-def work(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank) -> None:
-    """Encode the unfinished units of one process's share."""
-    save_dir = Path(settings.save_dir)
-    log = log_line if rank.world == 1 else lambda line: log_line(rank.name + line)
-    encoder = Encoder(replace(settings.encoder, device=rank.device), log)
-    batch_size = settings.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else RELEASED_BATCH)
-    transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
-    kind, vocabulary = get_kind(settings.kind), encoder.vocabulary
-    decoder = TaskDecoder(kind, source, transform, views=settings.views, seed=settings.seed)
-    agree_on_settings(save_dir, {
-        **_of_folder(settings, source), "tokenizer": encoder.fingerprint, "codes": vocabulary.n_codes,
-        "tokens_per_image": vocabulary.tokens_per_image, "transform": asdict(transform)})
-    own, left = rank.share(units, settings.shard), list[Unit]()
-    for unit in own:
-        manifest, reason = check_part(save_dir, unit)
-        if manifest is None:
-            left.append(unit)
-        if reason:
-            log_line(f"{rank.name}{reason}; it is made again.")
-    if len(left) < len(own):
-        log_line(f"{rank.name}{len(own) - len(left):,} of {len(own):,} units were finished and match their manifests.")
-    made = {"device": encoder.device.type, "dtype": encoder.dtype,
-            "compiled": encoder.compiled, "batch_size": batch_size, **versions()}
-    weight_unit = "byte" if any(unit.format == "tar" for unit in left) else "record"
-    with Progress("extraction", sum(unit.weight for unit in left), weight_unit, every=settings.log_every,
-                  log=log) as progress:
-        extractor = Extractor(encoder, decoder, left, save_dir, batch_size=batch_size, limit=settings.limit,
-                              workers=settings.workers, max_bad=settings.max_bad, made=made, progress=progress)
-        extractor.run()
-    log_line(f"{rank.name}{extractor.summary()}")
-
-
-def _of_folder(settings: RunSettings, source: InputSettings) -> dict[str, Any]:
-    """The settings of an output folder that are known before the tokenizer is loaded."""
-    kind = get_kind(settings.kind)
-    return {"format": 1, "kind": kind.name, "views": settings.views if kind.views else 1, "seed": settings.seed,
-            "input": {**source.identity(), "fields": kind.keys(source.fields)}, "block": settings.block,
-            "limit": settings.limit}
-
-
-# ---- processes
-
-
-def _ranks(settings: RunSettings, units: int) -> list[Rank]:
-    """The processes to run here, each with at least one unit."""
-    cuda = settings.encoder.device != "cpu" and torch.cuda.is_available()
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():  # torchrun starts the processes
-        world = int(os.environ["WORLD_SIZE"])
-        device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else settings.encoder.device
-        return [Rank(int(os.environ["RANK"]), world, device)]
-    if not cuda or settings.encoder.device.startswith("cuda:"):
-        here = settings.gpus or 1
-        devices = [settings.encoder.device] * min(here, max(units, 1))
-    else:
-        there = torch.cuda.device_count()
-        here = settings.gpus or min(RELEASED_GPUS, there)
-        if here > there:
-            raise ConfigError(f"--gpus {here}: this machine has {there} GPU{'s' * (there != 1)}.")
-        devices = [f"cuda:{gpu}" for gpu in range(min(here, max(units, 1)))]
-    return [Rank(rank, len(devices), device) for rank, device in enumerate(devices)]
-
-
-def _spawn(settings: RunSettings, source: InputSettings, units: Sequence[Unit], ranks: Sequence[Rank]) -> int:
-    """One process per rank; each reports its own errors. Returns the common exit code."""
-    context = multiprocessing.get_context("spawn")  # CUDA cannot be forked
-    children = [context.Process(target=_child, args=(settings, source, units, rank, len(ranks)),
-                                name=f"process {rank.rank}") for rank in ranks]
-    for child in children:
-        child.start()
-    try:
-        for child in children:
-            child.join()
-    except KeyboardInterrupt:
-        for child in children:
-            child.terminate()
-        raise
-    failed = [child for child in children if child.exitcode != 0]
-    if not failed:
-        return DONE
-    codes = [(child.name, child.exitcode or 0) for child in failed]
-    reasons = ", ".join(f"{name} was killed by signal {-code}" if code < 0 else f"{name} ended with code {code}"
-                        for name, code in codes)
-    log_line(f"{len(failed)} of {len(children)} processes failed ({reasons}); the same command makes the rest.")
-    return REFUSED if all(child.exitcode == REFUSED for child in failed) else SOME_FAILED
-
-
-def _child(settings: RunSettings, source: InputSettings, units: Sequence[Unit], rank: Rank, here: int) -> None:
-    end_with_parent()
-    if rank.device in ("cpu", "auto") and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here))
-
-    def job() -> int:
-        work(settings, source, units, rank)
-        return DONE
-
-    sys.exit(guarded(f"process {rank.rank}", settings.debug, job))
-
-
-# ---- refusals
-
-
-def _check(settings: RunSettings) -> None:
     check_settings(settings, "extraction")
+    rank, world, device = _process(settings.encoder.device)
+    name = f"[{rank} of {world}] " if world > 1 else ""
+    kind, source = read_input(settings)
+    save_dir = writable_folder(settings.save_dir, DataError)
+    shards = list_shards(source, settings.block)
+    number, count = settings.shard
+    share = shards[number::count][rank::world]
+    left = [shard for shard in share if not _output(save_dir, shard).exists()]
+    log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
+             f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
+    if left:
+        encoder = Encoder(settings.encoder, device)
+        transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
+        dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
+        _agree(save_dir, {
+            "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
+            "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
+            "transform": asdict(transform), "tokenizer": encoder.fingerprint})
+        batch = settings.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else ORIGINAL_BATCH)
+        tasks = decode_shards(left, dataset, batch, settings.workers)
+        with Progress(f"{name}extraction", len(left), "shard") as progress:
+            progress.unit_scale = True  # parts of shards are shown with two digits
+            extractor = _Extractor(kind, encoder, tasks, save_dir, batch, settings.max_bad, progress)
+            for shard in left:
+                extractor.make(shard)
+            log_line(f"{name}{counted(len(left), 'shard')}, {extractor.speed()}")
+    if rank and not left:
+        return DONE
+    if all(_output(save_dir, shard).exists() for shard in shards):
+        return _summarise(save_dir, shards)
+    log_line(f"{name}{save_dir}: this share is finished, others are not.")
+    return DONE
+
+
+def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
+    """The kind of records and the input. Raises ConfigError."""
+    kind = get_kind(settings.kind)
     number, count = settings.shard
     if not 0 <= number < count:
         raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
-    if settings.views > 1 and not get_kind(settings.kind).views:
-        raise ConfigError(f"--views: {settings.kind} records hold one view of each picture; only caption, qa "
-                          "and chat records hold several.")
+    if settings.views > 1 and not kind.views:
+        raise ConfigError(f"--views: {kind.name} records hold one view of each image; only caption, qa and chat "
+                          "records hold several.")
+    source = read_input_settings(settings.data, kind.name, settings.fields)
+    kind.keys(source.fields)
+    return kind, source
 
 
-def _refuse_existing(settings: RunSettings, units: Sequence[Unit], ranks: Sequence[Rank]) -> None:
-    """Parts of inputs that are no longer there; and without resume anything at all, or, where other processes write
-    too, this run's own parts."""
-    save_dir = Path(settings.save_dir)
-    beyond = sorted(folder.name for folder in save_dir.glob("part-*")
-                    if folder.name[5:].isdigit() and int(folder.name[5:]) >= len(units))
-    if beyond:
-        raise DataError(f"{save_dir}: holds {beyond[0]}, but there are only {len(units)} units; {CHANGED}")
-    if settings.resume:
-        return
-    if len(ranks) == ranks[0].world and settings.shard[1] == 1:
-        taken = save_dir.is_dir() and any(save_dir.iterdir())
-    else:
-        own = [unit for rank in ranks for unit in rank.share(units, settings.shard)]
-        taken = any(part_folder(save_dir, unit).exists() for unit in own)
-    if taken:
-        raise DataError(f"{save_dir}: holds an earlier run's output; continue it with --resume, or choose another "
-                        "--save_dir.")
+def _process(device: str) -> tuple[int, int, str]:
+    """Number of this process and of all, and its device: under torchrun a GPU for each process of a machine."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and device.startswith("cuda:"):
+        raise ConfigError(f"--device {device} names one GPU for several processes; leave it out.")
+    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    return rank, world, device
+
+
+class _Extractor:
+    """Makes shards of decoded tasks, which come in the order of the shards."""
+
+    def __init__(self, kind: Kind, encoder: Encoder, tasks: Iterator[DecodedTask], save_dir: Path, batch_size: int,
+                 max_bad: int, progress: Progress) -> None:
+        self.kind, self.encoder, self.tasks, self.save_dir = kind, encoder, tasks, save_dir
+        self.batch_size, self.max_bad, self.progress = batch_size, max_bad, progress
+        self.images = self._bad_in_a_row = 0
+        self.named: list[str] = []
+
+    def make(self, shard: Shard) -> None:
+        """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
+        path, counts = _output(self.save_dir, shard), Counter[str]()
+        self.named = []
+        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
+            left.unlink()
+        with open_shard(path) as writer:
+            for decoded in self.tasks:
+                self._write(shard, decoded, writer, counts)
+                self.progress.update(decoded.task.share, done=self.speed())
+                if decoded.task.last:
+                    break
+            _write_json(self.save_dir / f"{shard.name}.counts.json", {**counts, "named": self.named})
+
+    def speed(self) -> str:
+        """Images so far, and per second."""
+        return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
+
+    def _write(self, shard: Shard, decoded: DecodedTask, writer: ShardWriter, counts: Counter[str]) -> None:
+        codes: list[list[int]] = []
+        for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
+            codes += self.encoder(batch)
+        self.images += len(codes)
+        counts.update({"read": len(decoded.samples), "images": len(codes)})
+        for sample in decoded.samples:
+            counts["lost images"] += len(sample.lost)
+            for sentence in sample.lost:
+                self._name("left out of its document", sentence)
+            self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
+            if sample.bad:
+                counts["bad"] += 1
+                self._name("skipped", sample.bad)
+                if self._bad_in_a_row >= self.max_bad:
+                    raise DataError(f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)")
+            elif sample.dropped:
+                counts[f"dropped: {sample.dropped}"] += 1
+            else:
+                found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
+                record = self.kind.record(sample.fields, found, self.encoder.vocabulary)
+                writer.add(f"{shard.key}-{sample.number:07d}", {"json": json.dumps(
+                    _finite(record), ensure_ascii=False, separators=(",", ":")).encode()})
+                counts["samples"] += 1
+
+    def _name(self, what: str, sentence: str) -> None:
+        if len(self.named) < NAMED:
+            self.named.append(sentence)
+        self.progress.say(f"{what}: {sentence}")
+
+
+def _output(save_dir: Path, shard: Shard) -> Path:
+    return save_dir / f"{shard.name}.tar"
+
+
+def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of the folder, or check that they are the same. Raises DataError: another one, named."""
+    file = save_dir / "settings.json"
+    if not file.exists():
+        _write_json(file, settings)
+    changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
+    if changes:
+        raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes)}); choose another --save_dir, "
+                        "or the same settings.")
+
+
+def _summarise(save_dir: Path, shards: list[Shard]) -> int:
+    """Write and log the counts of all shards."""
+    total = Counter[str]()
+    for shard in shards:
+        found = read_json_object(save_dir / f"{shard.name}.counts.json", DataError)
+        total.update({key: value for key, value in found.items() if isinstance(value, int)})
+    _write_json(save_dir / "counts.json", {"shards": len(shards), **total})
+    others = "".join(f"; {key} {number:,}" for key, number in sorted(total.items())
+                     if number and key not in ("samples", "images", "read"))
+    log_line(f"{save_dir}: {counted(total['samples'], 'record')} with {counted(total['images'], 'image')} in "
+             f"{counted(len(shards), 'shard')}, of {counted(total['read'], 'sample')} read{others}.")
+    if total["samples"]:
+        return DONE
+    log_line(f"{save_dir}: not one record was written. Delete this folder before the next run, which would skip its "
+             "shards.")
+    return SOME_FAILED
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    # Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it.
+    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
+
+
+def _finite(value: Any) -> Any:
+    """A value for json, which lacks NaN (as in LAION's metadata): null."""
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

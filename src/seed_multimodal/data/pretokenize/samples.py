@@ -1,4 +1,4 @@
-"""Samples of the input: records with access to their texts and pictures."""
+"""Samples of the input: records with access to their texts and images."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from seed_multimodal.data.formats.images import (
     text_member,
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
+from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.pictures import Picture
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import open_image
@@ -31,44 +32,31 @@ class Dropped(Exception):
 
 
 class Sample:
-    """A record as read: `fields` (of its json), its picture and text as members of a tar, pictures that fields name.
+    """A record as read: `fields` (of its json), its image and text as members of a tar, images that fields name.
 
-    Args:
-        image_root: folder of the pictures that fields name.
-
-    Raises:
-        BadRecord: its json is none, or the record is known to be broken.
+    `keys`: of the fields by what they hold (`Kind.keys`). All methods raise BadRecord: what is asked for is not there.
     """
 
-    def __init__(self, record: Record, files: FileReader, image_root: str | None = None) -> None:
-        self._record, self._files, self._root = record.parsed(files), files, image_root
+    def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
+        self._record, self._files = record.parsed(files), files
+        self.settings, self.keys = settings, keys
         self.where, self.fields = record.where, self._record.fields
 
     def picture_member(self) -> bytes | None:
-        """The bytes of the picture that is a member."""
+        """The bytes of the image that is a member."""
         return self._record.member("image", *IMAGE_KEYS, files=self._files)
 
     def image(self, key: str) -> Any:
-        """What names the picture: the member's bytes, else the value under `key` (`image`: or where else one stands).
-
-        Raises:
-            BadRecord: nothing does.
-        """
+        """What names the image: the member's bytes, else the value under `key` (`image`: or where else one stands)."""
         found: Any = self.picture_member()
         if found is None:
             found = image_field(self.fields, "" if key == IMAGE_FIELDS[0] else key)
-        if found is None and in_tar(self._record):
-            raise no_picture(self._record, key)
         if found is None:
-            raise BadRecord("missing picture", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
+            raise no_picture(self._record, key) if in_tar(self._record) else self._no_picture()
         return found
 
     def caption(self, key: str, *, member: bool) -> str | list[str]:
-        """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`).
-
-        Raises:
-            BadRecord: there is none, or it is blank or no text.
-        """
+        """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`)."""
         text = text_member(self._record, self._files) if member else None
         if text is not None:
             return text
@@ -76,12 +64,7 @@ class Sample:
         return found if len(found) > 1 else found[0]
 
     def text(self, key: str, *, required: bool = True) -> str | None:
-        """The text under a key; a number counts as text (NaN, like blanks, as nothing), of a list of texts the most
-        frequent one.
-
-        Raises:
-            BadRecord: another type, or nothing where something is required.
-        """
+        """The text under a key: also a number (NaN, like blanks, is nothing), of a list of texts the commonest one."""
         value = self.fields.get(key)
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             value = max(value, key=value.count)
@@ -94,29 +77,29 @@ class Sample:
             raise BadRecord("empty text", f"{self.where}: its {key!r} is empty.")
         if not isinstance(value, str):
             problem = "has no text under" if value is None else f"holds a {type(value).__name__} under"
-            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} ({self.keys()}).")
+            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} ({self.known_keys()}).")
         return value
 
-    def keys(self) -> str:
+    def known_keys(self) -> str:
         """The keys that the sample has, and how to name the right ones, for an error."""
         have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
         return f"it has {have}; name them by --fields"
 
-    def picture(self, value: Any, **options: Any) -> Picture:
-        """The picture that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
-        members.
+    def _no_picture(self) -> BadRecord:
+        return BadRecord("missing picture",
+                         f"{self.where}: has no picture where one is looked for ({self.known_keys()}).")
 
-        Raises:
-            BadRecord: none of these.
-        """
+    def picture(self, value: Any, **options: Any) -> Picture:
+        """The image that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
+        members."""
         own = self._record.members.get(value) if isinstance(value, str) else None
         if isinstance(own, bytes):
             name = f"{self._record.file}: picture {value}"
             return Picture(name, partial(open_image, own, name=name), f"own:{value}", **options)
         if value is None:
-            raise BadRecord("missing picture", f"{self.where}: has no picture where one is looked for ({self.keys()}).")
+            raise self._no_picture()
         try:
-            found = stored_picture(value, self._record, self._root)
+            found = stored_picture(value, self._record, self.settings.image_root)
         except ImageError as error:
             return Picture(self.where, partial(_raise, error), problem=str(error), **options)
         if not isinstance(found, Path):
@@ -129,7 +112,7 @@ class Sample:
 
     def path(self, value: str) -> Path | None:
         """The file a field names, or None."""
-        return find_image(value, self._root, self._record.file)
+        return find_image(value, self.settings.image_root, self._record.file)
 
 
 def _raise(error: ImageError) -> Image.Image:

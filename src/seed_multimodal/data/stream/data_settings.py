@@ -8,9 +8,9 @@
         weight: 5.0
     packing: true
     length: 2048
-    rows: 4                        # or null: as many as hold the tokens of a released micro-batch
+    rows: 4
 
-A mapping with `datapipes` or a `_target_` is one of the released data files; `stream.released_settings` reads it.
+A mapping with `datapipes` or a `_target_` is one of the original data files; `stream.released_settings` reads it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import read_settings, setting
 
-Files = str | list[str]
-
 
 @dataclass
 class SourceSettings:
@@ -38,17 +36,16 @@ class SourceSettings:
     Attributes:
         files, format, format_options: as `formats.sources.open_records` takes them.
         decoder: a name of `decoders.registry.get_decoder`; `options` go to it.
-        image_dir: folder of the pictures that the records of a decoder `seed_x.*` name; None: beside their file.
-        weight: share of the draws, relative to the other sources'. A draw is one micro-batch of `batch_size` sequences
-            without packing, as released. With packing it is one sequence, and the weight counts `batch_size`-fold if
-            the sources have batch sizes: so the numbers of sequences per source are the released ones either way.
+        image_dir: folder of the images that the records of a decoder `seed_x.*` name; None: that of their file.
+        weight: share of the draws, relative to the other sources'. Without packing a draw is a micro-batch of
+            `batch_size` sequences, as in the original. With packing it is one sequence, and the weight counts
+            `batch_size`-fold if the sources have batch sizes.
         cycles: times through the source until it is used up; None: without end.
-        max_length: without packing: length of its padded rows. Unused with packing (`length` limits).
-        batch_size: without packing: rows of a micro-batch; None: as many as fit into `rows` x `length` positions.
+        max_length, batch_size: of padded micro-batches; without a `batch_size` they have `rows` x `length` positions.
     """
 
     name: str
-    files: Files
+    files: str | list[str]
     decoder: str
     format: str = "auto"
     format_options: dict[str, Any] = setting(factory=dict)
@@ -65,34 +62,28 @@ class LlmDataSettings:
     """The mixture, and how sequences become batches.
 
     Attributes:
-        packing: several sequences in each row of `length` positions; False: padded micro-batches of one source, as
-            released.
-        rows: rows of a rank's micro-step (packing). None (in YAML also `auto`): as many as hold the useful tokens of a
-            released micro-batch, `batch_size` rows of `max_length` without their padding (`stream.released_size`); one
-            where a source has no such sizes.
-        too_long: treatment of a sequence longer than `length` (packing): `skip`, `truncate` (the decoder's released cut
-            on the right), or `split` (documents of the decoder `pretrain.text` become several pieces; others are
-            skipped). Each is counted and named. Without packing sequences are cut, as released, and counted.
+        packing: several sequences in each row of `length` positions; False: padded micro-batches of one source.
+        rows: packed rows of a rank's micro-step.
+        too_long: treatment of a packed sequence longer than `length`: `skip`, `truncate` (the decoder's own cut on the
+            right), or `split` (documents of `pretrain.text` become several pieces; others are skipped). Padded
+            sequences are cut. Each is counted and named.
         max_bad_in_a_row: this many broken records of a source one after another end the run.
-        template: words around a user's turn (vicuna, llama2) for the decoders that have such an option, in sources that
-            do not set it themselves; None: those of the model that is trained.
+        template: words around a user's turn (vicuna, llama2) for sources that do not set it; None: the model's.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).
-        lanes: independent streams of draws, see `stream.plan`; None: a number chosen at the first start.
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
-        buffer: tokens of sequences, in rows of `length`, that a stream looks ahead for packing.
+        buffer: tokens of sequences, in rows of `length`, that packing looks ahead.
         cache: folder into which remote files are copied once; None: they are read by ranges (see `formats.storage`).
     """
 
     sources: list[SourceSettings]
     packing: bool = True
     length: int = setting(2048, least=2)
-    rows: int | None = setting(None, least=1)
+    rows: int = setting(1, least=1)
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
     max_bad_in_a_row: int = setting(20, least=1)
     seed: int = setting(0, least=0)
     template: str | None = setting(None, choices=TUNED_TEMPLATES)
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
-    lanes: int | None = setting(None, least=1)
     shuffle_block: int = setting(10_000, least=1)
     buffer: float = setting(2.0, above=0, most=1000)
     cache: str | None = None
@@ -107,11 +98,11 @@ class LlmDataSettings:
     def padded_shape(self, source: int) -> tuple[int, int]:
         """Rows and positions of a padded micro-batch of a source, by its number."""
         length = self.sources[source].max_length or self.length
-        return self.sources[source].batch_size or max(1, (self.rows or 1) * self.length // length), length
+        return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
-    """Check a mapping (ours, or a released data file) and give its settings.
+    """Settings out of a mapping (ours, or an original data file).
 
     Raises:
         ConfigError: unknown, missing or contradictory keys; it names the key, and the nearest known one.
@@ -122,8 +113,6 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
     if given.get("packing") in ("on", "off"):  # overrides leave YAML's true and false as texts
         given["packing"] = given["packing"] == "on"
-    if given.get("rows") == "auto":
-        given["rows"] = None
     settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
     _check_sources(settings, where)
     return with_template(settings, settings.template)

@@ -1,13 +1,11 @@
-"""Pictures that a pixel decoder learns to draw: their pixels, what the tower sees of them, their size conditions, and
-for edits the picture that was there before.
+"""Images that a pixel decoder learns to draw: their pixels, the vision encoder's view of them, their size conditions,
+and for edits the image before.
 
-Both views are of the same part of the picture, so that embeddings say what is to be drawn. With `keep_ratio` the
-shorter side is scaled and the centre cut out (as in the nearest published training of such an adapter, SEED-Story's);
-else both sides are squashed, as SEED-X's programs do with what they edit.
+Both views are of the same part of the image. With `keep_ratio` the shorter side is scaled and the centre cut out (as in
+the nearest published training of such an adapter, SEED-Story's); else both sides are squashed, as in SEED-X's editing.
 
-A view of several sizes (`sizes`) draws each picture in one of them, always the same: with `keep_ratio` in the one whose
-ratio is nearest, of which the centre is cut, else squashed to one that its key chooses. The tower sees that part of the
-picture squashed to its square, as LaVIT's does. `by_size` makes batches of such samples.
+A view of several sizes (`sizes`) draws each image in one of them, always the same: with `keep_ratio` in the one whose
+ratio is nearest, of which the centre is cut, else squashed to one that its key chooses. `by_size` batches such samples.
 """
 
 from __future__ import annotations
@@ -37,13 +35,8 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class DrawnView:
-    """What of a picture is drawn and seen.
-
-    Attributes:
-        resolution: side of the drawn square in pixels. tower_size: side of what the tower sees.
-        sizes: of drawings, in the place of `resolution`.
-        seen_by: how the tower's view is resized.
-    """
+    """What of an image is drawn (a square of `resolution`, or one of `sizes`), and the vision encoder's square view of
+    `tower_size`, resized by `seen_by`."""
 
     resolution: int = setting(1024, least=8)
     tower_size: int = setting(448, least=1)

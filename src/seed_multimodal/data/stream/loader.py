@@ -1,12 +1,10 @@
-"""Results for consecutive steps, loaded ahead by worker processes: the one loader of all training data.
+"""Results for consecutive steps, loaded ahead by the worker processes of torchdata's `StatefulDataLoader`.
 
     loader = StepLoader(fetch, job, workers=4)
-    loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump starts the workers anew
+    loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump restarts the workers
 
-`job(step)` describes what to load for a step; `fetch(job)` loads it, in this process or in a worker. The workers are
-those of torchdata's `StatefulDataLoader`; order and state are ours, because its own state does not survive a change of
-the number of workers. A refusal (`SeedError`) inside a worker is raised here with its own sentence; a worker's death is
-reported, too.
+`job(step)` describes what to load for a step; `fetch(job)` loads it, in this process or in a worker. The position is
+kept by the caller, because a loader's own state does not survive another number of workers.
 """
 
 from __future__ import annotations
@@ -30,39 +28,32 @@ from typing import Any, Self
 import torch
 from torch.utils.data import get_worker_info
 
-from seed_multimodal.errors import ConfigError, DataError, SeedError, first_line
+from seed_multimodal.errors import DataError, SeedError
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 class StepLoader:
-    """The result of `fetch` for a step, while the next steps are loaded; a context manager that stops the workers at
-    its end.
+    """The result of `fetch` for a step, while the next steps are loaded; a context manager that stops its workers.
 
-    Workers ignore SIGTERM, so that a training process can finish its step. They end with `close`, with this object, or
-    with the process that holds it, even one that is killed. torch's global generator is left alone.
+    Workers ignore SIGTERM, so that a training process can finish its step, and end with the process that holds them,
+    even one that is killed. torch's global generator is not used.
 
     Args:
-        fetch: job -> result; must be picklable where workers are spawned. Its optional method `enter_worker()` is
-            called once in each worker.
-        job: step -> job, called in this process. Must not hold this object: in a circle with it, workers would outlive
-            it until the garbage is collected.
-        workers: processes; 0 loads in this process when asked. On Linux they end with the thread that first asks `at`.
-        worker_of: step -> number; steps of the same number (modulo `workers`) are loaded by the same worker, for
-            `fetch`es that build on what they loaded before. Default: round robin.
+        fetch: job -> result. Its optional method `enter_worker()` is called once in each worker.
+        job: step -> job, called in this process, in the order of steps. Must not hold this object.
+        workers: processes; 0 loads in this process when asked.
         ahead: steps that each worker loads ahead.
 
     `wait_seconds` is the time spent inside `at` so far.
     """
 
-    def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0,
-                 worker_of: Callable[[int], int] | None = None, ahead: int = 2) -> None:
-        if workers < 0:
-            raise ConfigError(f"There cannot be {workers} data workers.")
+    def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0, ahead: int = 2
+                 ) -> None:
         self.workers, self.ahead, self.wait_seconds = workers, ahead, 0.0
-        self._fetch, self._job, self._worker_of = _Fetch(fetch), job, worker_of
+        self._fetch, self._job = _Fetch(fetch), job
         self._iterator: Any = None
-        self._following = -1  # the step that the workers give next
+        self._following = -1  # the step that the workers return next
 
     def at(self, step: int) -> Any:
         """The result for a step, from 0.
@@ -70,8 +61,6 @@ class StepLoader:
         Raises:
             SeedError: as `fetch` raises it, from workers too. DataError: a worker was killed.
         """
-        if step < 0:
-            raise ConfigError(f"There is no step {step}.")
         started = time.perf_counter()
         result = self._from_workers(step) if self.workers else self._fetch[self._job(step)]
         self.wait_seconds += time.perf_counter() - started
@@ -104,14 +93,11 @@ class StepLoader:
         try:
             if self._iterator is None:
                 self._iterator = self._start(step)
-            return next(result for result in self._iterator if not isinstance(result, _Filler))
+            return next(self._iterator)
         except (RuntimeError, OSError, EOFError) as error:
             ended = [worker for worker in getattr(self._iterator, "_workers", ()) if worker.exitcode is not None]
             sentence = _how_it_ended(ended[0]) if ended else ""  # before all are stopped
-            starting = self._iterator is None and "DataLoader worker" in str(error)
             self.close()
-            if starting:
-                sentence = f"A data worker process ended while it was starting ({first_line(error)})."
             if not sentence:
                 raise
             raise DataError(sentence) from error
@@ -119,23 +105,15 @@ class StepLoader:
     def _start(self, step: int) -> Any:
         from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
 
-        # A generator of its own: the loader would draw its workers' seed from the global one, and the training's random
-        # numbers would depend on when workers were started. No snapshots: the state is ours.
-        turns = _turns(self._job, step, self.workers, self._worker_of)
-        others = set(multiprocessing.active_children())
+        # Its own generator: else the training's random numbers would depend on when workers were started.
         _WITH_WORKERS.add(self)
         with _no_sigchld_handler(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
             warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-            loader = StatefulDataLoader(self._fetch, batch_size=None, sampler=turns, num_workers=self.workers,
-                                        collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(),
-                                        prefetch_factor=self.ahead, snapshot_every_n_steps=None)
-            try:
-                return iter(loader)  # waits until each worker has answered
-            except RuntimeError:
-                for worker in set(multiprocessing.active_children()) - others:
-                    worker.kill()  # they ignore SIGTERM, and the loader that holds them is lost
-                raise
+            return iter(StatefulDataLoader(
+                self._fetch, batch_size=None, sampler=map(self._job, itertools.count(step)), num_workers=self.workers,
+                collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(), prefetch_factor=self.ahead,
+                snapshot_every_n_steps=None))
 
 
 _WITH_WORKERS: weakref.WeakSet[StepLoader] = weakref.WeakSet()
@@ -148,30 +126,14 @@ def _close_all() -> None:
         loader.close()
 
 
-class _Filler:
-    """A job that loads nothing, for a worker whose turn is skipped."""
-
-
-def _turns(job: Callable[[int], Any], start: int, workers: int, worker_of: Callable[[int], int] | None
-           ) -> Iterator[Any]:
-    """The jobs of the steps from `start` on, with fillers where the next job is another worker's."""
-    places = itertools.count()
-    for step in itertools.count(start):
-        while worker_of is not None and worker_of(step) % workers != next(places) % workers:
-            yield _Filler()
-        yield job(step)
-
-
 class _Fetch:
-    """The data set that the workers see. A refusal is returned as a value: raised inside a worker it would arrive
+    """The data set that the workers see. A `SeedError` is returned as a value: raised inside a worker it would arrive
     wrapped in a traceback."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
 
     def __getitem__(self, job: Any) -> Any:
-        if isinstance(job, _Filler):
-            return job
         try:
             return self.fetch(job)
         except SeedError as error:
@@ -183,7 +145,7 @@ def _as_is(value: Any) -> Any:
 
 
 def _enter(worker: int) -> None:
-    """Let a worker ignore the SIGTERM that torchrun sends to all: the training process ends it after its step."""
+    """Let a worker ignore the SIGTERM that torchrun sends to all, and end when its parent dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     _end_with_parent()
     info = get_worker_info()
@@ -193,10 +155,7 @@ def _enter(worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    """Linux ends this process as soon as the one it loads for is dead, by SIGKILL too.
-
-    torch's workers check for this only between batches: one that waits to hand over a large batch would wait for ever.
-    """
+    """Linux ends this process as soon as its parent is dead; torch's workers check for this only between batches."""
     if sys.platform != "linux":
         return
     parent = multiprocessing.parent_process()
@@ -207,8 +166,7 @@ def _end_with_parent() -> None:
 
 @contextmanager
 def _no_sigchld_handler() -> Iterator[None]:
-    """Undo the SIGCHLD handler that the start of workers installs: it would raise at any point of the training. A dead
-    worker is reported where its batch is missing (the loader looks every 5 seconds)."""
+    """Undo the SIGCHLD handler that the start of workers installs: it would raise at any point of the training."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

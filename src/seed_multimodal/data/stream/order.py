@@ -1,17 +1,12 @@
-"""The endless order of training samples: pure functions of a seed and a position.
+"""In which order samples are read: a pure function of (seed, position).
 
     order = EpochOrder(len(dataset), seed=0)                           # one set, epoch after epoch
     order = MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)           # several sets by weights
     order.parts(start=1000, count=64)                                  # [(epoch, indices), ...]
 
 Epoch e of a set is a seeded permutation of it. Sets of shards are shuffled in blocks (default 10,000 samples, the
-shuffle buffer of the released loader): pieces of a tenth of a block are permuted over all shards, then samples inside
+shuffle buffer of the original loader): pieces of a tenth of a block are permuted over all shards, then samples inside
 each block, so reads stay near each other on disk.
-
-A mixture shares positions out by rounding, not by chance: among any n positions in a row set i has n · weight_i of
-them, give or take two, so every batch of every rank holds its share. Which set draws at position p, and how often it
-has drawn before, is arithmetic on p alone, so any step can be reached at once. Each set goes through its own endless
-order (with a seed of its own): a small one with a large weight has its next epoch sooner, in new views.
 """
 
 from __future__ import annotations
@@ -22,29 +17,29 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError
 
 SHUFFLE_BLOCK = 10_000
-_CHUNK = 100_000  # positions that are looked at together
 SHARES = 1_000_000  # resolution of the weights
+_KEPT = 8  # permuted blocks in memory
 Sizes = Sequence[int] | np.ndarray | None
 Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
 
 
 class Order(Protocol):
-    """An order of samples, endless (`EpochOrder`, `MixedOrder`) or not (`ChosenOrder`)."""
+    """An order of samples."""
 
     def parts(self, start: int, count: int) -> list[Part]:
         """Positions `start` .. `start + count`, in runs of one epoch each; a pure function."""
 
 
 class EpochOrder:
-    """An endless order of `range(total)`, epoch after epoch; a pure function of its arguments.
+    """An endless order of `range(total)`, epoch after epoch.
 
     Args:
         sizes: samples per shard, int64 [shards]; with them and `block` the shuffle is local, else over everything.
         block: samples that are shuffled among each other.
-        keep: epochs whose order is kept, for readers that are in several at once.
+        keep: epochs whose order stays in memory, for readers that are in several at once.
     """
 
     def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sizes = None, block: int = 0,
@@ -72,8 +67,8 @@ class EpochOrder:
         if order is None:
             while len(self._kept) >= self.keep:
                 del self._kept[next(iter(self._kept))]
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-            order = _Blocks(self.sizes, self.block, generator) if self.block else _Whole(self.total, generator)
+            seed = (self.seed * 1_000_003 + epoch) % (1 << 63)
+            order = _Blocks(self.sizes, self.block, seed) if self.block else _Whole(self.total, seed)
         self._kept[epoch] = order
         return order
 
@@ -81,9 +76,9 @@ class EpochOrder:
 class _Whole:
     """A permutation of all samples, 4 bytes each (8 from 2³¹ samples on)."""
 
-    def __init__(self, total: int, generator: torch.Generator) -> None:
-        dtype = torch.int32 if total < 1 << 31 else torch.int64  # the numbers are the same
-        self.order = torch.randperm(total, generator=generator, dtype=dtype).numpy()
+    def __init__(self, total: int, seed: int) -> None:
+        dtype = torch.int32 if total < 1 << 31 else torch.int64
+        self.order = torch.randperm(total, generator=torch.Generator().manual_seed(seed), dtype=dtype).numpy()
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Positions `start` .. `stop`, int64."""
@@ -91,64 +86,51 @@ class _Whole:
 
 
 class _Blocks:
-    """An epoch that is shuffled in blocks, which are computed where they are asked for: the order of 100 million
-    samples would take 0.8 GB in every data worker.
+    """An epoch that is shuffled in blocks, computed when they are read: the order of 100 million samples would take
+    0.8 GB in every data worker. One generator permutes the blocks one after the other."""
 
-    The blocks' permutations are drawn from one generator, one after the other; its state at every `EVERY`-th block is
-    kept, from which the others are reached.
-    """
-
-    EVERY, KEPT = 64, 8
-
-    def __init__(self, sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+    def __init__(self, sizes: np.ndarray, block: int, seed: int) -> None:
         self.block, self.total = block, int(sizes.sum())
         piece = max(1, block // 10)
         counts = -(-sizes // piece)
         shard = np.repeat(np.arange(len(sizes)), counts)
         within = (np.arange(len(shard)) - np.repeat(np.cumsum(counts) - counts, counts)) * piece
-        mixed = torch.randperm(len(shard), generator=generator).numpy()
+        self._generator = torch.Generator().manual_seed(seed)
+        mixed = torch.randperm(len(shard), generator=self._generator).numpy()
         shard, within = shard[mixed], within[mixed]
         firsts = (np.cumsum(sizes) - sizes)[shard] + within
         lengths = np.minimum(piece, sizes[shard] - within)
         self.ends = np.cumsum(lengths)
         self.moved = firsts - (self.ends - lengths)  # from a position in the mixed pieces to its sample
-        self._generator, self._next = generator, 0  # the block that the generator draws next
-        self._states = [generator.get_state()]
-        self._blocks: dict[int, np.ndarray] = {}  # the last ones asked for
+        self._blocks: dict[int, np.ndarray] = {}  # the last ones read
+        self._start, self._next = self._generator.get_state(), 0  # the block that the generator permutes next
 
     def __call__(self, start: int, stop: int) -> np.ndarray:
         """Positions `start` .. `stop`, int64."""
-        numbers = range(start // self.block, -(-stop // self.block))
         parts = [self._block(number)[max(0, start - number * self.block):stop - number * self.block]
-                 for number in numbers]
+                 for number in range(start // self.block, -(-stop // self.block))]
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
     def _block(self, number: int) -> np.ndarray:
         found = self._blocks.get(number)
         if found is None:
-            first = number * self.block
-            places = np.arange(first, min(first + self.block, self.total))
+            places = np.arange(number * self.block, min((number + 1) * self.block, self.total))
             places += self.moved[np.searchsorted(self.ends, places, side="right")]
             found = places[self._permutation(number)]
-            while len(self._blocks) >= self.KEPT:
+            while len(self._blocks) >= _KEPT:
                 del self._blocks[next(iter(self._blocks))]
             self._blocks[number] = found
         return found
 
     def _permutation(self, number: int) -> np.ndarray:
         """What the generator gives for a block, after all blocks before it."""
-        if not number // self.EVERY * self.EVERY <= self._next <= number:
-            nearest = min(number // self.EVERY, len(self._states) - 1)
-            self._generator.set_state(self._states[nearest])
-            self._next = nearest * self.EVERY
-        while True:
-            if self._next == len(self._states) * self.EVERY:
-                self._states.append(self._generator.get_state())
-            length = min(self.block, self.total - self._next * self.block)
-            drawn = torch.randperm(length, generator=self._generator)
-            self._next += 1
-            if self._next > number:
-                return drawn.numpy()
+        if number < self._next:
+            self._generator.set_state(self._start)
+            self._next = 0
+        for block in range(self._next, number + 1):
+            drawn = torch.randperm(min(self.block, self.total - block * self.block), generator=self._generator)
+        self._next = number + 1
+        return drawn.numpy()
 
 
 class ChosenOrder:
@@ -165,8 +147,8 @@ class ChosenOrder:
 def drawn_indices(order: Order, draws: int, total: int) -> np.ndarray:
     """Which of `total` samples the first `draws` positions of an order hold: int64, ascending."""
     drawn = np.zeros(total, bool)
-    for start in range(0, draws, _CHUNK):
-        for _, indices in order.parts(start, min(_CHUNK, draws - start)):
+    for start in range(0, draws, 100_000):
+        for _, indices in order.parts(start, min(100_000, draws - start)):
             drawn[indices] = True
         if drawn.all():
             break
@@ -174,23 +156,21 @@ def drawn_indices(order: Order, draws: int, total: int) -> np.ndarray:
 
 
 class MixedOrder:
-    """An endless order over sets that lie one after the other; a pure function of its arguments.
+    """An endless order over sets that lie one after the other.
+
+    Positions are shared out by rounding: among any n positions in a row set i has n · weight_i of them, give or take
+    two, so every batch of every rank holds its share. Each set goes through its own endless order.
 
     Args:
-        totals: samples of each set.
+        totals: samples of each set, none 0.
         weights: how often each is drawn from; only their ratios count.
         sizes: for each set the samples of its shards, or None; block: see `EpochOrder` (for sets with shards).
-
-    Raises:
-        ConfigError: a weight that is not positive, or another number of weights than of sets. DataError: an empty set.
     """
 
     def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
                  sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
-        if len(weights) != len(totals) or not all(np.isfinite(weight) and weight > 0 for weight in weights):
-            raise ConfigError(f"{len(totals)} sets need as many positive weights, not {list(weights)}.")
-        if not all(totals):
-            raise DataError(f"Set {list(totals).index(0) + 1} of the {len(totals)} of the mixture is empty.")
+        if not min(weights) > 0:
+            raise ConfigError(f"Sets need positive weights, not {list(weights)}.")
         shares = np.maximum(1, np.rint(np.asarray(weights, float) / sum(weights) * SHARES)).astype(np.int64)
         self._upto = np.cumsum(shares)
         self._firsts = np.cumsum([0, *totals[:-1]])

@@ -25,12 +25,9 @@ class Row(NamedTuple):
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Indices (rising) of the sequences that fill `capacity` best, the first always among them.
+    """Indices (rising) of the sequences that fill `capacity` best, the first (oldest) always among them.
 
-    Among equally good choices the one with the oldest sequences wins.
-
-    Args:
-        lengths: tokens of each sequence, the oldest first, each from 1 to `capacity`.
+    Among equally good choices the one with the oldest sequences wins. Each length is from 1 to `capacity`.
     """
     full, mask = 1 << capacity, (1 << capacity + 1) - 1
     reachable = [1 << lengths[0]]  # after n sequences: bit k is set when some of them make up k tokens
@@ -68,7 +65,7 @@ def make_row(sequences: Sequence[Arrays], length: int, pad_id: int) -> Row:
 
 
 def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
-    """The released form: one sequence a row, its labels as they are; `input_ids` and `labels`, int32 [n, length]."""
+    """One sequence a row, as in the original: `input_ids` and `labels`, int32 [n, length]."""
     input_ids = np.full((len(sequences), length), pad_id, np.int32)
     labels = np.full((len(sequences), length), IGNORED, np.int32)
     for row, (ids, own) in enumerate(sequences):
@@ -79,8 +76,7 @@ def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
 def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:
     """A document's tokens as pieces of at most `length`: BOS opens the first, EOS closes the last, nothing is added.
 
-    Each later piece begins with the last token of the piece before, as context for its first target (which would
-    otherwise be a target nowhere); so each token is a target exactly once.
+    Each later piece begins with the last token of the piece before, so each token is a target exactly once.
     """
     if len(ids) <= length:
         return [(ids, labels)]

@@ -1,8 +1,7 @@
-"""From stored pairs to training samples: the picture opened and transformed, one caption chosen and cleaned.
+"""From stored pairs to training samples: the image opened and transformed, one caption chosen and cleaned.
 
-What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index), so workers,
-ranks and restarts do not change it. A sample that cannot be used, for its picture or its caption, is named once,
-counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
+What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index). A sample that
+cannot be used is named once, counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
-from seed_multimodal.data.stream.skip_budget import BadSamples, SkipBudget
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.errors import DataError
 from seed_multimodal.images.io import open_image
 
 
@@ -33,10 +32,6 @@ class SourceDataset(BadSamples):
 
     def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
                  log: Callable[[str], None] | None = print) -> None:
-        if max_bad_in_a_row < 1:
-            raise ConfigError(f"max_bad_in_a_row is {max_bad_in_a_row}; it must be at least 1.")
-        if seed < 0:
-            raise ConfigError(f"seed is {seed}; it must not be negative.")
         super().__init__(log)
         self.source, self.seed, self.max_bad_in_a_row = source, seed, max_bad_in_a_row
 
@@ -59,25 +54,19 @@ class SourceDataset(BadSamples):
         Raises:
             DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
         """
-        total = len(self.source)
-        if not 0 <= index < total:
-            raise IndexError(f"sample {index} of {total}")
         # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
-        number = sample_seed(self.seed, epoch, index)
-        budget = SkipBudget(min(self.max_bad_in_a_row, total))
-        place = index
-        while True:
-            generator = torch.Generator().manual_seed(number)
+        number, last = sample_seed(self.seed, epoch, index), None
+        tries = min(self.max_bad_in_a_row, len(self.source))
+        for place in ((index + more) % len(self.source) for more in range(tries)):
             try:
-                sample = self.sample(self.source.read(place), generator, number)
+                sample = self.sample(self.source.read(place), torch.Generator().manual_seed(number), number)
             except SAMPLE_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
-                if budget.spend():
-                    raise DataError(f"{budget.broken} samples in a row, from number {index} on, cannot be used; the "
-                                    f"last is {error}") from error
-                place = (place + 1) % total
-                continue
-            return {**sample, "index": place}
+                last = error
+            else:
+                return {**sample, "index": place}
+        raise DataError(f"{tries} samples in a row, from number {index} on, cannot be used; the last is {last}"
+                        ) from last
 
     def sample(self, read: Any, generator: torch.Generator, number: int) -> dict[str, Any]:
         """A sample of what was read; everything random about it comes from `generator` or, seeded, `number`."""
@@ -85,32 +74,23 @@ class SourceDataset(BadSamples):
 
 
 class PairDataset(SourceDataset):
-    """Picture and caption: `image` (what the transform gives), `caption`, `key`.
+    """Image and caption: `image` (what the transform gives), `caption`, `key`.
 
     Args:
-        source: stored pairs (`data.formats.pairs`).
-        image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`),
-            whose `read` gives uint8 to be normalised on the device; or any picture -> tensor. If that has an argument
-            named `generator` it gets the sample's `torch.Generator`; if not, the global generators of torch, numpy and
-            Python are seeded around the call and put back, so other libraries' augmentations repeat as well.
-        text_transform: caption -> caption (`language.words.BlipCaption`); None keeps it. Must draw nothing.
-        log: see `SourceDataset`.
+        image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`), whose `read`
+            gives uint8 to be normalised on the device; or any image -> tensor: with an argument `generator` (the
+            sample's), or with the global generators of torch, numpy and Python seeded around the call.
+        text_transform: caption -> caption (`language.words.BlipCaption`); None keeps it.
     """
 
-    def __init__(
-        self,
-        source: PairSource,
-        image_transform: Callable[..., Tensor],
-        text_transform: Callable[[str], str] | None = None,
-        *,
-        seed: int = 0,
-        max_bad_in_a_row: int = 20,
-        log: Callable[[str], None] | None = print,
-    ) -> None:
+    def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],
+                 text_transform: Callable[[str], str] | None = None, *, seed: int = 0, max_bad_in_a_row: int = 20,
+                 log: Callable[[str], None] | None = print) -> None:
         super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
         self.image_transform, self.text_transform = image_transform, text_transform
+        call = image_transform.forward if isinstance(image_transform, torch.nn.Module) else image_transform
         self._reads = hasattr(image_transform, "read")
-        self._takes_generator = _takes_generator(image_transform)
+        self._takes_generator = not self._reads and "generator" in inspect.signature(call).parameters
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`."""
@@ -132,10 +112,7 @@ class PairDataset(SourceDataset):
 
 
 class JoinedPairs(BadSamples):
-    """Data sets one after the other; a sample of the whole is a sample of one of them.
-
-    They keep one account of bad samples.
-    """
+    """Data sets one after the other, with one list of bad samples."""
 
     def __init__(self, parts: Sequence[SourceDataset]) -> None:
         self.parts = list(parts)
@@ -195,8 +172,3 @@ def seeded_globals(number: int) -> Iterator[None]:
         torch.default_generator.set_state(state)
         np.random.set_state(numbers)
         random.setstate(python)
-
-
-def _takes_generator(transform: Callable[..., Any]) -> bool:
-    call = transform.forward if isinstance(transform, torch.nn.Module) else transform
-    return "generator" in inspect.signature(call).parameters

@@ -1,9 +1,8 @@
-"""The released data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
+"""The original data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
 
-One table leads from the released builders to decoder names. Keys that the released code accepted and never read are
-dropped. In such a file weights stand apart (`sample_weights`),
-`data_dir` is searched recursively, and `cycle_count` is the number of epochs until a source is used up. Beside the
-released keys a file may hold ours (`packing`, `length`, `rows`, `too_long`, `seed`, ...).
+Keys that the original code accepted and never read are dropped. Weights are in `sample_weights`, `data_dir` is searched
+recursively, and `cycle_count` is the number of epochs until a source is used up. Besides the original keys a file may
+hold ours (`packing`, `length`, `rows`, `too_long`, `seed`, ...).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from seed_multimodal.settings import check_keys, nearest
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
 _SEED_X = "src.data.sft_clm.build_"
-BUILDERS: dict[str, tuple[str, str]] = {  # released builder -> our decoder, and the files it reads
+BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and the files it reads
     _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
     _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
     _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
@@ -53,10 +52,7 @@ def is_released(config: Mapping[str, Any]) -> bool:
 
 
 def released_data_config(config: Mapping[str, Any], settings: Sequence[str], where: str = "data") -> dict[str, Any]:
-    """A released data file (a mixture, or one source alone) as the mapping of ours; what it holds of ours is kept.
-
-    Args:
-        settings: the keys of ours.
+    """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`.
 
     Raises:
         ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources.

@@ -8,25 +8,25 @@ from typing import Any
 
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 UNUSABLE_IN_A_ROW = 1000  # limit of dropped and over-long sequences in a row, against an endless search
+NAMED = 5  # records named for each reason of a skip
 
 
 @dataclass(frozen=True)
 class SkippedSample:
-    """A draw whose sequence was skipped (or, if over-long, shortened): why, and which record."""
+    """A record that was skipped (or, if too long, shortened).
+
+    `kind`: BROKEN, DROPPED or TOO_LONG; `reason`: a few words, the same for many records; `where`: file and line or
+    sample, for broken records the whole sentence.
+    """
 
     source: int
-    kind: str  # BROKEN, DROPPED or TOO_LONG
-    reason: str  # in a few words, the same for many records
-    where: str  # file and line or sample; for broken records the whole sentence
+    kind: str
+    reason: str
+    where: str
 
 
 class SkipBudget:
-    """How many samples in a row may be skipped.
-
-    Args:
-        most: the run ends at this many broken samples in a row.
-        broken: how many there are already.
-    """
+    """How many samples in a row may be skipped: `most` broken ones."""
 
     def __init__(self, most: int, broken: int = 0) -> None:
         self.most, self.broken, self.unusable = most, broken, 0
@@ -36,18 +36,16 @@ class SkipBudget:
         self.broken = self.unusable = 0
 
     def spend(self, kind: str = BROKEN) -> bool:
-        """Count a skipped sample; True when the limit is reached (dropped and over-long ones have a limit of their
-        own)."""
+        """Count a skipped sample; True when the limit is reached."""
         self.unusable += 1
         self.broken += kind == BROKEN
         return self.broken >= self.most or (kind != BROKEN and self.unusable >= UNUSABLE_IN_A_ROW)
 
 
 class BadSamples:
-    """The account of a data set's unreadable samples: `bad` has (key, reason) of each, once; `log` gets one line each.
+    """Unreadable samples of a data set: `bad` has (key, reason) of each, once; `log` gets one line each.
 
-    Inside data workers the copies there fill their own lists; `step_batches.StepBatches` adds them to the account of
-    the process that trains.
+    Inside data workers the copies there fill their own lists; `StepBatches` adds them to the training process's.
     """
 
     def __init__(self, log: Callable[[str], None] | None) -> None:
@@ -70,7 +68,7 @@ class BadSamples:
             self._add(key, reason)
 
     def share_bad(self, other: BadSamples) -> None:
-        """Keep one account with `other`."""
+        """Use one list with `other`."""
         self.bad, self._known = other.bad, other._known
 
     def _add(self, key: str, reason: str) -> bool:
@@ -79,3 +77,22 @@ class BadSamples:
             self._known.add((key, reason))
             self.bad.append((key, reason))
         return new
+
+
+def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
+    """Count records skipped for a reason and name the first few; whether one of them is newly named."""
+    entry = group.setdefault(reason, {"count": 0, "first": []})
+    known = entry["first"]
+    entry["count"] += count
+    entry["first"] = [*dict.fromkeys([*known, *places])][:NAMED]
+    return len(entry["first"]) > len(known)
+
+
+def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    """Add the counts of a source in another process or run: numbers, and records skipped by reason."""
+    for key, own in into.items():
+        if isinstance(own, dict):
+            for reason, more in counts[key].items():
+                add_skipped(own, reason, more["count"], more["first"])
+        else:
+            into[key] = own + counts[key]

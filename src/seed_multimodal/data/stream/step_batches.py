@@ -2,10 +2,10 @@
 
     with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
         for step in range(start, steps):
-            batch = batches.at(step)       # consecutive steps are prefetched; a jump starts the workers anew
+            batch = batches.at(step)       # consecutive steps are prefetched; a jump restarts the workers
 
-Rank r of step s takes positions (s · world + r) · batch_size and on of the order (`stream.order`): two ranks together
-see what one process with a double batch sees.
+Rank r of step s has positions (s · world + r) · batch_size and on of the order (`stream.order`): two ranks together
+have what one process with a double batch has.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils.data import default_collate
 
 from seed_multimodal.data.stream.loader import StepLoader
 from seed_multimodal.data.stream.order import SHUFFLE_BLOCK, EpochOrder, Order, Part
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import DataError
 
 
 class StepDataset(Protocol):
@@ -37,24 +37,18 @@ class StepBatches(StepLoader):
     """Batches of one rank by step number.
 
     Args:
-        dataset: see `StepDataset`.
         batch_size: samples of this rank in each (micro) step.
-        workers: data processes; 0 loads in this process when asked. Batches are the same either way.
         collate: list of samples -> batch; default: torch's (tensors stacked, texts listed).
-        block: samples shuffled among each other; None: for sets with shards 10,000, or `dataset.shuffle_block` if that
-            is less, for others everything; 0: all.
+        block: samples shuffled among each other; None: by `block_of` for sets with shards, for others everything.
         order: another order than that of epochs (then `shuffle` and `block` do nothing).
 
     Raises:
-        ConfigError: settings that contradict each other. DataError: an empty set.
+        DataError: an empty set.
     """
 
     def __init__(self, dataset: StepDataset, batch_size: int, *, seed: int, rank: int = 0, world: int = 1,
                  workers: int = 0, collate: Callable[[list[Any]], Any] | None = None, shuffle: bool = True,
                  block: int | None = None, order: Order | None = None) -> None:
-        if batch_size < 1 or workers < 0 or seed < 0 or not 0 <= rank < world or (block or 0) < 0:
-            raise ConfigError(f"Batches of {batch_size}, rank {rank} of {world}, workers {workers}, seed {seed}, block "
-                              f"{block}: batch_size must be positive, rank below world, and nothing negative.")
         if not len(dataset):
             raise DataError("The training set is empty.")
         sizes = getattr(dataset, "shard_sizes", None)
@@ -107,24 +101,20 @@ class _Fetch:
         known = len(bad)
         get_batch = getattr(self.dataset, "get_batch", None)
         if get_batch is not None:
-            batch = join_batches([get_batch(indices, epoch) for epoch, indices in parts])
+            batch = _join([get_batch(indices, epoch) for epoch, indices in parts])
         else:
             batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts
                                   for index in indices])
         return batch, bad[known:]
 
 
-def join_batches(batches: Sequence[Any]) -> Any:
-    """Batches of the same structure as one: tensors along their first axis, lists end to end, mappings by key."""
+def _join(batches: Sequence[Any]) -> Any:
+    """Batches of the same structure as one: tensors along their first axis, mappings by key, lists end to end."""
     first = batches[0]
     if len(batches) == 1:
         return first
     if isinstance(first, Tensor):
         return torch.cat(list(batches))
     if isinstance(first, Mapping):
-        return {key: join_batches([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, list):
-        return [item for batch in batches for item in batch]
-    if isinstance(first, tuple):
-        return tuple(join_batches(items) for items in zip(*batches, strict=True))
-    raise TypeError(f"batches of {type(first).__name__} cannot be joined where an epoch ends")
+        return {key: _join([batch[key] for batch in batches]) for key in first}
+    return [item for batch in batches for item in batch]

@@ -1,12 +1,12 @@
-"""Pictures of training sequences as pixels: opened beside their record, cut into views, laid beside the batch's words.
+"""Images of training sequences as pixels: opened with their record, cut into views, joined for a batch.
 
-Only views that the model reads or writes are kept: of a picture to be written the whole alone. The vision tower, which
-is frozen, runs on the training device, so pixels and not features leave the data workers, as bytes.
+Only views that the model reads or writes are returned: of an image to be written the whole alone. The frozen vision
+encoder runs on the training device, so pixels (uint8) and not features leave the data workers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -29,27 +29,25 @@ READ, WRITTEN = 1, 2
 
 @dataclass
 class SequenceViews:
-    """The views of a sequence, in the order of their words.
+    """The views of a sequence, in the order of their tokens.
 
     Attributes:
-        pixels: uint8 [n, 3, S, S]. positions: [n, 2], the centre (x, y) of each in its picture. written: bool [n], the
-            others are read.
-        marks: int8 [tokens], READ and WRITTEN at the words of views.
-        seeds: int64 [n], of the pictures. words: int64 [n], how many words each
-            view has, where all of the sequence have as many.
+        pixels: uint8 [n, 3, S, S]. positions: [n, 2], the centre (x, y) of each in its image. written: bool [n], the
+            others are read. marks: int8 [tokens], READ and WRITTEN at the tokens of views.
+        seeds: int64 [n], of the images. words: tokens of each view, where all of the sequence have as many.
     """
 
     pixels: Tensor
-    positions: Tensor
-    written: Tensor
+    positions: list[list[float]]
+    written: list[bool]
     marks: np.ndarray
-    seeds: Tensor
-    words: Tensor
+    seeds: list[int]
+    words: int
 
 
 @dataclass
 class BatchViews:
-    """The views of a batch: as of `SequenceViews`, `marks` int8 [B, L]; `seeds` and `words` stay on the CPU."""
+    """The views of a batch as tensors: `marks` int8 [B, L]; `seeds` and `words` int64 [n], on the CPU."""
 
     pixels: Tensor
     positions: Tensor
@@ -65,20 +63,19 @@ class BatchViews:
 
 
 class PictureReader:
-    """Opens the pictures that a record names or holds, and cuts those of its sequence.
+    """Opens the images that a record names or holds, and cuts those of its sequence.
 
-    Args:
-        folder: of the pictures that records name; None: they lie beside the record's file, or in the current folder.
+    `folder`: of the images that records name; None: that of the record's file, or the current one.
     """
 
     def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
 
     def fields(self, record: Record) -> dict[str, Any]:
-        """The fields of a record with its pictures opened; of a tar also `image` and `text` out of its members.
+        """The fields of a record with its images opened; of a tar also `image` and `text` out of its members.
 
         Raises:
-            BadRecord, ImageError: a picture that is not there, none, or damaged; a caption that is no text.
+            BadRecord, ImageError: an image that is not there or damaged; a caption that is no text.
         """
         found = dict(record.fields)
         text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
@@ -91,7 +88,7 @@ class PictureReader:
             stored_picture(value, record, self.folder), name=f"{record.where}: {name}"))
 
     def cut(self, sequence: PictureSequence) -> SequenceViews | None:
-        """The views of a sequence, whose opened pictures are let go; None without any."""
+        """The views of a sequence; None without any."""
         pixels, positions, written, seeds = [], [], [], []
         for used in sequence.pictures:
             shown = self._views(used.picture, used.grid is not None)
@@ -104,10 +101,8 @@ class PictureReader:
             return None
         marks = np.zeros(len(sequence), np.int8)
         marks[sequence.read], marks[sequence.written] = READ, WRITTEN
-        sequence.pictures = []
-        words = torch.full((len(seeds),), len(sequence.read + sequence.written) // len(seeds))
-        return SequenceViews(torch.cat(pixels), torch.tensor(positions), torch.tensor(written), marks,
-                             torch.tensor(seeds), words)
+        return SequenceViews(torch.cat(pixels), positions, written, marks, seeds,
+                             len(sequence.read + sequence.written) // len(seeds))
 
     def _views(self, picture: Any, parts: bool) -> Tensor:
         return self._cutter.cut(picture) if parts else self._whole.read(picture)[None]
@@ -124,11 +119,7 @@ class PictureReader:
 
 def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence[Sequence[int]], length: int
                ) -> BatchViews | None:
-    """The views of a batch; None without any.
-
-    Args:
-        rows: of each row its sequences' views, from left to right. lengths: tokens of these sequences. length: of rows.
-    """
+    """The views of a batch; None without any. Of each row its sequences' views and tokens, from left to right."""
     found = [views for row in rows for views in row if views is not None]
     if not found:
         return None
@@ -139,16 +130,8 @@ def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence
             if views is not None:
                 line[start:start + size] = views.marks[:size]
             start += size
-    pixels, positions, written, seeds, words = (
-        torch.cat([getattr(one, name) for one in found]) for name in ("pixels", "positions", "written", "seeds",
-                                                                      "words"))
-    return BatchViews(pixels, positions, written, torch.from_numpy(marks), seeds, words)
-
-
-def view_sides(decoders: Mapping[str, Any]) -> dict[int, str]:
-    """Side of the views in pixels -> the first source (by name) that has it."""
-    sides: dict[int, str] = {}
-    for name, decoder in decoders.items():
-        if isinstance(decoder, OpenedDecoder):
-            sides.setdefault(decoder.options.base_resolution, name)
-    return sides
+    return BatchViews(torch.cat([one.pixels for one in found]),
+                      torch.tensor([place for one in found for place in one.positions]),
+                      torch.tensor([written for one in found for written in one.written]), torch.from_numpy(marks),
+                      torch.tensor([seed for one in found for seed in one.seeds]),
+                      torch.tensor([one.words for one in found for _ in one.seeds]))

@@ -23,7 +23,6 @@ from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")
-ATTENTION_BYTES = 20  # of each weight of a merger's attention
 PARTS = ("causal_encoder", "vit_proj")  # what is trained beside the language model, by the released names
 
 
@@ -76,7 +75,6 @@ class VisualTokens:
     Attributes:
         tokenizer: frozen; its merger makes codes and stays as it was.
         features: pictures → features, after `to`.
-        held: bytes of it.
     """
 
     def __init__(self, settings: VisualModel, dtype: torch.dtype) -> None:
@@ -87,7 +85,6 @@ class VisualTokens:
         self._start = {name: value.clone() for name, value in self.tokenizer.causal_encoder.state_dict().items()}
         self.tokenizer.vit_proj = None
         cast_layers(self.tokenizer, dtype)
-        self.held = sum(value.nbytes for value in self.tokenizer.state_dict().values())
 
     def to(self, device: torch.device) -> VisualTokens:
         """Move it to the training device."""
@@ -109,26 +106,6 @@ class VisualTokens:
             rows, counts = kept_rows(self.tokenizer.merge(some, kept), kept)
             found += [one.tolist() for one in self.tokenizer.quantize_rows(rows)[0].split(counts.tolist())]
         return found
-
-    @property
-    def trained_numbers(self) -> int:
-        """Of merger and projector."""
-        sizes = self.config
-        with torch.device("meta"):
-            merger = TokenMerger(sizes)
-        return sum(value.numel() for value in merger.parameters()) + (sizes.vit.width + 1) * sizes.llm_width
-
-    def picture_bytes(self, checkpointing: bool) -> float:
-        """What the trained merger keeps of a picture for going backward: its explicit attention is most of it.
-
-        Args:
-            checkpointing: blocks are computed again, so that one at a time keeps more than its stream.
-        """
-        sizes, patches = self.config, self.config.patches
-        stream = 4 * patches * sizes.vit.width
-        block = 2 * ATTENTION_BYTES * sizes.merger_heads * patches**2 + 12 * stream + (
-            8 * patches * sizes.merger_mlp_width)
-        return block + sizes.merger_depth * stream if checkpointing else sizes.merger_depth * block
 
     def trained_parts(self, width: int) -> tuple[TokenMerger, nn.Linear]:
         """What is trained, in fp32: the merger, and the projector to a language model of this width.

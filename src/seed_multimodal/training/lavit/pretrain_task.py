@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders.lavit import LavitOptions, planned_places
+from seed_multimodal.data.decoders.lavit import LavitOptions
 from seed_multimodal.data.decoders.registry import FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import SourceSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
@@ -36,7 +36,6 @@ from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.lavit.unified_loss import UnifiedLoss
 from seed_multimodal.training.llm.held_out import HeldOutLosses
 from seed_multimodal.training.llm.loss import find_llama
-from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.weights import save_state_dict
@@ -54,9 +53,6 @@ class PretrainTask(LlmTask):
             raise ConfigError("configuration: visual_encoder is needed for LaVIT: choose one of its files.")
         if run.agent is not None:
             raise ConfigError("configuration: agent is SEED-X's; LaVIT has none.")
-        if run.trainer.coco_caption_root is not None:
-            raise ConfigError("trainer.coco_caption_root: captions during the training are not built in for LaVIT; "
-                              "leave it out (eval_data gives the held-out loss).")
         self.visual = VisualTokens(read_visual(run.visual_encoder), DTYPES[run.trainer.precision])
         super().__init__(run, group, device)
         sizes, words = self.visual.config, self.tokenizer.vocabulary
@@ -77,13 +73,6 @@ class PretrainTask(LlmTask):
     def held_out_losses(self) -> HeldOutLosses:
         """Losses of text and of codes."""
         return _HeldOut(self)
-
-    def beside(self) -> Beside:
-        """The frozen tokenizer, the trained merger and projector, and what the merger keeps for going backward."""
-        visual, patches = self.visual, self.visual.config.patches
-        places = [planned_places(source.options, patches) for source in _reading(self.run.data, "data")]
-        picture = visual.picture_bytes(bool(self.model_settings.gradient_checkpointing))
-        return Beside(visual.trained_numbers, visual.held, picture / (min(places) + 2) if places else 0.0)
 
     def make_module(self) -> nn.Module:
         """Merger and projector beside the language model; the frozen tokenizer moves to the device."""
@@ -119,10 +108,9 @@ class PretrainTask(LlmTask):
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
         """See `LlmTask`."""
-        facts = self.module.facts(batch.labels, batch.position_ids, batch.attention_mask).to(self.device)
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
-        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, facts, batch.features,
+        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, batch.features,
                      batch.keep, batch.kept, batch.places)
 
     # ---------------------------------------------------------------------------------------------- the checkpoints

@@ -11,7 +11,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
-from seed_multimodal.training.llm.row_facts import RowFacts
 
 
 class UnifiedLoss(LossModule):
@@ -23,7 +22,7 @@ class UnifiedLoss(LossModule):
         self.causal_encoder, self.vit_proj = merger, projector
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, facts: RowFacts | None = None, features: Tensor | None = None,
+                attention_mask: Tensor | None = None, features: Tensor | None = None,
                 keep: Tensor | None = None, kept: Tensor | None = None, places: Tensor | None = None) -> LossParts:
         """As `LossModule`; `features`, `keep`, `kept` and `places` as of `rows.ReadyBatch`."""
         llama: Any = find_llama(self.llm)
@@ -34,7 +33,7 @@ class UnifiedLoss(LossModule):
         else:
             rows = self.read(features, keep).flatten(0, 1).index_select(0, kept)
             embeds = embeds.flatten(0, 1).index_copy(0, places, rows.to(embeds)).view_as(embeds)
-        return self.parts(input_ids, labels, position_ids, attention_mask, facts, embeds)
+        return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
 
     def read(self, features: Tensor, keep: Tensor) -> Tensor:
         """Features `[n, N, D]`, kept or not `[n, N]` → what the language model reads `[n, N, width]`."""

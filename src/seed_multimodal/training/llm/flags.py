@@ -81,7 +81,6 @@ KEYS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "gradient_checkpointing": ("trainer.gradient_checkpointing", _boolean),
     "torch_compile": ("trainer.compile", _boolean),
     "device": ("trainer.device", str),
-    "coco_caption_root": ("trainer.coco_caption_root", str),
 }
 # Flags that several keys, or values of special forms, follow from -> type of the value.
 _SPECIAL: dict[str, Callable[[str], Any]] = {
@@ -94,6 +93,7 @@ _SPECIAL: dict[str, Callable[[str], Any]] = {
 IGNORED = {
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"),
                     "the data configuration sets the micro-batches, as in the original"),
+    "coco_caption_root": "a checkpoint is captioned and scored by eval/eval_caption.py",
     "ignore_data_skip": "the position in the data is always restored",
     "batch_size": "the data configuration sets the micro-batches, as in the original",
     "project_name": "the original never reads it",

@@ -9,21 +9,19 @@ from torch import Tensor
 
 from seed_multimodal.data.stream.data_settings import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
-from seed_multimodal.training.llm.row_facts import IGNORED
+from seed_multimodal.training.llm.loss import IGNORED
 from seed_multimodal.training.llm.trainer_settings import RunSettings
 
 
 def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGroup, log: Callable[[str], None],
-             rows: Callable[[Mixture], tuple[int, int]] | None = None, template: str | None = None
-             ) -> list[LlmBatch] | None:
+             template: str | None = None) -> list[LlmBatch] | None:
     """Evaluation batches, read before the first step so that mistakes in them show at once; None: no evaluation.
 
-    Args:
-        rows: as in `LlmBatches`. template: of prompts, where the evaluation data leave it open.
+    `template`: of prompts, where the evaluation data leave it open.
     """
     if run.eval_data is None or not run.trainer.eval_steps:
         if run.trainer.eval_steps:
@@ -32,7 +30,7 @@ def held_out(run: RunSettings, tokenizer: MultimodalTokenizer, group: ProcessGro
             log("there is eval_data, but trainer.eval_steps is 0: nothing is evaluated.")
         return None
     settings = with_template(read_data_settings(run.eval_data, "eval_data"), template)
-    with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world, rows=rows) as batches:
+    with LlmBatches(settings, tokenizer, rank=group.rank, world=group.world) as batches:
         return first_batches(batches, run.trainer.eval_batches)
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from seed_multimodal.errors import ConfigError, how_to_install
-from seed_multimodal.training.llm.row_facts import IGNORED, RowFacts, learned_targets, packing_known, row_facts
 
+IGNORED = -100
 KINDS = ("auto", "plain", "chunked", "liger")
 LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
 
@@ -83,19 +83,10 @@ class LossModule(nn.Module):
         self.llm, self.kind, self.weights = llm, kind, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-                attention_mask: Tensor | None = None, facts: RowFacts | None = None) -> LossParts:
-        """As `packed_loss`, from the batch's tensors `[B, L]`; with their `facts` it does not wait for a GPU."""
-        return self.parts(input_ids, labels, position_ids, attention_mask, facts)
-
-    def parts(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None,
-              facts: RowFacts | None, embeds: Tensor | None = None) -> LossParts:
-        """As `forward`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
-        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, facts, embeds)
-
-    def facts(self, labels: Tensor, position_ids: Tensor | None, attention_mask: Tensor | None) -> RowFacts:
-        """What `forward` needs to know of a batch, from its tensors on the CPU."""
-        first_code = self.weights.first_code if self.weights is not None and self.kind == "liger" else None
-        return row_facts(labels, position_ids, attention_mask, first_code)
+                attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
+        """As `packed_loss`, from the batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them
+        are features."""
+        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, embeds)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
@@ -128,6 +119,7 @@ def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: Lo
     Raises:
         ConfigError: an unknown kind, or liger where it cannot run.
     """
+    check_kernel(kind, batch.input_ids.device, llm=model)
     return _parts(model, batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, kind, weights)
 
 
@@ -139,6 +131,14 @@ def token_losses(
     llama = find_llama(model)
     hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask)
     return _losses(llama, hidden, targets, kind), targets
+
+
+def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
+    """What each position but the last has to predict: `[B, L]` → `[B, L-1]`, -100 where nothing."""
+    targets = labels[:, 1:]
+    if position_ids is None:
+        return targets
+    return targets.masked_fill(position_ids.expand_as(labels)[:, 1:] == 0, IGNORED)
 
 
 def find_llama(model: nn.Module) -> Any:
@@ -183,41 +183,34 @@ def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.M
 
 
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
-             facts: RowFacts | None = None, embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
+             embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Last hidden states that have something to predict `[T, width]`, and what `[T]`. `embeds`: of the ids, where some
     are features."""
     if mask is not None:
         positions = None
-        masked = bool((mask[:, 1:] > mask[:, :-1]).any()) if facts is None else facts.masked
-        mask = mask if masked else None  # padded on the right: causal attention hides it
+        mask = mask if (mask[:, 1:] > mask[:, :-1]).any() else None  # padded on the right: causal attention hides it
     use_attention(llama, positions is not None)
-    shape, ends = ids.shape, {}
+    shape = ids.shape
     if positions is not None and "flash" in str(llama.config._attn_implementation):
         ids, positions = ids.reshape(1, -1), positions.expand(shape).reshape(1, -1)
         embeds = None if embeds is None else embeds.reshape(1, -1, embeds.shape[-1])
-        ends = {} if facts is None else facts.flash
     given = {"input_ids": ids} if embeds is None else {"inputs_embeds": embeds}
-    with packing_known(None if facts is None else positions is not None and facts.packed):
-        hidden = llama.model(**given, position_ids=positions, attention_mask=mask, use_cache=False,
-                             **ends).last_hidden_state
+    hidden = llama.model(**given, position_ids=positions, attention_mask=mask, use_cache=False).last_hidden_state
     hidden = hidden.reshape(*shape, -1)[:, :-1].flatten(0, 1)
     targets = learned_targets(labels, None if positions is None else positions.reshape(-1, shape[1])).flatten()
-    learned = (targets != IGNORED).nonzero().flatten() if facts is None else facts.learned
+    learned = (targets != IGNORED).nonzero().flatten()
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 
 def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
-           weights: LossWeights | None, facts: RowFacts | None = None, embeds: Tensor | None = None) -> LossParts:
-    check_kernel(kind, ids.device, llm=model)
+           weights: LossWeights | None, embeds: Tensor | None = None) -> LossParts:
     llama = find_llama(model)
-    hidden, targets = _learned(llama, ids, labels, positions, mask, facts, embeds)
+    hidden, targets = _learned(llama, ids, labels, positions, mask, embeds)
     image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
     text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
     if kind == "liger":
-        texts, images = (~image, image) if facts is None or facts.texts < 0 else (
-            slice(facts.texts), slice(facts.texts, None))
-        text_sum = _liger(llama.lm_head, hidden[texts], targets[texts])
-        image_sum = _liger(llama.lm_head, hidden[images], targets[images])
+        text_sum = _liger(llama.lm_head, hidden[~image], targets[~image])
+        image_sum = _liger(llama.lm_head, hidden[image], targets[image])
     else:
         values = _losses(llama, hidden, targets, kind)
         text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()

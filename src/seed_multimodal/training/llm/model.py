@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.nn.pretrained import WEIGHTS
 from seed_multimodal.settings import check_keys
-from seed_multimodal.training.llm.fp8 import check_fp8, freeze_in_fp8
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
@@ -51,8 +50,6 @@ def build_llm(
     """
     check(settings)
     place = torch.device(device)
-    if settings.fp8:
-        check_fp8(place)
     source = resume or settings.adapter
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
@@ -89,7 +86,7 @@ def build_llm(
     if settings.quantization is None:
         model.to(place)
     if settings.fp8:
-        freeze_in_fp8(model)
+        use_fp8(model)
     if settings.compile:
         for layer in llama.model.layers:
             layer.compile()
@@ -226,6 +223,20 @@ def set_checkpointing(llama: Any, mode: bool | str) -> None:
     enable({"use_reentrant": False})
     for number, layer in enumerate(llama.model.layers):
         layer.gradient_checkpointing = mode is True or number % 2 == 0
+
+
+def use_fp8(model: nn.Module) -> None:
+    """Compute the products of the decoder layers' frozen matrices in FP8, by torchao."""
+    try:
+        from torchao.float8 import convert_to_float8_training
+    except ImportError as error:
+        raise ConfigError(f"model.fp8 needs the package torchao: {how_to_install('torchao')}.") from error
+
+    def frozen(module: nn.Module, name: str) -> bool:
+        return (type(module) is nn.Linear and not module.weight.requires_grad and "lora_" not in name
+                and not any(size % 16 for size in module.weight.shape))  # tensor cores take multiples of 16
+
+    convert_to_float8_training(find_llama(model).model.layers, module_filter_fn=frozen)
 
 
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> tuple[Any, int]:

@@ -52,8 +52,7 @@ class LlmModelSettings:
         trained_dtype: precision of trained weights; `same` keeps them in `dtype` (for engines with fp32 copies of
             their own).
         quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
-        fp8: the frozen matrices of the layers, and products with them, in FP8 (GPUs from Ada and Hopper on; a CPU
-            emulates it for tests).
+        fp8: products with the frozen matrices of the layers in FP8, by torchao (GPUs from Ada and Hopper on).
         attention: auto (packed rows on CUDA: flash if installed, else flex; padded rows and elsewhere: sdpa), sdpa,
             eager, flex or flash.
         lora: fields of `peft.LoraConfig`; None trains every weight.
@@ -112,11 +111,6 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
     if settings.quantization is not None and settings.path is None:
         raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
-    if settings.fp8 and whole:
-        raise ConfigError(f"{where}: fp8 is for frozen weights, and without lora none are; give lora.")
-    if settings.fp8 and settings.quantization is not None:
-        raise ConfigError(f"{where}: fp8 and quantization exclude each other: a {settings.quantization} base has no "
-                          "weights to put into fp8.")
     return settings
 
 
@@ -145,8 +139,6 @@ def for_run(config: Mapping[str, Any], trainer: TrainerSettings, deepspeed: bool
     found, remark = for_precision(found, trainer.precision)
     if deepspeed and found.quantization is not None:
         raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
-    if deepspeed and found.fp8:
-        raise ConfigError("DeepSpeed would cast fp8 weights back to the run's precision; use the plain engine.")
     return found, remark
 
 

@@ -16,23 +16,19 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
-from seed_multimodal.training.llm.caption_eval import open_evaluation
 from seed_multimodal.training.llm.flops import token_flops
-from seed_multimodal.training.llm.fp8 import keep_out_of_ddp
-from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
+from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, evaluate, first_batches, held_out
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
-from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.model_settings import find_folder, for_run
 from seed_multimodal.training.llm.prompting import template_of, with_prompts
-from seed_multimodal.training.llm.step_plan import StepPlan
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
 from seed_multimodal.training.llm.trainer_settings import RunSettings
@@ -50,8 +46,7 @@ _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
           "trainer.eval_batches", "trainer.report_to", "trainer.dataloader_num_workers", "trainer.device",
           "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.gradient_checkpointing",
-          "trainer.compile", "trainer.memory_gib", "model.compile", "model.gradient_checkpointing",
-          "trainer.coco_caption_root")
+          "trainer.compile", "model.compile", "model.gradient_checkpointing")
 
 
 class LlmTask(Task):
@@ -78,18 +73,17 @@ class LlmTask(Task):
         data_settings, remarks = with_prompts(read_data_settings(run.data), self.model_settings,
                                               find_folder(run.tokenizer))
         self._log(remark, *remarks)
-        self.plan = StepPlan(self.settings, self.model_settings, run.deepspeed, self.tokenizer.vocabulary.size, group,
-                             device, self.beside())
         self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
                                         self.settings.image_weight)
         self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
-                               workers=self.settings.dataloader_num_workers, rows=self.plan.rows, log=self._log)
-        self.settings = replace(self.settings, gradient_accumulation_steps=self.plan.accumulate)
-        self.rows = self.data.settings.rows or 1
-        self.plan.check_machine(self.data.settings)
-        self.evaluation = open_evaluation(run, self.tokenizer, group, self._log, self.plan.held_out_rows(self.rows),
-                                          template_of(self.model_settings), self.held_out_losses())
+                               workers=self.settings.dataloader_num_workers, log=self._log)
+        self.rows = self.data.settings.rows
+        if self.settings.tokens_per_step:
+            micro_batch = group.world * self.rows * self.data.settings.length
+            self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(
+                self.settings.tokens_per_step / micro_batch)))
+        self.evaluation = held_out(run, self.tokenizer, group, self._log, template=template_of(self.model_settings))
         self.meter = TokenMeter()
         self.loop: Trainer
         self.llm: Any = None
@@ -113,15 +107,10 @@ class LlmTask(Task):
         self.meter.peak = self.settings.peak_tflops or known_peak(self.device, _DTYPES[self.settings.precision])
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
-            keep_out_of_ddp(self.module)
 
     def held_out_losses(self) -> HeldOutLosses:
         """What an evaluation measures."""
         return HeldOutLosses()
-
-    def beside(self) -> Beside:
-        """What is in memory beside the language model."""
-        return Beside()
 
     def make_module(self) -> nn.Module:
         """What is trained, around `llm`."""
@@ -149,7 +138,16 @@ class LlmTask(Task):
         self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
                   f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; {mean}; "
                   f"output in {self.run.output_dir}.")
-        self._log(*self.plan.lines(self.data.settings))
+        self._log(self._step_size())
+
+    def _step_size(self) -> str:
+        """Rows and positions of a step."""
+        micro_steps, world, data = self.settings.gradient_accumulation_steps, self.group.world, self.data.settings
+        shared = f"{counted(micro_steps, 'micro-step')} x {world} process{'es' if world > 1 else ''}"
+        if not data.packing:
+            return f"a step: padded micro-batches x {shared}."
+        return (f"a step: {counted(self.rows, 'packed row')} of {data.length:,} x {shared} = "
+                f"{self.rows * data.length * micro_steps * world:,} positions.")
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
@@ -185,9 +183,8 @@ class LlmTask(Task):
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
         """`loss.LossParts` of a `ready` batch by `wrapped_part`."""
-        facts = self.module.facts(batch.labels, batch.position_ids, batch.attention_mask).to(self.device)
         batch = batch.to(self.device)
-        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, facts)
+        return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate when it is due."""
@@ -226,7 +223,7 @@ class LlmTask(Task):
         if self.evaluation is None:
             return None
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
-            return self.evaluation(self.loop, self.llm)
+            return evaluate(self.loop.engine, self.group, self.evaluation, self.held_out_losses())
 
     def _learned(self, batch: LlmBatch) -> float:
         """Weighted number of learned tokens."""
@@ -256,7 +253,7 @@ class LlmTask(Task):
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The position in the data."""
-        return dict(self.data.state(step * self.settings.gradient_accumulation_steps))
+        return dict(self.data.state())
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Restore the position in the data; the number of processes may have changed."""

@@ -76,9 +76,8 @@ class TrainerSettings(LoopTrainerSettings):
         text_weight, image_weight: weights of text and image tokens in the loss.
         loss_kernel: `auto`, `plain`, `chunked` or `liger`.
         eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
-        coco_caption_root: folder (or file) of reference captions; the evaluation then captions, see `caption_eval`.
         peak_tflops: of one device at this precision, for the MFU; known devices need none.
-        memory_gib: of one device, for the memory plan (`step_plan`); by default a GPU's own, and none on a CPU.
+        tokens_per_step: positions of packed rows a step, in place of `gradient_accumulation_steps`.
         gradient_checkpointing, compile: override the model's settings if given.
         cpu_adam: DeepSpeed's own CPU optimiser for offloaded states (compiles for a minute at its first use).
     """
@@ -89,9 +88,8 @@ class TrainerSettings(LoopTrainerSettings):
     image_weight: float = setting(1.0, least=0)
     eval_steps: int = setting(0, least=0)
     eval_batches: int = setting(16, least=1)
-    coco_caption_root: str | None = None
     peak_tflops: float | None = setting(None, above=0)
-    memory_gib: float | None = setting(None, above=0, most=1_000_000)
+    tokens_per_step: int | None = setting(None, least=1)
     gradient_checkpointing: bool | Literal["selective"] | None = None
     compile: bool | None = None
     cpu_adam: bool = False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.training import AdapterLoss, ConditionDropout, Trained
+from seed_multimodal.diffusion.training import ConditionDropout, Trained, adapter_losses
 from seed_multimodal.disk import replace_text
 from seed_multimodal.hub import SDXL_WHERE
 from seed_multimodal.hub import find_folder as find_parts
@@ -73,7 +73,7 @@ class DetokenizerTask(PixelTask):
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
-        self.folder, self.loss = self.model.sdxl, AdapterLoss(self.model.dropout)
+        self.folder = self.model.sdxl
         self.reads_condition = self.model.stage == 2
 
     def conditions(self) -> FrozenFeatures:
@@ -102,8 +102,9 @@ class DetokenizerTask(PixelTask):
                generator: torch.Generator) -> Mapping[str, Tensor]:
         """See `PixelTask`."""
         adapter: Any = model
-        return self.loss(adapter, self.schedule, latents, features["seen"].float(), time_ids,
-                         empty_features=self.empty, condition_latents=features.get("condition"), generator=generator)
+        return adapter_losses(adapter, self.schedule, latents, features["seen"].float(), time_ids,
+                              dropout=self.model.dropout, empty_features=self.empty,
+                              condition_latents=features.get("condition"), generator=generator)
 
     def save_result(self, module: nn.Module, folder: Path) -> None:
         """For `SDXLAdapter.from_pretrained`."""

@@ -29,17 +29,15 @@ from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import find_file
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
-from seed_multimodal.seed_x.vision import ADVICE, FILES, QwenVit, QwenVitConfig, Resampler
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
-from seed_multimodal.training.llm.memory import Beside
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
@@ -63,9 +61,6 @@ class TuningTask(LlmTask):
         for name in ("visual_encoder", "agent"):
             if getattr(run, name) is None:
                 raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
-        if run.trainer.coco_caption_root is not None:
-            raise ConfigError("trainer.coco_caption_root: captions during the training are not built in for SEED-X; "
-                              "leave it out (eval_data gives the held-out loss).")
         for name, kept in (("text_weight", (1.0,)), ("image_weight", (1.0,)), ("loss_kernel", ("auto", "plain"))):
             if getattr(run.trainer, name) not in kept:
                 raise ConfigError(f"trainer.{name}: has no effect on SEED-X; leave it out (its losses are weighed by "
@@ -82,18 +77,6 @@ class TuningTask(LlmTask):
     def held_out_losses(self) -> HeldOutLosses:
         """Both losses, weighted as in training."""
         return _HeldOut(self)
-
-    def beside(self) -> Beside:
-        """The resamplers, and the tower in the training's precision."""
-        agent = self.agent_settings
-        one = agent.input_resampler
-        with torch.device("meta"):
-            resamplers = [Resampler(one), Resampler(agent.output_resampler)]
-        trained = sum(value.numel() for part in resamplers for value in part.parameters() if value.requires_grad)
-        trained += 4 * one.embed_dim if agent.losses.add_patch_pos else 0
-        state = load_state_dict(find_file(find_folder(self.tower_settings.path), FILES, ADVICE), mapped=True)
-        tower = sum(value.numel() for value in state.values())
-        return Beside(trained, tower * _DTYPES[self.settings.precision].itemsize)
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""

@@ -1,24 +1,23 @@
-"""What pre-tokenisation reads: input descriptions, units, where samples lie, field mappings, filters, transforms."""
+"""What pre-tokenisation reads: input descriptions, shards, field mappings, transforms."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from seed_multimodal.data.filters import ImageTextFilter
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.pretokenize.decode import TaskDecoder, decoding, iterate
+from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.input_settings import InputSettings, parse_fields, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
 from seed_multimodal.data.pretokenize.pictures import middles, view
-from seed_multimodal.data.pretokenize.units import list_units, unit_records
+from seed_multimodal.data.pretokenize.shards import list_shards, open_shard
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
@@ -27,11 +26,11 @@ ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
-def parse(kind: str, settings: InputSettings, workers: int = 0) -> list:
-    """The entries of all samples of the inputs, and their pixels."""
-    decode = TaskDecoder(get_kind(kind), settings, ImageTransform(16))
-    loader = decoding(list_units(settings, 1000), decode, workers, size=3)
-    return [(sample, result) for result in iterate(loader) for sample in result.samples]
+def decode(kind: str, settings: InputSettings, workers: int = 0) -> list[tuple[DecodedSample, torch.Tensor]]:
+    """All samples of the inputs, and the pixels of each."""
+    dataset = TaskDataset(get_kind(kind), settings, ImageTransform(16))
+    return [(sample, task.pixels[[row for rows in sample.rows for row in rows or ()]])
+            for task in decode_shards(list_shards(settings, 4), dataset, 3, workers) for sample in task.samples]
 
 
 # ---- descriptions
@@ -67,7 +66,7 @@ def test_shipped_descriptions_are_read(path):
     ({"_target_": "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel", "data_dir": "a"},
      "did you mean 'src.data.torchdata_preprocess.build_caption_datapipes_with_pixels'"),
     ({"_target_": "src.data.torchdata_eval.build_question_answer_datapipes", "data_dir": "a"}, "reads qa data"),
-    ({"_target_": "os.system", "data_dir": "a"}, "none of the released input pipes"),
+    ({"_target_": "os.system", "data_dir": "a"}, "none of the original input pipes"),
     ({"files": "a", "min_resolutoin": 3}, "did you mean 'min_resolution'"),
     ({"files": "a", "format": "tars"}, "format must be"),
     ({"files": "a", "min_aspect_ratio": 2}, "min_aspect_ratio must be at most 1, not 2"),
@@ -94,72 +93,17 @@ def test_presets_and_mappings_of_fields():
         parse_fields("image=a,b")
 
 
-# ---- files and units
-
-
-def test_units_of_tars_and_blocks(tmp_path, jpeg):
-    for name in ("b", "a", "c.x"):
-        write_shard(tmp_path / "deep" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
-    units = list_units(InputSettings(files=str(tmp_path)), 10)
-    assert [unit.stem for unit in units] == ["a", "b", "c"] and [unit.number for unit in units] == [0, 1, 2]
-    with pytest.raises(DataError, match="holds no"):
-        list_units(InputSettings(files=str(tmp_path), recursive=False), 10)
-    for name in ("one.jpg", "in/two.jpg"):
-        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pictures" / name).write_bytes(jpeg(0))
-    for recursive, keys in ((True, ["in/two.jpg", "one.jpg"]), (False, ["one.jpg"])):
-        settings = InputSettings(files=str(tmp_path / "pictures"), recursive=recursive)
-        assert [one.key for one in unit_records(list_units(settings, 10)[0], settings)[0]] == keys
-    rows = [{"image": "x.jpg", "n": n} for n in range(7)]
-    (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
-    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    for name in ("rows.json", "coco.json", "lines.jsonl"):
-        settings = InputSettings(files=str(tmp_path / name))
-        units = list_units(settings, 3)
-        assert [(unit.start, unit.stop) for unit in units] == [(0, 3), (3, 6), (6, 7)]
-        places = [record.where.rpartition(" ")[2] for unit in units for record in unit_records(unit, settings)[0]]
-        assert places == [str(n + (name == "lines.jsonl")) for n in range(7)]
-
-
-def test_a_missing_folder_of_pictures_is_refused(tmp_path, jpeg, monkeypatch):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.jpg").write_bytes(jpeg(0))
-    (tmp_path / "a.json").write_text(json.dumps([{"image": "a.jpg", "caption": "words"}]))
-    given = {"files": str(tmp_path / "a.json"), "fields": {"caption": "caption"}}
-    wrong = read_input_settings({**given, "image_root": f"{tmp_path}/picture"}, "caption")
-    with pytest.raises(DataError, match=r"image_root: there is no folder .*/picture \(did you mean .*/pictures\?\)"):
-        list_units(wrong, 10)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (entry, _), = parse("caption", read_input_settings({**given, "image_root": "~/pictures"}, "caption"))
-    assert not entry.bad and entry.rows == [[0]]
+# ---- files and shards
 
 
 @pytest.mark.parametrize(("kind", "record", "words"), [
     ("qa", {"file": "a.jpg", "question": "q", "caption": "c"}, "has no picture where one is looked for"),
     ("qa", {"image": "a.jpg", "question": "q", "answer": "a"}, "has no text under 'caption'"),
-    ("interleaved", {"pictures": ["a.jpg"], "texts": [None]}, "has no list of pictures under 'images'")])
-def test_other_keys_are_named_with_the_flag_that_maps_them(tmp_path, kind, record, words):
+    ("interleaved", {"pictures": ["a.jpg"], "texts": [None]}, "has no list of images under 'images'")])
+def test_decode_names_missing_keys_and_the_flag_that_maps_them(tmp_path, kind, record, words):
     (tmp_path / "a.json").write_text(json.dumps([record]))
-    (entry, _), = parse(kind, InputSettings(files=str(tmp_path / "a.json")))
+    ((entry, _),) = decode(kind, InputSettings(files=str(tmp_path / "a.json")))
     assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}; name them by --fields)" in entry.bad
-
-
-@pytest.mark.parametrize(("record", "words"), [
-    ({"pictures": ["a.jpg"] * 2, "captions": ["a"]}, "0 pictures under 'images' and 1 caption under 'captions' where 2 "
-     "of each belong (it has captions, pictures; name them by --fields)."),
-    ({"images": ["a.jpg"], "captions": ["a", "b"]}, "1 picture under 'images' and 2 captions under 'captions' where 2 "
-     "of each belong.")])
-def test_stories_of_the_wrong_length_name_their_keys(tmp_path, record, words):
-    (tmp_path / "a.json").write_text(json.dumps([record]))
-    (entry, _), = parse("story", InputSettings(files=str(tmp_path / "a.json"), num_images=2))
-    assert entry.bad.endswith(f"a.json: item 0: {words}")
-
-
-def test_compressed_inputs_are_refused_by_that_name(tmp_path):
-    (tmp_path / "a.json.gz").write_bytes(b"")
-    with pytest.raises(DataError, match=r"a\.json\.gz: compressed files cannot be read .* unpack it first"):
-        list_units(InputSettings(files=str(tmp_path / "a.json.gz")), 10)
 
 
 def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
@@ -167,25 +111,9 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
         if number:
             (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
-    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path)))]
+    entries = [entry for entry, _ in decode("caption", InputSettings(files=str(tmp_path)))]
     assert "0.jpg: has no .txt beside it" in entries[0].bad
-    assert [entry.record["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
-
-
-@pytest.mark.parametrize("format", ["tar", "json", "jsonl", "parquet", "folder"])
-def test_what_identifies_a_unit_can_be_written(tmp_path, jpeg, format):
-    pa = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
-    row = {"image": "0.jpg", "caption": "a text"}
-    (tmp_path / "0.jpg").write_bytes(jpeg(0))
-    (tmp_path / "a.json").write_text(json.dumps([row]))
-    (tmp_path / "a.jsonl").write_text(json.dumps(row))
-    parquet.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
-    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"a text"})])
-    (unit,) = list_units(InputSettings(files=str(tmp_path if format == "folder" else tmp_path / f"a.{format}"),
-                                       format=format), 10)
-    assert unit.format == format and json.loads(json.dumps(unit.identity())) == unit.identity()
+    assert [entry.fields["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
 def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
@@ -195,73 +123,69 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
                ("005", {"jpg": jpeg(5)[:-300], "txt": b"cut off"}), ("006", {"jpg": jpeg(6), "json": b"[1"})]
     write_shard(tmp_path / "a.tar", samples)
     settings = InputSettings(files=str(tmp_path / "a.tar"))
-    entries = [entry for entry, _ in parse("caption", settings)]
-    assert entries[0].record["text"] == "a text" and entries[0].record["metadata"] == {"top_caption": "a top", "n": 1}
-    assert entries[1].record["text"] == "only json"
+    entries = [entry for entry, _ in decode("caption", settings)]
+    assert entries[0].fields["text"] == "a text" and entries[0].fields["metadata"] == {"top_caption": "a top", "n": 1}
+    assert entries[1].fields["text"] == "only json"
     for entry, words in zip(entries[2:], ("has no picture: no .jpg", "has no caption", "not UTF-8",
                                           "truncated or damaged", "is not json"), strict=True):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
-    entries = [entry for entry, _ in parse("caption", settings)]
-    assert entries[0].record["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
-
-
-def test_a_torn_tar_gives_what_is_whole(tmp_path, jpeg):
-    write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"words"}) for n in range(5)])
-    whole = (tmp_path / "a.tar").read_bytes()
-    (tmp_path / "a.tar").write_bytes(whole[:len(whole) // 2])
-    settings = InputSettings(files=str(tmp_path / "a.tar"))
-    records, damage = unit_records(list_units(settings, 10)[0], settings)
-    assert 0 < len(records) < 5 and f"after sample {len(records) - 1:03d}" in damage
-
-
-def test_two_samples_of_one_name_are_named_not_merged(tmp_path, jpeg):
-    """Side by side in a tar; which picture belongs to which text cannot be told."""
-    with tarfile.open(tmp_path / "a.tar", "w") as tar:
-        for name, value in [("0.jpg", jpeg(0)), ("0.txt", b"zero"), ("1.jpg", jpeg(1)), ("1.txt", b"one"),
-                            ("1.jpg", jpeg(2)), ("1.txt", b"two"), ("2.jpg", jpeg(3)), ("2.txt", b"three")]:
-            info = tarfile.TarInfo(name)
-            info.size = len(value)
-            tar.addfile(info, io.BytesIO(value))
-    entries = [entry for entry, _ in parse("caption", InputSettings(files=str(tmp_path / "a.tar")))]
-    assert [entry.record.get("text") for entry in entries] == ["zero", None, "three"]
-    assert "a.tar: sample 1 has two .txt members." in entries[1].bad
-
-
-def test_a_byte_order_mark_is_no_text(tmp_path, jpeg):
-    write_shard(tmp_path / "a.tar", [("0", {"jpg": jpeg(0), "txt": b"\xef\xbb\xbfwords\r\n"})])
-    (entry, _), = parse("caption", InputSettings(files=str(tmp_path / "a.tar")))
-    assert entry.record["text"] == "words"
+    entries = [entry for entry, _ in decode("caption", settings)]
+    assert entries[0].fields["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
 
 
 @pytest.mark.process
-def test_workers_give_the_same_in_the_same_order(tmp_path, jpeg):
+def test_decode_shards_with_workers_gives_the_same_in_the_same_order(tmp_path, jpeg):
     write_shard(tmp_path / "a.tar", [(f"{n:03d}", {"jpg": jpeg(n), "txt": b"w"}) for n in range(10)])
-    settings = InputSettings(files=str(tmp_path / "a.tar"))
-    alone, several = parse("caption", settings), parse("caption", settings, workers=2)
+    alone, several = (decode("caption", InputSettings(files=str(tmp_path / "a.tar")), workers) for workers in (0, 2))
     assert [entry.number for entry, _ in several] == list(range(10))
-    assert all((a.pixels == b.pixels).all() for (_, a), (_, b) in zip(alone, several, strict=True))
+    assert all((a == b).all() for (_, a), (_, b) in zip(alone, several, strict=True))
 
 
-def test_equal_pictures_of_a_task_are_read_once(tmp_path, jpeg):
+def test_decode_reads_equal_images_of_a_task_once(tmp_path, jpeg):
     (tmp_path / "x.jpg").write_bytes(jpeg(1))
     (tmp_path / "a.json").write_text(json.dumps([{"image": "x.jpg", "caption": str(n)} for n in range(3)]))
-    found = parse("caption", InputSettings(files=str(tmp_path / "a.json")))
-    assert [entry.rows for entry, _ in found] == [[[0]]] * 3 and len(found[0][1].pixels) == 1
+    assert [entry.rows for entry, _ in decode("caption", InputSettings(files=str(tmp_path / "a.json")))] == [[[0]]] * 3
 
 
-# ---- filters, transforms, views, frames
+def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
+    for name in ("b", "a", "deep/a"):
+        write_shard(tmp_path / "tars" / f"{name}.tar", [("0", {"jpg": jpeg(0), "txt": b"words"})])
+    assert sorted(shard.name for shard in list_shards(InputSettings(files=str(tmp_path / "tars")), 10)) == [
+        "a", "b", "deep/a"]
+    with pytest.raises(DataError, match="would both become one.tar"):
+        list_shards(InputSettings(files=[write(tmp_path / "x.y" / "one.tar", jpeg), write(tmp_path / "x.y" / "one.TAR",
+                                                                                          jpeg)]), 10)
+    for name in ("one.jpg", "in/two.jpg"):
+        (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pictures" / name).write_bytes(jpeg(0))
+    for recursive, keys in ((True, ["in/two.jpg", "one.jpg"]), (False, ["one.jpg"])):
+        settings = InputSettings(files=str(tmp_path / "pictures"), recursive=recursive)
+        (shard,) = list_shards(settings, 10)
+        locate, numbers = open_shard(shard, settings)
+        assert shard.name == "pictures-00000" and [locate(number).key for number in numbers] == keys
+    rows = [{"image": "x.jpg", "n": n} for n in range(7)]
+    (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
+    (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    for name in ("coco.json", "lines.jsonl"):
+        settings = InputSettings(files=str(tmp_path / name))
+        shards = list_shards(settings, 3)
+        assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
+        found = [(locate, number) for locate, numbers in (open_shard(shard, settings) for shard in shards)
+                 for number in numbers]
+        assert [locate(number).where.rpartition(" ")[2] for locate, number in found] == [
+            str(n + (name == "lines.jsonl")) for n in range(7)]
+    settings = InputSettings(files=str(tmp_path / "coco.json"), image_root=f"{tmp_path}/picture")
+    with pytest.raises(DataError, match=r"image_root: there is no folder .*/picture \(did you mean .*/pictures\?\)"):
+        list_shards(settings, 10)
 
 
-def test_filters_name_their_reason():
-    reason = ImageTextFilter(similarity=0.25, min_resolution=180, min_aspect=0.55).drop_reason
-    assert reason((179, 400), {"similarity": 0.1}) == "resolution"
-    assert reason((180, 400), {"similarity": 0.1}) == "aspect ratio"
-    assert reason((400, 219), {}) == "aspect ratio" and reason((400, 220), {}) == ""
-    assert reason((200, 200), {"similarity": 0.24}) == "similarity" == reason((200, 200), {"similarity": math.nan})
-    assert reason((200, 200), {"all_similarities": [0.1, 0.3], "similarity": 0.1}) == "" == reason((200, 200), {})
-    off = ImageTextFilter(None, None, None)
-    assert off.drop_reason((1, 900), {"similarity": -1}) == "" and not off.active
+def write(path: Path, jpeg: Callable) -> str:
+    write_shard(path, [("0", {"jpg": jpeg(0), "txt": b"words"})])
+    return str(path)
+
+
+# ---- transforms, views, frames
 
 
 def test_transforms_and_processors(tmp_path):

@@ -12,7 +12,6 @@ import torch
 
 from seed_multimodal.data.stream.order import EpochOrder, MixedOrder
 from seed_multimodal.data.stream.step_batches import StepBatches
-from seed_multimodal.errors import ConfigError, DataError
 
 TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
 
@@ -26,7 +25,7 @@ def sources(indices: list[int]) -> np.ndarray:
     return np.bincount(np.searchsorted(np.cumsum(TOTALS), indices, side="right"), minlength=3)
 
 
-def test_every_stretch_has_its_proportions() -> None:
+def test_mixed_order_proportions() -> None:
     drawn = sources([index for _, index in flat(MixedOrder(TOTALS, WEIGHTS, 0), 0, 8000)])
     assert np.abs(drawn - 1000 * np.array(WEIGHTS)).max() <= 1
     for start in (0, 17, 4096, 123_456_789_012):
@@ -36,7 +35,7 @@ def test_every_stretch_has_its_proportions() -> None:
 
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0], [1.0, 1e-4, 1e-5]])
-def test_each_set_goes_through_its_own_epochs(weights: list[float]) -> None:
+def test_mixed_order_epochs(weights: list[float]) -> None:
     """Whatever the weights, a set's draws are its samples once in each of its epochs, without a gap."""
     seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
@@ -51,7 +50,7 @@ def test_each_set_goes_through_its_own_epochs(weights: list[float]) -> None:
     assert len(orders[1]) < 30 or orders[0] != orders[1]
 
 
-def test_any_position_is_reached_at_once() -> None:
+def test_mixed_order_at_any_position() -> None:
     whole = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
     order = MixedOrder(TOTALS, WEIGHTS, 1)
     for start, count in ((2990, 10), (0, 7), (511, 400), (1, 1)):
@@ -78,7 +77,7 @@ def batches(**more: Any) -> StepBatches:
 
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
-def test_ranks_workers_and_restarts_change_nothing() -> None:
+def test_step_batches_of_a_mixed_order() -> None:
     whole = [torch.stack([batch["index"], batch["epoch"]]) for batch in map(batches().at, range(20))]
     ranks = [batches(size=4, rank=rank, world=3) for rank in range(3)]
     with batches(workers=2) as prefetched:
@@ -91,49 +90,49 @@ def test_ranks_workers_and_restarts_change_nothing() -> None:
                 assert np.abs(sources(share["index"].tolist()) - 4 * np.array(WEIGHTS) / 8).max() <= 2
 
 
-@pytest.mark.parametrize("weights", [[1.0, 0.0, 1.0], [1.0, -2.0, 1.0], [1.0, float("nan"), 1.0], [1.0, 1.0]])
-def test_weights_that_make_no_sense(weights: list[float]) -> None:
-    with pytest.raises(ConfigError, match="as many positive weights"):
-        MixedOrder(TOTALS, weights, 0)
+@pytest.mark.parametrize("block", [0, 20])
+def test_epoch_order_has_every_sample_once(block: int) -> None:
+    order = EpochOrder(103, 5, sizes=[40, 1, 0, 62], block=block)
+    epochs = []
+    for epoch in range(3):
+        parts = order.parts(epoch * 103, 103)
+        assert [number for number, _ in parts] == [epoch]
+        assert sorted(parts[0][1].tolist()) == list(range(103))
+        epochs.append(parts[0][1].tolist())
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != sorted(epochs[0])
+    assert EpochOrder(103, 5, sizes=[40, 1, 0, 62], block=block).parts(206, 103)[0][1].tolist() == epochs[2]
+    assert EpochOrder(103, 6, sizes=[40, 1, 0, 62], block=block).parts(0, 103)[0][1].tolist() != epochs[0]
 
 
-def test_an_empty_set_is_refused() -> None:
-    with pytest.raises(DataError, match="Set 2 of the 3 of the mixture is empty"):
-        MixedOrder([3, 0, 4], [1, 1, 1], 0)
+def test_epoch_order_in_blocks() -> None:
+    sizes = np.full(50, 1000)
+    order = EpochOrder(50_000, 0, sizes=sizes, block=2000).parts(0, 50_000)[0][1]
+    shards = order // 1000
+    for start in range(0, 50_000, 2000):
+        run = np.sort(order[start:start + 2000])
+        assert len(np.unique(run // 200)) == 10  # ten pieces of 200 neighbours
+        assert len(np.unique(shards[start:start + 2000])) >= 5
+    assert np.abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.3
+    inside = order[:2000]
+    assert np.abs(np.diff(inside)).min() >= 1 and np.abs(np.corrcoef(inside, np.arange(2000))[0, 1]) < 0.1
 
 
-def whole_epoch(sizes: list[int], block: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch, made at once: pieces of a tenth of a block over all shards, then samples in each block."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) % (1 << 63))
-    if not block:
-        return torch.randperm(sum(sizes), generator=generator).numpy()
-    piece = max(1, block // 10)
-    starts = np.cumsum([0, *sizes[:-1]])
-    pieces = [np.arange(first + place, first + min(place + piece, size))
-              for first, size in zip(starts, sizes, strict=True) for place in range(0, size, piece)]
-    order = np.concatenate([pieces[place] for place in torch.randperm(len(pieces), generator=generator).tolist()])
-    for start in range(0, len(order), block):
-        run = order[start:start + block]
-        order[start:start + block] = run[torch.randperm(len(run), generator=generator).numpy()]
-    return order
+def test_epoch_order_without_shuffling() -> None:
+    parts = EpochOrder(5, 0, shuffle=False).parts(3, 9)
+    assert [(epoch, indices.tolist()) for epoch, indices in parts] == [(0, [3, 4]), (1, [0, 1, 2, 3, 4]), (2, [0, 1])]
 
 
-@pytest.mark.parametrize("block", [0, 1, 7, 10, 100, 5000])
-def test_an_epoch_computed_where_it_is_asked_for_is_the_whole_one(block: int) -> None:
-    sizes, draw = [40, 1, 0, 700, 62, 333], np.random.default_rng(block)
-    epochs = [whole_epoch(sizes, block, 3, epoch) for epoch in range(3)]
-    endless, total = np.concatenate(epochs), sum(sizes)
-    order = EpochOrder(total, 3, sizes=sizes, block=block, keep=2)
-    for _ in range(200):
-        start = int(draw.integers(0, len(endless)))
-        count = int(draw.integers(1, min(300, len(endless) - start) + 1))
-        parts = order.parts(start, count)
-        assert np.concatenate([indices for _, indices in parts]).tolist() == endless[start:start + count].tolist()
-        assert all(indices.dtype == np.int64 for _, indices in parts)
-        assert parts[0][0] == start // total
+def test_epoch_order_at_any_position() -> None:
+    sizes, rng = [40, 1, 0, 700, 62, 333], np.random.default_rng(0)
+    for block in (0, 1, 10, 5000):
+        order = EpochOrder(1136, 3, sizes=sizes, block=block, keep=2)
+        whole = np.concatenate([indices for _, indices in order.parts(0, 3 * 1136)])
+        for start in rng.integers(0, 3 * 1136 - 300, 40).tolist():
+            found = EpochOrder(1136, 3, sizes=sizes, block=block).parts(start, 300)
+            assert np.concatenate([indices for _, indices in found]).tolist() == whole[start:start + 300].tolist()
 
 
-def test_the_order_of_a_hundred_million_samples_takes_little_memory() -> None:
+def test_epoch_order_memory_of_100_million_samples() -> None:
     """Each data worker holds its own; an array of it would be 800 MB."""
     sizes = np.full(10_000, 10_000)
     tracemalloc.start()

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.pair_dataset import PairDataset, sample_seed
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise, seed_image_processor
@@ -35,7 +35,7 @@ def broken(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> Path:
     return write_tar(tmp_path / "broken.tar", samples)
 
 
-def test_a_sample(shards: Path, jpeg: Callable) -> None:
+def test_get(shards: Path, jpeg: Callable) -> None:
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
     assert len(data) == 40 and data.shard_sizes is not None and data.shard_sizes.sum() == 40
     sample = data.get(17, 0)
@@ -43,11 +43,9 @@ def test_a_sample(shards: Path, jpeg: Callable) -> None:
     assert sample["image"].dtype == torch.uint8  # a quarter of what is normalised
     assert torch.equal(normalise(sample["image"]), PLAIN(open_image(jpeg(17)))) and data.bad == []
     assert PairDataset(data.source, PLAIN).get(17, 0)["caption"] == "Picture 17."
-    with pytest.raises(IndexError):
-        data.get(40, 0)
 
 
-def test_views_follow_seed_epoch_and_index(shards: Path) -> None:
+def test_get_is_random_by_seed_epoch_index(shards: Path) -> None:
     def view(seed: int, epoch: int, index: int) -> Tensor:
         return PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=seed).get(index, epoch)["image"]
 
@@ -58,7 +56,7 @@ def test_views_follow_seed_epoch_and_index(shards: Path) -> None:
     assert len({sample_seed(s, e, i) for s in range(6) for e in range(6) for i in range(6)}) == 216
 
 
-def test_transforms_of_other_libraries_repeat_too(shards: Path) -> None:
+def test_get_with_a_transform_of_torchvision(shards: Path) -> None:
     """Without a generator argument: the global generators are seeded for the call and put back after it."""
     theirs = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
 
@@ -82,7 +80,7 @@ def test_transforms_of_other_libraries_repeat_too(shards: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+def test_get_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
     captions = ["One", "Two", "Three"]
     path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": captions}}])
     data = PairDataset(Pairs(path), PLAIN, BlipCaption())
@@ -91,7 +89,7 @@ def test_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Call
     assert set(chosen) == {"one", "two", "three"} and max(map(chosen.count, chosen)) < 40
 
 
-def test_broken_pictures_are_named_counted_and_replaced(broken: Path, jpeg: Callable) -> None:
+def test_get_of_broken_images(broken: Path, jpeg: Callable) -> None:
     logged: list[str] = []
     data = PairDataset(Pairs(broken), PLAIN, log=logged.append)
     used = [data.get(index, 0)["index"] for index in range(12)]
@@ -109,46 +107,16 @@ def test_broken_pictures_are_named_counted_and_replaced(broken: Path, jpeg: Call
     assert len(logged) == len(data.bad) == 5
 
 
-def test_a_replacement_is_another_view_than_its_own_turn(broken: Path) -> None:
-    data = PairDataset(Pairs(broken), TrainTransform(16), log=None)
-    assert data.get(8, 0)["index"] == data.get(9, 0)["index"] == 9
-    assert not torch.equal(data.get(8, 0)["image"], data.get(9, 0)["image"])
-
-
-def test_too_many_in_a_row_are_fatal(broken: Path) -> None:
+def test_get_after_too_many_broken_images(broken: Path) -> None:
     data = PairDataset(Pairs(broken), PLAIN, max_bad_in_a_row=3, log=None)
     assert data.get(4, 0)["index"] == 6
     with pytest.raises(DataError, match=r"3 samples in a row, from number 3 on, .* 005: has no picture") as error:
         data.get(3, 0)
     assert "\n" not in str(error.value) and str(broken) in str(error.value)
-    with pytest.raises(ConfigError, match="max_bad_in_a_row"):
-        PairDataset(data.source, PLAIN, max_bad_in_a_row=0)
 
 
-def test_a_wrong_picture_folder_ends_at_once(tmp_path: Path) -> None:
+def test_get_from_a_wrong_image_folder(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text(json.dumps([{"image": f"{n}.jpg", "caption": "x"} for n in range(5)]))
     data = PairDataset(Pairs(tmp_path / "x.json", image_root=tmp_path / "nowhere"), PLAIN, log=None)
     with pytest.raises(DataError, match=r"5 samples in a row.*x\.json: item 1: the picture 1\.jpg is not there"):
         data.get(2, 0)
-
-
-def test_a_wrong_caption_key_ends_at_once(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
-    path = write_tar(tmp_path / "x.tar", [{"__key__": f"{n}", "jpg": jpeg(0), "json": {"title": "y"}}
-                                          for n in range(30)])
-    with pytest.raises(DataError, match=r"x\.tar: sample 0: has no caption key 'caption' \(it has title\)"):
-        Pairs(path)
-
-
-def test_programming_errors_pass(shards: Path) -> None:
-    def wrong(image: Image.Image) -> Tensor:
-        raise ZeroDivisionError
-
-    with pytest.raises(ZeroDivisionError):
-        PairDataset(Pairs(f"{shards}/*.tar"), wrong).get(0, 0)
-
-
-def test_caption_settings() -> None:
-    assert BlipCaption()("A  *Red*  fox, (running)...\n") == "a red fox, running"
-    assert BlipCaption("this is ", max_words=2)("One two three") == "this is one two"
-    with pytest.raises(ConfigError):
-        BlipCaption(max_words=0)

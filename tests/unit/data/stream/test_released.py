@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders.registry import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import Mixture
-from seed_multimodal.data.stream.released_settings import BUILDERS, is_released
-from seed_multimodal.data.stream.released_size import released_size
+from seed_multimodal.data.stream.released_settings import BUILDERS
 from seed_multimodal.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"
@@ -96,54 +92,13 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     return read_data_settings(load_yaml(file))
 
 
-def test_a_released_file_runs_on_small_shards_and_packing_gives_the_released_tokens(sets: Path, words, tmp_path: Path
-                                                                                    ) -> None:
-    tokens = {}
+def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path) -> None:
     for packing in (True, False):
         batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
-        found = [batches.at(step) for step in range(40)]
+        found = [batches.at(step) for step in range(20)]
         assert all(batch.learned > 0 for batch in found)
         assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
-        tokens[packing] = sum(batch.tokens for batch in found) / len(found)
-        if packing:
-            assert {batch.input_ids.shape for batch in found} == {(batches.settings.rows, 256)}
-            size = released_size(batches.mixture)
-            assert size is not None and size.positions == pytest.approx(232_896 / 9.5)  # without the videos
-            assert abs(batches.settings.rows * 256 - size.tokens) <= 128
-    assert tokens[True] == pytest.approx(tokens[False], rel=0.2)  # 40 draws of few sources
-
-
-def test_rows_follow_from_the_sizes_of_the_released_micro_batches(tmp_path: Path, words) -> None:
-    """Two sources of known lengths: 3 and 1 of 4 draws, micro-batches of 10 x 100 and 4 x 50 positions."""
-    codes = [place * 32 for place in range(32)]
-    sources = []
-    short, long = "a", "a red fox sits " * 20
-    for name, text, weight, size, length in (("short", short, 3.0, 10, 100), ("long", long, 1.0, 4, 50)):
-        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"image_ids": codes, "text": text}) + "\n")
-        sources.append({"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": "pretrain.caption",
-                        "weight": weight, "batch_size": size, "max_length": length})
-    given = {"sources": sources, "length": 128, "too_long": "truncate"}
-    tokens = len(words.encode_parts([short])) + 36  # <s> <img> codes </img> ... </s>
-    batches = LlmBatches(read_data_settings(given), words)
-    size = released_size(batches.mixture)
-    assert (size.positions, size.measured) == (0.75 * 1000 + 0.25 * 200, 2)
-    assert size.tokens == pytest.approx(0.75 * 10 * tokens + 0.25 * 4 * 50)  # the long ones are cut at 50
-    assert batches.settings.rows == batches.plan.rows == round(size.tokens / 128) > 1
-    assert LlmBatches(read_data_settings({**given, "rows": "auto"}), words).settings.rows == batches.settings.rows
-    assert LlmBatches(read_data_settings({**given, "rows": 5}), words).settings.rows == 5
-    del sources[0]["max_length"]
-    assert LlmBatches(read_data_settings(given), words).settings.rows == 1
-    (tmp_path / "short.jsonl").write_text("{}\n")  # nothing to measure: as if it had no padding
-    sources[0]["max_length"] = 100
-    assert released_size(Mixture(read_data_settings(given), words)).tokens == 0.75 * 1000 + 0.25 * 200
-
-
-@pytest.mark.parametrize("file", [PRETRAIN, SFT])
-def test_the_published_files_leave_their_rows_open(file: Path) -> None:
-    settings = read_data_settings(load_yaml(file))
-    assert settings.packing and settings.rows is None
-    positions = [source.max_length * source.batch_size for source in settings.sources]
-    assert min(positions) >= 22_960 and max(positions) <= 32_768
+        assert not packing or {batch.input_ids.shape for batch in found} == {(6, 256)}
 
 
 def test_folders_that_are_not_to_be_searched_deeply(sets: Path) -> None:
@@ -152,38 +107,11 @@ def test_folders_that_are_not_to_be_searched_deeply(sets: Path) -> None:
     assert source.files == [f"{sets / 'captions'}/*.tar"]
 
 
-def test_released_files_may_hold_settings_of_ours() -> None:
-    mixer = "src.data.torchdata_train.build_multi_datapipes"
-    pipe = {"_target_": CAPTION, "data_dir": "a", "options": None} | {"code_noise": 0.1}
-    del pipe["options"]
-    settings = read_data_settings({"_target_": mixer, "datapipes": [pipe], "length": 512, "seed": 3, "rows": 2})
-    assert (settings.length, settings.seed, settings.rows, settings.concat_type) == (512, 3, 2, "sample")
-    assert settings.sources[0].options == {"code_noise": 0.1} and settings.sources[0].weight == 1.0
-    assert is_released({"datapipes": []}) and not is_released({"sources": []})
-
-
-@pytest.mark.parametrize(("change", "message"), [
-    ({"_target_": "src.data.torchdata_train.build_multi_datapipe"}, "did you mean .*train.build_multi_datapipes'"),
-    ({"sample_weights": [1.0, 2.0]}, "one number for each of the 1 datapipes"),
-    ({"sample_weight": [1.0]}, "did you mean 'sample_weights'"),
-    ({"datapipes": []}, "at least one source"),
-    ({"datapipes": ["x"]}, r"datapipes\[0\]: must be a mapping"),
-    ({"sample_weights": [0]}, "weight must be above 0, not 0"),
-])
-def test_mixtures_that_make_no_sense(change: dict[str, Any], message: str) -> None:
-    config = {"_target_": "src.data.torchdata_train.build_multi_datapipes",
-              "datapipes": [{"_target_": CAPTION, "data_dir": "a"}], **change}
-    with pytest.raises(ConfigError, match=message):
-        read_data_settings(config)
-
-
 @pytest.mark.parametrize(("change", "message"), [
     ({"_target_": "os.system"}, "'os.system' is none of the released data builders"),
     ({"_target_": CAPTION.replace("caption", "captions")}, f"did you mean '{CAPTION}'"),
-    ({"_target_": "src.data.torchdata_train.build_caption_datapipes"}, "is none of the released"),
     ({"reverse_ration": 0.5}, r"datapipes\[0\]: unknown key 'reverse_ration' \(did you mean 'reverse_ratio'"),
     ({"data_dir": None}, "needs a value for 'data_dir'"),
-    ({"cycle_count": 0}, "cycles must be at least 1, not 0"),
 ])
 def test_sources_that_make_no_sense(change: dict[str, Any], message: str) -> None:
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
@@ -202,6 +130,3 @@ def test_pickled_shards_name_their_converter(tmp_path: Path, words) -> None:
         LlmBatches(settings, words)
 
 
-def test_missing_folders_are_told(words: Callable) -> None:
-    with pytest.raises(DataError, match="nowhere/at/all"):
-        LlmBatches(read_data_settings({"_target_": CAPTION, "data_dir": "nowhere/at/all"}), words)

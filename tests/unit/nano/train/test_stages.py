@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from seed_multimodal.diffusion.layout import LayoutDecoder
+from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
@@ -55,7 +55,7 @@ def test_scene_stream_gives_any_batch_alone() -> None:
 
 
 def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
-    layout = LayoutDecoder(12, 4, 16, 10, SOME, arranged_anchors(), width=16).eval()
+    layout = LayoutDecoder(LayoutConfig(12, 4, 16, 10, SOME, arranged_anchors(), width=16)).eval()
     with torch.no_grad():  # the embedding is the layout's logits
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}

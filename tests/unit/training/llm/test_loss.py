@@ -13,7 +13,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.llm import loss as loss_module
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama, packed_loss, token_losses
-from seed_multimodal.training.llm.row_facts import learned_targets, row_facts
 
 WORDS, LENGTHS = 70, (7, 5, 9, 1, 10)
 
@@ -227,48 +226,3 @@ def test_liger_equals_plain() -> None:
     one, two = (packed_loss(model, batch, kind=kind, weights=LossWeights(50, 4.0)) for kind in ("plain", "liger"))
     torch.testing.assert_close(one.sum, two.sum, atol=1e-3, rtol=1e-4)
     same(gradients(model, one.sum), gradients(model, two.sum), 1e-3)
-
-
-def one_each() -> SimpleNamespace:
-    """Packed rows that hold one whole sequence each: no mask is needed."""
-    ids = torch.cat([sequences()[4].input_ids] * 2)
-    return SimpleNamespace(input_ids=ids, labels=ids.clone(), attention_mask=None,
-                           position_ids=torch.arange(10).expand(2, -1))
-
-
-def left_padded() -> SimpleNamespace:
-    batch = padded()
-    return SimpleNamespace(position_ids=batch.position_ids, **{
-        name: getattr(batch, name).flip(1) for name in ("input_ids", "labels", "attention_mask")})
-
-
-@pytest.mark.parametrize("batch", [packed(), packed(3), one_each(), padded(), left_padded()])
-@pytest.mark.parametrize("kind", ["plain", "chunked"])
-def test_what_the_cpu_knows_of_a_batch_changes_no_bit(batch: SimpleNamespace, kind: str) -> None:
-    """A forward pass that is told where targets are and whether rows are packed gives what one gives that looks."""
-    module = LossModule(build(), kind=kind, weights=LossWeights(50, 1.0, 0.5))
-    tensors = (batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
-    looked = module(*tensors)
-    wanted = gradients(module, looked.sum)
-    told = module(*tensors, module.facts(*tensors[1:]))
-    assert all(torch.equal(one, other) for one, other in zip(told, looked, strict=True))
-    found = gradients(module, told.sum)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted) and found.keys() == wanted.keys()
-
-
-def test_ends_of_sequences_for_flash_attention_are_those_transformers_finds() -> None:
-    from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
-
-    batch = packed(3)
-    flash = row_facts(batch.labels, batch.position_ids, None).flash
-    (queries, keys), (longest, _) = prepare_fa_kwargs_from_position_ids(batch.position_ids.reshape(1, -1))
-    assert torch.equal(flash["cu_seq_lens_q"], queries) and torch.equal(flash["cu_seq_lens_k"], keys)
-    assert queries.dtype == flash["cu_seq_lens_q"].dtype and flash["max_length_q"] == flash["max_length_k"] == longest
-
-
-def test_for_a_kernel_by_kind_of_token_text_comes_first() -> None:
-    batch = packed(2)
-    both, mixed = (row_facts(batch.labels, batch.position_ids, None, first) for first in (50, None))
-    targets = learned_targets(batch.labels, batch.position_ids).flatten()
-    assert torch.equal(both.learned.sort().values, mixed.learned) and mixed.texts == -1
-    assert (targets[both.learned[:both.texts]] < 50).all() and (targets[both.learned[both.texts:]] >= 50).all()

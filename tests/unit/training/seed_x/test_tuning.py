@@ -14,7 +14,6 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.memory import Beside, MemoryPlan
 from seed_multimodal.training.llm.train import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
@@ -86,31 +85,8 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
         given = {**changes, "agent": {"path": str(folder), **changes.get("agent", {})}}
         with pytest.raises(CheckpointError, match=f"agent.json: {sentence}"):  # no tensor's size shows it
             train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
-    with pytest.raises(ConfigError, match="start from its weights in a new folder .agent.path."):
+    with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
         train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
-
-
-def test_the_memory_plan_counts_tower_and_resamplers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    tasks = {name: TuningTask(read_run(configured(parts, home, tmp_path, name, memory_gib=1.0)), ProcessGroup(),
-                              torch.device("cpu")) for name in ("padded", "lora")}
-    for task in tasks.values():
-        plan = task.plan.memory_plan(100)  # before anything is loaded
-        task.prepare()
-        own = sum(value.numel() for name, value in task.module.named_parameters()
-                  if value.requires_grad and not name.startswith("llm."))
-        alone = replace_beside(task)
-        assert plan.frozen == task.tower.held > 0 and plan.position == alone.position
-        assert plan.states - alone.states == 8 * own and plan.gradients - alone.gradients == 4 * own
-        assert plan.fixed > alone.fixed + task.tower.held and " GiB vision tower + " in plan.text(100)
-        assert "vision tower" not in alone.text(100)
-
-
-def replace_beside(task: TuningTask) -> MemoryPlan:
-    """The plan of the language model alone."""
-    task.plan.beside = Beside()
-    found = task.plan.memory_plan(100)
-    assert found is not None
-    return found
 
 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
@@ -242,11 +218,9 @@ def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) ->
     nano = Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer"
     with pytest.raises(ConfigError, match="not SEED-X's"):
         task(tokenizer=str(nano))
-    with pytest.raises(ConfigError, match="captions during the training are not built in for SEED-X"):
-        task(trainer={"coco_caption_root": "coco"})
     data = parts.data_of(home)
     del data["sources"][3]["options"]["base_resolution"]
-    with pytest.raises(ConfigError, match="one size; base_resolution is 28 .conversation. and 448 .chat."):
+    with pytest.raises(ConfigError, match="one size; base_resolution is .28, 448."):
         task(data=data)
     data["sources"] = data["sources"][3:]
     for place, found in (("data", {"data": data}), ("eval_data", {"eval_data": data})):
