@@ -209,8 +209,8 @@ def test_averaged_weights_are_the_result(parts: Path, tmp_path: Path) -> None:
 def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: int) -> None:
     """At each checkpoint by default, beside the originals and into TensorBoard; no step's numbers change."""
     held = {"name": "held", "files": str(parts / "after")}
-    train_detokenizer(config(parts, tmp_path / "run", stage, trainer={"report_to": ["tensorboard"], "sample_steps": None},
-                             data={"held_out": held}))
+    drawing = {"report_to": ["tensorboard"], "sample_steps": None}
+    train_detokenizer(config(parts, tmp_path / "run", stage, trainer=drawing, data={"held_out": held}))
     train_detokenizer(config(parts, tmp_path / "bare", stage))
     sheets = sorted((tmp_path / "run" / "samples").iterdir())
     assert [file.name for file in sheets] == ["step-2.png", "step-4.png"]
