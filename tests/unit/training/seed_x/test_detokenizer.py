@@ -93,7 +93,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("stage", "changes", "error", "said"), [
-    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tower .* sees 16 pixels a side"),
+    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision tower sees 16 pixels a side"),
     (1, {"data": {"sources": []}}, ConfigError, "sources must list at least one source"),
     (1, {"data": {"sources": [{"name": "a", "files": "/nowhere/x"}]}}, DataError, "/nowhere/x"),
     (1, {"data": {"sources": [{"name": "a", "fils": "x"}]}}, ConfigError, "unknown key 'fils' .did you mean 'files'"),
