@@ -19,13 +19,11 @@ from seed_multimodal.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (2: refused, with one sentence on stderr)."""
+    """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
+    args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
 
     def work() -> int:
-        args.options = [*args.options, "run.evaluate=True"]
-        if not any(option.startswith("run.train_splits") for option in args.options):
-            args.options.append("run.train_splits=[]")
         with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
             result = build(args).evaluate()
         print(json.dumps(result))

@@ -12,15 +12,10 @@ import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from seed_lavis.runner import RunnerSeed  # which needs LAVIS
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-for place in (HERE, HERE.parent / "src"):  # runs from a checkout that is not installed
-    if str(place) not in sys.path:
-        sys.path.insert(0, str(place))
+sys.path[:0] = [str(place) for place in (HERE, HERE.parent / "src") if str(place) not in sys.path]
 
 from seed_multimodal.entry import guarded, run_and_exit  # noqa: E402
 
@@ -34,28 +29,28 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def build(args: argparse.Namespace) -> RunnerSeed:
+def build(args: argparse.Namespace) -> Any:
     """The runner that the configuration describes, through LAVIS's registry."""
     import numpy as np
     import torch
     from seed_lavis import register
 
     register()
-    from seed_lavis.compat import init_distributed_mode, registry
-    from seed_lavis.run_config import load_config
+    from seed_lavis.compat import registry
+    from seed_lavis.options import load_config
+
+    from seed_multimodal.training.distributed import join_processes
 
     config = load_config(args.cfg_path, args.options)
-    init_distributed_mode(config.run_cfg)
-    # Equal on all ranks, so that they build the same model; the loop seeds every step itself.
-    seed = int(config.run_cfg.seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
-    task = registry.get_task_class(config.run_cfg.task).setup_task(cfg=config)
-    datasets = task.build_datasets(config)
-    model = task.build_model(config)
-    return registry.get_runner_class(config.run_cfg.runner)(
-        cfg=config, task=task, model=model, datasets=datasets, job_id="")
+    run = config.run_cfg
+    run.device = str(join_processes(run.device, run.timeout_minutes))
+    # Equal on all ranks, so that they build the same model; the trainer seeds every step itself.
+    random.seed(run.seed)
+    np.random.seed(run.seed)
+    torch.manual_seed(run.seed)
+    task = registry.get_task_class(run.task).setup_task(cfg=config)
+    datasets, model = task.build_datasets(config), task.build_model(config)
+    return registry.get_runner_class(run.runner)(cfg=config, task=task, model=model, datasets=datasets, job_id="")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -64,9 +59,8 @@ def train(args: argparse.Namespace) -> int:
 
     clean = False
     try:
-        with translate_errors("the start", "nothing was changed"):
+        with translate_errors("the start", "checkpoints of earlier runs are intact"):  # the trainer has its own
             runner = build(args)
-        with translate_errors("the start", "checkpoints of earlier runs are intact"):  # the loop has its own
             if runner.options.evaluate:
                 print(json.dumps(runner.evaluate()))
             else:
@@ -81,11 +75,10 @@ def train(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (2: refused, with one sentence on stderr)."""
+    """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
-    rank = os.environ.get("RANK")
-    program = "train.py" if rank in (None, "0") else f"train.py (rank {rank})"
-    return guarded(program, args.debug, lambda: train(args))
+    rank = os.environ.get("RANK", "0")
+    return guarded("train.py" if rank == "0" else f"train.py (rank {rank})", args.debug, lambda: train(args))
 
 
 if __name__ == "__main__":

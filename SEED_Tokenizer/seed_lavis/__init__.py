@@ -1,21 +1,18 @@
-"""SEED-2's, SEED-1's and LaVIT's tokenizer training on LAVIS: its parts, registered.
-
-`register()` fills LAVIS's registry; everything else happens through LAVIS's `Config` and a YAML file, see train.py.
-The models are those of `seed_multimodal.seed` and `lavit`; the loop, the data and the weights are the library's too.
-"""
+"""SEED-2's, SEED-1's and LaVIT's tokenizer training on LAVIS: `register()` fills LAVIS's registry; see train.py."""
 
 from __future__ import annotations
 
 import importlib
-
-PARTS = ("models", "seed1", "lavit", "tasks", "processors", "builders", "schedules", "runner")
+import os
 
 
 def register() -> None:
-    """Put our models, tasks, processors, builders and runner into LAVIS's registry.
-
-    Raises:
-        LavisMissing: salesforce-lavis is not installed.
-    """
-    for part in PARTS:
+    """Put the models, tasks, processors, builders, schedules and the runner into LAVIS's registry."""
+    for part in ("models", "seed1", "lavit", "processors", "datasets", "schedules", "task", "runner"):
         importlib.import_module(f"seed_lavis.{part}")
+
+
+def log(text: str) -> None:
+    """A line on the console, of the first process only."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

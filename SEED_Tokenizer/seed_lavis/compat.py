@@ -1,27 +1,19 @@
 """The only module that adapts salesforce-lavis 1.0.2 to today's transformers and to machines without CUDA.
 
-Import LAVIS names from here, never from `lavis` directly:
+Import LAVIS names from here, never from `lavis` directly. LAVIS's registry, `Config`, tasks, builders, processors,
+learning-rate schedules and runner are used as installed. Obstacles and workarounds:
 
-    from seed_lavis.compat import BaseModel, Config, RunnerBase, registry
-
-LAVIS's registry, `Config`, tasks, builders, processors, learning-rate schedules and runner are used as installed.
-Obstacles and workarounds:
-
-* `import lavis` loads its whole model zoo, which needs an old transformers: five packages are put into `sys.modules`
+* `import lavis` loads its whole model zoo, which needs an old transformers: six packages are put into `sys.modules`
   bare, with LAVIS's own folders as their path, so that only the submodules asked for are read;
 * timm's hub, torchvision's and iopath's downloads, pandas (csv files) and decord (video) are imported at the top of
-  modules we need but not used by us: stand-ins take their places while LAVIS is imported, so they need not be installed
-  (and the slow import of torchvision is avoided);
-* `registry` needs paths and constants that `lavis/__init__` registers;
-* `init_distributed_mode` is NCCL and CUDA only, silences `print`, and waits for a year.
+  modules we need but not used by us: stand-ins take their places while LAVIS is imported;
+* `registry` needs paths and constants that `lavis/__init__` registers.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
-import os
 import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
@@ -43,7 +35,7 @@ class LavisMissing(SeedError):
 
 
 class _StandIn(ModuleType):
-    """A module that is imported and never used: attributes are stand-ins, too; calling one raises `LavisMissing`."""
+    """A module that is imported and never used; its attributes are stand-ins, too."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -55,17 +47,6 @@ class _StandIn(ModuleType):
             return None  # called when LAVIS's data_utils is imported
         raise LavisMissing(f"{self.__name__} is needed for this part of LAVIS; this project uses LAVIS "
                            f"without it (no downloads, no video).")
-
-
-@functools.cache
-def lavis_folder() -> Path:
-    """Where LAVIS is installed; raises `LavisMissing` with the command that installs it."""
-    if getattr(sys.modules.get("lavis"), "__file__", "") is None:
-        del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
-    spec = importlib.util.find_spec("lavis")
-    if spec is None or spec.origin is None:
-        raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
-    return Path(spec.origin).parent
 
 
 @contextlib.contextmanager
@@ -84,39 +65,27 @@ def _stand_ins() -> Iterator[None]:
 
 def _bare_packages(folder: Path) -> None:
     for name in _BARE:
-        module = ModuleType(name)
-        place = folder.joinpath(*name.split(".")[1:])
-        module.__path__ = [str(place)]  # type: ignore[attr-defined]
+        place = str(folder.joinpath(*name.split(".")[1:]))
+        sys.modules[name] = module = ModuleType(name)
+        module.__path__ = [place]  # type: ignore[attr-defined]
         module.__spec__ = ModuleSpec(name, None, is_package=True)
-        module.__spec__.submodule_search_locations = [str(place)]
-        sys.modules[name] = module
+        module.__spec__.submodule_search_locations = [place]
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, module)
 
 
-def init_distributed_mode(args: Any) -> None:
-    """As LAVIS's, for any device: joins the group that torchrun's variables describe, or stays a single process; no
-    exchange waits longer than `args.timeout_minutes`.
-
-    Sets `rank`, `world_size`, `gpu` and `distributed` on `args` (LAVIS's run section).
-    """
-    from seed_multimodal.training.distributed import environment_place, join_processes
-
-    args.rank, args.world_size, args.gpu, args.distributed = 0, 1, 0, False
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return
-    args.rank, args.world_size = environment_place()
-    args.gpu, args.distributed = int(os.environ.get("LOCAL_RANK") or 0), True
-    join_processes(str(args.device), args.timeout_minutes, group_of_one=True)
-
-
 def _load() -> None:
     """Import the parts of LAVIS that are used, and register what its `__init__` would have registered."""
-    folder = lavis_folder()
+    if getattr(sys.modules.get("lavis"), "__file__", "") is None:
+        del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
+    spec = importlib.util.find_spec("lavis")
+    if spec is None or spec.origin is None:
+        raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
     import torch.distributed  # noqa: F401
     import webdataset  # noqa: F401  (both before the stand-ins, which other packages must not meet)
 
+    folder = Path(spec.origin).parent
     _bare_packages(folder)
     try:
         with _stand_ins():
@@ -135,7 +104,6 @@ def _import_parts(folder: Path) -> None:
     registry.register("MAX_INT", sys.maxsize)
     registry.register("SPLIT_NAMES", ["train", "val", "test"])
 
-    import lavis.common.dist_utils
     import lavis.common.optims  # noqa: F401  (registers the schedules)
     from lavis.models.base_model import BaseModel
     from lavis.processors.base_processor import BaseProcessor
@@ -149,8 +117,6 @@ def _import_parts(folder: Path) -> None:
     import lavis.runners.runner_base
     import lavis.tasks.image_text_pretrain  # noqa: F401
 
-    lavis.common.dist_utils.init_distributed_mode = init_distributed_mode
-
 
 _load()
 
@@ -160,8 +126,7 @@ from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder  # n
 from lavis.models.base_model import BaseModel  # noqa: E402
 from lavis.processors.base_processor import BaseProcessor  # noqa: E402
 from lavis.runners.runner_base import RunnerBase  # noqa: E402
-from lavis.tasks.base_task import BaseTask  # noqa: E402
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask  # noqa: E402
 
-__all__ = ["BaseDatasetBuilder", "BaseModel", "BaseProcessor", "BaseTask", "Config", "ImageTextPretrainTask",
-           "LavisMissing", "RunnerBase", "init_distributed_mode", "lavis_folder", "registry"]
+__all__ = ["BaseDatasetBuilder", "BaseModel", "BaseProcessor", "Config", "ImageTextPretrainTask", "LavisMissing",
+           "RunnerBase", "registry"]

@@ -1,4 +1,16 @@
-"""Several data sets as one, their sampling ratios, and the batches of a run."""
+"""Dataset builders, one for each set of the YAMLs: lists, shards, image folders or registered formats.
+
+    datasets:
+      conceptual_caption_3m:
+        vis_processor:  {train: {name: blip2_image_train, image_size: 224}}
+        text_processor: {train: {name: blip_caption}}
+        build_info:
+          annotations: {train: {storage: [cc3m.json]}}     lists (.json, .jsonl, .parquet) of images and captions
+          images: {storage: /data/cc3m}                     folder of the paths in them (default: beside the list)
+          storage: cc3m/{00000..00331}.tar                  or shards, or a folder of images and .txt files
+
+`captioned: False` in build_info: captions are not read (for LaVIT's model, always). Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -6,96 +18,145 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from seed_lavis import log
+from seed_lavis.compat import BaseDatasetBuilder, registry
+from seed_lavis.options import APPLICATION, locate
+from seed_lavis.processors import BlipImageEval
+from seed_multimodal.data.formats.pairs import FORMATS, open_pairs
+from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.order import MixedOrder
 from seed_multimodal.data.stream.pair_dataset import JoinedPairs, PairDataset
-from seed_multimodal.data.stream.skip_budget import BadSamples
 from seed_multimodal.data.stream.step_batches import block_of
 from seed_multimodal.device import copy_to
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, DataError, first_line
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.settings import check_keys
 
+OF_PAIRS = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "cache")
+BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *OF_PAIRS)
+DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info")
+SETS = {"conceptual_caption_3m": "conceptual_caption/defaults_3m", "unsplash": "unsplash/defaults",
+        "laion_coco": "laion/defaults_coco", "laion_400m": "laion/defaults_400m", "pictures": "pictures/defaults",
+        "coco_caption": "coco/defaults_cap", "nano": "nano/defaults"}
+
+
+class PairBuilder(BaseDatasetBuilder):
+    """Builds the splits that `build_info` names; random only by the run's seed."""
+
+    name = ""
+    train_dataset_cls = eval_dataset_cls = PairDataset
+
+    def build_datasets(self) -> dict[str, PairDataset]:
+        """`SPLIT` → its samples for training, `SPLIT:eval` → those for evaluation, of the splits that the run uses.
+
+        Raises:
+            ConfigError: an unknown key or format. DataError: files that are missing or malformed.
+        """
+        configuration, built = registry.get("configuration"), {}
+        run, captioned = configuration.run_cfg, registry.get_model_class(configuration.model_cfg.arch).reads_captions
+        train = run.get("train_splits", ())
+        held_out = (*run.get("valid_splits", ()), *run.get("test_splits", ()))
+        for split, spec in self.sources().items():
+            if split not in (*train, *held_out):
+                continue
+            if not captioned and spec["format"] not in registered():
+                spec["captioned"] = False
+            try:
+                source = open_pairs(spec)
+            except DataError as error:
+                raise DataError(f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or with "
+                                "--options).") from error
+            log(f"{self.name}: {len(source):,} images in split {split!r}.")
+            for name, used in ((split, split in train), (f"{split}:eval", split in held_out)):
+                if used:
+                    built[name] = PairDataset(source, *self.transforms(name == split), seed=int(run.get("seed", 42)),
+                                              max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)))
+        return built
+
+    def transforms(self, training: bool) -> tuple[Any, Any]:
+        """Image and text processor; evaluation's follow training's if not given."""
+        self.build_processors()
+        image, text = (processors["train" if training else "eval"] for processors in (
+            self.vis_processors, self.text_processors))
+        if self.config.get("vis_processor", {}).get("train") is None:
+            raise ConfigError(f"datasets.{self.name}.vis_processor.train is not given (blip2_image_train).")
+        if image is None:
+            image = BlipImageEval(image_size=self.config.vis_processor.train.get("image_size", 224))
+        return image, (text or self.text_processors["train"]) if self.config.get("text_processor") else None
+
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Split → what `open_pairs` takes, from `build_info`."""
+        where = f"datasets.{self.name}.build_info"
+        check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
+        try:
+            info: Any = OmegaConf.to_container(self.config.get("build_info") or OmegaConf.create({}), resolve=True)
+            return _sources(info, where)
+        except (OmegaConfBaseException, AttributeError) as error:
+            raise ConfigError(f"{where}: {first_line(error)}; it must be as in SEED_Tokenizer/lavis/configs/datasets."
+                              ) from error
+
+
+def _sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    kind, splits = info.get("format") or "auto", info.get("splits")
+    if kind in registered():
+        more = {key: value for key, value in info.items() if key not in ("splits", "files") and value is not None}
+        more |= {"files": locate(info["files"])} if info.get("files") else {}
+        return {split: {"split": name, **more}
+                for split, name in (splits or {"train": "train", "val": "val"}).items()}
+    check_keys(map(str, info), BUILD_KEYS, where)
+    if kind not in FORMATS:
+        raise ConfigError(f"{where}.format must be {', '.join((*FORMATS, *registered()))}, not {kind!r}.")
+    root = (info.get("images") or {}).get("storage")
+    more = {**({"image_root": locate(root)} if root else {}),
+            **{key: info[key] for key in OF_PAIRS if info.get(key) is not None}}
+    if kind != "json" and (info.get("storage") or splits):
+        files = splits or {"train": info["storage"]}
+    else:
+        files = {split: part.get("storage") for split, part in (info.get("annotations") or {"train": {}}).items()}
+    for split, names in files.items():
+        if not names:
+            raise ConfigError(f"{where} names no files for split {split!r}.")
+    return {split: {"format": kind, **more,
+                    "files": [locate(str(name)) for name in ([names] if isinstance(names, str) else names)]}
+            for split, names in files.items()}
+
+
+for _name, _defaults in SETS.items():
+    registry.register_builder(_name)(type(_name, (PairBuilder,), {
+        "name": _name,
+        "DATASET_CONFIG_DICT": {"default": str(APPLICATION / "lavis/configs/datasets" / f"{_defaults}.yaml")}}))
+
 
 def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str]) -> PairDataset | JoinedPairs:
-    """The splits `names` of all data sets, joined.
-
-    Raises:
-        ConfigError: no data set has such a split, or one of several sets cannot be joined with others.
-    """
-    found = {(owner, name): splits[name] for owner, splits in datasets.items() for name in names if name in splits}
-    if not found:
-        wanted = " or ".join(map(repr, names)) or "(none named)"
+    """The splits `names` of all data sets, joined."""
+    parts = [splits[name] for splits in datasets.values() for name in names if name in splits]
+    if not parts:
+        wanted = " or ".join(repr(name.removesuffix(":eval")) for name in names)
         raise ConfigError(f"No data set of the configuration has a split {wanted}.")
-    if len(found) == 1:
-        return next(iter(found.values()))
-    for owner, name in found:
-        if not isinstance(found[owner, name], BadSamples):
-            raise ConfigError(f"datasets.{owner} gives samples of another form than pairs: it cannot be joined with "
-                              f"{' and '.join(sorted({other for other, _ in found} - {owner})) or 'other splits'}.")
-    return JoinedPairs(list(found.values()))
-
-
-def dataset_ratios(sections: Mapping[str, Any], ratios: Mapping[str, float] | None) -> dict[str, float] | None:
-    """Weight of each data set: `run.train_dataset_ratios`, or the `sample_ratio` of the sections `datasets` (1.0 where
-    only others have one); None if neither is given.
-
-    Raises:
-        ConfigError: an unknown or missing name, both ways at once, or a weight that is not a positive number.
-    """
-    own = {name: section["sample_ratio"] for name, section in sections.items()
-           if section and section.get("sample_ratio") is not None}
-    if not ratios and not own:
-        return None
-    if ratios and own:
-        raise ConfigError(f"run.train_dataset_ratios and datasets.{next(iter(own))}.sample_ratio say the same thing: "
-                          "give one of them.")
-    if ratios:
-        check_keys(map(str, ratios), list(map(str, sections)), "run.train_dataset_ratios")
-        missing = [name for name in sections if name not in ratios]
-        if missing:
-            raise ConfigError(f"run.train_dataset_ratios has no weight for {missing[0]!r}; give every data set one, or "
-                              "remove the data set.")
-    weights = {name: (ratios or own).get(name, 1.0) for name in sections}
-    for name, weight in weights.items():
-        number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not number or not 0 < weight < float("inf"):
-            key = f"run.train_dataset_ratios.{name}" if ratios else f"datasets.{name}.sample_ratio"
-            raise ConfigError(f"{key} must be a positive number, not {weight!r}.")
-    return {name: float(weight) for name, weight in weights.items()}
+    return parts[0] if len(parts) == 1 else JoinedPairs(parts)
 
 
 def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str],
-                ratios: Mapping[str, float] | None, seed: int) -> MixedOrder | None:
+                ratios: Mapping[str, float], seed: int) -> MixedOrder | None:
     """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set.
 
     A data set's weight is shared by its splits in proportion to their sizes.
     """
-    found = [(owner, splits[name]) for owner, splits in datasets.items() for name in names if name in splits]
-    if ratios is None or len(found) < 2:
+    parts = [(owner, splits[name]) for owner, splits in datasets.items() for name in names if name in splits]
+    if not ratios or len(parts) < 2:
         return None
-    whole = {owner: sum(len(part) for other, part in found if other == owner) for owner, _ in found}
-    return MixedOrder([len(part) for _, part in found],
-                      [ratios[owner] * len(part) / whole[owner] for owner, part in found], seed,
-                      sizes=[part.shard_sizes for _, part in found],
-                      block=min(block_of(part) for _, part in found))
-
-
-def count_bad(own: Sequence[tuple[str, str]]) -> int:
-    """How many different samples were bad for any process, of (key, reason) of each; all processes must call it."""
-    if not dist.is_initialized():
-        return len(set(own))
-    lists: list[list[tuple[str, str]]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(lists, list(own))
-    return len({item for some in lists for item in some})
+    whole = {owner: sum(len(part) for other, part in parts if other == owner) for owner, _ in parts}
+    return MixedOrder([len(part) for _, part in parts],
+                      [ratios[owner] * len(part) / whole[owner] for owner, part in parts], seed,
+                      sizes=[part.shard_sizes for _, part in parts], block=min(block_of(part) for _, part in parts))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`, pictures (uint8 from the data workers) normalised there; texts stay as
-    they are."""
-    there = {key: copy_to(device, value) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
-    image = there.get("image")
-    if isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
-        there["image"] = normalise(image)
-    return there
+    """The batch with its tensors on `device`, images (uint8 from the data workers) normalised there."""
+    moved = {key: copy_to(device, value) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+    if moved["image"].dtype == torch.uint8:
+        moved["image"] = normalise(moved["image"])
+    return moved

@@ -11,14 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_lavis.base import SeedModel, captions_of, qformer_sizes, target_embeddings, vit_sizes
-from seed_lavis.codebook import CodebookMixin, stage2_sizes, stage2_training
+from seed_lavis.base import (
+    CodebookMixin,
+    SeedModel,
+    captions_of,
+    qformer_sizes,
+    stage2_sizes,
+    stage2_training,
+    vit_sizes,
+)
 from seed_lavis.compat import registry
-from seed_lavis.initial_weights import clip_target, label_heads, readout_matrix, start_stage1, start_stage2
+from seed_lavis.initial_weights import clip_target, label_heads, readout_matrix, target_embeddings
 from seed_lavis.options import Stage1Options, Stage2Options
-from seed_lavis.text import caption_words
+from seed_lavis.processors import caption_words
 from seed_multimodal.device import copy_to
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.training import Stage1Model, Stage2Model, Stage2Weights
 from seed_multimodal.settings import read_settings
@@ -29,7 +35,7 @@ class Blip2Casual(SeedModel, Stage1Model):
     """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
     `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed and no `clip_model` is loaded."""
 
-    stage, companions, load_initial = "stage1", ("clip",), start_stage1
+    stage, companions = "stage1", ("clip",)
     options_type = Stage1Options
     options: Stage1Options
 
@@ -37,10 +43,7 @@ class Blip2Casual(SeedModel, Stage1Model):
         words = caption_words(options.text_tokenizer, options.max_txt_len) if options.text_tokenizer else None
         clip, width = None, options.embedding_dim if options.embedding_weight else None
         if options.embedding_weight and not (width and not options.clip_model):
-            clip = clip_target(options.clip_model, options.clip_precision, "model.embedding_weight")
-            if width not in (None, clip.config.projection_dim):
-                raise ConfigError(f"model.embedding_dim is {width}, but the embeddings of {options.clip_model} are "
-                                  f"{clip.config.projection_dim} wide.")
+            clip = clip_target(options.clip_model, options.clip_precision, width)
             width = clip.config.projection_dim
         config = Seed2Config(vit=vit_sizes(options), qformer=qformer_sizes(options), num_query=options.num_query_token)
         Stage1Model.__init__(
@@ -52,58 +55,44 @@ class Blip2Casual(SeedModel, Stage1Model):
         self.__dict__["clip"] = clip  # not a submodule: frozen, and no part of a stage-1 checkpoint
 
     def vit_features(self, images: Tensor | None) -> Tensor:
-        """As the library's, with the tower in `vit_precision`."""
-        if images is None:
-            raise ConfigError("Stage 1 needs images.")
+        """As the library's, with the vision encoder in `vit_precision`."""
+        assert images is not None
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-            return self.tower(images)
+            return self.encode_vision(images)
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
         images = samples["image"]
-        ids, mask = self.input_words(samples)
+        ids, mask = ((samples["input_ids"], samples["attention_mask"]) if self.words is None
+                     else self.words(captions_of(samples)))
         target = samples.get("target") if self.embedding_head is not None else None
         vit = self.vit_features(images)
         if target is None and self.clip is not None:
-            target = target_embeddings(self.clip, images, vit if self.shares_tower else None)
-        if target is None and self.embedding_head is not None:
-            raise ConfigError("model.embedding_weight needs a target: a data set that gives one, or model.clip_model.")
-        out = Stage1Model.forward(self, None, ids, mask, vit_features=vit, target_embedding=target)
+            target = target_embeddings(self.clip, images, vit if self.shares_encoder else None)
+        out = Stage1Model.forward(self, None, copy_to(self.device, ids), copy_to(self.device, mask), vit_features=vit,
+                                  target_embedding=target)
         loss = out.loss + (self.options.itc_weight - 1.0) * out.loss_itc if self.options.itc_weight != 1.0 else out.loss
         return self.with_log(loss, loss_itc=out.loss_itc, loss_embedding=out.loss_embedding, temperature=self.temp)
-
-    def input_words(self, samples: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Word pieces and mask `[B, T]` of a batch, on the model's device."""
-        if "input_ids" in samples:
-            return samples["input_ids"].to(self.device), samples["attention_mask"].to(self.device)
-        if self.words is None:
-            raise ConfigError("model.text_tokenizer is null, so the samples must hold input_ids and attention_mask.")
-        ids, mask = self.words(captions_of(samples))
-        return copy_to(self.device, ids), copy_to(self.device, mask)
 
 
 @registry.register_model("blip2_codebook_all_image")
 class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     """Stage 2, codebook and decode head. `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`."""
 
-    stage, companions, load_initial = "stage2", ("label_heads",), start_stage2
+    stage, companions = "stage2", ("label_heads",)
     options_type = Stage2Options
     options: Stage2Options
 
     def __init__(self, options: Stage2Options) -> None:
-        clip = None
+        width, clip = options.image_features_dim, None
         if options.clip_model:
-            clip = clip_target(options.clip_model, options.clip_precision, "model.clip_model")
-        if clip is not None and clip.config.projection_dim != options.image_features_dim:
-            raise ConfigError(f"model.image_features_dim is {options.image_features_dim}, but the embeddings of "
-                              f"{options.clip_model} are {clip.config.projection_dim} wide.")
-        config = Seed2Config(
-            **stage2_sizes(options), image_features_dim=options.image_features_dim,
-            use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
-        readout = readout_matrix(options.readout_weight, options.image_features_dim) if options.readout_weight else None
+            clip = clip_target(options.clip_model, options.clip_precision, width)
+        config = Seed2Config(**stage2_sizes(options), image_features_dim=width,
+                             use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
         Stage2Model.__init__(
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
-            clip_model=clip, readout_weight=readout, **stage2_training(options))
+            clip_model=clip, readout_weight=readout_matrix(options.readout_weight) if options.readout_weight else None,
+            **stage2_training(options))
         if options.scaled_start:
             self.scale_start()
         self.options = options
@@ -114,14 +103,14 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         """Weighted losses of a batch, and the unweighted codebook loss."""
         images, target = samples["image"], samples.get("target")
         with torch.no_grad():
-            vit = self.tower(images)
+            vit = self.encode_vision(images)
         if target is None and self.clip_model is not None:
-            target = target_embeddings(self.clip_model, images, vit if self.shares_tower else None)
+            target = target_embeddings(self.clip_model, images, vit if self.shares_encoder else None)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
-        self.note_codes(out.pre_quant, out.indices)
-        read = None if self.label_heads is None else self.label_heads.divergence(out.embeds, out.target).mean()
-        loss = out.loss if read is None else out.loss + self.options.label_weight * read
+        self.keep_codes(out.pre_quant, out.indices)
+        labels = None if self.label_heads is None else self.label_heads.divergence(out.embeds, out.target).mean()
+        loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
-                         loss_distil_image=out.loss_distil,
-                         loss_readout=out.loss_readout if self.readout_weight is not None else None,
-                         loss_labels=read)
+                             loss_distil_image=out.loss_distil,
+                             loss_readout=out.loss_readout if self.readout_weight is not None else None,
+                             loss_labels=labels)

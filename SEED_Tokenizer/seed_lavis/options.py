@@ -1,26 +1,29 @@
-"""Every key that the YAML files may hold, with its default: the sections `model` and `run`, typed.
+"""Every key of the sections `model` and `run` with its default, typed; a YAML file and `--options` → LAVIS's `Config`.
 
-A key that is not here is refused by name with the nearest one that is. Defaults are the released training's; keys
-that the original did not have are marked "ours" and do nothing by default.
+Defaults are the released training's; keys that the original did not have are marked "ours" and do nothing by default.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import setting
+from seed_multimodal.config import load_yaml
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import WAIT_MINUTES
 
 APPLICATION = Path(__file__).resolve().parents[1]
-REPOSITORY = APPLICATION.parent
 PRECISIONS = ("fp16", "bf16", "fp32")
 
 
@@ -36,7 +39,7 @@ class ModelOptions:
     finetuned: str | None = None
     vit_model: str = setting("eva_clip_g", choices=("eva_clip_g",))
     image_size: int = 224
-    drop_path_rate: float = 0.0
+    drop_path_rate: float = setting(0.0, least=0, most=0)
     use_grad_checkpoint: bool = False
     vit_precision: str = setting("fp16", choices=PRECISIONS)
     freeze_vit: bool = True
@@ -74,11 +77,12 @@ class Stage1Options(ModelOptions):
 
 @dataclass
 class CodebookOptions(CodebookHealth, ModelOptions):
-    """Options of both stage-2 models, with those of `CodebookHealth` (ours)."""
+    """Options of both stage-2 models, with those of `CodebookHealth` (ours). Only stage 1 trains the vision encoder."""
 
+    freeze_vit: bool = setting(True, choices=(True,))
     codebook_embed_dim: int = setting(32, least=1)
     n_embed: int = setting(8192, least=1)
-    # ours: sizes and losses
+    # ours
     decode_depth: int = setting(4, least=0)
     decode_heads: int = setting(12, least=1)
     reverse_depth: int = setting(4, least=0)
@@ -87,15 +91,9 @@ class CodebookOptions(CodebookHealth, ModelOptions):
     frozen_dropout: bool = True
     corrupt: float = setting(0.0, least=0, most=1)
     nested: float = setting(0.0, least=0, most=1)
-    # ours: the codebook
     ema_decay: float | None = setting(None, least=0, most=0.999999)
     normalize_codes: bool = False
     codebook_sections: int = 1
-
-    def __post_init__(self) -> None:
-        if not self.freeze_vit:
-            raise ConfigError("model.freeze_vit is false, but stage 2 never trains the vision tower: train it in stage "
-                              "1.")
 
 
 @dataclass
@@ -129,6 +127,7 @@ class LavitOptions(CodebookHealth, ModelOptions):
     """`lavit_tokenizer`: LaVIT's stage 1. `merger` and `decoder` override single sizes of `LavitTokenizerConfig` and
     `LavitDecoderConfig`, `loss_weights` factors of `LavitStage1Weights`; see `LavitStage1` for the rest."""
 
+    freeze_vit: bool = setting(True, choices=(True,))
     n_embed: int = setting(16384, least=1)
     codebook_embed_dim: int = setting(32, least=1)
     merger: dict[str, Any] = setting(factory=dict)
@@ -178,7 +177,6 @@ class RunOptions:
     valid_every_epochs: int = setting(1, least=1)
     valid_batches: int = setting(0, least=0)
     iters_per_epoch: int = setting(5000, least=1)
-    resume: str = setting("auto", choices=("auto", "never"))
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
     clip_grad: float = setting(0.0, least=0, most=math.inf)
     ema: float = setting(0.0, least=0, most=0.999999)
@@ -188,31 +186,83 @@ class RunOptions:
     keep_checkpoints: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
-    # set while running
-    rank: int = 0
-    gpu: int = 0
 
 
-def section_at(values: Mapping[str, Any], key: str, where: str) -> Mapping[str, Any]:
-    """`values[key]`, which must be a section of keys; an empty one if it is not given."""
-    section = values.get(key)
-    if section is None:
-        return {}
-    if not isinstance(section, Mapping | DictConfig):
-        raise ConfigError(f"{where}.{key} must be a section of keys, not {section!r}.")
-    return section
+def load_config(cfg_path: str, options: Sequence[str]) -> Any:
+    """The checked configuration of a run; `run.output_dir` is absolute in it, `run.device` is a device that exists.
+
+    Raises:
+        ConfigError: one sentence about what is wrong.
+    """
+    from seed_lavis.compat import Config, registry
+
+    file = Path(locate(cfg_path))
+    if not file.is_file():
+        raise ConfigError(f"{cfg_path}: there is no such configuration file.")
+    for option in options:
+        if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run", "preprocess"):
+            raise ConfigError(f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
+                              f"run.max_epoch=1, not {option!r}.")
+    try:
+        user = OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options)))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"--options {' '.join(options)}: not KEY=VALUE in YAML ({first_line(error)}).") from error
+    for section in ("model", "datasets", "run"):
+        if not isinstance(user.get(section), DictConfig):
+            raise ConfigError(f"{file}: has no section {section!r}.")
+    _check_names(file, user)
+    config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
+    read_settings(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
+    run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
+    if run.iters_per_epoch % run.accum_grad_iters:
+        raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
+                          f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
+    run.output_dir = str(Path(run.output_dir).absolute())
+    run.device = str(choose_device(run.device, log=None).device)
+    config.run_cfg.update(vars(run))  # defaults included, so that LAVIS's own code sees them too
+    if run.train_dataset_ratios:
+        check_keys(run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios")
+    for name in config.datasets_cfg if run.train_dataset_ratios else ():
+        if not 0 < run.train_dataset_ratios.get(name, 0.0) < math.inf:
+            raise ConfigError(f"{file}: run.train_dataset_ratios.{name} must be a positive number.")
+    return config
+
+
+def _check_names(file: Path, user: Any) -> None:
+    """Every name must be in LAVIS's registry, which itself fails on a wrong one deep inside."""
+    from seed_lavis.compat import registry
+
+    names = [("model_name_mapping", "model.arch", user.model.get("arch"))]
+    names += [(f"{kind}_name_mapping", f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
+              for kind, key in (("task", "task"), ("runner", "runner"), ("lr_scheduler", "lr_sched"))]
+    for name, section in user.datasets.items():
+        names.append(("builder_name_mapping", "datasets", name))
+        for kind in ("vis_processor", "text_processor"):
+            where = f"datasets.{name}.{kind}"
+            try:
+                names += [("processor_name_mapping", f"{where}.{split}.name", processor.name)
+                          for split, processor in (section.get(kind) or {}).items()]
+            except AttributeError as error:
+                raise ConfigError(f"{file}: {where} must be a section such as {{train: {{name: blip2_image_train}}}}."
+                                  ) from error
+    for mapping, where, name in names:
+        known = registry.mapping[mapping]
+        if name not in known:
+            raise ConfigError(f"{file}: {where}: there is no {name!r}{nearest(str(name), known)}; known are "
+                              f"{', '.join(sorted(known))}.")
+    if user.model.get("model_type") != "pretrain":
+        raise ConfigError(f"{file}: model.model_type must be pretrain.")
+    if user.run.get("runner", RunOptions.runner) != RunOptions.runner:
+        raise ConfigError(f"{file}: run.runner must be runner_seed: LAVIS's own {user.run.runner} needs CUDA.")
 
 
 def locate(path: str) -> str:
     """A path of the YAML as it can be opened: absolute, or found from the current folder, SEED_Tokenizer or the
     repository, in this order. A path found nowhere (a hub id, a pattern, a missing file) is returned as it is."""
-    if Path(path).is_absolute():
-        return path
-    for folder in (Path(), APPLICATION, REPOSITORY):
-        # Patterns (braces, wildcards) exist if the folder before their first special character does.
-        plain = Path(path)
-        while any(mark in str(plain) for mark in "{*?["):
-            plain = plain.parent
+    plain = Path(path)
+    while any(mark in str(plain) for mark in "{*?["):  # patterns exist if the folder before them does
+        plain = plain.parent
+    for folder in (Path(), APPLICATION, APPLICATION.parent):
         if str(plain) != "." and (folder / plain).exists():
             return str(folder / path)
     return path

@@ -1,4 +1,4 @@
-"""The processors of the training YAMLs, under LAVIS's names, over the library's transforms.
+"""The processors of the training YAMLs, under LAVIS's names, over the library's transforms; stage 1's word pieces.
 
 `blip2_image_train` (random crop, flip, CLIP normalisation), `blip_image_eval` (resize, normalise), `blip_caption`.
 The training view draws from the generator it is given, so that a sample's view is a function of (seed, epoch, index).
@@ -6,6 +6,8 @@ The training view draws from the generator it is given, so that a sample's view 
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,69 +16,65 @@ from PIL import Image
 from torch import Tensor
 
 from seed_lavis.compat import BaseProcessor, registry
-from seed_multimodal.errors import ConfigError
+from seed_lavis.options import locate
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import ImageSource
-from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
-from seed_multimodal.language.words import BlipCaption
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.words import BertWords, BlipCaption, PieceWords, open_words
 from seed_multimodal.settings import check_keys
 
 
 class Processor(BaseProcessor):
-    """`keys`: what its section of the YAML may hold beside `name`; `where`: how errors name it."""
+    """`make`: the library's transform, whose arguments are the keys of the processor's section."""
 
-    keys: tuple[str, ...] = ()
-    where = ""
+    make: Any
+
+    def __init__(self, **keys: Any) -> None:
+        self.transform = type(self).make(**keys)
 
     @classmethod
     def from_config(cls, cfg: DictConfig | None = None) -> Processor:
         """Built from its section; an unknown key is a `ConfigError`."""
-        values = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg or {})
-        assert isinstance(values, dict)
-        check_keys(map(str, values), ("name", *cls.keys), cls.where)
-        return cls(**{str(key): value for key, value in values.items() if key != "name"})
-
-
-class ImageProcessor(Processor):
-    """`transform`: one of the library's."""
-
-    transform: TrainTransform | ImageTransform
+        keys = dict(OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg or {})
+        name = keys.pop("name", cls.__name__)
+        check_keys(map(str, keys), inspect.signature(cls.make).parameters, f"processor {name}")
+        return cls(**keys)
 
     def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A stored picture → uint8 `[3, S, S]`, what the data workers hand over."""
+        """A stored image → uint8 `[3, S, S]`, what the data workers hand over."""
         return self.transform.read(source, name=name, generator=generator)
+
+    def __call__(self, item: Image.Image | str, generator: torch.Generator | None = None) -> Any:
+        """An image → float32 `[3, S, S]`; a caption → a caption."""
+        return self.transform(item) if generator is None else self.transform(item, generator)
 
 
 @registry.register_processor("blip2_image_train")
-class Blip2ImageTrain(ImageProcessor):
-    """A picture → a random view, float32 `[3, S, S]`; keys as of `TrainTransform`."""
+class Blip2ImageTrain(Processor):
+    """A random view of an image."""
 
-    keys, where = ("image_size", "min_scale", "max_scale", "scaled_decoding"), "vis_processor blip2_image_train"
-
-    def __init__(self, **sizes: Any) -> None:
-        self.transform = TrainTransform(**sizes)  # not LAVIS's own start, a lambda: data workers may be pickled
-
-    def __call__(self, item: Image.Image, generator: torch.Generator | None = None) -> Tensor:
-        return self.transform(item, generator)
+    make = TrainTransform
 
 
 @registry.register_processor("blip_image_eval")
-class BlipImageEval(ImageProcessor):
-    """A picture → float32 `[3, S, S]`, the same every time."""
+class BlipImageEval(Processor):
+    """The whole image, the same every time."""
 
-    keys, where = ("image_size",), "vis_processor blip_image_eval"
-
-    def __init__(self, image_size: int = 224) -> None:
-        if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 1:
-            raise ConfigError(f"image_size must be a positive number of pixels, not {image_size!r}.")
-        self.transform = seed_image_processor(image_size)
+    make = staticmethod(lambda image_size=224: seed_image_processor(image_size))
 
 
 @registry.register_processor("blip_caption")
 class BlipCaptionText(Processor):
-    """A caption → lower case, without punctuation, cut to `max_words` (50), after `prompt`."""
+    """A caption in lower case, without punctuation, cut to `max_words` (50), after `prompt`."""
 
-    keys, where = ("prompt", "max_words"), "text_processor blip_caption"
+    make = BlipCaption
 
-    def __init__(self, **rules: Any) -> None:
-        self.transform = BlipCaption(**rules)
+
+def caption_words(source: str, max_length: int) -> BertWords | PieceWords:
+    """The tokenizer in a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`.
+
+    Raises:
+        CheckpointError: nothing there; the sentence names what to put where.
+    """
+    place, beside = locate(source), locate(f"pretrained/{source}")
+    return open_words(beside if not Path(place).exists() and Path(beside).is_dir() else place, max_length)

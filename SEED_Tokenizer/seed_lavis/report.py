@@ -1,85 +1,72 @@
-"""The summary at the end of a run: steps, speed, files, and the command that comes next."""
+"""The end of a run: what was done, and the commands that come next, which work from any folder."""
 
 from __future__ import annotations
 
-import os
+import shlex
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
-from seed_lavis.context import RunContext
 from seed_lavis.options import APPLICATION, RunOptions, locate
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.hub import PARTS
-from seed_multimodal.language.tokenizer import ADDED, MODEL, read_files
+from seed_multimodal.language.tokenizer import ADDED, read_files
 from seed_multimodal.lavit.training import REFERENCE
 from seed_multimodal.progress import duration
 from seed_multimodal.seed.configuration import QFormerConfig
 
-NAMES = {"stage1": "Stage 1 (causal Q-Former)", "stage2": "Stage 2 (codebook)", "seed1-stage2": "SEED-1's stage 2",
-         "lavit-stage1": "LaVIT's stage 1 (tokenizer)"}
 # What stage 2 takes over of a run of stage 1: of the model as it is, of the run what differs from the published file.
-OF_MODEL = ("vit", "qformer", "image_size", "num_query_token", "cross_attention_freq", "vit_weights", "vit_precision",
-            "compile")
+OF_MODEL = ("vit", "qformer", "image_size", "num_query_token", "cross_attention_freq", "vit_weights", "vit_precision")
 OF_RUN = ("batch_size_train", "batch_size_eval", "num_workers", "seed", "amp", "precision", "train_splits",
           "valid_splits", "valid_batches", "train_dataset_ratios", "max_bad_in_a_row", "timeout_minutes")
 
 
-def short_path(path: str | Path) -> str:
-    """A path as it is shortest from here."""
-    near = os.path.relpath(path)
-    return str(path) if near.startswith("..") else near
-
-
-def summary(run: RunContext, record: dict[str, Any]) -> list[str]:
+def summary(runner: Any, record: dict[str, Any]) -> list[str]:
     """Lines for the end of a run."""
-    earlier = record.get("begun", 0)  # steps that another run made, before its checkpoint
-    own = (record["steps"] - earlier) * record["batch_size"] * record.get("accumulate", 1)
-    samples, spent = own * record.get("processes", 1), float(record["seconds"])
+    earlier, model = record.get("begun", 0), runner.model  # steps that another run made, before its checkpoint
+    images = ((record["steps"] - earlier) * record["batch_size"] * record.get("accumulate", 1)
+              * record.get("processes", 1))
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
-    folder = short_path(run.folder)
-    lines = [
-        f"{NAMES.get(run.stage, run.stage)}: {record['steps']:,} steps"
-        + (f" ({earlier:,} of them before run.resume_ckpt_path)" if earlier else "")
-        + f", {samples:,} pictures in {duration(spent)}" + (f"; at the end {numbers}." if numbers else "."),
-        f"  checkpoint  {short_path(record['checkpoint'])}",
-        f"  log         {folder}/{run.stage}.log.jsonl, {folder}/config.yaml",
-    ]
-    if record.get("bad_samples"):
-        lines.append(f"  {record['bad_samples']} samples that cannot be used were replaced; the log names them.")
-    return [*lines, *_next(run, record)]
+    lines = [f"{model.stage}: {record['steps']:,} steps, {images:,} images in {duration(float(record['seconds']))}; "
+             f"at the end {numbers or 'no losses'}; {record['bad_samples']} bad samples were replaced.",
+             f"  checkpoint {record['checkpoint']}"]
+    if model.stage == "lavit-stage1":
+        lines.append(f"  the original tokenizer is said to have ended at loss_cosine {REFERENCE}.")
+    return lines + [f"Next: {command}" for command in next_commands(runner, record["checkpoint"])]
 
 
-def _next(run: RunContext, record: dict[str, Any]) -> list[str]:
-    checkpoint, options = short_path(record["checkpoint"]), run.model.options
-    if run.stage == "stage1":
-        file, script = write_stage2(run, record), APPLICATION / "train_scripts" / "codebook.sh"
-        place = file.relative_to(APPLICATION) if file.is_relative_to(APPLICATION) else file  # where the script goes
-        return [f"Next: CONFIG={place} sh {short_path(script)}"]
-    if run.stage == "lavit-stage1":
-        vision = short_path(run.model.vision_file) if run.model.vision_file else "TOWER"
-        return [f"Next: seed export-tokenizer --lavit {checkpoint} --vision {vision} --out tokenizer",
-                f"  the released tokenizer is said to have ended at loss_cosine {REFERENCE}."]
-    stage1 = locate(str(options.pretrained)) if options.load_pretrained else "STAGE1.pth"
-    vision = f" --vision {short_path(run.model.vision_file)}" if run.model.vision_file else ""
-    export = f"Next: seed export-tokenizer --stage1 {short_path(stage1)} --stage2 {checkpoint}{vision}"
-    if run.stage != "stage2":  # SEED-1's language models are not served here
-        return [f"{export} --out tokenizer"]
-    words = language_tokenizer(Path(stage1), options.n_embed)
-    if words is not None:
-        return [f"{export} --text-tokenizer {short_path(words)} --out tokenizer"]
-    return [f"{export} --out tokenizer",
-            f"  with --text-tokenizer FOLDER (with {MODEL} and words for {options.n_embed} codes) the result also "
-            "serves a language model and `seed eval tokenizer`'s captions."]
+def next_commands(runner: Any, checkpoint: str) -> list[str]:
+    """Evaluation on the run's own data, then stage 2, or the export and the use of the tokenizer."""
+    options, stage, out = runner.model.options, runner.model.stage, str(runner.folder / "tokenizer")
+    split = (runner.options.valid_splits or runner.options.train_splits)[0]
+    evaluation = ["python", str(APPLICATION / "evaluate.py"), "--cfg-path", str(runner.folder / "config.yaml"),
+                  "--options", "model.load_finetuned=True", f"model.finetuned={checkpoint}",
+                  f"run.test_splits=[{split}]"]
+    if stage == "stage1":
+        script = APPLICATION / "train_scripts" / "codebook.sh"
+        return [shlex.join(evaluation), f"CONFIG={shlex.quote(write_stage2(runner, checkpoint))} sh {script}"]
+    if stage != "lavit-stage1" and not options.load_pretrained:
+        return [shlex.join(evaluation)]  # an export needs a stage 1
+    stages = ["--stage1", str(Path(locate(str(options.pretrained))).absolute()), "--stage2", checkpoint]
+    export = ["seed", "export-tokenizer", *(["--lavit", checkpoint] if stage == "lavit-stage1" else stages)]
+    if runner.model.vision_file:
+        export += ["--vision", str(Path(runner.model.vision_file).absolute())]
+    if stage == "stage2" and (words := language_tokenizer(Path(stages[1]), options.n_embed)):
+        export += ["--text-tokenizer", str(words.absolute())]
+    commands = [evaluation, [*export, "--out", out]]
+    if stage == "lavit-stage1":
+        commands.append(["seed", "assemble", "lavit", "--tokenizer", out, "--out", out := f"{runner.folder}/system"])
+    use = ["seed", "tokenize", str(APPLICATION.parent / "images" / "cat.jpg"), "--model", out]
+    return [shlex.join(command) for command in (*commands, use)]
 
 
-def write_stage2(run: RunContext, record: dict[str, Any]) -> Path:
+def write_stage2(runner: Any, checkpoint: str) -> str:
     """`stage2.yaml` in the run's folder: the published settings of stage 2 (where the Q-Former is smaller, nano's) on
     this run's data, with its sizes and vision encoder; a CLIP that it used gives the target."""
-    config = run.config.config
-    project = "blip2/train" if run.model.config.qformer.width >= QFormerConfig.width else "nano"
+    config, model = runner.config.config, runner.model
+    project = "blip2/train" if model.config.qformer.width >= QFormerConfig.width else "nano"
     published, made = (OmegaConf.load(APPLICATION / "lavis" / "projects" / project / f"pretrain_{stage}.yaml")
                        for stage in ("qformer", "codebook"))
     for key in OF_MODEL:
@@ -87,28 +74,28 @@ def write_stage2(run: RunContext, record: dict[str, Any]) -> Path:
         if config.model.get(key) is not None:
             made.model[key] = config.model[key]
     for key in OF_RUN:
-        if (own := getattr(run.options, key)) != published.run.get(key, getattr(RunOptions(), key)):
-            made.run[key] = own
-    made.datasets, made.run.output_dir = config.datasets, f"{run.folder}_codebook"
-    made.model.update(pretrained=record["checkpoint"], decode_heads=run.model.config.qformer.heads)
-    for clip in (config.model.get("clip_model"), config.model.get("vit_weights")):
-        file = Path(locate(str(clip)), "config.json")
-        if clip and file.is_file() and "projection_dim" in (sizes := read_json_object(file)):
+        if (value := getattr(runner.options, key)) != published.run.get(key, getattr(RunOptions(), key)):
+            made.run[key] = value
+    made.datasets, made.run.output_dir = config.datasets, f"{runner.folder}_codebook"
+    made.model.update(pretrained=checkpoint, decode_heads=model.config.qformer.heads)
+    for clip in filter(None, (model.options.clip_model, model.options.vit_weights)):
+        file = Path(locate(clip), "config.json")
+        if file.is_file() and "projection_dim" in (sizes := read_json_object(file)):
             made.model.update(clip_model=clip, image_features_dim=sizes["projection_dim"])
             break
-    words = Path(locate(str(run.model.options.text_tokenizer)))
+    words = Path(locate(str(model.options.text_tokenizer)))
     if (words / ADDED).is_file():
         made.model.n_embed = read_files(words).vocabulary.n_codes
-    with writing(run.folder):
-        replace_text(run.folder / "stage2.yaml", OmegaConf.to_yaml(made))
-    return run.folder / "stage2.yaml"
+    with writing(file := runner.folder / "stage2.yaml"):
+        replace_text(file, OmegaConf.to_yaml(made))
+    return str(file)
 
 
 def language_tokenizer(stage1: Path, codes: int) -> Path | None:
-    """The folder of a language tokenizer with words for so many codes, for an export: the one whose word pieces stage 1
-    read (by the config.yaml beside its checkpoint), else the released one; None: neither is here."""
+    """The folder of a language tokenizer with words for so many codes: the one whose word pieces stage 1 read (by the
+    config.yaml beside its checkpoint), else the released one; None: neither is here."""
     config = stage1.with_name("config.yaml")
-    read = OmegaConf.select(OmegaConf.load(config), "model.text_tokenizer") if config.is_file() else None
-    places = (Path(locate(str(name))) for name in (read, PARTS["tokenizer"].folder) if name)
+    used = OmegaConf.select(OmegaConf.load(config), "model.text_tokenizer") if config.is_file() else None
+    places = (Path(locate(str(name))) for name in (used, PARTS["tokenizer"].folder) if name)
     return next((place for place in places
                  if (place / ADDED).is_file() and read_files(place).vocabulary.n_codes == codes), None)

@@ -1,4 +1,8 @@
-"""The runner `runner_seed`: LAVIS's runner around the library's restartable loop."""
+"""The runner `runner_seed`: LAVIS's runner around the library's restartable trainer, and LAVIS's checkpoints.
+
+`checkpoint_{epoch}.pth` holds `{"model": without frozen parameters, "optimizer", "config", "scaler", "epoch"}`; the
+next stage, an export or another LAVIS reads it. A killed run resumes from the trainer's own checkpoints instead.
+"""
 
 from __future__ import annotations
 
@@ -10,52 +14,50 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from seed_lavis import log
 from seed_lavis.compat import RunnerBase, registry
-from seed_lavis.context import RunContext
-from seed_lavis.datasets import dataset_ratios, mixed_order, split_of
-from seed_lavis.log import log
-from seed_lavis.options import RunOptions
+from seed_lavis.datasets import mixed_order, split_of
+from seed_lavis.initial_weights import frozen_names
+from seed_lavis.options import RunOptions, locate
 from seed_lavis.report import summary
-from seed_lavis.resume import prepare_resume
-from seed_lavis.task import TokenizerTask, split_losses
-from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_lavis.task import TokenizerTask
+from seed_lavis.validation import mean_losses
 from seed_multimodal.data.stream.step_batches import StepBatches
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.disk import writing
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.trainer import train_stage
+from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
 
 @registry.register_runner("runner_seed")
 class RunnerSeed(RunnerBase):
-    """Trains or evaluates one model; `cfg` is the checked configuration of `run_config.load_config`."""
+    """Trains or evaluates one model; `cfg` is the checked configuration of `options.load_config`."""
 
     def __init__(self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = "") -> None:
         self.options = read_settings(RunOptions, cfg.run_cfg, "run")
         super().__init__(cfg, task, model, datasets, job_id)
-        device = torch.device(self.options.device)
-        if device.type == "cuda":
-            device = torch.device("cuda", cfg.run_cfg.get("gpu", 0))
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.run = RunContext(model, self.options, cfg, Path(self.output_dir), device, rank, world)
+        self.folder = Path(self.output_dir)
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.steps_per_epoch = self.options.iters_per_epoch // self.options.accum_grad_iters
+        self.steps = self.steps_per_epoch * self.options.max_epoch
 
     def setup_output_dir(self) -> None:
         """As LAVIS's, but a second run in one process may register its own folders."""
         for name in ("result_dir", "output_dir"):
             registry.mapping["paths"].pop(name, None)
-        try:
+        with writing(self.options.output_dir, ConfigError):
             super().setup_output_dir()
-        except OSError as error:
-            raise ConfigError(f"{error.filename or self.options.output_dir}: the folder cannot be made "
-                              f"({error.strerror}); choose another run.output_dir.") from error
 
     @property
     def device(self) -> torch.device:
         """This process's device."""
-        return self.run.device
+        return torch.device(self.options.device)
 
     @property
     def model(self) -> nn.Module:
-        """The model on its device; the loop wraps it for several processes."""
+        """The model on its device; the trainer wraps it for several processes."""
         if self._wrapped_model is None:
             self._wrapped_model = self._model.place(self.device)
         return self._wrapped_model
@@ -69,33 +71,77 @@ class RunnerSeed(RunnerBase):
         return super().optimizer
 
     @property
-    def scaler(self) -> None:
-        """The loop has its own; LAVIS's would need CUDA."""
-        return None
+    def precision(self) -> str:
+        """`run.precision`, or what `run.amp` means on this device: bf16 or fp16 on a GPU, fp32 elsewhere."""
+        if self.options.precision != "auto":
+            return self.options.precision
+        if not self.options.amp or self.device.type != "cuda":
+            return "fp32"
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
     def train(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint in the output folder if there is one; returns the record."""
         options, data = self.options, split_of(self.datasets, self.options.train_splits)
         for split in options.valid_splits:
-            split_of(self.datasets, [split])  # refused now, not after the first epoch
-        _ = self.model  # on its device now
-        ratios = dataset_ratios(self.config.datasets_cfg, options.train_dataset_ratios)
-        # Data workers ignore SIGTERM, as the loop does during a step; the end of `with` stops them.
-        with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.run.rank, world=self.run.world,
-                         workers=options.num_workers,
-                         order=mixed_order(self.datasets, options.train_splits, ratios, options.seed)) as self.batches:
-            task = TokenizerTask(self.run, self, self.batches, data if isinstance(data, BadSamples) else None)
-            prepare_resume(self.run, task)
-            record = train_stage(task, self.run.folder)
-        for line in summary(self.run, record):
+            split_of(self.datasets, [f"{split}:eval"])  # refused now, not after the first epoch
+        order = mixed_order(self.datasets, options.train_splits, options.train_dataset_ratios, options.seed)
+        with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.rank, world=self.world,
+                         workers=options.num_workers, order=order) as self.batches:
+            task = TokenizerTask(self, self.batches)
+            if options.resume_ckpt_path:
+                task.first_step = self.steps_per_epoch * self._resume(task)
+            record = train_stage(task, self.folder)
+        for line in summary(self, record):
             log(line)
         return record
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, dict[str, float]]:
         """Mean losses over each of `run.test_splits`, one process; stage 2 also reports its codes."""
-        if self.run.world > 1:
-            raise ConfigError("Evaluation runs as one process.")
         if not self.options.test_splits:
             raise ConfigError("run.test_splits names no split to evaluate: give --options run.test_splits=[val].")
-        self._model.place(self.device)
-        return {split: split_losses(self.run, self.datasets, split) for split in self.options.test_splits}
+        return {split: mean_losses(self, split) for split in self.options.test_splits}
+
+    def save_epoch(self, epoch: int) -> None:
+        """Write `checkpoint_{epoch}.pth`, whole or not at all; all but the first and the newest `run.keep_checkpoints`
+        ones are removed. Raises CheckpointError on a full disk."""
+        frozen, keep = frozen_names(self.model), self.options.keep_checkpoints
+        weights = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
+        with writing(file := self.folder / f"checkpoint_{epoch}.pth"):
+            save_torch({"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config.to_dict(),
+                        "scaler": None, "epoch": epoch}, file)
+        for old in sorted(self.folder.glob("checkpoint_*.pth"), key=_epoch)[1:-keep] if keep else ():
+            old.unlink()
+        log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
+
+    def _resume(self, task: TokenizerTask) -> int:
+        """Fill model and optimiser from `run.resume_ckpt_path`, also the original's; returns the finished epochs.
+
+        Raises:
+            CheckpointError: missing, damaged or unsafe file, or another model's. ConfigError: no epoch left.
+        """
+        saved = bool(checkpoints(self.folder / task.checkpoint_folder))
+        if self.world > 1:
+            dist.barrier()  # all processes have looked before the first may write a checkpoint
+        if saved:
+            log(f"{self.folder}: holds this run's own checkpoints, so run.resume_ckpt_path is ignored.")
+            return 0
+        file = Path(locate(str(self.options.resume_ckpt_path)))
+        if not file.is_file():
+            raise CheckpointError(f"{file}: there is no such checkpoint (run.resume_ckpt_path).")
+        content = read_file(file)
+        try:
+            epochs = content["epoch"] + 1
+            assign_strictly(self.model, content["model"], file, allow_missing=sorted(frozen_names(self.model)))
+            self.optimizer.load_state_dict(content["optimizer"])
+        except (TypeError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
+                                  f"optimiser ({error}); to take its weights only, use model.finetuned.") from error
+        if epochs >= self.options.max_epoch:
+            raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
+                              f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
+        log(f"{file}: weights and optimiser loaded; continuing after {epochs} epochs.")
+        return epochs
+
+
+def _epoch(file: Path) -> int:
+    return int(file.stem.rpartition("_")[2])

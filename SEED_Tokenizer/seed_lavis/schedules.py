@@ -1,13 +1,9 @@
 """Learning-rate schedules beside LAVIS's own, by iteration and not by epoch: linear warm-up, then a cosine
-(`linear_warmup_cosine_steps`) or any schedule that has a name of transformers' `SchedulerType`.
-
-LAVIS's `linear_warmup_cosine_lr` steps down once an epoch and ends a warm-up that is longer than the first epoch with
-a jump; runs of a few hundred iterations, such as nano's, are a single epoch.
-"""
+(`linear_warmup_cosine_steps`) or any schedule that has a name of transformers' `SchedulerType`."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -16,19 +12,17 @@ from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.schedules import USABLE, check_kind, learning_rate
 
 
-@registry.register_lr_scheduler("linear_warmup_cosine_steps")
-class LinearWarmupCosineSteps:
+class StepSchedule:
     """`training.schedules.learning_rate` over all iterations of the run; called as LAVIS's schedules are."""
 
-    kind: ClassVar[str] = "cosine"
+    kind = "cosine"
 
     def __init__(self, optimizer: torch.optim.Optimizer, max_epoch: int, min_lr: float, init_lr: float,
                  warmup_steps: int = 0, **_: Any) -> None:
-        self.optimizer = optimizer
         run = registry.get("configuration").run_cfg
-        self.iterations = int(run.iters_per_epoch)
-        options = {str(key): value for key, value in (run.get("lr_scheduler_kwargs") or {}).items()}
+        options = dict(run.get("lr_scheduler_kwargs") or {})
         check_kind(self.kind, options)
+        self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
         self.settings = StageSettings(steps=max_epoch * self.iterations, lr=init_lr, warmup=warmup_steps,
                                       min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
                                       lr_scheduler_kwargs=options)
@@ -40,5 +34,5 @@ class LinearWarmupCosineSteps:
             group["lr"] = rate
 
 
-for _kind in USABLE:
-    registry.register_lr_scheduler(_kind)(type(f"Steps_{_kind}", (LinearWarmupCosineSteps,), {"kind": _kind}))
+for _name, _kind in {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in USABLE}}.items():
+    registry.register_lr_scheduler(_name)(type(f"Steps_{_name}", (StepSchedule,), {"kind": _kind}))

@@ -24,8 +24,10 @@ TINY_LAVIT = [
     "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
     "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
     "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
+TINY_SEED1 = ["model.arch=seed1_codebook_text", "model.text_tokens=9", "model.text_features_dim=24",
+              "model.reverse_depth=1"]
 PROJECTS = {"stage1": "nano/pretrain_qformer.yaml", "stage2": "nano/pretrain_codebook.yaml",
-            "lavit": "nano/pretrain_lavit.yaml"}
+            "seed1": "nano/pretrain_codebook.yaml", "lavit": "nano/pretrain_lavit.yaml"}
 WORKER = """
 import sys
 sys.path.insert(0, "APPLICATION")
@@ -33,7 +35,7 @@ import torch
 import train
 runner = train.build(train.parser("").parse_args(sys.argv[2:]))
 runner.train()
-torch.save(runner._model.state_dict(), f"{sys.argv[1]}/rank{runner.run.rank}.pt")
+torch.save(runner.model.state_dict(), f"{sys.argv[1]}/rank{runner.rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
@@ -76,10 +78,43 @@ def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
         info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
         config.datasets = {"coco_caption": {**own, "build_info": info}}
     config.run.output_dir = str(output)
-    sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage == "stage2" else [])
+    sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage != "stage1" else [])
+    if stage == "seed1":
+        sizes = sizes + TINY_SEED1
+        for key in ("clip_model", "image_features_dim"):
+            config.model.pop(key)
     file = output.with_suffix(".yaml")
     OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(sizes)), file)
     return ["--cfg-path", str(file)]
+
+
+def write_text_encoder(folder: Path) -> Path:
+    """A diffusion folder's two text parts at tiny size: letters as word pieces."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    sizes = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53)
+    CLIPTextModel(sizes).save_pretrained(folder / "text_encoder")
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
+    """A whole CLIP in transformers' layout at tiny size."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 99},
+                         vision_config={**sizes, "image_size": side, "patch_size": 16}, projection_dim=width)
+              ).save_pretrained(folder)
+    return folder
 
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:

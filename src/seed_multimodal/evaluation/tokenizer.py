@@ -79,6 +79,8 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
     assert parts.tokenizer is not None
     drawing = parts.detokenizer if decoder is None else None if str(decoder) == "none" else Path(decoder)
     codec = load_images(replace(parts, detokenizer=drawing), Runtimes(runtime, runtime, runtime))
+    if not hasattr(codec.model.config, "image_features_dim"):
+        raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
     opened, width = OpenedTokenizer(codec), codec.model.config.image_features_dim
     inside = drawing / "image_encoder" if drawing is not None else None
     usual = inside if inside is not None and (inside / "config.json").is_file() else locate(f"pretrained/{CLIP_FOLDER}")

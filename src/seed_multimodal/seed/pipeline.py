@@ -24,8 +24,9 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.messages import Message, is_image
 from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.seed.checkpoints import own_config
 from seed_multimodal.seed.diffusion import UnclipDetokenizer, UnclipSettings
-from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import INSIDE, SystemConfig
@@ -45,7 +46,7 @@ class CodeImages(ImageCodec):
     own_settings = ("codes", "negative_codes", "callback")
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
 
-    def __init__(self, model: Seed2Tokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
+    def __init__(self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
         super().__init__(model, at_least=DETAIL * model.config.vit.image_size, **options)
         self.transform = transform
         self._known = Remembered(REMEMBERED)
@@ -197,15 +198,17 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
         CheckpointError: weights that are missing or damaged. ConfigError: of another image size.
     """
     config.require("tokenizer")
-    model = Seed2Tokenizer.from_pretrained(
-        config.tokenizer, vision=config.vision, dtype=runtimes.images.dtype,  # type: ignore[arg-type]
+    assert config.tokenizer is not None
+    is_seed1 = own_config(Seed1Tokenizer, config.tokenizer) is not None  # its images are drawn by `original.Seed1`
+    model = (Seed1Tokenizer if is_seed1 else Seed2Tokenizer).from_pretrained(
+        config.tokenizer, vision=config.vision, dtype=runtimes.images.dtype,
         device="cpu" if "encoder" in runtimes.offload else runtimes.images.device)
     size = model.config.vit.image_size
     if config.image_size not in (None, size):
         raise ConfigError(f"{config.name}: image_size is {config.image_size}, but the image tokenizer reads {size} "
                           f"pixels.")
     load = None
-    if config.detokenizer is not None and runtimes.load_decoder:
+    if config.detokenizer is not None and runtimes.load_decoder and not is_seed1:
         load = partial(UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype)
     codec = CodeImages(model, get_transform(**{"image_size": size, **config.transform}), load_decoder=load,
                        device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)

@@ -1,47 +1,85 @@
-"""The documented commands on the nano set: stage 1, stage 2, and a tokenizer exported from both."""
+"""From images and a vision encoder to a tokenizer in use, by exactly the commands that each run prints."""
 
 from __future__ import annotations
 
+import json
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import ROOT, TINY, TINY_STAGE2
+from lavis_runs import TINY_STAGE2, environment, write_clip, write_text_encoder
 
-SHORT = [*TINY, "run.iters_per_epoch=2"]
+
+def write_eva(file: Path) -> Path:
+    """A vision encoder's file as EVA's, at the size of `lavis_runs.TINY`."""
+    from seed_multimodal.nn.eva import EvaConfig, EvaVit
+
+    torch.manual_seed(1)
+    torch.save(EvaVit(EvaConfig(image_size=64, patch_size=16, width=32, depth=1, heads=2, mlp_width=64)).state_dict(),
+               file)
+    return file
+
+
+def printed(text: str) -> list[str]:
+    return [line.removeprefix("Next: ") for line in text.splitlines() if line.startswith("Next: ")]
+
+
+@pytest.fixture
+def follow(tmp_path, capsys):
+    """Run a printed command from another folder; returns what it prints."""
+    import evaluate
+
+    from seed_multimodal.cli.main import main
+
+    def do(command: str) -> str:
+        program, *arguments = shlex.split(command)
+        capsys.readouterr()
+        if program == "seed":
+            assert main(arguments) == 0, command
+        elif program == "python":
+            assert evaluate.main(arguments[1:]) == 0, command
+        else:
+            done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=environment(), capture_output=True,
+                                  text=True)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+        return capsys.readouterr().out
+
+    return do
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_both_stages_and_export(start, tmp_path):
-    first = start("sh", "train_scripts/causal_qformer.sh", "0", "127.0.0.1", "--options", *SHORT,
-                  f"run.output_dir={tmp_path}/q", CONFIG="lavis/projects/nano/pretrain_qformer.yaml")
-    out, error = first.communicate(timeout=150)
-    assert first.returncode == 0, error
-    assert "Stage 1 (causal Q-Former): 4 steps, 32 pictures" in out and f"{tmp_path}/q/checkpoint_1.pth" in out
-    assert f"Next: CONFIG={tmp_path}/q/stage2.yaml sh train_scripts/codebook.sh" in out
-    assert {"checkpoint_0.pth", "checkpoint_1.pth", "config.json", "config.yaml", "log.txt", "stage1.log.jsonl",
-            "stage1.done.json", "stage1.checkpoints"} <= {file.name for file in (tmp_path / "q").iterdir()}
-
-    second = start("sh", "train_scripts/codebook.sh", "--options", *SHORT, *TINY_STAGE2[1:],
-                   f"model.pretrained={tmp_path}/q/checkpoint_1.pth", f"run.output_dir={tmp_path}/c",
-                   CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
-    out, error = second.communicate(timeout=150)
-    assert second.returncode == 0, error
-    (line,) = (line for line in out.splitlines() if line.startswith("Next: "))
-    assert line.startswith(f"Next: seed export-tokenizer --stage1 {tmp_path}/q/checkpoint_1.pth")
-    tokenizer = ROOT / "pretrained" / "nano" / "seed_tokenizer"  # whose word pieces stage 1 read
-    assert f"--text-tokenizer {tokenizer} --out tokenizer" in line
-    log = (tmp_path / "c" / "stage2.log.jsonl").read_text()
-    for key in ("samples_per_s", "loss_embed", "loss_recon_s", "loss_distil_image", "codebook_used", "perplexity",
-                "wait_share", "peak_memory_mib", "eta_seconds", "lr", "grad", "bad_samples"):
-        assert f'"{key}"' in log, key
-
-    from seed_multimodal.cli.main import main
-    from seed_multimodal.seed.modeling import Seed2Tokenizer
-
-    command = shlex.split(line.removeprefix("Next: seed "))  # as it is printed, but for the folder
-    assert main([*command[:-1], str(tmp_path / "tokenizer")]) == 0
-    assert (tmp_path / "tokenizer" / "tokenizer.model").is_file()
-    codes = Seed2Tokenizer.from_pretrained(tmp_path / "tokenizer").encode(torch.rand(2, 3, 64, 64))
-    assert codes.shape == (2, 32) and 64 < int(codes.max()) < 1024
+@pytest.mark.parametrize("case", ["eva", "eva trained", "clip", "clip trained", "seed1", "lavit eva", "lavit clip"])
+def test_the_printed_commands_evaluate_export_and_tokenise(case, yaml, run, follow, pictures, tmp_path, capsys,
+                                                           monkeypatch):
+    """The vision encoder is EVA's file or a CLIP folder, frozen or trained further."""
+    monkeypatch.chdir(tmp_path)
+    clip, lavit = "clip" in case, "lavit" in case
+    vision = write_clip(tmp_path / "clip") if clip else write_eva(tmp_path / "eva.pth")
+    sizes = f"model.vit={{patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: {clip}}}"
+    options = [f"model.vit_weights={vision}", sizes]
+    if lavit:
+        heads = "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
+        run(yaml("lavit", *options, heads))
+        commands = printed(capsys.readouterr().out)
+    else:
+        run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}", "run.max_epoch=1"))
+        evaluation, second = printed(capsys.readouterr().out)
+        assert "train" in json.loads(follow(evaluation).splitlines()[-1])
+        if case == "seed1":
+            checkpoint = tmp_path / "stage1" / "checkpoint_0.pth"
+            run(yaml("seed1", f"model.pretrained={checkpoint}", *options, "run.max_epoch=1",
+                     f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"))
+            commands = printed(capsys.readouterr().out)
+        else:
+            commands = printed(follow(f"{second} --options run.max_epoch=1 run.iters_per_epoch=2 {TINY_STAGE2[1]} "
+                                      f"{TINY_STAGE2[3]}"))
+    evaluation, *exports, use = commands
+    assert json.loads(follow(evaluation).splitlines()[-1])["train"]["loss"] > 0
+    for export in exports:
+        follow(export)
+    codes = [int(code) for code in follow(use).split()[-16 if lavit else -32:] if code.isdigit()]
+    assert codes and all(code < 8192 for code in codes)

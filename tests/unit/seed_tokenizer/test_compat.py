@@ -14,20 +14,16 @@ print("heavy", sorted(heavy))
 register()
 import lavis
 print("bare", getattr(lavis, "__file__", None), len(list(lavis.__path__)))
-print("models", *sorted(compat.registry.list_models()))
-print("tasks", *sorted(compat.registry.list_tasks()))
-print("runners", *sorted(compat.registry.list_runners()))
+for kind in ("models", "tasks", "runners", "processors"):
+    print(kind, *sorted(getattr(compat.registry, f"list_{kind}")()))
 print("schedules", *sorted(compat.registry.list_lr_schedulers()))
-print("processors", *sorted(compat.registry.list_processors()))
 print("sets", *sorted(compat.registry.mapping["builder_name_mapping"]))
 print("parents", compat.RunnerBase.__module__, compat.BaseModel.__module__, compat.Config.__module__)
-import importlib.util
-print("pandas is itself again", type(sys.modules.get("pandas")).__name__)
 """
 
 
 @pytest.mark.process
-def test_registers_in_a_fresh_process(start):
+def test_register_in_a_fresh_process(start):
     out, error = (process := start(sys.executable, "-W", "error::FutureWarning", "-c", CODE)).communicate(timeout=120)
     assert process.returncode == 0, error
     found = {line.partition(" ")[0]: line.partition(" ")[2] for line in out.splitlines()}
@@ -40,11 +36,10 @@ def test_registers_in_a_fresh_process(start):
     assert found["processors"] == "blip2_image_train blip_caption blip_image_eval"
     assert found["sets"] == "coco_caption conceptual_caption_3m laion_400m laion_coco nano pictures unsplash"
     assert found["parents"] == "lavis.runners.runner_base lavis.models.base_model lavis.common.config"
-    assert found["pandas"].endswith("NoneType")
 
 
 @pytest.mark.process
-def test_without_lavis_one_sentence_says_how_to_install_it(start):
+def test_train_without_lavis(start):
     code = ("import sys; sys.modules['lavis'] = None\n"  # Python's own way to say that a module cannot be imported
             "import train; sys.exit(train.main(['--cfg-path', 'lavis/projects/nano/pretrain_qformer.yaml']))")
     out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)

@@ -35,7 +35,7 @@ def lavis(folder: Path, *changes: str) -> Any:
 
 def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -> None:
     from seed_lavis import models
-    from seed_lavis.initial_weights import is_tower_of
+    from seed_lavis.initial_weights import is_encoder_of
 
     space, one, two = lavis(tmp_path, "train_stage1.precision=fp32", "train_stage2.precision=fp32",
                             "train_stage1.accumulate=3")
@@ -46,7 +46,7 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
     torch.save({"model": {name: value for name, value in first.state_dict().items() if "visual_encoder" not in name}},
                two.model.pretrained)
     second = models.Blip2CodebookAllImage.from_config(two.model)
-    assert second.config == tokenizer_config(space.config) and is_tower_of(first.visual_encoder, first.clip)
+    assert second.config == tokenizer_config(space.config) and is_encoder_of(first.visual_encoder, first.clip)
     samples = {"image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
     out = {name: float(value) for name, value in second.eval()(samples).items()}
     parts = sum(out[name] for name in ("loss_embed", "loss_distil_image", "loss_readout"))
@@ -54,7 +54,7 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
     assert not any("label_heads" in name for name in second.state_dict())
     with torch.no_grad():
         first.visual_encoder.blocks[1].mlp.fc2.bias[3] += 1e-3
-    assert not is_tower_of(first.visual_encoder, first.clip)
+    assert not is_encoder_of(first.visual_encoder, first.clip)
     with pytest.raises(ConfigError, match="give their safetensors file as model.label_heads"):
         models.Blip2CodebookAllImage.from_config({**two.model, "label_heads": None})
     save_state_dict({"layers.style.weight": torch.zeros(3, 7), "layers.style.bias": torch.zeros(3)},

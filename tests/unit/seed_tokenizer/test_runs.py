@@ -1,0 +1,233 @@
+"""The runner in one process: LAVIS's optimiser and schedule, options that reach the models, accumulation, evaluation,
+a run that is started again, and errors."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from lavis_runs import log_of
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import load_state_dict
+
+# Recorded from the original's scheduler: [epoch, iteration, rate] of the released stage-1 and stage-2 settings.
+STAGE1_RATES = [[0, 0, 3e-07], [0, 1, 3.1485e-07], [0, 1999, 2.9985150000000002e-05], [0, 2000, 3e-05],
+                [0, 4999, 3e-05], [1, 0, 2.9339262969984572e-05], [1, 4999, 2.9339262969984572e-05], [5, 17, 1.65e-05],
+                [9, 4999, 3.6607370300154272e-06]]
+STAGE2_RATES = [[0, 0, 1e-06], [0, 1999, 9.995050000000001e-05], [1, 0, 9.999911173852618e-05],
+                [2, 0, 9.999644698917173e-05]]
+RANDOM = "model.load_pretrained=False"
+SHORT = ("run.max_epoch=1", "run.iters_per_epoch=1", "run.batch_size_train=2")
+
+
+def built(arguments):
+    import train
+
+    return train.build(train.parser("").parse_args(arguments))
+
+
+def task_of(runner):
+    from seed_lavis.datasets import split_of
+    from seed_lavis.task import TokenizerTask
+
+    from seed_multimodal.data.stream.step_batches import StepBatches
+
+    return TokenizerTask(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
+
+
+def record_of(folder, stage="stage1"):
+    return json.loads((folder / f"{stage}.done.json").read_text())
+
+
+@pytest.mark.parametrize("options, rates", [
+    (["run.init_lr=3e-5", "run.min_lr=3e-6", "run.warmup_lr=3e-7", "run.max_epoch=10"], STAGE1_RATES),
+    (["run.init_lr=1e-4", "run.min_lr=1e-5", "run.warmup_lr=1e-6", "run.max_epoch=500"], STAGE2_RATES)])
+def test_learning_rates_are_the_originals(yaml, options, rates):
+    options = [*options, "run.iters_per_epoch=5000", "run.warmup_steps=2000"]
+    task = task_of(built(yaml("stage1", *options)))
+    for epoch, iteration, rate in rates:
+        assert task.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
+    halved = task_of(built(yaml("stage1", *options, "run.accum_grad_iters=2")))
+    assert halved.settings.steps == task.settings.steps // 2
+    assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
+
+
+def test_learning_rate_by_a_schedule_of_transformers(yaml):
+    options = ["run.lr_sched=polynomial", "run.lr_scheduler_kwargs={power: 2.0}", "run.init_lr=1e-3", "run.min_lr=1e-4",
+               "run.warmup_steps=2", "run.max_epoch=2", "run.iters_per_epoch=6"]
+    task = task_of(built(yaml("stage1", *options)))
+    rates = [task.learning_rate(step) for step in (0, 1, 6, 11)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-4 + 9e-4 * 0.25, 1e-4])  # the square of what is left of the way
+
+
+def test_optimizer_decays_by_the_rule_of_lavis(yaml):
+    runner = built(yaml("stage1"))
+    names = {id(p): name for name, p in runner.model.named_parameters()}
+    decays, rests = ({names[id(p)] for p in group["params"]} for group in runner.optimizer.param_groups)
+    assert {"query_tokens", "visual_encoder.pos_embed", "text_proj.weight"} <= decays
+    assert {"temp", "ln_vision.weight", "text_proj.bias", "visual_encoder.blocks.0.norm1.weight"} <= rests
+    assert decays | rests == {name for name, p in runner.model.named_parameters() if p.requires_grad}
+    assert [group["weight_decay"] for group in runner.optimizer.param_groups] == [0.05, 0]
+
+
+def test_options_reach_the_models(yaml):
+    first = built(yaml("stage1", "model.gather_gradient=True", "model.label_smoothing=0.2", "model.embed_dim=12",
+                       "model.use_grad_checkpoint=True")).model
+    assert first.gather_gradient is True and first.label_smoothing == 0.2 and first.text_proj.out_features == 12
+    assert first.freeze_vit is False and first.visual_encoder.config.width == 32
+    second = built(yaml(
+        "stage2", RANDOM, "model.use_qformer_image=True", "model.reverse_depth=3", "model.loss_weights={embed: 7}",
+        "model.corrupt=0.1", "model.nested=0.2", "model.ema_decay=0.9", "model.normalize_codes=True",
+        "model.codebook_sections=32", "model.frozen_dropout=False")).model
+    assert len(second.Reverse_Qformer.bert.encoder.layer) == 3 and second.quantize.sections == 32
+    assert (second.weights.embed, second.weights.recon_s, second.corrupt, second.nested) == (7, 2.0, 0.1, 0.2)
+    assert second.quantize.normalize and second.quantize.ema_decay == 0.9 and second.frozen_dropout is False
+    assert second.skips_parameters and second.quantize.embedding.weight.requires_grad  # saved, though without gradient
+
+
+def test_accumulation_and_gradient_checkpointing_give_the_same_losses(yaml, run, tmp_path):
+    """Stage 2 sees each image alone, so two half batches are one whole batch."""
+    plain = [RANDOM, "model.kmeans_start=False", "model.restart_every=0", "run.max_epoch=1", "run.warmup_steps=0",
+             "run.warmup_lr=-1"]
+    run(yaml("stage2", *plain, "run.iters_per_epoch=3", name="whole"))
+    run(yaml("stage2", *plain, "run.iters_per_epoch=6", "run.batch_size_train=4", "run.accum_grad_iters=2",
+             "model.use_grad_checkpoint=True", name="halves"))
+    whole, halves = ([line["loss"] for line in log_of(tmp_path / name, "stage2").values()]
+                     for name in ("whole", "halves"))
+    assert len(whole) == 3 and whole == pytest.approx(halves, rel=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precisions_give_similar_losses(yaml, run, tmp_path, precision):
+    plain = [RANDOM, "model.kmeans_start=False", "run.max_epoch=1"]
+    run(yaml("stage2", *plain, name="fp32"))
+    low = run(yaml("stage2", *plain, f"run.precision={precision}", "model.vit_precision=bf16", name=precision)).model
+    assert low.visual_encoder.blocks[0].mlp.fc1.weight.dtype == torch.bfloat16  # frozen, so stored low
+    assert low.visual_encoder.pos_embed.dtype == low.Qformer.bert.embeddings.LayerNorm.weight.dtype
+    first, second = (log_of(tmp_path / name, "stage2")[1] for name in ("fp32", precision))
+    assert second["loss"] == pytest.approx(first["loss"], rel=0.02) and second["loss"] != first["loss"]
+    assert ("loss_scale" in second) == (precision == "fp16")
+
+
+def test_stage1_regresses_an_image_embedding(yaml, run, tmp_path):
+    clip = "model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_encoder"
+    run(yaml("stage1", clip, "model.clip_precision=fp32", "model.embedding_weight=2.0", "model.itc_weight=0.2",
+             "model.use_grad_checkpoint=True", "run.max_epoch=1", "run.iters_per_epoch=2"))
+    line = log_of(tmp_path / "stage1", "stage1")[1]
+    assert line["loss"] == pytest.approx(0.2 * line["loss_itc"] + 2.0 * line["loss_embedding"], rel=1e-5)
+    saved = torch.load(tmp_path / "stage1" / "checkpoint_0.pth", weights_only=True)
+    assert not any(name.startswith("clip") for name in saved["model"])
+
+
+def test_train_again_longer_and_from_a_checkpoint(yaml, run, losses, tmp_path, capsys):
+    """Started again a finished run does nothing; with more epochs it resumes; a LAVIS checkpoint starts another run."""
+    run(yaml("stage1", "run.max_epoch=1"))
+    file = tmp_path / "stage1" / "checkpoint_0.pth"
+    before = file.stat().st_mtime_ns
+    run(yaml("stage1", "run.max_epoch=1"))
+    assert "already done" in capsys.readouterr().out
+    run(yaml("stage1", "run.max_epoch=2", "run.log_freq=1", "run.num_workers=0"))
+    assert "run.max_epoch: 1 -> 2." in capsys.readouterr().out
+    assert list(losses(tmp_path / "stage1", "stage1")) == list(range(1, 9)) and file.stat().st_mtime_ns == before
+    run(yaml("stage1", f"run.resume_ckpt_path={file}", name="other"))
+    # The same weights, optimiser and batches: the second epoch has the same losses.
+    whole, other = losses(tmp_path / "stage1", "stage1"), losses(tmp_path / "other", "stage1")
+    assert list(other) == [5, 6, 7, 8] and all(other[step] == whole[step] for step in other)
+    assert (record_of(tmp_path / "other")["steps"], record_of(tmp_path / "other")["begun"]) == (8, 4)
+    assert "stage1: 8 steps, 32 images in" in capsys.readouterr().out
+    torch.save({"model": {}}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="not a LAVIS checkpoint"):
+        run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_train_a_run_that_ended_before_its_record(yaml, run, tmp_path, ema):
+    """As SIGTERM in the last step, or a kill while the record is made, leaves it: no step is left to make."""
+    options, folder = (*SHORT, f"run.ema={ema}"), tmp_path / "stage1"
+    run(yaml("stage1", *options))
+    before = record_of(folder)
+    (folder / "stage1.done.json").unlink()
+    run(yaml("stage1", *options))
+    assert {**before, **record_of(folder), "seconds": 0} == {**before, "seconds": 0}
+
+
+def test_averaged_weights_are_in_the_last_checkpoint(yaml, run, tmp_path):
+    run(yaml("stage1", "run.ema=0.5", "run.keep_checkpoints=1", "run.max_epoch=3", "run.iters_per_epoch=2"))
+    folder = tmp_path / "stage1"
+    assert sorted(file.name for file in folder.glob("checkpoint_*")) == ["checkpoint_0.pth", "checkpoint_2.pth"]
+    saved = torch.load(folder / "checkpoint_2.pth", weights_only=True)
+    averaged, trained = (load_state_dict(folder / "stage1.checkpoints" / "checkpoint-6" / f"{name}.safetensors")
+                         for name in ("ema", "model"))
+    assert torch.equal(saved["model"]["text_proj.weight"], averaged["text_proj.weight"])
+    assert not torch.equal(saved["model"]["text_proj.weight"], trained["text_proj.weight"])
+    assert saved["epoch"] == 2 and saved["config"]["run"]["max_epoch"] == 3
+
+
+@pytest.mark.parametrize("health", [
+    ["model.kmeans_start=True", "model.codebook_warmup=2", "model.restart_every=2"],
+    ["model.ema_decay=0.8", "model.kmeans_start=True", "model.restart_every=2"],
+    ["model.normalize_codes=True", "model.codebook_sections=32", "model.corrupt=0.3", "model.nested=0.5"]])
+def test_codebook_options(yaml, run, tmp_path, health):
+    runner = run(yaml("stage2", RANDOM, "model.kmeans_start=False", "model.restart_every=0", *health))
+    line = log_of(tmp_path / "stage2", "stage2")[8]
+    assert 0 < line["codebook_used"] <= 1 and 1 <= line["perplexity"] <= 64
+    saved = torch.load(tmp_path / "stage2" / "checkpoint_1.pth", weights_only=True)["model"]
+    assert torch.equal(saved["quantize.embedding.weight"], runner.model.quantize.embedding.weight)
+    assert not any(name.startswith(("visual_encoder", "clip_model")) for name in saved)
+
+
+def test_kmeans_starts_the_codebook_at_the_features(yaml):
+    task = task_of(built(yaml("stage2", RANDOM, "model.kmeans_images=24")))
+    model, codebook, samples = task.runner.model, task.codebook, task.batch(0)
+    uniform = float(model(samples)["loss_embed"])
+    codebook.before(0, first_micro_step=True)
+    assert float(model(samples)["loss_embed"]) < 0.2 * uniform
+    codebook.after_micro_step()
+    codebook.add_up()
+    assert int(codebook.counts.since_restart.sum()) == 8 * 32
+
+
+def test_bad_samples_of_both_parts_of_a_run_count(yaml, run, pictures, tmp_path, capsys):
+    """The first part meets a torn image; the second, resumed, sees the other half of the set."""
+    from seed_multimodal.data.stream.order import EpochOrder
+
+    folder = shutil.copytree(pictures, tmp_path / "copied")
+    items = json.loads((folder / "pairs.json").read_text())
+    torn = items[int(EpochOrder(24, 42).parts(0, 12)[0][1][0])]["image"]
+    (folder / torn).write_bytes(b"not an image")
+    pairs = f"{{train: {{storage: [{folder}/pairs.json]}}}}"
+    info = f"datasets.coco_caption.build_info={{annotations: {pairs}, images: {{storage: {folder}}}}}"
+    for epochs in (1, 2):
+        run(yaml("stage1", info, "run.iters_per_epoch=1", "run.batch_size_train=12", f"run.max_epoch={epochs}"))
+        lines = log_of(tmp_path / "stage1", "stage1").values()
+        assert record_of(tmp_path / "stage1")["bad_samples"] == 1 and [n["bad_samples"] for n in lines] == [1] * epochs
+    assert capsys.readouterr().out.count("skipped: ") == 1
+
+
+def test_main_with_errors_is_one_sentence(yaml, run, tmp_path, capsys):
+    """Exit code 2, one line on stderr, nothing written but the output folder."""
+    import train
+
+    run(yaml("stage1", *SHORT))
+    checkpoint = f"{tmp_path}/stage1/checkpoint_0.pth"
+    capsys.readouterr()
+    wide = "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}"
+    cases = {
+        "there is no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
+        "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
+        "freeze_vit must be one of True": yaml("stage2", "model.freeze_vit=False", name="c"),
+        "codebook_warmup": yaml("stage2", RANDOM, "model.codebook_warmup=99", name="d"),
+        "has no caption key 'text'": yaml("stage1", "datasets.coco_caption.build_info.caption_key=text", name="e"),
+        "/nowhere/*.tar": yaml("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", name="f"),
+        "has a split 'valid'": yaml("stage1", "run.valid_splits=[valid]", name="g"),
+        "tensors have another size": yaml("stage2", f"model.pretrained={checkpoint}", wide, name="h"),
+        "has 1 epochs behind it": yaml("stage1", *SHORT, f"run.resume_ckpt_path={checkpoint}", name="i"),
+    }
+    for sentence, arguments in cases.items():
+        assert train.main(arguments) == 2, sentence
+        error = capsys.readouterr().err
+        assert sentence in error and error.startswith("train.py: ") and error.count("\n") == 1, error
+    assert not list(tmp_path.glob("[a-i]/*.pt*"))
