@@ -72,11 +72,9 @@ class Trainer:
             import train
 
             return int(train.main(list(arguments)))
-        from seed_multimodal.training.llm.app import main
+        from seed_multimodal.training.llm.cli import main
 
-        module, _, name = APPLICATIONS[self.name].partition(":")
-        configs = LLM / "configs" / (self.name if self.name.endswith("_detokenizer") else "")
-        return main(list(arguments), configs, getattr(import_module(f"seed_multimodal.training.{module}"), name))
+        return main("train" if self.name == "llm" else f"train_{self.name}", LLM / "configs", list(arguments))
 
     def losses(self, output: Path) -> dict[int, float]:
         """Step → loss, exactly as it was computed."""
@@ -95,11 +93,6 @@ class Trainer:
 
 
 # ---- how each is called
-
-APPLICATIONS = {"llm": "llm.app:LLM", "seed_x_sft": "seed_x.tuning_app:APPLICATION",
-                "lavit": "lavit.pretrain_app:APPLICATION",
-                "seed_x_detokenizer": "seed_x.detokenizer_app:APPLICATION",
-                "lavit_detokenizer": "lavit.detokenizer_app:APPLICATION"}
 
 
 def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> list[str]:

@@ -1,20 +1,8 @@
-"""Videos → tars of `{image_ids, question, answer}`, codes frame after frame.
-
-    python3 src/tools/extract_image_ids_to_torchdata_parallel_video.py \\
-        --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \\
-        --data configs/data/video_preprocess.yaml --save_dir data/tokenizer_data/MSR-VTT_qa --fields qa
-
-`--fields`: plain, qa (questions get the suffix that asks for one word), caption (no question), describe.
-
-Started by torchrun, or with `--shard I/N` in a job array, many machines share the work; the same command resumes where
-a run ended.
-"""
-
+"""Videos → tars of `{image_ids, question, answer}`, codes frame after frame."""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))  # runs from a checkout that is not installed
-
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
 from seed_multimodal.cli.data import extraction_script  # noqa: E402
 
 if __name__ == "__main__":

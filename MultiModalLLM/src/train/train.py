@@ -1,19 +1,9 @@
-"""Train the multimodal language model: Hydra overrides or the original's flags; alone or as one of torchrun's.
-
-    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run   (or `--help`)
-"""
-
-from __future__ import annotations
-
+"""Train the multimodal language model; Hydra overrides or the original's flags, see --help."""
 import sys
 from pathlib import Path
 
-APPLICATION = Path(__file__).resolve().parents[2]
-LIBRARY = APPLICATION.parent / "src"
-if str(LIBRARY) not in sys.path:  # runs from a checkout that is not installed
-    sys.path.insert(0, str(LIBRARY))
-
-from seed_multimodal.training.llm.app import main_process  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
+from seed_multimodal.training.llm.cli import main_process  # noqa: E402
 
 if __name__ == "__main__":
-    main_process(APPLICATION / "configs")
+    main_process(__file__)

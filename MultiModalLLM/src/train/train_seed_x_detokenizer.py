@@ -1,19 +1,9 @@
-"""Train SEED-X's de-tokenizer, alone or as one of torchrun's processes; Hydra overrides.
-
-    python src/train/train_seed_x_detokenizer.py data=my_data.yaml output_dir=log/run   (or `--help`)
-"""
-
-from __future__ import annotations
-
+"""Train SEED-X's de-tokenizer; Hydra overrides, see --help."""
 import sys
 from pathlib import Path
 
-APPLICATION = Path(__file__).resolve().parents[2]
-LIBRARY = APPLICATION.parent / "src"
-if str(LIBRARY) not in sys.path:  # runs from a checkout that is not installed
-    sys.path.insert(0, str(LIBRARY))
-
-from seed_multimodal.training.seed_x.detokenizer_app import main_process  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "src"))
+from seed_multimodal.training.llm.cli import main_process  # noqa: E402
 
 if __name__ == "__main__":
-    main_process(APPLICATION / "configs" / "seed_x_detokenizer")
+    main_process(__file__)

@@ -198,7 +198,7 @@ def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
 
 
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
-    from seed_multimodal.training.llm.app import run
+    from seed_multimodal.training.llm.cli import run
 
     folder.mkdir(parents=True, exist_ok=True)
     files = llm_runs.write_files(folder, tokenizer={"pretrained_model_name_or_path": str(WORDS)}, **changes)
@@ -206,7 +206,7 @@ def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any)
     if processes > 1:
         llm_runs.run(arguments, before=llm_runs.torchrun())
     else:
-        run(arguments, llm_runs.APPLICATION / "configs")
+        run("train", llm_runs.APPLICATION / "configs", arguments)
     return list(llm_runs.losses(folder / "out").values())
 
 

@@ -19,7 +19,7 @@ def runs() -> ModuleType:
 @pytest.fixture
 def train(runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME; returns the output folder."""
-    from seed_multimodal.training.llm.app import run
+    from seed_multimodal.training.llm.cli import run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -28,7 +28,7 @@ def train(runs: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         folder = tmp_path / "files"
         folder.mkdir(exist_ok=True)
         files = runs.write_files(folder, **changes)
-        run(runs.overrides(files, tmp_path / name, *more), runs.APPLICATION / "configs")
+        run("train", runs.APPLICATION / "configs", runs.overrides(files, tmp_path / name, *more))
         return tmp_path / name
 
     return go

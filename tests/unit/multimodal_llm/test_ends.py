@@ -24,7 +24,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(runs, train, tmp_path):
 def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_path, capsys):
     import yaml
 
-    from seed_multimodal.training.llm.app import run
+    from seed_multimodal.training.llm.cli import run
 
     files = runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
@@ -36,8 +36,9 @@ def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_p
         source["cycles"] = 1
     files["data"].write_text(yaml.safe_dump(data))
     out = tmp_path / "out"
-    run(runs.overrides(files, out, "trainer.max_steps=500", "trainer.logging_steps=50", "trainer.eval_steps=10",
-                       f"eval_data={files['data']}", "trainer.eval_batches=2"), runs.APPLICATION / "configs")
+    given = runs.overrides(files, out, "trainer.max_steps=500", "trainer.logging_steps=50", "trainer.eval_steps=10",
+                           f"eval_data={files['data']}", "trainer.eval_batches=2")
+    run("train", runs.APPLICATION / "configs", given)
     summary = json.loads((out / "summary.json").read_text())
     assert 10 < summary["steps"] < 100 and (out / f"checkpoint-{summary['steps']}").is_dir()
     captions = summary["data"]["sources"]["captions"]

@@ -14,7 +14,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.config import LoopSettings
 from seed_multimodal.training.engine import fill_config, use_offload_threads
-from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.cli import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.flags import translate
 from seed_multimodal.training.llm.trainer_settings import TrainerSettings, read_run
@@ -158,10 +158,10 @@ def test_refusals_are_one_sentence(arguments, words, files):
 
 def test_what_is_only_printed_needs_no_output_folder(files, capsys):
     chosen = [f"{group}={file}" for group, file in files.items()]
-    assert main([*chosen, "trainer.max_steps=7", "--cfg", "job"], configs=CONFIGS) == 0
+    assert main("train", CONFIGS, [*chosen, "trainer.max_steps=7", "--cfg", "job"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["output_dir"] == "???" and shown["trainer"]["max_steps"] == 7
-    assert main([*chosen, "--cfg", "job", "output_dir=log/x"], configs=CONFIGS) == 0
+    assert main("train", CONFIGS, [*chosen, "--cfg", "job", "output_dir=log/x"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "log/x"
     with pytest.raises(ConfigError, match="output_dir is needed"):
         compose(chosen, CONFIGS)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,11 @@ from seed_multimodal.training.llm.model_settings import find_folder, for_run
 from seed_multimodal.training.llm.prompting import template_of, with_prompts
 from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
 from seed_multimodal.training.llm.token_meter import TokenMeter
-from seed_multimodal.training.llm.trainer_settings import RunSettings
+from seed_multimodal.training.llm.trainer_settings import RunSettings, read_run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
+from seed_multimodal.training.trainer import Trainer, run_task
 from seed_multimodal.weights import load_state_dict
-
-if TYPE_CHECKING:
-    from seed_multimodal.training.trainer import Trainer
 
 _LEAST = 1e-8  # of a step with nothing to learn
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -292,3 +290,15 @@ class LlmTask(Task):
     def _log(self, *texts: str) -> None:
         for text in filter(None, texts if self.group.first else ()):
             print(f"[{self.name}] {text}", flush=True)
+
+
+def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:
+    """Train by a resolved configuration; under torchrun every process calls it.
+
+    Returns:
+        The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
+
+    Raises:
+        SeedError, SystemExit: as `run_task`.
+    """
+    return run_task(read_run(config), kind)

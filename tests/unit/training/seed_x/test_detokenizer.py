@@ -16,12 +16,11 @@ from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.seed_x.adapter import SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
-from seed_multimodal.training.llm.app import main
+from seed_multimodal.training.llm.cli import main
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
 from seed_multimodal.training.pixel_decoder.task import GROUPS, read_pixel_run
 from seed_multimodal.training.seed_x.detokenizer import DetokenizerModel, build_adapter, train_detokenizer
-from seed_multimodal.training.seed_x.detokenizer_app import APPLICATION as APPLICATION_OF
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.weights import load_state_dict
 
@@ -240,11 +239,11 @@ def test_what_the_program_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
                         (["model=stage3"], "there is no such file and no such configuration in"),
                         (["trainer.eval_steps=3"], "trainer: unknown key 'eval_steps'"),
                         (["tokenizer.x=1"], "configuration: unknown key 'tokenizer'"), (["nothing"], "is neither")):
-        assert main([*given, f"output_dir={tmp_path / 'run'}"], CONFIGS, APPLICATION_OF) == 2
+        assert main("train_seed_x_detokenizer", CONFIGS.parent, [*given, f"output_dir={tmp_path / 'run'}"]) == 2
         written = capsys.readouterr().err
         assert said in written and written.startswith("train_seed_x_detokenizer.py: ") and written.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    assert main(["--help"], CONFIGS, APPLICATION_OF) == 0
+    assert main("train_seed_x_detokenizer", CONFIGS.parent, ["--help"]) == 0
     assert "data: stage1, stage2, tiny, tiny_edits" in (said := capsys.readouterr().out) and "stage2_bf16" in said
 
 

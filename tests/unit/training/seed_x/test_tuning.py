@@ -14,7 +14,7 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.train import train_llm
+from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
@@ -87,6 +87,16 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
             train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
     with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
         train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_train_llm_on_a_quantised_base(parts: ModuleType, home: Path, tmp_path: Path, quantization: str) -> None:
+    config = parts.config_of(home, tmp_path / "out", lora=True, model={"quantization": quantization},
+                             trainer={"max_steps": 3})
+    record = train_llm(config, TuningTask)
+    assert record["steps"] == 3 and len(set(parts.losses(tmp_path / "out"))) == 3
+    assert (tmp_path / "out" / "checkpoint-3" / "agent.json").is_file()
 
 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
