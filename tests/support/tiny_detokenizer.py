@@ -20,7 +20,7 @@ APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
 RUN = {"optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
        "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0, "report_to": [],
-                   "logging_steps": 1, "save_steps": 2}}
+                   "logging_steps": 1, "save_steps": 2, "sample_steps": 0}}
 TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
                       n_queries=16, position_grid=4, pool_heads=2)
 

@@ -1,73 +1,103 @@
-"""LaVIT's pixel decoders as a task of the loop: a U-Net learns to draw pictures from their own codes.
+"""LaVIT's pixel decoders as a task of the loop: a U-Net learns to draw images from their own codes.
 
-The frozen tokenizer makes a picture's codes and the frozen blocks of the code decoder features of these; the heads
-behind them are trained with the U-Net. What the paper says and what is our choice: `lavit/training.py`,
-and the configurations' comments. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`, and in it
-`decoder/`, for `CodeDecoder.from_pretrained`.
+The frozen tokenizer makes an image's codes and the frozen blocks of the code decoder features of these; the heads
+behind them are trained with the U-Net. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`,
+and in it `decoder/`, for `CodeDecoder.from_pretrained`.
 """
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import LAVIT_WHERE, find_folder
+from seed_multimodal.diffusion.training import Trained
+from seed_multimodal.hub import LAVIT_WHERE
+from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl, read_empty_text
 from seed_multimodal.lavit.training import LavitPixelLoss, TrainedPixels, decoder_for
 from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.lavit.detokenizer_settings import LavitPixelModel, read_lavit_pixel_run
-from seed_multimodal.training.lavit.picture_codes import PictureCodes
-from seed_multimodal.training.pixel_decoder.features import DTYPES, NEEDED
-from seed_multimodal.training.pixel_decoder.settings import PixelRun
-from seed_multimodal.training.pixel_decoder.task import PixelTask
+from seed_multimodal.training.lavit.rows import ImageCodes, Mode
+from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.pixel_decoder.features import NEEDED
+from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask, read_pixel_run
 from seed_multimodal.training.trainer import run_task
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder
 
 
+@dataclass
+class LavitPixelModel:
+    """What is trained, and what it is trained with.
+
+    Attributes:
+        diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of SDXL's kind or of
+            Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text encoder and tokenizer to make it).
+        tokenizer: the dynamic tokenizer, as `load_dynamic_tokenizer`.
+        decoder: the code decoder, as `CodeDecoder.from_pretrained`; if its head is for the other kind of U-Net, the
+            training begins with a new one (`seed`).
+        start: an earlier result to begin with: U-Net and code decoder; "": those of `diffusion` and `decoder`.
+        trained: of the U-Net, `all` or `key_value`; the heads always are.
+        selection, selection_seed: which patches are kept, see `ImageCodes`.
+        dropout: see `LavitPixelLoss`.
+    """
+
+    diffusion: Path
+    tokenizer: Path
+    decoder: Path
+    start: str = ""
+    trained: Trained = "all"
+    selection: Mode = "draw"
+    selection_seed: int = setting(0, least=0)
+    dropout: float = setting(0.1, least=0, most=1)
+    gradient_checkpointing: bool = False
+    seed: int = setting(0, least=0)
+
+    def __post_init__(self) -> None:
+        for name in ("diffusion", "tokenizer", "decoder"):
+            setattr(self, name, find_folder(getattr(self, name)))
+        self.start = str(find_folder(self.start)) if self.start else ""
+
+
+@dataclass
+class LavitImages(ImageData):
+    """The images of a run; see `ImageData`."""
+
+    tower_size: int = setting(224, least=1)
+    seen_by: ClassVar[str] = "bicubic"
+
+
 class LavitPixelTask(PixelTask):
     """One run in one process."""
 
-    result, kind, parts, frozen = "pixels", LavitDetokenizer, "U-Net and code decoder", "tokenizer"
+    result, kind, frozen = "pixels", LavitDetokenizer, "tokenizer"
     module: TrainedPixels
 
-    def __init__(self, run: PixelRun[LavitPixelModel], group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
-        self.model = run.model
+        self.folder = find_parts(self.model.diffusion, (*NEEDED, "unet/*"), LAVIT_WHERE)
         self.loss = LavitPixelLoss(self.model.dropout)
 
-    @property
-    def folder(self) -> Path:
-        """See `PixelTask`."""
-        return find_folder(self.model.diffusion, (*NEEDED, "unet/*"), LAVIT_WHERE)
-
-    @property
-    def width(self) -> int:
-        """See `PixelTask`."""
-        return self.module.decoder.config.context_dim
-
     def conditions(self) -> FrozenFeatures:
-        """The pictures' codes."""
-        model, data = self.model, self.run.data
+        """The images' codes."""
+        model = self.model
         tokenizer = load_dynamic_tokenizer(model.tokenizer, device=self.device,
                                            dtype=DTYPES[self.settings.precision])
-        size = tokenizer.config.vit.image_size
-        if size != data.tower_size:
-            raise ConfigError(f"data: tower_size is {data.tower_size}, but the tokenizer {model.tokenizer} sees "
-                              f"{size} pixels a side.")
-        self.codebook, self.places = tokenizer.quantize, tokenizer.config.patches  # stay when the tokenizer goes
-        return PictureCodes(tokenizer, self.device, model.selection, model.selection_seed, cache=data.cache or None)
+        self.check_side(tokenizer.config.vit.image_size)
+        self.codebook = tokenizer.quantize
+        return ImageCodes(tokenizer, self.device, model.selection, model.selection_seed)
 
     def build(self) -> TrainedPixels:
         """See `PixelTask`."""
@@ -77,10 +107,7 @@ class LavitPixelTask(PixelTask):
         decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
         if new:
             self._log(f"{model.decoder} has no head for this U-Net: a new one is trained.")
-        rows, made = self.codebook.dim, decoder.config.code_dim
-        if rows != made or self.places != decoder.config.tokens:
-            raise ConfigError(f"model: the code decoder reads {decoder.config.tokens} rows of width {made}, but the "
-                              f"tokenizer makes up to {self.places} of width {rows}.")
+        self.width = decoder.config.context_dim
         null_embeds = None if is_sdxl(unet) else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
         module = TrainedPixels(unet, decoder, null_embeds).train()
         module.set_trainable(model.trained)
@@ -91,8 +118,17 @@ class LavitPixelTask(PixelTask):
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
         """See `PixelTask`."""
-        rows = [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in features["seen"]]
-        return self.loss(model, self.schedule, latents, rows, time_ids, generator=generator)
+        return self.loss(model, self.schedule, latents, self.embeds(features["seen"]), time_ids, generator=generator)
+
+    def embeds(self, seen: Tensor) -> list[Tensor]:
+        """Rows of the codebook of each image `[n, C]`."""
+        return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in seen]
+
+    def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
+        """See `PixelTask`."""
+        module = self.module
+        return LavitDetokenizer(module.unet, self.features.moments.model, scheduler, decoder=module.decoder,
+                                null_embeds=module.null_embeds)
 
     def save_result(self, module: nn.Module, folder: Path) -> None:
         """For `LavitDetokenizer.from_pretrained`, with the decoder."""
@@ -115,12 +151,6 @@ class LavitPixelTask(PixelTask):
 
 
 def train_lavit_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it.
-
-    Returns:
-        The run's record, also `output_dir/summary.json`; the pixel decoder lies in `output_dir/pixels`.
-
-    Raises:
-        SeedError, SystemExit: as `run_task`.
-    """
-    return run_task(read_lavit_pixel_run(config), LavitPixelTask)
+    """Train by a resolved configuration; under torchrun every process calls it. The pixel decoder lies in
+    `output_dir/pixels`; returns the run's record. Raises as `run_task`."""
+    return run_task(read_pixel_run(config, LavitPixelModel, LavitImages), LavitPixelTask)

@@ -36,8 +36,6 @@ class VisualModel:
         selection: `draw` (as released: each patch by its probability, a function of seed and sample here) or
             `threshold`.
         at_once: pictures that the frozen networks take at a time.
-        cache: a folder where features of pictures are kept, so that none is computed twice; None: they are not. 256 ×
-            1,408 numbers are 1.4 MB a picture.
         seed: of a new projector.
     """
 
@@ -45,7 +43,6 @@ class VisualModel:
     start: str | None = None
     selection: str = setting("draw", choices=MODES)
     at_once: int = setting(16, least=1)
-    cache: str | None = None
     seed: int = setting(0, least=0)
 
 
@@ -63,10 +60,9 @@ def read_visual(config: Mapping[str, Any], where: str = "visual_encoder") -> Vis
 class PatchFeatures(FrozenFeatures):
     """Pictures → the frozen tower's features `[N, patches, D]`, fp32."""
 
-    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, at_once: int, cache: str | None) -> None:
+    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, at_once: int) -> None:
         self.tokenizer = tokenizer
-        precision = str(tokenizer.encode_task_layer[0].weight.dtype).removeprefix("torch.")
-        super().__init__(tokenizer.encoder, device, at_once, cache, variant=f"-{precision}-patches")
+        super().__init__(tokenizer.encoder, device, at_once)
 
     def compute(self, pixels: Tensor) -> Tensor:
         """See `FrozenFeatures`."""
@@ -93,7 +89,7 @@ class VisualTokens:
     def to(self, device: torch.device) -> VisualTokens:
         """Move it to the training device."""
         self.tokenizer.to(device)
-        self.features = PatchFeatures(self.tokenizer, device, self.settings.at_once, self.settings.cache)
+        self.features = PatchFeatures(self.tokenizer, device, self.settings.at_once)
         return self
 
     @torch.no_grad()

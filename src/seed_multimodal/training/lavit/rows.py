@@ -8,8 +8,10 @@ rest is padding. Where more was kept than planned, rows grow by eighths.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,10 +19,38 @@ from torch import Tensor
 
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.data.stream.pair_dataset import sample_seed
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import DataError
+from seed_multimodal.images.transforms import normalise
+from seed_multimodal.lavit.modeling import DynamicTokenizer
+from seed_multimodal.training.frozen_features import FrozenFeatures
 
 _EIGHTH = 8
+Mode = Literal["draw", "threshold"]
+
+
+class ImageCodes(FrozenFeatures):
+    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
+
+    `selection`: of patches, as of `DynamicTokenizer.select`; what is drawn follows from the image and `seed`, so that
+    an image always has the same codes.
+    """
+
+    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, selection: Mode = "draw", seed: int = 0
+                 ) -> None:
+        super().__init__(tokenizer, device)
+        self.selection, self.seed, self.places = selection, seed, tokenizer.config.patches
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """See `FrozenFeatures`."""
+        generators = [torch.Generator().manual_seed(sample_seed(self.seed, 0, zlib.crc32(one.numpy().tobytes())))
+                      for one in pixels.cpu()] if self.selection == "draw" else None
+        found = self.model.encode(normalise(pixels), mode=self.selection, generator=generators)
+        codes = torch.full((len(found), self.places), -1, dtype=torch.int32, device=self.device)
+        for row, one in zip(codes, found, strict=True):
+            row[:len(one)] = one
+        return codes
 
 
 @dataclass

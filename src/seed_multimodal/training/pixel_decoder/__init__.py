@@ -1,1 +1,1 @@
-"""Training of what draws pictures from conditions, whatever the conditions are: SEED-X's and LaVIT's bring theirs."""
+"""Training of U-Nets that draw images from conditions; SEED-X and LaVIT bring their conditions."""

@@ -1,7 +1,7 @@
-"""A pixel decoder's training as a task of the loop: a U-Net and what makes its conditions learn to draw pictures.
+"""A pixel decoder's training as a task of the trainer: settings, and a U-Net that learns to draw images.
 
-Whatever the conditions are: a subclass says what a frozen model makes of pictures (`conditions`), what is trained
-(`build`), and the loss of a batch (`losses`). SEED-X's: `training/seed_x/detokenizer.py`; LaVIT's:
+A subclass says what a frozen model makes of images (`conditions`), what is trained (`build`), the loss of a batch
+(`losses`) and how to draw (`detokenizer`). SEED-X's: `training/seed_x/detokenizer.py`; LaVIT's:
 `training/lavit/detokenizer.py`.
 """
 
@@ -9,44 +9,160 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, by_size, open_pictures
+from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
 from seed_multimodal.data.stream.order import MixedOrder
 from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset, sample_seed
 from seed_multimodal.data.stream.step_batches import StepBatches, block_of
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.training import training_schedule
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.training.config import LoopSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
+from seed_multimodal.training.llm.trainer_settings import LoopTrainerSettings
 from seed_multimodal.training.metrics import Meter
-from seed_multimodal.training.optimizers import build_optimizer, schedule
-from seed_multimodal.training.pixel_decoder.features import (
-    LatentMoments,
-    PictureFeatures,
-    drawn_latents,
-    load_autoencoder,
-    load_schedule,
-)
-from seed_multimodal.training.pixel_decoder.kept_features import keep_features
-from seed_multimodal.training.pixel_decoder.settings import PixelRun
+from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
+from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 
-SMALL = 256  # side of pictures of which the autoencoder takes one at a time; of smaller ones it takes several
+GROUPS = ("model", "data", "optim", "trainer")
+SMALL = 256  # side of images of which the autoencoder takes one at a time; of smaller ones it takes several
+SAMPLES, SAMPLE_STEPS = 4, 20  # images drawn during a training, and denoising steps of each
 # Settings that change no number of the training, or are reported elsewhere (`PixelTask.check_resume`).
-_QUIET = ("output_dir", "data.batch_size", "data.cache", "model.gradient_checkpointing", "trainer.resume",
-          "trainer.logging_steps", "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save",
-          "trainer.report_to", "trainer.run_name", "trainer.dataloader_num_workers", "trainer.device",
-          "trainer.timeout_minutes", "trainer.gradient_accumulation_steps", "trainer.save_frozen", "deepspeed")
+_QUIET = ("output_dir", "data.batch_size", "data.held_out", "model.gradient_checkpointing", "deepspeed", *(
+    f"trainer.{name}" for name in (
+        "resume", "logging_steps", "save_steps", "save_total_limit", "async_save", "report_to", "run_name",
+        "dataloader_num_workers", "device", "timeout_minutes", "gradient_accumulation_steps", "save_frozen",
+        "sample_steps")))
+
+
+@dataclass
+class ImageSource:
+    """One source of images; `options`: further arguments of `formats.pairs.Pairs`.
+
+    Attributes:
+        files: folders of images, tars, lists (jsonl, json) or tables.
+        condition_key: of edits: the key of the image before (`source_image`; `image_key` names that after).
+        weight: share of the draws, relative to the other sources'.
+    """
+
+    name: str
+    files: str | list[str] = ""
+    format: str = "auto"
+    image_root: str | None = None
+    image_key: str | None = None
+    condition_key: str | None = None
+    weight: float = setting(1.0, above=0)
+    options: dict[str, Any] = setting(factory=dict)
+
+    def spec(self) -> dict[str, Any]:
+        """For `drawn_pairs.open_pictures`."""
+        given = {"files": self.files, "format": self.format, "image_root": self.image_root,
+                 "image_key": self.image_key, "condition_key": self.condition_key, **self.options}
+        return {key: value for key, value in given.items() if value not in (None, "")}
+
+
+@dataclass
+class ImageData:
+    """The images of a run; `batch_size`: of a micro-step in each process.
+
+    Attributes:
+        resolution, sizes, keep_ratio, tower_size: see `drawn_pairs.DrawnView`.
+        max_bad_in_a_row: this many unusable images one after another end the run.
+        held_out: a source whose first images are drawn during the training; None: the first source's.
+    """
+
+    sources: list[ImageSource]
+    batch_size: int = setting(4, least=1)
+    resolution: int = setting(1024, least=8)
+    sizes: tuple[Size, ...] = ()
+    tower_size: int = setting(448, least=1)
+    keep_ratio: bool = True
+    seed: int = setting(0, least=0)
+    max_bad_in_a_row: int = setting(20, least=1)
+    held_out: ImageSource | None = None
+    seen_by: ClassVar[str] = "bilinear"
+
+    @property
+    def view(self) -> DrawnView:
+        """What is drawn and seen of an image."""
+        return DrawnView(self.resolution, self.tower_size, self.keep_ratio, self.sizes, self.seen_by)
+
+
+@dataclass
+class PixelTrainer(LoopTrainerSettings):
+    """Settings of the trainer.
+
+    Attributes:
+        ema: decay of the averaged weights, which are the result (0: none).
+        save_frozen: whether checkpoints hold the frozen part of the U-Net, too. Without, a resume reads it where the
+            run began (`model.start`, or the model's diffusers folder); the result of a run is always whole.
+        sample_steps: held-out images are drawn into `samples/` every so many steps (0: never; None: `save_steps`).
+    """
+
+    ema: float = setting(0.0, least=0, below=1)
+    save_frozen: bool = False
+    sample_steps: int | None = setting(None, least=0)
+
+    def loop_settings(self) -> LoopSettings:
+        """The same for the trainer."""
+        made = super().loop_settings()
+        made.ema, made.save_frozen = self.ema, self.save_frozen
+        return made
+
+
+@dataclass
+class PixelRun:
+    """A whole run; `plain` is the resolved configuration, `deepspeed` a block of `engine.fill_config`."""
+
+    output_dir: Path
+    model: Any
+    data: ImageData
+    optim: OptimSettings
+    trainer: PixelTrainer
+    plain: dict[str, Any]
+    deepspeed: dict[str, Any] | None = None
+
+
+def read_pixel_run(config: Mapping[str, Any], model: type, data: type[ImageData] = ImageData) -> PixelRun:
+    """Check a resolved configuration; `model` and `data` are the classes of those settings.
+
+    Raises:
+        ConfigError: a key that is unknown, missing, of the wrong type or out of range.
+    """
+    check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
+    missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
+    if missing:
+        raise ConfigError(f"configuration: {missing[0]} is needed.")
+    run = PixelRun(
+        Path(str(config["output_dir"])), read_settings(model, config["model"], "model"),
+        read_settings(data, config["data"], "data"), read_settings(OptimSettings, config["optim"], "optim"),
+        read_settings(PixelTrainer, config["trainer"], "trainer"), dict(config), config.get("deepspeed") or None)
+    if not run.data.sources:
+        raise ConfigError("data: sources must list at least one source of images.")
+    if run.deepspeed and (run.trainer.ema or _zero_stage(run) not in (1, 2)):
+        raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
+    return run
+
+
+def _zero_stage(run: PixelRun) -> int:
+    return int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 class PixelTask(Task):
@@ -54,9 +170,8 @@ class PixelTask(Task):
 
     Attributes:
         result: folder of what is trained in the run's. kind: what the diffusers folder is called in errors.
-        parts: what is trained; frozen: the model of the conditions.
-        reads_condition: whether samples hold a picture to draw beside.
-        schedule, scaling, latent_channels: of the diffusers folder's noise and autoencoder, after `prepare`.
+        frozen: name of the model of the conditions.
+        reads_condition: whether samples hold a condition image.
     """
 
     name, record_file, checkpoint_folder = "train", "summary.json", ""
@@ -64,31 +179,22 @@ class PixelTask(Task):
     start_hint = "model.start"
     result: ClassVar[str]
     kind: ClassVar[type[Detokenizer]]
-    parts: ClassVar[str]
     frozen: ClassVar[str]
     reads_condition = False
+    folder: Path  # the diffusers folder of autoencoder and noise schedule
+    width: int  # of the conditions, for DeepSpeed's `auto` values; after `build`
 
-    def __init__(self, run: PixelRun[Any], group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `run_task`."""
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
-        self.config = run.plain
-        self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
+        self.model, self.config = run.model, run.plain
         self.sources = [open_pictures(source.spec()) for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
-        self.features: PictureFeatures
-        self.batches: StepBatches
+        every = self.settings.sample_steps
+        self.sample_steps = self.settings.save_steps or self.settings.max_steps if every is None else every
+        self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] | None = None
 
     # ---------------------------------------------------------------------------------------- what a system brings
-
-    @property
-    def folder(self) -> Path:
-        """The diffusers folder of autoencoder and noise schedule."""
-        raise NotImplementedError
-
-    @property
-    def width(self) -> int:
-        """Of the conditions (for DeepSpeed's `auto` values)."""
-        raise NotImplementedError
 
     def conditions(self) -> FrozenFeatures:
         """What is made of `seen` pixels."""
@@ -100,7 +206,7 @@ class PixelTask(Task):
 
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
-        """`total_loss` and `mse` of samples of one size, with what `PictureFeatures` gives of them."""
+        """`total_loss` and `mse` of samples of one size, with what `ImageFeatures` gives of them."""
         raise NotImplementedError
 
     def about_model(self) -> dict[str, Any]:
@@ -111,76 +217,57 @@ class PixelTask(Task):
         """Write what was trained, whole."""
         raise NotImplementedError
 
-    def about_record(self) -> dict[str, Any]:
-        """What the run's record says of it."""
-        return {}
+    def detokenizer(self, scheduler: Any) -> Detokenizer:
+        """What draws with the trained modules."""
+        raise NotImplementedError
 
-    @property
-    def title(self) -> str:
-        """Of the run, in its log."""
-        return self.result
+    def embeds(self, seen: Tensor) -> Any:
+        """Features of images as `detokenizer` takes them."""
+        return seen.float()
 
     # ------------------------------------------------------------------------------------------------- the training
 
     def prepare(self) -> None:
         """Write the configuration into the output folder; build data, models and optimiser."""
-        run = self.run
+        run, data = self.run, self.run.data
         if self.group.first:
             save_config(run.output_dir, run.plain)
-        self.schedule = load_schedule(self.folder, self.kind)
-        self._prepare_data()
-        self._prepare_features()
+        self.schedule = training_schedule(load_part(self.folder, self.kind, "scheduler"))
+        parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
+        self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
+        order = None if len(parts) == 1 else MixedOrder(
+            [len(part) for part in parts], [source.weight for source in data.sources], data.seed,
+            sizes=[part.shard_sizes for part in parts], block=min(map(block_of, parts)))
+        self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
+                                   world=self.group.world, workers=self.settings.dataloader_num_workers, order=order,
+                                   collate=by_size)
+        vae = load_part(self.folder, self.kind, "vae")
+        self.scaling = float(vae.config.scaling_factor)
+        largest = max(height * width for height, width in data.sizes or [(data.resolution,) * 2])
+        moments = LatentMoments(vae, self.device, at_once=max(1, SMALL**2 // largest))
+        self.features = ImageFeatures(self.conditions(), moments)
         self.module = self.build().to(self.device)
-        unet: Any = self.module.unet
-        if unet.config.out_channels != self.latent_channels:
-            raise ConfigError(f"model: the U-Net draws latents of {unet.config.out_channels} channels, but the "
-                              f"autoencoder of {self.folder} makes {self.latent_channels}.")
         self.optimizer = build_optimizer(self.module, run.optim)
 
-    def _prepare_data(self) -> None:
-        data = self.run.data
-        parts: list[SourceDataset] = [
-            DrawnPairs(source, data.view, reads_condition=self.reads_condition, seed=data.seed,
-                       max_bad_in_a_row=data.max_bad_in_a_row, log=self._log) for source in self.sources]
-        self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
-        self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
-                                   world=self.group.world, workers=self.settings.dataloader_num_workers,
-                                   order=self._order(parts), collate=by_size)
+    def check_side(self, side: int) -> None:
+        """Refuse views of another size than the encoder's, which it might take, and see worse."""
+        if side != self.run.data.tower_size:
+            raise ConfigError(f"data: tower_size is {self.run.data.tower_size}, but the {self.frozen} sees {side} "
+                              "pixels a side.")
 
-    def _prepare_features(self) -> None:
-        data, cache = self.run.data, self.run.data.cache
-        vae = load_autoencoder(self.folder, self.kind)
-        self.scaling, self.latent_channels = float(vae.config.scaling_factor), int(vae.config.latent_channels)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        odd = next((side for size in data.drawn_sizes for side in size if side % factor), None)
-        if odd is not None:
-            raise ConfigError(f"data: {'sizes: ' if data.sizes else 'resolution '}{odd} is no multiple of {factor}, "
-                              "pixels of a latent.")
-        largest = max(height * width for height, width in data.drawn_sizes)
-        moments = LatentMoments(vae, self.device, cache or None, at_once=max(1, SMALL**2 // largest))
-        self.features = PictureFeatures(self.conditions(), moments)
-        if cache:
-            about = {key: value for key, value in self.run.plain["data"].items() if key not in ("cache", "batch_size")}
-            keep_features(self.features, self.batches, self._samples(self.group.world) * self.settings.max_steps,
-                          self.group, folder=self.run.output_dir, batch_size=data.batch_size, about=about,
-                          workers=self.settings.dataloader_num_workers, log=self._log)
-
-    def _order(self, parts: list[SourceDataset]) -> MixedOrder | None:
-        if len(parts) == 1:
-            return None
+    def _drawn(self, source: Any) -> DrawnPairs:
         data = self.run.data
-        return MixedOrder([len(part) for part in parts], [source.weight for source in data.sources], data.seed,
-                          sizes=[part.shard_sizes for part in parts], block=min(map(block_of, parts)))
+        return DrawnPairs(source, data.view, reads_condition=self.reads_condition, seed=data.seed,
+                          max_bad_in_a_row=data.max_bad_in_a_row, log=self._log)
 
     def prepared(self, run: Any) -> None:
         """Log what is trained."""
+        self.board = run.log.board
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         total = sum(p.numel() for p in self.module.parameters())
-        world, pictures = self.group.world, sum(map(len, self.sources))
-        self._log(f"{self.title}: {trained:,} of {total:,} parameters are trained in "
-                  f"{self.settings.precision}, {world} process{'es' if world > 1 else ''} on {self.device.type}; "
-                  f"{pictures:,} pictures of {len(self.sources)} source{'s' if len(self.sources) > 1 else ''}, "
-                  f"{self._samples(world)} a step; output in {self.run.output_dir}.")
+        self._log(f"{self.result}: {trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
+                  f"processes: {self.group.world} on {self.device.type}; {sum(map(len, self.sources)):,} images, "
+                  f"{self._samples(self.group.world)} a step; output in {self.run.output_dir}.")
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
         """The configuration's DeepSpeed block, filled."""
@@ -215,6 +302,38 @@ class PixelTask(Task):
                 loss, mse = loss + share * made["total_loss"], mse + share * made["mse"]
         return loss, {"mse": mse}
 
+    def acts_after(self, step: int) -> bool:
+        """At steps whose samples are drawn."""
+        return self.sample_steps > 0 and step % self.sample_steps == 0
+
+    @torch.no_grad()
+    def after_step(self, step: int) -> None:
+        """Draw held-out images from their own conditions, beside the originals, with the same noise every time."""
+        if not (self.acts_after(step) and self.group.first):
+            return
+        if self.held_out is None:
+            chosen = self.run.data.held_out
+            data = self._drawn(open_pictures(chosen.spec()) if chosen else self.sources[0])
+            groups = by_size([data.get(number) for number in range(min(SAMPLES, len(data)))])
+            self.held_out = [(batch, self.features(batch)) for batch in groups]
+        drawn, originals = list[Image.Image](), list[Image.Image]()
+        self.module.eval()
+        detokenizer = self.detokenizer(load_part(self.folder, self.kind, "scheduler"))
+        for batch, features in self.held_out:
+            height, width = (max(8, side // 8 * 8) for side in batch["image"].shape[2:])
+            befores = [_image(pixels) if edited else None for pixels, edited in zip(
+                batch["condition"], batch["conditioned"], strict=True)] if "condition" in batch else None
+            drawn += detokenizer(self.embeds(features["seen"]), condition_images=befores, height=height, width=width,
+                                 seeds=range(len(batch["key"])), batch_size=1, num_inference_steps=SAMPLE_STEPS)
+            originals += map(_image, batch["image"])
+        self.module.train()
+        sheet = contact_sheet([Row(name, list(map(Cell, images))) for name, images in (
+            ("image", originals), ("drawn", drawn))], f"step {step}", cell=256)
+        (self.run.output_dir / "samples").mkdir(exist_ok=True)
+        sheet.save(self.run.output_dir / "samples" / f"step-{step}.png")
+        if self.board is not None:
+            self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
     def close(self) -> None:
         """End what reads data; a run that was not prepared reads none."""
         if hasattr(self, "batches"):
@@ -235,7 +354,7 @@ class PixelTask(Task):
         if group.first:
             with making_folder(folder, folder, TrainingError) as made:  # never a new U-Net beside an old decoder
                 self.save_result(module, made)
-        return {**self.about_record(), "processes": group.world, "samples_per_step": self._samples(group.world),
+        return {"processes": group.world, "samples_per_step": self._samples(group.world),
                 "bad_samples": len(self.batches.bad_samples()), self.result: str(folder),
                 **{key: round(value, 6) for key, value in self.meter.smooth.items()}}
 
@@ -248,7 +367,7 @@ class PixelTask(Task):
     def identity(self, world: int) -> dict[str, Any]:
         """What is trained, and samples of a step over all processes, from which their order follows."""
         return {"model": self.about_model(), "optimizer": self.run.optim.name, "processes": world,
-                "engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self._zero_stage(),
+                "engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": _zero_stage(self.run),
                 "max_steps": self.settings.max_steps, "samples_per_step": self._samples(world)}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -270,12 +389,13 @@ class PixelTask(Task):
         for state in states[rank::self.group.world]:  # there may have been more processes, or fewer
             self.account.load_state_dict(state)
 
-    def _zero_stage(self) -> int:
-        return int(((self.run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
-
     def _samples(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
 
     def _log(self, text: str) -> None:
         if self.group.first:
             print(f"[{self.name}] {text}", flush=True)
+
+
+def _image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

@@ -44,14 +44,11 @@ class TowerModel:
     Attributes:
         path: its weights, as `QwenVit.from_pretrained`; sizes: None for those beside the weights, or the released ones.
         at_once: views that it takes at a time.
-        cache: a folder where features of views are kept, so that no view is computed twice; None: they are not.
-            4,096 × 256 numbers in half precision are 2 MB a view.
     """
 
     path: str
     sizes: QwenVitConfig | None = None
     at_once: int = setting(16, least=1)
-    cache: str | None = None
 
 
 def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
@@ -81,7 +78,7 @@ def read_tower(config: Mapping[str, Any], where: str = "visual_encoder") -> Towe
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
         _check_target(given["_target_"], TOWER_TARGETS, where)
-        own = {key: value for key, value in given.items() if key in ("at_once", "cache")}
+        own = {key: value for key, value in given.items() if key == "at_once"}
         sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
         given = {"path": given.get(_PATH), "sizes": sizes, **own}
     if not given.get("path"):

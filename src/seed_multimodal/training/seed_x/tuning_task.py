@@ -32,7 +32,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
-from seed_multimodal.seed_x.vision import QwenVitConfig, Resampler
+from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
@@ -41,8 +41,8 @@ from seed_multimodal.training.llm.loss import find_llama, use_attention
 from seed_multimodal.training.llm.model_settings import find_folder
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
-from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
+from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -69,7 +69,7 @@ class TuningTask(LlmTask):
         self.agent_settings, self.tower_settings = read_agent(run.agent), read_tower(run.visual_encoder)
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
-        self.tower: TowerFeatures
+        self.tower: VisionFeatures
         self.pictures = 0.0  # written in this step, in all processes
 
     # ------------------------------------------------------------------------------------------------- the training
@@ -80,7 +80,10 @@ class TuningTask(LlmTask):
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""
-        self.tower = TowerFeatures.open(self.tower_settings, self.device, _DTYPES[self.settings.precision], self._log)
+        settings = self.tower_settings
+        encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
+                                          dtype=_DTYPES[self.settings.precision], log=self._log)
+        self.tower = VisionFeatures(encoder, self.device, settings.at_once)
         sizes: QwenVitConfig = self.tower.model.config
         _check_agent(self.agent_settings, sizes)
         for name, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):

@@ -1,17 +1,14 @@
-"""Training of LaVIT's pixel decoders: both kinds, from real pictures of several sizes; resumed, cached, drawn with."""
+"""Training of LaVIT's pixel decoders: both kinds, from real pictures of several sizes; resumed, drawn with."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import warm_python
-from tiny_detokenizer import ROOT, losses
+from tiny_detokenizer import losses
 from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
@@ -22,10 +19,10 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
-from seed_multimodal.training.lavit.detokenizer import train_lavit_detokenizer
-from seed_multimodal.training.lavit.detokenizer_settings import read_lavit_pixel_run
-from seed_multimodal.training.lavit.picture_codes import PictureCodes
+from seed_multimodal.training.lavit.detokenizer import LavitImages, LavitPixelModel, train_lavit_detokenizer
+from seed_multimodal.training.lavit.rows import ImageCodes
 from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.pixel_decoder.task import read_pixel_run
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CPU = torch.device("cpu")
@@ -125,53 +122,25 @@ def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path,
 # ---- codes
 
 
-def test_a_pictures_codes_are_its_own(parts: Path, tmp_path: Path) -> None:
-    """Drawn patches follow from the picture, in any batch, from a cache too; another seed or rule has other codes."""
+def test_a_pictures_codes_are_its_own() -> None:
+    """Drawn patches follow from the image, in any batch; another seed or rule has other codes."""
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    codes = PictureCodes(tiny_tokenizer(), CPU)
+    codes = ImageCodes(tiny_tokenizer(), CPU)
     made = codes(pixels)
     assert made.shape == (5, 16) and made.dtype == torch.int32
     kept = (made >= 0).sum(1)
     assert 1 <= kept.min() < kept.max() and all((row[:n] >= 0).all() for row, n in zip(made, kept, strict=True))
     assert torch.equal(codes(pixels.flip(0)).flip(0), made)
-    cached = PictureCodes(tiny_tokenizer(), CPU, cache=tmp_path)
-    assert torch.equal(cached(pixels), made)
-    cached.release()
-    assert torch.equal(cached(pixels), made)
-    one = next(tmp_path.rglob("*.safetensors"))
-    one.write_bytes((whole := one.read_bytes())[:20])
-    with pytest.raises(CheckpointError, match="not a complete .*; delete it, and the same command makes the features"):
-        cached(pixels)
-    one.write_bytes(whole)
-    for other in (PictureCodes(tiny_tokenizer(), CPU, seed=1, cache=tmp_path),
-                  PictureCodes(tiny_tokenizer(), CPU, "threshold", cache=tmp_path)):
-        assert not torch.equal(other(pixels), made) and other.folder != cached.folder
-
-
-@pytest.mark.slow
-def test_kept_codes_and_latents_give_the_same_numbers(parts: Path, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    train_lavit_detokenizer(config(parts, tmp_path / "fresh", trainer=SHORT))
-    cached = {"cache": str(tmp_path / "kept")}
-    train_lavit_detokenizer(config(parts, tmp_path / "first", data=cached, trainer=SHORT))
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("is kept")
-
-    monkeypatch.setattr(PictureCodes, "compute", refuse)
-    train_lavit_detokenizer(config(parts, tmp_path / "second", data=cached, trainer=SHORT))
-    assert losses(tmp_path / "second") == losses(tmp_path / "first")
-    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "fresh"), rel=1e-5)
+    for other in (ImageCodes(tiny_tokenizer(), CPU, seed=1), ImageCodes(tiny_tokenizer(), CPU, "threshold")):
+        assert not torch.equal(other(pixels), made)
 
 
 # ---- the program
 
 
 @pytest.mark.parametrize(("changes", "error", "said"), [
-    ({"data": {"sizes": [[16, 17]]}}, ConfigError, "data: sizes: 17 is no multiple of 2"),
     ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
-    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer .* sees 16 pixels a side"),
-    ({"data": {"sources": [{"name": "a", "condition_key": "x"}]}}, ConfigError, "LaVIT reads no condition picture"),
+    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer sees 16 pixels a side"),
     ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
     ({"model": {"start": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
     ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere/.*there is no such folder"),
@@ -225,17 +194,9 @@ def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_pa
 
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
 def test_the_recipes_are_read(kind: str) -> None:
-    run = read_lavit_pixel_run(compose([*(f"{group}={kind}" for group in ("model", "data", "trainer")),
-                                        "output_dir=x"], CONFIGS).config)
+    chosen = [f"{group}={kind}" for group in ("model", "data", "trainer")]
+    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, LavitPixelModel, LavitImages)
     assert run.trainer.max_steps == 20000 and run.data.tower_size == 224 and run.model.trained == "all"
-    assert len(run.data.drawn_sizes) == (6 if kind == "highres" else 1) and run.data.view.seen_by == "bicubic"
+    assert len(run.data.sizes) == (6 if kind == "highres" else 0) and run.data.view.seen_by == "bicubic"
 
 
-@pytest.mark.process
-def test_the_script_asks_for_its_decoder() -> None:
-    script = ROOT / "scripts" / "train_lavit_detokenizer.sh"
-    done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
-    assert done.returncode == 2 and "the first argument is the decoder: highres" in done.stderr
-    done = subprocess.run(["sh", str(script), "lowres", "model.dropout=4"], capture_output=True, text=True,
-                          env={**os.environ, "NPROC": "1", "VIRTUAL_ENV": warm_python.ENVIRONMENT})
-    assert done.returncode == 2 and "model: dropout must be at most 1" in done.stderr

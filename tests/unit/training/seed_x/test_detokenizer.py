@@ -1,17 +1,16 @@
-"""Training of SEED-X's de-tokenizer: both stages on a tiny SDXL, from real files; resumed, cached, drawn with."""
+"""Training of SEED-X's de-tokenizer: both stages on a tiny SDXL, from real files; resumed, averaged, drawn with."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_sdxl
 import torch
-from tiny_detokenizer import CONFIGS, ROOT, config, losses, write_parts
+from PIL import Image
+from tiny_detokenizer import CONFIGS, config, losses, write_parts
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.seed_x.adapter import SDXLAdapter
@@ -19,16 +18,11 @@ from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.llm.cli import main
 from seed_multimodal.training.llm.compose import compose
-from seed_multimodal.training.pixel_decoder.features import (
-    LatentMoments,
-    PictureFeatures,
-    drawn_latents,
-    load_autoencoder,
-)
-from seed_multimodal.training.pixel_decoder.settings import GROUPS
-from seed_multimodal.training.seed_x.detokenizer import train_detokenizer
-from seed_multimodal.training.seed_x.detokenizer_settings import read_detokenizer_run
-from seed_multimodal.training.seed_x.tower_features import TowerFeatures
+from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
+from seed_multimodal.training.pixel_decoder.task import GROUPS, read_pixel_run
+from seed_multimodal.training.seed_x.detokenizer import DetokenizerModel, build_adapter, train_detokenizer
+from seed_multimodal.training.seed_x.vision_features import VisionFeatures
+from seed_multimodal.weights import load_state_dict
 
 CPU = torch.device("cpu")
 
@@ -42,7 +36,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, stage: int) -> None:
     record = train_detokenizer(config(parts, tmp_path / "run", stage))
-    assert record["steps"] == 4 and record["stage"] == stage and record["samples_per_step"] == 4
+    assert record["steps"] == 4 and record["samples_per_step"] == 4
     adapter = SDXLAdapter.from_pretrained(tmp_path / "run" / "adapter", parts / "sdxl")
     assert adapter.reads_condition == (stage == 2)
     start = tiny_sdxl.unet().state_dict()
@@ -79,7 +73,7 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(parts: Path, tmp
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert (tmp_path / "whole" / "adapter" / "model.safetensors").read_bytes() == adapters[0]
     smaller = config(parts, tmp_path / "whole", 2, **changes, data={"batch_size": 2})
-    with pytest.raises(CheckpointError, match="was saved by a run with 8 samples per step, this one has 4"):
+    with pytest.raises(CheckpointError, match="saved by a run with 8 as its samples per step, this one has 4"):
         train_detokenizer(smaller)
 
 
@@ -98,21 +92,16 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("stage", "changes", "error", "said"), [
-    (1, {"data": {"resolution": 17}}, ConfigError, "resolution 17 is no multiple of 2"),
-    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tower .* sees 16 pixels a side"),
+    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision tower sees 16 pixels a side"),
     (1, {"data": {"sources": []}}, ConfigError, "sources must list at least one source"),
     (1, {"data": {"sources": [{"name": "a", "files": "/nowhere/x"}]}}, DataError, "/nowhere/x"),
-    (1, {"data": {"sources": [{"name": "a", "condition_key": "source_image"}]}}, ConfigError,
-     "source 'a' has a condition_key, but the first stage reads no condition picture"),
     (1, {"data": {"sources": [{"name": "a", "fils": "x"}]}}, ConfigError, "unknown key 'fils' .did you mean 'files'"),
-    (1, {"model": {"tokens": 5}}, ConfigError, "The tower's 16 embeddings .* cannot be pooled to 5"),
+    (1, {"model": {"tokens": 5}}, ConfigError, "The encoder's 16 embeddings cannot be pooled to 5"),
     (1, {"model": {"stage": 3}}, ConfigError, "stage: input should be 1 or 2, not 3"),
     (1, {"model": {"trained": "some"}}, ConfigError, "trained: input should be 'key_value' or 'all'"),
     (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "must be at most 1 together, not 2.1"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
-    (1, {"model": {"resampler": {**vars(tiny_sdxl.SIZES), "embedding_dim": 12}}}, ConfigError,
-     "the resampler reads embeddings of width 12, but the tower makes 24"),
 ])
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, stage: int, changes: dict[str, Any],
                                  error: type[Exception], said: str) -> None:
@@ -121,41 +110,11 @@ def test_settings_that_cannot_be(parts: Path, tmp_path: Path, stage: int, change
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.slow
-def test_kept_features_give_the_same_numbers(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The losses are those without (other pictures share a pass, so but for rounding), and neither model runs a second
-    time; a resume does not even look at the pictures again."""
-    train_detokenizer(config(parts, tmp_path / "plain", 2))
-    cached = {"cache": str(tmp_path / "kept")}
-    train_detokenizer(config(parts, tmp_path / "first", 2, data=cached))
-    folders = sorted((tmp_path / "kept").iterdir())
-    assert len(folders) == 2 and sum(folder.name.endswith("-float32-4") for folder in folders) == 1
-
-    def refuse(*_: object) -> None:
-        raise AssertionError("is kept")
-
-    monkeypatch.setattr(LatentMoments, "compute", refuse)
-    monkeypatch.setattr(TowerFeatures, "compute", refuse)
-    train_detokenizer(config(parts, tmp_path / "second", 2, data=cached))
-    assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    assert losses(tmp_path / "first") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
-    with monkeypatch.context() as blind:
-        blind.setattr(PictureFeatures, "keep", refuse)
-        train_detokenizer(config(parts, tmp_path / "second", 2, data=cached))  # complete: nothing is to be done
-        (tmp_path / "second" / "summary.json").unlink()
-        shutil.rmtree(tmp_path / "second" / "checkpoint-4")
-        train_detokenizer(config(parts, tmp_path / "second", 2, data=cached))
-    assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    next(folders[0].glob("*/*.safetensors")).write_bytes(b"damaged")
-    with pytest.raises(CheckpointError, match="not a complete weights file"):
-        train_detokenizer(config(parts, tmp_path / "third", 2, data=cached))
-
-
 def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
     """Under autocast: the autoencoder stays in float32, and a condition's latents are its means, not scaled."""
-    vae = load_autoencoder(parts / "sdxl", SdxlDetokenizer)
+    vae = load_part(parts / "sdxl", SdxlDetokenizer, "vae")
     tower = QwenVit.from_pretrained(parts / "tower")
-    features = PictureFeatures(TowerFeatures(tower, CPU, tokens=4), LatentMoments(vae, CPU))
+    features = ImageFeatures(VisionFeatures(tower, CPU, tokens=4), LatentMoments(vae, CPU))
     batch = {"seen": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "image": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "condition": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
@@ -174,12 +133,6 @@ def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
     torch.testing.assert_close(drawn.std(0), 0.5 * seen.std, atol=0.05, rtol=0.2)
 
 
-def test_a_second_stage_is_no_start_of_a_first(parts: Path, tmp_path: Path) -> None:
-    tiny_sdxl.adapter(2).save_pretrained(tmp_path / "second")
-    with pytest.raises(ConfigError, match="second is of the second stage; train it with stage=2"):
-        train_detokenizer(config(parts, tmp_path / "run", model={"start": str(tmp_path / "second")}))
-
-
 @pytest.mark.slow
 def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pictures"
@@ -196,6 +149,76 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
         train_detokenizer(config(parts, tmp_path / "empty", data={"sources": sources}))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("line", [
+    {"source_image": "before/0.png"}, {"target_image": "after/0.png"}, {"source_image": None, "target_image": "x"},
+    {"source_image": "before/none.png", "target_image": "after/0.png"},
+    {"source_image": "edits.jsonl", "target_image": "after/0.png"}, {"source_image": 3, "target_image": 4}])
+def test_a_pair_with_one_side_missing(line: dict[str, Any], parts: Path, tmp_path: Path,
+                                      capsys: pytest.CaptureFixture[str]) -> None:
+    """Among good ones it is named, counted and replaced; it is never an edit from nothing. Where the first line is such
+    a one, the list's keys are doubted at once."""
+    good = [{"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in (1, 2)]
+    lines = [json.dumps(one) + "\n" for one in (*good, line)]
+    (tmp_path / "edits.jsonl").write_text("".join(lines))
+    source = {"files": str(tmp_path / "edits.jsonl"), "image_root": str(parts), "image_key": "target_image",
+              "condition_key": "source_image"}
+    given = config(parts, tmp_path / "run", 2, data={"sources": [{"name": "mine", **source}]}, trainer={"max_steps": 2})
+    record = train_detokenizer(given)
+    said = capsys.readouterr().out
+    assert record["bad_samples"] == 1 and said.count("skipped: ") == 1 and "edits.jsonl" in said
+    (tmp_path / "edits.jsonl").write_text(lines[-1] * 3)
+    with pytest.raises(DataError, match="samples in a row|has no picture: nothing under key|is 4, not a path"):
+        train_detokenizer({**given, "output_dir": str(tmp_path / "none")})
+
+
+@pytest.mark.slow
+def test_dropout_of_everything_leaves_nothing_to_learn_about_pictures(parts: Path, tmp_path: Path) -> None:
+    """Always without embeddings and condition: another tower changes no loss but through its empty picture."""
+    never, always = ({"dropout": {"embeds": 0.0, "picture": 0.0, "both": share}} for share in (0.0, 1.0))
+    for name, model in (("never", never), ("always", always)):
+        train_detokenizer(config(parts, tmp_path / name, 2, model={**model, "trained": "all"}))
+    blind, seeing = (SDXLAdapter.from_pretrained(tmp_path / name / "adapter", parts / "sdxl")
+                     for name in ("always", "never"))
+    assert not blind.unet.conv_in.weight[:, 4:].any(), "channels of a condition that is never there stay zero"
+    assert seeing.unet.conv_in.weight[:, 4:].any()
+
+
+@pytest.mark.slow
+def test_averaged_weights_are_the_result(parts: Path, tmp_path: Path) -> None:
+    """The adapter is the moving average of the weights after each step, computed here again; averaging changes no
+    step, and the frozen part stays SDXL's."""
+    given = config(parts, tmp_path / "run", trainer={"max_steps": 3, "save_steps": 1, "ema": 0.5})
+    train_detokenizer(given)
+    train_detokenizer(config(parts, tmp_path / "bare", trainer={"max_steps": 3, "save_steps": 1}))
+    assert losses(tmp_path / "run") == losses(tmp_path / "bare")
+    expected = dict(build_adapter(read_pixel_run(given, DetokenizerModel).model).state_dict())
+    for step in (1, 2, 3):
+        now = load_state_dict(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
+        decay = min(0.5, step / (9 + step))
+        expected |= {name: decay * expected[name] + (1 - decay) * value for name, value in now.items()}
+    averaged, last = (load_state_dict(tmp_path / run / "adapter" / "model.safetensors") for run in ("run", "bare"))
+    for name, value in averaged.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+    assert any(not torch.equal(value, last[name]) for name, value in averaged.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: int) -> None:
+    """At each checkpoint by default, beside the originals and into TensorBoard; no step's numbers change."""
+    held = {"name": "held", "files": str(parts / "after")}
+    drawing = {"report_to": ["tensorboard"], "sample_steps": None}
+    train_detokenizer(config(parts, tmp_path / "run", stage, trainer=drawing, data={"held_out": held}))
+    train_detokenizer(config(parts, tmp_path / "bare", stage))
+    sheets = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [file.name for file in sheets] == ["step-2.png", "step-4.png"]
+    assert Image.open(sheets[0]).size[0] > 4 * 256 and not (tmp_path / "bare" / "samples").exists()
+    assert losses(tmp_path / "run") == losses(tmp_path / "bare")
+    events = b"".join(file.read_bytes() for file in (tmp_path / "run" / "tensorboard").rglob("events*"))
+    assert events.count(b"samples") >= 2 and b"PNG" in events
+
+
 # ---- the program
 
 
@@ -203,7 +226,7 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
 def test_the_published_configurations_are_read(stage: int) -> None:
     """At the released sizes; what the paper gives is in them."""
     chosen = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
-    run = read_detokenizer_run(compose([*chosen, "output_dir=x"], CONFIGS).config)
+    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, DetokenizerModel)
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]
     assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"
@@ -224,11 +247,3 @@ def test_what_the_program_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "data: stage1, stage2, tiny, tiny_edits" in (said := capsys.readouterr().out) and "stage2_bf16" in said
 
 
-@pytest.mark.process
-def test_the_script_asks_for_its_stage() -> None:
-    script = ROOT / "scripts" / "train_seed_x_detokenizer.sh"
-    done = subprocess.run(["sh", str(script)], capture_output=True, text=True)
-    assert done.returncode == 2 and "the first argument is the stage: 1" in done.stderr
-    done = subprocess.run(["sh", str(script), "2", "model.stage=4"], capture_output=True, text=True,
-                          env={**os.environ, "NPROC": "1"})
-    assert done.returncode == 2 and "model: stage: input should be 1 or 2, not 4." in done.stderr

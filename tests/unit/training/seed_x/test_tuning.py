@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +13,9 @@ import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
-from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.seed_x.tower_features import TowerFeatures
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
 from seed_multimodal.weights import load_state_dict
@@ -181,30 +177,6 @@ def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Pat
         rates[legacy] = [task.learning_rate(step) for step in (0, 49, 99)]
     assert rates[False][0] > rates[False][1] > rates[False][2] == pytest.approx(1e-3, rel=0.01)
     assert rates[True][1] == pytest.approx(1e-3, rel=0.01) and rates[True][2] > 0.95e-2
-
-
-def test_features_are_kept(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """No view is computed twice; another tower does not find them."""
-    pixels = torch.randint(0, 256, (5, 3, 28, 28), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    tower = QwenVit.from_pretrained(home / "tower")
-    plain = TowerFeatures(tower, torch.device("cpu"), at_once=2)(pixels)
-    kept = TowerFeatures(tower, torch.device("cpu"), at_once=2, cache=tmp_path)
-    close = partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)  # other pictures share a pass
-    close(kept(pixels[:3]), plain[:3])
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 3
-    calls: list[int] = []
-    tower.register_forward_hook(lambda module, given, found: calls.append(len(found)))
-    found = kept(pixels)
-    close(found, plain)
-    assert torch.equal(kept(pixels.flip(0)), found.flip(0)) and calls == [2]
-    other = QwenVit(replace(tower.config, heads=4))  # the same weights, which mean something else
-    other.load_state_dict(tower.state_dict())
-    heads = TowerFeatures(other, torch.device("cpu"))(pixels)
-    assert not torch.equal(heads, plain)
-    assert torch.equal(TowerFeatures(other, torch.device("cpu"), cache=tmp_path)(pixels), heads)
-    with torch.no_grad():
-        tower.proj.add_(1)
-    assert not torch.equal(TowerFeatures(tower, torch.device("cpu"), cache=tmp_path)(pixels), plain)
 
 
 def test_the_original_files_are_read() -> None:
