@@ -67,7 +67,7 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(trainer: Trainer, h
     assert first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-@each([one for one in TRAINERS if one.double])
+@each([one for one in TRAINERS if one.double and one.zero != (2, 3)])
 def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer: Trainer, home: Path, tmp_path: Path) -> None:
     trainer.run(home, trainer.arguments(home, tmp_path / "two", 4, 100, ()), *TWO)
     assert trainer.main(trainer.arguments(home, tmp_path / "one", 4, 100, trainer.double)) == 0
@@ -81,7 +81,8 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer: Trainer,
                          ids=lambda value: getattr(value, "name", f"stage{value}"))
 def test_trainer_under_zero_is_the_plain_one_and_resumes(trainer: Trainer, stage: int, home: Path, tmp_path: Path
                                                          ) -> None:
-    """By the published settings in two processes; the weights of the checkpoint are whole."""
+    """By the published settings in two processes, which see the same data without DeepSpeed; the weights of the
+    checkpoint are whole."""
     out, more = tmp_path / "zero", (f"deepspeed={PUBLISHED[stage]}", "trainer.timeout_minutes=5")
     given = trainer.arguments(home, out, 4, 2, more)
     trainer.run(home, given, *TWO)
@@ -89,7 +90,7 @@ def test_trainer_under_zero_is_the_plain_one_and_resumes(trainer: Trainer, stage
     shutil.rmtree(out / "checkpoint-4")
     assert "(step 2)" in trainer.run(home, given, *TWO)
     assert trainer.losses(out) == found
-    assert trainer.main(trainer.arguments(home, tmp_path / "plain", 4, 2, trainer.double)) == 0
+    trainer.run(home, trainer.arguments(home, tmp_path / "plain", 4, 2, ()), *TWO)
     assert found == pytest.approx(trainer.losses(tmp_path / "plain"), rel=trainer.close)
     own, expected = trainer.result(out), trainer.result(tmp_path / "plain")
     assert own.keys() == expected.keys()

@@ -76,7 +76,7 @@ class LayoutConfig:
     grid: int
     cross_dim: int  # width of the tokens; 0: none
     classes: dict[str, int]
-    anchors: list[list[tuple[float, float, float, float]]]
+    anchors: Sequence[Sequence[tuple[float, float, float, float]]]
     width: int = 256  # of names
     features: int = 48  # channels and side of a thing's map
     side: int = 8

@@ -107,8 +107,8 @@ def write_mixture(folder: Path) -> dict[str, Any]:
     write_tar(folder / "captions" / "0.tar", (member({"image_ids": codes(), "text": words(9)}) for _ in range(40)))
     write_tar(folder / "captions" / "1.tar", (member({"image_ids": codes(), "text": words(9)}) for _ in range(11)))
     write_tar(folder / "documents" / "0.tar", (
-        member({"image_ids": [codes(), None, codes(), None], "texts": [None, words(8), None, words(8)],
-                **({} if number == 7 else {"metadata": {}})})  # the eighth is broken: it is skipped
+        member({"image_ids": [codes(), None, codes(), None], "metadata": {},
+                ("no texts" if number == 7 else "texts"): [None, words(8), None, words(8)]})  # the eighth is skipped
         for number in range(25)))
     write_json_lines(folder / "texts.jsonl", ({"text": words(60)} for _ in range(30)))
     write_json_lines(folder / "chats.jsonl", (

@@ -48,7 +48,7 @@ def test_named_and_never(runs, train, tmp_path):
     out = train("out", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=2")
     with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
         train("out", "--resume", "never")
-    with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume"):
         train("other", "--resume", str(tmp_path / "nowhere"))
     other = train("other", "trainer.max_steps=2", "--resume", str(out / "checkpoint-1"))
     assert runs.losses(other)[2] == runs.losses(out)[2]
@@ -56,7 +56,6 @@ def test_named_and_never(runs, train, tmp_path):
     branch = train("out", "trainer.max_steps=5", "trainer.save_steps=1", "trainer.save_total_limit=2")
     assert [step for step, _ in checkpoints(branch)] == [5, 4]
     train("branch", "trainer.max_steps=4", "trainer.save_steps=1")
-    (tmp_path / "branch" / "checkpoint-4" / "manifest.json").unlink()
     train("branch", "trainer.max_steps=3", "trainer.save_total_limit=1", "--resume",
           str(tmp_path / "branch" / "checkpoint-2"))
     assert [step for step, _ in checkpoints(tmp_path / "branch")] == [4, 3]
@@ -64,9 +63,9 @@ def test_named_and_never(runs, train, tmp_path):
     train("third", "trainer.max_steps=3", "--resume", str(tmp_path / "branch" / "checkpoint-3"))
     summary = json.loads((tmp_path / "third" / "summary.json").read_text())
     assert Path(summary["checkpoint"]) == tmp_path / "branch" / "checkpoint-3"
-    with pytest.raises(ConfigError, match=r"was saved with the model .*start from its weights"):
+    with pytest.raises(CheckpointError, match=r"was saved by a run with .* as its model.*take only its weights"):
         train("out", model={"lora": runs.LORA})
-    with pytest.raises(ConfigError, match="was saved with the optimiser adamw, this run has adamw_hf"):
+    with pytest.raises(CheckpointError, match='with "adamw" as its optimiser, this one has "adamw_hf"'):
         train("out", "optim.name=adamw_hf")
     with pytest.raises(ConfigError, match="length 160, and now it is 128"):
         train("out", "trainer.max_steps=3", "data.length=128")

@@ -82,7 +82,7 @@ class Chat(Decoder):
         for place, message in enumerate(self.need(fields, "messages", list)):
             if message.get("role") != ROLES[place % 2]:
                 raise BadRecord("wrong role", f"messages[{place}]: must be the {ROLES[place % 2]}'s turn.")
-            content = self.need({f"messages[{place}].content": message.get("content")}, f"messages[{place}].content",
+            content: Any = self.need({f"messages[{place}].content": message.get("content")}, f"messages[{place}].content",
                                 object)
             turns.append((message["role"], [content] if isinstance(content, str) else list(content)))
         if not turns or len(turns) % 2:

@@ -114,7 +114,7 @@ class PictureDecoder(OpenedDecoder):
         """See `OpenedDecoder`: between `<s>` and `</s>`, without white space next to images."""
         self.add(sequence, [self.tokenizer.bos_id], [IGNORED])
         for segment in draft.segments:
-            parts = merge_text(list(segment.parts))
+            parts: list[Any] = merge_text(list(segment.parts))
             for place, part in enumerate(parts):
                 if isinstance(part, str):
                     part = part.lstrip() if place else part

@@ -212,7 +212,7 @@ class LlmBatches:
                         for number in broken or [0] * len(self.mixture.names)]
         self.waiting: list[_Waiting] = []  # the look-ahead of packing, the oldest first
         self.positions = self.tokens = 0
-        self.sources = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}, "too_long": {}}
+        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}, "too_long": {}}
                         for _ in self.mixture.names]
 
     def _open(self) -> None:

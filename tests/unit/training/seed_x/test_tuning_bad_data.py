@@ -35,9 +35,6 @@ TALKS = [
     (talk("What is it?", "It is red."), None),
     ("", None), ("   ", None),  # no record at all
     (talk("What is it?", f"It is {BOX.format(4)}."), None),
-    (talk("What is it?", f"It is {BOX.format(99)}."), "malformed box"),
-    (talk("What is it?", "<box_start><loc-1><loc-2><box_end>"), "malformed box"),
-    (talk("What is it?", "It is <img><img_00000></img>."), "control word"),
     (talk("What is it?", "It is red", image="gone.jpg"), "is not there"),
     (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
     (talk("What is it?", "It is red", image="text.jpg"), "picture"),
@@ -60,7 +57,7 @@ TURNS = [
         {"role": "assistant", "content": [{"image": "red.jpg"}]}]}), "placeholder"),
     (json.dumps({"messages": [
         {"role": "user", "content": [{"image": "grey.jpg"}, "Make it red."]},
-        {"role": "assistant", "content": [LONG, {"image": "red.jpg"}]}]}), "a picture ends behind"),
+        {"role": "assistant", "content": [LONG, {"image": "red.jpg"}]}]}), "do not fit"),
     (json.dumps({"messages": [{"role": "user", "content": ["Say red."]}]}), "wrong role"),
     (json.dumps({"messages": [{"role": "assistant", "content": ["red"]}]}), "wrong role")]
 
@@ -113,17 +110,17 @@ def test_what_cannot_be_used_is_counted_and_named(packing: bool, parts: ModuleTy
                 name, number, reason, found, places)
     caption = sources["caption"]
     assert caption["sequences"] == 1 or not packing
-    reasons = {reason.partition(" within")[0]: entry["first"] for reason, entry in caption["skipped"].items()}
-    for reason, sample in (("the caption is too long to draw from", 1), ("empty text", 2), ("broken record", 3)):
+    reasons = {reason.partition(" into")[0]: entry["first"] for reason, entry in caption["skipped"].items()}
+    for reason, sample in (("its images do not fit", 1), ("empty text", 2), ("broken record", 3)):
         assert any(f"sample {sample:04}" in place for place in reasons[reason]), reasons
     assert re.search(r"captions.tar: .*torn or damaged after sample 0003", said), said
-    assert any("gone.jpg" in line for line in lines) and any("too long to draw" in line for line in lines)
+    assert any("gone.jpg" in line for line in lines) and any("do not fit" in line for line in lines)
 
 
 def test_too_much_of_it_ends_the_run(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     data = write_bad(parts, home, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"batch_size": 1, "cycles": None}
-    (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "malformed box"))
+    (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "is not there"))
     with pytest.raises(DataError, match=r"Source conversation: no record can be used .*talks.jsonl: line"):
         train_llm(parts.config_of(home, tmp_path / "out", data=data), TuningTask)
