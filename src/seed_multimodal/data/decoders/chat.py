@@ -82,8 +82,8 @@ class Chat(Decoder):
         for place, message in enumerate(self.need(fields, "messages", list)):
             if message.get("role") != ROLES[place % 2]:
                 raise BadRecord("wrong role", f"messages[{place}]: must be the {ROLES[place % 2]}'s turn.")
-            content: Any = self.need({f"messages[{place}].content": message.get("content")}, f"messages[{place}].content",
-                                object)
+            name = f"messages[{place}].content"
+            content: Any = self.need({name: message.get("content")}, name, object)
             turns.append((message["role"], [content] if isinstance(content, str) else list(content)))
         if not turns or len(turns) % 2:
             raise BadRecord("wrong role", "messages: the conversation ends without an answer.")
