@@ -52,8 +52,8 @@ def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
     """
     codec = open_images(str(folder), log=print)
     # the block in the middle: pictures that the last one maps near to scenes are still apart there
-    blocks = max(((name, one) for name, one in codec.encoder.named_modules()
-                  if isinstance(one, nn.ModuleList | nn.Sequential)), key=lambda found: len(found[1]))
+    blocks = next((name, one) for name, one in codec.encoder.named_modules()
+                  if isinstance(one, nn.ModuleList | nn.Sequential) and all(key.isdigit() for key in one._modules))
     layer = f"{blocks[0]}.{len(blocks[1]) // 2}"
     torch.manual_seed(seed)
 
