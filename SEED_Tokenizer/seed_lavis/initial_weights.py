@@ -19,6 +19,7 @@ from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.eva import eva_from_clip
 from seed_multimodal.seed.checkpoints import VISION, VISION_URL, load_blip2, load_clip_vision, load_vision
+from seed_multimodal.training.label_heads import load_label_heads
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
@@ -111,7 +112,7 @@ def label_heads(options: Stage2Options) -> LabelHeads:
     """The frozen classifiers of `model.label_heads`."""
     if not options.label_heads:
         raise ConfigError("model.label_weight needs the heads: give their safetensors file as model.label_heads.")
-    heads = LabelHeads.load(file := locate(options.label_heads))
+    heads = load_label_heads(file := locate(options.label_heads))
     if heads.width != options.image_features_dim:
         raise CheckpointError(f"{file}: its heads read embeddings {heads.width} wide, model.image_features_dim is "
                               f"{options.image_features_dim}.")

@@ -28,6 +28,7 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.training import Stage1Model, Stage2Model, Stage2Weights
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.label_heads import label_divergence
 
 
 @registry.register_model("blip2_casual")
@@ -108,7 +109,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             target = target_embeddings(self.clip_model, images, vit if self.shares_encoder else None)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
-        labels = None if self.label_heads is None else self.label_heads.divergence(out.embeds, out.target).mean()
+        labels = None if self.label_heads is None else label_divergence(self.label_heads, out.embeds, out.target).mean()
         loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                              loss_distil_image=out.loss_distil,

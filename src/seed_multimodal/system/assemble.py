@@ -58,8 +58,8 @@ def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: di
     target = output_folder(out, force=force, what="the system", read=parts.values())
     with making_folder(target, out, ConfigError) as folder:
         if card is not None:
-            for key in {"domain", "known_words"} & settings.keys():
-                settings[key] = Path(shutil.copy2(settings[key], folder)).name
+            if "known_words" in settings:
+                settings["known_words"] = Path(shutil.copy2(settings["known_words"], folder)).name
             text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens it.\n"
             replace_text(folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text)
         join(kind, folder, parts, settings, whole=card is not None)

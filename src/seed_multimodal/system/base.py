@@ -100,6 +100,7 @@ class MultimodalSystem(Generator, HubUpload):
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
         system.llm_device = llm.device if "llm" in parked else None
+        system._log_note(config.notice)
         return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -180,13 +181,13 @@ class MultimodalSystem(Generator, HubUpload):
         items = all_shown(images)
         seeds = one_seed_each(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
-        codes = iter(self._codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
+        codes = iter(self.codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
         values = [next(codes) if is_image(item) else item for item in items]
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
     def tokenize(self, images: Any) -> Any:
         """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
-        return self._codes_of(all_shown(images), ())
+        return self.codes_of(all_shown(images), ())
 
     def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
              previews: Sequence[int] | None = None, should_stop: Callable[[], bool] | None = None,
@@ -232,11 +233,10 @@ class MultimodalSystem(Generator, HubUpload):
 
     # ---- building blocks
 
-    def note(self, message: Message) -> str:
-        """What there is to say of a message's words and images that are unlike those of the training, or nothing."""
+    def note(self, *messages: Message) -> str:
+        """One sentence about words that the system did not learn, or nothing."""
         known = self.config.known_words
-        words = read_known_words(known).note(message.text) if known else ""
-        return " ".join(filter(None, (words, self.images.note(message.images))))
+        return read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
 
     def write(self, conversations: Sequence[Sequence[Message]], task: Task, settings: GenerationSettings,
               opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH) -> list[Written]:
@@ -275,12 +275,11 @@ class MultimodalSystem(Generator, HubUpload):
                                 seeds=None if seeds is None else [seeds[row] for row in rest]))
         return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
-    # ---- inside
-
-    def _codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
+    def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
         """Codes of images; `seeds`: of encoders that draw."""
-        self._log_note(self.images.note(images))
         return self.images.encode(images)
+
+    # ---- inside
 
     def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int,
              options: dict[str, Any]) -> Any:
@@ -290,7 +289,7 @@ class MultimodalSystem(Generator, HubUpload):
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several
         seeds = None if seed is None else one_seed_each(seed, len(conversations))
-        self._log_note(self.note(conversations[0][-1]) if single else "")
+        self._log_note(self.note(*(one[-1] for one in conversations)))
         written = self.write(conversations, task, settings, batch_size=batch_size, seeds=seeds)
         said = [self.said(one.answer, task) for one in written]
         return said[0] if single else said
@@ -301,7 +300,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
-        self._log_note(self.note(conversations[0][-1]) if len(conversations) == 1 else "")
+        self._log_note(self.note(*(one[-1] for one in conversations)))
         each = num_images if self.settings(task, **options).samples else 1  # else the same codes for all of a text
         written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
                                     seeds=seeds[::num_images // each], **options)

@@ -50,7 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
                "edit_grids": ("1x1",), "generation": {"max_new_tokens": 512, "do_sample": False},
                "tasks": SEED_X_TASKS},
     "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""}}
-COMMON = ("system", "previews", "domain", "domain_threshold", "known_words")
+COMMON = ("system", "notice", "previews", "known_words")
 
 # The originals' inference scripts (top_k 50 is the library default that they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
@@ -109,8 +109,7 @@ class SystemConfig:
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""
     previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
-    domain: Path | None = None  # see `system.images`
-    domain_threshold: float = 0.0
+    notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
     lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`

@@ -80,7 +80,7 @@ class PairDataset(SourceDataset):
         image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`), whose `read`
             gives uint8 to be normalised on the device; or any image -> tensor: with an argument `generator` (the
             sample's), or with the global generators of torch, numpy and Python seeded around the call.
-        text_transform: caption -> caption (`language.words.BlipCaption`); None keeps it.
+        text_transform: caption -> caption (`seed.captions.BlipCaption`); None keeps it.
     """
 
     def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],

@@ -20,7 +20,7 @@ from seed_multimodal.data.stream.pair_dataset import PairDataset
 from seed_multimodal.data.stream.step_batches import StepBatches
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.language.words import BlipCaption
+from seed_multimodal.seed.captions import BlipCaption
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 
