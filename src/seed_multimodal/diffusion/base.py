@@ -42,8 +42,7 @@ OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """`seed_decode.json` in a diffusion folder changes the defaults; a guidance up to 1 runs the U-Net once a step;
-    `height` and `width` in pixels, None: those of the U-Net's training."""
+    """Defaults may stand in a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels."""
 
     num_inference_steps: int = setting(20, least=1, most=1000)
     guidance_scale: float = 10.0

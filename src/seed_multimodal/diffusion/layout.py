@@ -1,5 +1,5 @@
-"""Layouts for the small U-Nets of the shipped models, read from an embedding: expected latents, from which sampling starts
-(their noise schedules end at a signal share above zero), and cross-attention tokens of the places."""
+"""Layouts for the small U-Nets of the shipped models, read from an embedding: expected latents, from which sampling
+starts (their noise schedules end at a signal share above zero), and cross-attention tokens of the places."""
 
 from __future__ import annotations
 

@@ -36,13 +36,6 @@ class Noised:
         return {"total_loss": loss, "mse": loss.detach()}
 
 
-def training_schedule(scheduler: Any) -> Any:
-    """A `DDPMScheduler` with a sampler's noise schedule (SDXL's sampler, Euler, adds noise on another scale)."""
-    from diffusers import DDPMScheduler
-
-    return DDPMScheduler.from_config(scheduler.config)
-
-
 def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, crop: tuple[int, int] = (0, 0),
              count: int = 1) -> Tensor:
     """SDXL's conditions `[count, 6]` (Podell et al. 2023, 2.2): original size, crop (top, left), target size."""

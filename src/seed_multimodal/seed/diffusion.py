@@ -100,12 +100,14 @@ class UnclipDetokenizer(SeedDetokenizer):
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         embeds = embeds.to(self.device)
-        start = self.start(generators, self.size(settings), embeds) if start is None else start
+        if self.layout is not None and start is None:  # without a layout as the stock pipeline: after the embeddings'
+            start = self.start(generators, self.size(settings), embeds)
         labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
         if settings.guidance_scale > 1:
             away = torch.zeros_like(labels) if negatives is None else self.noised(negatives, 0, generators)
             labels = torch.cat([away, labels])
             prompt = torch.cat([prompt if self.layout is None else torch.zeros_like(prompt), prompt])
+        start = self.start(generators, self.size(settings), None) if start is None else start
         conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
         return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
 

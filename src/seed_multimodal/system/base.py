@@ -3,13 +3,10 @@
     messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
     system = MultimodalSystem.from_pretrained("nano")
-    system.describe("cat.png")                     # one image: a text
-    system.describe(["cat.png", "dog.png"])        # a list is a batch: a list of texts
+    system.describe("cat.png")                     # a text; of a list of images a list of texts
     system.describe([["cat.png", "dog.png"]])      # two images in one prompt
-    system.draw("a blue fish", num_images=4)
 
-A family says how conversations become prompts (`requests`) and what its images are drawn from (`values`), and brings an
-`ImageCodec`.
+A family says how conversations become prompts (`requests`) and what images are drawn from (`values`).
 """
 
 from __future__ import annotations
@@ -60,11 +57,8 @@ class Written:
 
 
 class MultimodalSystem(Generator, HubUpload):
-    """A loaded system; make one with `from_pretrained`.
-
-    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`, …) as
-    keywords; defaults are the system's own. Threads use its language model and its codec one at a time.
-    """
+    """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
+    (`num_inference_steps`, …) as keywords. Threads use its language model and its codec one at a time."""
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
                  log: Log = None) -> None:
@@ -72,7 +66,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
-        for task in ("describe", "ask", "draw", "edit", "chat"):
+        for task in ("describe", "draw", "chat"):
             self.settings(task)  # wrong defaults in system.json are reported now
 
     @classmethod
@@ -80,14 +74,12 @@ class MultimodalSystem(Generator, HubUpload):
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
                         load_decoder: bool = True, **parts: Any) -> Self:
-        """Load a system; its de-tokenizer is loaded when the first image is drawn.
+        """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
+        loaded when the first image is drawn.
 
-        Args:
-            name: nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit, or a folder.
-            device, dtype: see `choose_device`; the choice goes to `log`. quantization: "8bit" or "4bit" for the LLM.
-            image_device, drawing_device: where images are encoded and drawn, if not on `device`.
-            offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder".
-            load_decoder: False: a system that never draws. parts: keys of `SystemConfig`, folders or hub names.
+        `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
+        part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
+        a system that never draws; `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
@@ -117,8 +109,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
                  seeds: Sequence[int | None] | None = None) -> list[Prompt]:
-        """Conversations as prompts; all their images are encoded together. `opening`: text of a forced answer, at the
-        end of the prompt; `seeds`: of encoders that draw (LaVIT's)."""
+        """Conversations as prompts, which end with `opening`; `seeds`: of encoders that draw (LaVIT's)."""
         raise NotImplementedError
 
     def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
@@ -149,8 +140,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
             **options: Any) -> Any:
-        """The answer to a question (one for all images, or one each) about an image: a text; a list of texts for a list
-        of images. `short`: ask as the system was tuned to be asked."""
+        """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
         asked = each_text(self.tasks.question, question) if short else question
         return self._say(images, asked, "ask", batch_size, options)
 
@@ -160,9 +150,8 @@ class MultimodalSystem(Generator, HubUpload):
 
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
-        """An image of `text`; a list of images for a list of texts, or where `num_images` is given. `seed`: one for all
-        texts, or one each; image n of a text has `seed` + n. `verbatim`: `text` is the whole request. Raises
-        `GenerationError` where the answer holds no whole image."""
+        """An image of `text`; a list for a list of texts, or of `num_images`. `seed`: one for all texts, or one each;
+        image n has `seed` + n. `verbatim`: `text` is the whole request. Raises `GenerationError`: no whole image."""
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
@@ -194,11 +183,9 @@ class MultimodalSystem(Generator, HubUpload):
              **options: Any) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
-        Args:
-            stream: yield events (see `language.streaming`) while the answer is made.
-            force_image: make the model answer with an image.
-            previews: after how many codes a stream shows what there is of an image; None: as `system.json` says.
-            should_stop: called before each token and each drawing; true ends the answer there.
+        `stream`: yield events (see `language.streaming`) while the answer is made; `force_image`: answer with an image;
+        `previews`: after how many codes a stream shows what there is of an image, None: as `system.json` says;
+        `should_stop`: called before each token and each drawing, true ends the answer there.
         """
         conversation = read_messages(messages)
         task = self.task_of(conversation, force_image)
@@ -258,8 +245,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
                      seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
-        """Answers to conversations that ask for one image, not drawn yet. The model may say something first
-        (`draw_words` and `edit_words` of `TaskPrompts`); only where no image follows, it is forced."""
+        """Answers that hold one image, not drawn yet, after some words (`TaskPrompts`); forced where none follows."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))

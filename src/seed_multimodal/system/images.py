@@ -1,5 +1,4 @@
-"""The image side of a system: a vision encoder, and a de-tokenizer that is loaded when the first image is drawn; and
-where the parts of a system compute."""
+"""The image side of a system (vision encoder, and de-tokenizer when it first draws); where its parts compute."""
 
 from __future__ import annotations
 
@@ -31,8 +30,7 @@ OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 @dataclass(frozen=True)
 class Runtimes:
-    """Where the parts of a system compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while
-    they do not work."""
+    """Where parts compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while they rest."""
 
     llm: Runtime
     images: Runtime

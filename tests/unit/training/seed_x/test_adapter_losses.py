@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import Noised, size_ids, training_schedule
+from seed_multimodal.diffusion.training import Noised, size_ids
 from seed_multimodal.training.seed_x.detokenizer import ConditionDropout, adapter_losses
 
 NEVER = ConditionDropout(0.0, 0.0, 0.0)
@@ -26,8 +26,9 @@ class Recorder(nn.Module):
 
 @pytest.fixture(scope="module")
 def schedule() -> Any:
-    return training_schedule(EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                                    timestep_spacing="leading", steps_offset=1))
+    sampler = EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                     timestep_spacing="leading", steps_offset=1)
+    return DDPMScheduler.from_config(sampler.config)
 
 
 def _batch(count: int) -> dict[str, Tensor]:
