@@ -12,7 +12,6 @@ import yaml
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.config import LoopSettings
 from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.cli import main
 from seed_multimodal.training.llm.compose import compose
@@ -32,8 +31,8 @@ PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deep
     --logging_nan_inf_filter no --log_level info"""
 
 
-def loop_settings(trainer: dict) -> LoopSettings:
-    return read_settings(TrainerSettings, trainer, "trainer").loop_settings()
+def trainer_settings(trainer: dict) -> TrainerSettings:
+    return read_settings(TrainerSettings, trainer, "trainer")
 
 
 @pytest.fixture
@@ -219,7 +218,8 @@ def test_a_loss_kernel_that_cannot_run_is_refused_at_the_start(kernel, more, wor
 @pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
 def test_deepspeed_files_are_filled(file):
     precision = "bf16" if "bf16" in file.stem else "fp16"
-    settings = loop_settings({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
+    micro_steps = 1 if "mefft" in file.stem else 4
+    settings = trainer_settings({"precision": precision, "gradient_accumulation_steps": micro_steps})
     filled, remarks = fill_config(json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64)
     assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
     micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
@@ -250,14 +250,14 @@ def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, t
 def test_deepspeed_files_must_agree_with_the_trainer():
     mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, but 4"):
-        fill_config(mefft, loop_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, trainer_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="no fp16 block"):
-        fill_config({"zero_optimization": {"stage": 2}}, loop_settings({"precision": "fp16"}), world=1, rows=1,
+        fill_config({"zero_optimization": {"stage": 2}}, trainer_settings({"precision": "fp16"}), world=1, rows=1,
                     hidden_size=8)
     with pytest.raises(ConfigError, match="bf16 is True there"):
-        fill_config(mefft, loop_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, trainer_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
-        fill_config({"zero_optimization": {"stage": 5}}, loop_settings({}), world=1, rows=1, hidden_size=8)
+        fill_config({"zero_optimization": {"stage": 5}}, trainer_settings({}), world=1, rows=1, hidden_size=8)
 
 
 @pytest.mark.parametrize(("precision", "given", "used"), [

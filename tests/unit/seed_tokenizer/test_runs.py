@@ -51,7 +51,7 @@ def test_learning_rates_are_the_originals(yaml, options, rates):
     for epoch, iteration, rate in rates:
         assert task.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
     halved = task_of(built(yaml("stage1", *options, "run.accum_grad_iters=2")))
-    assert halved.settings.steps == task.settings.steps // 2
+    assert halved.settings.max_steps == task.settings.max_steps // 2
     assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
 
 

@@ -30,12 +30,11 @@ from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
-from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
-from seed_multimodal.training.llm.trainer_settings import LoopTrainerSettings
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
@@ -106,25 +105,16 @@ class ImageData:
 
 
 @dataclass
-class PixelTrainer(LoopTrainerSettings):
-    """Settings of the trainer.
+class PixelTrainer(TrainerConfig):
+    """Settings of the trainer. Without `save_frozen` a resume reads the frozen part of the U-Net where the run began
+    (`model.start`, or the model's diffusers folder); the result of a run is always whole.
 
     Attributes:
-        ema: decay of the averaged weights, which are the result (0: none).
-        save_frozen: whether checkpoints hold the frozen part of the U-Net, too. Without, a resume reads it where the
-            run began (`model.start`, or the model's diffusers folder); the result of a run is always whole.
         sample_steps: held-out images are drawn into `samples/` every so many steps (0: never; None: `save_steps`).
     """
 
-    ema: float = setting(0.0, least=0, below=1)
     save_frozen: bool = False
     sample_steps: int | None = setting(None, least=0)
-
-    def loop_settings(self) -> LoopSettings:
-        """The same for the trainer."""
-        made = super().loop_settings()
-        made.ema, made.save_frozen = self.ema, self.save_frozen
-        return made
 
 
 @dataclass
@@ -273,7 +263,7 @@ class PixelTask(Task):
         """The configuration's DeepSpeed block, filled."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world,
+        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
         for remark in filter(None, [*remarks, use_offload_threads(config)]):
             self._log(remark)
