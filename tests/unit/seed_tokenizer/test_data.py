@@ -73,8 +73,8 @@ def test_to_device_normalises_what_workers_send(tmp_path):
     data = build("unsplash", {"storage": str(tmp_path / "0.tar")}, **exact)["train"]
     from seed_lavis.datasets import to_device
 
-    from seed_multimodal.data.stream.pair_dataset import PairDataset
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
+    from seed_multimodal.data.stream.pairs_dataset import PairDataset
 
     def whole(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
         return data.image_transform(image, generator)
@@ -139,7 +139,7 @@ def test_build_datasets_with_a_wrong_section(info, more, sentence):
 def test_mixed_order_draws_joined_sets_in_their_ratios(tmp_path, pictures):
     from seed_lavis.datasets import mixed_order, split_of
 
-    from seed_multimodal.data.stream.pair_dataset import JoinedPairs
+    from seed_multimodal.data.stream.pairs_dataset import JoinedPairs
 
     shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])
     listed = {"annotations": {"train": {"storage": str(pictures / "pairs.json")}}}
