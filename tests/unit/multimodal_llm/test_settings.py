@@ -156,6 +156,18 @@ def test_refusals_are_one_sentence(arguments, words, files):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("program", "lines"), [
+    ("train", ("trainer: lavit_pretrain, nano", "trainer.max_steps=1000", "data.sources[].weight=1.0")),
+    ("train_seed_x_sft", ("agent.losses.rec_loss_scale=6.0", "visual_encoder.path=???")),
+    ("train_lavit", ("visual_encoder.", "optim.learning_rate=0.00015")),
+    ("train_seed_x_detokenizer", ("model: stage1, stage2, tiny", "model.resampler.", "trainer.ema=0.0")),
+    ("train_lavit_detokenizer", ("model.diffusion=???", "data.tower_size=224"))])
+def test_help_lists_files_and_keys_with_defaults(program, lines, capsys):
+    assert main(program, CONFIGS, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "???" in shown and all(line in shown for line in lines)
+
+
 def test_what_is_only_printed_needs_no_output_folder(files, capsys):
     chosen = [f"{group}={file}" for group, file in files.items()]
     assert main("train", CONFIGS, [*chosen, "trainer.max_steps=7", "--cfg", "job"]) == 0
