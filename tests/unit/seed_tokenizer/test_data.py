@@ -75,10 +75,9 @@ def test_to_device_normalises_what_workers_send(tmp_path):
 
     from seed_multimodal.data.stream.loader import StepBatches
     from seed_multimodal.data.stream.pairs_dataset import PairDataset
+    from seed_multimodal.images.io import open_image
 
-    def whole(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-        return data.image_transform(image, generator)
-
+    whole = SimpleNamespace(read=lambda image, name, generator: data.image_transform(open_image(image), generator))
     at_once = PairDataset(data.source, whole, data.text_transform, seed=data.seed)
     with StepBatches(data, 4, seed=0, workers=1) as sent, StepBatches(at_once, 4, seed=0) as made:
         batch, expected = sent.at(0), made.at(0)
