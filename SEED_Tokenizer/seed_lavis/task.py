@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from seed_lavis.compat import ImageTextPretrainTask, registry
 from seed_lavis.datasets import to_device
 from seed_lavis.validation import mean_losses
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.codebook import CodebookMaintenance
 from seed_multimodal.training.config import StageConfig

@@ -76,7 +76,7 @@ OF_BOTH = {"precision": "bf16", "gradient_checkpointing": True, "max_grad_norm":
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("way", ["script", "groups"])
 def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.training.llm.model_settings import read_model_settings
 
     monkeypatch.chdir(runs.APPLICATION)
@@ -195,7 +195,7 @@ def test_settings_are_checked(more, words, files, runs, tmp_path):
 
 
 def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.training.llm.model_settings import read_model_settings
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):

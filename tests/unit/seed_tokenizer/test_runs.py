@@ -33,7 +33,7 @@ def task_of(runner):
     from seed_lavis.datasets import split_of
     from seed_lavis.task import TokenizerTask
 
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
 
     return TokenizerTask(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
 
@@ -192,7 +192,7 @@ def test_kmeans_starts_the_codebook_at_the_features(yaml):
 
 def test_bad_samples_of_both_parts_of_a_run_count(yaml, run, pictures, tmp_path, capsys):
     """The first part meets a torn image; the second, resumed, sees the other half of the set."""
-    from seed_multimodal.data.stream.order import EpochOrder
+    from seed_multimodal.data.stream.sampler import EpochOrder
 
     folder = shutil.copytree(pictures, tmp_path / "copied")
     items = json.loads((folder / "pairs.json").read_text())

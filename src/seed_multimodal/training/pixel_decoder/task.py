@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
-from seed_multimodal.data.stream.order import MixedOrder
-from seed_multimodal.data.stream.pair_dataset import JoinedPairs, SourceDataset, sample_seed
-from seed_multimodal.data.stream.step_batches import StepBatches, block_of
+from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset, sample_seed
+from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.training import training_schedule
@@ -227,7 +227,7 @@ class PixelTask(Task):
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         order = None if len(parts) == 1 else MixedOrder(
             [len(part) for part in parts], [source.weight for source in data.sources], data.seed,
-            sizes=[part.shard_sizes for part in parts], block=min(map(block_of, parts)))
+            sizes=[part.shard_sizes for part in parts], block=min(part.shuffle_block for part in parts))
         self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
                                    world=self.group.world, workers=self.settings.dataloader_num_workers, order=order,
                                    collate=by_size)
