@@ -91,11 +91,12 @@ def detect(args: argparse.Namespace) -> int:
     def show(name: str, detection: Any) -> None:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
-        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else "nothing drawn"
+        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
         text = detection.text.replace("</s>", "").strip()
         boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
         record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes], "text": text}
-        common.emit(args, record | {"drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
+        line = f"{name}: {boxes} ({path})" if path else f"{name}: {boxes}"
+        common.emit(args, record | {"drawn": path, "problems": detection.problems}, line)
 
     return _each_image(args, "detect", args.phrase, show)
 
