@@ -98,16 +98,8 @@ class SourceDataset(BadSamples):
 class PairDataset(SourceDataset):
     """Image and caption: `image` (what the transform gives), `caption`, `key`.
 
-<<<<<<< HEAD:src/seed_multimodal/data/stream/pair_dataset.py
-    Args:
-        image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`), whose `read`
-            gives uint8 to be normalised on the device; or any image -> tensor: with an argument `generator` (the
-            sample's), or with the global generators of torch, numpy and Python seeded around the call.
-        text_transform: caption -> caption (`seed.captions.BlipCaption`); None keeps it.
-=======
     `image_transform`: one of ours, whose `read` gives uint8 to be normalised on the device, or any image -> tensor,
     with the global generators seeded around the call. `text_transform`: caption -> caption; None keeps it.
->>>>>>> main:src/seed_multimodal/data/stream/pairs_dataset.py
     """
 
     def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],
