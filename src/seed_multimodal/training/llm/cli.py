@@ -30,7 +30,7 @@ from seed_multimodal.settings import check_keys, describe_settings, nearest
 from seed_multimodal.training.llm.model_settings import find_folder
 
 # Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.data_settings:LlmDataSettings",
+_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
         "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.trainer_settings:TrainerSettings",
         "tokenizer": "", "deepspeed": "", "eval_data": ""}
 _PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
