@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, Draws, SeededDraws, TokenSequence, some_picture
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, SeededDraws, TokenSequence
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
@@ -68,8 +68,7 @@ class Mixture:
                                      cache=settings.cache, options=source.format_options,
                                      others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
                         for source in settings.sources]
-        self.decoders = [_decoder(source, records, tokenizer)
-                         for source, records in zip(settings.sources, self.records, strict=True)]
+        self.decoders = [_decoder(source, tokenizer) for source in settings.sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(settings.sources, self.records, self.decoders, strict=True)]
@@ -159,7 +158,7 @@ def _arrays(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarray]:
     return np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
 
 
-def read_sequence(records: FileRecords, index: int, decoder: Decoder, reader: PictureReader | None, draws: Draws,
+def read_sequence(records: FileRecords, index: int, decoder: Decoder, reader: PictureReader | None, draws: SeededDraws,
                   max_length: int | None = None, source: int = 0) -> Found | SkippedSample:
     """(the sequence of a record, its place), or why there is none: for training and for `seed data check`.
 
@@ -183,37 +182,9 @@ def read_sequence(records: FileRecords, index: int, decoder: Decoder, reader: Pi
     return made, where
 
 
-class OtherPicture:
-    """The `noise_source` of a decoder's `code_noise`: a picture of another record of the same source."""
-
-    def __init__(self, records: FileRecords, tokens_per_image: int, n_codes: int) -> None:
-        self.records, self.tokens_per_image, self.n_codes = records, tokens_per_image, n_codes
-
-    def __call__(self, draws: Draws) -> list[int]:
-        """The codes of some picture.
-
-        Raises:
-            DataError: hardly any record has one.
-        """
-        for _ in range(20):
-            try:
-                fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
-            except DataError:  # broken: counted at its own draw, not at this one
-                continue
-            codes = some_picture(fields, draws, self.tokens_per_image)
-            if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:
-                return codes
-        raise DataError(f"{self.records.name}: code_noise takes codes from other pictures, and 20 records in a row "
-                        f"have none that is whole.")
-
-
-def _decoder(source: SourceSettings, records: FileRecords, tokenizer: MultimodalTokenizer) -> Decoder:
-    options = dict(source.options)
-    if options.get("code_noise"):
-        options.setdefault("noise_source", OtherPicture(records, tokenizer.vocabulary.tokens_per_image,
-                                                        tokenizer.vocabulary.n_codes))
+def _decoder(source: SourceSettings, tokenizer: MultimodalTokenizer) -> Decoder:
     try:
-        return get_decoder(source.decoder, tokenizer, options)
+        return get_decoder(source.decoder, tokenizer, source.options)
     except ConfigError as error:
         raise ConfigError(f"source {source.name}: {error}") from None
 
