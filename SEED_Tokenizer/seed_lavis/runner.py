@@ -22,7 +22,7 @@ from seed_lavis.options import RunOptions, locate
 from seed_lavis.report import summary
 from seed_lavis.task import TokenizerTask
 from seed_lavis.validation import mean_losses
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from seed_lavis.compat import registry
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.schedules import USABLE, check_kind, learning_rate
 
 
@@ -23,9 +23,9 @@ class StepSchedule:
         options = dict(run.get("lr_scheduler_kwargs") or {})
         check_kind(self.kind, options)
         self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
-        self.settings = StageSettings(steps=max_epoch * self.iterations, lr=init_lr, warmup=warmup_steps,
-                                      min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
-                                      lr_scheduler_kwargs=options)
+        self.settings = StageConfig(
+            max_steps=max_epoch * self.iterations, learning_rate=init_lr, warmup_steps=warmup_steps,
+            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind, lr_scheduler_kwargs=options)
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from seed_lavis.compat import ImageTextPretrainTask, registry
 from seed_lavis.datasets import to_device
 from seed_lavis.validation import mean_losses
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.codebook import CodebookMaintenance
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 
@@ -49,11 +49,12 @@ class TokenizerTask(StageTask):
         if hasattr(model, "codebook_points"):
             self.codebook = CodebookMaintenance(model, model.options, self.batch, runner.steps, run.batch_size_train)
         self.last_loss: Tensor | None = None
-        settings = StageSettings(
-            steps=runner.steps, batch_size=run.batch_size_train, lr=run.init_lr, weight_decay=run.weight_decay,
-            clip=run.clip_grad, ema=run.ema, precision=runner.precision, seed=run.seed, save_seconds=run.save_seconds,
-            log_every=run.log_freq, accumulate=run.accum_grad_iters, save_every_steps=run.save_every_steps,
-            save_frozen=False, tensorboard=run.tensorboard, further=True, timeout_minutes=run.timeout_minutes)
+        settings = StageConfig(
+            max_steps=runner.steps, batch_size=run.batch_size_train, learning_rate=run.init_lr,
+            weight_decay=run.weight_decay, max_grad_norm=run.clip_grad, ema=run.ema, precision=runner.precision,
+            seed=run.seed, save_seconds=run.save_seconds, logging_steps=run.log_freq, save_steps=run.save_every_steps,
+            gradient_accumulation_steps=run.accum_grad_iters, save_frozen=False,
+            report_to=["tensorboard"] if run.tensorboard else [], further=True, timeout_minutes=run.timeout_minutes)
         super().__init__(model.stage, self.codebook.counts if self.codebook else model, settings,
                          optimizer=runner.optimizer)
         # Buffers are equal by construction, or (code counts) each process's own.
@@ -68,7 +69,7 @@ class TokenizerTask(StageTask):
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
-        epoch, inside = divmod((step + 1) * self.settings.accumulate - 1, self.options.iters_per_epoch)
+        epoch, inside = divmod((step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch)
         self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
         return float(self.runner.optimizer.param_groups[0]["lr"])
 
@@ -87,7 +88,7 @@ class TokenizerTask(StageTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """LAVIS's training step, with the codebook's maintenance before and after it."""
-        step, inside = divmod(micro_step, self.settings.accumulate)
+        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
         if self.codebook is not None:
             self.codebook.before(step, inside == 0)
         loss = self.runner.task.train_step(model, self.batch(micro_step))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from seed_lavis.datasets import split_of, to_device
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.codebook import codebook_use, evaluation_mode
 

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, log_line, run_program, whole_number
 from seed_multimodal.system.images import Domain, load_domain, open_images
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train
 from seed_multimodal.weights import save_state_dict
@@ -78,9 +78,10 @@ def write_domain(folder: Path, number: int = 5000, seed: int = 0) -> None:
 
 def fit(scenes: Tensor, others: Tensor, steps: int = STEPS, seed: int = 0) -> Domain:
     """A head that tells tokens of scenes from those of other pictures, [N, T, W] each."""
-    task = DomainTask(scenes, others, StageSettings(
-        steps=steps, batch_size=BATCH, lr=3e-3, warmup=0, lr_scheduler_type="linear", min_lr_ratio=0, weight_decay=0.1,
-        clip=0, precision="fp32", seed=seed, log_every=500, save_seconds=3600, curves=False))
+    task = DomainTask(scenes, others, StageConfig(
+        max_steps=steps, batch_size=BATCH, learning_rate=3e-3, warmup_steps=0, lr_scheduler_type="linear",
+        min_lr_ratio=0, weight_decay=0.1, max_grad_norm=0, precision="fp32", seed=seed, logging_steps=500,
+        save_seconds=3600, curves=False))
     with TemporaryDirectory() as folder:
         train(task, task.settings, folder)
     return task.head.eval()
@@ -89,7 +90,7 @@ def fit(scenes: Tensor, others: Tensor, steps: int = STEPS, seed: int = 0) -> Do
 class DomainTask(StageTask):
     """Training of the head: noisy tokens of as many scenes as other pictures."""
 
-    def __init__(self, scenes: Tensor, others: Tensor, settings: StageSettings) -> None:
+    def __init__(self, scenes: Tensor, others: Tensor, settings: StageConfig) -> None:
         torch.manual_seed(settings.seed)
         self.kinds, both = (scenes, others), torch.cat([scenes, others])
         self.head = Domain(*scenes.shape[1:])

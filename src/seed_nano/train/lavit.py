@@ -147,7 +147,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
     def __init__(self, space: LavitWorkspace, name: str = "tokenizer") -> None:
         self.lavit, self.pool, config, first = space, pool_features(space), space.config, name == "tokenizer"
         settings = getattr(config, f"train_{name}")
-        start: dict[str, Any] = {"codebook_warmup": int(WITHOUT_CODES * settings.steps), "kmeans_start": True,
+        start: dict[str, Any] = {"codebook_warmup": int(WITHOUT_CODES * settings.max_steps), "kmeans_start": True,
                                  "kmeans_images": 1024} if first else {}
         tokenizer = new_tokenizer(space)
         torch.manual_seed(config.seed + 3)
@@ -158,7 +158,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         model.start_share()
         empty_pixels = torch.from_numpy(empty_pictures(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
-        health = CodebookHealth(restart_every=max(1, settings.steps // 80), **start)
+        health = CodebookHealth(restart_every=max(1, settings.max_steps // 80), **start)
         LavitTokenizerTask.__init__(self, name, model, settings, self.batch, health)
         self.enter(space)
 

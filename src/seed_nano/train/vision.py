@@ -146,10 +146,10 @@ class WideStream(SceneStream):
     """`SceneStream` with wide scenes among its own: their quarters, which hold one thing or none, and wholes. `labels`
     int64 `[B, 5 + 4]`: the thing in each quarter comes last; what cannot be said is `IGNORED`."""
 
-    def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
-        batch = super().get_batch(indices, epoch)
+    def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = super().get_batch(indices)
         batch["labels"] = F.pad(batch["labels"], (0, len(QUARTERS)), value=IGNORED)
-        for row, index in enumerate(map(int, indices)):
+        for row, index in enumerate(indices):
             if index % WIDE_SHARE < 2:
                 scene, size = wide_at(self.seed, index), self.size
                 quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None

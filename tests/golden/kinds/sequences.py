@@ -33,7 +33,7 @@ from seed_multimodal.data.decoders.seed_x import PictureDecoder, metadata_of
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.errors import ConfigError, DataError

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, codebook_use, evaluation_mode
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.task import StageTask
@@ -40,14 +40,14 @@ class LavitTokenizerTask(StageTask):
             nothing before merger and decoder have learnt anything from which it could tell.
     """
 
-    def __init__(self, name: str, model: LavitStage1, settings: StageSettings, batches: Callable[[int], Tensor],
+    def __init__(self, name: str, model: LavitStage1, settings: StageConfig, batches: Callable[[int], Tensor],
                  health: CodebookHealth | None = None, *, selector_lr_scale: float = 1.0) -> None:
         self.model, self.batches = model, batches
-        self.codebook = CodebookMaintenance(model, health or CodebookHealth(), batches, settings.steps,
+        self.codebook = CodebookMaintenance(model, health or CodebookHealth(), batches, settings.max_steps,
                                             settings.batch_size)
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
         super().__init__(name, self.codebook.counts, settings,
-                         optimizer=torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99)))
+                         optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99)))
         # Buffers are equal by construction, or (code counts) each process's own.
         self.ddp_options = {"broadcast_buffers": False, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
@@ -59,7 +59,7 @@ class LavitTokenizerTask(StageTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss of a batch, and its numbers."""
-        step, inside = divmod(micro_step, self.settings.accumulate)
+        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
         self.codebook.before(step, inside == 0)
         output = model(self.batches(micro_step))
         self.codebook.after_micro_step()

@@ -24,7 +24,7 @@ from seed_multimodal.training.llm.compose import compose, group_folder
 from seed_multimodal.training.llm.flags import translate
 
 # Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.data_settings:LlmDataSettings",
+_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
         "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.trainer_settings:TrainerSettings",
         "tokenizer": "", "deepspeed": "", "eval_data": ""}
 _PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
