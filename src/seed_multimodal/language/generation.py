@@ -85,7 +85,7 @@ class HiddenStates:
     give it to `generate`, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
+        self.steps: list[Any] = []  # of each pass the state at its last token, [rows, D] or by row
         self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
         self.first = 0  # the answer's word that the first pass ends at
 
@@ -94,6 +94,13 @@ class HiddenStates:
         self.steps, self.first = [], first
         return llm.get_decoder().register_forward_hook(
             lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
+
+    def add(self, row: int, state: Tensor) -> None:
+        """The next state `[D]` of one answer."""
+        step = sum(row in states for states in self.steps)
+        if step == len(self.steps):
+            self.steps.append({})
+        self.steps[step][row] = state
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
@@ -130,8 +137,8 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         seeds = [(seed + number) % 2**63 for seed in seeds or () for number in range(count)]
     forced = [words.boi_id] if settings.force_image else []
     embed = llm.get_input_embeddings()
-    embeds, mask = pad_left([_embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
-    budget = _budget(embeds.shape[1], settings, llm, words)
+    embeds, mask = pad_left([embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
+    budget = room_for(embeds.shape[1], settings, llm, words)
     answered = [[*prompt.answered, *forced] for prompt in prompts]
     end = [tokenizer.eos_id] if ends is None else list(ends)
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
@@ -176,8 +183,12 @@ class ImageSpans:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Generated `input_ids [B, n]`, `scores [B, V]` → scores with forbidden tokens at -inf."""
-        words, length = self.words, input_ids.shape[1]
-        inside, done = self.span_state(input_ids)
+        left = None if self.budget is None else torch.tensor(self.budget - input_ids.shape[1], device=scores.device)
+        return self.masked(scores, *self.span_state(input_ids), left)
+
+    def masked(self, scores: Tensor, inside: Tensor, done: Tensor, left: Tensor | None) -> Tensor:
+        """The same by the state of each row: inside an image, with so many words of it, and new tokens left."""
+        words = self.words
         needs_code = inside & (done < words.tokens_per_image)
         forbidden = inside[:, None].repeat(1, scores.shape[1])
         forbidden[:, :words.free_inside] = False
@@ -189,7 +200,7 @@ class ImageSpans:
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.original:
             forbidden[:, words.patches:words.patches + 2] = True
-        no_room = self.budget is not None and self.budget - length < words.image_length
+        no_room = inside if left is None else left < words.image_length
         forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
         forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
         forbidden[:, words.size:] = True  # padding rows of a larger output layer
@@ -236,14 +247,14 @@ class SeededDraw:
 # ---- inside
 
 
-def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
+def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     """Embeddings [L, D] of a prompt, a forced `<img>` last."""
     words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
     rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
     return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
-def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
+def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
     """New tokens there is room for; a forced image needs its codes and `</img>`."""
     context = int(llm.config.max_position_embeddings)
     if length >= context:
@@ -264,8 +275,6 @@ def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], se
     from transformers import (
         GenerationConfig,
         LogitsProcessorList,
-        MinNewTokensLengthLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
         UnbatchedClassifierFreeGuidanceLogitsProcessor,
     )
 
@@ -276,16 +285,11 @@ def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], se
         processors.append(UnbatchedClassifierFreeGuidanceLogitsProcessor(settings.guidance, llm, negative))
     if settings.constrain:
         processors.append(ImageSpans(words, opened, None if original else budget, original))
-    if settings.min_new_tokens:
-        processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end, device=device))
-    if settings.repetition_penalty != 1:
-        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
     beams = settings.num_beams > 1
+    processors += row_processors(settings, () if beams else seeds or (), end, device)
     sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
     if settings.samples and beams:
         sampling = {name: getattr(settings, name) for name in sampling}
-    elif settings.samples:
-        processors.append(SeededDraw(seeds or (), settings))
     return processors, GenerationConfig(
         max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples and beams, use_cache=True,
         num_return_sequences=settings.num_return_sequences if beams else 1, bos_token_id=tokenizer.bos_id,
@@ -294,14 +298,31 @@ def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], se
         **sampling)
 
 
+def row_processors(settings: GenerationSettings, seeds: Sequence[int], end: list[int], device: Any) -> list[Any]:
+    """The logits processors after the rules for images; they draw where there are `seeds`."""
+    from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
+
+    processors: list[Any] = []
+    if settings.min_new_tokens:
+        processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end, device=device))
+    if settings.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
+    return [*processors, *([SeededDraw(seeds, settings)] if settings.samples and seeds else [])]
+
+
+def check_finite(is_finite: bool) -> None:
+    """Scores must be numbers: NaN would end a CUDA process. Raises `GenerationError`."""
+    if not is_finite:
+        raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
+                              "dtype too narrow (try --dtype float32).")
+
+
 def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor], Tensor]:
     """The first logits processor: scores must be numbers (NaN would end a CUDA process), and somebody must wait."""
     def check(input_ids: Tensor, scores: Tensor) -> Tensor:
         if should_stop is not None and should_stop():
             raise Stopped
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
-            raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
-                                  "dtype too narrow (try --dtype float32).")
+        check_finite(bool(torch.isfinite(scores.amax(dim=-1)).all()))
         return scores
 
     return check

@@ -1,0 +1,361 @@
+"""`Engine`: answers to many prompts at once by one language model, each the same as alone.
+
+    engine = Engine(llm, tokenizer, slots=8)
+    request = engine.submit(prompt, settings)      # from any thread
+    for token in request: ...                      # leaving the loop ends the answer
+
+A prompt waits for a row of the cache, in order of arrival, and takes one that holds its beginning if there is one; what
+is new is read in one pass together with other new prompts, then every pass adds a token to each row. One thread
+computes. Rows are independent: positions, rules for images, budget, generator, stop and states are each row's own.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from seed_multimodal.language.generation import (
+    GenerationSettings,
+    HiddenStates,
+    ImageSpans,
+    Prompt,
+    Stopped,
+    check_finite,
+    embedded,
+    random_seed,
+    room_for,
+    row_processors,
+)
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+STEP = 128  # the cache grows and is read in multiples of so many positions: few shapes to compile
+IDLE_SECONDS = 5.0  # after which the thread ends, so that an unused model is freed
+
+
+class SlotCache:
+    """Keys and values of every layer, `[slots, H, length, d]` each; every row is written at its own positions."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.rows: Tensor | slice = slice(0)  # those of the present pass
+        self.positions = torch.zeros(0)  # of its tokens, [rows, n]
+        self.slots = self.length = self.used = 0
+
+    def grow(self, slots: int, length: int) -> None:
+        """Make room for so many rows and positions."""
+        self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
+        for number, layer in enumerate(self.layers):
+            if layer[0].shape[::2] != (self.slots, self.length):
+                new = [old.new_zeros(self.slots, old.shape[1], self.length, old.shape[3]) for old in layer]
+                for table, old in zip(new, layer, strict=True):
+                    table[:len(old), :, :old.shape[2]] = old
+                self.layers[number] = (new[0], new[1])
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows."""
+        for layer in self.layers:
+            for table in layer:
+                table[[one, other]] = table[[other, one]]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
+        if layer == len(self.layers):
+            room = (self.slots, keys.shape[1], self.length)
+            self.layers.append((keys.new_zeros(*room, keys.shape[3]), values.new_zeros(*room, values.shape[3])))
+        rows = torch.arange(len(keys), device=keys.device) if isinstance(self.rows, slice) else self.rows
+        old_keys, old_values = self.layers[layer]
+        old_keys[rows[:, None], :, self.positions] = keys.transpose(1, 2)
+        old_values[rows[:, None], :, self.positions] = values.transpose(1, 2)
+        return old_keys[self.rows, :, :self.used], old_values[self.rows, :, :self.used]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.used
+
+
+class Request:
+    """One answer on its way: iterate over its tokens. An error that ends it is raised there."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, seed: int | None,
+                 ends: Sequence[int] | None, states: tuple[HiddenStates, int] | None,
+                 should_stop: Callable[[], bool] | None) -> None:
+        words = engine.tokenizer.vocabulary
+        forced = [words.boi_id] if settings.force_image else []
+        self.answered = [*prompt.answered, *forced]  # ids that belong to the answer already
+        self.embeds = embedded(prompt, forced, engine.llm.get_input_embeddings())  # [n, D]
+        self.left = room_for(len(self.embeds), settings, engine.llm, words)
+        self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
+        self.settings, self.states, self.should_stop = settings, states, should_stop
+        self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
+        seed = settings.seed if seed is None else seed
+        seeds = [random_seed() if seed is None else seed] if settings.samples else []
+        self.processors = row_processors(settings, seeds, self.ends, self.embeds.device)
+        self.ids: list[int] = []
+        self.guide: Request | None = None  # what guidance steers away from: a row that follows this one
+        self.is_guide = self.finished = False
+        self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __iter__(self) -> Iterator[int]:
+        try:
+            while (item := self.tokens.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            self.finished = True
+
+    def end(self, error: BaseException | None = None) -> None:
+        """No more tokens come."""
+        self.finished = True
+        self.tokens.put(error)
+
+
+class Row:
+    """A row of the cache: what it holds, and for which request."""
+
+    def __init__(self) -> None:
+        self.request: Request | None = None
+        self.held: Tensor | None = None  # the embeddings whose keys and values it holds, [n, D]
+
+    def common(self, embeds: Tensor) -> int:
+        """How many positions it holds of a prompt, of which the last token is always computed."""
+        if self.held is None:
+            return 0
+        n = min(len(self.held), len(embeds) - 1)
+        return int((self.held[:n] == embeds[:n]).all(1).cumprod(0).sum())
+
+
+class Engine:
+    """Answers to prompts by a language model; `slots`: rows at once (guidance takes two); `length`: positions to reserve;
+    `compiled`: by `torch.compile`, which takes from seconds to minutes at the first tokens."""
+
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 8, length: int = 0, *,
+                 compiled: bool = False) -> None:
+        self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
+        self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
+        self.rows: list[Row] = []  # those with a request come first; the others, the last used first
+        self.active = 0
+        if length:
+            self.cache.grow(self.slots, length)
+            self.rows = [Row() for _ in range(self.slots)]
+        self._decode = torch.compile(self._pass) if compiled else self._pass
+        self._waiting: deque[Request | Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    # ---- for any thread
+
+    @torch.inference_mode()
+    def submit(self, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
+               ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
+               should_stop: Callable[[], bool] | None = None) -> Request:
+        """Begin an answer without beams; raises `GenerationError` as `generate`. `states`: where the last hidden states
+        go, and as which answer's; `should_stop`: asked before each token, true ends the answer with `Stopped`."""
+        request = Request(self, prompt, settings, seed, ends, states, should_stop)
+        if states is not None:
+            states[0].first = len(request.answered) - 1
+        if settings.guidance != 1:
+            negative = Prompt(prompt.negative or [self.tokenizer.vocabulary.boi_id])
+            request.guide = Request(self, negative, GenerationSettings(do_sample=False), None, None, None, None)
+            request.guide.is_guide = True
+        self._enter(request)
+        return request
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, seeds: Sequence[int] | None = None,
+                 states: HiddenStates | None = None, **how: Any) -> list[list[int]]:
+        """The ids of each answer, `prompt.answered` and a forced `<img>` first; `how`: of `submit`."""
+        requests: list[Request] = []
+        try:
+            for row, prompt in enumerate(prompts):
+                sink = None if states is None else (states, row)
+                requests.append(self.submit(prompt, settings, seed=None if seeds is None else seeds[row], states=sink,
+                                            **how))
+            return [[*request.answered, *request] for request in requests]
+        finally:
+            for request in requests:
+                request.finished = True
+
+    def run(self, work: Callable[[], Any]) -> Any:
+        """Use the language model for something else (beams) between two passes; returns what `work` returns."""
+        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        def call() -> None:
+            try:
+                result.put((work(), None))
+            except BaseException as error:
+                result.put((None, error))
+
+        self._enter(call)
+        value, error = result.get()
+        if error is not None:
+            raise error
+        return value
+
+    def _enter(self, work: Request | Callable[[], None]) -> None:
+        with self._changed:
+            self._waiting.append(work)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name="seed-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    # ---- the engine's thread
+
+    @torch.inference_mode()
+    def _serve(self) -> None:
+        while True:
+            with self._changed:
+                while not self._waiting and not self.active:
+                    if not self._changed.wait(None if self.compiled else IDLE_SECONDS) and not self._waiting:
+                        self._thread = None
+                        return
+                other = self._waiting.popleft() if self._waiting and callable(self._waiting[0]) else None
+            if other is not None:
+                other()
+                continue
+            try:
+                self._admit()
+                if self.active:
+                    self._step()
+            except Exception as error:  # noqa: BLE001 a pass failed, as for want of memory: its answers end with it
+                for row in self.rows[:self.active]:
+                    assert row.request is not None
+                    row.request.end(error)
+                    row.request = row.held = None
+                self.active = 0
+
+    def _admit(self) -> None:
+        """Give waiting requests a row each, and read their prompts in one pass."""
+        new: list[tuple[Request, int]] = []  # and how much of it its row holds
+        while self._waiting and not callable(self._waiting[0]):
+            request: Any = self._waiting[0]
+            pair = [request] if request.guide is None else [request, request.guide]
+            if self.active + len(pair) > self.slots:
+                break
+            self._waiting.popleft()
+            if not request.finished:
+                new += [(one, self._place(one)) for one in pair]
+        if not new:
+            return
+        starts = [start for _, start in new]
+        longest = max(len(request.embeds) - start for request, start in new)
+        self._room_for(max(starts) + longest)
+        embeds = torch.stack([F.pad(request.embeds[start:], (0, 0, 0, longest - len(request.embeds) + start))
+                              for request, start in new])
+        device = embeds.device
+        self.cache.rows = torch.arange(self.active - len(new), self.active, device=device)
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(longest, device=device)
+        last = torch.tensor([len(request.embeds) - start - 1 for request, start in new], device=device)
+        self._choose([request for request, _ in new], *self._pass(embeds, positions, last))
+
+    def _place(self, request: Request) -> int:
+        """Put a request into the best free row; returns how many positions of its prompt are there already."""
+        shared = [row.common(request.embeds) for row in self.rows[self.active:]]
+        best = max(range(len(shared)), key=shared.__getitem__, default=0)
+        if not shared or not shared[best]:  # the one whose last use is longest ago, or a new one
+            best = len(shared) - 1
+            if not shared:
+                self.rows.append(Row())
+                self.cache.grow(len(self.rows), 0)
+                shared, best = [0], 0
+        start, row = shared[best], self.rows[self.active + best]
+        self._swap(self.active, self.active + best)
+        row.request, row.held = request, None
+        self.active += 1
+        return start
+
+    def _step(self) -> None:
+        """One more token for every answer."""
+        requests: list[Any] = [row.request for row in self.rows[:self.active]]
+        places = [len(one.embeds) + len(one.ids) - 1 for one in requests]
+        self._room_for(max(places) + 1)
+        embed = self.llm.get_input_embeddings()
+        device = embed.weight.device
+        self.cache.rows = slice(self.active)
+        tokens = torch.tensor([[one.ids[-1]] for one in requests], device=device)
+        positions = torch.tensor(places, device=device)[:, None]
+        self._choose(requests, *self._decode(embed(tokens), positions, torch.zeros(len(places), dtype=torch.long,
+                                                                                   device=device)))
+
+    def _room_for(self, length: int) -> None:
+        self.cache.grow(len(self.rows), length)
+        self.cache.used = -(-length // STEP) * STEP
+
+    def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores `[rows, V]` and last hidden states `[rows, D]` at the tokens `last` of `embeds` `[rows, n, D]`."""
+        cache = self.cache
+        cache.positions = positions
+        seen = torch.arange(cache.used, device=embeds.device) <= positions[:, :, None]
+        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=positions,
+                                        past_key_values=cache, use_cache=True).last_hidden_state
+        state = hidden[torch.arange(len(last), device=last.device), last]
+        return self.llm.get_output_embeddings()(state).float(), state
+
+    def _choose(self, requests: Sequence[Request], scores: Tensor, states: Tensor) -> None:
+        """Choose the next token of each answer, send it, and free the rows of answers that end."""
+        finite = torch.isfinite(scores.amax(-1)).tolist()
+        leaders = [row for row, request in enumerate(requests) if not request.is_guide]
+        for row in leaders:
+            if (guide := requests[row].guide) is not None:
+                given, away = scores[[row, requests.index(guide)]].log_softmax(-1)
+                scores[row] = requests[row].settings.guidance * (given - away) + away
+        spans = [row for row in leaders if requests[row].settings.constrain]
+        if spans:
+            inside, done, left = (torch.tensor([getattr(requests[row], name) for row in spans], device=scores.device)
+                                  for name in ("inside", "done", "left"))
+            scores[spans] = self.spans.masked(scores[spans], inside, done, left)
+        for row in leaders:
+            for process in requests[row].processors:
+                ids = torch.tensor([requests[row].ids], dtype=torch.long, device=scores.device)
+                scores[row] = process(ids, scores[row:row + 1])[0]
+        chosen = scores.argmax(-1).tolist()
+        for row in leaders:
+            request = requests[row]
+            if request.states is not None:
+                request.states[0].add(request.states[1], states[row].clone())
+            for one in (request, request.guide) if request.guide is not None else (request,):
+                one.ids.append(chosen[row])
+            self._sent(request, chosen[row], finite[row])
+        for place in reversed(range(self.active)):
+            request = self.rows[place].request  # type: ignore[assignment]
+            if request.finished:
+                self._free(place, request)
+
+    def _sent(self, request: Request, token: int, is_finite: bool) -> None:
+        """Send a token, unless the answer is over; follow the rules for images."""
+        try:
+            if request.should_stop is not None and request.should_stop():
+                raise Stopped
+            check_finite(is_finite)
+        except Exception as error:  # noqa: BLE001 of this answer alone
+            request.end(error)
+        else:
+            words = self.tokenizer.vocabulary
+            request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
+            request.done = 0 if token == words.boi_id else request.done + 1
+            request.left -= 1
+            if not request.finished:
+                request.tokens.put(token)
+            if token in request.ends or not request.left:
+                request.end()
+        if request.guide is not None:
+            request.guide.finished = request.finished
+
+    def _free(self, place: int, request: Request) -> None:
+        """The row keeps what it holds, for a prompt that begins with it."""
+        row, embed = self.rows[place], self.llm.get_input_embeddings()
+        fed = torch.tensor(request.ids[:-1], dtype=torch.long, device=request.embeds.device)
+        row.request, row.held = None, torch.cat([request.embeds, embed(fed)])
+        self.active -= 1
+        self._swap(place, self.active)
+
+    def _swap(self, one: int, other: int) -> None:
+        if one != other:
+            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+            self.cache.swap(one, other)
