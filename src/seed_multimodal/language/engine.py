@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seed_multimodal.device import free_memory
 from seed_multimodal.language.generation import (
     GenerationSettings,
     HiddenStates,
@@ -88,14 +89,14 @@ class Request:
         words = engine.tokenizer.vocabulary
         forced = [words.boi_id] if settings.force_image else []
         self.answered = [*prompt.answered, *forced]  # ids that belong to the answer already
-        self.embeds = embedded(prompt, forced, engine.llm.get_input_embeddings())  # [n, D]
-        self.left = room_for(len(self.embeds), settings, engine.llm, words)
+        self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] from when it has a row
+        self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
         self.settings, self.states, self.should_stop = settings, states, should_stop
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         seeds = [random_seed() if seed is None else seed] if settings.samples else []
-        self.processors = row_processors(settings, seeds, self.ends, self.embeds.device)
+        self.seeds, self.processors = seeds, list[Any]()
         self.ids: list[int] = []
         self.guide: Request | None = None  # what guidance steers away from: a row that follows this one
         self.is_guide = self.finished = False
@@ -132,10 +133,10 @@ class Row:
 
 
 class Engine:
-    """Answers to prompts by a language model; `slots`: rows at once (guidance takes two); `length`: positions to reserve;
-    `compiled`: by `torch.compile`, which takes from seconds to minutes at the first tokens."""
+    """Answers to prompts by a language model; `slots`: rows at once (guidance takes two); `length`: positions to keep
+    free; `compiled`: by `torch.compile`, which takes from seconds to minutes at the first tokens."""
 
-    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 8, length: int = 0, *,
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, length: int = 0, *,
                  compiled: bool = False) -> None:
         self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
         self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
@@ -147,11 +148,11 @@ class Engine:
         self._decode = torch.compile(self._pass) if compiled else self._pass
         self._waiting: deque[Request | Callable[[], None]] = deque()
         self._changed = threading.Condition()
+        self.device: torch.device | None = None  # where an off-loaded model computes
         self._thread: threading.Thread | None = None
 
     # ---- for any thread
 
-    @torch.inference_mode()
     def submit(self, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
                ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
                should_stop: Callable[[], bool] | None = None) -> Request:
@@ -170,7 +171,11 @@ class Engine:
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, seeds: Sequence[int] | None = None,
                  states: HiddenStates | None = None, **how: Any) -> list[list[int]]:
         """The ids of each answer, `prompt.answered` and a forced `<img>` first; `how`: of `submit`."""
-        requests: list[Request] = []
+        requests, count = list[Request](), settings.num_return_sequences
+        if settings.samples and seeds is None:
+            seeds = [random_seed() if settings.seed is None else settings.seed for _ in prompts]
+        prompts = [prompt for prompt in prompts for _ in range(count)]
+        seeds = seeds and [(seed + number) % 2**63 for seed in seeds for number in range(count)]
         try:
             for row, prompt in enumerate(prompts):
                 sink = None if states is None else (states, row)
@@ -188,7 +193,7 @@ class Engine:
         def call() -> None:
             try:
                 result.put((work(), None))
-            except BaseException as error:
+            except Exception as error:  # noqa: BLE001 raised for the caller
                 result.put((None, error))
 
         self._enter(call)
@@ -212,9 +217,11 @@ class Engine:
         while True:
             with self._changed:
                 while not self._waiting and not self.active:
+                    self._place_model(False)
                     if not self._changed.wait(None if self.compiled else IDLE_SECONDS) and not self._waiting:
                         self._thread = None
                         return
+                self._place_model(True)
                 other = self._waiting.popleft() if self._waiting and callable(self._waiting[0]) else None
             if other is not None:
                 other()
@@ -229,6 +236,12 @@ class Engine:
                     row.request.end(error)
                     row.request = row.held = None
                 self.active = 0
+
+    def _place_model(self, working: bool) -> None:
+        """An off-loaded model is on its device while there is work."""
+        if self.device is not None and self.device.type != "cpu":
+            self.llm.to(self.device if working else "cpu")
+            free_memory(self.device)
 
     def _admit(self) -> None:
         """Give waiting requests a row each, and read their prompts in one pass."""
@@ -256,6 +269,8 @@ class Engine:
 
     def _place(self, request: Request) -> int:
         """Put a request into the best free row; returns how many positions of its prompt are there already."""
+        request.embeds = embedded(request.prompt, request.forced, self.llm.get_input_embeddings())
+        request.processors = row_processors(request.settings, request.seeds, request.ends, request.embeds.device)
         shared = [row.common(request.embeds) for row in self.rows[self.active:]]
         best = max(range(len(shared)), key=shared.__getitem__, default=0)
         if not shared or not shared[best]:  # the one whose last use is longest ago, or a new one

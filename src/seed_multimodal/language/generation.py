@@ -115,8 +115,7 @@ class HiddenStates:
 @torch.inference_mode()
 def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings, *,
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
-             original: bool = False, streamer: Any = None, should_stop: Callable[[], bool] | None = None
-             ) -> list[list[int]]:
+             original: bool = False, should_stop: Callable[[], bool] | None = None) -> list[list[int]]:
     """`num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
     `<img>` first. Raises `GenerationError` for a prompt too long for the model, no room for a forced image, and scores
     that are not numbers.
@@ -124,7 +123,6 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     Args:
         seeds: one for each prompt; None: `settings.seed` for all. ends: tokens that end an answer; None: `</s>`.
         original: only the rules for images of the original code (see `ImageSpans`).
-        streamer: a transformers streamer, for a single prompt without beams.
         should_stop: called before each token; true raises `Stopped`.
     """
     words, count = tokenizer.vocabulary, settings.num_return_sequences
@@ -149,7 +147,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         if beam_sampling:  # transformers draws from the global generator
             torch.manual_seed((seeds or [0])[0])
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
-                              logits_processor=processors, streamer=streamer)
+                              logits_processor=processors)
     if states is not None:
         states.beams = getattr(output, "beam_indices", None)
     beams = count if settings.num_beams > 1 else 1
