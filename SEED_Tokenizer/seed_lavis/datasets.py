@@ -18,9 +18,8 @@ from seed_lavis.options import APPLICATION, locate
 from seed_lavis.processors import Processor
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.sources import registered
-from seed_multimodal.data.stream.order import MixedOrder
-from seed_multimodal.data.stream.pair_dataset import JoinedPairs, PairDataset
-from seed_multimodal.data.stream.step_batches import block_of
+from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
+from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import normalise, seed_image_processor
@@ -123,7 +122,7 @@ def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequen
     whole = {owner: sum(len(part) for other, part in parts if other == owner) for owner, _ in parts}
     weights = [ratios.get(owner, 1.0) * len(part) / whole[owner] for owner, part in parts]
     return MixedOrder([len(part) for _, part in parts], weights, seed, sizes=[part.shard_sizes for _, part in parts],
-                      block=min(block_of(part) for _, part in parts))
+                      block=min(part.shuffle_block for _, part in parts))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

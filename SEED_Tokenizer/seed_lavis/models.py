@@ -29,7 +29,6 @@ from seed_lavis.compat import registry
 from seed_lavis.options import APPLICATION, LavitOptions, Seed1Options, Stage1Options, Stage2Options, locate
 from seed_lavis.processors import caption_words
 from seed_multimodal.device import copy_to
-from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.export import Stage1Sizes
@@ -46,6 +45,7 @@ from seed_multimodal.seed.training import (
     Stage2Weights,
 )
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.label_heads import label_divergence, load_label_heads
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 from seed_multimodal.weights import load_state_dict
 
@@ -118,7 +118,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         if options.scaled_start:
             self.scale_start()
         self.options = options
-        heads = LabelHeads.load(locate(str(options.label_heads))) if options.label_weight else None
+        heads = load_label_heads(locate(str(options.label_heads))) if options.label_weight else None
         self.__dict__["label_heads"] = heads  # not a submodule: no part of a checkpoint
         self.prepare_codebook()
 
@@ -131,7 +131,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             target = target_embeddings(self.clip_model, images, vit if self.shares_encoder else None)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
-        labels = None if self.label_heads is None else self.label_heads.divergence(out.embeds, out.target).mean()
+        labels = None if self.label_heads is None else label_divergence(self.label_heads, out.embeds, out.target).mean()
         loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
                              loss_distil_image=out.loss_distil,

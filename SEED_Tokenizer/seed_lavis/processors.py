@@ -19,7 +19,7 @@ from seed_lavis.options import locate
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.words import BertWords, BlipCaption, PieceWords, open_words
+from seed_multimodal.seed.captions import BertWords, BlipCaption, PieceWords, open_words
 from seed_multimodal.settings import check_keys
 
 

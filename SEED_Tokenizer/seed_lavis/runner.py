@@ -21,12 +21,12 @@ from seed_lavis.datasets import mixed_order, split_of
 from seed_lavis.options import RunOptions, locate
 from seed_lavis.report import summary
 from seed_lavis.task import TokenizerTask, mean_losses
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import checkpoints
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.schedules import USABLE, learning_rate
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights import assign_strictly, read_file, save_torch
@@ -143,9 +143,10 @@ class StepSchedule:
                  warmup_steps: int = 0, **_: Any) -> None:
         run = registry.get("configuration").run_cfg
         self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
-        self.settings = StageSettings(steps=max_epoch * self.iterations, lr=init_lr, warmup=warmup_steps,
-                                      min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
-                                      lr_scheduler_kwargs=dict(run.get("lr_scheduler_kwargs") or {}))
+        self.settings = StageConfig(
+            max_steps=max_epoch * self.iterations, learning_rate=init_lr, warmup_steps=warmup_steps,
+            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
+            lr_scheduler_kwargs=dict(run.get("lr_scheduler_kwargs") or {}))
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from seed_lavis.compat import ImageTextPretrainTask, registry
 from seed_lavis.datasets import split_of, to_device
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 
 # Settings that change no number of the training: not reported when they differ at a resume.
@@ -49,17 +49,18 @@ class TokenizerTask(CodebookTask):
     def __init__(self, runner: Any, batches: StepBatches) -> None:
         self.runner, self.batches, self.options = runner, batches, runner.options
         run, self.last_loss = runner.options, None
-        settings = StageSettings(
-            steps=runner.steps, batch_size=run.batch_size_train, lr=run.init_lr, weight_decay=run.weight_decay,
-            clip=run.clip_grad, ema=run.ema, precision=runner.precision, seed=run.seed, save_seconds=run.save_seconds,
-            log_every=run.log_freq, accumulate=run.accum_grad_iters, save_every_steps=run.save_every_steps,
-            save_frozen=False, tensorboard=run.tensorboard, further=True, timeout_minutes=run.timeout_minutes)
+        settings = StageConfig(
+            max_steps=runner.steps, batch_size=run.batch_size_train, learning_rate=run.init_lr,
+            weight_decay=run.weight_decay, max_grad_norm=run.clip_grad, ema=run.ema, precision=runner.precision,
+            seed=run.seed, save_seconds=run.save_seconds, logging_steps=run.log_freq, save_steps=run.save_every_steps,
+            gradient_accumulation_steps=run.accum_grad_iters, save_frozen=False,
+            report_to=["tensorboard"] if run.tensorboard else [], further=True, timeout_minutes=run.timeout_minutes)
         super().__init__(runner.model.stage, runner.model, settings, runner.model.options, optimizer=runner.optimizer)
         self.config = OmegaConf.to_container(runner.config.config)
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
-        epoch, inside = divmod((step + 1) * self.settings.accumulate - 1, self.options.iters_per_epoch)
+        epoch, inside = divmod((step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch)
         self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
         return float(self.runner.optimizer.param_groups[0]["lr"])
 

@@ -17,7 +17,9 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -135,6 +137,29 @@ def nearest(key: str, known: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the closest known key, or an empty string."""
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def describe_settings(kind: Any, key: str, made: Any = None) -> list[str]:
+    """For `--help`: `key.name=default` of each field of a dataclass (`???`: needed), its choices or its type after it.
+
+    Args:
+        made: an instance whose values are shown instead of the defaults.
+    """
+    lines = []
+    for entry in dataclasses.fields(kind):
+        name, hint = f"{key}.{entry.name}", _fields(kind).get(entry.name)
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        value = default if made is None else getattr(made, entry.name)
+        inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
+        if dataclasses.is_dataclass(hint):
+            lines += describe_settings(hint, name, None if value is dataclasses.MISSING else value)
+        else:
+            shown = "???" if value is dataclasses.MISSING else json.dumps(value, default=str).replace('"', "")
+            choices = ", ".join(str(one) for one in entry.metadata.get("choices", ()))
+            type_name = re.sub(r"\w+\.", "", getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint))
+            lines.append(f"{name}={shown}  ({choices or type_name})")
+            lines += describe_settings(inner, f"{name}[]") if inner is not None and str(hint).startswith("list") else []
+    return lines
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from seed_multimodal.disk import lock, replacing, writing
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.settings import check_settings, read_settings, setting
+from seed_multimodal.settings import check_settings, describe_settings, read_settings, setting
 
 
 @dataclass
@@ -70,6 +70,13 @@ def test_check_settings_of_an_object_made_in_code():
 def test_a_needed_key_is_named():
     with pytest.raises(ConfigError, match="trainer: steps is needed"):
         read_settings(Example, {}, "trainer")
+
+
+def test_describe_settings_lists_every_key_with_its_default():
+    lines = describe_settings(Example, "trainer")
+    assert [*lines[:5], lines[-1]] == [
+        "trainer.steps=???  (int)", "trainer.lr=0.0001  (float)", "trainer.precision=bf16  (bf16, fp32)",
+        "trainer.folder=null  (Path | None)", "trainer.files=[]  (list[str])", "trainer.inner.width=8  (int)"]
 
 
 @pytest.mark.process

@@ -118,7 +118,7 @@ def _draw(args: argparse.Namespace) -> int:
 
 def _draw_as_original(args: argparse.Namespace) -> int:
     """Drawings as the original script makes them, without scores."""
-    from seed_multimodal.data.annotations import Sample, read_captions
+    from seed_multimodal.evaluation.annotations import Sample, read_captions
 
     samples = (read_captions(args.captions, args.split) if args.captions else
                [Sample(number, f"caption {number}", references=[text]) for number, text in enumerate(CAPTIONS, 1)])

@@ -16,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.annotations import Key, Sample, find_picture
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
+from seed_multimodal.evaluation.annotations import Key, Sample, find_picture
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seed_multimodal.caption_scores import caption_scores
-from seed_multimodal.data.annotations import Sample
+from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run
 
 

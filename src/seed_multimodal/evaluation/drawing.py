@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.data.annotations import Sample
 from seed_multimodal.disk import replacing, writing
 from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
+from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run, open_sample
 from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image

@@ -15,9 +15,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.annotations import Sample, read_captions, read_questions
 from seed_multimodal.disk import sampled_hash, sha256_of
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.annotations import Sample, read_captions, read_questions
 from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run, Task, answer_samples, finish
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings

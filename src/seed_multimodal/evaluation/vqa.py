@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from seed_multimodal.data.annotations import Sample
+from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.lavit.processing import Lemmatizer, QuestionProcessor

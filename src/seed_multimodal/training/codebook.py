@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import VectorQuantizer, add_counts
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.task import StageTask
 
 
@@ -166,10 +166,10 @@ class CodebookTask(StageTask):
     """A stage of a model that may have a codebook (a `CodedModel`), kept healthy by `health`, a `CodebookHealth` or
     settings with its fields."""
 
-    def __init__(self, name: str, model: nn.Module, settings: StageSettings, health: Any, *, optimizer: Any = None
+    def __init__(self, name: str, model: nn.Module, settings: StageConfig, health: Any, *, optimizer: Any = None
                  ) -> None:
         self.model = model
-        self.codebook = CodebookMaintenance(model, health, self.batch, settings.steps, settings.batch_size
+        self.codebook = CodebookMaintenance(model, health, self.batch, settings.max_steps, settings.batch_size
                                             ) if hasattr(model, "codebook_points") else None
         super().__init__(name, self.codebook.counts if self.codebook else model, settings, optimizer=optimizer)
         # Buffers are equal by construction, or (code counts) each process's own.
@@ -191,7 +191,7 @@ class CodebookTask(StageTask):
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss, with the codebook's maintenance before and after it."""
-        step, inside = divmod(micro_step, self.settings.accumulate)
+        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
         if self.codebook is not None:
             self.codebook.before(step, inside == 0)
         found = self.loss(model, self.batch(micro_step))

@@ -29,10 +29,11 @@ from runner import assert_close, assert_same, read_json, read_json_lines
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
 from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
-from seed_multimodal.data.decoders.seed_x import PictureDecoder, dissimilar
+from seed_multimodal.data.decoders.seed_x import PictureDecoder, metadata_of
+from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.errors import ConfigError, DataError
@@ -287,7 +288,7 @@ def check_seedx(folder: Path) -> None:
         else:
             assert_same(case["function"], "filter_data_with_similarity", name)
             item, kwargs = case["arguments"]["item"], case["kwargs"]
-            kept = not dissimilar({"metadata": item["metadata"]}, kwargs["similarity_thr"]) and "images" in item \
+            kept = not dissimilar(metadata_of(item), kwargs["similarity_thr"]) and "images" in item \
                 and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
             assert_same(kept, case["output"], name)
 
@@ -414,7 +415,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
                                            "resolution_grids") if k in options}
         decoder = make("seed_x.caption", tokenizer, options)
         used = decoder.use({"image": Opened(tuple(data["image_size"]))}, "image")
-        assert_same(bool(decoder.misshapen(used, "image")), case["output"] == {}, f"{name}: kept")
+        assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: kept")
         return
     metadata = kwargs.get("use_caption_in_metadata", False)
     if not key.endswith(".json" if metadata else ".txt") or "input_ids" not in case["output"]:

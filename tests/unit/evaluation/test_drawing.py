@@ -12,9 +12,9 @@ from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from seed_multimodal.data.annotations import Sample
 from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation import drawing as module
+from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run, Task
 from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric, find_clip, save_drawing
 from seed_multimodal.images.transforms import ImageTransform

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from seed_multimodal.data.annotations import Sample
+from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.vqa import accuracies, lavit_answer, vqa_accuracy, vqa_answer
 
 

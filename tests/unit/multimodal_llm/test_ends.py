@@ -93,7 +93,7 @@ def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
 @pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1), (2, 3), (3, 2)])
 def test_every_step_up_to_the_end_of_data_can_be_resumed_from(packing, world, count, runs, tmp_path):
     """Processes come to the end of their data at unlike micro-steps, and still save one common place."""
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.data.stream.mixture import EndOfData
     from seed_multimodal.language.tokenizer import MultimodalTokenizer

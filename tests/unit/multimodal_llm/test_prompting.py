@@ -7,7 +7,7 @@ import json
 import pytest
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings

@@ -12,7 +12,6 @@ import yaml
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.config import LoopSettings
 from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.cli import main
 from seed_multimodal.training.llm.compose import compose
@@ -32,8 +31,8 @@ PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data} --deep
     --logging_nan_inf_filter no --log_level info"""
 
 
-def loop_settings(trainer: dict) -> LoopSettings:
-    return read_settings(TrainerSettings, trainer, "trainer").loop_settings()
+def trainer_settings(trainer: dict) -> TrainerSettings:
+    return read_settings(TrainerSettings, trainer, "trainer")
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ OF_BOTH = {"precision": "bf16", "gradient_checkpointing": True, "max_grad_norm":
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("way", ["script", "groups"])
 def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.training.llm.model_settings import read_model_settings
 
     monkeypatch.chdir(runs.APPLICATION)
@@ -156,6 +155,18 @@ def test_refusals_are_one_sentence(arguments, words, files):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("program", "lines"), [
+    ("train", ("trainer: lavit_pretrain, nano", "trainer.max_steps=1000", "data.sources[].weight=1.0")),
+    ("train_seed_x_sft", ("agent.losses.rec_loss_scale=6.0", "visual_encoder.path=???")),
+    ("train_lavit", ("visual_encoder.", "optim.learning_rate=0.00015")),
+    ("train_seed_x_detokenizer", ("model: stage1, stage2, tiny", "model.resampler.", "trainer.ema=0.0")),
+    ("train_lavit_detokenizer", ("model.diffusion=???", "data.tower_size=224"))])
+def test_help_lists_files_and_keys_with_defaults(program, lines, capsys):
+    assert main(program, CONFIGS, ["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "???" in shown and all(line in shown for line in lines)
+
+
 def test_what_is_only_printed_needs_no_output_folder(files, capsys):
     chosen = [f"{group}={file}" for group, file in files.items()]
     assert main("train", CONFIGS, [*chosen, "trainer.max_steps=7", "--cfg", "job"]) == 0
@@ -184,7 +195,7 @@ def test_settings_are_checked(more, words, files, runs, tmp_path):
 
 
 def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.training.llm.model_settings import read_model_settings
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):
@@ -219,7 +230,8 @@ def test_a_loss_kernel_that_cannot_run_is_refused_at_the_start(kernel, more, wor
 @pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
 def test_deepspeed_files_are_filled(file):
     precision = "bf16" if "bf16" in file.stem else "fp16"
-    settings = loop_settings({"precision": precision, "gradient_accumulation_steps": 1 if "mefft" in file.stem else 4})
+    micro_steps = 1 if "mefft" in file.stem else 4
+    settings = trainer_settings({"precision": precision, "gradient_accumulation_steps": micro_steps})
     filled, remarks = fill_config(json.loads(file.read_text()), settings, world=8, rows=3, hidden_size=64)
     assert '"auto"' not in json.dumps(filled) and filled[precision]["enabled"] is True
     micro, count = filled["train_micro_batch_size_per_gpu"], filled["gradient_accumulation_steps"]
@@ -250,14 +262,14 @@ def test_offloaded_states_get_their_share_of_the_cores(name, processes, given, t
 def test_deepspeed_files_must_agree_with_the_trainer():
     mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1 there, but 4"):
-        fill_config(mefft, loop_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, trainer_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="no fp16 block"):
-        fill_config({"zero_optimization": {"stage": 2}}, loop_settings({"precision": "fp16"}), world=1, rows=1,
+        fill_config({"zero_optimization": {"stage": 2}}, trainer_settings({"precision": "fp16"}), world=1, rows=1,
                     hidden_size=8)
     with pytest.raises(ConfigError, match="bf16 is True there"):
-        fill_config(mefft, loop_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
+        fill_config(mefft, trainer_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
-        fill_config({"zero_optimization": {"stage": 5}}, loop_settings({}), world=1, rows=1, hidden_size=8)
+        fill_config({"zero_optimization": {"stage": 5}}, trainer_settings({}), world=1, rows=1, hidden_size=8)
 
 
 @pytest.mark.parametrize(("precision", "given", "used"), [

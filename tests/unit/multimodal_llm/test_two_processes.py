@@ -59,7 +59,7 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     """Used-up data do not end at the same micro-batch for all; every forward pass is an exchange."""
     import yaml
 
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.training.llm.held_out import first_batches

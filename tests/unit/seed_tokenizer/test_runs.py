@@ -33,7 +33,7 @@ def task_of(runner):
     from seed_lavis.datasets import split_of
     from seed_lavis.task import TokenizerTask
 
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
 
     return TokenizerTask(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
 
@@ -51,7 +51,7 @@ def test_learning_rates_are_the_originals(yaml, options, rates):
     for epoch, iteration, rate in rates:
         assert task.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
     halved = task_of(built(yaml("stage1", *options, "run.accum_grad_iters=2")))
-    assert halved.settings.steps == task.settings.steps // 2
+    assert halved.settings.max_steps == task.settings.max_steps // 2
     assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
 
 
@@ -192,7 +192,7 @@ def test_kmeans_starts_the_codebook_at_the_features(yaml):
 
 def test_bad_samples_of_both_parts_of_a_run_count(yaml, run, pictures, tmp_path, capsys):
     """The first part meets a torn image; the second, resumed, sees the other half of the set."""
-    from seed_multimodal.data.stream.order import EpochOrder
+    from seed_multimodal.data.stream.sampler import EpochOrder
 
     folder = shutil.copytree(pictures, tmp_path / "copied")
     items = json.loads((folder / "pairs.json").read_text())

@@ -24,6 +24,7 @@ from typing import Any
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import IGNORED, Draft, Draws, Segment
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import ROLES, merge_text
@@ -34,7 +35,6 @@ from seed_multimodal.seed_x.views import RELEASED_GRIDS, choose_grid, read_grids
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
-SIMILARITIES = ("all_similarities", "similarity", "score", "SCORE")  # of caption and image, in the record's json
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,9 @@ class PictureDecoder(OpenedDecoder):
         grid = choose_grid(image.size, self.grids, side) if self.options.multi_resolution else None
         return UsedPicture(image, grid, written)
 
-    def misshapen(self, used: UsedPicture, name: str) -> str:
+    def misshapen(self, used: UsedPicture) -> str:
         """Why the original filter leaves out an image of this size; empty if it does not."""
-        (width, height), least, ratio = used.picture.size, self.options.min_resolution, self.options.min_aspect_ratio
-        if min(width, height) < least:
-            return f"{name}: fewer than {least} pixels on a side"
-        if ratio and not ratio <= height / width <= 1 / ratio:
-            return f"{name}: narrower than {ratio:g} to 1"
-        return ""
+        return bad_shape(used.picture.size, self.options.min_resolution, self.options.min_aspect_ratio)
 
     def asked(self, text: str, used: UsedPicture | None, before: bool) -> list[Any]:
         """The content of a user's turn: its text, and an image in the place of its `<image>`, else before or after."""
@@ -175,7 +170,7 @@ class Edit(PictureDecoder):
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         source, target = self.use(fields, "source_image"), self.use(fields, "target_image", written=True)
-        reason = self.misshapen(source, "source_image")
+        reason = self.misshapen(source)
         if reason:
             return Draft([], dropped=reason)
         if fields.get("instruction_new") is not None and fields.get("response") is not None:
@@ -198,7 +193,7 @@ class Caption(PictureDecoder):
     """An image (`image`) and its caption (`text`): the image is drawn from it or, at random, read and described.
 
     `img_first_ratio`: share of samples that describe; below 0 none. `add_gen_prompt`: ask for the image with one of 28
-    requests. `similarity_thr`: leave out pairs below it (of records that have one of `SIMILARITIES`).
+    requests. `similarity_thr`: leave out pairs below it (see `data.filters`).
     `use_caption_in_metadata`, `caption_key_in_metadata`: the caption's key, in the record or in `metadata`.
 
     A caption too long to draw from leaves the sample out. In the original it became a sample that reads the image and
@@ -219,7 +214,8 @@ class Caption(PictureDecoder):
     def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
         """See `Decoder`."""
         used = self.use(fields, "image")
-        reason = self.misshapen(used, "image") or dissimilar(fields, self.options.similarity_thr)
+        reason = self.misshapen(used) or dissimilar(
+            {**metadata_of(fields), **fields}, self.options.similarity_thr)
         if reason:
             return Draft([], dropped=reason)
         if self.options.use_caption_in_metadata:
@@ -250,16 +246,6 @@ def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
         except ValueError:
             raise BadRecord("malformed json", f"metadata: is not json: {shorten(value)}.") from None
     return value if isinstance(value, Mapping) else {}
-
-
-def dissimilar(fields: Mapping[str, Any], threshold: float | None) -> str:
-    """Why a pair is left out by the similarity of caption and image; empty if it is not, or none is known."""
-    known = {**metadata_of(fields), **fields}
-    name = next((name for name in SIMILARITIES if known.get(name) is not None), None)
-    if threshold is None or name is None:
-        return ""
-    values = known[name] if isinstance(known[name], list) and known[name] else [known[name]]
-    return f"{name} is below {threshold:g}" if max(map(float, values)) < threshold else ""
 
 
 class Chat(PictureDecoder):

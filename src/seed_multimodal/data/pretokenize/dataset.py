@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from seed_multimodal.data.filters import ImageTextFilter
+from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
@@ -84,7 +84,8 @@ class TaskDataset(Dataset[DecodedTask]):
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
-        self._filter = ImageTextFilter(settings.similarity_thr, settings.min_resolution, settings.min_aspect_ratio)
+        self._filters = any(limit is not None for limit in (settings.similarity_thr, settings.min_resolution,
+                                                            settings.min_aspect_ratio))
         self._files = OpenFiles(rows=0)  # they are read in order
 
     def __getitem__(self, task: Task) -> DecodedTask:
@@ -116,7 +117,7 @@ class TaskDataset(Dataset[DecodedTask]):
         """The rows of an image's views; None for an optional image that cannot be read, which is added to `lost`."""
         name = picture.key or place
         names = [f"{name}#{number}" for number in range(self.views if picture.read else 1)]
-        if self._filter.active or not all(one in rows for one in names):
+        if self._filters or not all(one in rows for one in names):
             try:
                 image = picture.load()
             except ImageError as error:
@@ -125,7 +126,8 @@ class TaskDataset(Dataset[DecodedTask]):
                 lost.append(str(error))
                 return None
             try:
-                reason = self._filter.drop_reason(image.size, metadata if isinstance(metadata, dict) else {})
+                reason = bad_shape(image.size, self.settings.min_resolution, self.settings.min_aspect_ratio) \
+                    or dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr)
             except (TypeError, ValueError) as error:
                 raise DataError(f"{picture.name}: its metadata holds no number for the filters ({error}).") from None
             if reason:

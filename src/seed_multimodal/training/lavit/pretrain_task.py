@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS
 from seed_multimodal.data.decoders.lavit import LavitOptions
-from seed_multimodal.data.stream.data_settings import SourceSettings, read_data_settings
+from seed_multimodal.data.stream.config import SourceSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.data.stream.pair_dataset import sample_seed
+from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.transforms import normalise

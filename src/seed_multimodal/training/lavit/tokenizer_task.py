@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.lavit.training import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import parameter_groups
 
@@ -31,12 +31,12 @@ class LavitTokenizerTask(CodebookTask):
 
     model: LavitStage1
 
-    def __init__(self, name: str, model: LavitStage1, settings: StageSettings, batches: Callable[[int], Tensor],
+    def __init__(self, name: str, model: LavitStage1, settings: StageConfig, batches: Callable[[int], Tensor],
                  health: CodebookHealth | None = None, *, selector_lr_scale: float = 1.0) -> None:
         self.batches = batches
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
         super().__init__(name, model, settings, health or CodebookHealth(),
-                         optimizer=torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.99)))
+                         optimizer=torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99)))
         self.ddp_options = {**self.ddp_options, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
 

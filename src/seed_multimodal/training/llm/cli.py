@@ -19,10 +19,17 @@ from typing import Any, NoReturn
 
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.llm.compose import GROUPS, SEED_X_GROUPS, compose, group_folder
+from seed_multimodal.settings import describe_settings
+from seed_multimodal.training.llm.compose import compose, group_folder
 from seed_multimodal.training.llm.flags import translate
 
-_PIXELS = ("model", "data", "optim", "trainer", "deepspeed")
+# Group of the configuration -> its settings, below this package ("": none of a fixed form).
+_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
+        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.trainer_settings:TrainerSettings",
+        "tokenizer": "", "deepspeed": "", "eval_data": ""}
+_PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
+           "optim": "training.optimizers:OptimSettings", "trainer": "training.pixel_decoder.task:PixelTrainer",
+           "deepspeed": ""}
 
 
 @dataclass(frozen=True)
@@ -30,14 +37,14 @@ class Application:
     """A training with a command line of this kind.
 
     Attributes:
-        usage: for `--help`. groups: of its configurations.
-        task: `module:name` below `training`: an `LlmTask`, or a function of the resolved configuration.
+        usage: for `--help`. settings: of its groups, see `_LLM`.
+        task: `module:name` below this package: an `LlmTask`, or a function of the resolved configuration.
         flags: whether the original's flags have a meaning for it.
         config_name: of its configuration, unless `--config-name` names another. folder: of it, below `configs`.
     """
 
     usage: str
-    groups: Sequence[str]
+    settings: Mapping[str, str]
     task: str
     flags: bool = False
     config_name: str = "train"
@@ -45,8 +52,7 @@ class Application:
 
     def train(self, config: Mapping[str, Any]) -> Any:
         """Train by a resolved configuration."""
-        module, _, name = self.task.partition(":")
-        found = getattr(import_module(f"seed_multimodal.training.{module}"), name)
+        found = _named(self.task)
         if not isinstance(found, type):
             return found(config)
         from seed_multimodal.training.llm.task import train_llm
@@ -58,25 +64,35 @@ APPLICATIONS = {
     "train": Application(
         "Train the multimodal language model.\n\n"
         "    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run",
-        [one for one in GROUPS if one not in SEED_X_GROUPS], "llm.task:LlmTask", flags=True),
+        _LLM, "training.llm.task:LlmTask", flags=True),
     "train_seed_x_sft": Application(
         "Tune SEED-X on instructions. OUTPUT_DIR/checkpoint-N is SEED-X's agent (`pretrained_model_path`);\n"
         "`src/tools/merge_lora_weights.py` makes a system's `llm` and `agent` of it.\n\n"
         "    python src/train/train_seed_x_sft.py output_dir=log/run deepspeed=stage3_offload_bf16",
-        GROUPS, "seed_x.tuning_task:TuningTask", flags=True, config_name="train_seed_x_sft"),
+        {**_LLM, "visual_encoder": "training.seed_x.tuning_settings:TowerModel",
+         "agent": "training.seed_x.tuning_settings:AgentModel"},
+        "training.seed_x.tuning_task:TuningTask", flags=True, config_name="train_seed_x_sft"),
     "train_lavit": Application(
         "Pre-train LaVIT on images and text (stage 2). OUTPUT_DIR/checkpoint-N is the `language_model` of a LaVIT:\n"
         "put it (or a link to it) beside `visual_tokenizer`.\n\n"
         "    python src/train/train_lavit.py output_dir=log/lavit deepspeed=configs/deepspeed/stage2_bf16.json",
-        [one for one in GROUPS if one != "agent"], "lavit.pretrain_task:PretrainTask", config_name="train_lavit"),
+        {**_LLM, "visual_encoder": "training.lavit.pretrain_settings:VisualModel"},
+        "training.lavit.pretrain_task:PretrainTask", config_name="train_lavit"),
     "train_seed_x_detokenizer": Application(
         "Train SEED-X's de-tokenizer; OUTPUT_DIR/adapter is the result.\n\n"
         "    python src/train/train_seed_x_detokenizer.py model=stage2 data=stage2 trainer=stage2 output_dir=log/run",
-        _PIXELS, "seed_x.detokenizer:train_detokenizer", folder="seed_x_detokenizer"),
+        _PIXELS, "training.seed_x.detokenizer:train_detokenizer", folder="seed_x_detokenizer"),
     "train_lavit_detokenizer": Application(
         "Train LaVIT's pixel decoders; OUTPUT_DIR/pixels is the result.\n\n"
         "    python src/train/train_lavit_detokenizer.py model=lowres data=lowres trainer=lowres output_dir=log/run",
-        _PIXELS, "lavit.detokenizer:train_lavit_detokenizer", folder="lavit_detokenizer")}
+        {**_PIXELS, "model": "training.lavit.detokenizer:LavitPixelModel",
+         "data": "training.lavit.detokenizer:LavitImages"},
+        "training.lavit.detokenizer:train_lavit_detokenizer", folder="lavit_detokenizer")}
+
+
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"seed_multimodal.{module}"), attribute)
 
 
 def main_process(program: str | Path) -> NoReturn:
@@ -118,10 +134,13 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
 
 
 def help_text(configs: Path, application: Application) -> str:
-    """Usage and the groups' configurations."""
+    """Usage, the groups' configurations, and the keys with their defaults."""
     lines = [application.usage, "", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {configs}:"]
-    for group in application.groups:
+    for group in application.settings:
         files = group_folder(configs, group).glob("*")
         names = sorted(path.stem for path in files if path.suffix in (".yaml", ".json"))
         lines.append(f"  {group}: {', '.join(names) or '-'}")
+    lines += ["", "Keys and their defaults (a group's file sets others; ???: needed):", "  output_dir=???"]
+    for group, name in application.settings.items():
+        lines += [f"  {line}" for line in (describe_settings(_named(name), group) if name else ())]
     return "\n".join(lines)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.stream.data_settings import read_data_settings, with_template
+from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.stream.data_settings import LlmDataSettings, prompted_sources, with_template
+from seed_multimodal.data.stream.config import LlmDataSettings, prompted_sources, with_template
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import template_for

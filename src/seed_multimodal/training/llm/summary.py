@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.stream.skip_budget import add_counts
+from seed_multimodal.data.stream.mixture import add_counts
 from seed_multimodal.disk import disk_reason, replace_text
 from seed_multimodal.errors import CheckpointError
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -118,7 +118,7 @@ class LlmTask(Task):
         """The configuration's DeepSpeed block, filled."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world, rows=self.rows,
+        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size),
                                       cpu_adam=self.settings.cpu_adam)
         self._log(*remarks, use_offload_threads(config))

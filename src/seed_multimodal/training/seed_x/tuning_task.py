@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders.seed_x import PictureOptions
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import copy_to

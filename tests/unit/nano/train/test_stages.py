@@ -22,7 +22,7 @@ SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 def test_load_settings_reads_every_preset(file: Path) -> None:
     key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
-    assert getattr(settings, key).steps == 7 and settings.image_size == 64
+    assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 
 
 def test_reconstruction_loss_weighs_things_and_colours() -> None:
@@ -50,7 +50,7 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
 
 def test_scene_stream_gives_any_batch_alone() -> None:
     stream = SceneStream(32, seed=3)
-    batch, one = stream.get_batch(torch.arange(10, 15).numpy()), stream.get_batch(torch.tensor([12]).numpy())
+    batch, one = stream.get_batch(range(10, 15)), stream.get_batch([12])
     assert all(torch.equal(batch[name][2:3], one[name]) for name in one) and batch["mask"].shape == (5, 1, 32, 32)
 
 

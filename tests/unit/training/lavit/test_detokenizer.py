@@ -13,7 +13,7 @@ from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import size_ids, training_schedule
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
@@ -87,7 +87,7 @@ class Recorder(nn.Module):
 def test_the_share_without_conditions() -> None:
     from diffusers import DDPMScheduler
 
-    watched, schedule = Recorder(), training_schedule(DDPMScheduler())
+    watched, schedule = Recorder(), DDPMScheduler()
     loss = LavitPixelLoss(dropout=0.2)
     made = loss(watched, schedule, torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
                 generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.lavit_codes import lavit_codes
 from seed_multimodal.data.pretokenize.run import RunSettings, run
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger

@@ -50,7 +50,7 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(tmp_path: Path) -> None:
     held_out, _ = toy.pictures(64, seed=9)
     before = measure(toy.stage1(), held_out, quantize=False)
-    model, record = toy.train(tmp_path, steps=80, lr=6e-3, health={**CODES, "codebook_warmup": 50})
+    model, record = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health={**CODES, "codebook_warmup": 50})
     after = measure(model, held_out)
     mean = held_out.mean(0, keepdim=True).expand_as(held_out)
     blind = 1 - torch.cosine_similarity(held_out, mean, dim=-1).mean()  # what is reached without seeing anything
@@ -92,8 +92,8 @@ def test_a_frozen_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
     def selector(model: LavitStage1) -> torch.Tensor:
         return torch.cat([part.detach().flatten() for part in model.tokenizer.token_predictor.parameters()])
 
-    settings = {"health": CODES, "freeze_selector": True, "lr": 1e-2}
-    with_codes, _ = toy.train(tmp_path / "long", steps=8, **settings)
+    settings = {"health": CODES, "freeze_selector": True, "learning_rate": 1e-2}
+    with_codes, _ = toy.train(tmp_path / "long", max_steps=8, **settings)
     start = toy.stage1(freeze_selector=True)
     before = selector(start)
     start(toy.pictures(8)[0], quantize=True).loss.backward()
@@ -109,8 +109,8 @@ def test_two_processes_equal_one_with_the_double_batch_and_have_one_codebook(
     start_stage1: Callable[..., subprocess.Popen], tmp_path: Path
 ) -> None:
     """Without k-means, whose points are the first process's, the numbers are those of one process."""
-    equal = {"name": "equal", "steps": 6, "repeatable": True}
-    centres = {"name": "centres", "steps": 10, "health": CODES, "batch_size": 8}
+    equal = {"name": "equal", "max_steps": 6, "repeatable": True}
+    centres = {"name": "centres", "max_steps": 10, "health": CODES, "batch_size": 8}
     process = start_stage1(tmp_path, {**equal, "batch_size": 8}, centres, before=TWO)
     said = process.communicate(timeout=250)[0]
     assert process.returncode == 0, said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.training.llm.compose import compose
 from seed_multimodal.training.llm.model_settings import for_run
 from seed_multimodal.training.llm.trainer_settings import read_run

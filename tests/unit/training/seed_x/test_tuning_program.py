@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.llm.compose import compose

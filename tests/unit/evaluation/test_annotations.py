@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from seed_multimodal.data.annotations import find_picture, read_captions, read_questions
 from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.evaluation.annotations import find_picture, read_captions, read_questions
 
 COCO = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 0, "file_name": "b.jpg"}],
         "annotations": [{"id": 1, "image_id": 7, "caption": "one"}, {"id": 2, "image_id": 0, "caption": "two"},

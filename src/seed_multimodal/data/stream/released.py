@@ -1,8 +1,7 @@
 """The original data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
 
-Keys that the original code accepted and never read are dropped. Weights are in `sample_weights`, `data_dir` is searched
-recursively, and `cycle_count` is the number of epochs until a source is used up. Besides the original keys a file may
-hold ours (`packing`, `length`, `rows`, `too_long`, `seed`, ...).
+Keys that the original code accepted and never read are dropped. Besides the original keys a file may hold ours
+(`packing`, `length`, `rows`, `too_long`, `seed`, ...).
 """
 
 from __future__ import annotations
@@ -69,9 +68,7 @@ def released_data_config(config: Mapping[str, Any], settings: Sequence[str], whe
     pipes = config.get("datapipes")
     if not isinstance(pipes, Sequence) or isinstance(pipes, str) or not pipes:
         raise ConfigError(f"{where}: datapipes must list at least one source.")
-    weights = config.get("sample_weights")
-    if weights is None:
-        weights = [1.0] * len(pipes)
+    weights = config.get("sample_weights") or [1.0] * len(pipes)
     if not isinstance(weights, Sequence) or len(weights) != len(pipes):
         raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes, not "
                           f"{weights!r}.")

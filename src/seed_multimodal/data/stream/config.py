@@ -1,4 +1,4 @@
-"""Typed settings of an LLM's training data, read from YAML.
+"""Typed settings of an LLM's training data, read from YAML: our keys, or an original data file (`released.py`).
 
     sources:                       # a list, or a mapping name -> source
       - name: captions
@@ -9,8 +9,6 @@
     packing: true
     length: 2048
     rows: 4
-
-A mapping with `datapipes` or a `_target_` is one of the original data files; `stream.released_settings` reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.decoders import DECODERS
-from seed_multimodal.data.stream.released_settings import is_released, released_data_config
+from seed_multimodal.data.stream.released import is_released, released_data_config
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import read_settings, setting
@@ -36,10 +34,9 @@ class SourceSettings:
     Attributes:
         files, format, format_options: as `formats.sources.open_records` takes them.
         decoder: a name of `decoders.get_decoder`; `options` go to it.
-        image_dir: folder of the images that the records of a decoder `seed_x.*` name; None: that of their file.
-        weight: share of the draws, relative to the other sources'. Without packing a draw is a micro-batch of
-            `batch_size` sequences, as in the original. With packing it is one sequence, and the weight counts
-            `batch_size`-fold if the sources have batch sizes.
+        image_dir: folder of the images that records name (decoders `seed_x.*`); None: that of their file.
+        weight: share of the draws, relative to the other sources'. A draw is a padded micro-batch, as in the original,
+            or with packing one sequence; there the weight counts `batch_size`-fold if the sources have one.
         cycles: times through the source until it is used up; None: without end.
         max_length, batch_size: of padded micro-batches; without a `batch_size` they have `rows` x `length` positions.
     """
@@ -64,15 +61,14 @@ class LlmDataSettings:
     Attributes:
         packing: several sequences in each row of `length` positions; False: padded micro-batches of one source.
         rows: packed rows of a rank's micro-step.
-        too_long: treatment of a packed sequence longer than `length`: `skip`, `truncate` (the decoder's own cut on the
-            right), or `split` (documents of `pretrain.text` become several pieces; others are skipped). Padded
-            sequences are cut. Each is counted and named.
+        too_long: treatment of a packed sequence longer than `length`: `skip`, `truncate`, or `split` (documents of
+            `pretrain.text` become several pieces; others are skipped). Padded ones are cut. Each is counted and named.
         max_bad_in_a_row: this many broken records of a source one after another end the run.
         template: words around a user's turn (vicuna, llama2) for sources that do not set it; None: the model's.
         concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).
         shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
         buffer: tokens of sequences, in rows of `length`, that packing looks ahead.
-        cache: folder into which remote files are copied once; None: they are read by ranges (see `formats.storage`).
+        cache: folder into which remote files are copied once; None: they are read by ranges (`formats.storage`).
     """
 
     sources: list[SourceSettings]
@@ -100,6 +96,10 @@ class LlmDataSettings:
         length = self.sources[source].max_length or self.length
         return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
 
+    def shape(self, source: int) -> tuple[int, int]:
+        """Sequences of a draw from a source, and how long each may be."""
+        return (1, self.length) if self.packing else self.padded_shape(source)
+
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
     """Settings out of a mapping (ours, or an original data file).
@@ -113,8 +113,14 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
     if given.get("packing") in ("on", "off"):  # overrides leave YAML's true and false as texts
         given["packing"] = given["packing"] == "on"
-    settings = read_settings(LlmDataSettings, {**given, "sources": _read_sources(given.get("sources"), where)}, where)
-    _check_sources(settings, where)
+    settings = read_settings(LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where)
+    endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
+    if settings.concat_type == "concat" and endless is not None:
+        raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "
+                          f"leave no turn to the sources after it.")
+    if settings.packing and len({source.batch_size is None for source in settings.sources}) > 1:
+        raise ConfigError(f"{where}: some sources have a batch_size and some have none; with packing the weights count "
+                          "batch sizes, so give all or none.")
     return with_template(settings, settings.template)
 
 
@@ -134,7 +140,7 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
         for source in settings.sources])
 
 
-def _read_sources(given: Any, where: str) -> list[SourceSettings]:
+def _sources(given: Any, where: str) -> list[SourceSettings]:
     if isinstance(given, Mapping):
         given = [{"name": str(name), **_mapping(source, f"{where}: sources.{name}")} for name, source in given.items()
                  if source is not None]
@@ -142,17 +148,18 @@ def _read_sources(given: Any, where: str) -> list[SourceSettings]:
         raise ConfigError(f"{where}: sources must list at least one source of sequences.")
     sources: list[SourceSettings] = []
     for number, one in enumerate(given):
-        here = f"{where}: sources[{number}]"
-        source = {key: value for key, value in _mapping(one, here).items()
-                  if value or key not in ("name", "files", "decoder")}  # what is empty is not given
+        source = {key: value for key, value in _mapping(one, f"{where}: sources[{number}]").items()
+                  if value or key not in ("name", "files", "decoder")}
         files = source.get("files", "")
         if isinstance(files, list | tuple | Path):
             source["files"] = files = [str(file) for file in files] if isinstance(files, list | tuple) else str(files)
-        taken = {other.name for other in sources}
-        if source.get("name") in taken:
-            raise ConfigError(f"{here}: there are two sources named {source['name']!r}.")
-        source["name"] = str(source.get("name") or _free_name(files, taken))
-        sources.append(read_settings(SourceSettings, source, f"{here} ({source['name']})"))
+        name, taken = source.get("name"), [other.name for other in sources]
+        if name in taken:
+            raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
+        stem = Path(files[0] if isinstance(files, list) and files else str(files)).name or "source"
+        free = next(one for one in (stem, *(f"{stem}-{more}" for more in range(2, number + 3))) if one not in taken)
+        source["name"] = str(name or free)
+        sources.append(read_settings(SourceSettings, source, f"{where}: sources[{number}] ({source['name']})"))
     return sources
 
 
@@ -160,26 +167,3 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where}: must be a mapping of keys to values, not a {type(value).__name__}.")
     return {str(key): item for key, item in value.items()}
-
-
-def _free_name(files: Any, taken: set[str]) -> str:
-    """A name after the first file or folder, numbered if it is taken."""
-    first = files[0] if isinstance(files, list) and files else files
-    name = Path(str(first)).name or "source"
-    number, free = 2, name
-    while free in taken:
-        free, number = f"{name}-{number}", number + 1
-    return free
-
-
-def _check_sources(settings: LlmDataSettings, where: str) -> None:
-    """Checks that concern several settings."""
-    endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
-    if settings.concat_type == "concat" and endless is not None:
-        raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "
-                          f"leave no turn to the sources after it.")
-    sized = [source.name for source in settings.sources if source.batch_size is not None]
-    if settings.packing and sized and len(sized) < len(settings.sources):
-        other = next(source.name for source in settings.sources if source.batch_size is None)
-        raise ConfigError(f"{where}: source {sized[0]!r} has a batch_size and {other!r} has none; with packing the "
-                          f"weights count batch sizes, so give all or none.")
