@@ -12,22 +12,20 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, Draws, SeededDraws, TokenSequence, some_picture
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, SeededDraws, TokenSequence
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
-from seed_multimodal.data.formats.sources import FileRecords, open_records
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import EpochOrder
 from seed_multimodal.data.stream.views import TAR_PARTS, PictureReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
 
 USABLE_WITHIN = 100
 SPLIT_DECODERS = ("pretrain.text",)
@@ -84,8 +82,7 @@ class Mixture:
                                      cache=settings.cache, options=source.format_options,
                                      others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
                         for source in sources]
-        self.decoders = [_decoder(source, records, tokenizer)
-                         for source, records in zip(sources, self.records, strict=True)]
+        self.decoders = [_decoder(source, tokenizer) for source in sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(sources, self.records, self.decoders, strict=True)]
@@ -100,7 +97,7 @@ class Mixture:
                                   block=settings.shuffle_block if len(records.shard_sizes) > 1 else 0)
                        for size, seed, records in zip(self.sizes, self.seeds, self.records, strict=True)]
 
-    def decode(self, source: int, index: int, draws: Draws, max_length: int | None = None
+    def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
         """(the sequence of a record, where it lies), or why there is none: for training and for `seed data check`.
 
@@ -208,27 +205,11 @@ class Mixture:
                          f"cycles out for no end.")
 
 
-def _decoder(source: SourceSettings, records: FileRecords, tokenizer: MultimodalTokenizer) -> Decoder:
-    options = dict(source.options)
-    if options.get("code_noise"):
-        options.setdefault("noise_source", partial(_other_picture, records, tokenizer.vocabulary))
+def _decoder(source: SourceSettings, tokenizer: MultimodalTokenizer) -> Decoder:
     try:
-        return get_decoder(source.decoder, tokenizer, options)
+        return get_decoder(source.decoder, tokenizer, source.options)
     except ConfigError as error:
         raise ConfigError(f"source {source.name}: {error}") from None
-
-
-def _other_picture(records: FileRecords, words: ImageVocabulary, draws: Draws) -> list[int]:
-    """The codes of an image of another record of the source, for a decoder's `code_noise`."""
-    for _ in range(20):
-        try:
-            fields = records.read(draws.randint(0, len(records) - 1)).fields
-        except DataError:  # broken: counted at its own draw, not at this one
-            continue
-        codes = some_picture(fields, draws, words.tokens_per_image)
-        if codes and 0 <= min(codes) <= max(codes) < words.n_codes:
-            return codes
-    raise DataError(f"{records.name}: code_noise takes codes from other images, and 20 records in a row have none.")
 
 
 def uniform(seed: int, number: int) -> float:
