@@ -12,7 +12,7 @@ import pytest
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture, SkippedSample, uniform
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture, uniform
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -130,19 +130,6 @@ def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable,
     with pytest.raises(DataError, match=r"Source c: no record can be used \(100 records tried\); the first: .*: "
                        "image_ids: is missing; decoder pretrain.caption needs it"):
         LlmBatches(read_data_settings(config), words)
-
-
-def test_other_picture_passes_over_broken_records(tmp_path: Path, words, codes: Callable, lines: Callable) -> None:
-    good = [{"image_ids": codes(n), "text": f"number {n}"} for n in range(6)]
-    bad = ["no json", {"image_ids": [10 ** 9] * len(codes(0)), "text": "a"}, {"image_ids": codes(0)[:-1], "text": "a"},
-           {"image_ids": 7, "text": "a"}, {"image_ids": [True] * len(codes(0)), "text": "a"}]
-    path = lines(tmp_path / "a.jsonl", [*good, *bad])
-    mixture = Mixture(read_data_settings({"sources": [
-        {"name": "c", "files": str(path), "decoder": "pretrain.caption",
-         "options": {"reverse_ratio": 1.0, "code_noise": 0.9}}]}), words)
-    found = [mixture.sequence(0, position) for position in range(4 * 11)]
-    assert sum(not isinstance(one, SkippedSample) for one in found) == 4 * len(good)
-    assert all("noise" not in one.where for one in found if isinstance(one, SkippedSample))
 
 
 def test_draws_follow_the_weights(mixed: Callable, words) -> None:
