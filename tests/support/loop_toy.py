@@ -1,4 +1,4 @@
-"""A tiny model for the tests of the training loop; also a program: `python loop_toy.py FOLDER '{"steps": 40}'`.
+"""A tiny model for the tests of the training loop; also a program: `python loop_toy.py FOLDER '{"max_steps": 40}'`.
 
 Under torchrun it trains with DistributedDataParallel over gloo. Every micro-step's loss goes to FOLDER/losses.RANK.txt.
 """
@@ -22,7 +22,7 @@ from torch import nn
 
 from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import checkpoints, read_tree
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.task import StageTask
@@ -50,7 +50,7 @@ def move_bias(model: nn.Sequential) -> None:
 class ToyTask(StageTask):
     """A stage whose methods are given as functions."""
 
-    def __init__(self, name: str, module: nn.Module, loss: Callable[[nn.Module, int], Any], settings: StageSettings, *,
+    def __init__(self, name: str, module: nn.Module, loss: Callable[[nn.Module, int], Any], settings: StageConfig, *,
                  methods: Mapping[str, Callable[..., Any] | None] | None = None, **more: Any) -> None:
         super().__init__(name, module, settings, **more)
         for method, function in {"step_loss": loss, **(methods or {})}.items():
@@ -75,8 +75,9 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    choices = {"steps": 12, "batch_size": 8, "lr": 1e-2, "warmup": 5, "ema": 0.9, "precision": "fp32", "log_every": 4,
-               "clip": 0.5, "seed": 3, "save_seconds": 1e9, "curves": False, **settings}
+    choices = {"max_steps": 12, "batch_size": 8, "learning_rate": 1e-2, "warmup_steps": 5, "ema": 0.9, "seed": 3,
+               "precision": "fp32", "logging_steps": 4, "max_grad_norm": 0.5, "save_seconds": 1e9, "curves": False,
+               **settings}
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
@@ -101,10 +102,10 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
     methods = {"measures": measures, "after_step": on_step if noise else None, "status": status}
-    return train_stage(ToyTask(name, model, loss, StageSettings(**choices), methods=methods), folder)
+    return train_stage(ToyTask(name, model, loss, StageConfig(**choices), methods=methods), folder)
 
 
-def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageSettings, folder: Path,
+def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageConfig, folder: Path,
               **more: Any) -> dict[str, Any]:
     """A stage whose loss closes over its module."""
     settings = replace(settings, curves=False)
@@ -144,7 +145,7 @@ def main() -> int:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
         try:
-            train_stage(StageTask("single", nn.Linear(1, 1), StageSettings(steps=1), parallel=False), sys.argv[1])
+            train_stage(StageTask("single", nn.Linear(1, 1), StageConfig(max_steps=1), parallel=False), sys.argv[1])
         except SeedError as error:
             print(f"refused: {error}", flush=True)
     try:

@@ -1,4 +1,4 @@
-"""Stage 1 of LaVIT on made-up features; also a program: `python stage1_toy.py FOLDER '{"steps": 40}'`.
+"""Stage 1 of LaVIT on made-up features; also a program: `python stage1_toy.py FOLDER '{"max_steps": 40}'`.
 
 A picture has one background in all 16 patches, but in the first 0 to 8 places of a random order it has things; so how
 much there is to see differs. Under torchrun it trains with DistributedDataParallel over gloo.
@@ -23,7 +23,7 @@ from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfi
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.trainer import train_stage
 
@@ -82,8 +82,8 @@ def train(folder: Path, *, name: str = "tokenizer", kill_at: int = -1, health: d
     model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
-    choices = {"steps": 12, "batch_size": 16, "lr": 3e-3, "warmup": 5, "precision": "fp32", "log_every": 1, "seed": 3,
-               "save_seconds": 1e9, "curves": False, **settings}
+    choices = {"max_steps": 12, "batch_size": 16, "learning_rate": 3e-3, "warmup_steps": 5, "seed": 3,
+               "precision": "fp32", "logging_steps": 1, "save_seconds": 1e9, "curves": False, **settings}
 
     def batch(micro_step: int) -> Tensor:
         if micro_step == kill_at:
@@ -92,7 +92,7 @@ def train(folder: Path, *, name: str = "tokenizer", kill_at: int = -1, health: d
         first = (micro_step * world + rank) * size
         return data[(first + torch.arange(size)) % len(data)]
 
-    task = LavitTokenizerTask(name, model, StageSettings(**choices), batch, CodebookHealth(**(health or {})),
+    task = LavitTokenizerTask(name, model, StageConfig(**choices), batch, CodebookHealth(**(health or {})),
                               selector_lr_scale=selector_lr_scale)
     return model, train_stage(task, folder)
 

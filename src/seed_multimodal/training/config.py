@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.settings import setting
@@ -13,63 +13,70 @@ WAIT_MINUTES = 30.0  # for a process that does not answer: default of `timeout_m
 
 
 @dataclass(kw_only=True)
-class LoopSettings:
-    """Settings of the loop; `steps` counts optimiser steps of `accumulate` micro-steps in each process.
+class TrainerConfig:
+    """Settings of every training, with the names of transformers' `TrainingArguments` where it has them.
 
     Attributes:
-        precision: what products are computed in; trained weights are kept in fp32 beside it.
-        clip: the largest gradient norm (0: measured, not clipped).
-        ema: decay of the averaged weights, which are the result (0: none).
-        save_seconds, save_every_steps: when a checkpoint is due (0: not by that), beside the one at the end.
-        keep: checkpoints kept, the newest first; None deletes nothing.
-        async_save: write checkpoints beside the training (not with DeepSpeed).
+        max_steps: optimiser steps, of `gradient_accumulation_steps` micro-steps in each process.
+        precision: what products are computed in; trained weights are kept in fp32.
+        max_grad_norm: 0 measures the norm only.
+        ema: decay of the averaged weights, which are the result (0: none; not with DeepSpeed).
+        device, dataloader_num_workers: of programs that choose the device and read data by these settings.
+        report_to: any of tensorboard and wandb; the JSON log is always written.
+        curves: draw `curves.png` from the log at the end.
+        save_seconds, save_steps: when a checkpoint is due (0: not by that), besides the one at the end.
+        save_total_limit: checkpoints kept, the newest first; none deletes nothing.
         save_frozen: whether checkpoints hold parameters that are not trained, too. Without, the caller builds them
             again, from the same files, before a resume.
-        resume: `auto` (from the newest complete checkpoint of the folder), `never`, or a checkpoint's folder.
+        async_save: write checkpoints in a thread, during the next steps (not with DeepSpeed).
+        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
         start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
-        curves: draw `curves.png` from the log at the end.
-        further: a completed run continues if it is asked for more steps.
         timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
     """
 
-    steps: int = setting(1000, least=0)
-    accumulate: int = setting(1, least=1)
+    max_steps: int = setting(1000, least=1)
+    gradient_accumulation_steps: int = setting(1, least=1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    clip: float = setting(1.0, least=0, most=math.inf)
+    max_grad_norm: float = setting(1.0, least=0, most=math.inf)
     ema: float = setting(0.0, least=0, below=1)
-    seed: int = setting(0, least=0)
-    log_every: int = setting(50, least=1)
-    save_seconds: float = setting(60.0, least=0, most=math.inf)
-    save_every_steps: int = setting(0, least=0)
-    save_frozen: bool = True
-    keep: int | None = setting(1, least=1)
-    async_save: bool = False
-    resume: str = "auto"
-    start: str = ""
-    tensorboard: bool = False
-    wandb: bool = False
+    seed: int = setting(42, least=0)
+    device: str = "auto"
+    dataloader_num_workers: int = setting(2, least=0)
+    logging_steps: int = setting(1, least=1)
+    report_to: list[str] = setting(factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb"))
     run_name: str | None = None
     curves: bool = True
-    further: bool = False
+    save_seconds: float = setting(0.0, least=0, most=math.inf)
+    save_steps: int = setting(1000, least=0)
+    save_total_limit: int | None = setting(None, least=1)
+    save_frozen: bool = True
+    async_save: bool = True
+    resume: str = "auto"
+    start: str = ""
     timeout_minutes: float = setting(WAIT_MINUTES, least=0)
 
 
 @dataclass(kw_only=True)
-class StageSettings(LoopSettings):
-    """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size · accumulate ·
-    processes` samples, and the rate rises for `warmup` steps to `lr` and falls to `lr · min_lr_ratio`, along a cosine
-    or another of `schedules.KINDS` (`lr_scheduler_type`, with transformers' options in `lr_scheduler_kwargs`)."""
+class StageConfig(TrainerConfig):
+    """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size ·
+    gradient_accumulation_steps · processes` samples. The rate rises for `warmup_steps` to `learning_rate` and falls to
+    `learning_rate · min_lr_ratio`, along a cosine or another of `schedules.KINDS` (`lr_scheduler_type`, with
+    transformers' options in `lr_scheduler_kwargs`). `further`: a completed run continues if it is asked for more steps.
+    """
 
-    steps: int = setting(least=0)
+    max_steps: int = setting(least=0)
     batch_size: int = setting(64, least=1)
-    lr: float = setting(1e-3, least=0)
-    warmup: int = setting(100, least=0)
+    learning_rate: float = setting(1e-3, least=0)
+    warmup_steps: int = setting(100, least=0)
     min_lr_ratio: float = setting(0.02, least=0)
     lr_scheduler_type: str = "cosine"
     lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     weight_decay: float = setting(0.01, least=0)
-
-
-def stage(steps: int, batch: int, lr: float, **more: Any) -> Any:
-    """A field of settings: a stage of that length; `more`: other values of `StageSettings`."""
-    return field(default_factory=lambda: StageSettings(steps=steps, batch_size=batch, lr=lr, **more))
+    seed: int = setting(0, least=0)
+    logging_steps: int = setting(50, least=1)
+    report_to: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
+    save_seconds: float = setting(60.0, least=0, most=math.inf)
+    save_steps: int = setting(0, least=0)
+    save_total_limit: int | None = setting(1, least=1)
+    async_save: bool = False
+    further: bool = False

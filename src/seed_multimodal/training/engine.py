@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
 
@@ -39,7 +39,7 @@ class Engine:
 
     kind = "plain"
 
-    def __init__(self, task: Task, settings: LoopSettings, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device) -> None:
         """Wrap a task's module.
 
         Raises:
@@ -87,7 +87,7 @@ class Engine:
     def clip(self) -> Tensor | None:
         """Norm of the step's gradients before clipping; clips them. None: known after `update` only."""
         self.scaler.unscale_(self.optimizer)
-        return self.accelerator.clip_grad_norm_(self.trained, self.settings.clip or math.inf)
+        return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
     def update(self, rate: float) -> float | None:
         """Update the weights at a learning rate (times a group's `lr_scale`); an fp16 step whose gradients overflowed
@@ -232,7 +232,7 @@ def _trained_parameters(task: Task, optimizer: Any) -> list[nn.Parameter]:
 _INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
 
 
-def fill_config(config: Mapping[str, Any], settings: LoopSettings, *, world: int, rows: int, hidden_size: int,
+def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int,
                 cpu_adam: bool = False) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration without "auto", and remarks.
 
@@ -254,9 +254,9 @@ def fill_config(config: Mapping[str, Any], settings: LoopSettings, *, world: int
     for key in _INTEGERS:
         if isinstance(filled.get(key), float):
             filled[key] = int(filled[key])
-    accumulate = settings.accumulate
+    accumulate = settings.gradient_accumulation_steps
     _agree(filled, "gradient_accumulation_steps", accumulate)
-    _agree(filled, "gradient_clipping", settings.clip)
+    _agree(filled, "gradient_clipping", settings.max_grad_norm)
     for kind in ("bf16", "fp16"):
         block = filled.get(kind)
         wanted = settings.precision == kind
@@ -308,7 +308,7 @@ class ZeroEngine(Engine):
 
     kind = "deepspeed"
 
-    def __init__(self, task: Task, settings: LoopSettings, group: ProcessGroup, device: torch.device,
+    def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device,
                  config: Mapping[str, Any]) -> None:
         """Wrap a task's module; `config` is what `fill_config` gave.
 
@@ -317,6 +317,8 @@ class ZeroEngine(Engine):
         """
         if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
+        if settings.ema:
+            raise ConfigError("trainer: ema is not kept with DeepSpeed; leave one of them out.")
         self.config, self.stage = config, int(config["zero_optimization"]["stage"])
         super().__init__(task, settings, group, device)
 
@@ -329,7 +331,7 @@ class ZeroEngine(Engine):
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
         plugin = DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False)
         return start_accelerate(self.device, self.group, self.settings.precision, deepspeed_plugin=plugin,
-                                gradient_accumulation_steps=self.settings.accumulate)
+                                gradient_accumulation_steps=self.settings.gradient_accumulation_steps)
 
     def _prepare(self) -> nn.Module:
         model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)

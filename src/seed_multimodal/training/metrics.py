@@ -20,7 +20,7 @@ from torch import Tensor
 from seed_multimodal.disk import disk_reason, replace_text, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, how_to_install
 from seed_multimodal.progress import duration
-from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
@@ -140,7 +140,7 @@ class RunLog:
         problem: why a log could not be written (a full disk), as a sentence.
     """
 
-    def __init__(self, name: str, settings: LoopSettings, step: int, home: Path, group: ProcessGroup,
+    def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
                  device: torch.device, meter: Meter, status: Status = dict,
                  kept: int | None = None) -> None:
         """Open the logs; lines of steps after `kept` (`step` by default), of a killed run, are dropped.
@@ -161,8 +161,10 @@ class RunLog:
         if group.first:
             drop_lines_after(step if kept is None else kept, self.file)
             # One folder per task: a resume hides only its own events.
-            self.board = open_board(home / "tensorboard" / name, step) if settings.tensorboard else None
-            self.wandb = _open_wandb(settings, home) if settings.wandb else None
+            if "tensorboard" in settings.report_to:
+                self.board = open_board(home / "tensorboard" / name, step)
+            if "wandb" in settings.report_to:
+                self.wandb = _open_wandb(settings, home)
 
     @property
     def file(self) -> Path:
@@ -173,7 +175,7 @@ class RunLog:
         """Count a step that the meter already holds and write a line if one is due. `more` (an evaluation's numbers) is
         always written: in this step's line, or in one of its own."""
         merged = {} if self.meter.own_evaluation_line else dict(more or {})
-        self.waiting = bool(step % self.settings.log_every and step != self.settings.steps and not merged)
+        self.waiting = bool(step % self.settings.logging_steps and step != self.settings.max_steps and not merged)
         if not self.waiting:
             self._write_line(step, merged)
         elif self.alive:
@@ -240,7 +242,8 @@ class RunLog:
         merged = merge(self.group.gather({**own, **self.meter.numbers(), **status, **more}))
         self.mark, self.mark_step, self.waited = now, step, waited
         self.write(step, {"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
-                          "seconds_per_step": pace, "eta_seconds": (self.settings.steps - step) * self.pace, **merged})
+                          "seconds_per_step": pace, "eta_seconds": (self.settings.max_steps - step) * self.pace,
+                          **merged})
 
     def _text(self, line: Mapping[str, float]) -> str:
         if "seconds_per_step" not in line:
@@ -251,9 +254,9 @@ class RunLog:
                 f"{line['peak_memory_mib'] / 1024:.1f} GiB, {duration(line['eta_seconds'])} left")
 
     def _head(self, step: int) -> str:
-        filled = int(20 * step / max(1, self.settings.steps))
+        filled = int(20 * step / max(1, self.settings.max_steps))
         clear = "\r\x1b[K" if self.alive else ""
-        return f"{clear}[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.steps}"
+        return f"{clear}[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps}"
 
     def _tick(self, step: int) -> None:
         """Between log lines a terminal shows the step, at most twice a second."""
@@ -264,7 +267,7 @@ class RunLog:
         pace = self.pace or (now - self.mark) / max(1, step - self.mark_step)
         loss = self.meter.numbers().get("loss")
         print(f"{self._head(step)} {'' if loss is None else f'loss {loss:.4g} | '}"
-              f"{duration((self.settings.steps - step) * pace)} left", end="", flush=True)
+              f"{duration((self.settings.max_steps - step) * pace)} left", end="", flush=True)
 
 
 def drop_lines_after(step: int, log: Path) -> None:
@@ -313,7 +316,7 @@ def open_board(folder: Path, step: int) -> Any:
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror}).") from error
 
 
-def _open_wandb(settings: LoopSettings, home: Path) -> Any:
+def _open_wandb(settings: TrainerConfig, home: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")  # not a dependency: used only where installed
     except ImportError as error:

@@ -21,7 +21,7 @@ from torch import Tensor
 from seed_multimodal.data.stream.sampler import EpochOrder
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 
 OWN = ("cosine", "linear", "constant", "constant_with_warmup")
 # transformers' other names -> the option of its function that says where the rate ends, as a share of the highest
@@ -33,7 +33,7 @@ USABLE = (*OWN, *_FLOORS)
 KINDS = (*USABLE, *_BY_LOSS)
 
 
-def learning_rate(step: int, settings: StageSettings) -> float:
+def learning_rate(step: int, settings: StageConfig) -> float:
     """Linear warm-up, then by default a cosine from `lr` to `lr · min_lr_ratio` at the last step.
 
     A stage's first step has a rate already: other kinds than the cosine are therefore one step ahead of a language
@@ -41,13 +41,13 @@ def learning_rate(step: int, settings: StageSettings) -> float:
     """
     kind = settings.lr_scheduler_type
     if kind != "cosine":
-        return scheduled_rate(kind, step + 1, settings.lr, settings.steps, warmup=settings.warmup,
+        return scheduled_rate(kind, step + 1, settings.learning_rate, settings.max_steps, warmup=settings.warmup_steps,
                               floor=settings.min_lr_ratio, options=settings.lr_scheduler_kwargs)
-    if step < settings.warmup:
-        return settings.lr * (step + 1) / settings.warmup
-    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.max_steps - settings.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return settings.lr * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
+    return settings.learning_rate * (settings.min_lr_ratio + (1.0 - settings.min_lr_ratio) * cosine)
 
 
 def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:

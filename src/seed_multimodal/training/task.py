@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import parameter_groups
@@ -180,15 +180,15 @@ class StageTask(Task):
             can follow.
     """
 
-    def __init__(self, name: str, module: nn.Module, settings: StageSettings, *, optimizer: Any = None,
+    def __init__(self, name: str, module: nn.Module, settings: StageConfig, *, optimizer: Any = None,
                  parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
         check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
-        learning_rate(settings.steps - 1, settings)  # impossible options of a schedule end here
+        learning_rate(settings.max_steps - 1, settings)  # impossible options of a schedule end here
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.99))
-        self.meter = Meter(settings.batch_size * settings.accumulate)
+            parameter_groups(module, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99))
+        self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """Scalar mean loss of a micro-step, and numbers to log; draws its randomness from torch's global generator,
@@ -209,14 +209,14 @@ class StageTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """How large a step was; subclasses add their measures."""
-        shared = {"accumulate": self.settings.accumulate, "processes": group.world}
+        shared = {"accumulate": self.settings.gradient_accumulation_steps, "processes": group.world}
         return {"stage": self.name, "batch_size": self.settings.batch_size,
                 **{key: count for key, count in shared.items() if count > 1}}
 
     def identity(self, world: int) -> dict[str, Any]:
         """Processes, and samples of a step over all of them, from which their order follows."""
         return {"processes": world,
-                "samples_per_step": self.settings.batch_size * self.settings.accumulate * world}
+                "samples_per_step": self.settings.batch_size * self.settings.gradient_accumulation_steps * world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         """Refuse another number of samples per step, from which their order follows; another number of processes, which

@@ -35,7 +35,7 @@ from seed_multimodal.training.checkpoint import (
     settings_remark,
     warm_start,
 )
-from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,
@@ -52,9 +52,9 @@ from seed_multimodal.training.metrics import RunLog, StepNumbers
 from seed_multimodal.training.task import StageTask, Task, read_record
 
 
-def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: ProcessGroup | None = None,
+def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: ProcessGroup | None = None,
           device: torch.device | None = None) -> dict[str, Any]:
-    """Train a task for `settings.steps` steps, from its newest checkpoint in `folder` if there is one.
+    """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
     Under torchrun every process calls it, with a folder that all of them see.
 
@@ -84,11 +84,11 @@ def train(task: Task, settings: LoopSettings, folder: str | Path, *, group: Proc
 class Trainer:
     """One training run of a task, in one process."""
 
-    def __init__(self, task: Task, settings: LoopSettings, home: Path, group: ProcessGroup,
+    def __init__(self, task: Task, settings: TrainerConfig, home: Path, group: ProcessGroup,
                  device: torch.device | None) -> None:
         """Find the checkpoint to resume from, let the task build its module, restore. Raises as `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
-        self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.keep,
+        self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.save_total_limit,
                                      asynchronous=settings.async_save, save_frozen=settings.save_frozen)
         folder = self.store.find(settings.resume)
         self.identity = task.identity(group.world)
@@ -141,7 +141,7 @@ class Trainer:
         self.last_save = time.monotonic()
         with StopRequest() as stop:
             stopped = ended = False
-            while self.step < self.settings.steps and not stopped and not ended:
+            while self.step < self.settings.max_steps and not stopped and not ended:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
                     try:
                         ended = not self._make_step()
@@ -171,7 +171,7 @@ class Trainer:
 
         Gradients are averaged, so one that is not finite anywhere makes the norm so in every process.
         """
-        task, engine, count = self.task, self.engine, self.settings.accumulate
+        task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
         engine.set_rate(rate)
         if not task.begin_step(self.step):
@@ -202,8 +202,8 @@ class Trainer:
         """Whether the numbers are read in the step that is the `done`-th. The steps between leave theirs on the device,
         since reading waits for it; nothing is saved before they are checked."""
         settings = self.settings
-        return (self.engine.reads_numbers or done % settings.log_every == 0 or done >= settings.steps
-                or bool(settings.save_every_steps) and done % settings.save_every_steps == 0
+        return (self.engine.reads_numbers or done % settings.logging_steps == 0 or done >= settings.max_steps
+                or bool(settings.save_steps) and done % settings.save_steps == 0
                 or self.task.acts_after(done))
 
     def _read_numbers(self, moved: float | None = None) -> None:
@@ -244,7 +244,7 @@ class Trainer:
             self.evaluation = {"step": self.step, **numbers}
             self.log.pause(time.monotonic() - begun)
         self.log.add(self.step, numbers)
-        every = self.settings.save_every_steps
+        every = self.settings.save_steps
         if save or (every and self.step % every == 0):
             begun = time.monotonic()
             self._save()
@@ -280,7 +280,7 @@ class Trainer:
             self._save()
         self.store.finish()
         if self.group.agree(stopped or stop.requested)[0]:
-            self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.steps}; the same command "
+            self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same command "
                           f"resumes from {self.store.home / f'checkpoint-{self.step}'}.")
             raise SystemExit(STOPPED)
         log.close()
@@ -341,7 +341,7 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
         raise CheckpointError(f"{done}: only some processes see it; the folder must be on a disk that all share.")
     if here:
         record, saved = read_record(done), checkpoints(home / task.checkpoint_folder)
-        if not (task.settings.further and int(record.get("steps", 0)) < task.settings.steps and saved):
+        if not (task.settings.further and int(record.get("steps", 0)) < task.settings.max_steps and saved):
             if group.first:
                 print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
                 before = read_states(saved[0][1]).trainer.get("config") if saved else None
@@ -358,7 +358,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
 
     Args:
         run: the settings, with the sections `trainer` and `deepspeed`, and `output_dir`.
-        kind: makes a `Task` of them that also has `settings`, whose `loop_settings()` are the loop's, and `close()`.
+        kind: makes a `Task` of them that also has `settings` and `close()`.
 
     Returns:
         The run's record, also `output_dir/summary.json`.
@@ -371,7 +371,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
                                             group_of_one=run.deepspeed is not None)
             task = kind(run, group, device)
         with contextlib.closing(task):
-            record = train(task, task.settings.loop_settings(), run.output_dir, group=group, device=device)
+            record = train(task, task.settings, run.output_dir, group=group, device=device)
         clean = True
         return record
     except SystemExit:

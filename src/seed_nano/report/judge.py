@@ -33,7 +33,7 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import locate, locate_system
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train_stage
@@ -189,7 +189,7 @@ def augmentations(size: int) -> v2.Transform:
 class JudgeTask(StageTask):
     """The judge's training, resumable; the record holds its accuracy on real images of every split."""
 
-    def __init__(self, settings: StageSettings, out: Path, device: torch.device, config: JudgeConfig | None = None,
+    def __init__(self, settings: StageConfig, out: Path, device: torch.device, config: JudgeConfig | None = None,
                  scenes: Any = judge_scene, probes: int = 1000) -> None:
         torch.manual_seed(settings.seed)
         self.judge = Judge(config or JudgeConfig()).to(device, memory_format=torch.channels_last)
@@ -215,7 +215,7 @@ class JudgeTask(StageTask):
             scenes = listed(split)[:self.probes]
             images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
             measured[split] = float((judge.labels(images) == label_tensor(scenes, JUDGED)).all(1).float().mean())
-        judge.config.training = {"steps": self.settings.steps, "batch": self.settings.batch_size,
+        judge.config.training = {"steps": self.settings.max_steps, "batch": self.settings.batch_size,
                                  "seed": self.settings.seed, "real_pictures": measured}
         judge.save_pretrained(self.out)
         return {**super().finish(group), **measured}
@@ -229,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1500)
 
     def work(options: argparse.Namespace) -> int:
-        settings = StageSettings(steps=options.steps, batch_size=96, lr=3e-3, warmup=200, weight_decay=0.05, seed=77)
+        settings = StageConfig(max_steps=options.steps, batch_size=96, learning_rate=3e-3, warmup_steps=200,
+                               weight_decay=0.05, seed=77)
         train_stage(JudgeTask(settings, options.out, choose_device("auto", "float32").device), options.work)
         print(f"Saved {options.out}.")
         return DONE

@@ -50,10 +50,10 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     """Write the configuration `work/NAME.yaml` of an application; returns its path.
 
     The template (`templates/SYSTEM/NAME.yaml`) names settings as `${llm.width}`, folders as `${work}`, and those of the
-    stage (`settings`) as `${stage.lr}`; its `with_start` replaces keys if the stage's `start` is set.
+    stage (`settings`) as `${stage.learning_rate}`; its `with_start` replaces keys if the stage's `start` is set.
     """
     config, stage = space.config, getattr(space.config, settings)
-    start, steps, tokenizer = located(stage.start), stage.save_every_steps, getattr(config, "tokenizer", None)
+    start, steps, tokenizer = located(stage.start), stage.save_steps, getattr(config, "tokenizer", None)
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
     values = asdict(config) | space.folders | {
@@ -62,10 +62,10 @@ def render(space: Workspace, name: str, settings: str) -> Path:
         "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
         "stage": asdict(stage) | {
             "start": str(start.absolute()), "run_seed": config.seed + stage.seed,
-            "fifth": stage.steps // 5, "fifth_or_set": steps or max(1, stage.steps // 5),
-            "tenth_or_set": steps or max(1, stage.steps // 10),
-            "samples": stage.steps * stage.accumulate * stage.batch_size,
-            "report_to": ["tensorboard"] if stage.tensorboard else []},
+            "fifth": stage.max_steps // 5, "fifth_or_set": steps or max(1, stage.max_steps // 5),
+            "tenth_or_set": steps or max(1, stage.max_steps // 10),
+            "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
+            "tensorboard": "tensorboard" in stage.report_to},
         "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml")}
     recipe: Any = OmegaConf.to_container(OmegaConf.create(values)["recipe"], resolve=True)
     for section, keys in recipe.pop("with_start", {}).items():

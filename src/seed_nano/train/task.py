@@ -19,7 +19,7 @@ from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import label_tensor
 
 LENGTH = 2**40  # of the stream: more than any training takes
-QUIET = ("tensorboard", "wandb", "run_name", "log_every", "save_seconds", "save_every_steps", "keep", "async_save",
+QUIET = ("report_to", "run_name", "logging_steps", "save_seconds", "save_steps", "save_total_limit", "async_save",
          "resume", "curves", "timeout_minutes")  # settings that change no number
 
 

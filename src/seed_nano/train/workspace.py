@@ -24,7 +24,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.weights import save_state_dict
 from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene
@@ -34,6 +34,9 @@ from seed_nano.world.splits import scene_at
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
 X_KINDS = ("describe", "questions", "draw", "edits", "conversations", "talk", "asides", *OWN)
+NAMES = {"steps": "max_steps", "lr": "learning_rate", "warmup": "warmup_steps", "clip": "max_grad_norm",
+         "accumulate": "gradient_accumulation_steps", "log_every": "logging_steps", "save_every_steps": "save_steps",
+         "keep": "save_total_limit"}  # short names of a stage's settings
 X_TEXTS, LAVIT_TEXTS = 60, 400  # records of each kind that the text tokenizers are trained on
 
 
@@ -46,21 +49,28 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     path = Path(file) if str(file).endswith(".yaml") else PRESETS / system / f"{file}.yaml"
     if not path.is_file():
         raise ConfigError(f"{path}: there is no such settings file.")
-    defaults: Any = OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml"))
+    defaults = _with_full_names(OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml")))
     kind = _settings_type(system, defaults)
     settings: Any = kind()
     for where, read in ((str(path), partial(read_yaml, path)),
                         ("command line", partial(OmegaConf.from_dotlist, list(overrides)))):
         try:
-            values: Any = OmegaConf.merge(asdict(settings), read())
+            values: Any = OmegaConf.merge(asdict(settings), _with_full_names(OmegaConf.to_container(read())))
         except (OmegaConfBaseException, YAMLError) as error:
             raise ConfigError(f"{where}: {first_line(error)}.") from error
         settings = read_settings(kind, values, where)
     if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
         for stage in vars(settings).values():
-            if isinstance(stage, StageSettings) and stage.precision == "bf16":
+            if isinstance(stage, StageConfig) and stage.precision == "bf16":
                 stage.precision = "fp32"
     return settings
+
+
+def _with_full_names(values: Any) -> Any:
+    """The settings with `NAMES` in the sections `train_*` replaced by those of `StageConfig`."""
+    return {key: {NAMES.get(name, name): one for name, one in value.items()}
+            if str(key).startswith("train_") and isinstance(value, Mapping) else value
+            for key, value in values.items()}
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -69,11 +79,11 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
-    """The dataclass of which `defaults` is an instance; `train_*` are `StageSettings`, numbers are not negative."""
+    """The dataclass of which `defaults` is an instance; `train_*` are `StageConfig`, numbers are not negative."""
     fields: list[Any] = []
     for key, value in defaults.items():
         if key.startswith("train_"):
-            fields.append((key, StageSettings, field(default_factory=partial(StageSettings, **value))))
+            fields.append((key, StageConfig, field(default_factory=partial(StageConfig, **value))))
         elif isinstance(value, Mapping):
             kind = _settings_type(f"{name}.{key}", value)
             fields.append((key, kind, field(default_factory=kind)))

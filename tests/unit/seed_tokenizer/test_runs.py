@@ -51,7 +51,7 @@ def test_learning_rates_are_the_originals(yaml, options, rates):
     for epoch, iteration, rate in rates:
         assert task.learning_rate(5000 * epoch + iteration) == pytest.approx(rate, rel=1e-9)
     halved = task_of(built(yaml("stage1", *options, "run.accum_grad_iters=2")))
-    assert halved.settings.steps == task.settings.steps // 2
+    assert halved.settings.max_steps == task.settings.max_steps // 2
     assert halved.learning_rate(999) == task.learning_rate(1999)  # the rate of its last iteration
 
 
@@ -139,7 +139,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     assert (record_of(tmp_path / "other")["steps"], record_of(tmp_path / "other")["begun"]) == (8, 4)
     assert "stage1: 8 steps, 32 images in" in capsys.readouterr().out
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not a LAVIS checkpoint"):
+    with pytest.raises(CheckpointError, match="other.pth: a checkpoint of another model"):
         run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import TrainingError
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.optimizers import parameter_groups
@@ -36,7 +36,7 @@ PINNED = {
 def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training without the loop: twelve steps as one would write them by hand."""
     model, data = toy.toy_model()
-    settings = StageSettings(steps=12, batch_size=8, lr=1e-2, warmup=5)
+    settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
     optimiser = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
     average = Ema(model, 0.9)
     losses = []
@@ -79,7 +79,7 @@ def test_bit_equal_to_a_plain_loop(toy: ModuleType, tmp_path: Path, precision: s
 
 def test_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
-    toy.train(tmp_path / "parts", batch_size=4, accumulate=4, noise=0)
+    toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
     whole, parts = toy.read_losses(tmp_path / "whole"), toy.read_losses(tmp_path / "parts")
     assert len(parts) == 4 * len(whole) == 48
     means = [sum(parts[4 * step + m] for m in range(4)) / 4 for step in whole]
@@ -100,7 +100,7 @@ def test_fp16_scales_and_skips_what_overflows(toy: ModuleType, tmp_path: Path) -
         return (model(x).float() ** 2).mean() * (1e30 if step == 1 else 1.0), {}
 
     def run(steps: int) -> None:
-        settings = StageSettings(steps=steps, batch_size=2, warmup=1, precision="fp16", log_every=1)
+        settings = StageConfig(max_steps=steps, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1)
         toy.run_stage(f"half{steps}", model, loss, settings, tmp_path)
         scales.append(toy.saved(tmp_path, f"half{steps}")["scaler"]["scale"])
 
@@ -112,7 +112,7 @@ def test_fp16_scales_and_skips_what_overflows(toy: ModuleType, tmp_path: Path) -
     assert len(weights) == 5 and scales == [2.0**15, 2.0**15]
     with pytest.raises(TrainingError, match="overflow at any loss scale"):
         toy.run_stage("hot", model, lambda step: ((model(x).float() ** 2).mean() * 1e36, {}),
-                  StageSettings(steps=100, batch_size=2, precision="fp16"), tmp_path)
+                  StageConfig(max_steps=100, batch_size=2, precision="fp16"), tmp_path)
 
 
 def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: ModuleType, tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: Module
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         return (model(torch.ones(2, 4)).float() ** 2).mean() * (1e30 if step == 0 else 1.0), {}
 
-    settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp16", log_every=1)
+    settings = StageConfig(max_steps=3, batch_size=2, warmup_steps=1, precision="fp16", logging_steps=1)
     toy.run_stage("half", model, loss, settings, tmp_path)
     norms = [json.loads(line)["grad"] for line in (tmp_path / "half.log.jsonl").read_text().splitlines()]
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
@@ -132,13 +132,13 @@ def test_given_optimiser_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
     with torch.no_grad():
         model.weight.fill_(1.0)
     groups = [{"params": [model.weight], "lr_scale": 0.5}]
-    toy.run_stage("sgd", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2, clip=0, precision="fp32"),
-              tmp_path, optimizer=torch.optim.SGD(groups, lr=9.0),
-                  methods={"learning_rate": lambda step: 0.1 * (step + 1)})
+    toy.run_stage("sgd", model, lambda step: (model.weight.sum(), {}),
+              StageConfig(max_steps=2, max_grad_norm=0, precision="fp32"), tmp_path,
+              optimizer=torch.optim.SGD(groups, lr=9.0), methods={"learning_rate": lambda step: 0.1 * (step + 1)})
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1.0 - 0.05 - 0.1))
     other = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ConfigError, match="trains 1 tensors that are not in the trained modules"):
-        toy.run_stage("other", model, lambda step: (model.weight.sum(), {}), StageSettings(steps=2), tmp_path,
+        toy.run_stage("other", model, lambda step: (model.weight.sum(), {}), StageConfig(max_steps=2), tmp_path,
                   optimizer=other)
 
 
@@ -158,7 +158,7 @@ def test_what_is_not_finite_ends_the_run_before_weights_move(
             value = value * float("nan") if failure == "loss" else value + (model.weight * 0).sum().sqrt()
         return value, {}
 
-    settings = StageSettings(steps=9, batch_size=2, precision="fp32", save_every_steps=4)
+    settings = StageConfig(max_steps=9, batch_size=2, precision="fp32", save_steps=4)
     with pytest.raises(TrainingError, match=sentence):
         toy.run_stage("bad", model, loss, settings, tmp_path)
     assert toy.saved(tmp_path, "bad")["global_step"] == 4
@@ -172,11 +172,11 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match=r"run with 8 as its samples per step, this one has 16"):
         toy.train(tmp_path, batch_size=16)
     with pytest.raises(CheckpointError, match=r"run with 8 as its samples per step, this one has 24"):
-        toy.train(tmp_path, accumulate=3)
+        toy.train(tmp_path, gradient_accumulation_steps=3)
 
     def resume(model: nn.Module, **more: Any) -> None:
         toy.run_stage("toy", model, lambda step: (model(torch.ones(2, 8)).mean(), {}),
-                  StageSettings(steps=8, batch_size=8, ema=0.9), tmp_path, **more)
+                  StageConfig(max_steps=8, batch_size=8, ema=0.9), tmp_path, **more)
 
     with pytest.raises(CheckpointError, match="have another size, first '0.weight'"):
         resume(nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1)))
@@ -193,7 +193,7 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="model.safetensors: not a complete weights file"):
         toy.train(tmp_path)
     weights.write_bytes(content[weights.name])
-    toy.train(tmp_path, batch_size=4, accumulate=2)  # as many samples in each step as before
+    toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)  # as many samples in each step as before
 
 
 def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
         toy.train(tmp_path, stop_at=6, ema=0.0)
     before = toy.saved(tmp_path)
     assert before["ema"] == {} and before["global_step"] == 7
-    toy.train(tmp_path, ema=0.999, lr=0.0, noise=0)
+    toy.train(tmp_path, ema=0.999, learning_rate=0.0, noise=0)
     after = toy.saved(tmp_path)
     torch.testing.assert_close(after["ema"], dict(before["model"]))
 
@@ -209,7 +209,7 @@ def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
 def test_frozen_weights_may_stay_out_of_the_state(toy: ModuleType, tmp_path: Path) -> None:
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
-        settings = StageSettings(steps=steps, batch_size=2, precision="fp32", lr=0.1, **more)
+        settings = StageConfig(max_steps=steps, batch_size=2, precision="fp32", learning_rate=0.1, **more)
         toy.run_stage(f"thaw{steps}", model, lambda step: (model(torch.ones(2, 3)).square().mean(), {}), settings,
                   tmp_path)
 
@@ -238,31 +238,31 @@ def test_batches_walk_every_sample_once_an_epoch() -> None:
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)])
 def test_learning_rate(step: int, expected: float) -> None:
-    settings = StageSettings(steps=110, lr=1.0, warmup=10, min_lr_ratio=0.02)
+    settings = StageConfig(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
     assert learning_rate(step, settings) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("key", "value"), [
-    ("precision", "float32"), ("accumulate", 0), ("batch_size", 0), ("log_every", 0), ("ema", 1.0), ("ema", math.nan),
-    ("clip", -1.0), ("clip", math.nan)])
+    ("precision", "float32"), ("gradient_accumulation_steps", 0), ("batch_size", 0), ("logging_steps", 0),
+    ("ema", 1.0), ("ema", math.nan), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan)])
 def test_settings_no_run_can_follow(toy: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
-        toy.run_stage("x", model, lambda step: (model.weight.sum(), {}), StageSettings(**{"steps": 1, key: value}),
+        toy.run_stage("x", model, lambda step: (model.weight.sum(), {}), StageConfig(**{"max_steps": 1, key: value}),
                   tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
 def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(toy: ModuleType, tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
-        settings = StageSettings(steps=3, batch_size=2, warmup=1, precision="fp32", ema=0.5, **more)
+        settings = StageConfig(max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more)
         x = torch.ones(2, 3)
         return toy.run_stage(name, model, lambda step: ((model(x) ** 2).mean(), {}), settings, tmp_path / name)
 
     first = torch.nn.Linear(3, 2)
     run("first", first)
     second = torch.nn.Linear(3, 2)
-    run("second", second, start=str(tmp_path / "first" / "first.checkpoints"), lr=0.0)
+    run("second", second, start=str(tmp_path / "first" / "first.checkpoints"), learning_rate=0.0)
     torch.testing.assert_close(second.weight, first.weight)
     with pytest.raises(CheckpointError, match="another size"):
         run("third", torch.nn.Linear(3, 4), start=str(tmp_path / "first" / "first.checkpoints"))

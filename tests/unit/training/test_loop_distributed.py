@@ -21,8 +21,8 @@ from seed_multimodal.training.distributed import ProcessGroup, wait_limit
 from seed_multimodal.training.metrics import merge
 
 TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-EQUAL = {"name": "equal", "batch_size": 4, "accumulate": 2, "noise": 0, "log_every": 1}
-ENDLESS = {"name": "endless", "batch_size": 4, "steps": 100_000, "pause": 0.02, "log_every": 100_000}
+EQUAL = {"name": "equal", "batch_size": 4, "gradient_accumulation_steps": 2, "noise": 0, "logging_steps": 1}
+ENDLESS = {"name": "endless", "batch_size": 4, "max_steps": 100_000, "pause": 0.02, "logging_steps": 100_000}
 
 
 @pytest.mark.process

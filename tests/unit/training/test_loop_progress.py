@@ -34,7 +34,7 @@ def test_each_log_line_says_how_the_run_goes(
         asked.append(time.monotonic())
         return {"wait_seconds": 0.25 * (asked[-1] - asked[0]), "bad_samples": 3, "perplexity": 12.5}
 
-    toy.train(tmp_path, status=status, pause=0.01, steps=10, accumulate=2)
+    toy.train(tmp_path, status=status, pause=0.01, max_steps=10, gradient_accumulation_steps=2)
     lines = lines_of(tmp_path)
     assert [line["step"] for line in lines] == [4, 8, 10]
     assert set(lines[0]) == {"step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib",
@@ -74,8 +74,8 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
         sleep(1.5)
         return {"valid/loss": float(step)}
 
-    toy.train(tmp_path / "with", pause=0.1, evaluate=evaluate, steps=8)
-    toy.train(tmp_path / "without", steps=8)
+    toy.train(tmp_path / "with", pause=0.1, evaluate=evaluate, max_steps=8)
+    toy.train(tmp_path / "without", max_steps=8)
     lines = {line["step"]: line for line in lines_of(tmp_path / "with")}
     assert list(lines) == [3, 4, 6, 8]
     assert [line.get("valid/loss") for line in lines.values()] == [3.0, None, 6.0, None]
@@ -90,7 +90,7 @@ def test_a_terminal_shows_every_step_in_one_line(
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stdout", terminal)
-        toy.train(tmp_path, pause=0.2, steps=6, log_every=6)
+        toy.train(tmp_path, pause=0.2, max_steps=6, logging_steps=6)
         monkeypatch.undo()
         shown = ""
         while select.select([ours], [], [], 0.2)[0]:
@@ -103,12 +103,12 @@ def test_a_terminal_shows_every_step_in_one_line(
 
 def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=6, log_every=1)
+        toy.train(tmp_path, stop_at=6, logging_steps=1)
     log = tmp_path / "toy.log.jsonl"
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 8))
     with open(log, "a") as file:
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # a run that was killed while it wrote
-    toy.train(tmp_path, log_every=1)
+    toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
     before = log.stat().st_mtime_ns
     drop_lines_after(12, log)
@@ -125,10 +125,10 @@ def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: Module
 
     for stop_at in (3, 6):
         with pytest.raises(SystemExit):
-            toy.train(tmp_path, tensorboard=True, log_every=1, stop_at=stop_at)
+            toy.train(tmp_path, report_to=["tensorboard"], logging_steps=1, stop_at=stop_at)
         if stop_at == 3:
             shutil.rmtree(tmp_path / "toy.checkpoints")  # and begin anew
-    toy.train(tmp_path, tensorboard=True, log_every=2)
+    toy.train(tmp_path, report_to=["tensorboard"], logging_steps=2)
     board = tmp_path / "tensorboard" / "toy"
     assert len(list(board.glob("events.out.tfevents.*"))) == 3
     events = EventAccumulator(str(board))
@@ -144,7 +144,7 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_one_sentence(toy: Module
     pytest.importorskip("tensorboard")
     (tmp_path / "tensorboard").touch()
     with pytest.raises(CheckpointError, match=r"tensorboard/toy: cannot be written \(Not a directory\)"):
-        toy.train(tmp_path, tensorboard=True)
+        toy.train(tmp_path, report_to=["tensorboard"])
     assert not checkpoints(tmp_path / "toy.checkpoints")
 
 

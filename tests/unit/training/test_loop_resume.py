@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import TrainingError
 
 Start = Callable[..., subprocess.Popen]
-LONG = {"steps": 40, "accumulate": 2, "log_every": 1, "save_every_steps": 3}
+LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": 3}
 
 
 @pytest.mark.process
@@ -100,7 +100,7 @@ def test_sigterm_that_ends_data_workers_too_still_saves(
             seen.append(step)
             return model(next(batches).float()[:, None]).square().mean(), {}
 
-        toy.run_stage(name, model, loss, StageSettings(steps=9, batch_size=1, precision="fp32"), tmp_path)
+        toy.run_stage(name, model, loss, StageConfig(max_steps=9, batch_size=1, precision="fp32"), tmp_path)
 
     with pytest.raises(SystemExit) as ended:
         run("stopped", True)
@@ -121,7 +121,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: 
     if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
         pytest.skip("this system lets no test mount a file system of its own")
     script = f'{mount} && exec "$@"'
-    process = start_toy(tmp_path, {"save_every_steps": 1, "log_every": 100},
+    process = start_toy(tmp_path, {"save_steps": 1, "logging_steps": 100},
                         before=(unshare, "-Urm", "sh", "-c", script, "sh", sys.executable))
     said = process.communicate(timeout=350)[0]
     assert process.returncode == 2, said
@@ -144,7 +144,7 @@ def test_file_size_limit_is_told_for_checkpoint_log_and_record(toy: ModuleType, 
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         return str(refused.value)
 
-    said = limited(tmp_path / "none", 1500, save_every_steps=1)
+    said = limited(tmp_path / "none", 1500, save_steps=1)
     assert re.fullmatch(r"The checkpoint of step 1 cannot be written: .*File too large.*; nothing was saved yet\.",
                         said)
     assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["losses.0.txt", "toy.checkpoints"]
@@ -153,12 +153,12 @@ def test_file_size_limit_is_told_for_checkpoint_log_and_record(toy: ModuleType, 
     with pytest.raises(SystemExit):
         toy.train(tmp_path / "some", stop_at=6)
     content = toy.content(tmp_path / "some")
-    said = limited(tmp_path / "some", len(content["optimizer.safetensors"]) - 1000, save_every_steps=1)
+    said = limited(tmp_path / "some", len(content["optimizer.safetensors"]) - 1000, save_steps=1)
     assert re.search(r"of step 8 cannot be written: .*File too large.*checkpoint-7\) is intact\.", said)
     assert toy.content(tmp_path / "some") == content
 
     log = tmp_path / "log"
-    said = limited(log, 6000, log_every=1, steps=100)
+    said = limited(log, 6000, logging_steps=1, max_steps=100)
     assert re.search(r"the log of step \d+ cannot be written: the disk or quota is full \(File too large\)", said)
     assert (log / "toy.log.jsonl").stat().st_size == 6000 and not (log / "toy.done.json").exists()
     assert toy.saved(tmp_path / "some")["global_step"] == 7

@@ -21,7 +21,6 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and
     _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
     _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
     _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
-    _TRAIN + "coco_caption_eval_datapipes_for_llm": ("pretrain.caption_eval", "tar"),
     _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
     _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
     _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),

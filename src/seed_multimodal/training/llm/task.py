@@ -118,7 +118,7 @@ class LlmTask(Task):
         """The configuration's DeepSpeed block, filled."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world, rows=self.rows,
+        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size),
                                       cpu_adam=self.settings.cpu_adam)
         self._log(*remarks, use_offload_threads(config))

@@ -6,7 +6,6 @@ are refused with the nearest known one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, Literal
 from seed_multimodal.config import find_target
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, read_settings, setting
-from seed_multimodal.training.config import PRECISIONS, WAIT_MINUTES, LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.llm.loss import KINDS
 
 TOKENIZER_TARGET = "seed_multimodal.configured"
@@ -25,50 +24,8 @@ KEYS = ("output_dir", "model", "data", "optim", "trainer", "deepspeed", "tokeniz
 
 
 @dataclass
-class LoopTrainerSettings:
-    """Settings of the loop that every training of this application has; counts are optimiser steps.
-
-    Attributes:
-        precision: what products are computed in; trained weights are kept in fp32 beside it.
-        max_grad_norm: 0 measures the norm only.
-        dataloader_num_workers: data processes per training process.
-        report_to: any of tensorboard and wandb; the JSON log is always written.
-        save_steps: 0 saves at the end only.
-        save_total_limit: checkpoints kept, the newest first; none deletes nothing.
-        async_save: write checkpoints beside the training (plain engine).
-        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
-        timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
-    """
-
-    max_steps: int = setting(1000, least=1)
-    gradient_accumulation_steps: int = setting(1, least=1)
-    precision: str = setting("bf16", choices=PRECISIONS)
-    max_grad_norm: float = setting(1.0, least=0, most=math.inf)
-    seed: int = setting(42, least=0)
-    device: str = "auto"
-    dataloader_num_workers: int = setting(2, least=0)
-    logging_steps: int = setting(1, least=1)
-    report_to: list[str] = setting(factory=lambda: ["tensorboard"], choices=("tensorboard", "wandb"))
-    run_name: str | None = None
-    save_steps: int = setting(1000, least=0)
-    save_total_limit: int | None = setting(None, least=1)
-    async_save: bool = True
-    resume: str = "auto"
-    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
-
-    def loop_settings(self) -> LoopSettings:
-        """The same for the loop."""
-        return LoopSettings(
-            steps=self.max_steps, accumulate=self.gradient_accumulation_steps, precision=self.precision,
-            clip=self.max_grad_norm, seed=self.seed, log_every=self.logging_steps, save_seconds=0.0,
-            save_every_steps=self.save_steps, keep=self.save_total_limit, async_save=self.async_save,
-            resume=self.resume, tensorboard="tensorboard" in self.report_to, wandb="wandb" in self.report_to,
-            run_name=self.run_name, timeout_minutes=self.timeout_minutes)
-
-
-@dataclass
-class TrainerSettings(LoopTrainerSettings):
-    """Those of a language model's training, too.
+class TrainerSettings(TrainerConfig):
+    """Settings of a language model's training.
 
     Attributes:
         loss_average: `tokens`: the mean over all learned tokens of a step, of all processes and micro-steps; `batch`:

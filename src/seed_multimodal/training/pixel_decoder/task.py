@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,17 +26,15 @@ from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.diffusion.training import training_schedule
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
-from seed_multimodal.training.config import LoopSettings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
-from seed_multimodal.training.llm.trainer_settings import LoopTrainerSettings
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
@@ -106,25 +105,16 @@ class ImageData:
 
 
 @dataclass
-class PixelTrainer(LoopTrainerSettings):
-    """Settings of the trainer.
+class PixelTrainer(TrainerConfig):
+    """Settings of the trainer. Without `save_frozen` a resume reads the frozen part of the U-Net where the run began
+    (`model.start`, or the model's diffusers folder); the result of a run is always whole.
 
     Attributes:
-        ema: decay of the averaged weights, which are the result (0: none).
-        save_frozen: whether checkpoints hold the frozen part of the U-Net, too. Without, a resume reads it where the
-            run began (`model.start`, or the model's diffusers folder); the result of a run is always whole.
         sample_steps: held-out images are drawn into `samples/` every so many steps (0: never; None: `save_steps`).
     """
 
-    ema: float = setting(0.0, least=0, below=1)
     save_frozen: bool = False
     sample_steps: int | None = setting(None, least=0)
-
-    def loop_settings(self) -> LoopSettings:
-        """The same for the trainer."""
-        made = super().loop_settings()
-        made.ema, made.save_frozen = self.ema, self.save_frozen
-        return made
 
 
 @dataclass
@@ -232,7 +222,8 @@ class PixelTask(Task):
         run, data = self.run, self.run.data
         if self.group.first:
             save_config(run.output_dir, run.plain)
-        self.schedule = training_schedule(load_part(self.folder, self.kind, "scheduler"))
+        self.schedule = DDPMScheduler.from_config(  # with the sampler's noise schedule
+            load_part(self.folder, self.kind, "scheduler").config)
         parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         order = None if len(parts) == 1 else MixedOrder(
@@ -273,7 +264,7 @@ class PixelTask(Task):
         """The configuration's DeepSpeed block, filled."""
         if self.run.deepspeed is None:
             return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings.loop_settings(), world=world,
+        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
         for remark in filter(None, [*remarks, use_offload_threads(config)]):
             self._log(remark)

@@ -94,7 +94,7 @@ def test_nano_is_trained_resumed_and_answers(tmp_path: Path, capfd: pytest.Captu
                           "train_unet.lr=0.5")) == 0
     output = capfd.readouterr().out
     assert vae.is_file() and "resumes from" in output and output.count("already done") == 3
-    assert "train_unet.lr: 0.001 -> 0.5" in output and "vae was run again" in output
+    assert "train_unet.learning_rate: 0.001 -> 0.5" in output and "vae was run again" in output
     assert main(arguments("nano", work, "--only", "records", "records.captions=13", "train_clip.steps=80")) == 0
     assert json.loads((work / "records.done.json").read_text())["captions"] == 13
 

@@ -22,7 +22,7 @@ SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 def test_load_settings_reads_every_preset(file: Path) -> None:
     key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
-    assert getattr(settings, key).steps == 7 and settings.image_size == 64
+    assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 
 
 def test_reconstruction_loss_weighs_things_and_colours() -> None:

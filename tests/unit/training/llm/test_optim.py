@@ -11,7 +11,7 @@ from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.schedules import KINDS, USABLE, learning_rate, scheduled_rate
 from seed_multimodal.training.task import StageTask
@@ -171,7 +171,7 @@ def test_every_schedule_is_that_of_transformers(kind: str) -> None:
     wanted = transformers_rates(kind, 4, 20, theirs)
     assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(wanted, rel=1e-12, abs=1e-15)
     # A stage's first step has a rate already (its cosine is counted in another way).
-    stage = StageSettings(steps=20, lr=2.0, warmup=4, min_lr_ratio=0.0, lr_scheduler_type=kind,
+    stage = StageConfig(max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind,
                           lr_scheduler_kwargs=options)
     if kind != "cosine":
         assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(wanted[1:], rel=1e-12, abs=1e-15)
@@ -205,7 +205,7 @@ def test_schedules_that_cannot_be_made_are_one_sentence(settings: dict, sentence
         schedule(19, read_settings(OptimSettings, settings, "optim"), 20)
     assert "\n" not in str(caught.value)
     with pytest.raises(ConfigError, match=sentence):
-        StageTask("stage", nn.Linear(2, 2), StageSettings(steps=20, warmup=3, **settings))
+        StageTask("stage", nn.Linear(2, 2), StageConfig(max_steps=20, warmup_steps=3, **settings))
 
 
 @pytest.mark.parametrize("kind", USABLE)
@@ -213,8 +213,9 @@ def test_schedules_that_cannot_be_made_are_one_sentence(settings: dict, sentence
 def test_a_warm_up_may_be_as_long_as_the_run(kind: str, warmup: int) -> None:
     options = OPTIONS.get(kind, {})
     settings = OptimSettings(warmup_steps=warmup, lr_scheduler_type=kind, lr_scheduler_kwargs=options)
-    stage = StageSettings(steps=20, lr=2.0, warmup=warmup, lr_scheduler_type=kind, lr_scheduler_kwargs=options)
+    stage = StageConfig(max_steps=20, learning_rate=2.0, warmup_steps=warmup, lr_scheduler_type=kind,
+                        lr_scheduler_kwargs=options)
     for rates, most in (([schedule(step, settings, 20) for step in range(20)], settings.learning_rate),
-                        ([learning_rate(step, stage) for step in range(20)], stage.lr)):
+                        ([learning_rate(step, stage) for step in range(20)], stage.learning_rate)):
         assert kind == "constant" or rates[:18] == sorted(rates[:18])
         assert all(0 <= rate <= most for rate in rates)
