@@ -58,7 +58,7 @@ def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> 
                 raise result
             yield result
     except (RuntimeError, OSError, EOFError) as error:
-        if not any(worker.exitcode for worker in results._workers):
+        if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
         raise DataError("A data worker process was killed (often because memory ran out); resume from the last "
                         "checkpoint, with fewer workers if it happens again.") from error
