@@ -24,7 +24,7 @@ class Progress(tqdm):
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
-        self.log = None if log is log_line and sys.stderr.isatty() else log
+        self.log = None if log in (log_line, print) and sys.stderr.isatty() else log
         # where lines are logged, tqdm itself writes nothing (it would end with a carriage return)
         super().__init__(desc=name, file=io.StringIO() if self.log else None, total=total, unit=unit,
                          initial=start, disable=log is None, leave=False, delay=0 if self.log else delay,
