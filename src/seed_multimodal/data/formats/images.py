@@ -17,8 +17,7 @@ from seed_multimodal.settings import nearest
 StoredPicture = bytes | Path | Drawing  # a file's bytes, where it lies, or what draws the picture
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # extensions of pictures in shards
 PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
-# Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
-# (metadata.jsonl) and tables, and of shards written as tables.
+# Where an image and its caption stand when no key is given: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
@@ -31,9 +30,7 @@ def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
 
 def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
     """The error of a record without an image where one is looked for."""
-    key = key or IMAGE_FIELDS[0]
-    where = f"no .{', .'.join(extensions)} member" if in_tar(record) else f"nothing under key {key!r}" \
-        + other_keys(key, record.fields)
+    where = f"no .{', .'.join(extensions)} member" if in_tar(record) else nothing_under(key or "image", record.fields)
     return BadRecord("missing picture", f"{record.where}: has no picture: {where}.")
 
 
@@ -42,18 +39,17 @@ def in_tar(record: Record) -> bool:
     return record.where.startswith(f"{record.file}: sample ")
 
 
-def other_keys(key: str, item: Mapping[str, Any]) -> str:
-    """What stands under the key, the nearest key, or the keys that there are, for a sentence."""
-    if key in item:
-        return f" (it is {str(item[key])[:60]!r})"
-    return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
+def nothing_under(key: str, item: Mapping[str, Any]) -> str:
+    """A sentence with the nearest key, or the keys that there are."""
+    keys = ", ".join(sorted(map(str, item))[:8]) or "no keys"
+    return f"nothing under key {key!r}{nearest(key, set(item) - {key}) or f' (it has {keys})'}"
 
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
-    """The image that a field names: its bytes, or the file it lies in; of one that is drawn, the function that draws.
+    """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
+    the function that draws it.
 
     Args:
-        value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a function.
         root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
 
     Raises:
@@ -84,32 +80,18 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
     return path
 
 
-def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
-    """Whether something stands where captions do: under `key`, or without one under one of `CAPTION_FIELDS`."""
-    return any(fields.get(one) is not None for one in ((key,) if key else CAPTION_FIELDS))
-
-
 def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
     """The captions of a record: a text or a list of texts under `key`, or without one under the first of
-    `CAPTION_FIELDS` that holds something.
-
-    Raises:
-        BadRecord: there is none, one is blank, or it is something else.
-    """
-    if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
-        raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
+    `CAPTION_FIELDS` that holds something. Raises BadRecord: there is none, one is blank, or it is something else."""
     names = (key,) if key else CAPTION_FIELDS
-    key = next((one for one in names if fields.get(one) is not None), next((one for one in names if one in fields), ""))
-    if not key:
-        raise BadRecord("missing key", f"{where}: has no caption key {names[0]!r}{other_keys(names[0], fields)}.")
-    value = fields[key]
+    value = next((fields[one] for one in names if fields.get(one) is not None), None)
+    if value in (None, []):
+        raise BadRecord("missing key", f"{where}: has no caption: no .txt, and {nothing_under(names[0], fields)}.")
     found = value if isinstance(value, list) else [value]
-    if value is None or not found:
-        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
     if not all(isinstance(text, str) for text in found):
-        raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
+        raise BadRecord("wrong type", f"{where}: its caption is {shorten(value)}, not a text or a list of texts.")
     if not all(text.strip() for text in found):
-        raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
+        raise BadRecord("empty text", f"{where}: its caption is empty.")
     return found
 
 

@@ -16,7 +16,6 @@ from seed_multimodal.data.formats.record import BadRecord, Place, Record
 from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
 from seed_multimodal.errors import first_line
 
-LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
 BOM = b"\xef\xbb\xbf"
 
 
@@ -54,10 +53,8 @@ class JsonLines(IndexedFile):
 
 
 class JsonList:
-    """The items of a .json list by number, which may stand under one of `LISTS`, or an object per line.
-
-    Items are kept as json in one piece of memory, which forked workers share.
-    """
+    """The items of a .json list by number, or an object per line; kept as json in one piece of memory, which forked
+    workers share."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
@@ -74,9 +71,8 @@ class JsonList:
                 return JsonLines(self.path)
             line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
             raise BadRecord("malformed json", f"{self.path}: {line}is not json ({first_line(error)}).") from None
-        if isinstance(value, dict):
-            found = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
-            value = [value] if found is None and b"\n" not in content.strip() else found
+        if isinstance(value, dict):  # as COCO's captions; or a file of one line
+            value = value.get("annotations", None if b"\n" in content.strip() else [value])
         if not isinstance(value, list):
             raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
         written = [json.dumps(item).encode() for item in value]
@@ -84,7 +80,7 @@ class JsonList:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All records are one piece. Raises BadRecord: the file is no json list."""
+        """All records are one piece."""
         return self._items.sizes if isinstance(self._items, JsonLines) else [len(self._items[1]) - 1]
 
     def locate(self, row: int) -> Record:

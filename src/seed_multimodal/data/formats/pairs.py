@@ -13,15 +13,15 @@ import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.formats.images import (
+    CAPTION_FIELDS,
     IMAGE_KEYS,
     StoredPicture,
     captions,
-    has_caption,
     image_field,
     in_tar,
     no_picture,
@@ -42,10 +42,9 @@ PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
-    """The picture's file (bytes, or where it lies) or what draws it, and the captions of a record (at least one, but
-    of sources that are not captioned).
+    """An image, unread, and the captions of a record (none only where sources are not captioned).
 
-    `name` identifies it in errors and logs: `file: sample`. `condition`: the picture that `image` is an edit of.
+    `name` identifies it in errors and logs: `file: sample`. `condition`: the image that `image` is an edit of.
     """
 
     key: str
@@ -55,24 +54,11 @@ class Pair:
     condition: StoredPicture | None = None
 
 
-class PairSource(Protocol):
-    """Pairs by number; what is wrong with one is a `SAMPLE_FAULTS` of its `read`."""
-
-    def __len__(self) -> int: ...
-
-    def key(self, index: int) -> str:
-        """The sample's key, without reading it."""
-
-    def read(self, index: int) -> Pair:
-        """One sample."""
-
-
 class PairReader:
     """What makes a pair of a record.
 
     Args:
-        image_root: folder of the images that lists name; None: paths count from their list's folder, else from the
-            current one.
+        image_root: folder of the images that lists name; None: that of the list, else the current one.
         image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
             of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
         image_keys: extensions of a tar's images, the preferred first.
@@ -91,40 +77,36 @@ class PairReader:
         self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
         self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
         self.caption_files = (caption_file,) if caption_file else ("json", "txt")
-        self.columns = {"image": self.image_keys, **{name: (name,) for name in self.caption_files}}
 
     def __call__(self, record: Record, files: FileReader) -> Pair:
-        """The pair of a record, which may be unread; of a tar its members are named as in `columns`.
+        """The pair of a record, which may be unread.
 
         Raises:
-            BadRecord: it is damaged, names no picture, or has no usable caption. ImageError: its picture is not there.
+            BadRecord: it is damaged, names no image, or has no usable caption. ImageError: its image is not there.
         """
-        read = record.parsed(files)
-        captions = self._captions(read, files) if self.captioned else []
-        image: StoredPicture | None = read.member("image", files=files)
-        if image is None:
-            value = image_field(read.fields, self.image_key)
-            if value is None:
-                raise no_picture(read, self.image_key, self.image_keys)
-            image = stored_picture(value, read, self.image_root)
-        return Pair(_key(read), read.where, image, captions, self._condition(read))
+        if in_tar(record) and "json" not in self.caption_files:
+            record.members.pop("json", None)
+        record = record.parsed(files)
+        captions = self._captions(record, files) if self.captioned else []
+        image: StoredPicture | None = record.member(*self.image_keys, files=files)
+        image = self._stored(record, self.image_key) if image is None else image
+        condition = None if self.condition_key is None else self._stored(record, self.condition_key)
+        return Pair(_key(record), record.where, image, captions, condition)
 
-    def _condition(self, record: Record) -> StoredPicture | None:
-        if self.condition_key is None:
-            return None
-        value = record.fields.get(self.condition_key)
+    def _stored(self, record: Record, key: str) -> StoredPicture:
+        value = image_field(record.fields, key)
         if value is None:
-            raise no_picture(record, self.condition_key)
+            raise no_picture(record, key, self.image_keys)
         return stored_picture(value, record, self.image_root)
 
     def _captions(self, record: Record, files: FileReader) -> list[str]:
-        if "json" not in self.caption_files or not has_caption(record.fields, self.caption_key):
-            text = text_member(record, files) if "txt" in self.caption_files else None
-            if text is not None:
-                return [text]
-            if "json" not in self.caption_files:
-                raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
-        return captions(record.fields, self.caption_key, record.where)
+        keys = (self.caption_key,) if self.caption_key else CAPTION_FIELDS
+        if "json" in self.caption_files and any(record.fields.get(key) is not None for key in keys):
+            return captions(record.fields, self.caption_key, record.where)
+        text = text_member(record, files) if "txt" in self.caption_files else None
+        if text is None and "json" not in self.caption_files:
+            raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
+        return captions(record.fields, self.caption_key, record.where) if text is None else [text]
 
 
 class Pairs:
@@ -136,7 +118,7 @@ class Pairs:
     | json, jsonl, parquet | an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
     | folder | images with KEY.txt or KEY.json beside them |
 
-    `files`, `format` and `cache` as of `sources.open_records`; `reading`: arguments of `PairReader`.
+    `files`, `format`, `cache` and `options` as of `sources.open_records`; `reading`: arguments of `PairReader`.
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
     keep reads near each other; `shuffle_block`: so many rows of tables fit into the memory for them (None: no table).
@@ -145,13 +127,15 @@ class Pairs:
         DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
     """
 
-    def __init__(self, files: str | Path | Sequence[str | Path], format: str = "auto", *, cache: str | None = None,
-                 **reading: Any) -> None:
-        self._reader = PairReader(**reading)
-        given = [files] if isinstance(files, str | Path) else list(files)
-        parts = [TarFile(path, self._reader.columns) if kind == "tar" else open_file(path, kind)
-                 for path, kind in find_files(given, format, pictures=True)]
-        self._records = FileRecords(parts, ", ".join(map(str, given)), cache)
+    def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
+                 cache: str | None = None, options: Mapping[str, Any] | None = None, **reading: Any) -> None:
+        if format in registered():
+            parts = [open_registered(format, files, options or {})]
+            reading = getattr(parts[0], "pair_keys", {})
+        else:
+            given = [files] if isinstance(files, str | Path) else list(files or ())
+            parts = [open_file(path, kind, needs_json=False) for path, kind in find_files(given, format, pictures=True)]
+        self._reader, self._records = PairReader(**reading), FileRecords(parts, cache=cache)
         tables = [part for part in parts if isinstance(part, ParquetFile)]
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
         self.shard_sizes = self._records.shard_sizes if near else None
@@ -183,18 +167,7 @@ class Pairs:
         raise errors[0]
 
 
-class RegisteredPairs(Pairs):
-    """Pairs of a registered format (`sources.registered`); `options` go to its opener."""
-
-    shard_sizes = shuffle_block = None
-
-    def __init__(self, format: str, files: str | Path | None = None, **options: Any) -> None:
-        file = open_registered(format, files, options)
-        self._reader = PairReader(**getattr(file, "pair_keys", {}))
-        self._records = FileRecords([file], format)
-
-
-def open_pairs(spec: Mapping[str, Any]) -> PairSource:
+def open_pairs(spec: Mapping[str, Any]) -> Pairs:
     """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
     of `Pairs` and `PairReader`; of a registered format, `files` and its options.
 
@@ -207,7 +180,7 @@ def open_pairs(spec: Mapping[str, Any]) -> PairSource:
     options = {str(key): value for key, value in plain.items()}
     kind = options.pop("format", None)
     if kind in registered():
-        return RegisteredPairs(kind, **options)
+        return Pairs(options.pop("files", None), kind, options=options)
     if kind not in FORMATS:
         known = (*FORMATS, *registered())
         raise ConfigError(f"data: format must be {', '.join(known)}, not {kind!r}{nearest(str(kind), known)}.")

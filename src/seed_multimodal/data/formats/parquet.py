@@ -20,10 +20,7 @@ FOOTERS = 64  # files whose footers are kept
 
 
 class ParquetFile:
-    """The rows of a parquet file by number, unread; `sizes`: rows of each row group.
-
-    Raises BadRecord when `sizes` or `bytes_of_row` are asked for: it cannot be read as parquet.
-    """
+    """The rows of a parquet file by number, unread."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
@@ -50,11 +47,7 @@ class ParquetFile:
 
 
 class RowGroups:
-    """Reads rows; keeps the row groups last used of all files of a source, of which there may be thousands.
-
-    Args:
-        kept: bytes that are kept (one row group is, in any case).
-    """
+    """Reads rows; keeps the row groups last used of all files of a source, up to `kept` bytes (at least one)."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self.kept, self.held = kept, 0
@@ -62,11 +55,7 @@ class RowGroups:
         self._footers: OrderedDict[str, tuple[Any, list[int]]] = OrderedDict()  # and the last row of each group, + 1
 
     def row(self, path: str, number: int) -> dict[str, Any]:
-        """The values of a row; columns without one are left out.
-
-        Raises:
-            BadRecord: its row group cannot be read or is no longer there, or Python has no such value.
-        """
+        """The values of a row; columns without one are left out. Raises BadRecord: it cannot be read."""
         if path not in self._footers:
             with opened(path) as file:
                 footer = file.metadata
@@ -81,9 +70,7 @@ class RowGroups:
                             "use.")
         try:
             rows = self._group(path, group, footer).slice(number - (ends[group - 1] if group else 0), 1).to_pylist()
-        except UnicodeDecodeError as error:
-            raise BadRecord("malformed text", f"{path}: row {number}: a text is not UTF-8 ({error.reason}).") from None
-        except (ValueError, OverflowError, LookupError) as error:  # a date after 9999, an unknown time zone
+        except (ValueError, OverflowError, LookupError) as error:  # no UTF-8, a date after 9999, an unknown time zone
             raise BadRecord("wrong type", f"{path}: row {number}: a value cannot be read ({first_line(error)})."
                             ) from None
         return {key: value for key, value in rows[0].items() if value is not None}

@@ -1,4 +1,4 @@
-"""Writes webdataset shards: a tar of KEY.ext members, equal bytes for equal records."""
+"""Writes webdataset shards: tars of KEY.ext members, equal bytes for equal records."""
 
 from __future__ import annotations
 

@@ -21,13 +21,14 @@ import multiprocessing
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
@@ -41,7 +42,7 @@ from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import Record, RecordFile
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
 from seed_multimodal.data.formats.tar import JsonTar
-from seed_multimodal.entry import end_with_parent
+from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
@@ -50,9 +51,9 @@ GROUP = "seed_multimodal.formats"
 SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
             "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
             "parquet": (".parquet",)}
-NOTES = re.compile(r"manifest\.json|settings\.json|counts\.json|\d+_stats\.json")  # of tools that write shards
+T = TypeVar("T")
 _WILD = re.compile(r"[*?\[]")
-_COMPARED = 2000  # names: a folder of images may hold a million, to compare which would take minutes
+_COMPARED = 2000  # names: to compare a million, as a folder of images may hold, would take minutes
 
 
 @cache
@@ -69,15 +70,15 @@ def open_registered(name: str, path: str | Path | None, options: Mapping[str, An
     return file
 
 
-def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]] | None = None,
-              options: Mapping[str, Any] | None = None) -> RecordFile:
+def open_file(path: str | Path, format: str, options: Mapping[str, Any] | None = None, *, needs_json: bool = True
+              ) -> RecordFile:
     """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
 
     Args:
-        others: of a tar, members to be found beside the json (`tar.JsonTar`). options: of a registered format.
+        options: of a registered format. needs_json: samples of tars without a .json are bad records.
     """
     if format == "tar":
-        return JsonTar(path, others)
+        return JsonTar(path, needs_json)
     if format in registered():
         return open_registered(format, path, options or {})
     kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
@@ -85,15 +86,9 @@ def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]]
     return kinds[format](path)
 
 
-def open_records(
-    files: str | Path | Sequence[str | Path] | None,
-    *,
-    format: str = "auto",
-    name: str = "",
-    cache: str | None = None,
-    others: Mapping[str, Sequence[str]] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> FileRecords:
+def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
+                 cache: str | None = None, needs_json: bool = True, options: Mapping[str, Any] | None = None
+                 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
 
     Args:
@@ -101,7 +96,7 @@ def open_records(
             `folder`: images with their captions in .txt files beside them. Or a registered one.
         name: name of the source in logs and counts; default: what was given as `files`.
         cache: folder into which remote files are copied; None: they are read by ranges.
-        others, options: as of `open_file`.
+        needs_json, options: as of `open_file`.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
@@ -110,23 +105,22 @@ def open_records(
     if format in registered():
         return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
     found = [(str(one), format) for one in given] if format == "folder" else find_files(given, format)
-    return FileRecords([open_file(path, kind, others) for path, kind in found], name or ", ".join(map(str, given)),
-                       cache)
+    return FileRecords([open_file(path, kind, needs_json=needs_json) for path, kind in found],
+                       name or ", ".join(map(str, given)), cache)
 
 
 class FileRecords:
     """The records of several files, numbered through; `cache` as of `open_records`."""
 
     def __init__(self, parts: Sequence[RecordFile], name: str = "", cache: str | None = None) -> None:
-        self.parts, self.name = parts, name
-        self.files = [part.path for part in parts]
+        self.parts, self.name = parts, name or str(parts[0].path)
         self.open_files = OpenFiles(cache=cache)
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
         sizes = piece_sizes(self.parts)
         if not any(map(any, sizes)):
-            raise DataError(f"{self.name or self.files[0]}: holds no record.")
+            raise DataError(f"{self.name}: holds no record.")
         return sizes
 
     @cached_property
@@ -149,11 +143,8 @@ class FileRecords:
         return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
     def read(self, index: int) -> Record:
-        """One record, with `messages` if it is a conversation.
-
-        Raises:
-            DataError: one sentence with file and line, item, row or sample, when it is broken or no longer there.
-        """
+        """One record, with `messages` if it is a conversation. Raises DataError: it is broken or no longer there; with
+        its file and line, item, row or sample."""
         record = self.locate(index).parsed(self.open_files)
         record.fields = with_messages(record.fields, record.where)
         return record
@@ -164,20 +155,24 @@ class FileRecords:
 
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
-    """Write the indexes beside all shards and files of lines; returns how many there are.
-
-    Raises:
-        DataError: nothing matches, no file needs an index, or one cannot be read or its index not be written.
-    """
+    """Write the indexes beside all shards and files of lines; returns how many there are. Raises DataError."""
     files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
     if not files:
         raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(files)), mp_context=context, initializer=end_with_parent) as pool, \
-            Progress("index", len(files), "file") as bar:
-        for _ in pool.map(IndexedFile.write_index, files):
-            bar.update()
-    return len(files)
+    return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index", "file"))
+
+
+def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, name: str, unit: str) -> Iterator[T]:
+    """The results of jobs, in order, with a progress bar. Raises DataError: a process was killed."""
+    context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool, \
+            Progress(name, len(jobs), unit, log=log_line) as bar:
+        try:
+            for result in (pool.map if processes > 1 else map)(work, jobs):
+                bar.update()
+                yield result
+        except BrokenProcessPool:
+            raise DataError("A process was killed (often because memory ran out); the same command resumes.") from None
 
 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
@@ -216,35 +211,33 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     for one in map(str, patterns):
         matches = {name: _matches(name) for name in braceexpand(one, escape=False)}
         missing = [name for name, some in matches.items() if not some]
-        if len(missing) == len(matches):
-            if _WILD.search(one) or "{" in one:
-                raise DataError(f"{one}: no file matches this pattern.")
-            raise DataError(f"{one[:200]}: there is no such file or folder{nearest_path(one)}.")
+        if missing and _WILD.search(one) and len(missing) == len(matches):
+            raise DataError(f"{one}: no file matches this pattern.")
         if missing:
-            raise DataError(f"{one}: {len(missing)} of its {len(matches)} files are missing, first {missing[0]}.")
+            count = f" ({len(missing)} of {len(matches)} files of {one} are missing)" if len(matches) > 1 else ""
+            raise DataError(f"{missing[0][:200]}: there is no such file or folder{nearest_path(missing[0])}{count}.")
         paths = [path for some in matches.values() for path in some]
         found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
     return list(found)
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part;
-    an empty string where there is none, or too many to compare."""
+    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part,
+    among the first names of the folder; an empty string where there is none."""
     place = Path(path)
     while not os.path.isdir(place.parent) and place.parent != place:
         place = place.parent
     try:
-        with os.scandir(place.parent) as entries:  # `iterdir` would read all of them first
-            names = [one.name for one in itertools.islice(entries, _COMPARED + 1)]
+        with os.scandir(place.parent) as entries:
+            names = [one.name for one in itertools.islice(entries, _COMPARED)]
     except OSError:  # a folder that may not be listed
         return ""
-    close = difflib.get_close_matches(place.name, names, n=1) if len(names) <= _COMPARED else []
+    close = difflib.get_close_matches(place.name, names, n=1)
     return f" (did you mean {place.with_name(close[0])}?)" if close else ""
 
 
 def _matches(name: str) -> list[str]:
-    """Existing paths of this name (which may hold brackets) or matching its wildcards; a remote file is not looked for
-    before it is read."""
+    """Paths of this name or matching its wildcards; a remote file is not looked for before it is read."""
     if is_remote(name):
         if not _WILD.search(name):
             return [name]
@@ -272,7 +265,7 @@ def _listing(folder: str, recursive: bool) -> list[str]:
 
 
 def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dict[str, str]:
-    files = [path for path in _listing(folder, recursive) if not NOTES.fullmatch(path.rpartition("/")[2])]
+    files = _listing(folder, recursive)
     shown = {os.path.splitext(path)[0] for path in files if pictures and path.lower().endswith(PICTURE_ENDINGS)}
     kinds: dict[str, list[str]] = {}
     for path in files:
@@ -280,7 +273,7 @@ def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dic
         if kind and format in ("auto", kind, kind[:4]) and not (kind == "json" and os.path.splitext(path)[0] in shown):
             kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
-        kinds.pop("json", None)  # beside shards these are manifests and statistics
+        kinds.pop("json", None)  # beside shards these are counts, settings and statistics
     if format in ("auto", "folder") and shown and not kinds:
         return {folder: "folder"}
     if not kinds:

@@ -44,8 +44,7 @@ def read_errors(path: str | Path) -> Iterator[None]:
 
 
 def unreadable(path: str | Path, error: Exception) -> NoReturn:
-    """Raise a DataError for an error of the system or of a client library (which have exceptions of their own), any
-    other error as it is."""
+    """Raise a DataError for an error of the system or of a remote file's client library, any other as it is."""
     if isinstance(error, SeedError) or not is_remote(path) and not isinstance(error, OSError):
         raise error
     if isinstance(error, FileNotFoundError):
@@ -55,7 +54,7 @@ def unreadable(path: str | Path, error: Exception) -> NoReturn:
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
-    """A file to be read from its start to its end. Raises DataError: it cannot be opened."""
+    """A file to be read from its start to its end. Raises DataError."""
     with read_errors(path):
         if not is_remote(path):
             return open(path, "rb")

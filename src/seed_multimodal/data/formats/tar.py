@@ -1,14 +1,13 @@
 """Webdataset shards: members grouped into samples, and random access by an index of the headers.
 
-Training reads samples in an order that depends on the seed, which a stream cannot give. Plain .tar only: a position in
-a .tar.gz cannot be read without unpacking all before it.
+Plain .tar only: a position in a .tar.gz cannot be read without unpacking all before it.
 """
 
 from __future__ import annotations
 
 import tarfile
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -29,84 +28,53 @@ class TarFile(IndexedFile):
 
     Of a torn tar the whole samples before its damage are records, and the sample it tears in is a last one that has
     a `problem`.
-
-    Args:
-        columns: part → extensions of its member, the preferred first; a record's members have the parts' names. None:
-            every member by its extension.
     """
 
     kind = "tar"
-
-    def __init__(self, path: str | Path, columns: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__(path)
-        self.columns = columns
 
     def scan(self) -> Arrays:
         """The index, see `scan_tar`."""
         return scan_tar(self.path)
 
     @property
-    def damage(self) -> str:
-        """A sentence about where the tar is torn; empty: it is whole."""
-        reason = str(self.arrays["damage"])
-        return f"{self.path}: {reason}" if reason else ""
-
-    @property
     def sizes(self) -> Sequence[int]:
         """All samples are one piece; a torn one is among them."""
-        return [len(self.arrays["keys"]) + bool(self.damage)]
-
-    def has(self, extensions: Sequence[str]) -> bool:
-        """Whether any sample has a member with one of these extensions."""
-        return not set(self._extensions).isdisjoint(extensions)
+        return [len(self.arrays["keys"]) + bool(str(self.arrays["damage"]))]
 
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
         arrays, path = self.arrays, self.path
         if row == len(arrays["keys"]):
-            return Record("torn", path, file=path, problem=("damaged file", self.damage))
+            return Record("torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}"))
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
-        seen: dict[str, int] = {}  # extension number of each part's member
-        first, extension = arrays["first"], arrays["extension"]
-        for member in range(first.item(row), first.item(row + 1)):
-            number = extension.item(member)
-            for part, preferred in self._parts[number]:
-                if number == seen.get(part):
-                    record.problem = "duplicate id", f"{record.where} has two .{self._extensions[number]} members."
-                if part not in seen or seen[part] in preferred:
-                    record.members[part] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
-                    seen[part] = number
+        for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
+            extension = self._extensions[arrays["extension"].item(member)]
+            if extension in record.members:
+                record.problem = "duplicate id", f"{record.where} has two .{extension} members."
+            record.members[extension] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
         return record
 
     @cached_property
     def _extensions(self) -> list[str]:
         return list(self.arrays["extensions"].tolist())
 
-    @cached_property
-    def _parts(self) -> list[list[tuple[str, set[int]]]]:
-        """For each extension number, the parts it is a member of, and the extensions that it is preferred to there."""
-        numbers = {extension: number for number, extension in enumerate(self._extensions)}
-        columns = {one: (one,) for one in numbers} if self.columns is None else self.columns
-        return [[(part, {numbers[one] for one in wanted[wanted.index(extension) + 1:] if one in numbers})
-                 for part, wanted in columns.items() if extension in wanted] for extension in numbers]
-
 
 class JsonTar(TarFile):
-    """The `KEY.json` members of a tar, and those of `others` (see `TarFile`), with which a sample needs no json."""
+    """A tar that is read as data: pickles are refused, and with `needs_json` samples without a json."""
 
-    def __init__(self, path: str | Path, others: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__(path, {"json": ("json",), "pickle": PICKLED, **(others or {})})
-        self._needed = not others
+    def __init__(self, path: str | Path, needs_json: bool = True) -> None:
+        super().__init__(path)
+        self.needs_json = needs_json
 
     def locate(self, row: int) -> Record:
         """A sample, unread. Raises BadRecord: it has no .json, or a pickle in its place."""
         record = super().locate(row)
         if record.problem is None and "json" not in record.members:
-            if "pickle" in record.members:
+            if not record.members.keys().isdisjoint(PICKLED):
                 raise BadRecord("pickled", f"{record.where} is a pickle, which may hold code; convert the shards once: "
                                 f"seed data convert {self.path} --out FOLDER.")
-            if self._needed:
+            if self.needs_json:
                 raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 

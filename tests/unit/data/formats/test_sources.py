@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, nearest_path, open_records
+from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -137,7 +137,7 @@ def test_read_parquet_values_that_python_lacks(tmp_path):
     texts = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data)])
     parquet.write_table(pa.table({"text": texts, "day": pa.array([1, 2, 2**30], pa.date32())}), tmp_path / "a.parquet")
     source = open_records(tmp_path / "a.parquet")
-    with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
+    with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a value cannot be read"):
         source.read(0)
     assert source.read(1).fields["text"] == "ok"
     with pytest.raises(BadRecord, match=r"a\.parquet: row 2: a value cannot be read \(days=1073741824"):
@@ -161,7 +161,7 @@ def test_open_records_of_an_image_folder(tmp_path):
 def test_open_records_of_nano():
     nano = open_records(None, format="nano")
     record = pickle.loads(pickle.dumps(nano.locate(7)))  # noqa: S301  # a worker draws it
-    assert len(nano) == 100_000 and nano.files[0].name == "nano" and len(pickle.dumps(record)) < 1000
+    assert len(nano) == 100_000 and len(pickle.dumps(record)) < 1000
     assert record.fields["image"]().shape == (64, 64, 3) and len(record.fields["caption"]) == 4
 
 
@@ -175,11 +175,11 @@ def test_open_records_finds_files(tmp_path):
         open_records(tmp_path, format="jsnl")
     written(tmp_path / "a.jsonl", '{"text": "a"}')
     tar(tmp_path / "a.tar", {"k": caption(1)})
-    written(tmp_path / "manifest.json", "{\n}")
+    written(tmp_path / "counts.json", "{\n}")
     with pytest.raises(DataError, match="holds tar and jsonl files|holds jsonl and tar files"):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # a manifest beside shards is no data
+    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # counts beside shards are no data
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
     assert [both.read(n).key for n in (0, 1)] == ["k", "line1"]
     odd = written(tmp_path / "notes.txt", '{"text": "b"}')
@@ -189,14 +189,6 @@ def test_open_records_finds_files(tmp_path):
     packed = written(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
     with pytest.raises(DataError, match=r"b\.jsonl\.gz: compressed files .*gunzip"):
         len(open_records(packed))
-
-
-def test_open_records_of_folders_by_pattern(tmp_path):
-    for part in ("p1", "p2"):
-        (tmp_path / part / "deep").mkdir(parents=True)
-        written(tmp_path / part / "deep" / "a.jsonl", f'{{"text": "{part}"}}')
-    for pattern in ("p{1..2}", "p?", "{p1,p2}/deep"):
-        assert fields(open_records(str(tmp_path / pattern))) == [{"text": "p1"}, {"text": "p2"}]
 
 
 def test_expand_pattern(tmp_path):
@@ -209,8 +201,9 @@ def test_expand_pattern(tmp_path):
 
 
 @pytest.mark.parametrize(("pattern", "words"), [
-    ("none-*.tar", "none-.*: no file matches this pattern"), ("n-{00..02}.tar", "no file matches this pattern"),
-    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "there is no such file"),
+    ("none-*.tar", "none-.*: no file matches this pattern"),
+    ("a-{0..3}.tar", r"a-1.tar: there is no such file .*\(3 of 4 files of .* are missing\)"),
+    ("gone.tar", "there is no such file"),
     ("a-00.tar", r"there is no such file or folder \(did you mean .*a-0.tar\?\)"), ("A" * 5000, "A{100}: there is no"),
     ("fifo.tar", "there is no such file")])
 def test_expand_pattern_without_match(tmp_path, pattern, words):
@@ -219,12 +212,6 @@ def test_expand_pattern_without_match(tmp_path, pattern, words):
     os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(DataError, match=words):
         expand_pattern([tmp_path / pattern])
-
-
-def test_nearest_path_of_many_files(tmp_path):
-    for number in range(2001):  # of a million images, comparing all names would take minutes
-        (tmp_path / f"{number}.tar").touch()
-    assert nearest_path(tmp_path / "0.tax") == ""
 
 
 def test_find_image(tmp_path, monkeypatch):
