@@ -78,7 +78,7 @@ def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     config = read_yaml(file)
     for override in overrides:
         _override(config, override, str(file))
-    return _resolved(config, file)
+    return resolve(config, file)
 
 
 def read_yaml(file: Path) -> DictConfig:
@@ -202,7 +202,8 @@ def _override(config: DictConfig, override: str, where: str) -> None:
         raise ConfigError(f"{where}: the override {override!r} cannot be read ({first_line(error)}).") from error
 
 
-def _resolved(config: DictConfig, file: Path) -> DictConfig:
+def resolve(config: DictConfig, file: Path) -> DictConfig:
+    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
     set_by_user = os.environ.get("PROJECT_ROOT")
     os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
     try:

@@ -172,7 +172,7 @@ def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
     from seed_multimodal.data.stream.loader import StepBatches
     from seed_multimodal.data.stream.pairs_dataset import PairDataset
     from seed_multimodal.images.augment import TrainTransform
-    from seed_multimodal.language.words import BlipCaption
+    from seed_multimodal.seed.captions import BlipCaption
 
     kind, world, workers = PAIRS[case]
     spec = write_pairs(folder)[kind]

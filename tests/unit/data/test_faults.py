@@ -29,7 +29,7 @@ from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import DataError, SeedError
 from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.words import BlipCaption
+from seed_multimodal.seed.captions import BlipCaption
 
 WORDS = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_tokenizer"
 COUNT = 8  # samples of a set, of which number 3 is broken

@@ -139,7 +139,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     assert (record_of(tmp_path / "other")["steps"], record_of(tmp_path / "other")["begun"]) == (8, 4)
     assert "stage1: 8 steps, 32 images in" in capsys.readouterr().out
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not a LAVIS checkpoint"):
+    with pytest.raises(CheckpointError, match="other.pth: a checkpoint of another model"):
         run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +26,6 @@ from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.diffusion.training import training_schedule
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -222,7 +222,8 @@ class PixelTask(Task):
         run, data = self.run, self.run.data
         if self.group.first:
             save_config(run.output_dir, run.plain)
-        self.schedule = training_schedule(load_part(self.folder, self.kind, "scheduler"))
+        self.schedule = DDPMScheduler.from_config(  # with the sampler's noise schedule
+            load_part(self.folder, self.kind, "scheduler").config)
         parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         order = None if len(parts) == 1 else MixedOrder(

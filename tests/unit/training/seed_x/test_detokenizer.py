@@ -16,8 +16,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.seed_x.adapter import SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
-from seed_multimodal.training.llm.cli import main
-from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.llm.cli import compose, main
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
 from seed_multimodal.training.pixel_decoder.task import GROUPS, read_pixel_run
 from seed_multimodal.training.seed_x.detokenizer import DetokenizerModel, build_adapter, train_detokenizer
