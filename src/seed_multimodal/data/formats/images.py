@@ -47,10 +47,7 @@ def nothing_under(key: str, item: Mapping[str, Any]) -> str:
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
     """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
-    the function that draws it.
-
-    Args:
-        root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
+    the function that draws it; paths are relative to `root`, else to the record's file, then the current folder.
 
     Raises:
         BadRecord: none of these. ImageError: there is no such file, or no base64.
@@ -110,7 +107,7 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
 
 
 class PictureFolder:
-    """The images of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
+    """The images of a folder by number, `recursive`: at any depth; hidden files are skipped."""
 
     def __init__(self, path: str | Path, recursive: bool = True) -> None:
         self.path, self.recursive = Path(path), recursive

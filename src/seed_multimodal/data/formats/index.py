@@ -3,7 +3,7 @@
     beside the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
     elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
 
-An index belongs to a file of one size and time of change (beside a remote file: of one size); any other is made again.
+An index belongs to a file of one size and time of change (beside a remote file: of one size).
 """
 
 from __future__ import annotations
@@ -12,24 +12,20 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import RecordFile
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, read_errors, stat
 from seed_multimodal.disk import disk_reason, replacing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
-from seed_multimodal.progress import Progress
 
 FOLDER = ".seed-index"
 KEEP_FROM = 1 << 20  # bytes: smaller files beside which no index is written by itself
 VERSION = "2"
-REMOTE_THREADS = 16
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -77,19 +73,6 @@ class IndexedFile:
                     log_line(f"{self.path}: its index cannot be kept ({disk_reason(error)}), so every process makes it "
                              "again; name a folder by SEED_INDEX_DIR.")
         return arrays
-
-
-def piece_sizes(files: Sequence[RecordFile]) -> list[list[int]]:
-    """Records of each piece of each file; the indexes of remote files are read or made several at a time."""
-    log = log_line if os.environ.get("RANK", "0") == "0" else None
-    with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(files), "file", log=log) as bar:
-        remote = {number: pool.submit(lambda file: file.sizes, file)
-                  for number, file in enumerate(files) if is_remote(file.path)}
-        sizes = []
-        for number, file in enumerate(files):
-            sizes.append([int(size) for size in (remote[number].result() if number in remote else file.sizes)])
-            bar.update()
-        return sizes
 
 
 def index_beside(path: str) -> str:

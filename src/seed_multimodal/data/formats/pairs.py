@@ -3,8 +3,7 @@
     source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
     source.read(17)                # Pair(key, name, image, captions)
 
-Nothing is decoded here. A sample without image or caption, or whose members cannot be read, raises one of
-`SAMPLE_FAULTS` when it is read: callers name, skip and count it (`stream.mixture`).
+Nothing is decoded here. A sample that cannot be used raises one of `SAMPLE_FAULTS` when it is read.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from seed_multimodal.data.formats.images import (
 )
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
-from seed_multimodal.data.formats.sources import FileRecords, find_files, open_file, open_registered, registered
+from seed_multimodal.data.formats.sources import open_records, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.settings import check_keys, nearest
@@ -91,7 +90,7 @@ class PairReader:
         image: StoredPicture | None = record.member(*self.image_keys, files=files)
         image = self._stored(record, self.image_key) if image is None else image
         condition = None if self.condition_key is None else self._stored(record, self.condition_key)
-        return Pair(_key(record), record.where, image, captions, condition)
+        return Pair(record.key, record.where, image, captions, condition)
 
     def _stored(self, record: Record, key: str) -> StoredPicture:
         value = image_field(record.fields, key)
@@ -110,15 +109,12 @@ class PairReader:
 
 
 class Pairs:
-    """Pairs of files of any kind: shards, lists, tables, folders of images, registered formats.
+    """Pairs of files of any kind: `files`, `format`, `cache` and `options` as of `sources.open_records`; `reading`:
+    arguments of `PairReader`.
 
-    | format | a sample |
-    | --- | --- |
-    | tar (`webdataset`) | KEY.jpg with its caption in KEY.json, or in KEY.txt |
-    | json, jsonl, parquet | an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption |
-    | folder | images with KEY.txt or KEY.json beside them |
-
-    `files`, `format`, `cache` and `options` as of `sources.open_records`; `reading`: arguments of `PairReader`.
+    tar                     KEY.jpg with its caption in KEY.json, or in KEY.txt
+    json, jsonl, parquet    an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption
+    folder                  images with KEY.txt or KEY.json beside them
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
     keep reads near each other; `shuffle_block`: so many rows of tables fit into the memory for them (None: no table).
@@ -129,13 +125,10 @@ class Pairs:
 
     def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
                  cache: str | None = None, options: Mapping[str, Any] | None = None, **reading: Any) -> None:
-        if format in registered():
-            parts = [open_registered(format, files, options or {})]
-            reading = getattr(parts[0], "pair_keys", {})
-        else:
-            given = [files] if isinstance(files, str | Path) else list(files or ())
-            parts = [open_file(path, kind, needs_json=False) for path, kind in find_files(given, format, pictures=True)]
-        self._reader, self._records = PairReader(**reading), FileRecords(parts, cache=cache)
+        self._records = open_records(files, format=format, cache=cache, options=options, needs_json=False,
+                                     pictures=True)
+        parts = self._records.parts
+        self._reader = PairReader(**(getattr(parts[0], "pair_keys", {}) if format in registered() else reading))
         tables = [part for part in parts if isinstance(part, ParquetFile)]
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
         self.shard_sizes = self._records.shard_sizes if near else None
@@ -147,7 +140,7 @@ class Pairs:
 
     def key(self, index: int) -> str:
         """The sample's place in its file: key, item, line or row."""
-        return _key(self._records.locate(index))
+        return self._records.locate(index).key
 
     def read(self, index: int) -> Pair:
         """One sample. Raises as `PairReader`."""
@@ -169,12 +162,7 @@ class Pairs:
 
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
     """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
-    of `Pairs` and `PairReader`; of a registered format, `files` and its options.
-
-    Raises:
-        ConfigError: an unknown format, an unknown key (the nearest is named), or a missing one.
-        DataError: as the source's class.
-    """
+    of `Pairs` and `PairReader`, or options of a registered format. Raises as `Pairs`, and ConfigError."""
     plain = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
     assert isinstance(plain, dict)
     options = {str(key): value for key, value in plain.items()}
@@ -190,9 +178,3 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
     if not files:
         raise ConfigError(f"data of format {kind}: {named} is not given.")
     return Pairs(files, "tar" if kind == "webdataset" else kind, **options)
-
-
-def _key(record: Record) -> str:
-    """`item N`, `line N` or `row N`; the key of a shard's sample, the path of a folder's image."""
-    place = record.where.removeprefix(f"{record.file}: ")
-    return record.key if place == record.where or in_tar(record) else place

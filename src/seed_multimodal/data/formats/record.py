@@ -24,9 +24,10 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a parquet file that is not read yet."""
+    """A row of a parquet file that is not read yet: its row group, and its number there."""
 
     file: str
+    group: int
     number: int
 
 
@@ -35,14 +36,14 @@ class FileReader(Protocol):
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
 
-    def row(self, path: str | Path, number: int) -> dict[str, Any]: ...
+    def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]: ...
 
 
 @dataclass
 class Record:
     """One record: the fields of its json or table row, and its other parts."""
 
-    key: str  # of a sample; else `line12`, `item3`, `row3`
+    key: str  # of a sample; else `line 12`, `item 3`, `row 3`
     where: str  # `FILE: sample KEY`, `FILE: line 12`, as errors show it
     fields: dict[str, Any] = field(default_factory=dict)
     members: dict[str, bytes | Place] = field(default_factory=dict)  # by extension; `json` until it is parsed
@@ -63,7 +64,7 @@ class Record:
         if self.problem is not None:
             raise BadRecord(*self.problem)
         if self.row is not None:
-            return Record(self.key, self.where, self.fields | files.row(*self.row), self.members, self.file)
+            return Record(self.key, self.where, self.fields | files.row(*self.row, self.where), self.members, self.file)
         data = self.member("json", files=files)
         if data is None:
             return self

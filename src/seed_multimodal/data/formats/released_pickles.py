@@ -1,8 +1,8 @@
 """The original's pickled shards: read as data, converted once by `seed data convert OLD... --out DIR`.
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
-stand-ins that only collect numbers, and every other name is refused before it is looked up. What comes out is plain:
-dict, list, str, int, float, bool, None. Tuples and integer arrays become lists, UTF-8 bytes become texts.
+stand-ins that only collect numbers, and every other name is refused before it is looked up. Tuples and integer arrays
+become lists, UTF-8 bytes texts. Read are pickles of protocol 3 and later, which Python 3 writes.
 
 Each shard is written whole or not at all; shards that are there are skipped, so that the same command resumes. This is
 the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
@@ -110,8 +110,6 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        if isinstance(data, str):  # pickled by python 2
-            data = data.encode("latin-1")
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray) or not isinstance(shape, tuple):
             raise UnpicklingError("a numpy array has another state")
         flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
@@ -126,21 +124,12 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -
     return array
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnpicklingError("it encodes something else than bytes")
-    return text.encode("latin-1")
-
-
 STAND_INS: dict[tuple[str, str], _StandIn] = {
     ("numpy", "ndarray"): _StandIn(lambda: None),  # a type, of which `_reconstruct` makes an array
     ("numpy", "dtype"): _StandIn(_Dtype),
     ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
     ("numpy.core.multiarray", "scalar"): _StandIn(lambda dtype, data: _from_buffer(data, dtype, ()).value),
-    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
-    ("_codecs", "encode"): _StandIn(_encode),
-    ("__builtin__", "bytes"): _StandIn(lambda: b"")}  # how protocol 2 writes no bytes at all
+    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer)}
 
 
 def _plain_dict(value: Any) -> dict[str, Any]:
@@ -194,8 +183,7 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1
     if not paths:
         raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
     folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
-    base = os.path.commonpath([*folders, *(path.parent for path in paths
-                                           if not any(map(path.is_relative_to, folders)))])
+    base = os.path.commonpath([*folders, *(path.parent for path in paths)])
     jobs = [(path, out / path.relative_to(base)) for path in paths]
     left = [(path, target) for path, target in jobs if not target.is_file()]
     report = ConvertReport(kept=len(jobs) - len(left))
@@ -228,8 +216,8 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
         try:
             if record.problem is not None:
                 raise BadRecord(*record.problem)
-            yield record.key, _converted({extension: record.member(extension, files=files) or b""
-                                          for extension in record.members}, record.where)
+            members = {extension: record.member(extension, files=files) or b"" for extension in record.members}
+            yield record.key, _converted(members, record.where)
             written += 1
         except BadRecord as error:
             if error.kind == "damaged file":

@@ -2,13 +2,11 @@
 
     source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a URL, a list of them
     source.read(17)                                               # Record(key, where, fields)
-    source.locate(17)                                             # the same, unread
 
 Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
 
-Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)`
-returns a `record.RecordFile`; `path` is None where the configuration names no files. For image-caption pairs its
-`pair_keys`, if it has any, are arguments of `pairs.PairReader`.
+Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
+a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are arguments of `pairs.PairReader`.
 """
 
 from __future__ import annotations
@@ -16,13 +14,12 @@ from __future__ import annotations
 import difflib
 import glob
 import inspect
-import itertools
 import multiprocessing
 import os
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
@@ -35,7 +32,7 @@ from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import PICTURE_ENDINGS, PictureFolder
-from seed_multimodal.data.formats.index import IndexedFile, piece_sizes
+from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
@@ -48,9 +45,8 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
 GROUP = "seed_multimodal.formats"
-SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
-            "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
-            "parquet": (".parquet",)}
+SUFFIXES = {"tar": (".tar",), "jsonl": (".jsonl", ".ndjson"), "json": (".json",), "parquet": (".parquet",)}
+REMOTE_THREADS = 16
 T = TypeVar("T")
 _WILD = re.compile(r"[*?\[]")
 _COMPARED = 2000  # names: to compare a million, as a folder of images may hold, would take minutes
@@ -62,7 +58,7 @@ def registered() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def open_registered(name: str, path: str | Path | None, options: Mapping[str, Any]) -> RecordFile:
+def open_registered(name: str, path: Any, options: Mapping[str, Any]) -> RecordFile:
     """The records of a registered format. Raises ConfigError: an option that its opener does not have."""
     opener = registered()[name].load()
     check_keys(options, list(inspect.signature(opener).parameters)[1:], f"options of format {name}")
@@ -70,33 +66,26 @@ def open_registered(name: str, path: str | Path | None, options: Mapping[str, An
     return file
 
 
-def open_file(path: str | Path, format: str, options: Mapping[str, Any] | None = None, *, needs_json: bool = True
-              ) -> RecordFile:
-    """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
-
-    Args:
-        options: of a registered format. needs_json: samples of tars without a .json are bad records.
-    """
+def open_file(path: str | Path, format: str, *, needs_json: bool = True) -> RecordFile:
+    """The records of one tar, jsonl, json, parquet or folder, unread. `needs_json`: without it tars may lack .json."""
     if format == "tar":
         return JsonTar(path, needs_json)
-    if format in registered():
-        return open_registered(format, path, options or {})
     kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
                                                    "folder": PictureFolder}
     return kinds[format](path)
 
 
 def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
-                 cache: str | None = None, needs_json: bool = True, options: Mapping[str, Any] | None = None
-                 ) -> FileRecords:
+                 cache: str | None = None, needs_json: bool = True, pictures: bool = False,
+                 options: Mapping[str, Any] | None = None) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
 
     Args:
-        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
-            `folder`: images with their captions in .txt files beside them. Or a registered one.
-        name: name of the source in logs and counts; default: what was given as `files`.
+        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds;
+            `folder`: images with their captions in .txt files beside them; or a registered one, with its `options`.
+        name: of the source in logs and counts; default: what was given as `files`.
         cache: folder into which remote files are copied; None: they are read by ranges.
-        needs_json, options: as of `open_file`.
+        needs_json, pictures: as of `open_file` and `find_files`.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
@@ -104,21 +93,28 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
     given = [files] if isinstance(files, str | Path) else list(files or ())
     if format in registered():
         return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
-    found = [(str(one), format) for one in given] if format == "folder" else find_files(given, format)
-    return FileRecords([open_file(path, kind, needs_json=needs_json) for path, kind in found],
-                       name or ", ".join(map(str, given)), cache)
+    parts = [open_file(path, kind, needs_json=needs_json)
+             for path, kind in find_files(given, format, pictures=pictures or format == "folder")]
+    return FileRecords(parts, name or ", ".join(map(str, given)), cache)
 
 
 class FileRecords:
     """The records of several files, numbered through; `cache` as of `open_records`."""
 
-    def __init__(self, parts: Sequence[RecordFile], name: str = "", cache: str | None = None) -> None:
-        self.parts, self.name = parts, name or str(parts[0].path)
+    def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | None = None) -> None:
+        self.parts, self.name = parts, name
         self.open_files = OpenFiles(cache=cache)
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
-        sizes = piece_sizes(self.parts)
+        """Records of each piece of each file; indexes of remote files are read or made several at a time."""
+        log = log_line if os.environ.get("RANK", "0") == "0" else None
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
+            remote = {part: pool.submit(lambda part: part.sizes, part) for part in self.parts if is_remote(part.path)}
+            sizes = []
+            for part in self.parts:
+                sizes.append([int(size) for size in (remote[part].result() if part in remote else part.sizes)])
+                bar.update()
         if not any(map(any, sizes)):
             raise DataError(f"{self.name}: holds no record.")
         return sizes
@@ -137,25 +133,18 @@ class FileRecords:
 
     def locate(self, index: int) -> Record:
         """One record, unread where that is possible. Raises DataError as `read`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: there is no record {index} among {len(self)}")
         number = bisect_right(self._ends, index)
         return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
     def read(self, index: int) -> Record:
-        """One record, with `messages` if it is a conversation. Raises DataError: it is broken or no longer there; with
-        its file and line, item, row or sample."""
+        """One record, with `messages` if it is a conversation. Raises DataError: it is broken or no longer there."""
         record = self.locate(index).parsed(self.open_files)
         record.fields = with_messages(record.fields, record.where)
         return record
 
-    def close(self) -> None:
-        """Close this process's open files and drop rows kept in memory; reading opens them again."""
-        self.open_files.close()
-
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
-    """Write the indexes beside all shards and files of lines; returns how many there are. Raises DataError."""
+    """Write the indexes beside all shards and files of lines; returns how many there are."""
     files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
     if not files:
         raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
@@ -177,11 +166,8 @@ def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, 
 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
                recursive: bool = True) -> list[tuple[str, str]]:
-    """(file, its format) of each file behind the patterns and folders, each once.
-
-    Args:
-        pictures: a folder without lists and tables may be one input of format `folder`.
-        recursive: folders are searched at any depth.
+    """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
+    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth.
 
     Raises:
         ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
@@ -197,43 +183,33 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
         if format not in registered() and _is_folder(path):
             found.update(_in_folder(path, format, pictures, recursive))
         else:
-            found[path] = _format_of(path, format)
+            kind = _suffix_format(path)
+            if format == "auto" and not kind:
+                raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
+            found[path] = kind if format in ("auto", kind[:4]) else format  # lines of json are json
     return list(found.items())
 
 
 def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches.
-
-    Raises:
-        DataError: a pattern matches nothing, or a file that braces spell out is missing.
-    """
+    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches. Raises
+    DataError: a pattern matches nothing, or a file that braces spell out is missing."""
     found: dict[str, None] = {}
-    for one in map(str, patterns):
-        matches = {name: _matches(name) for name in braceexpand(one, escape=False)}
-        missing = [name for name, some in matches.items() if not some]
-        if missing and _WILD.search(one) and len(missing) == len(matches):
-            raise DataError(f"{one}: no file matches this pattern.")
-        if missing:
-            count = f" ({len(missing)} of {len(matches)} files of {one} are missing)" if len(matches) > 1 else ""
-            raise DataError(f"{missing[0][:200]}: there is no such file or folder{nearest_path(missing[0])}{count}.")
-        paths = [path for some in matches.values() for path in some]
+    for name in (name for one in patterns for name in braceexpand(str(one), escape=False)):
+        paths = _matches(name)
+        if not paths:
+            reason = "no file matches this pattern" if _WILD.search(name) else \
+                f"there is no such file or folder{nearest_path(name)}"
+            raise DataError(f"{name[:200]}: {reason}.")
         found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
     return list(found)
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part,
-    among the first names of the folder; an empty string where there is none."""
-    place = Path(path)
-    while not os.path.isdir(place.parent) and place.parent != place:
-        place = place.parent
-    try:
-        with os.scandir(place.parent) as entries:
-            names = [one.name for one in itertools.islice(entries, _COMPARED)]
-    except OSError:  # a folder that may not be listed
-        return ""
-    close = difflib.get_close_matches(place.name, names, n=1)
-    return f" (did you mean {place.with_name(close[0])}?)" if close else ""
+    """` (did you mean data/nano?)`: the most similar name in the folder of a path that is not there."""
+    folder, name = os.path.split(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    close = difflib.get_close_matches(name, names[:_COMPARED], n=1)
+    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
 
 
 def _matches(name: str) -> list[str]:
@@ -282,13 +258,6 @@ def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dic
     if len(kinds) > 1 and format == "auto":
         raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
-
-
-def _format_of(path: str, format: str) -> str:
-    kind = _suffix_format(path)
-    if format == "auto" and not kind:
-        raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
-    return kind if format in ("auto", kind[:4]) else format  # lines of json are json
 
 
 def _suffix_format(path: str) -> str:

@@ -1,6 +1,6 @@
 """Webdataset shards: members grouped into samples, and random access by an index of the headers.
 
-Plain .tar only: a position in a .tar.gz cannot be read without unpacking all before it.
+Plain .tar only: nothing in a .tar.gz can be read without unpacking all before it.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import numpy as np
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
 from seed_multimodal.data.formats.storage import open_binary, read_errors
-from seed_multimodal.errors import DataError
 
-COMPRESSED = (".gz", ".tgz")
 PICKLED = ("pkl", "pickle")
 
 
@@ -33,8 +31,49 @@ class TarFile(IndexedFile):
     kind = "tar"
 
     def scan(self) -> Arrays:
-        """The index, see `scan_tar`."""
-        return scan_tar(self.path)
+        """The index, by the headers of all members.
+
+        Returns:
+            keys: bytes [N] of the whole samples. first: int64 [N + 1], number of each sample's first member.
+            extension: of each member the number in `extensions`. offset, size: of each member, int64 [M].
+            damage: a sentence about where the tar is torn, without its name; empty: it is whole.
+        """
+        keys: list[bytes] = []
+        numbers: dict[str, int] = {}
+        first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
+        with read_errors(self.path), open_binary(self.path) as file:
+            position = -1
+            try:
+                with tarfile.open(fileobj=file, mode="r:") as tar:
+                    while (member := tar.next()) is not None:
+                        if tar.offset <= position:
+                            raise tarfile.ReadError("a header has a size below 0")
+                        position = tar.offset
+                        tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                        name, ending = split_name(member.name)
+                        if not name or not member.isreg():
+                            continue
+                        key = name.encode("utf-8", "surrogateescape")
+                        if not keys or key != keys[-1]:
+                            keys.append(key)
+                            first.append(len(offset))
+                        extension.append(numbers.setdefault(ending, len(numbers)))
+                        offset.append(member.offset_data)
+                        size.append(member.size)
+                    damage = _damage_at(file, tar.offset)
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                damage = str(error)
+        first.append(len(offset))
+        if damage and keys:  # members of the last sample may be missing
+            keys.pop()
+            first.pop()
+        members = first[-1]
+        if damage:
+            after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
+            damage = f"torn or damaged {after} ({damage})."
+        return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
+                "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
+                "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -79,59 +118,6 @@ class JsonTar(TarFile):
         return record
 
 
-def scan_tar(path: str) -> Arrays:
-    """The index of a tar, by the headers of all members.
-
-    Returns:
-        keys: bytes [N] of the whole samples. first: int64 [N + 1], number of each sample's first member.
-        extension: of each member the number in `extensions`. offset, size: of each member, int64 [M].
-        damage: a sentence about where the tar is torn, without its name; empty: it is whole.
-
-    Raises:
-        DataError: it cannot be opened, or is compressed.
-    """
-    keys: list[bytes] = []
-    numbers: dict[str, int] = {}
-    first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
-    with read_errors(path), open_binary(path) as file:
-        if file.read(2) == b"\x1f\x8b" or path.endswith(COMPRESSED):
-            raise DataError(f"{path}: compressed shards cannot be read at random positions (only plain .tar can); "
-                            "unpack it with gunzip first.")
-        file.seek(0)
-        position = -1
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    if tar.offset <= position:
-                        raise tarfile.ReadError("a header has a size below 0")
-                    position = tar.offset
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    name, ending = split_name(member.name)
-                    if not name or not member.isreg():
-                        continue
-                    key = name.encode("utf-8", "surrogateescape")
-                    if not keys or key != keys[-1]:
-                        keys.append(key)
-                        first.append(len(offset))
-                    extension.append(numbers.setdefault(ending, len(numbers)))
-                    offset.append(member.offset_data)
-                    size.append(member.size)
-                damage = _damage_at(file, tar.offset)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            damage = str(error)
-    first.append(len(offset))
-    if damage and keys:  # members of the last sample may be missing
-        keys.pop()
-        first.pop()
-    members = first[-1]
-    if damage:
-        after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
-        damage = f"torn or damaged {after} ({damage})."
-    return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
-            "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
-            "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
-
-
 def _damage_at(file: IO[bytes], position: int) -> str:
     """What is wrong where `tarfile` stopped, which it does without an error at anything that is no header."""
     file.seek(position)
@@ -142,10 +128,7 @@ def _damage_at(file: IO[bytes], position: int) -> str:
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension) of a member, split at the first dot of its base name as webdataset does.
-
-    A name without key or extension gives ("", "").
-    """
+    """(key, lower-case extension) of a member, split at its base name's first dot as webdataset does; or ("", "")."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")

@@ -18,7 +18,7 @@ from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, Place
 from seed_multimodal.data.formats.shards import open_shard, write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.formats.tar import TarFile, scan_tar
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError
 
 
@@ -54,7 +54,7 @@ def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
                 archive.addfile(link)
     with tarfile.open(path) as archive:
         theirs = [(m.offset_data, m.size) for m in archive if m.isreg()]
-    found = scan_tar(str(path))
+    found = TarFile(path).scan()
     assert list(zip(found["offset"], found["size"], strict=True)) == theirs and not str(found["damage"])
     assert [key.decode() for key in found["keys"]] == ["plain", "é", "empty", f"{deep}deep", "./dot"]
 
@@ -99,12 +99,8 @@ def test_a_torn_shard(tmp_path: Path, shards: Path, cut: str, monkeypatch: pytes
 
 
 def test_what_is_no_plain_tar(tmp_path: Path, shards: Path):
-    packed = tmp_path / "x.tar.gz"
-    packed.write_bytes(gzip.compress((shards / "s-001.tar").read_bytes()))
-    for path in (packed, Path(shutil.copy(packed, tmp_path / "x.tar"))):  # the content decides, not the name
-        with pytest.raises(DataError, match=f"{path.name}: compressed shards .*gunzip"):
-            len(open_records(path))
-    for name, content in (("text.tar", b"not a tar " * 200), ("empty.tar", b"")):
+    packed = gzip.compress((shards / "s-001.tar").read_bytes())
+    for name, content in (("text.tar", b"not a tar " * 200), ("empty.tar", b""), ("x.tar", packed)):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: torn or damaged in its first sample"):
             open_records(tmp_path / name).read(0)
