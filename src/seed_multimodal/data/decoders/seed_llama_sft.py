@@ -3,8 +3,7 @@
     <s>USER: [image]question\\nASSISTANT:answer</s>           further turns start with "\\nUSER: "
     <s>[INST] [image]question [/INST]\\nanswer</s>            with `template: llama2`, the 14B's; then "\\n[INST] "
 
-Each turn is encoded on its own. `pretrain.visual_question` and `pretrain.text_conversation`, of the pre-training
-module, have their own markers: "USER: " question "\\nASSISTANT: ".
+`pretrain.visual_question` and `pretrain.text_conversation` have their own markers: "USER: " question "\\nASSISTANT: ".
 """
 
 from __future__ import annotations
@@ -122,9 +121,7 @@ class MultiEdit(Tuned):
 
 class Story(Tuned):
     """Images with captions that follow each other: `image_ids` (one per caption), `caption0`, `caption1`, …
-
-    `reverse_ratio`: 0: a turn for every further image; anything else: one request, and the rest as the answer.
-    """
+    `reverse_ratio`: 0: a turn for every further image; anything else: one request, and the rest as the answer."""
 
     name = "sft.story"
     Options = Reversible
