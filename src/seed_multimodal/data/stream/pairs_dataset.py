@@ -71,11 +71,8 @@ class SourceDataset(BadSamples):
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample: what `sample` gives, and `index` of the sample really used.
-
-        Raises:
-            DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
-        """
+        """One sample: what `sample` gives, and `index` of the sample really used. Raises DataError: the next
+        `max_bad_in_a_row` samples cannot be used."""
         # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
         number, last = sample_seed(self.seed, epoch, index), None
         tries = min(self.max_bad_in_a_row, len(self.source))

@@ -129,8 +129,7 @@ def test_restore(config: Callable, words, packing: bool, workers: int, no_worker
             for step in range(stop, stop + 9):
                 assert same(second.at(step), expected[step])
     assert second.report() == whole.report() and saved(second) == saved(whole)
-    del state["report"]
-    assert len(json.dumps(state)) < 3000
+    assert len(json.dumps({**state, "sources": []})) < 3000
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -151,7 +150,7 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
         states = [saved(batches) for batches in ranks]
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
                     **dict.fromkeys(range(2000, 2035), 1)}
-    assert sum(one["sequences"] for state in states for one in state["report"]["sources"]) == seen.total()
+    assert sum(one["sequences"] for state in states for one in state["sources"]) == seen.total()
 
 
 @pytest.mark.process
@@ -195,7 +194,7 @@ def test_restore_near_the_end(mixed: Callable, words, numbers: Callable) -> None
 def test_restore_refuses_other_data(mixed: Callable, words) -> None:
     pair = [LlmBatches(read_data_settings(mixed()), words, rank=rank, world=2) for rank in range(2)]
     states = [saved(batches) for batches in pair]
-    with pytest.raises(ConfigError, match=r"needs those of 2 ranks, not of \[0\]"):
+    with pytest.raises(ConfigError, match="needs those of 2 ranks, not of 1"):
         pair[0].restore(states[:1])
     for change, said in (({"seed": 7}, "seed: 0 -> 7"), ({"length": 256}, "length: 192 -> 256"),
                          ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0")):

@@ -39,14 +39,12 @@ def test_make_row() -> None:
     first = np.array([1, 50, 51, 2], np.int32), np.array([1, 50, 51, 2], np.int32)
     second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
     row = make_row([first, second], 10, pad_id=0)
-    assert row.input_ids.tolist() == [1, 50, 51, 2, 1, 60, 2, 0, 0, 0]
-    assert row.labels.tolist() == [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100]
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
+    assert [array.tolist() for array in row] == [
+        [1, 50, 51, 2, 1, 60, 2, 0, 0, 0], [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
+        [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
     assert first[1].tolist() == [1, 50, 51, 2]  # the sequence itself is as it was
-    assert {array.dtype for array in (row.input_ids, row.labels, row.position_ids)} == {np.dtype(np.int32)}
-    empty = make_row([], 4, pad_id=9)
-    assert empty.input_ids.tolist() == [9] * 4 and empty.labels.tolist() == [-100] * 4
-    assert empty.position_ids.tolist() == [0, 1, 2, 3]
+    assert {array.dtype for array in row} == {np.dtype(np.int32)}
+    assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [[9] * 4, [-100] * 4, [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)])
@@ -68,10 +66,10 @@ def test_a_model_sees_packed_sequences_as_if_alone() -> None:
                                          num_attention_heads=4, attn_implementation="sdpa")).eval()
     rng = np.random.default_rng(0)
     pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
-    row = make_row([(piece, piece) for piece in pieces], 16, pad_id=0)
+    ids, _, positions = (torch.from_numpy(array)[None].long() for array in make_row(
+        [(piece, piece) for piece in pieces], 16, pad_id=0))
     with torch.no_grad():
-        packed = model(input_ids=torch.from_numpy(row.input_ids)[None].long(),
-                       position_ids=torch.from_numpy(row.position_ids)[None].long(), use_cache=False).logits[0]
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         place = 0
         for piece in pieces:
             alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
