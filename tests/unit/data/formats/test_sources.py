@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -139,13 +138,6 @@ def test_open_records_of_an_image_folder(tmp_path):
     assert source.read(1).member("txt", files=source.open_files) is None
     with pytest.raises(DataError, match="there is no such file or folder"):
         open_records(tmp_path / "sub" / "none", format="folder")
-
-
-def test_open_records_of_nano():
-    nano = open_records(None, format="nano")
-    record = pickle.loads(pickle.dumps(nano.locate(7)))  # noqa: S301  # a worker draws it
-    assert len(nano) == 100_000 and len(pickle.dumps(record)) < 1000
-    assert record.fields["image"]().shape == (64, 64, 3) and len(record.fields["caption"]) == 4
 
 
 # ---- files

@@ -40,23 +40,19 @@ def whole(path: Path) -> list[tuple[str, dict[str, bytes]]]:
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_scan_tar_of_every_format(tmp_path: Path, kind: int):
-    """Long names, folders, links, empty members and names that are not ASCII."""
-    path = tmp_path / "x.tar"
+    """Long names, links, empty members and names that are not ASCII."""
     deep = "folder-of-some-length/" * (6 if kind == tarfile.USTAR_FORMAT else 20)
-    with tarfile.open(path, "w", format=kind) as archive:
-        for number, name in enumerate(["plain.jpg", "é.x.jpg", "empty.json", f"{deep}deep.jpg", "./dot.json"]):
-            info = tarfile.TarInfo(name)
-            info.size = 0 if "empty" in name else 500 + number
-            archive.addfile(info, io.BytesIO(b"z" * info.size))
-            for other in (tarfile.SYMTYPE, tarfile.DIRTYPE):
-                link = tarfile.TarInfo(f"{deep}other-{number}.{other.decode()}")
-                link.type, link.linkname = other, "else"
-                archive.addfile(link)
+    path = tar_of(tmp_path / "x.tar", [("plain.jpg", b"z" * 500), ("é.x.jpg", b"z"), ("empty.json", b""),
+                                       (f"{deep}deep.jpg", b"zz")], kind)
+    with tarfile.open(path, "a", format=kind) as archive:
+        link = tarfile.TarInfo(f"{deep}link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "else"
+        archive.addfile(link)
     with tarfile.open(path) as archive:
         theirs = [(m.offset_data, m.size) for m in archive if m.isreg()]
     found = TarFile(path).scan()
     assert list(zip(found["offset"], found["size"], strict=True)) == theirs and not str(found["damage"])
-    assert [key.decode() for key in found["keys"]] == ["plain", "é", "empty", f"{deep}deep", "./dot"]
+    assert [key.decode() for key in found["keys"]] == ["plain", "é", "empty", f"{deep}deep"]
 
 
 def test_locate_groups_as_webdataset(tmp_path: Path):
