@@ -56,7 +56,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     if count != len(pictures):
         raise BadRecord("images and placeholders", f"{where}: {counted(count, f'{PLACEHOLDER} placeholder')} for "
                         f"{counted(len(pictures), 'picture')}.")
-    turns = [(role, with_pictures(content, left)) for role, content in turns]
+    turns = [(role, _with_pictures(content, left)) for role, content in turns]
     if turns and turns[0][0] == "system":
         fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
     _check_order(turns, where)
@@ -137,8 +137,8 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
     return sum(part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str))
 
 
-def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
-    """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts are dropped."""
+def _with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
+    """The parts of a turn with an image in the place of each placeholder; empty texts are dropped."""
     parts: list[Part] = []
     for part in content:
         if not isinstance(part, str):

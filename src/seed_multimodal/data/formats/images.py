@@ -70,9 +70,9 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
     if path is None and is_remote(folder) and "://" not in value:
         return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
     if path is None:
-        shown = (value if len(value) <= 200 else f"{value[:80]}…").encode("utf-8", "replace").decode()
         where = f"below {root}" if root is not None else "beside its list or in the current folder"
         why = "is an address, not a file; download it first" if "://" in value else f"is not there, {where}"
+        shown = value[:200].encode("utf-8", "replace").decode()
         raise ImageError(f"{record.where}: the picture {shown} {why}.")
     return path
 
@@ -114,7 +114,7 @@ class PictureFolder:
 
     @cached_property
     def images(self) -> list[Path]:
-        """In the order of their names."""
+        """By name."""
         return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if
                       path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file())
 

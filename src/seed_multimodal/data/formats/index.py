@@ -39,7 +39,7 @@ class IndexedFile:
         self.path = str(path)
 
     def scan(self) -> Arrays:
-        """The index, from the file's content. Raises DataError: it cannot be read."""
+        """The index, from the file's content. Raises DataError."""
         raise NotImplementedError
 
     def write_index(self) -> None:

@@ -41,16 +41,13 @@ PROBED = 20  # samples that are looked at before a source is refused
 
 @dataclass(frozen=True)
 class Pair:
-    """An image, unread, and the captions of a record (none only where sources are not captioned).
-
-    `name` identifies it in errors and logs: `file: sample`. `condition`: the image that `image` is an edit of.
-    """
+    """An image, unread, and its captions."""
 
     key: str
-    name: str
+    name: str  # in errors and logs: `file: sample`
     image: StoredPicture
-    captions: list[str]
-    condition: StoredPicture | None = None
+    captions: list[str]  # none where the source is not captioned
+    condition: StoredPicture | None = None  # the image that `image` is an edit of
 
 
 class PairReader:
@@ -78,11 +75,7 @@ class PairReader:
         self.caption_files = (caption_file,) if caption_file else ("json", "txt")
 
     def __call__(self, record: Record, files: FileReader) -> Pair:
-        """The pair of a record, which may be unread.
-
-        Raises:
-            BadRecord: it is damaged, names no image, or has no usable caption. ImageError: its image is not there.
-        """
+        """The pair of a record, which may be unread. Raises BadRecord, or ImageError: its image is not there."""
         if in_tar(record) and "json" not in self.caption_files:
             record.members.pop("json", None)
         record = record.parsed(files)
@@ -118,9 +111,6 @@ class Pairs:
 
     `shard_sizes` (samples of each shard or row group; None: there are only lists and folders) lets the training order
     keep reads near each other; `shuffle_block`: so many rows of tables fit into the memory for them (None: no table).
-
-    Raises:
-        DataError: no such files; a file that cannot be indexed; no usable sample among the first `PROBED`.
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
@@ -143,7 +133,7 @@ class Pairs:
         return self._records.locate(index).key
 
     def read(self, index: int) -> Pair:
-        """One sample. Raises as `PairReader`."""
+        """One sample."""
         return self._reader(self._records.locate(index), self._records.open_files)
 
     def _refuse_unusable(self) -> None:

@@ -68,8 +68,11 @@ class Record:
         data = self.member("json", files=files)
         if data is None:
             return self
+        value = parse_json(data, self.where)
+        if not isinstance(value, dict):
+            raise BadRecord("malformed json", f"{self.where}: holds a {type(value).__name__}, not an object.")
         others = {extension: part for extension, part in self.members.items() if extension != "json"}
-        return Record(self.key, self.where, parse_object(data, self.where) | self.fields, others, self.file)
+        return Record(self.key, self.where, value | self.fields, others, self.file)
 
 
 class BadRecord(DataError):
@@ -81,14 +84,6 @@ class BadRecord(DataError):
 
     def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:  # survives the way back from a worker process
         return BadRecord, (self.kind, str(self))
-
-
-def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
-    """A json object from its bytes. Raises BadRecord."""
-    value = parse_json(data, where)
-    if not isinstance(value, dict):
-        raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
-    return value
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

@@ -45,19 +45,11 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
             if "PUT" in opcode.name and int(argument or 0) > count + 256:  # it would allocate a huge list at once
                 raise ValueError(f"it numbers an object {argument}")
         return _plain_dict(_Plain(io.BytesIO(data)).load())
-    except _Refused as error:
+    except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
     except _BROKEN as error:
         raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
                         ) from None
-
-
-class _Refused(Exception):
-    """What a pickle requests or holds that is not allowed."""
-
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.kind = kind
 
 
 class _Plain(Unpickler):
@@ -67,7 +59,7 @@ class _Plain(Unpickler):
         """The stand-in of a name of numpy's pickles; called for every global, before anything is imported."""
         known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
         if known is None:
-            raise _Refused("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
+            raise BadRecord("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
                            "are read, and nothing is run.")
         return known
 
@@ -94,7 +86,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
-            raise _Refused("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
+            raise BadRecord("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -141,7 +133,7 @@ def _plain_dict(value: Any) -> dict[str, Any]:
         nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
                       value.size if isinstance(value, _Array) else 0)
         if nodes > MAX_NODES:
-            raise _Refused("wrong type", f"is larger than {MAX_NODES:,} values.")
+            raise BadRecord("wrong type", f"is larger than {MAX_NODES:,} values.")
         kind = type(value)
         if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
             return value
@@ -155,11 +147,11 @@ def _plain_dict(value: Any) -> dict[str, Any]:
             return value.value
         if kind is bytes:
             return value.decode("utf-8")
-        raise _Refused("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
+        raise BadRecord("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
 
     plain: Any = convert(value, "")
     if type(plain) is not dict:
-        raise _Refused("wrong type", f"holds a {type(plain).__name__}, not a dict.")
+        raise BadRecord("wrong type", f"holds a {type(plain).__name__}, not a dict.")
     return plain
 
 

@@ -35,7 +35,7 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at the end, whole or not at all. Raises OSError."""
+    """A writer whose shard appears at its end, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file, closing(ShardWriter(file)) as writer:
         yield writer

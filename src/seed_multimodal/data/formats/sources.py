@@ -110,10 +110,10 @@ class FileRecords:
         """Records of each piece of each file; indexes of remote files are read or made several at a time."""
         log = log_line if os.environ.get("RANK", "0") == "0" else None
         with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
-            remote = {part: pool.submit(lambda part: part.sizes, part) for part in self.parts if is_remote(part.path)}
+            ready = pool.map(lambda part: is_remote(part.path) and part.sizes, self.parts)
             sizes = []
-            for part in self.parts:
-                sizes.append([int(size) for size in (remote[part].result() if part in remote else part.sizes)])
+            for part, _ in zip(self.parts, ready, strict=True):
+                sizes.append([int(size) for size in part.sizes])
                 bar.update()
         if not any(map(any, sizes)):
             raise DataError(f"{self.name}: holds no record.")
@@ -132,7 +132,7 @@ class FileRecords:
         return self._ends[-1]
 
     def locate(self, index: int) -> Record:
-        """One record, unread where that is possible. Raises DataError as `read`."""
+        """One record, unread where that is possible."""
         number = bisect_right(self._ends, index)
         return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
@@ -167,11 +167,7 @@ def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
                recursive: bool = True) -> list[tuple[str, str]]:
     """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
-    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth.
-
-    Raises:
-        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
-    """
+    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth."""
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
@@ -179,13 +175,13 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     if not given:
         raise DataError("The list of files is empty.")
     found: dict[str, str] = {}
-    for path in map(str, given) if format in registered() else expand_pattern(given):
-        if format not in registered() and _is_folder(path):
+    for path in expand_pattern(given):
+        kind = _suffix_format(path)
+        if _is_folder(path):
             found.update(_in_folder(path, format, pictures, recursive))
+        elif format == "auto" and not kind:
+            raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
         else:
-            kind = _suffix_format(path)
-            if format == "auto" and not kind:
-                raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
             found[path] = kind if format in ("auto", kind[:4]) else format  # lines of json are json
     return list(found.items())
 

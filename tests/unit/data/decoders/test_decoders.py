@@ -95,7 +95,7 @@ def test_decode_dropped_records(words, records, name, change, reason):
     ("sft.video_conversation", {"answer": "Answer: c"}, "1 answers to 2 questions"),
     ("sft.qa", {"image_ids": [9]}, "image_ids: an image has .* codes, not 1"),
     ("sft.edit", {"target_image_ids": [-1] * 16}, "target_image_ids: image codes are 0 to"),
-    ("pretrain.interleaved", {"image_ids": [[9], None, None], "texts": [None, "a", "b"]}, r"image_ids\[0\]: an image has"),
+    ("pretrain.interleaved", {"image_ids": [[9], None], "texts": [None, "a"]}, r"image_ids\[0\]: an image has"),
     ("sft.qa", {"answer": " "}, "answer: is empty"), ("sft.qa", {"question": 5}, "question: must be a str, not 5"),
     ("pretrain.video", {"image_ids": []}, "fewer than num_frames")])
 def test_decode_broken_records(words, records, name, change, sentence):
