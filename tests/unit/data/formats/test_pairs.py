@@ -14,15 +14,7 @@ import webdataset
 from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, DataError
-
-
-def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
 
 # ---- shards
 
@@ -49,32 +41,13 @@ def test_pairs_with_other_keys(tmp_path: Path, jpeg: Callable, write_tar: Callab
     assert Pairs(path, image_keys="png", caption_key="top_caption").read(0).captions == ["a", "b"]
 
 
-def test_read_samples_without_caption_or_image(tmp_path: Path, jpeg: Callable, write_tar: Callable):
-    good = {"jpg": jpeg(1), "json": {"caption": "fine"}}
-    path = write_tar(tmp_path / "x.tar", [
-        {"__key__": "good", **good},
-        {"__key__": "renamed", "jpg": jpeg(2), "json": {"captions": "x"}},
-        {"__key__": "no-json", "jpg": jpeg(3)},
-        {"__key__": "torn-json", "jpg": jpeg(3), "json": b'{"caption": '},
-        {"__key__": "null", "jpg": jpeg(3), "json": {"caption": None}},
-        {"__key__": "no-texts", "jpg": jpeg(3), "json": {"caption": []}},
-        {"__key__": "a-list", "jpg": jpeg(3), "json": b"[1]"},
-        {"__key__": "blind", "json": {"caption": "no picture"}},
-    ])
-    pairs = Pairs(path)
-    assert pairs.read(0).captions == ["fine"]
-    for index in range(1, 7):
-        with pytest.raises(DataError) as error:
-            pairs.read(index)
-        assert f"{path}: sample {pairs.key(index)}: " in sentence(error)
-    with pytest.raises(DataError, match=r"nothing under key 'caption' \(did you mean 'captions'\?\)"):
-        pairs.read(1)
-    with pytest.raises(BadRecord, match=r"x\.tar: sample blind: has no picture"):
-        pairs.read(7)
-    with pytest.raises(DataError, match=r"x\.tar: .*no \.webp member"):
-        Pairs(path, image_keys=("webp",))
-    with pytest.raises(DataError, match=r"x\.tar: .*has no \.txt"):
-        Pairs(path, caption_file="txt")
+def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar: Callable):
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": "fine"}}])
+    with pytest.raises(DataError, match=r"x\.tar: sample a: .*under key 'caption' \(did you mean 'captions'\?\)"):
+        Pairs(path)
+    for reading, words in (({"image_keys": ["webp"]}, r"no \.webp member"), ({"caption_file": "txt"}, r"has no \.txt")):
+        with pytest.raises(DataError, match=rf"x\.tar: sample a: .*{words}"):
+            Pairs(path, caption_key="captions", **reading)
     with pytest.raises(ConfigError, match="caption_file"):
         Pairs(path, caption_file="yaml")
 
@@ -98,7 +71,7 @@ def _read_in_worker(pairs: Pairs, index: int) -> tuple[str, int]:
 # ---- json
 
 
-def test_pairs_of_lists(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch):
+def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
     (tmp_path / "sub").mkdir()
     for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
@@ -111,21 +84,13 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.Monk
     assert [pairs.read(i).image for i in range(3)] == [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")]
     assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
     assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # beside the list
-    monkeypatch.chdir(tmp_path / "sub")
-    (tmp_path / "sub" / "c.json").write_text('[{"image": "../2.jpg", "caption": "four"}]')
-    (tmp_path / "d.json").write_text('[{"image": "1.jpg", "caption": "five"}]')
-    assert Pairs("c.json").read(0).image == Path("../2.jpg")
-    assert Pairs(tmp_path / "d.json").read(0).image == Path("1.jpg")  # from the current folder, as the released code
 
 
 @pytest.mark.parametrize(("content", "words"), [
     ([{"image": "0.jpg", "title": "x"}], "item 0: has no caption: .*'caption' .it has image, title"),
     ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no picture: nothing under key 'image' \(did you mean 'img'\?\)"),
     ([{"image": 5, "caption": "x"}], "item 0: a picture is 5, not a path"),
-    ([{"image": "0.jpg", "caption": ["x", " "]}], "item 0: its caption is empty"),
-    ([{"image": "0.jpg", "caption": None}], "item 0: has no caption"),
-    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"),
-    (["0.jpg"], "item 0: holds a str"), ([], "holds no record")])
+    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"), ([], "holds no record")])
 def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))

@@ -53,15 +53,12 @@ def test_open_records_of_tars(tmp_path):
     assert fields(open_records(tmp_path)) == fields(source)  # a folder is searched at any depth
 
 
-def test_read_broken_members(tmp_path):
-    path = tar(tmp_path / "a.tar", {"good": caption(1), "torn": b'{"text": "a', "list": [1],
-                                    "deep": b'{"a":' * 100_000, "pair": b'{"t": "\\ud83d\\ude00 \\ud83d"}'})
-    source = open_records(path)
-    for row, (key, words) in enumerate([("torn", "is not json"), ("list", "holds a list"), ("deep", "is not json")], 1):
-        with pytest.raises(BadRecord, match=f"a.tar: sample {key}: .*{words}") as caught:
-            source.read(row)
-        assert caught.value.kind == "malformed json"
-    assert source.read(0).fields == caption(1) and source.read(4).fields == {"t": "😀 ?"}
+def test_read_odd_json(tmp_path):
+    source = open_records(tar(tmp_path / "a.tar", {"deep": b'{"a":' * 100_000,
+                                                   "pair": b'{"t": "\\ud83d\\ude00 \\ud83d"}'}))
+    with pytest.raises(BadRecord, match="a.tar: sample deep: .*is not json") as caught:
+        source.read(0)
+    assert caught.value.kind == "malformed json" and source.read(1).fields == {"t": "😀 ?"}
 
 
 def test_open_records_of_lines(tmp_path):
