@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
@@ -234,7 +234,7 @@ class TextConversation(Decoder):
     """A conversation without images: `data`, question and answer in turn."""
 
     name, tuned = "pretrain.text_conversation", False
-    Options = TurnOptions
+    Options: ClassVar[type[DecoderOptions]] = TurnOptions
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         turns = self.texts(fields, "data")
