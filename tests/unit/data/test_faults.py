@@ -225,14 +225,14 @@ def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str):
 
 
 def test_broken_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
-    faults = ["", "no caption", "null", "", "blank", "object", "not json", "not UTF-8", "", "a list", "twice", "no json",
-              "", "torn"]
+    faults = ["", "no caption", "null", "", "blank", "object", "not json", "not UTF-8", "", "a list", "twice",
+              "no json", "", "torn"]
     rows = [{key: value for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
              if value is not ...} for number, fault in enumerate(faults)]
     write_tar_of(tmp_path / "a.tar", [(f"{number:03d}", {"json": json.dumps(row).encode()})
                                       for number, row in enumerate(rows)], faults)
-    settings = read_data_settings({"sources": [{"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption",
-                                                "cycles": 1}], "length": 512})
+    source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}
+    settings = read_data_settings({"sources": [source], "length": 512})
     told: list[str] = []
     with LlmBatches(settings, words, log=told.append) as batches:
         row, = batches.at(0).input_ids.tolist()
