@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.opened import PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
@@ -83,9 +80,3 @@ def test_too_long(words: LavitTokenizer):
 def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str):
     with pytest.raises(BadRecord, match=sentence):
         make(words, name, fields)
-
-
-def test_get_decoder_other_tokenizer():
-    nano = MultimodalTokenizer.from_pretrained(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")
-    with pytest.raises(ConfigError, match="words are not LaVIT's"):
-        get_decoder("lavit.caption", nano)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.opened import PictureSequence
 from seed_multimodal.data.decoders.seed_x import PictureDecoder
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
 
@@ -135,11 +133,3 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
 def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str):
     with pytest.raises(BadRecord, match=message):
         make(words, name).decode(fields, SeededDraws(0))
-
-
-def test_get_decoder_other_tokenizer(words: MultimodalTokenizer, tmp_path: Path):
-    with pytest.raises(ConfigError, match="not grids of views"):
-        make(words, "edit", resolution_grids=["2by1"])
-    other = MultimodalTokenizer.train(TEXTS, tmp_path, vocab_size=300, n_codes=6, tokens_per_image=4)
-    with pytest.raises(ConfigError, match="not SEED-X's"):
-        get_decoder("seed_x.edit", other)

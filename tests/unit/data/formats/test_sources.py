@@ -72,8 +72,6 @@ def test_open_records_of_lines(tmp_path):
             source.read(2)
     bom = open_records(written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}'))
     assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line 2"
-    halves = open_records(written(tmp_path / "h.jsonl", b'{"t": "a\xed\xa0\x80b"}\n{"t": "a\\ud800b"}'))
-    assert fields(halves) == [{"t": "a?b"}] * 2, "half a surrogate pair"
 
 
 def test_open_records_of_lists(tmp_path):

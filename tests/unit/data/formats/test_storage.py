@@ -174,15 +174,6 @@ def test_write_index_beside_a_remote_shard(memory: fsspec.AbstractFileSystem, tm
     assert len(source) == COUNT and source.read(7).fields == text_of(7) and not (tmp_path / "index").exists()
 
 
-def test_a_remote_shard_that_is_shorter_than_its_index(memory: fsspec.AbstractFileSystem):
-    source = open_records("memory://d/a.tar")
-    assert len(source) == COUNT
-    memory.pipe_file("/d/a.tar", memory.cat_file("/d/a.tar")[:5000])
-    with pytest.raises(DataError, match="shorter than when it was indexed"):
-        source.read(COUNT - 1)
-    assert len(open_records("memory://d/a.tar")) < COUNT
-
-
 @pytest.mark.parametrize(("url", "words"), [
     ("memory://d/none.tar", "there is no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
 def test_urls_that_cannot_be_read(memory: fsspec.AbstractFileSystem, url: str, words: str):
