@@ -49,8 +49,6 @@ class PictureSequence(TokenSequence):
 
 @dataclass(frozen=True)
 class OpenedOptions(DecoderOptions):
-    """Options of all of them."""
-
     base_resolution: int = setting(224, least=1)  # side of a view in pixels
 
 

@@ -39,7 +39,8 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "messages" in fields or "conversations" in fields:
         key = "messages" if "messages" in fields else "conversations"
         turns = _turns(fields[key], key, where)
-    elif "image_ids" not in fields and _pairs(fields.get("data")):
+    elif "image_ids" not in fields and isinstance(fields.get("data"), list) and fields["data"] \
+            and len(fields["data"]) % 2 == 0 and all(isinstance(text, str) for text in fields["data"]):
         turns = [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(fields["data"])]
     elif {"source_image", "target_image"} <= fields.keys() and all(  # tables have empty columns
             fields.get(f"{key}_ids") is None for key in ("source_image", "target_image")):
@@ -99,10 +100,6 @@ def _part(part: Any, name: str) -> Part:
         if part.get("type") == "image":  # the image stands in `images`
             return PLACEHOLDER
     raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(part)}.")
-
-
-def _pairs(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and not len(data) % 2 and all(isinstance(text, str) for text in data)
 
 
 def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:

@@ -78,8 +78,8 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
 
 
 def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """The captions of a record: a text or a list of texts under `key`, or without one under the first of
-    `CAPTION_FIELDS` that holds something. Raises BadRecord: there is none, one is blank, or it is something else."""
+    """The text or texts under `key`, or without one under the first of `CAPTION_FIELDS` that holds something. Raises
+    BadRecord: there is none, one is blank, or it is something else."""
     names = (key,) if key else CAPTION_FIELDS
     value = next((fields[one] for one in names if fields.get(one) is not None), None)
     if value in (None, []):

@@ -2,8 +2,6 @@
 
     beside the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
     elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
-
-An index belongs to a file of one size and time of change (beside a remote file: of one size).
 """
 
 from __future__ import annotations

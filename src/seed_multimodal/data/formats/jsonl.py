@@ -48,8 +48,7 @@ class JsonLines(IndexedFile):
 
 
 class JsonList:
-    """The items of a .json list by number, or an object per line; kept as json in one piece of memory, which forked
-    workers share."""
+    """The items of a .json list by number, or an object per line; kept as one piece of memory, which forks share."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)

@@ -123,7 +123,7 @@ class Pairs:
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
         self.shard_sizes = self._records.shard_sizes if near else None
         self.shuffle_block = KEPT // 3 // max(1, *(table.bytes_of_row for table in tables)) if tables else None
-        self._refuse_unusable()
+        self._check_usable()
 
     def __len__(self) -> int:
         return len(self._records)
@@ -136,7 +136,7 @@ class Pairs:
         """One sample."""
         return self._reader(self._records.locate(index), self._records.open_files)
 
-    def _refuse_unusable(self) -> None:
+    def _check_usable(self) -> None:
         """Raise the first sample's error if none of `PROBED` can be used, before a training loads its model."""
         errors = []
         for index in range(min(PROBED, len(self))):
@@ -153,9 +153,7 @@ class Pairs:
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
     """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
     of `Pairs` and `PairReader`, or options of a registered format. Raises as `Pairs`, and ConfigError."""
-    plain = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
-    assert isinstance(plain, dict)
-    options = {str(key): value for key, value in plain.items()}
+    options: Any = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
     kind = options.pop("format", None)
     if kind in registered():
         return Pairs(options.pop("files", None), kind, options=options)

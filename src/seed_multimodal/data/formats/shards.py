@@ -42,7 +42,7 @@ def open_shard(path: str | Path) -> Iterator[ShardWriter]:
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) records as a shard (see `open_shard`). Returns the count."""
+    """Write (key, {extension: bytes}) records as a shard; returns the count."""
     with open_shard(path) as writer:
         for key, members in records:
             writer.add(key, members)

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -60,7 +59,10 @@ class TarFile(IndexedFile):
                         extension.append(numbers.setdefault(ending, len(numbers)))
                         offset.append(member.offset_data)
                         size.append(member.size)
-                    damage = _damage_at(file, tar.offset)
+                    file.seek(tar.offset)  # it stops without an error at anything that is no header
+                    block = file.read(tarfile.BLOCKSIZE)
+                    damage = "its end is missing" if len(block) < tarfile.BLOCKSIZE else \
+                        "no header where one is due" if block.strip(b"\0") else ""
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 damage = str(error)
         first.append(len(offset))
@@ -116,15 +118,6 @@ class JsonTar(TarFile):
             if self.needs_json:
                 raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
-
-
-def _damage_at(file: IO[bytes], position: int) -> str:
-    """What is wrong where `tarfile` stopped, which it does without an error at anything that is no header."""
-    file.seek(position)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "its end is missing"
-    return "no header where one is due" if block.strip(b"\0") else ""
 
 
 def split_name(name: str) -> tuple[str, str]:
