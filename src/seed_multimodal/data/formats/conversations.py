@@ -135,7 +135,7 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
 
 
 def _with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
-    """The parts of a turn with an image in the place of each placeholder; empty texts are dropped."""
+    """The parts of a turn with its images; empty texts are dropped."""
     parts: list[Part] = []
     for part in content:
         if not isinstance(part, str):

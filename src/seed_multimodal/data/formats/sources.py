@@ -86,9 +86,6 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
         name: of the source in logs and counts; default: what was given as `files`.
         cache: folder into which remote files are copied; None: they are read by ranges.
         needs_json, pictures: as of `open_file` and `find_files`.
-
-    Raises:
-        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
     if format in registered():
@@ -167,7 +164,8 @@ def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
                recursive: bool = True) -> list[tuple[str, str]]:
     """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
-    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth."""
+    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth. Raises
+    ConfigError: an unknown format; DataError: nothing matches, or a folder holds several kinds of files."""
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"

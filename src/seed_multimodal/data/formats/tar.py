@@ -1,7 +1,4 @@
-"""Webdataset shards: members grouped into samples, and random access by an index of the headers.
-
-Plain .tar only: nothing in a .tar.gz can be read without unpacking all before it.
-"""
+"""Webdataset shards (.tar, not compressed): members grouped into samples, and random access by an index."""
 
 from __future__ import annotations
 
