@@ -18,7 +18,7 @@ from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.training.seed_x.tuning import TuningTask
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 pytestmark = pytest.mark.slow
