@@ -20,7 +20,7 @@ def test_the_recipe_is_read() -> None:
     assert agent.path is None and tuned.path and agent.losses == tuned.losses
     assert agent.input_resampler == tuned.input_resampler and agent.output_resampler == tuned.output_resampler
     assert read_encoder(run.visual_encoder) == read_encoder(tuning.visual_encoder or {})
-    (model, _), (base, _) = (for_run(one.model, one.trainer, True) for one in (run, tuning))
+    model, base = (for_run(one.model, one.trainer, True) for one in (run, tuning))
     assert model.path.endswith("llama-2-13b-chat") and model.lora == base.lora and model.lora is not None
     assert (run.optim["learning_rate"], run.optim["lr_scheduler_type"]) == (1e-4, "cosine")
     data = read_data_settings(run.data)

@@ -79,7 +79,7 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     train_llm(new, TuningTask)
     assert parts.losses(tmp_path / "new")[1] < parts.losses(tmp_path / "out")[1] + 1
     given = {"agent": {"path": str(folder)}, "model": {"lora": {**parts.LORA, "lora_alpha": 16}}}
-    with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):  # no tensor's size shows it
+    with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
     found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
@@ -150,12 +150,12 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
     task = TuningTask(read_run(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
         home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
     task.prepare()
+    batches = [task.data.at(number) for number in range(3)]
     for line in lines:
         task.load_weights(tmp_path / "measured" / f"checkpoint-{line['step']}")
         task.module.eval()
         sums = torch.zeros(4, dtype=torch.float64)
-        for number in range(3):
-            batch = task.data.at(number)
+        for batch in batches:
             with torch.no_grad():
                 losses = task.module(**task.inputs(batch))
             drawn = 0 if batch.views is None else int(batch.views.written.sum())
