@@ -96,8 +96,10 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
     made = read_settings(AgentModel, given, where)
     file = _beside(made)
     recorded = read_json_object(file) if file is not None else {}
-    return replace(made, **{name: read_settings(ResamplerConfig, recorded[name], f"{file}: {name}")
-                            for name in _RESAMPLERS if recorded.get(name)})
+    for name in _RESAMPLERS:
+        if recorded.get(name):
+            setattr(made, name, read_settings(ResamplerConfig, recorded[name], f"{file}: {name}"))
+    return made
 
 
 def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> EncoderModel:
