@@ -17,8 +17,7 @@ from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.seed.checkpoints import VISION
 from seed_multimodal.system.assemble import join
-from seed_multimodal.training.seed_x.tuning_settings import read_agent
-from seed_multimodal.training.seed_x.tuning_task import build_agent
+from seed_multimodal.training.seed_x.tuning import build_agent, read_agent
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes
