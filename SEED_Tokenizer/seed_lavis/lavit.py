@@ -20,10 +20,10 @@ from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.export import Stage1Sizes
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights
-from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
+from seed_multimodal.weights import some_weights
 
 
 @registry.register_model("lavit_tokenizer")

@@ -14,7 +14,7 @@ import os
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -257,6 +257,22 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
         warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
                       f"{'was' if len(unlisted) == 1 else 'were'} left out: {shown}.", SeedWarning, stacklevel=3)
     return unlisted
+
+
+def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
+    """Four weights of each parameter (`frozen`: of those that are not trained), for `same_weights`."""
+    found = []
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel() and not (frozen and parameter.requires_grad):
+            flat = parameter.detach().flatten()
+            found.append(torch.stack([flat[number * (len(flat) - 1) // 3].float() for number in range(4)]))
+    return torch.cat(found).tolist() if found else []
+
+
+def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether two `some_weights` are of one model, which may have been rounded to 16 bits since."""
+    return len(before) == len(now) and all(
+        math.isclose(one, other, rel_tol=0.005, abs_tol=1e-7) for one, other in zip(before, now, strict=True))
 
 
 def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:

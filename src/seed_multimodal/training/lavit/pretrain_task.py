@@ -27,7 +27,6 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.layers import checkpoint_layers
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import Engine
@@ -38,7 +37,7 @@ from seed_multimodal.training.llm.held_out import HeldOutLosses
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.llm.trainer_settings import RunSettings
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.weights import save_state_dict, some_weights
 
 
 class PretrainTask(LlmTask):

@@ -21,7 +21,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
-from seed_multimodal.training.engine import fill_config, use_offload_threads
+from seed_multimodal.training.engine import fill_config
 from seed_multimodal.training.llm.flops import token_flops
 from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, evaluate, first_batches, held_out
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
@@ -121,7 +121,7 @@ class LlmTask(Task):
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size),
                                       cpu_adam=self.settings.cpu_adam)
-        self._log(*remarks, use_offload_threads(config))
+        self._log(*remarks)
         return config
 
     def prepared(self, run: Trainer) -> None:

@@ -32,7 +32,7 @@ from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
+from seed_multimodal.training.engine import fill_config, full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.summary import save_config
 from seed_multimodal.training.metrics import Meter
@@ -265,7 +265,7 @@ class PixelTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
-        for remark in filter(None, [*remarks, use_offload_threads(config)]):
+        for remark in filter(None, remarks):
             self._log(remark)
         return config
 
