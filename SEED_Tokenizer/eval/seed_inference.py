@@ -40,7 +40,7 @@ def reconstruct(args: argparse.Namespace) -> int:
     from seed_multimodal.cli.common import save_image
     from seed_multimodal.device import choose_device
     from seed_multimodal.evaluation.tokenizer import open_tokenizer
-    from seed_multimodal.quiet import quiet_libraries
+    from seed_multimodal.progress import quiet_libraries
 
     quiet_libraries(args.debug)
     runtime = choose_device(args.device, args.dtype, log=log_line)

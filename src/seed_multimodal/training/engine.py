@@ -253,7 +253,8 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
     left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
     if left:
         raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
-    return filled, [*remarks, use_offload_threads(filled)]
+    remarks.append(use_offload_threads(filled))
+    return filled, [remark for remark in remarks if remark]
 
 
 def use_offload_threads(config: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,

@@ -224,13 +224,11 @@ def test_evaluation_that_cannot_be_is_said_before_the_first_step(runs, train, tm
 
 def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     """An error that is not the disk's: what cannot be kept in a state."""
-    from datetime import timedelta
-
     from seed_multimodal.training.checkpoint import CheckpointStore
+    from seed_multimodal.training.config import TrainerConfig
     from seed_multimodal.training.distributed import ProcessGroup
 
-    saver = CheckpointStore(tmp_path, ProcessGroup(timedelta(minutes=1)), limit=None, asynchronous=True)
-
+    saver = CheckpointStore(tmp_path, ProcessGroup(), TrainerConfig())
     saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
     with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
         saver.finish()

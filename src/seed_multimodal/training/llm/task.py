@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.data_settings import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.device import known_peak
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
 from seed_multimodal.training.engine import fill_config

@@ -265,7 +265,7 @@ class PixelTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
-        for remark in filter(None, remarks):
+        for remark in remarks:
             self._log(remark)
         return config
 
