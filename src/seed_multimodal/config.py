@@ -71,16 +71,7 @@ def load_yaml(path: str | Path) -> DictConfig:
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file.")
     config = read_yaml(file)
-    set_by_user = os.environ.get("PROJECT_ROOT")
-    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
-    try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {first_line(error)}") from error
-    finally:
-        if set_by_user is None:
-            del os.environ["PROJECT_ROOT"]
-    return config
+    return resolve(config, file)
 
 
 def read_yaml(file: Path) -> DictConfig:
@@ -163,3 +154,18 @@ def _split(full: str) -> tuple[Any, list[str]]:
             if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
                 raise
     raise ConfigError(f"{full!r} does not name a module.")
+
+
+
+def resolve(config: DictConfig, file: Path) -> DictConfig:
+    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
+    set_by_user = os.environ.get("PROJECT_ROOT")
+    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {first_line(error)}") from error
+    finally:
+        if set_by_user is None:
+            del os.environ["PROJECT_ROOT"]
+    return config

@@ -64,7 +64,7 @@ def test_from_pictures_to_answers(tmp_path: Path) -> None:
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
     settings = (NANO / "system.json").read_text().splitlines()
     (system / "system.json").write_text("\n".join(
-        line for line in settings if '"domain' not in line and '"known_words"' not in line))
+        line for line in settings if '"notice"' not in line and '"known_words"' not in line))
     seed = SeedLlama.from_pretrained(system)
     for name, answer, known in (("fox.png", "Rusty.", "It lives in the wood."),
                                 ("whale.png", "Wanda.", "It swims in the sea.")):

@@ -75,7 +75,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_size(parser: argparse.ArgumentParser) -> None:
     """Flags of the size of a drawing."""
     parser.add_argument("--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)")
-    parser.add_argument("--height", type=whole_number(8), help="SEED-X, LaVIT: of the drawing, in pixels")
+    parser.add_argument("--height", type=whole_number(8), help="of the drawing, in pixels")
     parser.add_argument("--width", type=whole_number(8))
 
 

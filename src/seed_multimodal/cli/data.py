@@ -18,7 +18,7 @@ from seed_multimodal.errors import ConfigError, counted
 def check(args: argparse.Namespace) -> int:
     """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is broken."""
     from seed_multimodal.data.check import check_sources, read_run
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
 
     if len(args.files) == 1 and args.files[0].endswith((".yaml", ".yml")):
         settings, tokenizer = read_run(args.files[0], args.tokenizer)

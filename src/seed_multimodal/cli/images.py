@@ -29,7 +29,7 @@ def tokenize(args: argparse.Namespace) -> int:
         records.append({"image": name, "codes": codes.tolist()})
         common.emit(args, records[-1], f"{name}: {' '.join(map(str, codes.tolist()))}")
 
-    code = common.run_batches(args, args.images, show, lambda names: codec.encode(_open(codec, names)), args.batch_size)
+    code = common.run_batches(args, args.images, show, lambda names: codec.encode(names), args.batch_size)
     if args.out:
         common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
     if plot and records:
@@ -57,7 +57,7 @@ def reconstruct(args: argparse.Namespace) -> int:
         condition = codec.open(args.condition)
 
     def work(names: Sequence[str]) -> list[tuple[Any, Sequence[Image.Image]]]:
-        values = [stored[name] for name in names] if stored else list(codec.encode(_open(codec, names)))
+        values = [stored[name] for name in names] if stored else list(codec.encode(names))
         options = {**settings, "seeds": [args.seed] * len(values), "batch_size": args.batch_size}
         if args.condition:
             options["conditions"] = [condition] * len(values)
@@ -91,11 +91,12 @@ def detect(args: argparse.Namespace) -> int:
     def show(name: str, detection: Any) -> None:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
-        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes")
+        path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
         text = detection.text.replace("</s>", "").strip()
         boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
         record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes], "text": text}
-        common.emit(args, record | {"drawn": path, "problems": detection.problems}, f"{name}: {boxes} ({path})")
+        line = f"{name}: {boxes} ({path})" if path else f"{name}: {boxes}"
+        common.emit(args, record | {"drawn": path, "problems": detection.problems}, line)
 
     return _each_image(args, "detect", args.phrase, show)
 
@@ -117,7 +118,6 @@ def draw(args: argparse.Namespace) -> int:
     system, options = _load(args)
 
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
-        _log_note(system, texts)
         return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
@@ -131,7 +131,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
     """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
 
     Raises:
-        DataError: no such file, or a line that is neither.
+        DataError: a line that is neither.
     """
     rows: dict[str, list[int]] = {}
     try:
@@ -139,7 +139,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
             value = json.loads(line)
             name, codes = (value["image"], value["codes"]) if isinstance(value, dict) else (f"codes_{number}", value)
             rows[name] = [int(code) for code in codes]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: row {len(rows) + 1} is no list of codes, nor an object with image and codes "
                         f"({error}).") from error
     return rows
@@ -150,27 +150,9 @@ def _require_codes(args: argparse.Namespace, codec: Any) -> None:
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
 
 
-def _open(codec: Any, names: Sequence[str]) -> list[Image.Image]:
-    """Images; what is unlike the training data is logged."""
-    images = [codec.open(name) for name in names]
-    if note := codec.note(images):
-        log_line(note)
-    return images
-
-
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The system, which logs no notes of its own, and the keywords of its methods."""
-    system = common.load_system(args)
-    system.log = None
-    return system, {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
-
-
-def _log_note(system: Any, content: Sequence[Any]) -> None:
-    """Log what words and images of a batch are unlike the training data."""
-    from seed_multimodal.language.messages import Message
-
-    if note := system.note(Message("user", tuple(content))):
-        log_line(note)
+    """The system, and the keywords of its methods."""
+    return common.load_system(args), {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
 
 
 def _each_image(args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]) -> int:
@@ -178,9 +160,7 @@ def _each_image(args: argparse.Namespace, method: str, text: str | None, show: C
     system, options = _load(args)
 
     def work(names: Sequence[str]) -> Sequence[Any]:
-        images = [system.images.open(name) for name in names]
-        _log_note(system, [*images, text or ""])
-        results: Sequence[Any] = getattr(system, method)(images, text, **options)
+        results: Sequence[Any] = getattr(system, method)(list(names), text, **options)
         return results
 
     return common.run_batches(args, args.images, show, work, args.batch_size)

@@ -16,9 +16,8 @@ from typing import Any
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.decoders.base import SeededDraws
-from seed_multimodal.data.stream.data_settings import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import Mixture, read_sequence
-from seed_multimodal.data.stream.skip_budget import BROKEN, SkippedSample
+from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -116,7 +115,7 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None
         size = len(mixture.records[number])
         count = size if records is None else min(size, records)
         report = SourceReport(source.name, size)
-        longest = settings.length if settings.packing else settings.padded_shape(number)[1]
+        longest = settings.shape(number)[1]
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
             for place in range(count):
                 _check_record(mixture, number, place * size // count, words, longest, report)
@@ -130,7 +129,7 @@ def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTo
     records, decoder = mixture.records[source], mixture.decoders[source]
     draws = SeededDraws(mixture.settings.seed, source, index)
     report.records += 1
-    found = read_sequence(records, index, decoder, mixture.readers[source], draws, None, source)
+    found = mixture.decode(source, index, draws)
     if isinstance(found, SkippedSample):
         report.note(found)
         return

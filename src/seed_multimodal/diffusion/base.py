@@ -42,16 +42,10 @@ OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """`seed_decode.json` in a diffusion folder changes the defaults; a guidance up to 1 runs the U-Net once a step."""
+    """Defaults may stand in a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels."""
 
     num_inference_steps: int = setting(20, least=1, most=1000)
     guidance_scale: float = 10.0
-
-
-@dataclass(frozen=True)
-class SizedSettings(DrawingSettings):
-    """With the size of the images in pixels; None: that of the U-Net's training."""
-
     height: int | None = setting(None, least=8, most=16_384)
     width: int | None = setting(None, least=8, most=16_384)
 
@@ -91,11 +85,10 @@ class Detokenizer:
     def size(self, settings: Any) -> tuple[int, int]:
         """Height and width of an image."""
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
-        sizes = {name: getattr(settings, name, None) or side for name in ("height", "width")}
-        for name, value in sizes.items():
-            if value % unit:
-                raise ConfigError(f"The {name} must be a multiple of {unit} pixels, not {value}.")
-        return sizes["height"], sizes["width"]
+        size = settings.height or side, settings.width or side
+        if any(value % unit for value in size):
+            raise ConfigError(f"Height and width must be multiples of {unit} pixels, not {size[0]} and {size[1]}.")
+        return size
 
     # ---- drawing
 
@@ -104,14 +97,10 @@ class Detokenizer:
                  condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
                  batch_size: int | None = None, callback: Callback | None = None, **settings: Any
                  ) -> list[Image.Image]:
-        """Draw images. Raises `ConfigError`: unknown settings, or out of range.
+        """Draw an image of each row of `embeds`; `settings`: fields of `settings_class`; seeds None: random ones.
 
-        Args:
-            negative_embeds: to steer away from, one for all images or one each.
-            condition_images: of SEED-X's second stage, an image or None for each drawing.
-            seeds: one for each image; None: drawn from torch's global generator.
-            batch_size: images at a time, None for all.
-            settings: fields of `settings_class`.
+        `negative_embeds`: to steer away from, one for all or one each; `condition_images`: of SEED-X's second stage, an
+        image or None for each drawing; `batch_size`: images at a time, None for all. Raises `ConfigError`.
         """
         chosen = self.check_settings(**settings)
         conditions = self.rows(embeds, negative_embeds, chosen)
@@ -119,9 +108,9 @@ class Detokenizer:
             conditions["images"] = condition_images
         count = len(next(iter(conditions.values())))
         seeds = torch.randint(2**62, (count,)).tolist() if seeds is None else seeds
-        images: list[Image.Image] = []
-        for start in range(0, count, batch_size or max(count, 1)):
-            part = slice(start, start + (batch_size or count))
+        images, most = list[Image.Image](), batch_size or max(count, 1)
+        for start in range(0, count, most):
+            part = slice(start, start + most)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[part]]
             rows = {name: None if value is None else value[part] for name, value in conditions.items()}
             images += self.to_images(self.denoise(chosen, generators, callback=callback, **rows))
@@ -156,9 +145,14 @@ class Detokenizer:
                 callback(done, len(scheduler.timesteps))
         return latents
 
-    def noise(self, generators: Generators, size: tuple[int, int], dtype: torch.dtype | None = None) -> Tensor:
-        """What sampling starts from, `[B, C, h, w]`, by each image's generator."""
-        shape = (self.vae.config.latent_channels, *(side // self.factor for side in size))
+    def start(self, generators: Generators, size: tuple[int, int], embeds: Tensor | None,
+              condition: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
+        """What sampling starts from, `[B, C, h, w]`: noise by each image's generator, or what a layout makes of it."""
+        height, width = (side // self.factor for side in size)
+        if self.layout is not None and embeds is not None:
+            return self.layout.warm_latents(embeds.to(self.device), generators, self.scheduler, condition,
+                                            (height, width))
+        shape = (self.vae.config.latent_channels, height, width)
         return torch.stack([torch.randn(shape, generator=one, dtype=dtype or self.unet.dtype) for one in generators])
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
@@ -228,8 +222,7 @@ class Detokenizer:
 
     @classmethod
     def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A scheduler or a part of `CLASSES`, networks in eval mode. Raises `CheckpointError`: not there, damaged, or
-        without some of its tensors (the libraries only warn of these)."""
+        """A scheduler or a part of `CLASSES`, networks in eval mode. Raises `CheckpointError`."""
         import diffusers
         from safetensors import SafetensorError
 
@@ -253,7 +246,7 @@ class Detokenizer:
         if not network:
             return part
         part, info = part
-        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")
+        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")  # the libraries only warn
         if name == "unet":
             part.register_to_config(_name_or_path="")  # no machine's path in what is saved
         return part.eval()

@@ -1,23 +1,17 @@
-"""Layouts for the small U-Nets of the shipped models: where things belong, read from an embedding.
-
-`LayoutDecoder` predicts the expected latents: as cross-attention tokens of the places, and as the mean of the latents
-from which sampling starts (the noise schedule of such a model ends at a signal share above zero).
-"""
+"""Layouts for the small U-Nets of the shipped models, read from an embedding: expected latents, from which sampling
+starts (their noise schedules end at a signal share above zero), and cross-attention tokens of the places."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.nn.pretrained import PretrainedNetwork
-from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LAYOUT = "layout"  # folder of a layout decoder, beside the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose things are named less surely than the heads do
@@ -41,25 +35,6 @@ class LabelHeads(nn.Module):
     def forward(self, embedding: Tensor) -> dict[str, Tensor]:
         """Logits `[B, classes]` of every label from embeddings `[B, E]`."""
         return {name: layer(embedding).float() for name, layer in self.layers.items()}
-
-    def divergence(self, embedding: Tensor, teacher: Tensor) -> Tensor:
-        """KL divergence `[B]` of the labels of embeddings from those of the teacher's (no gradient); mean, fp32."""
-        with torch.autocast(embedding.device.type, enabled=False):
-            with torch.no_grad():
-                target = self(teacher.float())
-            return torch.stack([F.kl_div(logits.log_softmax(1), target[name].softmax(1), reduction="none").sum(1)
-                                for name, logits in self(embedding.float()).items()]).mean(0)
-
-    @classmethod
-    def load(cls, file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:
-        """Frozen heads of a file; `labels`: their order, which a file does not keep. Raises `CheckpointError`."""
-        state = load_state_dict(file)
-        sizes = {name.split(".")[1]: value.shape for name, value in state.items() if name.endswith(".weight")}
-        if set(labels or sizes) != set(sizes):
-            raise CheckpointError(f"{file}: holds heads of {', '.join(sorted(sizes)) or 'no labels'}.")
-        heads = cls(next(iter(sizes.values()))[1], {name: sizes[name][0] for name in labels or sizes})
-        assign_strictly(heads, state, file)
-        return heads.requires_grad_(False).eval()
 
 
 @dataclass(frozen=True)
@@ -91,9 +66,9 @@ class LayoutConfig:
 class LayoutDecoder(PretrainedNetwork):
     """Embedding `[B, E]` → expected latents `[B, C, g, g]` and tokens of the places `[B, (g/p)², D]`.
 
-    Linear heads name what the embedding shows. Name, style and embedding of each thing become one small feature map,
-    placed wherever the named layout has that thing (a spatial transformer, Jaderberg et al. 2015): a thing is learned
-    once for all its places. Convolutions join these maps, one of the background and a coarse image of the embedding.
+    Linear heads name what the embedding shows. Each named thing becomes one small feature map, placed wherever the
+    layout has that thing (a spatial transformer, Jaderberg et al. 2015); convolutions join these maps, one of the
+    background and a coarse image of the embedding.
     """
 
     config_class = LayoutConfig

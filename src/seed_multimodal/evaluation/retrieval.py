@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
-from seed_multimodal.language.words import caption_text, open_words
 from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.seed.captions import caption_text, open_words
 from seed_multimodal.seed.checkpoints import VISION, fill_vision, load_clip_text
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage1Model

@@ -148,6 +148,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL mode → a new RGB image without metadata; raises `ValueError` for a mode that Pillow cannot convert."""
     if image.mode.startswith("I"):  # Pillow would clip 16 bits
         image = Image.fromarray(np.rint(np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    elif image.mode == "F":  # 0…1, or 0…255
+        values = np.asarray(image)
+        image = Image.fromarray(np.rint((values * 255 if values.max() <= 1 else values).clip(0, 255)).astype(np.uint8))
     if image.has_transparency_data:
         layered = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
@@ -163,7 +166,7 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
             path = Path(source)
             if not path.is_file():
                 where = "" if name.endswith(str(path)) else f" ({path})"
-                raise ImageError(f"{name}: there is no such file{where}.")
+                raise ImageError(f"{name}: {'is a folder' if path.is_dir() else 'there is no such file'}{where}.")
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
         if is_file(source):

@@ -73,7 +73,7 @@ class Prompt:
     embeds: Tensor | None = None  # [L, D], instead of `ids` where features are read
     answered: Sequence[int] = ()  # the tokens at the end that belong to the answer already
     negative: Sequence[int] | None = None  # what guidance steers away from, `<img>` included; None: `<img>` alone
-    note: str = ""  # a sentence about words and images unlike those of the training
+    note: str = ""  # of `Answer`
     source: Any = None  # the image that is edited
 
     def __len__(self) -> int:

@@ -59,7 +59,7 @@ class Answer:
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
-    note: str = ""  # a sentence about words and images in the request that are unlike those of the training
+    note: str = ""  # a sentence about unknown words, or turns that were left out
     answer_after: str = ""  # of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not
 
     @property

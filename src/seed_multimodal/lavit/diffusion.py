@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, empty_prompt, guidance
+from seed_multimodal.diffusion.base import Callback, Detokenizer, DrawingSettings, Generators, empty_prompt, guidance
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
@@ -35,7 +35,7 @@ NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", EMPTY_TEXT)
 
 
 @dataclass(frozen=True)
-class LavitSettings(SizedSettings):
+class LavitSettings(DrawingSettings):
     """Defaults of the original `generate_image`; `ratio`: one of `RATIOS`, where no height and width are given. The
     last two are SDXL's other size conditions, (height, width) and (top, left)."""
 
@@ -104,10 +104,7 @@ class LavitDetokenizer(Detokenizer):
         generators'."""
         made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
         size, device, guided = self.size(settings), self.device, settings.guidance_scale > 1
-        if start is None and self.layout is not None and made.features is not None:
-            height, width = (side // self.factor for side in size)
-            start = self.layout.warm_latents(made.features.to(device), generators, self.scheduler, size=(height, width))
-        start = self.noise(generators, size, torch.float32) if start is None else start
+        start = self.start(generators, size, made.features, dtype=torch.float32) if start is None else start
         prompt, mask = made.prompt_embeds.to(device, self.unet.dtype), None
         if guided:
             away, mask = unconditional(prompt, self.null_embeds)

@@ -39,7 +39,7 @@ from seed_multimodal.lavit.processing import (
 )
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Runtimes, load_domain, one_seed_each
+from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
 
 AT_ONCE = 16  # images in one pass of the vision encoder
 TASKS = TaskPrompts(describe="", qa_prefix="Question: ", qa_suffix=" Answer:", draw="{caption}", draw_response="",
@@ -70,17 +70,9 @@ class CodeRows(ImageCodec):
         self.writer, self.reader, self.selection = writer, reader, selection
 
     @property
-    def encoder(self) -> nn.Module:
-        """The vision encoder, which both tokenizers share."""
-        return self.writer.encoder
-
-    @property
     def section(self) -> int:
         """The codebook is in one piece."""
         return int(self.writer.config.codebook_size)
-
-    def run_encoder(self, images: Sequence[Any]) -> None:
-        self.kept(images)
 
     def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
@@ -261,17 +253,17 @@ class Lavit(MultimodalSystem):
         return images[0] if num_images == 1 else images
 
     def tokenize(self, images: Any, *, seed: Any = 0) -> list[Tensor]:
-        return self._codes_of(shown(images), seed)
+        return self.codes_of(shown(images), seed)
 
-    def _codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
-        self._log_note(self.images.note(images))
+    def codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)
 
     def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
               options: dict[str, Any]) -> list[Image.Image]:
         if negative := options.pop("negative_prompt", None):
-            conversations = [[replace(one[-1], content=(*one[-1].content, Negative(negative)))]
-                             for one in conversations]
+            each = [negative] * len(conversations) if isinstance(negative, str) else negative
+            conversations = [[replace(one[-1], content=(*one[-1].content, Negative(words)))]
+                             for one, words in zip(conversations, each, strict=True)]
         return super()._draw(conversations, task, seed, num_images, batch_size, options)
 
 
@@ -284,7 +276,6 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
     load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
     images = CodeRows(writer, reader, selection=config.selection, load_decoder=load, device=runtimes.images.device,
                       drawing_device=runtimes.drawing.device, offload=runtimes.offload)
-    images.domain = load_domain(config.domain, config.domain_threshold)
     return images
 
 

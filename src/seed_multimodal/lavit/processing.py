@@ -28,7 +28,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError, CodesError, SeedWarning, how_to_install
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.language.words import question_text
+from seed_multimodal.seed.captions import question_text
 from seed_multimodal.settings import check_value
 
 Embed = Callable[[Tensor], Tensor]  # ids [B, L] → [B, L, D]

@@ -1,8 +1,5 @@
-"""EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it.
-
-The first 39 of the original's 40 blocks, without final norm, head and pooling. Source: BAAI EVA-CLIP as shipped by
-LAVIS (`eva_vit_g.pth`), with its parameter names.
-"""
+"""EVA ViT-g: pixels → all patch tokens of the penultimate layer, as SEED and BLIP-2 use it: the first 39 of 40 blocks,
+without final norm, head and pooling. Source: BAAI EVA-CLIP as LAVIS ships it (`eva_vit_g.pth`), with its names."""
 
 from __future__ import annotations
 

@@ -8,15 +8,13 @@ from __future__ import annotations
 import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-
-M = TypeVar("M", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -121,7 +119,7 @@ def resize_square(table_NW: Tensor, grid: int) -> Tensor:
     return square[0].permute(1, 2, 0).flatten(0, 1).to(table_NW.dtype)
 
 
-def cast_layers(module: M, dtype: torch.dtype) -> M:
+def cast_layers(module: Any, dtype: torch.dtype) -> Any:
     """Convert linear and convolution weights in place; norms, embeddings and positions keep their precision."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d)):

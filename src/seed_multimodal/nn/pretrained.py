@@ -11,18 +11,17 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
-M = TypeVar("M", bound=nn.Module)
 CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
@@ -69,7 +68,7 @@ class PretrainedNetwork(nn.Module, HubUpload):
         return place
 
 
-def fill_buffers(network: M, device: str | torch.device) -> M:
+def fill_buffers(network: Any, device: str | torch.device) -> Any:
     """Give buffers that are still on the meta device their start values: position ids count, all others are zero."""
     for part in network.modules():
         for name, buffer in part._buffers.items():
@@ -87,12 +86,9 @@ def name_encoder(folder: str | Path, file: str | Path, prefix: str) -> None:
 
 
 def named_encoder(folder: Path) -> tuple[Path, str] | None:
-    """The file and the prefix that `tower.json` names; None without one. Raises `CheckpointError`: no such file."""
+    """The file and the prefix that `tower.json` names; None without one."""
     listed = folder / SHARED
     if not listed.is_file():
         return None
     values = read_json_object(listed)
-    file = folder / str(values.get("file"))
-    if not file.is_file():
-        raise CheckpointError(f"{listed}: names the file {file} for the vision encoder, which is missing.")
-    return file, str(values.get("prefix", ""))
+    return folder / str(values.get("file")), str(values.get("prefix", ""))

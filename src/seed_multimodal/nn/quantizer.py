@@ -1,8 +1,5 @@
-"""The vector quantizer: each query becomes the nearest of K codes.
-
-The defaults are the original's: squared Euclidean distance in fp32, straight-through gradients, loss weights 1
-(commitment) and 0.25 (codebook). The options are for training small codebooks, which collapse without them.
-"""
+"""The vector quantizer: each query becomes the nearest of K codes. The defaults are the original's: squared Euclidean
+distance in fp32, straight-through gradients, loss weights 1 (commitment) and 0.25 (codebook)."""
 
 from __future__ import annotations
 

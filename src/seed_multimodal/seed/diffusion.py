@@ -47,7 +47,7 @@ class SeedDetokenizer(Detokenizer):
 
 
 @dataclass(frozen=True)
-class StableDiffusionSettings(base.SizedSettings):
+class StableDiffusionSettings(base.DrawingSettings):
     """Defaults of the original SEED-1."""
 
     num_inference_steps: int = setting(50, least=1, most=1000)
@@ -72,7 +72,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
                 negatives = base.empty_prompt(self.text_encoder, self.tokenizer, self.device, prompt.shape[1])
             negatives = torch.zeros_like(prompt) if negatives is None else negatives.to(prompt)
             prompt = torch.cat([negatives.expand_as(prompt), prompt])
-        start = self.noise(generators, self.size(settings)) if start is None else start
+        start = self.start(generators, self.size(settings), embeds) if start is None else start
         return self.sample(start, {"encoder_hidden_states": prompt}, guidance(settings.guidance_scale), settings,
                            generators, callback)
 
@@ -100,14 +100,14 @@ class UnclipDetokenizer(SeedDetokenizer):
                 start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         embeds = embeds.to(self.device)
-        if start is None and self.layout is not None:
-            start = self.layout.warm_latents(embeds, generators, self.scheduler)
+        if self.layout is not None and start is None:  # without a layout as the stock pipeline: after the embeddings'
+            start = self.start(generators, self.size(settings), embeds)
         labels, prompt = self.noised(embeds, settings.noise_level, generators), self.prompt(embeds)
         if settings.guidance_scale > 1:
             away = torch.zeros_like(labels) if negatives is None else self.noised(negatives, 0, generators)
             labels = torch.cat([away, labels])
             prompt = torch.cat([prompt if self.layout is None else torch.zeros_like(prompt), prompt])
-        start = self.noise(generators, self.size(settings)) if start is None else start
+        start = self.start(generators, self.size(settings), None) if start is None else start
         conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
         return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
 

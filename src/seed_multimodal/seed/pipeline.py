@@ -30,7 +30,7 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import INSIDE, SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, load_domain
+from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes
 
 REMEMBERED = 1024  # images whose codes are kept, about 0.5 KB each
 
@@ -52,17 +52,9 @@ class CodeImages(ImageCodec):
         self._known = Remembered(REMEMBERED)
 
     @property
-    def encoder(self) -> nn.Module:
-        """The vision encoder."""
-        return self.model.visual_encoder  # type: ignore[return-value]
-
-    @property
     def section(self) -> int:
         """Codes of one section of the codebook."""
         return int(self.model.config.codebook_size // self.model.config.codebook_sections)
-
-    def run_encoder(self, images: Sequence[Any]) -> None:
-        self.encoder(self.pixels(images).to(self.device, self.model.dtype))
 
     def pixels(self, images: Sequence[Any]) -> Tensor:
         """Normalised pixels [B, 3, S, S]."""
@@ -214,5 +206,4 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
                        device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
     codec.name, codec.advice = str(config.tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
                                                        f"{config.tokenizer}/{INSIDE}")
-    codec.domain = load_domain(config.domain, config.domain_threshold)
     return codec

@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, SizedSettings, guidance
+from seed_multimodal.diffusion.base import Callback, Detokenizer, DrawingSettings, Generators, guidance
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_WHERE, find_folder
@@ -36,7 +36,7 @@ from seed_multimodal.settings import setting
 
 
 @dataclass(frozen=True)
-class SdxlSettings(SizedSettings):
+class SdxlSettings(DrawingSettings):
     """Defaults of SEED-X's original programs; `image_guidance_scale`: of the second stage, at least 1 to guide."""
 
     num_inference_steps: int = setting(50, least=1, most=1000)
@@ -92,9 +92,7 @@ class SdxlDetokenizer(Detokenizer):
         if self.reads_condition:
             condition = torch.stack([self.encode_image(image, size) for image in images or [None] * len(embeds)])
         embeds = embeds.to(self.device, self.unet.dtype)
-        if start is None and self.layout is not None:
-            start = self.layout.warm_latents(embeds, generators, self.scheduler, condition)
-        start = self.noise(generators, size) if start is None else start
+        start = self.start(generators, size, embeds, condition) if start is None else start
         prompt, pooled = self.prompts(embeds, negatives if guided else None)
         conditions = {"encoder_hidden_states": prompt, "added_cond_kwargs": {
             "text_embeds": pooled, "time_ids": size_ids(size, count=len(prompt)).to(self.device)}}

@@ -63,7 +63,7 @@ from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, Qwe
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, load_domain, one_seed_each
+from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, one_seed_each
 
 REMEMBERED = 16  # images whose features are kept: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the vision encoder
@@ -293,7 +293,6 @@ class SeedX(MultimodalSystem):
         """Images drawn again from all features of each, or so many means of neighbours (`embeddings`; 64: as the
         language model writes them); `condition`: of a second stage, the image, or one for each, to take over from."""
         opened = [self.images.open(image) for image in all_shown(images)]
-        self._log_note(self.images.note(opened))
         features = self.images.encode(opened, embeddings)
         shown = None
         if condition is not None:
@@ -364,7 +363,6 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> FeatureImages:
         load = partial(_load_decoder, config, runtimes.drawing.dtype)
     images = FeatureImages(model, config.grids, config.edit_grids, load_decoder=load, device=runtimes.images.device,
                            drawing_device=runtimes.drawing.device, offload=runtimes.offload)
-    images.domain = load_domain(config.domain, config.domain_threshold)
     return images
 
 

@@ -1,6 +1,5 @@
 """A system folder made of parts (`seed assemble`) or of a system: parts are copied under the names in `system.json`,
-without what only training needs; `tower.json` and `vae.json`, which name files of other systems, are rewritten.
-"""
+without what only training needs; `tower.json` and `vae.json`, which name files of other systems, are rewritten."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.lora import VISUAL
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PARTS, SETTINGS, SystemConfig
@@ -58,15 +57,12 @@ def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: di
     target = output_folder(out, force=force, what="the system", read=parts.values())
     with making_folder(target, out, ConfigError) as folder:
         if card is not None:
-            for key in {"domain", "known_words"} & settings.keys():
-                settings[key] = Path(shutil.copy2(settings[key], folder)).name
+            if "known_words" in settings:
+                settings["known_words"] = Path(shutil.copy2(settings["known_words"], folder)).name
             text = f"---\npipeline_tag: any-to-any\n---\n# {target.name}\n\n`seed chat --model FOLDER` opens it.\n"
             replace_text(folder / "README.md", card.read_text(encoding="utf-8") if card.is_file() else text)
         join(kind, folder, parts, settings, whole=card is not None)
-        try:
-            SystemConfig.read(folder)
-        except SeedError as error:
-            raise type(error)(str(error).replace(str(folder), str(out))) from error
+        SystemConfig.read(folder)
     return target
 
 

@@ -3,13 +3,10 @@
     messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
     system = MultimodalSystem.from_pretrained("nano")
-    system.describe("cat.png")                     # one image: a text
-    system.describe(["cat.png", "dog.png"])        # a list is a batch: a list of texts
+    system.describe("cat.png")                     # a text; of a list of images a list of texts
     system.describe([["cat.png", "dog.png"]])      # two images in one prompt
-    system.draw("a blue fish", num_images=4)
 
-A family says how conversations become prompts (`requests`) and what its images are drawn from (`values`), and brings an
-`ImageCodec`.
+A family says how conversations become prompts (`requests`) and what images are drawn from (`values`).
 """
 
 from __future__ import annotations
@@ -60,11 +57,8 @@ class Written:
 
 
 class MultimodalSystem(Generator, HubUpload):
-    """A loaded system; make one with `from_pretrained`.
-
-    Methods take generation settings (`GenerationSettings`) and those of the de-tokenizer (`num_inference_steps`, …) as
-    keywords; defaults are the system's own. Threads use its language model and its codec one at a time.
-    """
+    """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
+    (`num_inference_steps`, …) as keywords. Threads use its language model and its codec one at a time."""
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
                  log: Log = None) -> None:
@@ -72,7 +66,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.config, self.images, self.log = config, images, log
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
-        for task in ("describe", "ask", "draw", "edit", "chat"):
+        for task in ("describe", "draw", "chat"):
             self.settings(task)  # wrong defaults in system.json are reported now
 
     @classmethod
@@ -80,14 +74,12 @@ class MultimodalSystem(Generator, HubUpload):
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
                         load_decoder: bool = True, **parts: Any) -> Self:
-        """Load a system; its de-tokenizer is loaded when the first image is drawn.
+        """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
+        loaded when the first image is drawn.
 
-        Args:
-            name: nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit, or a folder.
-            device, dtype: see `choose_device`; the choice goes to `log`. quantization: "8bit" or "4bit" for the LLM.
-            image_device, drawing_device: where images are encoded and drawn, if not on `device`.
-            offload: each part is on its device only while it works, or these of "llm", "encoder" and "decoder".
-            load_decoder: False: a system that never draws. parts: keys of `SystemConfig`, folders or hub names.
+        `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
+        part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
+        a system that never draws; `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
@@ -100,6 +92,7 @@ class MultimodalSystem(Generator, HubUpload):
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
         system.llm_device = llm.device if "llm" in parked else None
+        system._log_note(config.notice)
         return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -116,8 +109,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
                  seeds: Sequence[int | None] | None = None) -> list[Prompt]:
-        """Conversations as prompts; all their images are encoded together. `opening`: text of a forced answer, at the
-        end of the prompt; `seeds`: of encoders that draw (LaVIT's)."""
+        """Conversations as prompts, which end with `opening`; `seeds`: of encoders that draw (LaVIT's)."""
         raise NotImplementedError
 
     def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
@@ -148,8 +140,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
             **options: Any) -> Any:
-        """The answer to a question (one for all images, or one each) about an image: a text; a list of texts for a list
-        of images. `short`: ask as the system was tuned to be asked."""
+        """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
         asked = each_text(self.tasks.question, question) if short else question
         return self._say(images, asked, "ask", batch_size, options)
 
@@ -159,9 +150,8 @@ class MultimodalSystem(Generator, HubUpload):
 
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
-        """An image of `text`; a list of images for a list of texts, or where `num_images` is given. `seed`: one for all
-        texts, or one each; image n of a text has `seed` + n. `verbatim`: `text` is the whole request. Raises
-        `GenerationError` where the answer holds no whole image."""
+        """An image of `text`; a list for a list of texts, or of `num_images`. `seed`: one for all texts, or one each;
+        image n has `seed` + n. `verbatim`: `text` is the whole request. Raises `GenerationError`: no whole image."""
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
@@ -180,24 +170,22 @@ class MultimodalSystem(Generator, HubUpload):
         items = all_shown(images)
         seeds = one_seed_each(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
-        codes = iter(self._codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
+        codes = iter(self.codes_of([items[row] for row in rows], [seeds[row] for row in rows]) if rows else ())
         values = [next(codes) if is_image(item) else item for item in items]
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
     def tokenize(self, images: Any) -> Any:
         """Codes of an image, or of each image of a list: int64 [B, 32], or a list of [n] where their number differs."""
-        return self._codes_of(all_shown(images), ())
+        return self.codes_of(all_shown(images), ())
 
     def chat(self, messages: Sequence[Any], stream: bool = False, *, force_image: bool = False,
              previews: Sequence[int] | None = None, should_stop: Callable[[], bool] | None = None,
              **options: Any) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
-        Args:
-            stream: yield events (see `language.streaming`) while the answer is made.
-            force_image: make the model answer with an image.
-            previews: after how many codes a stream shows what there is of an image; None: as `system.json` says.
-            should_stop: called before each token and each drawing; true ends the answer there.
+        `stream`: yield events (see `language.streaming`) while the answer is made; `force_image`: answer with an image;
+        `previews`: after how many codes a stream shows what there is of an image, None: as `system.json` says;
+        `should_stop`: called before each token and each drawing, true ends the answer there.
         """
         conversation = read_messages(messages)
         task = self.task_of(conversation, force_image)
@@ -232,11 +220,10 @@ class MultimodalSystem(Generator, HubUpload):
 
     # ---- building blocks
 
-    def note(self, message: Message) -> str:
-        """What there is to say of a message's words and images that are unlike those of the training, or nothing."""
+    def note(self, *messages: Message) -> str:
+        """One sentence about words that the system did not learn, or nothing."""
         known = self.config.known_words
-        words = read_known_words(known).note(message.text) if known else ""
-        return " ".join(filter(None, (words, self.images.note(message.images))))
+        return read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
 
     def write(self, conversations: Sequence[Sequence[Message]], task: Task, settings: GenerationSettings,
               opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH) -> list[Written]:
@@ -258,8 +245,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
                      seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
-        """Answers to conversations that ask for one image, not drawn yet. The model may say something first
-        (`draw_words` and `edit_words` of `TaskPrompts`); only where no image follows, it is forced."""
+        """Answers that hold one image, not drawn yet, after some words (`TaskPrompts`); forced where none follows."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
@@ -275,12 +261,11 @@ class MultimodalSystem(Generator, HubUpload):
                                 seeds=None if seeds is None else [seeds[row] for row in rest]))
         return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
-    # ---- inside
-
-    def _codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
+    def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
         """Codes of images; `seeds`: of encoders that draw."""
-        self._log_note(self.images.note(images))
         return self.images.encode(images)
+
+    # ---- inside
 
     def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int,
              options: dict[str, Any]) -> Any:
@@ -290,7 +275,7 @@ class MultimodalSystem(Generator, HubUpload):
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several
         seeds = None if seed is None else one_seed_each(seed, len(conversations))
-        self._log_note(self.note(conversations[0][-1]) if single else "")
+        self._log_note(self.note(*(one[-1] for one in conversations)))
         written = self.write(conversations, task, settings, batch_size=batch_size, seeds=seeds)
         said = [self.said(one.answer, task) for one in written]
         return said[0] if single else said
@@ -301,7 +286,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
-        self._log_note(self.note(conversations[0][-1]) if len(conversations) == 1 else "")
+        self._log_note(self.note(*(one[-1] for one in conversations)))
         each = num_images if self.settings(task, **options).samples else 1  # else the same codes for all of a text
         written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
                                     seeds=seeds[::num_images // each], **options)

@@ -3,13 +3,9 @@
     config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
     config.require("llm", "tokenizer")     # CheckpointError: what to download and where to put it
 
-A folder has a `system.json`, or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
-`agent`), a LLaMA in the place of SEED-LLaMA's, or an image tokenizer alone. `system.json` holds paths of parts relative
-to its folder (defaults: `PARTS`), and the settings that belong to the weights (`SETTINGS`):
-
-    {"tokenizer": "seed_tokenizer", "llm": "seed_llama", "image_size": 64, "transform": {"type": "clip"},
-     "generation": {"max_new_tokens": 128}, "tasks": {"draw_response": "Here is the picture."}, "previews": [8, 16]}
-    {"system": "lavit", "words": "../nano/words", "head": "highres", "generation": {"describe": {"num_beams": 1}}}
+A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the weights, defaults in
+`SETTINGS`; docs/inference.md), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
+`agent`), a LLaMA in the place of SEED-LLaMA's, or an image tokenizer alone.
 """
 
 from __future__ import annotations
@@ -50,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
                "edit_grids": ("1x1",), "generation": {"max_new_tokens": 512, "do_sample": False},
                "tasks": SEED_X_TASKS},
     "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""}}
-COMMON = ("system", "previews", "domain", "domain_threshold", "known_words")
+COMMON = ("system", "notice", "previews", "known_words")
 
 # The originals' inference scripts (top_k 50 is the library default that they run under).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
@@ -109,26 +105,21 @@ class SystemConfig:
     tasks: TaskPrompts = DEFAULT_TASKS
     answer_after: str = ""
     previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
-    domain: Path | None = None  # see `system.images`
-    domain_threshold: float = 0.0
+    notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
     lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
 
     @classmethod
     def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
-        """The config of a name or folder (None: of the `llm` that is given); `require` checks whether parts are there.
-
-        `system` is the kind that it must be; `given` are parts (paths or hub names), `template`, `tuned` and `head`.
-        """
+        """The config of a name or folder (None: of the given `llm`) of the kind `system`; `given`: parts (paths or hub
+        names), `template`, `tuned` and `head`; `require` checks whether parts are there."""
         given = {key: value for key, value in given.items() if value is not None}
         name, head = given.get("llm", "") if name is None else name, given.get("head")
         short = ALIASES.get(str(name), str(name).lower())
         config = cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
         if system not in (None, config.system):
             raise ConfigError(f"{name}: is another system, {config.system}, no {system}.")
-        if head not in (None, config.head):
-            raise ConfigError(f"{name}: its pixel decoder is {config.head}, not {head}.")
         check_keys(given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}")
         for key, value in given.items():
             setattr(config, key, hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value)

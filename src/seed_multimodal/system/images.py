@@ -1,5 +1,4 @@
-"""The image side of a system: a vision encoder, and a de-tokenizer that is loaded when the first image is drawn; and
-where the parts of a system compute."""
+"""The image side of a system (vision encoder, and de-tokenizer when it first draws); where its parts compute."""
 
 from __future__ import annotations
 
@@ -13,9 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
@@ -25,7 +22,6 @@ from seed_multimodal.language.generator import on_device
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.weights import load_state_dict
 
 Log = Callable[[str], None] | None
 FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
@@ -34,8 +30,7 @@ OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 @dataclass(frozen=True)
 class Runtimes:
-    """Where the parts of a system compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while
-    they do not work."""
+    """Where parts compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while they rest."""
 
     llm: Runtime
     images: Runtime
@@ -74,7 +69,6 @@ class ImageCodec:
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
     own_settings: ClassVar[tuple[str, ...]] = ()  # of these, what the de-tokenizer does not know
-    domain: Domain | None = None
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
@@ -86,15 +80,6 @@ class ImageCodec:
         self.at_least, self._load_decoder, self._decoder = at_least, load_decoder, None
         self._lock = threading.RLock()  # held while the models compute
         self.offload(offload)
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The vision encoder, whose tokens the domain reads."""
-        return self.model
-
-    def run_encoder(self, images: Sequence[Any]) -> None:
-        """Run the vision encoder on whole images."""
-        self.encode(images)
 
     @property
     def can_draw(self) -> bool:
@@ -141,21 +126,6 @@ class ImageCodec:
         with self._lock:
             yield self.decoder
 
-    def note(self, images: Sequence[Any]) -> str:
-        """One sentence where images are unlike those of the training, or nothing."""
-        known = self.domain if len(images) else None
-        return known.note(self.vision_tokens(images, known.layer)) if known else ""
-
-    @torch.inference_mode()
-    def vision_tokens(self, images: Sequence[Any], layer: str) -> Tensor:
-        """Output of a layer of the vision encoder for images, `[B, N, W]` float32 on the CPU."""
-        tokens: list[Tensor] = []
-        with self.encoding():
-            with self.encoder.get_submodule(layer).register_forward_hook(
-                    lambda module, arguments, output: tokens.append(output.float().cpu())):
-                self.run_encoder(images)
-        return torch.cat(tokens)
-
 
 class Remembered:
     """What was made of the last images, by the content of their pixels."""
@@ -173,51 +143,6 @@ class Remembered:
         for name in [*self.known][:-self.most]:
             del self.known[name]
         return [used[name] for name in names]
-
-
-class Domain(nn.Module):
-    """What a system was trained on: a small head on one layer of its vision encoder (`domain` of `system.json`).
-
-    Tokens of the layer [B, T, W] → scores [B]; above `threshold` an image is unlike those of the training.
-    """
-
-    name, layer, threshold = "", "", 0.0  # `name` of what was learned, the vision encoder's `layer`
-
-    def __init__(self, tokens: int, width: int, projected: int = 8, hidden: int = 32) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
-        self.project = nn.Linear(width, projected)
-        self.hidden = nn.Linear(tokens * projected, hidden)
-        self.score = nn.Linear(hidden, 1)
-
-    def forward(self, tokens_BTW: Tensor) -> Tensor:
-        projected = F.gelu(self.project((tokens_BTW - self.mean) / self.scale))
-        return torch.as_tensor(self.score(F.gelu(self.hidden(projected.flatten(1))))[:, 0])
-
-    @torch.inference_mode()
-    def note(self, tokens_BTW: Tensor) -> str:
-        """One sentence where images are unlike those of the training, or nothing."""
-        unlike = (self(tokens_BTW) > self.threshold).nonzero()[:, 0].tolist()
-        which = "This" if len(tokens_BTW) == 1 else f"Image {', '.join(str(index + 1) for index in unlike)}"
-        return f"{which} does not look like {self.name}; for photographs use the original weights." if unlike else ""
-
-
-def load_domain(file: Path | None, threshold: float) -> Domain | None:
-    """The domain in a file, if one is named; `CheckpointError` for a missing or another file."""
-    if file is None:
-        return None
-    state = {name: value.float() for name, value in load_state_dict(file).items()}
-    try:
-        (projected, width), (hidden, tokens) = state["project.weight"].shape, state["hidden.weight"].shape
-        domain = Domain(tokens // projected, width, projected, hidden).requires_grad_(False)
-        domain.load_state_dict(state)
-        with safe_open(file, framework="pt") as handle:
-            about = handle.metadata()
-        domain.name, domain.layer, domain.threshold = about["name"], about["layer"], threshold
-    except (KeyError, ValueError, RuntimeError, TypeError) as error:
-        raise CheckpointError(f"{file}: holds no domain of a system; `domain` of system.json may be null.") from error
-    return domain
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:

@@ -211,14 +211,13 @@ def seed_generators(seed: int, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
-def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int,
-                cpu_adam: bool = False) -> tuple[dict[str, Any], list[str]]:
+def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
+                ) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration without "auto", and remarks.
 
     Args:
         rows: sequences of a micro-batch; DeepSpeed uses it for its own log only.
         hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
-        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states.
 
     Raises:
         ConfigError: no ZeRO stage, or a value that contradicts the run's.
@@ -246,7 +245,7 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
             block["enabled"] = chosen
     filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
     filled |= {**wanted, "train_batch_size": filled[rows_key] * micro_steps * world,
-               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": cpu_adam}
+               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
                "stage3_param_persistence_threshold": 10 * hidden_size}
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})

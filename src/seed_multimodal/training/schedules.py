@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.stream.order import EpochOrder
+from seed_multimodal.data.stream.sampler import EpochOrder
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.config import StageConfig

@@ -25,6 +25,7 @@ from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES
 from seed_nano.train.workspace import LavitWorkspace, SuccessorWorkspace, Workspace, XWorkspace
+from seed_nano.world.things import write_known_words
 
 
 def start(space: Any) -> None:
@@ -93,7 +94,7 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
     shutil.copy(templates / "model_index.json", decoder)
     replace_text(space.out / "system.json", json.dumps(
         {**read_json_object(templates / "system.json"), "image_size": size}, indent=1))
-    sizes = _halved(space.out)
+    sizes = _finished(space.out)
     share_encoder(decoder / "image_encoder", space.words_folder / "model.safetensors", VISION)
     return sizes
 
@@ -103,7 +104,7 @@ def assemble_x(space: XWorkspace) -> dict[str, Any]:
     join("seed_x", space.out, {"detokenizer": space.work / "second" / "adapter"},
          read_json_object(TEMPLATES / "nano_x" / "system.json"))
     _name_autoencoder(space)
-    return _halved(space.out)
+    return _finished(space.out)
 
 
 def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
          read_json_object(TEMPLATES / "nano_lavit" / "system.json"))
     _name_autoencoder(space)
     name_encoder(space.out / "tokenizer", space.nano / "model.safetensors", PREFIX)
-    return _halved(space.out)
+    return _finished(space.out)
 
 
 def _name_autoencoder(space: SuccessorWorkspace) -> None:
@@ -122,8 +123,9 @@ def _name_autoencoder(space: SuccessorWorkspace) -> None:
     replace_text(folder / VAE_ELSEWHERE, json.dumps({"folder": place}))
 
 
-def _halved(out: Path) -> dict[str, Any]:
-    """Rewrite float32 weights as float16 (loaders compute in float32 again); returns their size in MB."""
+def _finished(out: Path) -> dict[str, Any]:
+    """Write the known words and float32 weights as float16 (loaders compute in float32 again); returns the MB."""
+    write_known_words(out / "known_words.json")
     files = sorted(out.rglob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as handle:

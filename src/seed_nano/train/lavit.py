@@ -24,6 +24,7 @@ from seed_multimodal.lavit.training import TRIED, LavitStage1, LavitStage1Weight
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.label_heads import label_divergence
 from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
@@ -133,7 +134,7 @@ class ReadStage1(LavitStage1):
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
         """See the base; without gradients a decision is tried on every `TRIED`-th image."""
         reader = self.reader[0]
-        misread_B = reader.heads.divergence(reader(rebuilt_BND), reader(features_BND))
+        misread_B = label_divergence(reader.heads, reader(rebuilt_BND), reader(features_BND))
         if self.training:
             misread_B = misread_B * (self.readable_B if torch.is_grad_enabled() else self.readable_B[::TRIED])
         return READ_WEIGHT * misread_B

@@ -21,11 +21,9 @@ def _ends(assemble: Any, *needs: str) -> tuple[Stage, ...]:
     """The last stages of every pipeline."""
     return (
         Stage("assemble", assemble, needs),
-        Stage("domain", Program("seed_nano.report.domain", ("{out}", "--number", "{domain_scenes}")), ("assemble",),
-              ("domain_scenes",)),
         Stage("report", Program("seed_nano.report", (
             "--model", "{out}", "--judge", "{judge}", "--out", "{out}/report", "--limit", "{report_scenes}")),
-              ("domain",), ("report_scenes", "judge")))
+              ("assemble",), ("report_scenes", "judge")))
 
 
 PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {

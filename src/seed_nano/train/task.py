@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 from seed_nano.train.workspace import Workspace
@@ -50,9 +50,13 @@ class SceneStream:
     def __len__(self) -> int:
         return LENGTH
 
-    def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
+    def get(self, index: int, epoch: int) -> int:
+        """The number of a scene; `get_batch` draws it."""
+        return index
+
+    def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
         """The scenes of some numbers."""
-        scenes = [scene_at(self.seed, int(index)) for index in indices]
+        scenes = [scene_at(self.seed, index) for index in indices]
         masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[:, None]
         return {"image": scene_pixels(scenes, self.size), "labels": label_tensor(scenes), "mask": masks}
 
@@ -65,7 +69,7 @@ class NanoTask(StageTask):
         self.enter(space)
         if stream is not None:
             self.scenes: Any = StepBatches(stream, self.settings.batch_size, seed=0, workers=space.config.workers,
-                                           shuffle=False)
+                                           shuffle=False, collate=stream.get_batch)
 
     def enter(self, space: Any) -> None:
         """Take a workspace and the settings that count at a resume."""

@@ -21,6 +21,7 @@ from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
+from seed_multimodal.training import label_heads
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, to_signed
@@ -91,7 +92,7 @@ def labels_right(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
 
 def load_label_heads(space: Workspace) -> LabelHeads:
     """The heads that a stage has written, in the order of `CLASSES`."""
-    return LabelHeads.load(space.work / HEADS_FILE, list(CLASSES))
+    return label_heads.load_label_heads(space.work / HEADS_FILE, list(CLASSES))
 
 
 def embed(vision: Any, images: Tensor) -> Tensor:
@@ -146,10 +147,10 @@ class WideStream(SceneStream):
     """`SceneStream` with wide scenes among its own: their quarters, which hold one thing or none, and wholes. `labels`
     int64 `[B, 5 + 4]`: the thing in each quarter comes last; what cannot be said is `IGNORED`."""
 
-    def get_batch(self, indices: np.ndarray, epoch: int = 0) -> dict[str, Any]:
-        batch = super().get_batch(indices, epoch)
+    def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+        batch = super().get_batch(indices)
         batch["labels"] = F.pad(batch["labels"], (0, len(QUARTERS)), value=IGNORED)
-        for row, index in enumerate(map(int, indices)):
+        for row, index in enumerate(indices):
             if index % WIDE_SHARE < 2:
                 scene, size = wide_at(self.seed, index), self.size
                 quarter = index // WIDE_SHARE % len(QUARTERS) if index % WIDE_SHARE else None

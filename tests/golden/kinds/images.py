@@ -31,7 +31,7 @@ from seed_multimodal.images.transforms import (
     seed_image_processor,
     to_bytes,
 )
-from seed_multimodal.language.words import caption_text, question_text
+from seed_multimodal.seed.captions import caption_text, question_text
 from seed_multimodal.seed_x.views import (
     AnyResolution,
     choose_grid,

@@ -33,7 +33,7 @@ from seed_multimodal.data.decoders.seed_x import PictureDecoder, metadata_of
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.errors import ConfigError, DataError
@@ -42,13 +42,13 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 # The original's functions `decode_…` whose decoders here have another name.
 PRETRAIN = {"image_text_pair": "caption", "mmc4_data": "interleaved", "video_pair": "video",
             "text_pretrain_data": "text", "edit_pair": "edit",
-            "coco_cap_eval_data": "caption_eval", "visual_question_data": "visual_question",
+            "visual_question_data": "visual_question",
             "text_conversation_data": "text_conversation"}
 SFT = {"question_answer_pair": "qa", "edit_pair": "edit", "story_pair": "story", "difference_pair": "difference",
        "conversation_pair": "conversation", "video_pair": "video", "video_conversation_pair": "video_conversation",
        "edit_multi_pair": "multi_edit", "interleaved_pair": "interleaved", "visual_question_data": "visual_question",
        "text_conversation_data": "text_conversation"}
-LEFT_OUT = ("ra_data",)  # in no data file of the original
+LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original; the second learns nothing
 # Samples that the original keeps and ours does not: images of another length, clips without enough frames, records of
 # which only </s> or a full stop would be learned, a direction that the original cannot draw, captions that are too long
 # to draw from, paths with "null" in them.

@@ -169,10 +169,10 @@ ROWS = {"packed, 1 process": (True, 1, 0), "packed, 1 process, 2 workers": (True
 
 def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
     from seed_multimodal.data.formats.pairs import open_pairs
-    from seed_multimodal.data.stream.pair_dataset import PairDataset
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
+    from seed_multimodal.data.stream.pairs_dataset import PairDataset
     from seed_multimodal.images.augment import TrainTransform
-    from seed_multimodal.language.words import BlipCaption
+    from seed_multimodal.seed.captions import BlipCaption
 
     kind, world, workers = PAIRS[case]
     spec = write_pairs(folder)[kind]
@@ -184,7 +184,7 @@ def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
 
 
 def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
-    from seed_multimodal.data.stream.data_settings import read_data_settings
+    from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.check import check_sources
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 
 ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"

@@ -22,14 +22,14 @@ from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.data.pretokenize.kinds import get_kind
 from seed_multimodal.data.pretokenize.shards import list_shards
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.pair_dataset import PairDataset
-from seed_multimodal.data.stream.step_batches import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import DataError, SeedError
 from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.words import BlipCaption
+from seed_multimodal.seed.captions import BlipCaption
 
 WORDS = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_tokenizer"
 COUNT = 8  # samples of a set, of which number 3 is broken

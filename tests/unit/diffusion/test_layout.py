@@ -4,36 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 import torch
 import torch.nn.functional as F
-from torch.distributions import Categorical, kl_divergence
 
-from seed_multimodal.diffusion.layout import LabelHeads, LayoutConfig, LayoutDecoder, pooled_tokens
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import save_state_dict
-
-
-def test_divergence_is_torchs_and_teaches_the_embedding_only() -> None:
-    heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
-    student, teacher = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    wanted = torch.stack([kl_divergence(Categorical(logits=heads(teacher)[name]),
-                                        Categorical(logits=heads(student)[name])) for name in heads.classes])
-    with torch.autocast("cpu", torch.bfloat16):
-        divergence = heads.divergence(student, teacher)
-    torch.testing.assert_close(divergence, wanted.mean(0), rtol=1e-5, atol=1e-6)
-    divergence.mean().backward()
-    assert float(student.grad.abs().sum()) > 0 and teacher.grad is None
-
-
-def test_load_reads_labels_and_sizes(tmp_path: Path) -> None:
-    heads, file = LabelHeads(4, {"style": 3, "layout": 5}), tmp_path / "heads.safetensors"
-    save_state_dict(heads.state_dict(), file)
-    loaded = LabelHeads.load(file, ("style", "layout"))
-    assert (loaded.width, loaded.classes) == (4, heads.classes) and not loaded.training
-    assert torch.equal(loaded(torch.ones(2, 4))["style"], heads(torch.ones(2, 4))["style"])
-    with pytest.raises(CheckpointError, match="holds heads of layout, style"):
-        LabelHeads.load(file, ("style", "count"))
+from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder, pooled_tokens
 
 
 def test_pooled_tokens_are_means_of_neighbours() -> None:

@@ -75,8 +75,14 @@ def test_open_image_of_empty_and_missing_files(tmp_path: Path) -> None:
     assert refusal(b"", name="upload 1") == "upload 1: the file is empty (0 bytes)."
     assert refusal(tmp_path / "nowhere.png") == f"nowhere.png: there is no such file ({tmp_path}/nowhere.png)."
     assert refusal("nowhere.png") == "nowhere.png: there is no such file."
-    assert "there is no such file" in refusal(tmp_path)
+    assert "is a folder" in refusal(tmp_path)
     assert refusal("with a null\0byte.png")
+
+
+def test_open_image_of_float_values() -> None:
+    values = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    assert np.asarray(open_image(Image.fromarray(values)))[..., 0].tolist() == np.rint(values * 255).tolist()
+    assert open_image(Image.fromarray(values * 255)).getpixel((7, 7)) == (255, 255, 255)
 
 
 def test_open_image_refuses_bombs_by_their_header(tmp_path: Path) -> None:

@@ -117,5 +117,5 @@ def test_save_refers_to_the_vision_encoder_of_another_system(tmp_path: Path, pix
     again = load_dynamic_tokenizer(place)
     assert equal(again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold"))
     other.rename(tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"tower.json: names the file \S+ for the vision encoder"):
+    with pytest.raises(CheckpointError, match="there is no such weights file"):
         load_dynamic_tokenizer(place)

@@ -63,7 +63,7 @@ def test_drawings_of_texts_and_images(draws):
     assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
     together = draws.multimodal_synthesis([(picture(1), "image"), ("in the snow", "text")], **SMALL)
     assert len(together) == 1 and together[0].size == (64, 64) and draws.ratio_size("3:2") == (48, 80)
-    with pytest.raises(ConfigError, match="multiple of 8"):
+    with pytest.raises(ConfigError, match="multiples of 8"):
         draws.generate_image("a red apple", width=60, height=60)
 
 

@@ -73,12 +73,11 @@ def test_to_device_normalises_what_workers_send(tmp_path):
     data = build("unsplash", {"storage": str(tmp_path / "0.tar")}, **exact)["train"]
     from seed_lavis.datasets import to_device
 
-    from seed_multimodal.data.stream.pair_dataset import PairDataset
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
+    from seed_multimodal.data.stream.pairs_dataset import PairDataset
+    from seed_multimodal.images.io import open_image
 
-    def whole(image: Image.Image, generator: torch.Generator) -> torch.Tensor:
-        return data.image_transform(image, generator)
-
+    whole = SimpleNamespace(read=lambda image, name, generator: data.image_transform(open_image(image), generator))
     at_once = PairDataset(data.source, whole, data.text_transform, seed=data.seed)
     with StepBatches(data, 4, seed=0, workers=1) as sent, StepBatches(at_once, 4, seed=0) as made:
         batch, expected = sent.at(0), made.at(0)
@@ -139,7 +138,7 @@ def test_build_datasets_with_a_wrong_section(info, more, sentence):
 def test_mixed_order_draws_joined_sets_in_their_ratios(tmp_path, pictures):
     from seed_lavis.datasets import mixed_order, split_of
 
-    from seed_multimodal.data.stream.pair_dataset import JoinedPairs
+    from seed_multimodal.data.stream.pairs_dataset import JoinedPairs
 
     shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])
     listed = {"annotations": {"train": {"storage": str(pictures / "pairs.json")}}}

@@ -33,7 +33,7 @@ def task_of(runner):
     from seed_lavis.datasets import split_of
     from seed_lavis.task import TokenizerTask
 
-    from seed_multimodal.data.stream.step_batches import StepBatches
+    from seed_multimodal.data.stream.loader import StepBatches
 
     return TokenizerTask(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
 
@@ -139,7 +139,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     assert (record_of(tmp_path / "other")["steps"], record_of(tmp_path / "other")["begun"]) == (8, 4)
     assert "stage1: 8 steps, 32 images in" in capsys.readouterr().out
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not a LAVIS checkpoint"):
+    with pytest.raises(CheckpointError, match="other.pth: a checkpoint of another model"):
         run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
 
 
@@ -192,7 +192,7 @@ def test_kmeans_starts_the_codebook_at_the_features(yaml):
 
 def test_bad_samples_of_both_parts_of_a_run_count(yaml, run, pictures, tmp_path, capsys):
     """The first part meets a torn image; the second, resumed, sees the other half of the set."""
-    from seed_multimodal.data.stream.order import EpochOrder
+    from seed_multimodal.data.stream.sampler import EpochOrder
 
     folder = shutil.copytree(pictures, tmp_path / "copied")
     items = json.loads((folder / "pairs.json").read_text())

@@ -43,7 +43,7 @@ def test_describe_ask_and_detect(seed, shown):
     code, _, errors = seed("ask", shown, "<image> or <image>?", *few)
     assert code == 1 and "2 <image> placeholders for 1 images" in errors
     code, found, _ = seed("detect", shown, "the cat", *few)
-    assert code == 0 and isinstance(found[0]["boxes"], list) and Image.open(found[0]["drawn"]).size == (48, 30)
+    assert code == 0 and bool(found[0]["boxes"]) == (found[0]["drawn"] is not None)
 
 
 def test_draw_edit_and_reconstruct(seed, shown):

@@ -92,7 +92,7 @@ def test_generate_draws_a_forced_image(client, tiny, png) -> None:
 
 def test_generate_encodes_a_repeated_image_once(client, tiny, png) -> None:
     passes: list[int] = []
-    hook = tiny.images.encoder.register_forward_hook(lambda *_: passes.append(1))
+    hook = tiny.images.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
     green = image_to_base64(Image.new("RGB", (33, 44), (9, 200, 77)))
     body = {"text": f"{ASK} a cat.\n{ASK}", "images": [green, b64(png)], "max_new_tokens": 3}
     try:

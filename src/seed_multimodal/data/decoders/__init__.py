@@ -3,9 +3,8 @@
     decoder = get_decoder("sft.qa", tokenizer, {"reverse_ratio": 0.5})
     sequence = decoder.decode(record.fields, SeededDraws(seed, source, position))
 
-`pretrain.*` and `sft.*` are those of the original data modules: ids, labels and the random choices, in their order, are
-the original ones, but for the sentences that a choice takes from a list, which are known in part (`phrases`). `chat` is
-ours. `seed_x.*` and `lavit.*` have images that are opened with the record (`opened`).
+Ids, labels and random choices of `pretrain.*`, `sft.*` and `seed_x.*` are those of the original data modules, but for
+the sentences that are known in part (`phrases`). `chat`, `seed_x.chat` and `lavit.*` are ours.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest
 
 DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder in (
-    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit, pretrain.CaptionEval,
+    pretrain.Caption, pretrain.Interleaved, pretrain.Video, pretrain.Text, pretrain.Edit,
     sft.VisualQuestion, sft.TextConversation, sft.QuestionAnswer, sft.Edit, sft.MultiEdit, sft.Story, sft.Difference,
     sft.Interleaved, sft.Conversation, sft.Video, sft.VideoConversation, sft.VisualQuestionTuned,
     sft.TextConversationTuned, Chat)}

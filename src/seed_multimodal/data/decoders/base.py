@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import random
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from seed_multimodal.data.formats.record import BadRecord, shorten
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import read_settings
 
 IGNORED = -100  # label of a token that is not learned
 BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of these characters alone is blank
@@ -40,24 +40,8 @@ class TokenSequence:
         return len(self.ids)
 
 
-class Draws(Protocol):
-    """Where a decoder's random choices come from."""
-
-    def uniform(self) -> float:
-        """A number in [0, 1)."""
-
-    def choice(self, items: Sequence[T]) -> T:
-        """One of the items."""
-
-    def randint(self, low: int, high: int) -> int:
-        """An integer, both ends included."""
-
-    def shuffle(self, items: MutableSequence[Any]) -> None:
-        """Reorder the items in place."""
-
-
 class SeededDraws:
-    """Draws that are a function of the given integers alone: `SeededDraws(seed, source, position)`."""
+    """Random draws that are a function of the given integers alone: `SeededDraws(seed, source, position)`."""
 
     def __init__(self, seed: int, *numbers: int) -> None:
         key = ",".join(str(int(number)) for number in (seed, *numbers)).encode()
@@ -88,15 +72,11 @@ class Draft:
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """Options of all decoders. `code_noise`: in images that the model reads, a share of codes drawn from
-    [0, code_noise] is replaced by those of another image, `noise_source(draws)`."""
-
-    code_noise: float = setting(0.0, least=0, most=1)
-    noise_source: Any = None
+    """Options of a decoder: none, unless it has its own."""
 
 
 class Decoder:
-    """Base of all decoders: `decode(fields, draws)` → `TokenSequence`."""
+    """Base of all decoders: `decode(fields, draws)` → `TokenSequence`. Its subclasses define `_draft`."""
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False  # every token is learned
@@ -104,7 +84,7 @@ class Decoder:
     Words: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
-        """Raises `ConfigError`: an unknown option, or a wrong value."""
+        """Raises `ConfigError`: an unknown option, a wrong value, or a tokenizer of another system."""
         self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
 
@@ -113,29 +93,27 @@ class Decoder:
         """The names of all options."""
         return [option.name for option in dataclasses.fields(cls.Options)]
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """The record's segments."""
-        raise NotImplementedError
-
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
+    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> TokenSequence:
         """The sequence of a record, cut on the right at `max_length`; where `dropped` is set, it is left out.
 
         Raises:
             BadRecord: a field is missing or wrong; the sentence starts with its name.
         """
-        draft = self.draft(fields, draws)
-        if not draft.dropped:
-            draft.dropped = self.nothing_learned(draft)
-        ids, labels = self.join(draft) if draft.segments else ([], [])
-        return TokenSequence(ids[:max_length], labels[:max_length], draft.extra, draft.dropped)
+        draft = self._draft(fields, draws)
+        dropped = draft.dropped or self._nothing_learned(draft)
+        ids, labels = self._join(draft) if draft.segments else ([], [])
+        return TokenSequence(ids[:max_length], labels[:max_length], draft.extra, dropped)
 
-    def nothing_learned(self, draft: Draft) -> str:
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        raise NotImplementedError
+
+    def _nothing_learned(self, draft: Draft) -> str:
         """Why a record is dropped of which only `</s>` would be learned; "": it is not."""
         learned = [part for segment in draft.segments if segment.learned for part in segment.parts]
         blank = all(not part.strip() if isinstance(part, str) else not part for part in learned)
         return "there is nothing to learn" if blank else ""
 
-    def join(self, draft: Draft) -> tuple[list[int], list[int]]:
+    def _join(self, draft: Draft) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         ids, labels = [bos], [bos if self.whole else IGNORED]
@@ -148,22 +126,29 @@ class Decoder:
         return [*ids, eos], [*labels, eos]
 
     def encode(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of texts and images as if written out as one string: white space next to an image goes, and names of
-        control words in the text become control words."""
+        """Ids of texts and images as if written out as one string."""
+        return [id for _, ids in self.pieces(parts) for id in ids]
+
+    def pieces(self, parts: Sequence[Any]) -> Iterator[tuple[Any, list[int]]]:
+        """Texts and images with their ids: white space next to an image goes, and names of control words in the texts
+        become control words."""
         merged = merge_text(parts)
-        ids: list[int] = []
         for place, part in enumerate(merged):
-            if isinstance(part, str):
-                part = part.lstrip() if place else part
-                ids += self.tokenizer.encode(part.rstrip() if place + 1 < len(merged) else part)
-            else:
-                ids += [self.vocabulary.boi_id, *self.vocabulary.code_to_id(part), self.vocabulary.eoi_id]
-        return ids
+            if not isinstance(part, str):
+                yield part, self.image_ids(part)
+                continue
+            text = part.lstrip() if place else part
+            yield part, self.tokenizer.encode(text.rstrip() if place + 1 < len(merged) else text)
+
+    def image_ids(self, image: Any) -> list[int]:
+        """The words of an image, with image start and end."""
+        return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
 
     def as_text(self, segments: Sequence[Segment]) -> str:
-        """The segments written out, images by the names of their codes."""
+        """The segments written out, images by the names of their words."""
         parts = [part for segment in segments for part in segment.parts]
-        return "".join(part if isinstance(part, str) else self.vocabulary.image_text(part) for part in parts)
+        return "".join(part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.image_ids(part)))
+                       for part in parts)
 
     # ---- fields
 
@@ -207,48 +192,36 @@ class Decoder:
             raise BadRecord("number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}.")
         return codes
 
-    def image(self, fields: Mapping[str, Any], draws: Draws, *, read: bool, name: str = "image_ids") -> list[int]:
-        """The image of a field. One that the model reads is drawn from `views` (code lists of the same image) where the
-        record has some, and may be given noise; one that it writes is drawn from them only without `image_ids`."""
-        if name == "image_ids" and fields.get("views") and (read or fields.get(name) is None):
-            return self.one_view(fields["views"], "views", draws, read=read)
-        return self.one_view([self.need(fields, name, list)], name, draws, read=read)
+    def image(self, fields: Mapping[str, Any], draws: SeededDraws, *, read: bool) -> list[int]:
+        """The image of `image_ids`. One that the model reads is drawn from `views` (code lists of the same image) where
+        the record has some; one that it writes is drawn from them only without `image_ids`."""
+        if fields.get("views") and (read or fields.get("image_ids") is None):
+            return self.one_view(fields["views"], "views", draws)
+        return self.codes(fields.get("image_ids"), "image_ids")
 
-    def one_view(self, views: Sequence[Any], name: str, draws: Draws, *, read: bool) -> list[int]:
+    def one_view(self, views: Sequence[Any], name: str, draws: SeededDraws) -> list[int]:
         """One of several code lists of the same image."""
-        codes = self.codes(draws.choice(views) if len(views) > 1 else views[0], name)
-        return self.add_code_noise(codes, draws) if read else codes
+        return self.codes(draws.choice(views) if len(views) > 1 else views[0], name)
 
-    def images(self, fields: Mapping[str, Any], draws: Draws, *, read: bool) -> list[list[int]]:
-        """Several images: one long list of codes, or a list for each image."""
-        value = self.need(fields, "image_ids", list)
-        if not any(isinstance(item, list) for item in value):
-            size = self.vocabulary.tokens_per_image
-            value = [value[start:start + size] for start in range(0, len(value), size)]
-        found = [self.codes(codes, f"image_ids[{place}]") for place, codes in enumerate(value)]
-        return [self.add_code_noise(codes, draws) for codes in found] if read else found
-
-    def add_code_noise(self, codes: list[int], draws: Draws) -> list[int]:
-        """A share of the codes, uniform in [0, code_noise], taken from another image."""
-        if not self.options.code_noise:
-            return codes
-        if self.options.noise_source is None:
-            raise ConfigError(f"decoder {self.name}: code_noise needs a noise_source.")
-        level = self.options.code_noise * draws.uniform()
-        wrong = [draws.uniform() < level for _ in codes]
-        return [o if w else c for c, o, w in zip(codes, self.options.noise_source(draws), wrong, strict=False)]
+    def images(self, fields: Mapping[str, Any]) -> list[list[int]]:
+        """The images of `image_ids`: one long list of codes, or a list for each image."""
+        codes = split_codes(self.need(fields, "image_ids", list), self.vocabulary.tokens_per_image)
+        return [self.codes(one, f"image_ids[{place}]") for place, one in enumerate(codes)]
 
 
-def some_picture(fields: Any, draws: Draws, tokens_per_image: int) -> list[int] | None:
-    """The codes of one of a record's images, at random; None where it has none. For a `noise_source`."""
-    found = [codes[start:start + tokens_per_image] for codes in _code_lists(fields)
-             for start in range(0, len(codes) - tokens_per_image + 1, tokens_per_image)]
-    return draws.choice(found) if len(found) > 1 else found[0] if found else None
+def split_codes(codes: list[Any], size: int) -> list[Any]:
+    """A list for each image, of one long list of codes or of such a list of lists."""
+    if any(isinstance(item, list) for item in codes):
+        return codes
+    return [codes[start:start + size] for start in range(0, len(codes), size)]
 
 
-def _code_lists(value: Any) -> list[list[int]]:
-    """The lists of integers anywhere in a value."""
-    if isinstance(value, list) and value and all(type(one) is int for one in value):
-        return [value]
-    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return [codes for one in inside for codes in _code_lists(one)]
+def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The object under `metadata`, which may be json text; empty without one."""
+    value = fields.get("metadata")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise BadRecord("malformed json", f"metadata: is not json: {shorten(value)}.") from None
+    return value if isinstance(value, Mapping) else {}

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders.base import IGNORED, Draft, Draws, Segment
+from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -30,26 +30,11 @@ Codes = list[int]
 
 
 @dataclass(frozen=True)
-class Bracket:
-    """Image start, or the end, which is learned where an image is written."""
-
-    end: bool
-
-
-START, END = Bracket(False), Bracket(True)
-
-
-@dataclass(frozen=True)
 class LavitOptions(OpenedOptions):
     """`image_tokens`: places that packing plans for an image; 0: three eighths of its patches (a third is what the
     original selector aims at)."""
 
     image_tokens: int = setting(0, least=0)
-
-
-def planned_places(options: Mapping[str, Any], patches: int) -> int:
-    """Places that a source with these options plans for an image of so many patches."""
-    return min(patches, options.get("image_tokens") or -(-patches * 3 // 8))
 
 
 class LavitDecoder(OpenedDecoder):
@@ -60,58 +45,56 @@ class LavitDecoder(OpenedDecoder):
     interpolation = "bicubic"
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
-        """See `Decoder`. Raises `ConfigError` also for a tokenizer of another system."""
         super().__init__(tokenizer, options)
         if not isinstance(self.vocabulary, LavitWords):
             raise ConfigError(f"decoder {self.name}: the tokenizer's words are not LaVIT's.")
-        self.places = planned_places(options, self.vocabulary.tokens_per_image)
+        self.start, self.end = self.vocabulary.boi_id, self.vocabulary.eoi_id
+        patches = self.vocabulary.tokens_per_image
+        self.places = min(patches, self.options.image_tokens or -(-patches * 3 // 8))
 
-    def text(self, fields: Mapping[str, Any], name: str, draws: Draws) -> str:
+    def text(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> str:
         """A text of the record; of a list, one of them."""
         several = isinstance(fields.get(name), list)
         return self.filled({name: draws.choice(self.texts(fields, name))} if several else fields, name).strip()
 
-    def seen(self, fields: Mapping[str, Any], name: str, draws: Draws, written: bool) -> UsedPicture:
+    def seen(self, fields: Mapping[str, Any], name: str, draws: SeededDraws, written: bool) -> UsedPicture:
         """The opened image of a field; which of its patches are kept depends on a seed of its own."""
         return UsedPicture(self.opened_image(fields, name), None, written, draws.randint(0, _SEEDS))
 
-    def drawn(self, fields: Mapping[str, Any], name: str, draws: Draws) -> UsedPicture | Codes:
+    def drawn(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> UsedPicture | Codes:
         """An image as codes: those of the record under `NAME_ids`, else to be made from the image."""
         ids = f"{name}_ids"
         return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
 
     @property
     def code_counts(self) -> range:
-        """See `Decoder`."""
         return range(1, self.vocabulary.tokens_per_image + 1)
 
     def written(self, image: UsedPicture | Codes) -> list[Segment]:
         """An image that is learned: its start is given, codes and end are not."""
-        return [Segment([START], learned=False), Segment([image, END])]
+        return [Segment([self.start], learned=False), Segment([image, self.end])]
 
-    def fill(self, sequence: PictureSequence, draft: Draft) -> None:
-        """See `OpenedDecoder`; a sequence that ends in an image has no `</s>`."""
-        words = self.vocabulary
+    def _fill(self, sequence: PictureSequence, draft: Draft) -> None:
         for segment in draft.segments:
             for part in segment.parts:
                 image = part if isinstance(part, UsedPicture) else None
                 if image is not None:
-                    ids = [words.code_start] * self.places
-                elif isinstance(part, Bracket):
-                    ids = [words.eoi_id if part.end else words.boi_id]
+                    ids = [self.vocabulary.code_start] * self.places
+                elif isinstance(part, int):
+                    ids = [part]
                 else:
-                    ids = self.tokenizer.encode_parts([part]) if isinstance(part, str) else words.code_to_id(part)
+                    codes = not isinstance(part, str)
+                    ids = self.vocabulary.code_to_id(part) if codes else self.tokenizer.encode_parts([part])
                 self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids), image)
-        if sequence.ids[-1] != words.eoi_id:
+        if sequence.ids[-1] != self.end:  # no `</s>` behind an image
             self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 
 
 class Caption(LavitDecoder):
-    """An image and its caption, either first: `text` and `image` (opened) or `image_ids` (its codes, which can be
-    written only).
+    """An image and its caption, either first: `text` and `image` or `image_ids` (its codes, which are written only).
 
     `img_first_ratio`: share of samples that read the image and learn the caption. `text_dropout`: share of the others
-    without their caption, so that generation can be guided. Unpublished, so ours.
+    without their caption, so that generation can be guided.
     """
 
     name = "lavit.caption"
@@ -122,13 +105,12 @@ class Caption(LavitDecoder):
         img_first_ratio: float = setting(0.5, least=0, most=1)
         text_dropout: float = setting(0.1, least=0, most=1)
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         text = self.text(fields, "text", draws)
         reads = draws.uniform() < self.options.img_first_ratio
         dropped = draws.uniform() < self.options.text_dropout
         if reads and (fields.get("image") is not None or fields.get("image_ids") is None):
-            shown = [START, self.seen(fields, "image", draws, False), END]
+            shown = [self.start, self.seen(fields, "image", draws, False), self.end]
             return Draft([Segment(shown, learned=False), Segment([text])], {"text": text})
         before = [] if dropped else [Segment([text], learned=False)]
         return Draft([*before, *self.written(self.drawn(fields, "image", draws))], {"text": text})
@@ -144,11 +126,10 @@ class Question(LavitDecoder):
     class Options(LavitOptions):
         prompt: str = QUESTION
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         asked = self.options.prompt.replace("{}", self.text(fields, "question", draws))
         answer = self.text(fields, "answer", draws)
-        shown = [START, self.seen(fields, "image", draws, False), END, asked]
+        shown = [self.start, self.seen(fields, "image", draws, False), self.end, asked]
         return Draft([Segment(shown, learned=False), Segment([answer])], {"text": answer})
 
 
@@ -164,8 +145,7 @@ class Compose(LavitDecoder):
     class Options(LavitOptions):
         text_dropout: float = setting(0.1, least=0, most=1)
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         text = self.text(fields, "instruction", draws)
         given = Segment([self.drawn(fields, "source_image", draws), text], learned=False)
         before = [] if draws.uniform() < self.options.text_dropout else [given]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, Draws, TokenSequence
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, SeededDraws, TokenSequence
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.seed_x.views import Grid, patch_positions
@@ -19,8 +19,7 @@ from seed_multimodal.settings import setting
 
 @dataclass(frozen=True)
 class UsedPicture:
-    """An image of a sequence: as opened, its grid of parts (None: the whole alone), read or written; `seed`: of the
-    random choices when it is looked at."""
+    """An opened image, its grid of parts (None: the whole alone), and the `seed` of random choices at its encoding."""
 
     picture: Any
     grid: Grid | None
@@ -41,8 +40,7 @@ class UsedPicture:
 
 @dataclass
 class PictureSequence(TokenSequence):
-    """A sequence with its images in order, and where their words are: `read`, `written` (indices of `ids`); `cut`: how
-    many tokens were cut off at its end."""
+    """A sequence with its images, and the indices of their words in `ids`; `cut`: tokens cut off at its end."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
@@ -76,18 +74,18 @@ class OpenedDecoder(Decoder):
             raise BadRecord("wrong type", f"{name}: must be an opened image, not {shorten(image)}.")
         return image
 
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> PictureSequence:
-        """See `Decoder`."""
-        draft = self.draft(fields, draws)
-        sequence = PictureSequence([], [], draft.extra, draft.dropped or self.nothing_learned(draft))
+    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> PictureSequence:
+        """As of `Decoder`, but images are never cut."""
+        draft = self._draft(fields, draws)
+        sequence = PictureSequence([], [], draft.extra, draft.dropped or self._nothing_learned(draft))
         if not sequence.dropped:
-            self.fill(sequence, draft)
-            self.limit(sequence, max_length)
+            self._fill(sequence, draft)
+            self._limit(sequence, max_length)
         if not sequence.dropped and set(sequence.labels) == {IGNORED}:
             sequence.dropped = f"there is nothing to learn within {max_length} tokens"
         return sequence
 
-    def fill(self, sequence: PictureSequence, draft: Draft) -> None:
+    def _fill(self, sequence: PictureSequence, draft: Draft) -> None:
         """Put the ids and labels of the segments into the sequence."""
         raise NotImplementedError
 
@@ -101,7 +99,7 @@ class OpenedDecoder(Decoder):
         sequence.ids += ids
         sequence.labels += labels
 
-    def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
+    def _limit(self, sequence: PictureSequence, max_length: int | None) -> None:
         """Cut an over-long sequence on the right; it is dropped where that would cut an image, or ends in one."""
         if max_length is None or len(sequence) <= max_length:
             return

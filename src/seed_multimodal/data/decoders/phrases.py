@@ -11,8 +11,8 @@ VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of Activi
 FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
 NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
 
-# Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark.
-DRAW_KNOWN = (0, 1, 2, 3, 4, 6, 8, 9, 12, 15, 16)  # seen in recordings of the original, 1 and 3 without their places
+# Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark. Seen in
+# recordings of the original: 0 to 4 (1 and 3 without their places), 6, 8, 9, 12, 15, 16.
 DRAW_REQUESTS = (
     "Please show me a picture of", "Please generate an image of", "Please produce a photo of", "Generate an image of",
     "Please draw a painting of", "Please make a drawing of", "I'd love to see an illustration of", "I need an image of",
@@ -29,14 +29,13 @@ DRAW_RESPONSES = (
     "Absolutely, here is a painting.", "Sure, here is a picture.", "Yes, here is the photo.",
     "Yes, here is the picture.", "Yes, here is the illustration.")
 
-# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them.
-EDIT_KNOWN = (0, 1, 2, 3, 4)  # seen in recordings; the others are ours
+# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them. Seen: 0 to 4.
 EDIT_RESPONSES = (
     "Here is a picture.", "I have created an image.", "Enjoy this picture.", "I have generated an image.",
     "Here's a picture.", "Here is the edited picture.", "Here is the changed image.", "Here is the new picture.")
 EDIT_DRAWN = 6
 
-STORY_KNOWN = (1, 5)  # pairs seen in recordings; the others are ours
+# Seen: the pairs 1 and 5.
 STORY_REQUESTS = (
     "Please go on with the story in pictures and texts.",
     "Would you utilize pictures and texts to show me the following story?",
@@ -84,9 +83,7 @@ _SEEDX_DRAW = (
     ("Can you show me a photograph of", "Yes, here is the photograph."))
 SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1))
 
-# SEED-X's responses to an editing instruction; the last one is empty. Seen in recordings, without their places: those
-# that stand first.
-SEEDX_EDIT_KNOWN = 8
+# SEED-X's responses to an editing instruction; the last one is empty. Seen, without their places: the first eight.
 SEEDX_EDIT_RESPONSES = (
     "Here's a painting.", "I have created a photo.", "Here is a photograph.", "Enjoy this illustration.",
     "Of course, here is a photo.", "Here is a picture.", "Here is a photo.", "Sure, please enjoy this illustration.",

@@ -1,31 +1,20 @@
-"""SEED-LLaMA's pre-training data: captions, interleaved documents, clips, text, edits, prompts of captioning.
+"""SEED-LLaMA's pre-training data: captions, interleaved documents, clips, text, edits.
 
     pretrain.caption        <s>[image]caption</s>  or  <s>caption[image]</s>       everything learned
     pretrain.interleaved    <s>texts and images in the order of the document</s>   everything learned
     pretrain.video          <s>[frame][frame][frame][frame]caption</s>             caption learned
     pretrain.text           <s>text</s>                                            everything learned
     pretrain.edit           <s>[source]instruction[target]</s>                     target learned
-    pretrain.caption_eval   <s>[image]caption[image]caption[image]prompt           nothing (a prompt)
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders.base import (
-    BLANK_CAPTION,
-    IGNORED,
-    Decoder,
-    DecoderOptions,
-    Draft,
-    Draws,
-    Part,
-    Segment,
-    TokenSequence,
-)
+from seed_multimodal.data.decoders import base
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.settings import setting
@@ -53,30 +42,28 @@ class Caption(Decoder):
         first_text: float = setting(0.0, least=0, most=1)
         caption_prompt: str | list[str] | None = None
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         prompts = self.options.caption_prompt or "{}"
         prompt = draws.choice([prompts] if isinstance(prompts, str) else prompts)
         image_first = draws.uniform() < self.options.reverse_ratio
         image = self.image(fields, draws, read=image_first)
         caption = self._caption(fields, draws)
         parts: list[Part] = [image, prompt.format(caption)]
-        blank = "" if caption.strip(BLANK_CAPTION) else BLANK
+        blank = "" if caption.strip(base.BLANK_CAPTION) else BLANK
         return Draft([Segment(parts if image_first else parts[::-1])], {"text": caption}, blank)
 
-    def _caption(self, fields: Mapping[str, Any], draws: Draws) -> str:
+    def _caption(self, fields: Mapping[str, Any], draws: SeededDraws) -> str:
         if self.options.use_caption_in_metadata:
-            metadata = fields.get("metadata") or {}
-            found = json.loads(metadata) if isinstance(metadata, str) else metadata
-            return self.need(found, self.options.caption_key_in_metadata, str)
+            return self.need(base.metadata_of(fields), self.options.caption_key_in_metadata, str)
         if not isinstance(fields.get("text"), list):
             return self.need(fields, "text", str)
         texts = self.texts(fields, "text")
         first = self.options.first_text and draws.uniform() < self.options.first_text
         return texts[0] if first else draws.choice(texts)
 
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
-        """See `Decoder`; a sample whose left part, which is not learned, was cut is dropped."""
+    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None
+               ) -> base.TokenSequence:
+        """As of `Decoder`; a sample whose left part, which is not learned, was cut is dropped."""
         sequence = super().decode(fields, draws, max_length)
         if self.options.mask_left_label:
             image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
@@ -101,23 +88,21 @@ class Interleaved(Decoder):
         reverse_ratio: float = setting(0.5, least=-1, most=1)
         max_images: int | None = setting(None, least=1)
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
         backwards = draws.uniform() < self.options.reverse_ratio
         if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=True)):
             return Draft([], dropped="a place of the document is not either an image or a text")
         parts: list[Part] = []
-        left = self.options.max_images
+        left = len(images) if self.options.max_images is None else self.options.max_images
         for place in _swapped(images) if backwards else range(len(texts)):
-            if left == 0 and images[place] is not None:
-                break
-            if images[place] is not None:
+            if images[place] is not None and left:
                 parts.append(self.codes(images[place], f"image_ids[{place}]"))
-                left = None if left is None else left - 1
+                left -= 1
                 continue
-            parts.append(self.need({f"texts[{place}]": texts[place]}, f"texts[{place}]", str))
-            if left == 0:
+            if images[place] is None:
+                parts.append(self.need({f"texts[{place}]": texts[place]}, f"texts[{place}]", str))
+            if not left:
                 break
         return Draft([Segment(parts)])
 
@@ -145,13 +130,12 @@ class Video(Decoder):
         num_frames: int = setting(4, least=1)
         flat: bool = True
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         number, per_frame = self.options.num_frames, self.vocabulary.tokens_per_image if self.options.flat else 1
         codes = self.need(fields, "image_ids", list)
         if self.options.flat and len(codes) < number * per_frame:
             raise BadRecord("number of frames", f"image_ids: holds fewer than num_frames ({number}) frames.")
-        frames = self.images({"image_ids": codes[:number * per_frame]}, draws, read=True)
+        frames = self.images({"image_ids": codes[:number * per_frame]})
         segments = [Segment(frames, learned=False), Segment([self.need(fields, "answer", str)])]
         return Draft(segments, {"text": self.as_text(segments)})
 
@@ -161,10 +145,9 @@ class Text(Decoder):
 
     name, whole = "pretrain.text", True
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         text = self.need(fields, "text", str)
-        return Draft([Segment([text])], {"text": text}, "" if text.strip(BLANK_CAPTION) else BLANK)
+        return Draft([Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK)
 
 
 class Edit(Decoder):
@@ -172,49 +155,13 @@ class Edit(Decoder):
 
     name, whole = "pretrain.edit", True
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        source = self.image(fields, draws, read=True, name="source_image_ids")
-        target = self.image(fields, draws, read=False, name="target_image_ids")
-        return Draft([Segment([source, self._instruction(fields), target])])
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        source, target = (self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids"))
+        instruction = self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
+        return Draft([Segment([source, instruction, target])])
 
-    def _instruction(self, fields: Mapping[str, Any]) -> str:
-        return self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
-
-    def decode(self, fields: Mapping[str, Any], draws: Draws, max_length: int | None = None) -> TokenSequence:
-        """See `Decoder`."""
-        sequence = super().decode(fields, draws, max_length)
+    def _join(self, draft: Draft) -> tuple[list[int], list[int]]:
+        ids, labels = super()._join(draft)
         # As in the original: counted on the instruction alone, so blanks lost next to the image hide `<img>` too.
-        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(self._instruction(fields)))
-        sequence.labels = [IGNORED] * min(count, len(sequence.ids)) + sequence.labels[count:]
-        return sequence
-
-
-class CaptionEval(Decoder):
-    """The prompt of the original captioning evaluation: `image_ids`, `context` (captioned images to imitate),
-    `metadata.image_id`. Options: `num_context` (how many of them), `caption_prompt` (how the caption is to begin)."""
-
-    name = "pretrain.caption_eval"
-
-    @dataclass(frozen=True)
-    class Options(DecoderOptions):
-        num_context: int = setting(2, least=0)
-        caption_prompt: str = ""
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        parts: list[Part] = []
-        for shot in self.need(fields, "context", list)[:self.options.num_context] if self.options.num_context else []:
-            parts += [self.image(shot, draws, read=False), self.need(shot, "text", str)]
-        parts += [self.image(fields, draws, read=False), self.options.caption_prompt]
-        name = self.need(self.need(fields, "metadata", dict), "image_id", object)
-        return Draft([Segment(parts, learned=False)], {"image_id": name})
-
-    def nothing_learned(self, draft: Draft) -> str:
-        """See `Decoder`: it is a prompt."""
-        return ""
-
-    def join(self, draft: Draft) -> tuple[list[int], list[int]]:
-        """See `Decoder`: without `</s>`."""
-        ids, labels = super().join(draft)
-        return ids[:-1], labels[:-1]
+        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(draft.segments[0].parts[1]))
+        return ids, [IGNORED] * min(count, len(ids)) + labels[count:]

@@ -10,28 +10,22 @@ module, have their own markers: "USER: " question "\\nASSISTANT: ".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Draft, Draws, Part, Segment
+from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
 from seed_multimodal.settings import setting
+
+Turn = tuple[Sequence[Part], Sequence[Part]]  # question and answer
 
 
 def with_full_stop(answer: str) -> str:
     """The answer, ending in a full stop."""
     return answer if answer.endswith(".") else answer + "."
-
-
-def numbered(fields: Mapping[str, Any], prefix: str) -> list[str]:
-    """The names `prefix0`, `prefix1`, … that the record has."""
-    names: list[str] = []
-    while fields.get(f"{prefix}{len(names)}") is not None:
-        names.append(f"{prefix}{len(names)}")
-    return names
 
 
 @dataclass(frozen=True)
@@ -53,15 +47,24 @@ class Tuned(Decoder):
 
     Options = Prompted
 
-    def user(self, *content: Part, first: bool) -> Segment:
-        """A user's turn, up to where the answer begins."""
-        words = get_template(self.options.template)
-        before = words.user_prefix if first else words.separator + words.user_prefix
-        return Segment([before, *content, words.user_suffix], learned=False)
+    def dialogue(self, turns: Iterable[Turn]) -> Draft:
+        """Questions in the words of the template, and answers."""
+        words, segments = get_template(self.options.template), list[Segment]()
+        for question, answer in turns:
+            before = words.separator + words.user_prefix if segments else words.user_prefix
+            segments += [Segment([before, *question, words.user_suffix], learned=False), Segment(answer)]
+        return Draft(segments)
 
-    def exact_images(self, fields: Mapping[str, Any], draws: Draws, count: int, *, read: bool) -> list[list[int]]:
+    def numbered(self, fields: Mapping[str, Any], prefix: str, least: int) -> list[str]:
+        """The texts `prefix0`, `prefix1`, …, as many as there are."""
+        texts: list[str] = []
+        while len(texts) < least or fields.get(f"{prefix}{len(texts)}") is not None:
+            texts.append(self.need(fields, f"{prefix}{len(texts)}", str))
+        return texts
+
+    def exact_images(self, fields: Mapping[str, Any], count: int) -> list[list[int]]:
         """As many images as the texts mention."""
-        images = self.images(fields, draws, read=read)
+        images = self.images(fields)
         if len(images) != count:
             raise BadRecord("images and placeholders", f"image_ids: {len(images)} images, but the texts have {count}.")
         return images
@@ -77,20 +80,17 @@ class QuestionAnswer(Tuned):
     name = "sft.qa"
     Options = Reversible
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         ask = self.options.reverse_ratio == 0 or draws.uniform() < self.options.reverse_ratio
         answered = fields.get("answer") is not None or fields.get("text") is None
         answer = self.filled(fields, "answer" if answered else "text").strip()
         if ask:
             question = self.need(fields, "question", str).strip()
-            image = self.image(fields, draws, read=True)
-            return Draft([self.user(image, question, first=True), Segment([with_full_stop(answer)])])
+            return self.dialogue([([self.image(fields, draws, read=True), question], [with_full_stop(answer)])])
         number = draws.randint(0, len(phrases.DRAW_REQUESTS) - 1)
         end = "?" if number >= phrases.DRAW_QUESTION else "."
         request = f"{phrases.DRAW_REQUESTS[number]} {answer.rstrip('.')}{end}"
-        image = self.image(fields, draws, read=False)
-        return Draft([self.user(request, first=True), Segment([phrases.DRAW_RESPONSES[number], image])])
+        return self.dialogue([([request], [phrases.DRAW_RESPONSES[number], self.image(fields, draws, read=False)])])
 
 
 class Edit(Tuned):
@@ -99,13 +99,11 @@ class Edit(Tuned):
 
     name = "sft.edit"
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         instruction = self.need(fields, "instruction_gpt" if fields.get("instruction_gpt") else "instruction", str)
         response = fields.get("response") or phrases.EDIT_RESPONSES[draws.randint(0, phrases.EDIT_DRAWN - 1)]
-        source = self.image(fields, draws, read=True, name="source_image_ids")
-        target = self.image(fields, draws, read=False, name="target_image_ids")
-        return Draft([self.user(source, instruction, first=True), Segment([response, target])])
+        source, target = (self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids"))
+        return self.dialogue([([source, instruction], [response, target])])
 
 
 class MultiEdit(Tuned):
@@ -114,18 +112,12 @@ class MultiEdit(Tuned):
 
     name = "sft.multi_edit"
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        self.need(fields, "instruction0", str)
-        names = numbered(fields, "instruction")
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        instructions = self.numbered(fields, "instruction", 1)
         response = phrases.EDIT_RESPONSES[draws.randint(0, phrases.EDIT_DRAWN - 1)]
-        images = self.exact_images(fields, draws, len(names) + 1, read=False)
-        segments: list[Segment] = []
-        for place, name in enumerate(names):
-            seen = [self.add_code_noise(images[0], draws)] if place == 0 else []
-            segments += [self.user(*seen, self.need(fields, name, str), first=place == 0),
-                         Segment([response, images[place + 1]])]
-        return Draft(segments)
+        first, *images = self.exact_images(fields, len(instructions) + 1)
+        return self.dialogue(([*([] if place else [first]), text], [response, image])
+                             for place, (text, image) in enumerate(zip(instructions, images, strict=True)))
 
 
 class Story(Tuned):
@@ -137,24 +129,18 @@ class Story(Tuned):
     name = "sft.story"
     Options = Reversible
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        names = ["caption0", "caption1", *numbered(fields, "caption")[2:]]
-        captions = [self.need(fields, name, str).strip() for name in names]
-        number = 0 if self.options.reverse_ratio == 0 else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
-        images = self.exact_images(fields, draws, len(captions), read=False)
-        opening: list[Part] = [captions[0], self.add_code_noise(images[0], draws)]
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        captions = [text.strip() for text in self.numbered(fields, "caption", 2)]
+        by_turns = self.options.reverse_ratio == 0
+        number = 0 if by_turns else draws.randint(0, len(phrases.STORY_REQUESTS) - 1)
+        images = self.exact_images(fields, len(captions))
+        opening: list[Part] = [captions[0], images[0]]
         pairs = list(zip(captions, images, strict=True))[1:]
-        if self.options.reverse_ratio != 0:
-            rest = [part for caption, image in pairs for part in ("\n" + caption, image)]
-            return Draft([self.user(*opening, phrases.STORY_REQUESTS[number], first=True),
-                          Segment([phrases.STORY_RESPONSES[number], *rest])])
-        segments: list[Segment] = []
-        for place, (caption, image) in enumerate(pairs):
-            before = opening if place == 0 else []
-            segments += [self.user(*before, f"{caption} {phrases.NEXT_IMAGE_REQUEST}", first=place == 0),
-                         Segment([phrases.NEXT_IMAGE_RESPONSE, image])]
-        return Draft(segments)
+        if by_turns:
+            return self.dialogue(([*([] if place else opening), f"{caption} {phrases.NEXT_IMAGE_REQUEST}"],
+                                  [phrases.NEXT_IMAGE_RESPONSE, image]) for place, (caption, image) in enumerate(pairs))
+        rest = [part for caption, image in pairs for part in ("\n" + caption, image)]
+        return self.dialogue([([*opening, phrases.STORY_REQUESTS[number]], [phrases.STORY_RESPONSES[number], *rest])])
 
 
 class Difference(Tuned):
@@ -167,16 +153,15 @@ class Difference(Tuned):
     class Options(Prompted):
         reverse_ratio: float = setting(0.0, least=0, most=0)  # two images are not drawn from a text
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         question = _named(self.need(fields, "question", str).strip())
         answer = _named(self.filled(fields, "answer").strip())
         after = draws.uniform() < 0.5
-        first, second = self.exact_images(fields, draws, 2, read=True)
+        first, second = self.exact_images(fields, 2)
         content: list[Part] = [phrases.FIRST_IMAGE, first, phrases.SECOND_IMAGE, second, question]
         if after:
             content = [first, phrases.FIRST_IMAGE, second, f"{phrases.SECOND_IMAGE} {question}"]
-        return Draft([self.user(*content, first=True), Segment([with_full_stop(answer)])])
+        return self.dialogue([(content, [with_full_stop(answer)])])
 
 
 def _named(text: str) -> str:
@@ -189,46 +174,34 @@ class Interleaved(Tuned):
 
     name = "sft.interleaved"
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        return Draft([self.user(self.need(fields, "instruction", str), first=True),
-                      Segment([self.need(fields, "response", str)])])
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        return self.dialogue([([self.need(fields, "instruction", str)], [self.need(fields, "response", str)])])
 
 
 class Conversation(Tuned):
     """Questions and answers about one image: `image_ids` (or `views`), `question` ("Question: … Question: …"),
     `answer` ("Answer: … Answer: …")."""
 
-    name = "sft.conversation"
+    name, clip = "sft.conversation", False
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        questions = [text.strip() for text in self.need(fields, "question", str).split("Question: ")[1:]]
-        answers = [text.strip() for text in self.need(fields, "answer", str).split("Answer: ")[1:]]
-        if phrases.NO_DIALOGUE in fields["question"]:
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        texts = {name: self.need(fields, name, str) for name in ("question", "answer")}
+        if phrases.NO_DIALOGUE in texts["question"]:
             return Draft([], dropped="there is no dialogue in it")
-        images, answers = self._opening(fields, draws, questions, answers)
-        segments: list[Segment] = []
-        for place, (question, answer) in enumerate(zip(questions, answers, strict=False)):
-            segments += [self.user(*(images if place == 0 else []), question, first=place == 0), Segment([answer])]
-        return Draft(segments)
-
-    def _opening(self, fields: Mapping[str, Any], draws: Draws, questions: Sequence[str], answers: Sequence[str]
-                 ) -> tuple[list[list[int]], list[str]]:
-        """Images of the first question, and the answers as they are learned."""
-        return [self.image(fields, draws, read=True)], [with_full_stop(answer) for answer in answers]
+        questions, answers = ([one.strip() for one in text.split(f"{name.capitalize()}: ")[1:]]
+                              for name, text in texts.items())
+        if self.clip and len(questions) != len(answers):
+            raise BadRecord("turns", f"answer: holds {len(answers)} answers to {len(questions)} questions.")
+        images = self.images(fields) if self.clip else [self.image(fields, draws, read=True)]
+        answers = answers if self.clip else [with_full_stop(answer) for answer in answers]
+        turns = enumerate(zip(questions, answers, strict=False))
+        return self.dialogue(([*([] if place else images), question], [answer]) for place, (question, answer) in turns)
 
 
 class VideoConversation(Conversation):
     """The same about a clip, whose frames are `image_ids`, with as many answers as questions."""
 
-    name = "sft.video_conversation"
-
-    def _opening(self, fields: Mapping[str, Any], draws: Draws, questions: Sequence[str], answers: Sequence[str]
-                 ) -> tuple[list[list[int]], list[str]]:
-        if len(questions) != len(answers):
-            raise BadRecord("turns", f"answer: holds {len(answers)} answers to {len(questions)} questions.")
-        return self.images(fields, draws, read=True), list(answers)
+    name, clip = "sft.video_conversation", True
 
 
 class Video(Tuned):
@@ -236,38 +209,50 @@ class Video(Tuned):
 
     name = "sft.video"
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        frames = self.images(fields, draws, read=True)
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         question = self.need(fields, "question", str).strip()
         answer = self.filled(fields, "answer").replace(phrases.VIDEO_ARTEFACT, "").strip()
-        return Draft([self.user(*frames, question, first=True), Segment([with_full_stop(answer)])])
+        return self.dialogue([([*self.images(fields), question], [with_full_stop(answer)])])
 
 
 # ---- conversations stored as alternating texts
 
 
-class _Turns(Decoder):
-    """`data`: question and answer in turn. Options: `system_message`, before everything, not learned; `sep` between
-    turns; `roles`: the two names (of the pre-training module)."""
+@dataclass(frozen=True)
+class TurnOptions(DecoderOptions):
+    """`system_message`: before everything, not learned. `sep`: between turns. `roles`: their names, of the pre-training
+    module alone."""
 
-    @dataclass(frozen=True)
-    class Options(DecoderOptions):
-        roles: tuple[str, str] = ("USER", "ASSISTANT")
-        sep: str = "\n"
-        system_message: str = ""
+    roles: tuple[str, str] = ("USER", "ASSISTANT")
+    sep: str = "\n"
+    system_message: str = ""
 
-    def _draft(self, turns: Sequence[str], first: Sequence[Part]) -> Draft:
+
+@dataclass(frozen=True)
+class TunedTurnOptions(TurnOptions, Prompted):
+    """With a `template`."""
+
+
+class TextConversation(Decoder):
+    """A conversation without images: `data`, question and answer in turn."""
+
+    name, tuned = "pretrain.text_conversation", False
+    Options = TurnOptions
+
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        turns = self.texts(fields, "data")
+        return self.alternate(turns, turns[:1], self.options.system_message)
+
+    def alternate(self, turns: Sequence[str], first: Sequence[Part], system: str) -> Draft:
         """`first`: the whole content of the first question, images included."""
         options, sep = self.options, self.options.sep
-        system = "" if self.name == "sft.visual_question" else options.system_message
         before, after = f"{options.roles[0]}: ", f"{sep}{options.roles[1]}: "
-        if self.name.startswith("sft."):  # which ignores the names of the roles, as in the original
+        if self.tuned:
             before, after = "USER: ", f"{sep}ASSISTANT:"
-        if getattr(options, "template", "vicuna") != "vicuna":
-            words = get_template(options.template)
-            before, after, sep = words.user_prefix, words.user_suffix, words.separator
-            system = system and f"{words.system_prefix}{system}{words.system_suffix}"
+            if options.template != "vicuna":
+                words = get_template(options.template)
+                before, after, sep = words.user_prefix, words.user_suffix, words.separator
+                system = system and f"{words.system_prefix}{system}{words.system_suffix}"
         segments: list[Segment] = []
         if system:
             segments.append(Segment([system if system.endswith(sep) else system + sep], learned=False))
@@ -278,28 +263,14 @@ class _Turns(Decoder):
         return Draft(segments, {"text": self.as_text(segments)})
 
 
-class TextConversation(_Turns):
-    """A conversation without images (`data`)."""
-
-    name = "pretrain.text_conversation"
-
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        turns = self.texts(fields, "data")
-        return self._draft(turns, turns[:1])
-
-
 class TextConversationTuned(TextConversation):
     """The same with the markers of instruction tuning."""
 
-    name = "sft.text_conversation"
-
-    @dataclass(frozen=True)
-    class Options(_Turns.Options, Prompted):
-        """Both."""
+    name, tuned = "sft.text_conversation", True
+    Options = TunedTurnOptions
 
 
-class VisualQuestion(_Turns):
+class VisualQuestion(TextConversation):
     """A conversation about images (`image_ids`), which stand before or after the first question at random.
 
     Texts: `data`, or `instruction` (or `inputs`, where it is not blank) and `outputs`.
@@ -307,36 +278,22 @@ class VisualQuestion(_Turns):
 
     name = "pretrain.visual_question"
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
-        self.need(fields, "image_ids", list)
-        before = self._before(draws)
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+        images = self.images(fields)
+        before = self.tuned or draws.uniform() < 0.5
         if fields.get("data") is None and fields.get("outputs") is not None:
             question = "inputs" if str(fields.get("inputs") or "").strip() else "instruction"
             turns = [self.need(fields, question, str), self.need(fields, "outputs", str)]
         else:
-            turns = self._edited(self.texts(fields, "data"))
-        images = self.images(fields, draws, read=True)
-        return self._draft(turns, [*images, *turns[:1]] if before else [*turns[:1], *images])
-
-    def _before(self, draws: Draws) -> bool:
-        return draws.uniform() < 0.5
-
-    def _edited(self, turns: list[str]) -> list[str]:
-        return turns
+            turns = self.texts(fields, "data")
+            if self.tuned:
+                turns = [with_full_stop(text.strip()) if n % 2 else text.strip() for n, text in enumerate(turns)]
+        return self.alternate(turns, [*images, *turns[:1]] if before else [*turns[:1], *images],
+                              "" if self.tuned else self.options.system_message)
 
 
 class VisualQuestionTuned(VisualQuestion):
     """The same in instruction tuning: images always first, answers end in a full stop, no system message."""
 
-    name = "sft.visual_question"
-
-    @dataclass(frozen=True)
-    class Options(_Turns.Options, Prompted):
-        """Both."""
-
-    def _before(self, draws: Draws) -> bool:
-        return True
-
-    def _edited(self, turns: list[str]) -> list[str]:
-        return [with_full_stop(text.strip()) if place % 2 else text.strip() for place, text in enumerate(turns)]
+    name, tuned = "sft.visual_question", True
+    Options = TunedTurnOptions

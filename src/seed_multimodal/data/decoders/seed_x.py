@@ -16,18 +16,15 @@ Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import IGNORED, Draft, Draws, Segment
+from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment, metadata_of
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
-from seed_multimodal.data.formats.record import BadRecord, shorten
-from seed_multimodal.language.prompts import ROLES, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_words
@@ -39,12 +36,9 @@ INSTRUCTION = "{instruction}"
 
 @dataclass(frozen=True)
 class PictureOptions(OpenedOptions):
-    """Options of these decoders, by their original names.
-
-    `num_img_in_tokens`, `num_img_out_tokens`: words of a view that is read, of an image that is written; 0: the
-    tokenizer's number. `multi_resolution`: images are cut into parts on one of `resolution_grids`; else they are read
-    as a whole. `base_resolution`: side of a view in pixels. `turn_sep`: before every further question.
-    """
+    """The original options. `num_img_in_tokens`, `num_img_out_tokens`: words of a view that is read, of an image that
+    is written; 0: the tokenizer's number. `multi_resolution`: images are cut into parts on one of `resolution_grids`.
+    `turn_sep`: before every further question."""
 
     num_img_in_tokens: int = setting(0, least=0)
     num_img_out_tokens: int = setting(0, least=0)
@@ -70,7 +64,6 @@ class PictureDecoder(OpenedDecoder):
     Options = PictureOptions
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
-        """See `Decoder`. Raises `ConfigError` also for a tokenizer of another system."""
         super().__init__(tokenizer, options)
         self.words = seed_x_words(tokenizer)
         self.grids = read_grids(self.options.resolution_grids)
@@ -105,33 +98,22 @@ class PictureDecoder(OpenedDecoder):
         every = [*system, *segments]
         return Draft(every, {"text": self.as_text(every)})
 
-    def fill(self, sequence: PictureSequence, draft: Draft) -> None:
-        """See `OpenedDecoder`: between `<s>` and `</s>`, without white space next to images."""
+    def _fill(self, sequence: PictureSequence, draft: Draft) -> None:
         self.add(sequence, [self.tokenizer.bos_id], [IGNORED])
         for segment in draft.segments:
-            parts: list[Any] = merge_text(list(segment.parts))
-            for place, part in enumerate(parts):
+            for part, ids in self.pieces(segment.parts):
                 if isinstance(part, str):
-                    part = part.lstrip() if place else part
-                    ids = self.tokenizer.encode(part.rstrip() if place + 1 < len(parts) else part)
                     self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids))
                 else:
-                    ids = self.words_of(part)
                     learned = self.words.boi_id if part.written else None
                     self.add(sequence, ids, [id if id == learned else IGNORED for id in ids], part)
         self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 
-    def words_of(self, used: UsedPicture) -> list[int]:
-        """The words of an image."""
-        if used.written:
+    def image_ids(self, image: UsedPicture) -> list[int]:
+        """The words of an image that is read or written."""
+        if image.written:
             return self.words.run(self.options.num_img_out_tokens)
-        return list(self.words.read_ids(used.views, self.options.num_img_in_tokens))
-
-    def as_text(self, segments: Sequence[Segment]) -> str:
-        """See `Decoder`."""
-        parts = [part for segment in segments for part in segment.parts]
-        return "".join(part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.words_of(part)))
-                       for part in parts)
+        return list(self.words.read_ids(image.views, self.options.num_img_in_tokens))
 
 
 class Conversation(PictureDecoder):
@@ -141,8 +123,7 @@ class Conversation(PictureDecoder):
     name = "seed_x.conversation"
     image_fields = ("image",)
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         turns = self.texts(fields, "data")
         used = None if fields.get("image") in NO_IMAGE else self.use(fields, "image")
         before = draws.uniform() < 0.5
@@ -167,8 +148,7 @@ class Edit(PictureDecoder):
         prompt_drop_ratio: float = setting(0.0, least=0, most=1)
         use_polite_response: bool = True
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         source, target = self.use(fields, "source_image"), self.use(fields, "target_image", written=True)
         reason = self.misshapen(source)
         if reason:
@@ -183,10 +163,9 @@ class Edit(PictureDecoder):
         before = draws.uniform() < 0.5
         return self.talk([self.instruct(self.asked(instruction, source, before)), Segment([response, target])])
 
-    def limit(self, sequence: PictureSequence, max_length: int | None) -> None:
-        """Never cut: an over-long sample is dropped, as in the original."""
+    def _limit(self, sequence: PictureSequence, max_length: int | None) -> None:
         if max_length is not None and len(sequence) >= max_length:
-            sequence.dropped = f"not fewer than {max_length} tokens"
+            sequence.dropped = f"not fewer than {max_length} tokens"  # as in the original
 
 
 class Caption(PictureDecoder):
@@ -196,8 +175,7 @@ class Caption(PictureDecoder):
     requests. `similarity_thr`: leave out pairs below it (see `data.filters`).
     `use_caption_in_metadata`, `caption_key_in_metadata`: the caption's key, in the record or in `metadata`.
 
-    A caption too long to draw from leaves the sample out. In the original it became a sample that reads the image and
-    learns the whole request.
+    A caption too long to draw from leaves the sample out; the original read the image and learned the whole request.
     """
 
     name = "seed_x.caption"
@@ -211,8 +189,7 @@ class Caption(PictureDecoder):
         use_caption_in_metadata: bool = False
         caption_key_in_metadata: str = ""
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         used = self.use(fields, "image")
         reason = self.misshapen(used) or dissimilar(
             {**metadata_of(fields), **fields}, self.options.similarity_thr)
@@ -232,25 +209,12 @@ class Caption(PictureDecoder):
         segment = Segment([used, caption]) if image_first else Segment([caption, replace(used, written=True)], False)
         return Draft([segment], {"text": caption})
 
-    def nothing_learned(self, draft: Draft) -> str:
-        """See `Decoder`: a drawn image is learned in a segment that is not."""
-        return ""
-
-
-def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object under `metadata`, which may be json text; empty without one."""
-    value = fields.get("metadata")
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRecord("malformed json", f"metadata: is not json: {shorten(value)}.") from None
-    return value if isinstance(value, Mapping) else {}
+    def _nothing_learned(self, draft: Draft) -> str:
+        return ""  # a drawn image is learned in a segment that is not
 
 
 class Chat(PictureDecoder):
-    """Any conversation with images on both sides, of our records (`data.formats.conversations`): `messages`, whose
-    contents hold opened images (`{"image": image}`).
+    """Any conversation with images on both sides: `messages` as `formats.conversations.with_messages` makes them.
 
     An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it
     (`show_drawn`), so that several edits follow each other as single ones do.
@@ -263,31 +227,22 @@ class Chat(PictureDecoder):
         show_drawn: bool = True
 
     def opened(self, fields: Mapping[str, Any], open_picture: Any) -> dict[str, Any]:
-        """See `OpenedDecoder`: the images of the messages."""
-        def part(value: Any, name: str) -> Any:
-            return {"image": open_picture(value["image"], name)} if isinstance(value, Mapping) else value
-
-        return {**fields, "messages": [
-            {**message, "content": message["content"] if isinstance(message["content"], str) else [
-                part(one, f"messages[{place}].content[{number}]") for number, one in enumerate(message["content"])]}
+        """The fields with the images of the messages opened."""
+        return {**fields, "messages": [{**message, "content": [
+            part if isinstance(part, str) else {"image": open_picture(
+                self.need(part, "image", object), f"messages[{place}].content[{number}]")}
+            for number, part in enumerate(message["content"])]}
             for place, message in enumerate(self.need(fields, "messages", list))]}
 
-    def draft(self, fields: Mapping[str, Any], draws: Draws) -> Draft:
-        """See `Decoder`."""
+    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         segments: list[Segment] = []
         drawn: dict[str, Any] | None = None
         for place, message in enumerate(self.need(fields, "messages", list)):
-            name, written = f"messages[{place}]", bool(place % 2)
-            if message.get("role") != ROLES[place % 2]:
-                raise BadRecord("wrong role", f"{name}: must be the {ROLES[place % 2]}'s turn.")
-            content = message["content"]
-            content = [content] if isinstance(content, str) else content
+            written, content = bool(place % 2), message["content"]
             images = [part for part in content if not isinstance(part, str)]
             if not written and drawn and not images and self.options.show_drawn:
                 content = [drawn, *content]
             parts = [part if isinstance(part, str) else self.use(part, "image", written) for part in content]
             segments.append(Segment(parts) if written else self.instruct(parts, place == 0))
             drawn = images[-1] if written and images else None
-        if len(segments) % 2:
-            raise BadRecord("wrong role", "messages: the conversation ends without an answer.")
         return self.talk(segments)

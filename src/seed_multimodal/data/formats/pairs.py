@@ -4,7 +4,7 @@
     source.read(17)                # Pair(key, name, image, captions)
 
 Nothing is decoded here. A sample without image or caption, or whose members cannot be read, raises one of
-`SAMPLE_FAULTS` when it is read: callers name, skip and count it (`stream.skip_budget`).
+`SAMPLE_FAULTS` when it is read: callers name, skip and count it (`stream.mixture`).
 """
 
 from __future__ import annotations

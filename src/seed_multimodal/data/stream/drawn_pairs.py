@@ -1,18 +1,16 @@
-"""Images that a pixel decoder learns to draw: their pixels, the vision encoder's view of them, their size conditions,
-and for edits the image before.
+"""Images that a pixel decoder learns to draw: their pixels, the vision encoder's view of the same part, their size
+conditions, and for edits the image before.
 
-Both views are of the same part of the image. With `keep_ratio` the shorter side is scaled and the centre cut out (as in
-the nearest published training of such an adapter, SEED-Story's); else both sides are squashed, as in SEED-X's editing.
-
-A view of several sizes (`sizes`) draws each image in one of them, always the same: with `keep_ratio` in the one whose
-ratio is nearest, of which the centre is cut, else squashed to one that its key chooses. `by_size` batches such samples.
+With `keep_ratio` the shorter side is scaled and the centre cut out (as in SEED-Story's training of such an adapter);
+else both sides are squashed, as in SEED-X's editing. With several `sizes` each image has one: that of the nearest
+ratio, or if squashed one that its key chooses; `by_size` batches such samples.
 """
 
 from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +21,7 @@ from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
 from seed_multimodal.data.formats.sources import registered
-from seed_multimodal.data.stream.pair_dataset import SourceDataset
+from seed_multimodal.data.stream.pairs_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
@@ -94,16 +92,10 @@ def _part(picture: Image.Image, ratio: Size, size: Size, cut: bool, by: str = "b
 
 class DrawnPairs(SourceDataset):
     """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
-    edit) and, for a model that reads one, `condition` uint8 `[3, H, W]` (zeros where there is none).
+    edit) and with `reads_condition` the image before, `condition` uint8 `[3, H, W]` (zeros where there is none)."""
 
-    Args:
-        source: pictures (`open_pictures`); those with a condition hold edits.
-        reads_condition: whether samples hold `condition`.
-    """
-
-    def __init__(self, source: PairSource, view: DrawnView, *, reads_condition: bool = False, seed: int = 0,
-                 max_bad_in_a_row: int = 20, log: Callable[[str], None] | None = print) -> None:
-        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
+    def __init__(self, source: PairSource, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
+        super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
@@ -128,10 +120,6 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def open_pictures(spec: Mapping[str, Any]) -> PairSource:
-    """Pictures without captions, as `formats.pairs.open_pairs`; with `condition_key` they are edits.
-
-    Raises:
-        ConfigError, DataError: as `open_pairs`.
-    """
+    """Images without captions, as `formats.pairs.open_pairs`; with `condition_key` they are edits."""
     plain = {"format": "auto", **spec}
     return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})

@@ -1,10 +1,11 @@
-"""Results for consecutive steps, loaded ahead by the worker processes of torchdata's `StatefulDataLoader`.
+"""Samples loaded ahead by the worker processes of torchdata's `StatefulDataLoader`, and batches by step number.
 
-    loader = StepLoader(fetch, job, workers=4)
-    loader.at(7); loader.at(8)         # consecutive steps are loaded ahead; a jump restarts the workers
+    with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
+        for step in range(start, steps):
+            batch = batches.at(step)       # consecutive steps are loaded ahead; a jump restarts the workers
 
-`job(step)` describes what to load for a step; `fetch(job)` loads it, in this process or in a worker. The position is
-kept by the caller, because a loader's own state does not survive another number of workers.
+The same batch for (seed, step, rank), however the run was started. The caller keeps the position, because a loader's
+own state does not survive another number of workers.
 """
 
 from __future__ import annotations
@@ -12,123 +13,62 @@ from __future__ import annotations
 import atexit
 import ctypes
 import itertools
-import multiprocessing.util  # noqa: F401  # before our atexit function, which must run before its own
-import os
 import signal
 import sys
-import threading
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
 
 import torch
-from torch.utils.data import get_worker_info
+from torch.utils.data import default_collate
 
+from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder, Part
 from seed_multimodal.errors import DataError, SeedError
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-class StepLoader:
-    """The result of `fetch` for a step, while the next steps are loaded; a context manager that stops its workers.
+def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Iterator[Any]:
+    """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
 
-    Workers ignore SIGTERM, so that a training process can finish its step, and end with the process that holds them,
-    even one that is killed. torch's global generator is not used.
-
-    Args:
-        fetch: job -> result. Its optional method `enter_worker()` is called once in each worker.
-        job: step -> job, called in this process, in the order of steps. Must not hold this object.
-        workers: processes; 0 loads in this process when asked.
-        ahead: steps that each worker loads ahead.
-
-    `wait_seconds` is the time spent inside `at` so far.
+    Raises:
+        SeedError: as `fetch` does. DataError: a worker was killed.
     """
+    if not workers:
+        yield from map(fetch, jobs)
+        return
+    from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
 
-    def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0, ahead: int = 2
-                 ) -> None:
-        self.workers, self.ahead, self.wait_seconds = workers, ahead, 0.0
-        self._fetch, self._job = _Fetch(fetch), job
-        self._iterator: Any = None
-        self._following = -1  # the step that the workers return next
-
-    def at(self, step: int) -> Any:
-        """The result for a step, from 0.
-
-        Raises:
-            SeedError: as `fetch` raises it, from workers too. DataError: a worker was killed.
-        """
-        started = time.perf_counter()
-        result = self._from_workers(step) if self.workers else self._fetch[self._job(step)]
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(result, SeedError):
-            self.close()
-            raise result
-        return result
-
-    def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        iterator, self._iterator, self._following = self._iterator, None, -1
-        if iterator is not None:  # not left to its end of life: a traceback may hold it
-            iterator._shutdown_workers()
-
-    def worker_pids(self) -> list[int]:
-        """Process ids of the running workers."""
-        return [worker.pid for worker in getattr(self._iterator, "_workers", ())]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        self.close()
-
-    def _from_workers(self, step: int) -> Any:
-        if step != self._following:
-            self.close()
-        self._following = step + 1
-        try:
-            if self._iterator is None:
-                self._iterator = self._start(step)
-            return next(self._iterator)
-        except (RuntimeError, OSError, EOFError) as error:
-            ended = [worker for worker in getattr(self._iterator, "_workers", ()) if worker.exitcode is not None]
-            sentence = _how_it_ended(ended[0]) if ended else ""  # before all are stopped
-            self.close()
-            if not sentence:
-                raise
-            raise DataError(sentence) from error
-
-    def _start(self, step: int) -> Any:
-        from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
-
+    before = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
         # Its own generator: else the training's random numbers would depend on when workers were started.
-        _WITH_WORKERS.add(self)
-        with _no_sigchld_handler(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-            return iter(StatefulDataLoader(
-                self._fetch, batch_size=None, sampler=map(self._job, itertools.count(step)), num_workers=self.workers,
-                collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(), prefetch_factor=self.ahead,
-                snapshot_every_n_steps=None))
-
-
-_WITH_WORKERS: weakref.WeakSet[StepLoader] = weakref.WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Stop all workers at exit: after an exception the process would wait for ever for workers that ignore SIGTERM."""
-    for loader in list(_WITH_WORKERS):
-        loader.close()
+        results = iter(StatefulDataLoader(
+            _Fetch(fetch), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=_as_is,
+            worker_init_fn=_enter, generator=torch.Generator(), snapshot_every_n_steps=None))
+    if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise at any point of the training
+        signal.signal(signal.SIGCHLD, before)
+    stop = results._shutdown_workers
+    atexit.register(stop)  # after an exception the process would wait for ever: workers ignore SIGTERM
+    try:
+        for result in results:
+            if isinstance(result, SeedError):
+                raise result
+            yield result
+    except (RuntimeError, OSError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):  # raised by `fetch`
+            raise
+        raise DataError("A data worker process was killed (often because memory ran out); resume from the last "
+                        "checkpoint, with fewer workers if it happens again.") from error
+    finally:
+        stop()
+        atexit.unregister(stop)
 
 
 class _Fetch:
-    """The data set that the workers see. A `SeedError` is returned as a value: raised inside a worker it would arrive
-    wrapped in a traceback."""
+    """The data set that the workers see. A `SeedError` is returned: raised it would arrive wrapped in a traceback."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
@@ -145,40 +85,76 @@ def _as_is(value: Any) -> Any:
 
 
 def _enter(worker: int) -> None:
-    """Let a worker ignore the SIGTERM that torchrun sends to all, and end when its parent dies."""
+    """Let a worker ignore the SIGTERM that torchrun sends to all, and end as soon as its parent dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _end_with_parent()
-    info = get_worker_info()
-    enter = getattr(info.dataset.fetch, "enter_worker", None) if info is not None else None
-    if enter is not None:
-        enter()
+    if sys.platform == "linux":  # elsewhere torch's workers look for their parent between batches
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-def _end_with_parent() -> None:
-    """Linux ends this process as soon as its parent is dead; torch's workers check for this only between batches."""
-    if sys.platform != "linux":
-        return
-    parent = multiprocessing.parent_process()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
-    if parent is not None and os.getppid() != parent.pid:  # it died before
-        os._exit(1)
+class StepBatches:
+    """Batches of one rank by step number; two ranks together have what one process with a double batch has.
+
+    `dataset`: `get(index, epoch)` gives a sample, `len` their number; optional: `shard_sizes`, `shuffle_block`, `bad`
+    and `note_bad` as of `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker. `order`: instead of
+    that of the set's epochs.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,
+                 collate: Callable[[list[Any]], Any] = default_collate, shuffle: bool = True,
+                 order: EpochOrder | MixedOrder | None = None) -> None:
+        if not len(dataset):
+            raise DataError("The training set is empty.")
+        sizes = getattr(dataset, "shard_sizes", None)
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes,
+                                         block=0 if sizes is None else dataset.shuffle_block)
+        self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
+        self.workers, self.collate = workers, collate
+        self.wait_seconds = 0.0  # spent inside `at`
+        self._following = -1  # the step that is loaded next
+        self._loaded: Any = None
+
+    def at(self, step: int) -> Any:
+        """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
+        started = time.perf_counter()
+        if step != self._following:
+            self.close()
+            self._loaded = load(_Batch(self.dataset, self.collate), map(self._parts, itertools.count(step)),
+                                self.workers)
+        self._following = -1  # after an error
+        batch, bad = next(self._loaded)
+        self._following = step + 1
+        for key, reason in bad:
+            self.dataset.note_bad(key, reason)
+        self.wait_seconds += time.perf_counter() - started
+        return batch
+
+    def _parts(self, step: int) -> list[Part]:
+        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
+
+    def bad_samples(self) -> list[tuple[str, str]]:
+        """(key, reason) of each sample of this rank that had to be replaced so far."""
+        return list(getattr(self.dataset, "bad", ()))
+
+    def close(self) -> None:
+        """Stop the workers; the next `at` starts new ones."""
+        if self._loaded is not None:
+            self._loaded.close()
+        self._following = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
 
-@contextmanager
-def _no_sigchld_handler() -> Iterator[None]:
-    """Undo the SIGCHLD handler that the start of workers installs: it would raise at any point of the training."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if before is not None and signal.getsignal(signal.SIGCHLD) is not before:
-        signal.signal(signal.SIGCHLD, before)
+class _Batch:
+    """One step's batch, and the samples found bad on the way."""
 
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
+        self.dataset, self.collate = dataset, collate
 
-def _how_it_ended(worker: Any) -> str:
-    code = worker.exitcode
-    how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    hint = " (signal 9 often means that memory ran out)" if code == -signal.SIGKILL else ""
-    return (f"A data worker process (pid {worker.pid}) {how}{hint}; resume from the last checkpoint, with fewer "
-            f"workers if it happens again.")
+    def __call__(self, parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
+        known = len(getattr(self.dataset, "bad", ()))
+        batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
+        return batch, list(getattr(self.dataset, "bad", ()))[known:]

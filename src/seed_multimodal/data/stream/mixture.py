@@ -1,45 +1,59 @@
-"""The sources of an LLM's training data: which one a draw reads, and the sequence at a position of one.
+"""The sources of an LLM's training data: which one a draw reads, and what is at a position of one.
 
-    mixture = Mixture(settings, tokenizer)
-    mixture.sequence(source=0, position=1234, max_length=None)
-
-Positions count through a source's epochs without end: an epoch is a permutation of the source (`order.EpochOrder`)
+Positions count through a source's epochs without end: an epoch is a permutation of the source (`sampler.EpochOrder`)
 and what is random in decoding is a function of (seed, source, position).
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, Draws, SeededDraws, TokenSequence, some_picture
+from seed_multimodal.data.decoders.base import IGNORED, Decoder, SeededDraws, TokenSequence
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
-from seed_multimodal.data.formats.sources import FileRecords, open_records
-from seed_multimodal.data.stream.data_settings import LlmDataSettings, SourceSettings
-from seed_multimodal.data.stream.order import EpochOrder
+from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.stream.config import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.packing import split_long
-from seed_multimodal.data.stream.skip_budget import BROKEN, DROPPED, TOO_LONG, SkippedSample
+from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
 from seed_multimodal.data.stream.views import TAR_PARTS, PictureReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 USABLE_WITHIN = 100
-_BITS = (1 << 64) - 1
 SPLIT_DECODERS = ("pretrain.text",)
+BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
+NAMED = 5  # records named for each reason of a skip
 _WORDS = {"skip": "skipped", "truncate": "cut", "split": "split"}
-Found = tuple[TokenSequence, str]  # and the place of its record
+_BITS = (1 << 64) - 1
 
 
-class Piece(NamedTuple):
-    """A sequence, or a piece of a split document (int32 [n] ids and labels), and its images' views."""
+class SkippedSample(NamedTuple):
+    """A record that was skipped (or, if too long, shortened): BROKEN, DROPPED or TOO_LONG; a reason in a few words, the
+    same for many records; its file and line or sample, for broken records the whole sentence."""
 
+    kind: str
+    reason: str
+    where: str
+
+
+@dataclass
+class Piece:
+    """A sequence (int32 [n] ids and labels) and its images' views; piece `number` of what a position gave."""
+
+    source: int
+    position: int
+    number: int
     ids: np.ndarray
     labels: np.ndarray
     views: SequenceViews | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Read(NamedTuple):
@@ -54,89 +68,113 @@ class EndOfData(DataError):
 
 
 class Mixture:
-    """The opened sources with their decoders and orders.
-
-    Raises:
-        ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
-    """
+    """The opened sources with their decoders and orders."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
-        self.settings = settings
-        self.names = [source.name for source in settings.sources]
-        self.choice = SourceChoice(settings.draw_weights(), settings.concat_type, settings.seed)
+        """Raises ConfigError: an unknown decoder or option; DataError: files that are not there or cannot be read."""
+        self.settings, self.sources, self.weights = settings, settings.sources, settings.draw_weights()
         self.records = [open_records(source.files, format=source.format, name=source.name,
                                      cache=settings.cache, options=source.format_options,
                                      others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
-                        for source in settings.sources]
-        self.decoders = [_decoder(source, records, tokenizer)
-                         for source, records in zip(settings.sources, self.records, strict=True)]
+                        for source in self.sources]
+        self.decoders = [_decoder(source, tokenizer) for source in self.sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
-                        for source, records, decoder in zip(settings.sources, self.records, self.decoders, strict=True)]
+                        for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
         sides = {one.options.base_resolution for one in self.decoders if isinstance(one, OpenedDecoder)}
         if len(sides) > 1:
             raise ConfigError(f"The views of all sources need one size; base_resolution is {sorted(sides)}.")
         self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
         self.limits = [None if source.cycles is None else source.cycles * size
-                       for source, size in zip(settings.sources, self.sizes, strict=True)]
-        self.seeds = [zlib.crc32(f"{settings.seed} {name}".encode()) for name in self.names]
-        # near an epoch's end two are read at once, of tiny sources more
-        self.orders = [EpochOrder(size, seed, sizes=records.shard_sizes, keep=2 if size > 100_000 else 16,
-                                  block=settings.shuffle_block if len(records.shard_sizes) > 1 else 0)
+                       for source, size in zip(self.sources, self.sizes, strict=True)]
+        self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
+        self.orders = [EpochOrder(size, seed, sizes=records.shard_sizes,
+                                  block=SHUFFLE_BLOCK if len(records.shard_sizes) > 1 else 0)
                        for size, seed, records in zip(self.sizes, self.seeds, self.records, strict=True)]
 
-    def sequence(self, source: int, position: int, max_length: int | None = None) -> Found | SkippedSample:
-        """(the sequence at a position of a source's endless order, the place of its record), or why there is none.
+    def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
+               ) -> tuple[TokenSequence, str] | SkippedSample:
+        """(the sequence of a record, cut as the original decoder cuts; where it lies), or why there is none: for
+        training and for `seed data check`."""
+        where, reader = "", self.readers[source]
+        try:
+            record = self.records[source].read(index)
+            where = record.where
+            made = self.decoders[source].decode(record.fields if reader is None else reader.fields(record), draws,
+                                                max_length)
+        except ConfigError:
+            raise
+        except SeedError as error:
+            sentence = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), sentence)
+        if made.dropped or not made.ids:
+            return SkippedSample(DROPPED, made.dropped or "empty", where)
+        return made, where
 
-        Args:
-            max_length: None: the whole sequence; a number: cut as the original decoder cuts.
-        """
+    def sequence(self, source: int, position: int, max_length: int | None = None
+                 ) -> tuple[TokenSequence, str] | SkippedSample:
+        """As `decode`, of the record at a position of a source's endless order."""
         (_, indices), = self.orders[source].parts(position, 1)
-        draws = SeededDraws(self.settings.seed, self.seeds[source], position)
-        return read_sequence(self.records[source], int(indices[0]), self.decoders[source], self.readers[source], draws,
-                             max_length, source)
+        return self.decode(source, int(indices[0]), SeededDraws(self.settings.seed, self.seeds[source], position),
+                           max_length)
+
+    def read_draw(self, source: int, start: int) -> list[Read]:
+        """What the positions of a draw give; they are fewer at the end of a source's cycles."""
+        end, limit = start + self.settings.shape(source)[0], self.limits[source]
+        return [self.read(source, position) for position in range(start, end if limit is None else min(end, limit))]
 
     def read(self, source: int, position: int) -> Read:
-        """The sequence at a position as pieces that fit the rows: packed ones of `length`, padded ones of the source's
-        `max_length`."""
-        settings, reader = self.settings, self.readers[source]
-        length = settings.length if settings.packing else settings.padded_shape(source)[1]
+        """The sequence at a position as pieces that fit the rows."""
+        settings, reader, length = self.settings, self.readers[source], self.settings.shape(source)[1]
         too_long = settings.too_long if settings.packing else "truncate"
-        if too_long == "split" and settings.sources[source].decoder not in SPLIT_DECODERS:
+        if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
             too_long = "skip"
         # Decoders with images know themselves where a sequence may be cut.
         found = self.sequence(source, position, None if reader is None else length)
         if isinstance(found, SkippedSample):
             return Read([], found)
         sequence, where = found
-        cut = sequence.cut if isinstance(sequence, PictureSequence) else 0
-        total, note = len(sequence) + cut, None
+        total, note = len(sequence) + (sequence.cut if isinstance(sequence, PictureSequence) else 0), None
         if total > length:
-            note = SkippedSample(source, TOO_LONG, _WORDS[too_long],
-                                 f"{where} ({total} tokens, rows have {length})")
+            note = SkippedSample(TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})")
             if too_long == "skip":
                 return Read([], note)
+            if too_long == "truncate" and reader is None:
+                found = self.sequence(source, position, length)
+                if isinstance(found, SkippedSample):
+                    return Read([], found)
+                sequence = found[0]
+        ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
         if reader is not None and isinstance(sequence, PictureSequence):
-            return Read([Piece(*_arrays(sequence), reader.cut(sequence))], note)
-        if note and too_long == "truncate":
-            found = self.sequence(source, position, length)
-            if isinstance(found, SkippedSample):
-                return Read([], found)
-            sequence = found[0]
-        ids, labels = _arrays(sequence)
-        pieces = split_long(ids, labels, length) if too_long == "split" else [(ids[:length], labels[:length])]
-        kept = [Piece(*one) for one in pieces if not settings.packing or (one[1][1:] != IGNORED).any()]
-        return Read(kept, note) if kept else Read([], SkippedSample(source, DROPPED, "nothing to learn in it", where))
+            return Read([Piece(source, position, 0, ids, labels, reader.cut(sequence))], note)
+        pieces = split_long(ids, labels, length) if too_long == "split" else [(ids, labels)]
+        if settings.packing:
+            pieces = [one for one in pieces if (one[1][1:] != IGNORED).any()]
+        if not pieces:
+            return Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
+        return Read([Piece(source, position, number, *one) for number, one in enumerate(pieces)], note)
+
+    def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
+        """The source of draw `number`, after `counts` from each, among those `alive` (not used up); None: all are."""
+        left = [index for index, there in enumerate(alive) if there]
+        if not left:
+            return None
+        if self.settings.concat_type == "concat":
+            return left[0]
+        if self.settings.concat_type == "mux_longest":
+            return min(left, key=lambda index: counts[index])  # the first of those drawn least
+        place = uniform(self.settings.seed, number) * sum(self.weights[index] for index in left)
+        for index in left:
+            place -= self.weights[index]
+            if place < 0:
+                return index
+        return left[-1]
 
     def check_usable(self) -> None:
-        """Read the first record of each source that training can use.
-
-        Raises:
-            DataError: a source has none among its first ones in training's order.
-        """
-        for source, name in enumerate(self.names):
-            count = min(self.sizes[source], max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
+        """Raise a DataError if training can use none of the first records of a source, in its order."""
+        for source, size in enumerate(self.sizes):
             first: SkippedSample | None = None
+            count = min(size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
             for position in range(count):
                 read = self.read(source, position)
                 if read.pieces:
@@ -145,104 +183,22 @@ class Mixture:
             else:
                 assert first is not None
                 reason = "too long" if first.kind == TOO_LONG else first.reason
-                raise DataError(f"Source {name}: no record can be used ({counted(count, 'record')} tried); the first: "
-                                + (first.where if first.kind == BROKEN else f"{first.where}: {reason}."))
+                raise DataError(f"Source {self.sources[source].name}: no record can be used "
+                                f"({counted(count, 'record')} tried); the first: {first.where}"
+                                + ("" if first.kind == BROKEN else f": {reason}."))
 
     def end_of_data(self) -> EndOfData:
         """The error for a mixture that is used up."""
-        used = ", ".join(f"{source.name} {source.cycles}x" for source in self.settings.sources)
+        used = ", ".join(f"{source.name} {source.cycles}x" for source in self.sources)
         return EndOfData(f"All sources are used up (cycles: {used}): ask for fewer steps, raise cycles, or leave "
                          f"cycles out for no end.")
 
 
-def _arrays(sequence: TokenSequence) -> tuple[np.ndarray, np.ndarray]:
-    return np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
-
-
-def read_sequence(records: FileRecords, index: int, decoder: Decoder, reader: PictureReader | None, draws: Draws,
-                  max_length: int | None = None, source: int = 0) -> Found | SkippedSample:
-    """(the sequence of a record, its place), or why there is none: for training and for `seed data check`.
-
-    Args:
-        reader: of a decoder that opens pictures. max_length: as of `Mixture.sequence`. source: number in the result.
-    """
-    where = ""
+def _decoder(source: SourceSettings, tokenizer: MultimodalTokenizer) -> Decoder:
     try:
-        record = records.read(index)
-        where = record.where
-        made = decoder.decode(record.fields if reader is None else reader.fields(record), draws, max_length)
-    except ConfigError:
-        raise
-    except SeedError as error:
-        sentence = str(error)
-        if where and not sentence.startswith(where):
-            sentence = f"{where}: {sentence}"
-        return SkippedSample(source, BROKEN, getattr(error, "kind", "broken record"), sentence)
-    if made.dropped or not made.ids:
-        return SkippedSample(source, DROPPED, made.dropped or "empty", where)
-    return made, where
-
-
-class OtherPicture:
-    """The `noise_source` of a decoder's `code_noise`: a picture of another record of the same source."""
-
-    def __init__(self, records: FileRecords, tokens_per_image: int, n_codes: int) -> None:
-        self.records, self.tokens_per_image, self.n_codes = records, tokens_per_image, n_codes
-
-    def __call__(self, draws: Draws) -> list[int]:
-        """The codes of some picture.
-
-        Raises:
-            DataError: hardly any record has one.
-        """
-        for _ in range(20):
-            try:
-                fields = self.records.read(draws.randint(0, len(self.records) - 1)).fields
-            except DataError:  # broken: counted at its own draw, not at this one
-                continue
-            codes = some_picture(fields, draws, self.tokens_per_image)
-            if codes and len(codes) == self.tokens_per_image and 0 <= min(codes) <= max(codes) < self.n_codes:
-                return codes
-        raise DataError(f"{self.records.name}: code_noise takes codes from other pictures, and 20 records in a row "
-                        f"have none that is whole.")
-
-
-def _decoder(source: SourceSettings, records: FileRecords, tokenizer: MultimodalTokenizer) -> Decoder:
-    options = dict(source.options)
-    if options.get("code_noise"):
-        options.setdefault("noise_source", OtherPicture(records, tokenizer.vocabulary.tokens_per_image,
-                                                        tokenizer.vocabulary.n_codes))
-    try:
-        return get_decoder(source.decoder, tokenizer, options)
+        return get_decoder(source.decoder, tokenizer, source.options)
     except ConfigError as error:
         raise ConfigError(f"source {source.name}: {error}") from None
-
-
-class SourceChoice:
-    """Which source a draw takes, by the mixture's `concat_type`, among those that are not used up."""
-
-    def __init__(self, weights: Sequence[float], concat_type: str, seed: int) -> None:
-        self.weights, self.concat_type, self.seed = list(weights), concat_type, seed
-
-    def __call__(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
-        """The source of a draw, or None when all are used up.
-
-        Args:
-            counts: earlier draws from each source. alive: whether each has something left.
-        """
-        left = [index for index, there in enumerate(alive) if there]
-        if not left:
-            return None
-        if self.concat_type == "concat":
-            return left[0]
-        if self.concat_type == "mux_longest":
-            return min(left, key=lambda index: counts[index])  # the first of those drawn least
-        place = uniform(self.seed, number) * sum(self.weights[index] for index in left)
-        for index in left:
-            place -= self.weights[index]
-            if place < 0:
-                return index
-        return left[-1]
 
 
 def uniform(seed: int, number: int) -> float:
@@ -254,3 +210,22 @@ def uniform(seed: int, number: int) -> float:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _BITS
         state ^= state >> 31
     return (state >> 11) / (1 << 53)
+
+
+def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
+    """Add the counts of a source in another process or run: numbers, and records skipped by reason."""
+    for key, own in into.items():
+        if isinstance(own, dict):
+            for reason, more in counts[key].items():
+                add_skipped(own, reason, more["count"], more["first"])
+        else:
+            into[key] = own + counts[key]
+
+
+def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
+    """Count records skipped for a reason and name the first few; whether one of them is newly named."""
+    entry = group.setdefault(reason, {"count": 0, "first": []})
+    known = len(entry["first"])
+    entry["count"] += count
+    entry["first"] = [*dict.fromkeys([*entry["first"], *places])][:NAMED]
+    return len(entry["first"]) > known

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,13 +28,9 @@ READ, WRITTEN = 1, 2
 
 @dataclass
 class SequenceViews:
-    """The views of a sequence, in the order of their tokens.
-
-    Attributes:
-        pixels: uint8 [n, 3, S, S]. positions: [n, 2], the centre (x, y) of each in its image. written: bool [n], the
-            others are read. marks: int8 [tokens], READ and WRITTEN at the tokens of views.
-        seeds: int64 [n], of the images. words: tokens of each view, where all of the sequence have as many.
-    """
+    """The views of a sequence, in the order of their tokens: uint8 pixels [n, 3, S, S], the centre (x, y) of each in
+    its image, written (the others are read), the images' seeds; READ and WRITTEN at the tokens of views, int8 [tokens];
+    tokens of each view, where all of the sequence have as many."""
 
     pixels: Tensor
     positions: list[list[float]]
@@ -63,13 +58,14 @@ class BatchViews:
 
 
 class PictureReader:
-    """Opens the images that a record names or holds, and cuts those of its sequence.
-
-    `folder`: of the images that records name; None: that of the record's file, or the current one.
-    """
+    """Opens the images that a record names (in `folder`, or beside the record's file) or holds, and cuts those of its
+    sequence."""
 
     def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
+        side = decoder.options.base_resolution
+        self._whole = ImageTransform(side, interpolation=decoder.interpolation)
+        self._cutter = AnyResolution(side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",))))
 
     def fields(self, record: Record) -> dict[str, Any]:
         """The fields of a record with its images opened; of a tar also `image` and `text` out of its members.
@@ -91,7 +87,7 @@ class PictureReader:
         """The views of a sequence; None without any."""
         pixels, positions, written, seeds = [], [], [], []
         for used in sequence.pictures:
-            shown = self._views(used.picture, used.grid is not None)
+            shown = self._whole.read(used.picture)[None] if used.grid is None else self._cutter.cut(used.picture)
             kept = slice(-1, None) if used.written else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
@@ -104,34 +100,21 @@ class PictureReader:
         return SequenceViews(torch.cat(pixels), positions, written, marks, seeds,
                              len(sequence.read + sequence.written) // len(seeds))
 
-    def _views(self, picture: Any, parts: bool) -> Tensor:
-        return self._cutter.cut(picture) if parts else self._whole.read(picture)[None]
 
-    @cached_property
-    def _cutter(self) -> AnyResolution:
-        options = self.decoder.options
-        return AnyResolution(options.base_resolution, tuple(options.resolution_grids))
-
-    @cached_property
-    def _whole(self) -> ImageTransform:
-        return ImageTransform(self.decoder.options.base_resolution, interpolation=self.decoder.interpolation)
-
-
-def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence[Sequence[int]], length: int
-               ) -> BatchViews | None:
+def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int) -> BatchViews | None:
     """The views of a batch; None without any. Of each row its sequences' views and tokens, from left to right."""
-    found = [views for row in rows for views in row if views is not None]
+    found = [views for row in rows for views, _ in row if views is not None]
     if not found:
         return None
-    marks = np.zeros((len(rows), length), np.int8)
-    for line, row, sizes in zip(marks, rows, lengths, strict=True):
+    marks = torch.zeros(len(rows), length, dtype=torch.int8)
+    for line, row in zip(marks, rows, strict=True):
         start = 0
-        for views, size in zip(row, sizes, strict=True):
+        for views, size in row:
             if views is not None:
-                line[start:start + size] = views.marks[:size]
+                line[start:start + size] = torch.from_numpy(views.marks[:size])
             start += size
     return BatchViews(torch.cat([one.pixels for one in found]),
                       torch.tensor([place for one in found for place in one.positions]),
-                      torch.tensor([written for one in found for written in one.written]), torch.from_numpy(marks),
+                      torch.tensor([written for one in found for written in one.written]), marks,
                       torch.tensor([seed for one in found for seed in one.seeds]),
                       torch.tensor([one.words for one in found for _ in one.seeds]))

@@ -3,96 +3,100 @@
     python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml trainer.max_steps=100 output_dir=log/run
     python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
 
+A group (model, data, …) takes the name of one of its configurations or the path of any file. A flag becomes an
+override in its place of the line, and the last one wins; a group's file replaces what flags before it set. `_target_`
+names are looked up in tables, never called.
+
 Beside overrides and flags: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved
 configuration and stop), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+from seed_multimodal.config import read_yaml, resolve
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import describe_settings
-from seed_multimodal.training.llm.compose import compose, group_folder
-from seed_multimodal.training.llm.flags import translate
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import check_keys, describe_settings, nearest
+from seed_multimodal.training.llm.config import GROUPS, find_folder
 
 # Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.data_settings:LlmDataSettings",
-        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.trainer_settings:TrainerSettings",
+_LLM = {"model": "training.llm.config:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
+        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.config:TrainerSettings",
         "tokenizer": "", "deepspeed": "", "eval_data": ""}
 _PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
            "optim": "training.optimizers:OptimSettings", "trainer": "training.pixel_decoder.task:PixelTrainer",
            "deepspeed": ""}
+FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
+_SUFFIXES = (".yaml", ".yml", ".json")
+_PLUGIN = "accelerate.DeepSpeedPlugin"  # SEED-X's way to name DeepSpeed's json
+
+# Flag -> the group whose file it names, or the key that it sets.
+FILES = {"model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
+         "deepspeed": "deepspeed", "llm_model": "model", "train_dataset": "data", "deepspeed_plugin": "deepspeed",
+         "agent_model": "agent", "visual_encoder": "visual_encoder"}
+TEXTS = {"output_dir": "output_dir", "run_name": "trainer.run_name", "expr_name": "trainer.run_name",
+         "resume": "trainer.resume", "resume_from_checkpoint": "trainer.resume", "device": "trainer.device",
+         "lr_scheduler_type": "optim.lr_scheduler_type"}
+VALUES = {**{name: f"trainer.{name}" for name in (
+              "max_steps", "gradient_accumulation_steps", "max_grad_norm", "seed", "dataloader_num_workers",
+              "logging_steps", "save_steps", "save_total_limit", "eval_steps", "gradient_checkpointing")},
+          **{name: f"optim.{name}" for name in (
+              "learning_rate", "min_lr_ratio", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
+              "adam_beta2", "adam_epsilon")}, "torch_compile": "trainer.compile"}
+SPECIAL = ("bf16", "fp16", "mixed_precision", "use_cpu", "no_cuda", "report_to", "evaluation_strategy",
+           "eval_strategy", "save_strategy", "optim", "lr_scheduler_kwargs", "num_train_epochs")
+REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
+# Accepted without effect: the data configuration sets micro-batches and views, the engine most of the rest.
+IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
+           "ignore_data_skip", "resume_steps", "data_seed", "project_name", "image_transform", "logging_nan_inf_filter",
+           "log_level", "log_level_replica", "logging_dir", "logging_strategy", "logging_first_step", "disable_tqdm",
+           "log_on_each_node", "dataloader_drop_last", "dataloader_pin_memory", "group_by_length",
+           "remove_unused_columns", "dataloader_prefetch_factor", "dataloader_persistent_workers",
+           "ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "local_rank",
+           "full_determinism", "tf32", "bf16_full_eval", "fp16_full_eval", "fp16_opt_level", "half_precision_backend",
+           "overwrite_output_dir", "do_train", "do_eval", "save_safetensors", "prediction_loss_only", "past_index",
+           "save_on_each_node", "include_inputs_for_metrics", "eval_accumulation_steps", "eval_delay")
+OPTIONS = {"cp": "config_path", "cd": "config_path", "config_path": "config_path", "config_dir": "config_path",
+           "cn": "config_name", "config_name": "config_name", "c": "cfg", "cfg": "cfg", "h": "help", "help": "help",
+           "debug": "debug"}
+_BARE = ("bf16", "fp16", "use_cpu", "no_cuda", "gradient_checkpointing", "torch_compile", *REFUSED, *IGNORED,
+         "c", "cfg", "h", "help", "debug")  # may stand without a value
+_KNOWN = (*FILES, *TEXTS, *VALUES, *SPECIAL, *REFUSED, *IGNORED, *OPTIONS)
+_OWN = ("resume", "device")  # flags of ours: they do not bring the original's defaults
 
 
-@dataclass(frozen=True)
-class Application:
-    """A training with a command line of this kind.
+class Application(NamedTuple):
+    """A training: its configuration below `configs`; `module:name` below this package of an `LlmTask` or a function of
+    the resolved configuration; its groups' settings, see `_LLM`."""
 
-    Attributes:
-        usage: for `--help`. settings: of its groups, see `_LLM`.
-        task: `module:name` below this package: an `LlmTask`, or a function of the resolved configuration.
-        flags: whether the original's flags have a meaning for it.
-        config_name: of its configuration, unless `--config-name` names another. folder: of it, below `configs`.
-    """
-
-    usage: str
-    settings: Mapping[str, str]
+    config: str
     task: str
-    flags: bool = False
-    config_name: str = "train"
-    folder: str = ""
-
-    def train(self, config: Mapping[str, Any]) -> Any:
-        """Train by a resolved configuration."""
-        found = _named(self.task)
-        if not isinstance(found, type):
-            return found(config)
-        from seed_multimodal.training.llm.task import train_llm
-
-        return train_llm(config, found)
+    settings: Mapping[str, str]
 
 
 APPLICATIONS = {
-    "train": Application(
-        "Train the multimodal language model.\n\n"
-        "    python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run",
-        _LLM, "training.llm.task:LlmTask", flags=True),
-    "train_seed_x_sft": Application(
-        "Tune SEED-X on instructions. OUTPUT_DIR/checkpoint-N is SEED-X's agent (`pretrained_model_path`);\n"
-        "`src/tools/merge_lora_weights.py` makes a system's `llm` and `agent` of it.\n\n"
-        "    python src/train/train_seed_x_sft.py output_dir=log/run deepspeed=stage3_offload_bf16",
-        {**_LLM, "visual_encoder": "training.seed_x.tuning_settings:TowerModel",
-         "agent": "training.seed_x.tuning_settings:AgentModel"},
-        "training.seed_x.tuning_task:TuningTask", flags=True, config_name="train_seed_x_sft"),
-    "train_lavit": Application(
-        "Pre-train LaVIT on images and text (stage 2). OUTPUT_DIR/checkpoint-N is the `language_model` of a LaVIT:\n"
-        "put it (or a link to it) beside `visual_tokenizer`.\n\n"
-        "    python src/train/train_lavit.py output_dir=log/lavit deepspeed=configs/deepspeed/stage2_bf16.json",
-        {**_LLM, "visual_encoder": "training.lavit.pretrain_settings:VisualModel"},
-        "training.lavit.pretrain_task:PretrainTask", config_name="train_lavit"),
+    "train": Application("train", "training.llm.task:LlmTask", _LLM),
+    "train_seed_x_sft": Application("train_seed_x_sft", "training.seed_x.tuning_task:TuningTask", {
+        **_LLM, "visual_encoder": "training.seed_x.tuning_settings:TowerModel",
+        "agent": "training.seed_x.tuning_settings:AgentModel"}),
+    "train_lavit": Application("train_lavit", "training.lavit.pretrain_task:PretrainTask", {
+        **_LLM, "visual_encoder": "training.lavit.pretrain_settings:VisualModel"}),
     "train_seed_x_detokenizer": Application(
-        "Train SEED-X's de-tokenizer; OUTPUT_DIR/adapter is the result.\n\n"
-        "    python src/train/train_seed_x_detokenizer.py model=stage2 data=stage2 trainer=stage2 output_dir=log/run",
-        _PIXELS, "training.seed_x.detokenizer:train_detokenizer", folder="seed_x_detokenizer"),
+        "seed_x_detokenizer/train", "training.seed_x.detokenizer:train_detokenizer", _PIXELS),
     "train_lavit_detokenizer": Application(
-        "Train LaVIT's pixel decoders; OUTPUT_DIR/pixels is the result.\n\n"
-        "    python src/train/train_lavit_detokenizer.py model=lowres data=lowres trainer=lowres output_dir=log/run",
-        {**_PIXELS, "model": "training.lavit.detokenizer:LavitPixelModel",
-         "data": "training.lavit.detokenizer:LavitImages"},
-        "training.lavit.detokenizer:train_lavit_detokenizer", folder="lavit_detokenizer")}
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(f"seed_multimodal.{module}"), attribute)
+        "lavit_detokenizer/train", "training.lavit.detokenizer:train_lavit_detokenizer", {
+            **_PIXELS, "model": "training.lavit.detokenizer:LavitPixelModel",
+            "data": "training.lavit.detokenizer:LavitImages"})}
 
 
 def main_process(program: str | Path) -> NoReturn:
@@ -111,36 +115,249 @@ def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     """As `main`, with refusals raised."""
-    application, given = APPLICATIONS[program], translate(arguments)
-    own = given.options
-    folder = Path(own.config_path) if own.config_path else configs / application.folder
-    if own.help:
-        print(help_text(folder, application))
+    application, options = APPLICATIONS[program], translate(arguments).options
+    folder = Path(options.get("config_path", (configs / application.config).parent))
+    name = options.get("config_name", Path(application.config).name).removesuffix(".yaml")
+    if "help" in options:
+        print(help_text(folder, name, application.settings))
         return 0
-    if given.original and not application.flags:
-        raise ConfigError("This training takes overrides (trainer.max_steps=10), not the flags of the "
-                          "language model's training; see --help.")
-    composed = compose(arguments, folder, own.config_name or application.config_name, whole=not own.cfg)
-    if own.cfg:
+    composed = compose(arguments, folder, name, whole="cfg" not in options)
+    if "cfg" in options:
         from omegaconf import OmegaConf
 
         print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
         return 0
-    if os.environ.get("RANK", "0") == "0":
-        for remark in composed.remarks:
-            print(f"[train] {remark}", flush=True)
-    application.train(composed.config)
+    if composed.ignored and os.environ.get("RANK", "0") == "0":
+        print(f"[train] without effect: {', '.join(composed.ignored)}.", flush=True)
+    task = _named(application.task)
+    if isinstance(task, type):
+        from seed_multimodal.training.llm.task import train_llm
+
+        train_llm(composed.config, task)
+    else:
+        task(composed.config)
     return 0
 
 
-def help_text(configs: Path, application: Application) -> str:
-    """Usage, the groups' configurations, and the keys with their defaults."""
-    lines = [application.usage, "", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {configs}:"]
-    for group in application.settings:
-        files = group_folder(configs, group).glob("*")
-        names = sorted(path.stem for path in files if path.suffix in (".yaml", ".json"))
-        lines.append(f"  {group}: {', '.join(names) or '-'}")
+def help_text(folder: Path, name: str, settings: Mapping[str, str]) -> str:
+    """The comment that the configuration begins with, its groups' files, and the keys with their defaults."""
+    text = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = [line.removeprefix("#").removeprefix(" ") for line in itertools.takewhile(lambda one: one[:1] == "#", text)]
+    lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {folder}:"]
+    lines += [f"  {group}: {', '.join(_configurations(group_folder(folder, group))) or '-'}" for group in settings]
     lines += ["", "Keys and their defaults (a group's file sets others; ???: needed):", "  output_dir=???"]
-    for group, name in application.settings.items():
-        lines += [f"  {line}" for line in (describe_settings(_named(name), group) if name else ())]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"  {line}" for group, kind in settings.items() if kind
+                                for line in describe_settings(_named(kind), group))])
+
+
+def _named(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(f"seed_multimodal.{module}"), attribute)
+
+
+# ------------------------------------------------------------------------------------------------ flags -> overrides
+
+
+class Translated(NamedTuple):
+    """A command line: overrides in the order of their effect, our own options, flags without effect, and whether any
+    flag of the original was used."""
+
+    overrides: list[str]
+    options: dict[str, str]
+    ignored: list[str]
+    original: bool
+
+
+def translate(arguments: Sequence[str]) -> Translated:
+    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides.
+
+    Raises:
+        ConfigError: an unknown flag (the nearest is named), no value, or what cannot be done.
+    """
+    typed = _split(arguments)
+    flags = {name: values[-1] if values else "True" for name, values in typed}  # of equal flags the last
+    overrides, options, ignored, made = list[str](), dict[str, str](), list[str](), set[str]()
+    for name, values in typed:
+        if not values and name not in _BARE:
+            raise ConfigError(f"--{name}: needs a value.")
+        if not name:
+            group = values[0].partition("=")[0]
+            overrides = [one for one in overrides if one not in made or not one.startswith(f"++{group}.")]
+            overrides.append(values[0])
+        elif name in OPTIONS:
+            options[OPTIONS[name]] = flags[name]
+        elif name in IGNORED:
+            ignored.append(f"--{name}")
+        elif override := _override(name, values, flags):
+            made.add(override)
+            overrides.append(override)
+    return Translated(overrides, options, ignored, any(name and name not in (*OPTIONS, *_OWN) for name in flags))
+
+
+def _split(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Flags with the values that follow them, in their order; overrides have the flag "".
+
+    An override after a flag that needs no value is not its value."""
+    found: list[tuple[str, list[str]]] = []
+    for word in arguments:
+        last, values = found[-1] if found else ("", [""])
+        if word.startswith("-") and not word[1:2].isdigit():
+            name, equals, value = word.lstrip("-").partition("=")
+            name = name.replace("-", "_")
+            if name not in _KNOWN and name.removeprefix("no_") in _BARE:
+                name, equals, value = name.removeprefix("no_"), "=", "False"
+            if name not in _KNOWN:
+                near = nearest(f"--{name}", [f"--{known}" for known in _KNOWN])
+                raise ConfigError(f"--{name}: unknown option{near}.")
+            found.append((name, [value] if equals else []))
+        elif last and (not values or last == "report_to") and not (
+                ("=" in word or word.startswith("~")) and (values or last in _BARE)):
+            values.append(word)
+        else:
+            found.append(("", [word]))
+    return found
+
+
+def _override(flag: str, values: Sequence[str], flags: Mapping[str, str]) -> str:
+    """The override that a flag means beside the others; "": none."""
+    value = values[-1] if values else "True"
+    if flag in FILES:
+        return f"{FILES[flag]}={value}"
+    if flag in TEXTS:
+        text = "auto" if (flag, value) == ("resume_from_checkpoint", "True") else value
+        return f"++{TEXTS[flag]}={json.dumps(text, ensure_ascii=False)}"
+    if flag in VALUES:
+        return f"++{VALUES[flag]}={value}"
+    match flag:
+        case "bf16" | "fp16":
+            on = [name for name in ("bf16", "fp16") if _is_true(name, flags.get(name, "False"))]
+            if len(on) > 1:
+                raise ConfigError("--bf16 and --fp16 exclude each other.")
+            return f"++trainer.precision={on[0] if on else 'fp32'}"
+        case "mixed_precision":
+            return f"++trainer.precision={'fp32' if value == 'no' else value}"
+        case "use_cpu" | "no_cuda":
+            return "++trainer.device=cpu" if _is_true(flag, value) else ""
+        case "report_to":
+            names = [name for text in values for name in text.split(",") if name != "none"]
+            return f"++trainer.report_to=[{','.join(names).replace('all', 'tensorboard')}]"
+        case "evaluation_strategy" | "eval_strategy" | "save_strategy" if value not in ("no", "steps"):
+            raise ConfigError(f"--{flag}: saving and evaluation go by steps here; use 'no' or 'steps'.")
+        case "save_strategy":
+            return "++trainer.save_steps=0" if value == "no" else ""
+        case "evaluation_strategy" | "eval_strategy":
+            return "++trainer.eval_steps=0" if value == "no" else (
+                "" if "eval_steps" in flags else "++trainer.eval_steps=${trainer.logging_steps}")
+        case "optim":
+            return f"++optim.name={'adamw' if value.startswith('adamw_torch') else value}"
+        case "lr_scheduler_kwargs":
+            try:
+                pairs = json.loads(value).items()
+            except (ValueError, AttributeError) as error:
+                raise ConfigError(f'--{flag}: needs a JSON object, as {{"power": 2}}, not {value!r}.') from error
+            return f"++optim.{flag}={{{','.join(f'{key}:{json.dumps(one)}' for key, one in pairs)}}}"
+        case "num_train_epochs" if "max_steps" not in flags:
+            raise ConfigError(f"--{flag}: is not built in; use --max_steps.")
+    if flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
+        raise ConfigError(f"--{flag}: is not built in; leave it out.")
+    return ""
+
+
+def _is_true(flag: str, value: str) -> bool:
+    if value.lower() not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
+        raise ConfigError(f"--{flag}: needs True or False, not {value!r}.")
+    return value.lower()[0] in "ty1"
+
+
+# ----------------------------------------------------------------------------------------- overrides -> configuration
+
+
+class Composed(NamedTuple):
+    """A resolved configuration, and flags without effect."""
+
+    config: dict[str, Any]
+    ignored: list[str]
+
+
+def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> Composed:
+    """Flags and overrides → the resolved configuration.
+
+    Args:
+        folder: holds `NAME.yaml`, whose `defaults` or `files` choose groups, and a folder per group.
+        whole: every value must be there; else one that is needed and not given stays `???`.
+
+    Raises:
+        ConfigError: an unknown flag, group, configuration or override, or a file that cannot be read.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize
+    from hydra.core.config_store import ConfigStore
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    home = Path(folder).resolve()
+    if not (home / f"{name}.yaml").is_file():
+        raise ConfigError(f"{home / name}.yaml: there is no such configuration file (--config-path, --config-name).")
+    given, primary = translate(arguments), read_yaml(home / f"{name}.yaml")
+    choices = {str(group): str(file) for one in [*primary.pop("defaults", []), primary.pop("files", {})]
+               if one != "_self_" for group, file in one.items()}
+    special = "original" if name == "train" else f"{name}_original"
+    if given.original:  # what the command line leaves out has the original's defaults
+        choices |= {group: special for group in ("optim", "trainer") if (home / group / f"{special}.yaml").is_file()}
+    overrides = []
+    for word in given.overrides:
+        group, equals, value = word.partition("=")
+        if not equals and not word.startswith("~"):
+            raise ConfigError(f"{word!r} is neither an option (--name) nor an override (key=value).")
+        if group in GROUPS:
+            choices[group] = value
+        else:
+            overrides.append(word if word[0] in "+~" else f"++{word}")
+    nodes = {group: _load(home, group, choice) for group, choice in choices.items()
+             if choice.lower() not in ("", "none", "null")}
+    ConfigStore.instance().store(name="run", node=OmegaConf.merge(nodes, primary))
+    try:
+        with initialize(version_base="1.3", config_path=None):
+            config = resolve(hydra_compose("run", overrides=overrides), home / "configuration")
+        plain: Any = OmegaConf.to_container(config, throw_on_missing=whole)
+    except (HydraException, OmegaConfBaseException) as error:
+        if key := getattr(error, "full_key", None):
+            raise ConfigError(f"configuration: {key} is needed.") from error
+        raise ConfigError(f"{first_line(error).rstrip('.')}; values with signs like = ( ) ' need quotes of their own, "
+                          f"beside the shell's: 'key=\"value\"'.") from error
+    return Composed({str(key): value for key, value in plain.items()}, given.ignored)
+
+
+def group_folder(home: Path, group: str) -> Path:
+    """Where a group's files lie: below the configurations, or beside them (DeepSpeed's, for all applications)."""
+    folder = FOLDERS.get(group, group)
+    return next((place / folder for place in (home, home.parent) if (place / folder).is_dir()), home / folder)
+
+
+def _configurations(folder: Path) -> list[str]:
+    return sorted(file.stem for file in folder.glob("*") if file.suffix in _SUFFIXES)
+
+
+def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
+    """The content of a group's configuration by its name or a file's path."""
+    from omegaconf import OmegaConf
+
+    folder = group_folder(home, group)
+    named = [folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)]
+    ours = choice.removeprefix("SEED-X/")  # which stands before the original's names of files
+    places = [Path(choice), *named, Path(ours), home.parent / ours, home.parent.parent / ours]
+    file = next((place for place in places if place.is_file()), None)
+    if file is None:
+        if group == "tokenizer" and (find_folder(choice) / "tokenizer.model").is_file():
+            return {"pretrained_model_name_or_path": choice}
+        names = _configurations(folder)
+        raise ConfigError(f"{group}={choice}: there is no such file and no such configuration in {folder}"
+                          f"{nearest(Path(choice).stem, names)}; it has {', '.join(names) or 'none'}.")
+    if file.suffix == ".json":
+        return read_json_object(file, ConfigError)
+    node: Any = OmegaConf.to_container(read_yaml(file), resolve=False)
+    if node.get("_target_") != _PLUGIN:
+        return node
+    check_keys(node, ("_target_", "hf_ds_config"), str(file))
+    return _load(home, group, str(node.get("hf_ds_config")))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.training import ConditionDropout, Trained, adapter_losses
+from seed_multimodal.diffusion.training import Noised, Trained
 from seed_multimodal.disk import replace_text
 from seed_multimodal.hub import SDXL_WHERE
 from seed_multimodal.hub import find_folder as find_parts
@@ -27,10 +27,28 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask, read_pixel_run
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.trainer import run_task
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Shares of the samples without embeddings, without the condition image, and without both: our choice, as
+    InstructPix2Pix's."""
+
+    embeds: float = setting(0.05, least=0, most=1)
+    picture: float = setting(0.05, least=0, most=1)
+    both: float = setting(0.05, least=0, most=1)
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Which samples lose their embeddings, and which their condition image: bool `[count]` each, on the CPU."""
+        at = torch.rand(count, generator=generator)
+        both = at < self.both
+        embeds = both | (at - self.both < self.embeds)
+        picture = both | (~embeds & (at - self.both - self.embeds < self.picture))
+        return embeds, picture
 
 
 @dataclass
@@ -68,12 +86,12 @@ class DetokenizerModel:
 class DetokenizerTask(PixelTask):
     """One run in one process."""
 
-    result, kind, frozen = "adapter", SdxlDetokenizer, "vision tower"
+    result, kind, frozen, diffusion = "adapter", SdxlDetokenizer, "vision encoder", "sdxl"
+    same = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
-        self.folder = self.model.sdxl
         self.reads_condition = self.model.stage == 2
 
     def conditions(self) -> FrozenFeatures:
@@ -89,7 +107,7 @@ class DetokenizerTask(PixelTask):
         return made
 
     def build(self) -> SDXLAdapter:
-        """See `PixelTask`."""
+        """See `build_adapter`."""
         adapter = build_adapter(self.model)
         self.width = adapter.resampler.sizes.embedding_dim
         return adapter
@@ -101,26 +119,36 @@ class DetokenizerTask(PixelTask):
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
         """See `PixelTask`."""
-        adapter: Any = model
-        return adapter_losses(adapter, self.schedule, latents, features["seen"].float(), time_ids,
+        return adapter_losses(model, self.schedule, latents, features["seen"].float(), time_ids,
                               dropout=self.model.dropout, empty_features=self.empty,
                               condition_latents=features.get("condition"), generator=generator)
 
-    def save_result(self, module: nn.Module, folder: Path) -> None:
+    def save_result(self, module: SDXLAdapter, folder: Path) -> None:
         """For `SDXLAdapter.from_pretrained`."""
-        assert isinstance(module, SDXLAdapter)
         module.save_pretrained(folder)
-
-    def about_model(self) -> dict[str, Any]:
-        """Stage, and what is trained."""
-        model = self.model
-        return {"stage": model.stage, "trained": model.trained, "resampler": asdict(model.resampler),
-                "start": model.start}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """As the base's, with the resampler's sizes: a checkpoint that holds frozen weights is an adapter, too."""
         super().save_files(folder, weights)
         replace_text(folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n")
+
+
+def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
+                   dropout: ConditionDropout, empty_features: Tensor, condition_latents: Tensor | None = None,
+                   generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps, by a `generator` on the CPU.
+
+    Args:
+        latents: `[B, C, h, w]`, times the autoencoder's scaling factor. image_embeds: `[B, N, W]`.
+        time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, the vision encoder's of an empty image.
+        condition_latents: `[B, C, h, w]` without that factor, for a second stage.
+    """
+    without_embeds, without_picture = (which.to(latents.device) for which in dropout.draw(len(latents), generator))
+    noised = Noised.draw(schedule, latents, generator)
+    embeds = torch.where(without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds)
+    if condition_latents is not None:
+        condition_latents = condition_latents * ~without_picture[:, None, None, None]
+    return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
 
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:

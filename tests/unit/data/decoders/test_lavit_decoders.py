@@ -38,7 +38,7 @@ def learned(sequence: PictureSequence) -> list[int]:
     return [label for _, label in pairs if label != IGNORED]
 
 
-def test_a_caption_either_way(words: LavitTokenizer) -> None:
+def test_a_caption_either_way(words: LavitTokenizer):
     """6 places are planned for a picture of 16 patches (three eighths)."""
     start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
     read = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=1.0)
@@ -53,14 +53,14 @@ def test_a_caption_either_way(words: LavitTokenizer) -> None:
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_codes_of_a_record_stand_at_once(words: LavitTokenizer) -> None:
+def test_codes_of_a_record_stand_at_once(words: LavitTokenizer):
     text = words.text_ids("a cat")
     found = make(words, "caption", {"image_ids": [7, 0, 3], "text": "a cat"}, img_first_ratio=1.0, text_dropout=0.0)
     assert found.ids == [*text, 290, 299, 292, 295, 291] and learned(found) == [299, 292, 295, 291]
     assert not found.pictures and not found.written
 
 
-def test_questions_and_composition(words: LavitTokenizer) -> None:
+def test_questions_and_composition(words: LavitTokenizer):
     asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
     found = make(words, "question", {"image": PICTURE, "question": "What is it?", "answer": "a dog"}, image_tokens=2)
     assert found.ids == [290, 292, 292, 291, *asked, *answer, 2] and learned(found) == [*answer, 2]
@@ -73,7 +73,7 @@ def test_questions_and_composition(words: LavitTokenizer) -> None:
     assert len(seen.pictures) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
 
 
-def test_too_long(words: LavitTokenizer) -> None:
+def test_too_long(words: LavitTokenizer):
     """A caption that is learned may be cut; one to draw from leaves the sample out."""
     fields = {"image": PICTURE, "text": "a red cat " * 10}
     cut = make(words, "caption", fields, longest=20, img_first_ratio=1.0)
@@ -89,12 +89,12 @@ def test_too_long(words: LavitTokenizer) -> None:
     ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
     ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17"),
     ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing")])
-def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str) -> None:
+def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str):
     with pytest.raises(BadRecord, match=sentence):
         make(words, name, fields)
 
 
-def test_get_decoder_other_tokenizer() -> None:
+def test_get_decoder_other_tokenizer():
     nano = MultimodalTokenizer.from_pretrained(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")
     with pytest.raises(ConfigError, match="words are not LaVIT's"):
         get_decoder("lavit.caption", nano)

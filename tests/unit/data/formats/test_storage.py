@@ -27,7 +27,7 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records, write_indexes
 from seed_multimodal.data.formats.storage import local_copy, stat
 from seed_multimodal.data.formats.tar import TarFile
-from seed_multimodal.data.stream.pair_dataset import PairDataset
+from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.transforms import seed_image_processor
 

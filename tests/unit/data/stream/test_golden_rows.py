@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.stream import mixture
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture, SourceChoice, uniform
-from seed_multimodal.data.stream.skip_budget import SkippedSample
+from seed_multimodal.data.stream.mixture import EndOfData, Mixture, uniform
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -26,21 +25,17 @@ def test_uniform() -> None:
     assert uniform(3, 1) == uniform(3, 1) != uniform(4, 1)
 
 
-def test_source_choice_by_weight() -> None:
-    choice = SourceChoice([0.5, 0.3, 0.2], "sample", seed=1)
-    drawn = Counter(choice([0, 0, 0], [True] * 3, draw) for draw in range(20_000))
-    assert [round(drawn[source] / 20_000, 2) for source in range(3)] == pytest.approx([0.5, 0.3, 0.2], abs=0.011)
-    left = Counter(choice([0, 0, 0], [False, True, True], draw) for draw in range(20_000))
-    assert left[0] == 0 and left[1] / 20_000 == pytest.approx(0.6, abs=0.011)
-    assert choice([0, 0, 0], [False] * 3, 5) is None
-
-
 @pytest.mark.parametrize(("kind", "expected"), [("concat", [0, 0, 0, 1, 2, 2, None]),
                                                 ("mux_longest", [0, 1, 2, 0, 2, 0, None])])
-def test_source_choice_of_other_kinds(kind: str, expected: list[int | None]) -> None:
-    choice, counts, limits, drawn = SourceChoice([1, 1, 1], kind, seed=0), [0, 0, 0], [3, 1, 2], []
+def test_choice(mixed: Callable, words, kind: str, expected: list[int | None]) -> None:
+    mixture, counts, limits, drawn = Mixture(read_data_settings(mixed()), words), [0, 0, 0], [3, 1, 2], []
+    by_weight = Counter(mixture.choice([0, 0, 0], [True] * 3, draw) for draw in range(20_000))
+    assert [by_weight[source] / 20_000 for source in range(3)] == pytest.approx([4 / 7, 1 / 7, 2 / 7], abs=0.011)
+    left = Counter(mixture.choice([0, 0, 0], [False, True, True], draw) for draw in range(20_000))
+    assert left[0] == 0 and left[1] / 20_000 == pytest.approx(1 / 3, abs=0.011)
+    mixture.settings.concat_type = kind
     for draw in range(7):
-        source = choice(counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw)
+        source = mixture.choice(counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw)
         drawn.append(source)
         if source is not None:
             counts[source] += 1
@@ -137,19 +132,6 @@ def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable,
         LlmBatches(read_data_settings(config), words)
 
 
-def test_other_picture_passes_over_broken_records(tmp_path: Path, words, codes: Callable, lines: Callable) -> None:
-    good = [{"image_ids": codes(n), "text": f"number {n}"} for n in range(6)]
-    bad = ["no json", {"image_ids": [10 ** 9] * len(codes(0)), "text": "a"}, {"image_ids": codes(0)[:-1], "text": "a"},
-           {"image_ids": 7, "text": "a"}, {"image_ids": [True] * len(codes(0)), "text": "a"}]
-    path = lines(tmp_path / "a.jsonl", [*good, *bad])
-    mixture = Mixture(read_data_settings({"sources": [
-        {"name": "c", "files": str(path), "decoder": "pretrain.caption",
-         "options": {"reverse_ratio": 1.0, "code_noise": 0.9}}]}), words)
-    found = [mixture.sequence(0, position) for position in range(4 * 11)]
-    assert sum(not isinstance(one, SkippedSample) for one in found) == 4 * len(good)
-    assert all("noise" not in one.where for one in found if isinstance(one, SkippedSample))
-
-
 def test_draws_follow_the_weights(mixed: Callable, words) -> None:
     """Weights 4 : 1 : 2; with batch sizes they count micro-batches, so sequences are weight x batch_size."""
     config = mixed()
@@ -164,14 +146,12 @@ def test_draws_follow_the_weights(mixed: Callable, words) -> None:
 @pytest.mark.parametrize(("change", "source", "message"), [
     ({"lenght": 4}, {}, "did you mean 'length'"),
     ({"too_long": "splitt"}, {}, "did you mean 'split'"),
-    ({"length": 0}, {}, "data: length must be at least 2, not 0"),
     ({"sources": []}, {}, "at least one source"),
     ({"concat_type": "concat"}, {}, "source 'captions' needs cycles"),
     ({}, {"wieght": 1}, "did you mean 'weight'"),
     ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
-    ({}, {"decoder": None}, "decoder is needed"),
     ({}, {"name": "texts"}, "two sources named 'texts'"),
-    ({}, {"batch_size": 4}, "'captions' has a batch_size and 'documents' has none")])
+    ({}, {"batch_size": 4}, "some sources have a batch_size and some have none")])
 def test_read_data_settings_refuses(mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
                                     ) -> None:
     config = mixed(**change)

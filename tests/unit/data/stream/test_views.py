@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.errors import ConfigError, DataError

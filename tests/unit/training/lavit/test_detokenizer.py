@@ -13,15 +13,19 @@ from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import size_ids, training_schedule
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
-from seed_multimodal.training.lavit.detokenizer import LavitImages, LavitPixelModel, train_lavit_detokenizer
-from seed_multimodal.training.lavit.rows import ImageCodes
-from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.lavit.detokenizer import (
+    ImageCodes,
+    LavitImages,
+    LavitPixelModel,
+    train_lavit_detokenizer,
+)
+from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import read_pixel_run
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -87,7 +91,7 @@ class Recorder(nn.Module):
 def test_the_share_without_conditions() -> None:
     from diffusers import DDPMScheduler
 
-    watched, schedule = Recorder(), training_schedule(DDPMScheduler())
+    watched, schedule = Recorder(), DDPMScheduler()
     loss = LavitPixelLoss(dropout=0.2)
     made = loss(watched, schedule, torch.zeros(4000, 1, 1, 1), [], torch.zeros(4000, 6),
                 generator=torch.Generator().manual_seed(0))

@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.lavit_codes import lavit_codes
 from seed_multimodal.data.pretokenize.run import RunSettings, run
-from seed_multimodal.data.stream.data_settings import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
@@ -30,9 +30,9 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.pretrain_settings import load_visual, read_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
-from seed_multimodal.training.llm.compose import compose
+from seed_multimodal.training.llm.cli import compose
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.weights import load_state_dict, save_state_dict
 

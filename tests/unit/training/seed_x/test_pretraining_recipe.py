@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seed_multimodal.data.stream.data_settings import read_data_settings
-from seed_multimodal.training.llm.compose import compose
-from seed_multimodal.training.llm.model_settings import for_run
-from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.training.llm.cli import compose
+from seed_multimodal.training.llm.config import for_run, read_run
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 
 CONFIGS = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs"

@@ -1,8 +1,7 @@
 """The original data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
 
-Keys that the original code accepted and never read are dropped. Weights are in `sample_weights`, `data_dir` is searched
-recursively, and `cycle_count` is the number of epochs until a source is used up. Besides the original keys a file may
-hold ours (`packing`, `length`, `rows`, `too_long`, `seed`, ...).
+Keys that the original code accepted and never read are dropped. Besides the original keys a file may hold ours
+(`packing`, `length`, `rows`, `too_long`, `seed`, ...).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and
     _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
     _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
     _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
-    _TRAIN + "coco_caption_eval_datapipes_for_llm": ("pretrain.caption_eval", "tar"),
     _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
     _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
     _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),
@@ -53,11 +51,8 @@ def is_released(config: Mapping[str, Any]) -> bool:
 
 
 def released_data_config(config: Mapping[str, Any], settings: Sequence[str], where: str = "data") -> dict[str, Any]:
-    """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`.
-
-    Raises:
-        ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources.
-    """
+    """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`. Raises
+    ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources."""
     own = [key for key in settings if key != "sources"]
     target = config.get("_target_", MIXERS[0])
     if target in BUILDERS:
@@ -69,9 +64,7 @@ def released_data_config(config: Mapping[str, Any], settings: Sequence[str], whe
     pipes = config.get("datapipes")
     if not isinstance(pipes, Sequence) or isinstance(pipes, str) or not pipes:
         raise ConfigError(f"{where}: datapipes must list at least one source.")
-    weights = config.get("sample_weights")
-    if weights is None:
-        weights = [1.0] * len(pipes)
+    weights = config.get("sample_weights") or [1.0] * len(pipes)
     if not isinstance(weights, Sequence) or len(weights) != len(pipes):
         raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes, not "
                           f"{weights!r}.")
@@ -100,11 +93,9 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
     source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight}
     source["options"] = {key: pipe[key] for key in options if pipe.get(key) is not None}
-    for ours, theirs in (("name", "dataset_name"), ("image_dir", "image_dir"), ("cycles", "cycle_count"),
-                         ("max_length", "max_length"), ("batch_size", "batch_size")):
-        if pipe.get(theirs) is not None:
-            source[ours] = pipe[theirs]
-    return source
+    names = {"name": "dataset_name", "image_dir": "image_dir", "cycles": "cycle_count", "max_length": "max_length",
+             "batch_size": "batch_size"}
+    return {**source, **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None}}
 
 
 def _unknown(target: Any, where: str) -> ConfigError:

@@ -6,28 +6,50 @@ cannot be used is named once, counted, and replaced by the next usable one; `max
 
 from __future__ import annotations
 
-import inspect
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
-from seed_multimodal.data.stream.skip_budget import BadSamples
+from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.io import open_image
+
+
+class BadSamples:
+    """Unreadable samples: `bad` has (key, reason) of each, once; `log` gets one line each, but not in data workers,
+    whose finds `StepBatches` adds to the training process's."""
+
+    def __init__(self, log: Callable[[str], None] | None) -> None:
+        self.log = log
+        self.bad: dict[tuple[str, str], None] = {}
+
+    def note_bad(self, key: str, reason: str) -> None:
+        """Count and log a bad sample, unless already counted."""
+        if (key, reason) not in self.bad:
+            self.bad[key, reason] = None
+            if self.log is not None and get_worker_info() is None:
+                self.log(f"skipped: {reason}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """The bad samples so far, JSON-able."""
+        return {"bad": [list(pair) for pair in self.bad]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Add the bad samples of an earlier run, without logging them again."""
+        self.bad.update(dict.fromkeys((key, reason) for key, reason in state["bad"]))
 
 
 class SourceDataset(BadSamples):
     """Training samples by (index, epoch), of anything that is read by number; a subclass has `sample`.
 
-    Args:
-        source: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it.
-        log: gets one sentence for each bad sample, the first time it is met.
+    `source`: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it.
     """
 
     def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
@@ -41,19 +63,16 @@ class SourceDataset(BadSamples):
         return getattr(self.source, "shard_sizes", None)
 
     @property
-    def shuffle_block(self) -> int | None:
-        """At most so many samples are shuffled among each other, where the source says so."""
-        return getattr(self.source, "shuffle_block", None)
+    def shuffle_block(self) -> int:
+        """Samples that are shuffled among each other, where there are shards."""
+        return max(10, min(SHUFFLE_BLOCK, getattr(self.source, "shuffle_block", None) or SHUFFLE_BLOCK))
 
     def __len__(self) -> int:
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample: what `sample` gives, and `index` of the sample really used.
-
-        Raises:
-            DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
-        """
+        """One sample: what `sample` gives, and `index` of the sample really used. Raises DataError: the next
+        `max_bad_in_a_row` samples cannot be used."""
         # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
         number, last = sample_seed(self.seed, epoch, index), None
         tries = min(self.max_bad_in_a_row, len(self.source))
@@ -76,50 +95,38 @@ class SourceDataset(BadSamples):
 class PairDataset(SourceDataset):
     """Image and caption: `image` (what the transform gives), `caption`, `key`.
 
-    Args:
-        image_transform: one of ours (`images.augment.TrainTransform`, `images.transforms.ImageTransform`), whose `read`
-            gives uint8 to be normalised on the device; or any image -> tensor: with an argument `generator` (the
-            sample's), or with the global generators of torch, numpy and Python seeded around the call.
-        text_transform: caption -> caption (`language.words.BlipCaption`); None keeps it.
+    `image_transform`: one of ours, whose `read` gives uint8 to be normalised on the device, or any image -> tensor,
+    with the global generators seeded around the call. `text_transform`: caption -> caption; None keeps it.
     """
 
     def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],
-                 text_transform: Callable[[str], str] | None = None, *, seed: int = 0, max_bad_in_a_row: int = 20,
-                 log: Callable[[str], None] | None = print) -> None:
-        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
+                 text_transform: Callable[[str], str] | None = None, **options: Any) -> None:
+        super().__init__(source, **options)
         self.image_transform, self.text_transform = image_transform, text_transform
-        call = image_transform.forward if isinstance(image_transform, torch.nn.Module) else image_transform
-        self._reads = hasattr(image_transform, "read")
-        self._takes_generator = not self._reads and "generator" in inspect.signature(call).parameters
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`."""
         captions = read.captions or [""]  # of a source that is not captioned
         caption = captions[int(torch.randint(len(captions), (), generator=generator))]
-        return {"image": self._read(read, generator, number),
-                "caption": self.text_transform(caption) if self.text_transform else caption, "key": read.key}
-
-    def _read(self, pair: Pair, generator: torch.Generator, number: int) -> Tensor:
-        if self._reads:
-            pixels: Tensor = self.image_transform.read(  # type: ignore[attr-defined]
-                pair.image, name=pair.name, generator=generator)
-            return pixels
-        picture = open_image(pair.image, name=pair.name)
-        if self._takes_generator:
-            return self.image_transform(picture, generator=generator)
-        with seeded_globals(number):
-            return self.image_transform(picture)
+        if hasattr(self.image_transform, "read"):
+            image = self.image_transform.read(read.image, name=read.name, generator=generator)
+        else:
+            with seeded_globals(number):
+                image = self.image_transform(open_image(read.image, name=read.name))
+        return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
+                "key": read.key}
 
 
 class JoinedPairs(BadSamples):
     """Data sets one after the other, with one list of bad samples."""
 
     def __init__(self, parts: Sequence[SourceDataset]) -> None:
+        super().__init__(parts[0].log)
         self.parts = list(parts)
-        super().__init__(self.parts[0].log)
         for part in self.parts:
-            part.share_bad(self)
+            part.bad = self.bad
         self._ends = np.cumsum([len(part) for part in self.parts])
+        self.shuffle_block = min(part.shuffle_block for part in self.parts)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -133,25 +140,8 @@ class JoinedPairs(BadSamples):
     def shard_sizes(self) -> np.ndarray | None:
         """Samples per shard, if any set has shards (one without counts as one shard)."""
         sizes = [part.shard_sizes for part in self.parts]
-        if all(size is None for size in sizes):
-            return None
-        return np.concatenate([np.array([len(part)]) if size is None else np.asarray(size)
-                               for part, size in zip(self.parts, sizes, strict=True)])
-
-    @property
-    def shuffle_block(self) -> int | None:
-        """The smallest of the sets' that have one."""
-        return min((part.shuffle_block for part in self.parts if part.shuffle_block is not None), default=None)
-
-    @property
-    def log(self) -> Callable[[str], None] | None:
-        """Receives a line for each bad sample; set for every part."""
-        return self.parts[0].log
-
-    @log.setter
-    def log(self, log: Callable[[str], None] | None) -> None:
-        for part in self.parts:
-            part.log = log
+        return None if all(size is None for size in sizes) else np.concatenate([
+            [len(part)] if size is None else size for part, size in zip(self.parts, sizes, strict=True)])
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

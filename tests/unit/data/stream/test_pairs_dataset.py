@@ -1,0 +1,95 @@
+"""Training samples: what is random repeats, what is broken is named, counted and replaced, and ends the run in time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import transforms
+
+from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.stream.pairs_dataset import PairDataset, sample_seed
+from seed_multimodal.errors import DataError
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.io import open_image
+from seed_multimodal.images.transforms import normalise, seed_image_processor
+from seed_multimodal.seed.captions import BlipCaption
+
+PLAIN = seed_image_processor(16)
+
+
+def test_get(shards: Path, jpeg: Callable) -> None:
+    data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
+    assert len(data) == 40 and data.shard_sizes is not None and data.shard_sizes.sum() == 40
+    sample = data.get(17, 0)
+    assert sample["caption"] == "a photo of picture 17" and sample["key"] == "00017" and sample["index"] == 17
+    assert sample["image"].dtype == torch.uint8  # a quarter of what is normalised
+    assert torch.equal(normalise(sample["image"]), PLAIN(open_image(jpeg(17)))) and not data.bad
+    assert PairDataset(data.source, PLAIN).get(17, 0)["caption"] == "Picture 17."
+
+
+def test_get_is_random_by_seed_epoch_index(shards: Path) -> None:
+    def view(seed: int, epoch: int, index: int) -> Tensor:
+        return PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=seed).get(index, epoch)["image"]
+
+    state, first = torch.get_rng_state(), view(0, 0, 5)
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(first, view(0, 0, 5))
+    assert not any(torch.equal(first, view(*other)) for other in ((1, 0, 5), (0, 1, 5), (0, 0, 6)))
+    assert len({sample_seed(s, e, i) for s in range(6) for e in range(6) for i in range(6)}) == 216
+
+
+def test_get_with_a_transform_of_torchvision(shards: Path) -> None:
+    """The global generators are seeded for the call and put back after it."""
+    theirs = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
+
+    def own(image: Image.Image) -> Tensor:
+        return theirs(image) + np.random.rand() + random.random()
+
+    def drawn() -> tuple[float, float, float]:
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    def seed() -> None:
+        torch.manual_seed(5)
+        np.random.seed(5)
+        random.seed(5)
+
+    data = PairDataset(Pairs(f"{shards}/*.tar"), own, seed=3)
+    first = data.get(2, 0)["image"]
+    seed()
+    expected = drawn()
+    seed()
+    assert torch.equal(data.get(2, 0)["image"], first) and not torch.equal(data.get(2, 1)["image"], first)
+    assert drawn() == expected
+
+
+def test_get_one_of_several_captions(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(0), "json": {"caption": ["One", "Two"]}}])
+    data = PairDataset(Pairs(path), PLAIN, BlipCaption())
+    chosen = [data.get(0, epoch)["caption"] for epoch in range(60)]
+    assert chosen == [data.get(0, epoch)["caption"] for epoch in range(60)]
+    assert set(chosen) == {"one", "two"} and max(map(chosen.count, chosen)) < 45
+
+
+def test_get_of_broken_images(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
+    spoiled = {3: jpeg(3)[:-400], 4: b"", 8: b"<html>404 not found</html>", 11: jpeg(11)[:-400]}
+    samples = [{"__key__": f"{n:03d}", "jpg": spoiled.get(n, jpeg(n)), "json": {"caption": f"Number {n}!"}}
+               for n in range(12)]
+    del samples[5]["jpg"]
+    broken, logged = write_tar(tmp_path / "broken.tar", samples), list[str]()
+    data = PairDataset(Pairs(broken), PLAIN, log=logged.append)
+    assert [data.get(index, 0)["index"] for index in range(12)] == [0, 1, 2, 6, 6, 6, 6, 7, 9, 9, 10, 0]
+    assert [key for key, _ in data.bad] == ["003", "004", "005", "008", "011"]
+    for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no picture", "not a picture", "truncated"],
+                                    strict=True):
+        assert reason.startswith(f"{broken}: sample {key}: ") and words in reason and "\n" not in reason
+    assert logged == [f"skipped: {reason}" for _, reason in data.bad]  # each once, though met several times
+    data = PairDataset(Pairs(broken), PLAIN, max_bad_in_a_row=3, log=None)
+    assert data.get(4, 0)["index"] == 6
+    with pytest.raises(DataError, match=r"3 samples in a row, from number 3 on, .* 005: has no picture"):
+        data.get(3, 0)

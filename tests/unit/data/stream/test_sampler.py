@@ -1,0 +1,88 @@
+"""Orders of samples: each once an epoch, shares by weight everywhere, the same from any position."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder
+
+TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
+
+
+def flat(order: EpochOrder | MixedOrder, start: int, count: int) -> list[tuple[int, int]]:
+    """(epoch, index) of each position."""
+    return [(epoch, int(index)) for epoch, indices in order.parts(start, count) for index in indices]
+
+
+def test_mixed_order_proportions() -> None:
+    for start in (0, 17, 123_456_789_012):
+        for count in (8, 64, 8000):
+            indices = [index for _, index in flat(MixedOrder(TOTALS, WEIGHTS, 0), start, count)]
+            drawn = np.bincount(np.searchsorted(np.cumsum(TOTALS), indices, side="right"), minlength=3)
+            assert np.abs(drawn - count * np.array(WEIGHTS) / 8).max() <= 2
+
+
+@pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0]])
+def test_mixed_order_epochs(weights: list[float]) -> None:
+    """Whatever the weights, a set's draws are its samples once in each of its epochs, without a gap."""
+    seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
+    for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
+        number = int(np.searchsorted(np.cumsum(TOTALS), index, side="right"))
+        seen[number].append((epoch, index - sum(TOTALS[:number])))
+    for number, total in enumerate(TOTALS):
+        draws = seen[number]
+        assert [epoch for epoch, _ in draws] == [place // total for place in range(len(draws))]
+        for first in range(0, len(draws) - total + 1, total):
+            assert sorted(index for _, index in draws[first:first + total]) == list(range(total))
+
+
+def test_mixed_order_at_any_position() -> None:
+    whole = flat(MixedOrder(TOTALS, WEIGHTS, 1), 0, 3000)
+    order = MixedOrder(TOTALS, WEIGHTS, 1)
+    for start, count in ((2990, 10), (0, 7), (511, 400), (1, 1)):
+        assert flat(order, start, count) == whole[start:start + count]
+    assert flat(MixedOrder(TOTALS, WEIGHTS, 2), 0, 3000) != whole
+
+
+@pytest.mark.parametrize("block", [0, 1, 20, 5000])
+def test_epoch_order(block: int) -> None:
+    """Every sample once in an epoch; the same from any position."""
+    def make(seed: int = 5) -> EpochOrder:
+        return EpochOrder(1136, seed, sizes=[40, 1, 0, 700, 62, 333], block=block)
+
+    whole = flat(make(), 0, 3 * 1136)
+    epochs = [[index for number, index in whole if number == epoch] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(1136)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and flat(make(6), 0, 1136) != whole[:1136]
+    order = make()
+    for start in np.random.default_rng(0).integers(0, 3 * 1136 - 300, 40).tolist():
+        assert flat(order, start, 300) == whole[start:start + 300]
+
+
+def test_epoch_order_in_blocks() -> None:
+    order = EpochOrder(50_000, 0, sizes=np.full(50, 1000), block=2000).parts(0, 50_000)[0][1]
+    for start in range(0, 50_000, 2000):
+        run = np.sort(order[start:start + 2000])
+        assert len(np.unique(run // 200)) == 10  # ten pieces of 200 neighbours
+        assert len(np.unique(run // 1000)) >= 5
+    assert np.abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.3
+    assert np.abs(np.corrcoef(order[:2000], np.arange(2000))[0, 1]) < 0.1
+
+
+def test_epoch_order_without_shuffling() -> None:
+    parts = EpochOrder(5, 0, shuffle=False).parts(3, 9)
+    assert [(epoch, indices.tolist()) for epoch, indices in parts] == [(0, [3, 4]), (1, [0, 1, 2, 3, 4]), (2, [0, 1])]
+
+
+def test_epoch_order_memory_of_100_million_samples() -> None:
+    """Each data worker holds its own; an array of it would be 800 MB."""
+    tracemalloc.start()
+    order = EpochOrder(100_000_000, 0, sizes=np.full(10_000, 10_000), block=10_000)
+    for position in (0, 1_000_000, 100_000_000, 100_500_000):
+        assert len(order.parts(position, 50)[0][1]) == 50
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6, peak
