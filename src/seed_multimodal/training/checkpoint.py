@@ -21,7 +21,7 @@ import shutil
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +35,6 @@ from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.task import Task
 from seed_multimodal.weights import assign_strictly, load_state_dict, same_weights, save_state_dict, some_weights
-
-if TYPE_CHECKING:
-    from seed_multimodal.training.engine import Engine
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
@@ -92,9 +89,9 @@ class CheckpointStore:
         """The last checkpoint in words, for sentences about failures."""
         return "nothing was saved yet" if self.saved is None else f"the last checkpoint ({self.place}) is intact"
 
-    def save(self, step: int, task: Task, engine: Engine, average: Ema | None, state: Mapping[str, Any],
+    def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it.
+        """Write the checkpoint of a step, `state` of the run and `own` of this process, and its `engine.Engine`; all call it.
 
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
