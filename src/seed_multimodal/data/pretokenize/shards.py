@@ -11,14 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from seed_multimodal.data.formats.images import IMAGE_KEYS, PictureFolder
+from seed_multimodal.data.formats.images import PictureFolder
 from seed_multimodal.data.formats.record import Record, RecordFile
 from seed_multimodal.data.formats.sources import find_files, nearest_path, open_file, open_registered, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.pretokenize.input_settings import InputSettings
 from seed_multimodal.errors import DataError
-
-TAR_MEMBERS = {name: (name,) for name in (*IMAGE_KEYS, "txt", "json")}  # what is read from a tar
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def open_shard(shard: Shard, settings: InputSettings) -> tuple[Callable[[int], R
     """What gives a record, unread, by its number in the file, and the shard's numbers. Raises DataError: the file
     cannot be opened, or is compressed."""
     if shard.stop is None:
-        tar = TarFile(shard.path, TAR_MEMBERS)
+        tar = TarFile(shard.path)
         return tar.locate, range(sum(tar.sizes))
     return _open(shard.path, shard.format, settings).locate, range(shard.start, shard.stop)
 
