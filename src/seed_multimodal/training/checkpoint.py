@@ -91,7 +91,7 @@ class CheckpointStore:
 
     def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step, `state` of the run and `own` of this process, and its `engine.Engine`; all call it.
+        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it.
 
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
