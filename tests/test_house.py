@@ -218,11 +218,6 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     file.write_text("_target_: models.transforms.get_transform\nimage_szie: 64\n")
     with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'image_szie' \(did you mean 'image_size'\?\)"):
         instantiate(file)
-    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
-        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["imagesize=64"])
-    assert load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=64"]).image_size == 64
-    with pytest.raises(ConfigError, match=r"the override 'image_size=\[1' cannot be read"):
-        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=[1"])
 
 
 @pytest.mark.parametrize("target", [
@@ -235,12 +230,10 @@ def test_other_targets_are_refused(target):
         instantiate({"_target_": target})
 
 
-def test_nested_targets_and_pipes_are_refused(tmp_path):
+def test_nested_targets_are_refused():
     base = {"_target_": "seed_multimodal.images.transforms.get_transform"}
     with pytest.raises(ConfigError, match="os.system"):
         instantiate({**base, "type": {"_target_": "os.system", "command": "true"}})
-    with pytest.raises(ConfigError, match="pipe:"):
-        instantiate({**base, "type": ["pipe:touch /tmp/x"]})
     with pytest.raises(ConfigError, match="no _target_"):
         instantiate({"type": "clip"})
 

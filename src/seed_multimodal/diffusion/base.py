@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning, first_line
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import refuse_tensors
 

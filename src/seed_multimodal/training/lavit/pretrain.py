@@ -32,7 +32,6 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer, TokenMerger, kept_rows
 from seed_multimodal.lavit.processing import LavitTokenizer
-from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.distributed import ProcessGroup
