@@ -20,7 +20,6 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages
@@ -109,31 +108,25 @@ def test_views_of_captions(make, codec, pictures, words):
     assert "a" in decode(words, "pretrain.caption", found[0], first_text=1.0)
 
 
-def test_qa_by_field_mappings(make, codec, pictures, words):
-    found = make("qa", [{"image": "2.png", "caption": "a fox"}])  # as released: JourneyDB
-    assert found == [{"image_ids": codes_of(codec, pictures, 2)[0], "question": DESCRIBE_PROMPT, "answer": "a fox"}]
-    said = decode(words, "sft.qa", found[0], reverse_ratio=0.0)
-    assert said.endswith(f"{DESCRIBE_PROMPT}\nASSISTANT: a fox.</s>")
+def test_qa(make, codec, pictures, words):
+    first = codes_of(codec, pictures, 2)[0]
+    assert make("qa", [{"image": "2.png", "caption": "a fox"}]) == [  # as released: JourneyDB
+        {"image_ids": first, "question": DESCRIBE_PROMPT, "answer": "a fox"}]
 
 
-def test_qa_of_questions(make, words):
-    rows = [{"file": "3.png", "question": "What is it?", "answers": ["cat", "dog", "dog"]}]
-    found = make("qa", rows, fields={"image": "file", "answer": "answers", "suffix": QA_SUFFIX})
-    assert found[0]["question"] == "What is it?" + QA_SUFFIX and found[0]["answer"] == "dog"
-    assert list(found[0]) == ["image_ids", "question", "answer"]
-
-
-def test_an_empty_field_of_a_table_is_no_text(make):
-    found = make("qa", [{"image": "0.png", "question": "how many?", "answer": answer} for answer in (float("nan"), 2)],
-                 fields="plain")
-    assert [record["answer"] for record in found] == ["2"]
-
-
-def test_qa_of_two_pictures_is_a_difference(make, codec, pictures, words):
-    rows = [{"image": ["4.png", "5.png"], "question": "What differs in image a and image b?", "answer": "All"}]
-    found = make("qa", rows, fields="plain")
-    assert found[0]["image_ids"] == sum(codes_of(codec, pictures, 4, 5), [])
-    assert "This is the first image." in decode(words, "sft.difference", found[0], reverse_ratio=0.0)
+@pytest.mark.parametrize(("row", "fields", "question", "answer", "decoded"), [
+    ({"image": ["4.png", "5.png"], "question": "What differs in image a and image b?", "answer": "All"}, "plain",
+     "What differs in image a and image b?", "All", ("sft.difference", "This is the first image.")),
+    ({"image": "4.png", "question": "how many?", "answer": 2}, "plain", "how many?", "2", ("sft.qa", "ASSISTANT: 2.")),
+    ({"image": "4.png", "question": "how many?", "answer": float("nan")}, "plain", "", None, None),  # an empty cell
+    ({"file": "3.png", "question": "What is it?", "answers": ["cat", "dog", "dog"]},
+     {"image": "file", "answer": "answers", "suffix": QA_SUFFIX}, "What is it?" + QA_SUFFIX, "dog", None)])
+def test_qa_fields(make, words, row, fields, question, answer, decoded):
+    good = {"file": "0.png", "image": "0.png", "question": "q", "answer": "a", "answers": ["a"]}
+    *found, _ = make("qa", [row, good], fields=fields)
+    assert [(one["question"], one["answer"]) for one in found] == ([(question, answer)] if answer else [])
+    if decoded:
+        assert decoded[1] in decode(words, decoded[0], found[0], reverse_ratio=0.0)
 
 
 def test_edit(make, codec, pictures, words):
@@ -258,6 +251,3 @@ def test_the_world_of_nano(make, codec, words, kind, content, name):
             [part for part in message["content"] if isinstance(part, str)] for message in made["messages"]]
 
 
-def test_views_are_for_kinds_that_hold_them(make):
-    with pytest.raises(ConfigError, match="only caption, qa and chat"):
-        make("story", [], views=2)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.cli.data import extraction_parser, extraction_script
+from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.dataset import TaskDataset
@@ -206,8 +206,3 @@ def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, mo
     assert message in capfd.readouterr().err
 
 
-def test_extraction_parser_has_the_original_flags() -> None:
-    args = extraction_parser("tool", "text").parse_args(["--tokenizer", "t", "--data", "d", "--save_dir", "s"])
-    original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
-                "gpus": None, "batch_size": None, "num_workers": 4}
-    assert {name: getattr(args, name) for name in original} == original
