@@ -19,8 +19,12 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
-from seed_multimodal.training.lavit.detokenizer import LavitImages, LavitPixelModel, train_lavit_detokenizer
-from seed_multimodal.training.lavit.rows import ImageCodes
+from seed_multimodal.training.lavit.detokenizer import (
+    ImageCodes,
+    LavitImages,
+    LavitPixelModel,
+    train_lavit_detokenizer,
+)
 from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import read_pixel_run
 from seed_multimodal.weights import load_state_dict, save_state_dict
