@@ -96,15 +96,6 @@ def test_presets_and_mappings_of_fields():
 # ---- files and shards
 
 
-@pytest.mark.parametrize(("kind", "record", "words"), [
-    ("qa", {"file": "a.jpg", "question": "q", "caption": "c"}, "has no picture: nothing under key 'image'"),
-    ("interleaved", {"pictures": ["a.jpg"], "texts": [None]}, "has no list of images under 'images'")])
-def test_decode_names_missing_keys_and_the_flag_that_maps_them(tmp_path, kind, record, words):
-    (tmp_path / "a.json").write_text(json.dumps([record]))
-    ((entry, _),) = decode(kind, InputSettings(files=str(tmp_path / "a.json")))
-    assert f"a.json: item 0: {words} (it has {', '.join(sorted(record))}" in entry.bad and "by --fields" in entry.bad
-
-
 def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
