@@ -52,8 +52,7 @@ def test_requirements_are_packages_of_pyproject():
 
 # Packages whose module has another name.
 DISTRIBUTIONS = {"pil": "pillow", "yaml": "pyyaml", "huggingface_hub": "transformers", "werkzeug": "flask",
-                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-                 "liger_kernel": "liger-kernel"}
+                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity"}
 # What is required although no file here imports it, and why.
 NOT_IMPORTED = {
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",

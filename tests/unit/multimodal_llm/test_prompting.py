@@ -10,8 +10,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
-from seed_multimodal.training.llm.prompting import template_of, with_prompts
+from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of, with_prompts
 
 
 @pytest.fixture
@@ -51,7 +50,7 @@ def test_what_asks_otherwise_is_said(questions, runs, tmp_path):
     given = read_data_settings({**questions, "template": "vicuna"})
     data, said = with_prompts(given, fourteen, tmp_path)
     assert data.sources[0].options == {"template": "vicuna"}
-    assert said[1] == ("warning: qa has the template vicuna, but the model that is trained has llama2 "
+    assert said[1] == ("warning: the source qa has the template vicuna, but the model that is trained has llama2 "
                        "(model.template).")
     questions["sources"][0]["options"] = {"template": "llama2"}
     assert len(with_prompts(read_data_settings(questions), fourteen, tmp_path)[1]) == 1

@@ -19,7 +19,7 @@ from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer, TokenMerger,
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")

@@ -30,14 +30,12 @@ from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.layers import checkpoint_layers
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.lavit.pretrain_settings import PARTS, VISUAL, VisualTokens, load_visual, read_visual
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.lavit.unified_loss import UnifiedLoss
-from seed_multimodal.training.llm.held_out import HeldOutLosses
+from seed_multimodal.training.llm.config import RunSettings
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.llm.trainer_settings import RunSettings
 from seed_multimodal.weights import save_state_dict
 
 
@@ -69,10 +67,6 @@ class PretrainTask(LlmTask):
     def open_tokenizer(self, folder: Path) -> LavitTokenizer:
         """See `LlmTask`."""
         return LavitTokenizer.from_pretrained(folder)
-
-    def held_out_losses(self) -> HeldOutLosses:
-        """Losses of text and of codes."""
-        return _HeldOut(self)
 
     def make_module(self) -> nn.Module:
         """Merger and projector beside the language model; the frozen tokenizer moves to the device."""
@@ -136,19 +130,6 @@ class PretrainTask(LlmTask):
         """Inverse of `save_files`."""
         super().load_weights(folder, allow_missing)
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
-
-
-class _HeldOut(HeldOutLosses):
-    """As of the language model, of batches that are made ready first."""
-
-    def __init__(self, task: PretrainTask) -> None:
-        self.task = task
-
-    def sums(self, engine: Engine, batch: LlmBatch) -> Tensor:
-        """See `HeldOutLosses`."""
-        ready = self.task.ready(batch)
-        with engine.autocast():
-            return torch.stack([part.float() for part in self.task.losses(engine.model, ready)])
 
 
 def _reading(given: Mapping[str, Any] | None, name: str) -> list[SourceSettings]:

@@ -27,16 +27,15 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import check_keys, describe_settings, nearest
-from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.llm.config import GROUPS, find_folder
 
 # Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.model_settings:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
-        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.trainer_settings:TrainerSettings",
+_LLM = {"model": "training.llm.config:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
+        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.config:TrainerSettings",
         "tokenizer": "", "deepspeed": "", "eval_data": ""}
 _PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
            "optim": "training.optimizers:OptimSettings", "trainer": "training.pixel_decoder.task:PixelTrainer",
            "deepspeed": ""}
-GROUPS = (*_LLM, "visual_encoder", "agent")
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
 _SUFFIXES = (".yaml", ".yml", ".json")
 _PLUGIN = "accelerate.DeepSpeedPlugin"  # SEED-X's way to name DeepSpeed's json

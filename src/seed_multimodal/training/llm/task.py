@@ -6,6 +6,7 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,31 +15,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
+from seed_multimodal.data.stream.mixture import EndOfData
+from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.distributed import ProcessGroup, TrainingError, translate_errors
+from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
-from seed_multimodal.training.llm.flops import token_flops
-from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, evaluate, first_batches, held_out
+from seed_multimodal.training.llm.config import RunSettings, find_folder, for_run, read_run, template_of, with_prompts
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
-from seed_multimodal.training.llm.loss import LossModule, LossWeights, check_kernel, find_llama, round_residual
+from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
+from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, save_config, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.model_settings import find_folder, for_run
-from seed_multimodal.training.llm.prompting import template_of, with_prompts
-from seed_multimodal.training.llm.summary import join_reports, save_config, summary_lines
-from seed_multimodal.training.llm.token_meter import TokenMeter
-from seed_multimodal.training.llm.trainer_settings import RunSettings, read_run
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.training.trainer import Trainer, run_task
 from seed_multimodal.weights import load_state_dict
 
 _LEAST = 1e-8  # of a step with nothing to learn
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Settings that change no number of the training, or are reported elsewhere (`LlmTask.check_resume`).
 _QUIET = ("output_dir", "deepspeed", "eval_data", "trainer.resume", "trainer.max_steps", "trainer.logging_steps",
           "trainer.save_steps", "trainer.save_total_limit", "trainer.async_save", "trainer.eval_steps",
@@ -65,23 +62,20 @@ class LlmTask(Task):
         self.optim = read_settings(OptimSettings, run.optim, "optim")
         self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
-        check_kernel(self.settings.loss_kernel, device, self.zero_stage)
-        self.model_settings, remark = for_run(run.model, self.settings, run.deepspeed is not None)
+        self.model_settings = for_run(run.model, self.settings, run.deepspeed is not None)
         self.tokenizer = self.open_tokenizer(find_folder(run.tokenizer))
-        data_settings, remarks = with_prompts(read_data_settings(run.data), self.model_settings,
-                                              find_folder(run.tokenizer))
-        self._log(remark, *remarks)
-        self.by_tokens = (self.settings.loss_average or ("tokens" if data_settings.packing else "batch")) == "tokens"
+        data, remarks = with_prompts(read_data_settings(run.data), self.model_settings, find_folder(run.tokenizer))
+        self._log(*remarks)
+        self.by_tokens = (self.settings.loss_average or ("tokens" if data.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
                                         self.settings.image_weight)
-        self.data = LlmBatches(data_settings, self.tokenizer, rank=group.rank, world=group.world,
+        self.data = LlmBatches(data, self.tokenizer, rank=group.rank, world=group.world,
                                workers=self.settings.dataloader_num_workers, log=self._log)
-        self.rows = self.data.settings.rows
+        self.rows = data.rows
         if self.settings.tokens_per_step:
-            micro_batch = group.world * self.rows * self.data.settings.length
-            self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(
-                self.settings.tokens_per_step / micro_batch)))
-        self.evaluation = held_out(run, self.tokenizer, group, self._log, template=template_of(self.model_settings))
+            micro_steps = self.settings.tokens_per_step / (group.world * data.rows * data.length)
+            self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(micro_steps)))
+        self.evaluation = self._held_out()
         self.meter = TokenMeter()
         self.loop: Trainer
         self.llm: Any = None
@@ -102,13 +96,9 @@ class LlmTask(Task):
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.optim)
         self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
-        self.meter.peak = self.settings.peak_tflops or known_peak(self.device, _DTYPES[self.settings.precision])
+        self.meter.peak = self.settings.peak_tflops or known_peak(self.device, DTYPES[self.settings.precision])
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
-
-    def held_out_losses(self) -> HeldOutLosses:
-        """What an evaluation measures."""
-        return HeldOutLosses()
 
     def make_module(self) -> nn.Module:
         """What is trained, around `llm`."""
@@ -119,8 +109,7 @@ class LlmTask(Task):
         if self.run.deepspeed is None:
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
-                                      hidden_size=int(find_llama(self.llm).config.hidden_size),
-                                      cpu_adam=self.settings.cpu_adam)
+                                      hidden_size=int(find_llama(self.llm).config.hidden_size))
         self._log(*remarks, use_offload_threads(config))
         return config
 
@@ -131,21 +120,14 @@ class LlmTask(Task):
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in run.engine.module.parameters()]
         total, trained = sum(size for size, _ in sizes), sum(size for size, used in sizes if used)
-        world = self.group.world
-        mean = "mean over tokens" if self.by_tokens else "mean of micro-batches"
-        self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
-                  f"{world} process{'es' if world > 1 else ''} on {self.device.type}, {run.engine.kind}; {mean}; "
-                  f"output in {self.run.output_dir}.")
-        self._log(self._step_size())
-
-    def _step_size(self) -> str:
-        """Rows and positions of a step."""
-        micro_steps, world, data = self.settings.gradient_accumulation_steps, self.group.world, self.data.settings
-        shared = f"{counted(micro_steps, 'micro-step')} x {world} process{'es' if world > 1 else ''}"
-        if not data.packing:
-            return f"a step: padded micro-batches x {shared}."
-        return (f"a step: {counted(self.rows, 'packed row')} of {data.length:,} x {shared} = "
-                f"{self.rows * data.length * micro_steps * world:,} positions.")
+        data, steps = self.data.settings, self.settings.gradient_accumulation_steps
+        shared = f"{counted(steps, 'micro-step')} x {self.group.world} process{'es' if self.group.world > 1 else ''}"
+        rows, positions = self.rows, self.rows * data.length * steps * self.group.world
+        self._log(f"{trained:,} of {total:,} parameters are trained in {self.settings.precision} on "
+                  f"{self.device.type}, {run.engine.kind}; the loss is a mean over "
+                  f"{'tokens' if self.by_tokens else 'micro-batches'}; output in {self.run.output_dir}.",
+                  f"a step: {counted(rows, 'packed row')} of {data.length:,} x {shared} = {positions:,} positions."
+                  if data.packing else f"a step: padded micro-batches x {shared}.")
 
     def learning_rate(self, step: int) -> float:
         """By `OptimSettings`."""
@@ -155,7 +137,9 @@ class LlmTask(Task):
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
         self.batches = [self.ready(batch) for batch in first_batches(self.data, count, start=step * count)]
-        total, left = self.group.sum([sum(map(self._learned, self.batches)), float(len(self.batches))])
+        learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
+                      for one in self.batches)
+        total, left = self.group.sum([learned, float(len(self.batches))])
         world = self.group.world
         self.each = left / world  # micro-batches that a process has, on average
         self.share = world / max(total, _LEAST) if self.by_tokens else 1.0 / max(self.each, _LEAST)
@@ -190,12 +174,11 @@ class LlmTask(Task):
 
     def acts_after(self, step: int) -> bool:
         """At evaluations."""
-        return self.settings.eval_steps > 0 and step % self.settings.eval_steps == 0
+        return self._evaluates and step % self.settings.eval_steps == 0
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""
-        due = self.settings.eval_steps and self.loop.evaluation.get("step") != step
-        return self._evaluate() if due else None
+        return self._evaluate() if self._evaluates and self.loop.evaluation.get("step") != step else None
 
     def status(self) -> Mapping[str, float]:
         """Seconds spent waiting for data."""
@@ -216,16 +199,48 @@ class LlmTask(Task):
         """Steps, tokens, sources, skipped records."""
         return summary_lines(record)
 
-    def _evaluate(self) -> Mapping[str, float] | None:
-        """Numbers of the evaluation data, if there are any; does not change the training."""
-        if self.evaluation is None:
-            return None
-        with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
-            return evaluate(self.loop.engine, self.group, self.evaluation, self.held_out_losses())
+    def _held_out(self) -> list[LlmBatch]:
+        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation."""
+        given = self.run.eval_data
+        self._evaluates = given is not None and self.settings.eval_steps > 0
+        if given is None or not self._evaluates:
+            self._log("nothing is evaluated: that needs eval_data and trainer.eval_steps." if given is not None
+                      or self.settings.eval_steps else "")
+            return []
+        settings = with_template(read_data_settings(given, "eval_data"), template_of(self.model_settings))
+        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as batches:
+            return first_batches(batches, self.settings.eval_batches)
 
-    def _learned(self, batch: LlmBatch) -> float:
-        """Weighted number of learned tokens."""
-        return self.loss_weights.count(batch.labels, None if batch.attention_mask is not None else batch.position_ids)
+    def _evaluate(self) -> dict[str, float]:
+        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them.
+
+        Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is a
+        collective operation, and finite data may give the processes different numbers of batches.
+        """
+        model = self.loop.engine.model
+        with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
+            most = max(answer["batches"] for answer in self.group.gather({"batches": len(self.evaluation)}))
+            model.eval()
+            sums = torch.zeros(6, dtype=torch.float64)
+            with torch.no_grad():
+                for batch in [*self.evaluation, *[blank_batch()] * (most - len(self.evaluation))]:
+                    sums += self.evaluation_sums(model, batch).cpu().double()  # Apple GPUs have no fp64
+            model.train()
+            return self.evaluation_line(*self.group.sum(sums.tolist()))
+
+    def evaluation_sums(self, model: nn.Module, batch: LlmBatch) -> Tensor:
+        """Six sums of a batch: the weighted loss and count, those of text and of image tokens."""
+        batch = self.ready(batch)
+        with self.loop.engine.autocast():
+            return torch.stack([part.float() for part in self.losses(model, batch)])
+
+    def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
+                        image_count: float) -> dict[str, float]:
+        """Numbers of the log out of the sums over all batches; empty if nothing is learned in them."""
+        if not text_count + image_count:
+            return {}
+        parts = {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / max(image_count, 1)}
+        return {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
 
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
@@ -265,11 +280,7 @@ class LlmTask(Task):
         if not is_lora(self.llm):
             return found
         short = {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in found.items()}
-        wanted = trained_state(self.llm)
-        missing = [name for name in wanted if name not in short]
-        if missing:
-            raise TrainingError(f"The engine's state lacks {len(missing)} trained tensors, first {missing[0]!r}.")
-        return {name: short[name] for name in wanted}
+        return {name: short[name] for name in trained_state(self.llm)}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """An adapter's or a plain LLaMA folder, with the tokenizer's files."""
@@ -293,12 +304,23 @@ class LlmTask(Task):
 
 
 def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it.
-
-    Returns:
-        The run's record, also `output_dir/summary.json`: steps, seconds, tokens, last loss, evaluation, data, folder.
-
-    Raises:
-        SeedError, SystemExit: as `run_task`.
-    """
+    """Train by a resolved configuration; under torchrun every process calls it. Returns the run's record, also
+    `output_dir/summary.json`; raises as `run_task`."""
     return run_task(read_run(config), kind)
+
+
+def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBatch]:
+    """`count` micro-batches from number `start` on, fewer if the data end before."""
+    found: list[LlmBatch] = []
+    with contextlib.suppress(EndOfData):
+        for number in range(start, start + count):
+            found.append(batches.at(number))
+    return found
+
+
+def blank_batch() -> LlmBatch:
+    """A batch with nothing to learn, for a process whose data have ended before the others'. It is padded: the
+    attention of packed rows may be compiled for each length."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
+                    learned=0, sequences=0, images=0, squares=0)

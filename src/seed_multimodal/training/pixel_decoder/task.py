@@ -35,7 +35,7 @@ from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.summary import save_config
+from seed_multimodal.training.llm.metrics import save_config
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents

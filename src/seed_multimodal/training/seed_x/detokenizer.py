@@ -27,7 +27,7 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.model_settings import find_folder
+from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask, read_pixel_run
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.trainer import run_task

@@ -34,13 +34,10 @@ from seed_multimodal.seed_x.modeling import POOLED, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import Engine
-from seed_multimodal.training.llm.held_out import HeldOutLosses, blank_batch, first_batches
+from seed_multimodal.training.llm.config import RunSettings, find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
-from seed_multimodal.training.llm.model_settings import find_folder
-from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.llm.trainer_settings import RunSettings
+from seed_multimodal.training.llm.task import LlmTask, blank_batch, first_batches
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.task import WEIGHTS
@@ -73,10 +70,6 @@ class TuningTask(LlmTask):
         self.pictures = 0.0  # written in this step, in all processes
 
     # ------------------------------------------------------------------------------------------------- the training
-
-    def held_out_losses(self) -> HeldOutLosses:
-        """Both losses, weighted as in training."""
-        return _HeldOut(self)
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the tower, too."""
@@ -120,6 +113,23 @@ class TuningTask(LlmTask):
             "image_sum": pictures.detach() * _written(batch), "image_count": _written(batch),
             "tokens": real.tokens if real else 0, "positions": real.input_ids.numel() if real else 0,
             "squares": real.squares if real else 0}
+
+    def evaluation_sums(self, model: nn.Module, batch: LlmBatch) -> Tensor:
+        """See `LlmTask`: the means over learned words and over written pictures; the first two are not used."""
+        with self.loop.engine.autocast():
+            losses = model(**self.inputs(batch))
+        found = []
+        for name, count in (("lm_loss", batch.learned), ("rec_loss", _written(batch))):
+            found += [losses[name].float() * count, losses[name].new_tensor(float(count), dtype=torch.float32)]
+        return torch.stack([torch.zeros_like(found[0])] * 2 + found)
+
+    def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
+                        image_count: float) -> dict[str, float]:
+        """See `LlmTask`; both losses, weighted as in training."""
+        found = super().evaluation_line(total, count, text, text_count, image, image_count)
+        scales = self.agent_settings.losses
+        mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
+        return {**found, "eval_loss": mean} if found else {}
 
     def inputs(self, batch: LlmBatch) -> dict[str, Any]:
         """A batch as `ContinuousLVLM.forward` takes it, on the device. Padding is on the right, so that causal
@@ -213,30 +223,6 @@ def _check_recorded(llm: Any, settings: AgentModel, file: Path) -> None:
             raise CheckpointError(f"{file}: {name}.num_heads is {there}, but the agent is set up with {here}.")
     if is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
         refuse_other_scale(llm, recorded["lora"], file)
-
-
-class _HeldOut(HeldOutLosses):
-    """The means over learned words and over written pictures."""
-
-    def __init__(self, task: TuningTask) -> None:
-        self.task = task
-
-    def sums(self, engine: Engine, batch: LlmBatch) -> Tensor:
-        """See `HeldOutLosses`; the first two are not used."""
-        with engine.autocast():
-            losses = engine.model(**self.task.inputs(batch))
-        found = []
-        for name, count in (("lm_loss", batch.learned), ("rec_loss", _written(batch))):
-            found += [losses[name].float() * count, losses[name].new_tensor(float(count), dtype=torch.float32)]
-        return torch.stack([torch.zeros_like(found[0])] * 2 + found)
-
-    def line(self, total: float, count: float, text: float, text_count: float, image: float, image_count: float
-             ) -> dict[str, float]:
-        """See `HeldOutLosses`."""
-        found = super().line(total, count, text, text_count, image, image_count)
-        scales = self.task.agent_settings.losses
-        mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
-        return {**found, "eval_loss": mean} if found else {}
 
 
 def _check_agent(agent: AgentModel, tower: QwenVitConfig) -> None:

@@ -31,8 +31,8 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.lavit.pretrain_settings import load_visual, read_visual
 from seed_multimodal.training.lavit.pretrain_task import PretrainTask
 from seed_multimodal.training.llm.cli import compose
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.weights import load_state_dict, save_state_dict
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.llm.model_settings import for_run
-from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.llm.config import for_run, read_run
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 
 CONFIGS = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs"

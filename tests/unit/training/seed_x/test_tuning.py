@@ -14,8 +14,8 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
 from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
 from seed_multimodal.weights import load_state_dict

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from seed_multimodal.errors import DataError
-from seed_multimodal.training.llm.summary import summary_lines
+from seed_multimodal.training.llm.metrics import summary_lines
 from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.seed_x.tuning_task import TuningTask
 

@@ -16,8 +16,8 @@ from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
 from seed_multimodal.training.seed_x.tuning_task import TuningTask
 from seed_multimodal.weights import load_state_dict, save_state_dict
 

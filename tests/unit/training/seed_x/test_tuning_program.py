@@ -15,8 +15,7 @@ from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.llm.model_settings import read_model_settings
-from seed_multimodal.training.llm.trainer_settings import read_run
+from seed_multimodal.training.llm.config import read_model_settings, read_run
 from seed_multimodal.training.optimizers import OptimSettings, schedule
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
 
