@@ -309,7 +309,8 @@ LINES = {
     "src/seed_multimodal/language": 1900, "src/seed_multimodal/diffusion": 500, "src/seed_multimodal/system": 800,
     "src/seed_multimodal/seed": 2000, "src/seed_multimodal/seed_x": 1500, "src/seed_multimodal/lavit": 1800,
     "src/seed_multimodal/cli": 1800, "src/seed_multimodal/serving": 1200, "src/seed_multimodal/data": 9_380,
-    "src/seed_multimodal/data/pretokenize": 1310,
+    "src/seed_multimodal/data/pretokenize": 1310, "src/seed_multimodal/data/formats": 1720,
+    "src/seed_multimodal/data/decoders": 1400,
     "src/seed_multimodal/training": 7660, "SEED_Tokenizer": 1925, "MultiModalLLM": 150, "tests": 34_260}
 
 

@@ -20,14 +20,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.images import IMAGE_KEYS, PictureFolder
+from seed_multimodal.data.formats.images import PictureFolder
 from seed_multimodal.data.formats.record import Record, RecordFile
 from seed_multimodal.data.formats.sources import find_files, nearest_path, open_file, open_registered, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
 
-TAR_MEMBERS = {name: (name,) for name in (*IMAGE_KEYS, "txt", "json")}  # what is read from a tar
 # The original input pipes of the two extraction tools: the kind of their records, and what they leave to defaults.
 PIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": (
@@ -152,7 +151,7 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
 def open_shard(shard: Shard, settings: InputSettings) -> tuple[Callable[[int], Record], range]:
     """What gives a record, unread, by its number in the file, and the shard's numbers. Raises DataError."""
     if shard.stop is None:
-        tar = TarFile(shard.path, TAR_MEMBERS)
+        tar = TarFile(shard.path)
         return tar.locate, range(sum(tar.sizes))
     return _open(shard.path, shard.format, settings).locate, range(shard.start, shard.stop)
 

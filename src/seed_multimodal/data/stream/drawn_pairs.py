@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
+from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.pairs_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
@@ -93,7 +93,7 @@ class DrawnPairs(SourceDataset):
     """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
     edit) and with `reads_condition` the image before, `condition` uint8 `[3, H, W]` (zeros where there is none)."""
 
-    def __init__(self, source: PairSource, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
+    def __init__(self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
         super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
 
@@ -118,7 +118,7 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [default_collate(group) for group in groups.values()]
 
 
-def open_pictures(spec: Mapping[str, Any]) -> PairSource:
+def open_pictures(spec: Mapping[str, Any]) -> Pairs:
     """Images without captions, as `formats.pairs.open_pairs`; with `condition_key` they are edits."""
     plain = {"format": "auto", **spec}
     return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})

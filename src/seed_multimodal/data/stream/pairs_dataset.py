@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
+from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, Pairs
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.io import open_image
@@ -97,7 +97,7 @@ class PairDataset(SourceDataset):
     with torch's global generator seeded around the call. `text_transform`: caption -> caption; None keeps it.
     """
 
-    def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],
+    def __init__(self, source: Pairs, image_transform: Callable[..., Tensor],
                  text_transform: Callable[[str], str] | None = None, **options: Any) -> None:
         super().__init__(source, **options)
         self.image_transform, self.text_transform = image_transform, text_transform

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset, sample_seed
@@ -72,7 +72,7 @@ class ImageSource:
     weight: float = setting(1.0, above=0)
     options: dict[str, Any] = setting(factory=dict)
 
-    def open(self) -> PairSource:
+    def open(self) -> Pairs:
         """Its images. Raises as `open_pictures`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
         return open_pictures({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)

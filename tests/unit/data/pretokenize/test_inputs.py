@@ -102,7 +102,7 @@ def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
         if number:
             (tmp_path / f"{number}.txt").write_text(f"picture {number}\n")
     entries = [entry for entry, _ in decode("caption", InputSettings(files=str(tmp_path)))]
-    assert "0.jpg: has no .txt beside it" in entries[0].bad
+    assert "0.jpg: has no caption: no .txt" in entries[0].bad
     assert [entry.fields["text"] for entry in entries[1:]] == ["picture 1", "picture 2"]
 
 
@@ -121,7 +121,7 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
-    assert entries[0].fields["text"] == "a top" and "has no caption key 'top_caption'" in entries[1].bad
+    assert entries[0].fields["text"] == "a top" and "nothing under key 'top_caption'" in entries[1].bad
 
 
 @pytest.mark.process
