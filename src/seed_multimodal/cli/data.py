@@ -136,9 +136,8 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
 
 def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     from seed_multimodal.data.pretokenize.encode import EncoderSettings
-    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
-    from seed_multimodal.data.pretokenize.shards import find_inputs
 
     settings = RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,

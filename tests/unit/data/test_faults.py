@@ -19,9 +19,8 @@ from pyarrow import parquet
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
 from seed_multimodal.data.pretokenize.kinds import get_kind
-from seed_multimodal.data.pretokenize.shards import list_shards
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.loader import StepBatches

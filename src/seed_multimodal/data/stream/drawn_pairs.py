@@ -44,9 +44,8 @@ class DrawnView:
 
     def __post_init__(self) -> None:
         check_settings(self, "view")
-        small = next((size for size in self.sizes if min(size) < 8), None)
-        if small is not None:
-            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(small)}.")
+        if any(min(size) < 8 for size in self.sizes):
+            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}.")
 
     def size_of(self, picture: Image.Image, key: str = "") -> Size:
         """The size in which a picture is drawn."""
