@@ -40,7 +40,7 @@ from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.llm.config import RunSettings, find_folder
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")
 PARTS = ("causal_encoder", "vit_proj")  # what is trained beside the language model, by the released names
