@@ -214,5 +214,5 @@ class QwenVit(PretrainedNetwork):
             config = cls.read_config(sizes)
         encoder = cls.from_state_dict(config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True)
         if log is not None:
-            log(f"{encoder.load_report}.")
+            log(encoder.load_report.describe())
         return encoder
