@@ -86,7 +86,8 @@ class Trainer:
         folder = self.store.find()
         self.identity = task.identity(group.world)
         saved, states = self._read(folder) if folder is not None else ({}, [])
-        self.step, self.begun = (saved["global_step"], saved.get("begun", 0)) if saved else (task.first_step,) * 2
+        self.step = int(saved.get("global_step", task.first_step))
+        self.begun = int(saved.get("begun", 0)) if saved else task.first_step
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if folder is not None:
