@@ -216,15 +216,10 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
 
 
-def test_evaluation_that_cannot_be_is_said_before_the_first_step(runs, train, tmp_path, capsys):
+def test_evaluation_data_are_read_before_the_first_step(runs, train, tmp_path):
     with pytest.raises(SeedError, match="nowhere"):
         train("out", "trainer.eval_steps=8", "++eval_data.sources=[{name: a, files: nowhere.jsonl, decoder: chat}]")
     assert not runs.losses(tmp_path / "out")
-    train("out", "trainer.max_steps=1", "trainer.eval_steps=1")
-    assert "nothing is evaluated" in capsys.readouterr().out
-    files = runs.write_files(tmp_path)
-    train("out", "trainer.max_steps=2", f"eval_data={files['data']}")
-    assert "nothing is evaluated" in capsys.readouterr().out
 
 
 def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
@@ -283,9 +278,3 @@ def test_refusals_before_the_first_step(train, more, words):
         pytest.skip("this machine can do it")
     with pytest.raises(ConfigError, match=words):
         train("out", *more)
-
-
-def test_tokens_per_step_sets_the_micro_steps(train, capsys):
-    home = train("out", "trainer.max_steps=1", "trainer.tokens_per_step=1000", "data.rows=2")
-    assert json.loads((home / "summary.json").read_text())["micro_steps"] == 3  # of 2 rows of 160 positions
-    assert "a step: 2 packed rows of 160 x 3 micro-steps x 1 process = 960 positions." in capsys.readouterr().out

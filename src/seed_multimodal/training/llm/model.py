@@ -39,14 +39,10 @@ from seed_multimodal.weights import load_state_dict
 
 
 def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device) -> nn.Module:
-    """The model on `device`, in train mode.
-
-    Args:
-        tokenizer: a `MultimodalTokenizer` (its `vocabulary` sets the number of words).
+    """The model on `device`, in train mode, with as many words as the `vocabulary` of the tokenizer.
 
     Raises:
-        ConfigError: settings that do not fit each other or the tokenizer.
-        CheckpointError: weights that are missing, damaged or of another model.
+        ConfigError: settings that do not fit each other or the tokenizer. CheckpointError: weights that do not fit.
     """
     check(settings)
     place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
@@ -100,12 +96,16 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def load_trained(model: nn.Module, state: Mapping[str, Tensor], where: str = "The trained weights") -> None:
-    """Inverse of `trained_state`. Raises CheckpointError: tensors missing, unknown or of another size."""
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Inverse of `save_trained`. Raises CheckpointError: no weights there, or those of another model."""
     if is_lora(model):
-        load_adapter(model, state)
-    else:
-        copy_weights(trained_state(model), state, where)
+        load_adapter(model, folder)
+        return
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
+    state = {name: value for file in files for name, value in load_state_dict(file).items()}
+    copy_weights(trained_state(model), state, str(folder))
 
 
 def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
@@ -173,12 +173,8 @@ def set_attention(llama: Any, name: str, device: torch.device) -> None:
 
 
 def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
-    """transformers' name of an attention implementation; see `LlmModelSettings.attention`.
-
-    Args:
-        packed: for rows of several sequences; padded rows need no mask but the causal one, which SDPA's fast kernels
-            know, and their lengths change, for each of which flex attention would be compiled anew.
-    """
+    """transformers' name of an attention implementation, for packed or padded rows. These need only the causal mask,
+    which SDPA's fast kernels know, and have many lengths, for each of which flex attention would be compiled."""
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda" or not packed:
@@ -218,7 +214,6 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> A
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
-    _check_pieces(folder, tokenizer)
     if settings.quantization is None:
         return load_llm(folder, dtype=dtype)
     # Read afresh: a 4-bit model that has generated on a CPU is packed another way and gives no gradients.
@@ -238,20 +233,3 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
                                                    "eos_token_id": EOS, "pad_token_id": PAD}))
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
-
-
-def _check_pieces(folder: Path, tokenizer: Any) -> None:
-    """A base that comes with its own SentencePiece model must have the tokenizer's text pieces."""
-    file = folder / "tokenizer.model"
-    if not file.is_file() or not hasattr(tokenizer, "tokens"):
-        return
-    import sentencepiece as spm
-
-    processor = spm.SentencePieceProcessor()
-    try:
-        processor.Load(str(file))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a SentencePiece model.") from error
-    pieces = [processor.IdToPiece(id) for id in range(processor.GetPieceSize())]
-    if pieces != tokenizer.tokens(range(tokenizer.vocabulary.n_text)):
-        raise ConfigError(f"{file}: the base's text pieces are not the tokenizer's; they do not belong together.")

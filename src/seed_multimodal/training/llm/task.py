@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,20 @@ from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import CheckpointError, ConfigError, counted
+from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
 from seed_multimodal.training.llm.config import RunSettings, find_folder, for_run, read_run, template_of, with_prompts
-from seed_multimodal.training.llm.lora import is_lora, load_adapter
+from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, save_config, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.training.trainer import Trainer, run_task
-from seed_multimodal.weights import load_state_dict
 
 _LEAST = 1e-8  # of a step with nothing to learn
 # Settings that change no number of the training, or are reported elsewhere (`LlmTask.check_resume`).
@@ -72,9 +70,6 @@ class LlmTask(Task):
         self.data = LlmBatches(data, self.tokenizer, rank=group.rank, world=group.world,
                                workers=self.settings.dataloader_num_workers, log=self._log)
         self.rows = data.rows
-        if self.settings.tokens_per_step:
-            micro_steps = self.settings.tokens_per_step / (group.world * data.rows * data.length)
-            self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(micro_steps)))
         self.evaluation = self._held_out()
         self.meter = TokenMeter()
         self.loop: Trainer
@@ -174,11 +169,11 @@ class LlmTask(Task):
 
     def acts_after(self, step: int) -> bool:
         """At evaluations."""
-        return self._evaluates and step % self.settings.eval_steps == 0
+        return bool(self.evaluation) and step % self.settings.eval_steps == 0
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""
-        return self._evaluate() if self._evaluates and self.loop.evaluation.get("step") != step else None
+        return self._evaluate() if self.evaluation and self.loop.evaluation.get("step") != step else None
 
     def status(self) -> Mapping[str, float]:
         """Seconds spent waiting for data."""
@@ -190,40 +185,36 @@ class LlmTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: the data of all processes, and measures."""
+        last = self.meter.history[-1:]
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
-                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps,
-                **self.meter.total, "loss": self.meter.history[-1]["loss"] if self.meter.history else None,
-                "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
+                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps, **self.meter.total,
+                "loss": last[0]["loss"] if last else None, "evaluation": self.loop.evaluation,
+                "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         """Steps, tokens, sources, skipped records."""
         return summary_lines(record)
 
     def _held_out(self) -> list[LlmBatch]:
-        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation."""
-        given = self.run.eval_data
-        self._evaluates = given is not None and self.settings.eval_steps > 0
-        if given is None or not self._evaluates:
-            self._log("nothing is evaluated: that needs eval_data and trainer.eval_steps." if given is not None
-                      or self.settings.eval_steps else "")
+        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation.
+
+        Every process has as many, under DDP and ZeRO-3 each forward pass is a collective operation.
+        """
+        if self.run.eval_data is None or not self.settings.eval_steps:
             return []
-        settings = with_template(read_data_settings(given, "eval_data"), template_of(self.model_settings))
-        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as batches:
-            return first_batches(batches, self.settings.eval_batches)
+        settings = with_template(read_data_settings(self.run.eval_data, "eval_data"), template_of(self.model_settings))
+        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
+            found = first_batches(data, self.settings.eval_batches)
+        most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
+        return found + [blank_batch()] * (most - len(found))
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them.
-
-        Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is a
-        collective operation, and finite data may give the processes different numbers of batches.
-        """
-        model = self.loop.engine.model
+        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them."""
+        model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
-            most = max(answer["batches"] for answer in self.group.gather({"batches": len(self.evaluation)}))
             model.eval()
-            sums = torch.zeros(6, dtype=torch.float64)
             with torch.no_grad():
-                for batch in [*self.evaluation, *[blank_batch()] * (most - len(self.evaluation))]:
+                for batch in self.evaluation:
                     sums += self.evaluation_sums(model, batch).cpu().double()  # Apple GPUs have no fp64
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
@@ -289,14 +280,7 @@ class LlmTask(Task):
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         """Inverse of `save_files`."""
-        if is_lora(self.llm):
-            load_adapter(self.llm, folder)
-            return
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
-        state = {name: value for file in files for name, value in load_state_dict(file).items()}
-        load_trained(self.llm, state, str(folder))
+        load_trained(self.llm, folder)
 
     def _log(self, *texts: str) -> None:
         for text in filter(None, texts if self.group.first else ()):

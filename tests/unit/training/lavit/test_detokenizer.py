@@ -199,7 +199,7 @@ def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_pa
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
 def test_the_recipes_are_read(kind: str) -> None:
     chosen = [f"{group}={kind}" for group in ("model", "data", "trainer")]
-    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, LavitPixelModel, LavitImages)
+    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS), LavitPixelModel, LavitImages)
     assert run.trainer.max_steps == 20000 and run.data.tower_size == 224 and run.model.trained == "all"
     assert len(run.data.sizes) == (6 if kind == "highres" else 0) and run.data.view.seen_by == "bicubic"
 

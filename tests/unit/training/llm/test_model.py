@@ -192,11 +192,11 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
     state = dict(trained_state(model))
     name = next(iter(state))
     with pytest.raises(CheckpointError, match="1 tensors are missing"):
-        load_trained(model, {key: value for key, value in state.items() if key != name})
+        load_adapter(model, {key: value for key, value in state.items() if key != name})
     with pytest.raises(CheckpointError, match="unknown to the model: 'x'"):
-        load_trained(model, {**state, "x": state[name]})
+        load_adapter(model, {**state, "x": state[name]})
     with pytest.raises(CheckpointError, match="but the model needs"):
-        load_trained(model, {**state, name: torch.zeros(3, 3)})
+        load_adapter(model, {**state, name: torch.zeros(3, 3)})
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_adapter(model, tmp_path)
 
@@ -224,7 +224,7 @@ def test_full_fine_tuning_saves_a_plain_model(bases: dict[str, Path], tmp_path: 
     again = build(bases["tied"], adapter=folder)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     other = build(bases["tied"])
-    load_trained(other, trained_state(model))
+    load_trained(other, folder)
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 

@@ -225,7 +225,7 @@ def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: in
 def test_the_published_configurations_are_read(stage: int) -> None:
     """At the released sizes; what the paper gives is in them."""
     chosen = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
-    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, DetokenizerModel)
+    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS), DetokenizerModel)
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]
     assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"
