@@ -30,7 +30,14 @@ from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.layers import checkpoint_layers
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.lavit.pretrain_settings import PARTS, VISUAL, VisualTokens, load_visual, read_visual
+from seed_multimodal.training.lavit.pretrain_settings import (
+    PARTS,
+    VISUAL,
+    VisualModel,
+    VisualTokens,
+    load_visual,
+    read_visual,
+)
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.lavit.unified_loss import UnifiedLoss
 from seed_multimodal.training.llm.config import RunSettings
@@ -44,6 +51,7 @@ class PretrainTask(LlmTask):
 
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
+    kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizers. Raises as `train_llm`; ConfigError for parts that do not belong together."""

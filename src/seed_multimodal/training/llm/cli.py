@@ -29,16 +29,15 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import describe_settings, nearest
-from seed_multimodal.training.llm.config import GROUPS, find_folder, read_run
+from seed_multimodal.training.llm.config import GROUPS, find_folder
 from seed_multimodal.training.trainer import run_task
 
-# Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.config:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
-        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.config:TrainerSettings",
-        "tokenizer": "", "deepspeed": "", "eval_data": ""}
-_PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
-           "optim": "training.optimizers:OptimSettings", "trainer": "training.pixel_decoder.task:PixelTrainer",
-           "deepspeed": ""}
+# Program -> its configuration below `configs`, and its task below `training`.
+PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
+            "train_seed_x_sft": ("train_seed_x_sft", "seed_x.tuning_task:TuningTask"),
+            "train_lavit": ("train_lavit", "lavit.pretrain_task:PretrainTask"),
+            "train_seed_x_detokenizer": ("seed_x_detokenizer/train", "seed_x.detokenizer:DetokenizerTask"),
+            "train_lavit_detokenizer": ("lavit_detokenizer/train", "lavit.detokenizer:LavitPixelTask")}
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
 _SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -77,30 +76,6 @@ _KNOWN = (*FILES, *TEXTS, *VALUES, *SPECIAL, *REFUSED, *IGNORED, *OPTIONS)
 _OWN = ("resume", "device")  # flags of ours: they do not bring the original's defaults
 
 
-class Application(NamedTuple):
-    """A training: its configuration below `configs`; `module:name` below this package of an `LlmTask` or a function of
-    the resolved configuration; its groups' settings, see `_LLM`."""
-
-    config: str
-    task: str
-    settings: Mapping[str, str]
-
-
-APPLICATIONS = {
-    "train": Application("train", "training.llm.task:LlmTask", _LLM),
-    "train_seed_x_sft": Application("train_seed_x_sft", "training.seed_x.tuning_task:TuningTask", {
-        **_LLM, "visual_encoder": "training.seed_x.tuning_settings:TowerModel",
-        "agent": "training.seed_x.tuning_settings:AgentModel"}),
-    "train_lavit": Application("train_lavit", "training.lavit.pretrain_task:PretrainTask", {
-        **_LLM, "visual_encoder": "training.lavit.pretrain_settings:VisualModel"}),
-    "train_seed_x_detokenizer": Application(
-        "seed_x_detokenizer/train", "training.seed_x.detokenizer:train_detokenizer", _PIXELS),
-    "train_lavit_detokenizer": Application(
-        "lavit_detokenizer/train", "training.lavit.detokenizer:train_lavit_detokenizer", {
-            **_PIXELS, "model": "training.lavit.detokenizer:LavitPixelModel",
-            "data": "training.lavit.detokenizer:LavitImages"})}
-
-
 def main_process(program: str | Path) -> NoReturn:
     """The training at `MultiModalLLM/src/train/PROGRAM.py` as a program."""
     file = Path(program).resolve()
@@ -116,12 +91,13 @@ def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     """As `main`, with refusals raised."""
-    application, given = APPLICATIONS[program], translate(arguments)
-    file = configs / f"{application.config}.yaml"
+    given, file = translate(arguments), configs / f"{PROGRAMS[program][0]}.yaml"
     folder = Path(given.options.get("config_path", file.parent))
     name = given.options.get("config_name", file.stem).removesuffix(".yaml")
+    module, _, attribute = PROGRAMS[program][1].partition(":")
+    task = getattr(import_module(f"seed_multimodal.training.{module}"), attribute)
     if "help" in given.options:
-        print(help_text(folder, name, application.settings))
+        print(help_text(folder / f"{name}.yaml", task.kinds))
         return 0
     config = compose(arguments, folder, name, whole="cfg" not in given.options)
     if "cfg" in given.options:
@@ -129,28 +105,22 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
         return 0
     if given.ignored and os.environ.get("RANK", "0") == "0":
         print(f"[train] without effect: {', '.join(given.ignored)}.", flush=True)
-    task = _named(application.task)
-    if isinstance(task, type):
-        run_task(read_run(config), task)
-    else:
-        task(config)
+    run_task(task.read(config), task)
     return 0
 
 
-def help_text(folder: Path, name: str, settings: Mapping[str, str]) -> str:
+def help_text(file: Path, kinds: Mapping[str, type]) -> str:
     """The comment that the configuration begins with, its groups' files, and the keys with their defaults."""
-    text = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    text = file.read_text(encoding="utf-8").splitlines()
     lines = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda one: one[:1] == "#", text)]
-    lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {folder}:"]
-    lines += [f"  {group}: {', '.join(_configurations(group_folder(folder, group))) or '-'}" for group in settings]
+    lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {file.parent}:"]
+    for group in GROUPS:
+        names = _configurations(group_folder(file.parent, group))
+        lines += [f"  {group}: {', '.join(names)}"] if names else []
     lines += ["", "Keys and their defaults (a group's file sets others; ???: needed):", "  output_dir=???"]
-    return "\n".join([*lines, *(f"  {line}" for group, kind in settings.items() if kind
-                                for line in describe_settings(_named(kind), group))])
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(f"seed_multimodal.{module}"), attribute)
+    for group, kind in kinds.items():
+        lines += [f"  {line}" for line in describe_settings(kind, group)]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ flags -> overrides

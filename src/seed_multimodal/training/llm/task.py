@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.config import read_data_settings, with_template
+from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES
@@ -24,7 +24,16 @@ from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
-from seed_multimodal.training.llm.config import RunSettings, find_folder, for_run, read_run, template_of, with_prompts
+from seed_multimodal.training.llm.config import (
+    LlmModelSettings,
+    RunSettings,
+    TrainerSettings,
+    find_folder,
+    for_run,
+    read_run,
+    template_of,
+    with_prompts,
+)
 from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, save_config, summary_lines, token_flops
@@ -50,6 +59,9 @@ class LlmTask(Task):
     module: Any
     quiet_keys = _QUIET
     start_hint = "model.adapter, or model.path"
+    read = staticmethod(read_run)
+    kinds: ClassVar[Mapping[str, type]] = {  # settings of each group, for `--help`
+        "model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings, "trainer": TrainerSettings}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`."""

@@ -38,7 +38,7 @@ from seed_multimodal.training.llm.config import RunSettings, find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmTask, blank_batch, first_batches
-from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
+from seed_multimodal.training.seed_x.tuning_settings import AgentModel, TowerModel, read_agent, read_tower
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
@@ -52,6 +52,7 @@ class TuningTask(LlmTask):
 
     module: ContinuousLVLM
     start_hint = "agent.path"
+    kinds = {**LlmTask.kinds, "visual_encoder": TowerModel, "agent": AgentModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
