@@ -51,6 +51,7 @@ class PretrainTask(LlmTask):
 
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
+    tokenizer_kind = LavitTokenizer
     kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -71,10 +72,6 @@ class PretrainTask(LlmTask):
             _check_sides(where, given, sizes.vit.image_size)
 
     # ------------------------------------------------------------------------------------------------- the training
-
-    def open_tokenizer(self, folder: Path) -> LavitTokenizer:
-        """See `LlmTask`."""
-        return LavitTokenizer.from_pretrained(folder)
 
     def make_module(self) -> nn.Module:
         """Merger and projector beside the language model; the frozen tokenizer moves to the device."""

@@ -20,6 +20,7 @@ from seed_multimodal.language.llama import QUANTIZATIONS
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_keys, check_settings, check_value, nearest, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.optimizers import OptimSettings
 
 GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", "visual_encoder", "agent")
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
@@ -50,7 +51,6 @@ class LlmModelSettings:
     sizes: dict[str, Any] | None = None  # a `LlamaConfig` to start from random weights, with the tokenizer's vocabulary
     dtype: str | None = setting(None, choices=(*DTYPES, "auto"))  # auto: bf16 on CUDA, else fp32
     quantization: str | None = setting(None, choices=QUANTIZATIONS)  # of the frozen base, by bitsandbytes (QLoRA)
-    fp8: bool = False  # products with the frozen matrices of the layers in FP8, by torchao (from Ada and Hopper on)
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
@@ -78,6 +78,10 @@ class TrainerSettings(TrainerConfig):
     peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; known devices need none
     gradient_checkpointing: bool | Literal["selective"] | None = None  # overrides the model's, as `compile`
     compile: bool | None = None
+
+
+KINDS: dict[str, type] = {"model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings,
+                          "trainer": TrainerSettings}  # of each group, for `--help`
 
 
 @dataclass
@@ -109,7 +113,7 @@ def read_run(config: Mapping[str, Any]) -> RunSettings:
     folder = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not folder:
         raise ConfigError("tokenizer: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=Path(str(folder)), plain=dict(config),
+    return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=find_folder(folder), plain=dict(config),
                        trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
                        **groups)
 

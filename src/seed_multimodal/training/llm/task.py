@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, with_template
+from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES
@@ -24,16 +24,7 @@ from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.engine import fill_config, use_offload_threads
-from seed_multimodal.training.llm.config import (
-    LlmModelSettings,
-    RunSettings,
-    TrainerSettings,
-    find_folder,
-    for_run,
-    read_run,
-    template_of,
-    with_prompts,
-)
+from seed_multimodal.training.llm.config import KINDS, RunSettings, for_run, read_run, template_of, with_prompts
 from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, save_config, summary_lines, token_flops
@@ -60,8 +51,8 @@ class LlmTask(Task):
     quiet_keys = _QUIET
     start_hint = "model.adapter, or model.path"
     read = staticmethod(read_run)
-    kinds: ClassVar[Mapping[str, type]] = {  # settings of each group, for `--help`
-        "model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings, "trainer": TrainerSettings}
+    tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
+    kinds: ClassVar[Mapping[str, type]] = KINDS
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`."""
@@ -73,8 +64,8 @@ class LlmTask(Task):
         self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
         self.model_settings = for_run(run.model, self.settings, run.deepspeed is not None)
-        self.tokenizer = self.open_tokenizer(find_folder(run.tokenizer))
-        data, remarks = with_prompts(read_data_settings(run.data), self.model_settings, find_folder(run.tokenizer))
+        self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
+        data, remarks = with_prompts(read_data_settings(run.data), self.model_settings, run.tokenizer)
         self._log(*remarks)
         self.by_tokens = (self.settings.loss_average or ("tokens" if data.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
@@ -85,15 +76,9 @@ class LlmTask(Task):
         self.evaluation = self._held_out()
         self.meter = TokenMeter()
         self.loop: Trainer
-        self.llm: Any = None
+        self.llm: Any
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
-
-    # ------------------------------------------------------------------------------------------------- the training
-
-    def open_tokenizer(self, folder: Path) -> MultimodalTokenizer:
-        """The words of the model."""
-        return MultimodalTokenizer.from_pretrained(folder)
 
     def prepare(self) -> None:
         """Write the configuration into the output folder, build the model and its optimiser."""
@@ -154,17 +139,14 @@ class LlmTask(Task):
         return left > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """This micro-batch's share of the loss. A process that has fewer than the others uses blank ones, since each
-        pass may include a collective operation."""
+        """This micro-batch's share of the loss; a blank one's where this process has fewer than the others."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
         parts = self.losses(model, real or self.ready(blank_batch()))
         value = parts.sum if self.by_tokens else parts.mean
-        shown = value.detach() if self.by_tokens else value.detach() / self.each
-        return value * self.share, {
-            "loss": shown, "text_sum": parts.text_sum, "text_count": parts.text_count, "image_sum": parts.image_sum,
-            "image_count": parts.image_count, "tokens": real.tokens if real else 0,
-            "positions": real.input_ids.numel() if real else 0, "squares": real.squares if real else 0}
+        sums = {key: getattr(parts, key) for key in ("text_sum", "text_count", "image_sum", "image_count")}
+        return value * self.share, {"loss": value.detach() if self.by_tokens else value.detach() / self.each, **sums,
+                                    **counts(real)}
 
     def ready(self, batch: LlmBatch) -> LlmBatch:
         """A batch of the data as `losses` takes it."""
@@ -240,20 +222,16 @@ class LlmTask(Task):
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:
         """Numbers of the log out of the sums over all batches; empty if nothing is learned in them."""
-        if not text_count + image_count:
-            return {}
         parts = {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / max(image_count, 1)}
-        return {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
-
-    # ---------------------------------------------------------------------------------------------- the checkpoints
+        line = {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
+        return line if text_count + image_count else {}
 
     def identity(self, world: int) -> dict[str, Any]:
         """Engine, model, optimiser and sizes."""
-        model = self.model_settings
+        model = {key: getattr(self.model_settings, key) for key in ("path", "sizes", "lora")}
         return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self.zero_stage,
-                "model": {"path": model.path, "sizes": model.sizes, "lora": model.lora,
-                          "words": self.tokenizer.vocabulary.size},
-                "optimizer": self.optim.name, "world_size": world, "max_steps": self.settings.max_steps,
+                "model": {**model, "words": self.tokenizer.vocabulary.size}, "optimizer": self.optim.name,
+                "world_size": world, "max_steps": self.settings.max_steps,
                 "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -262,8 +240,7 @@ class LlmTask(Task):
                                                "optimizer": "optimiser"}, self.start_hint)
         if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
             raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "
-                              f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
-                              f"folder ({self.start_hint}). The plain engine may change their number.")
+                              f"{now['world_size']}; or start from its weights ({self.start_hint}) in a new folder.")
         return other_numbers(saved, now, {"world_size": "processes", "rows_per_step": "rows a step",
                                           "max_steps": "steps in all (the schedule follows)"})
 
@@ -300,8 +277,7 @@ class LlmTask(Task):
 
 
 def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. Returns the run's record, also
-    `output_dir/summary.json`; raises as `run_task`."""
+    """Train by a resolved configuration; returns the run's record, as `run_task`."""
     return run_task(read_run(config), kind)
 
 
@@ -312,6 +288,12 @@ def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBa
         for number in range(start, start + count):
             found.append(batches.at(number))
     return found
+
+
+def counts(batch: LlmBatch | None) -> dict[str, int]:
+    """Tokens, positions, and squares of the sequences' lengths of a batch; None: of a blank one."""
+    return {"tokens": batch.tokens if batch else 0, "positions": batch.input_ids.numel() if batch else 0,
+            "squares": batch.squares if batch else 0}
 
 
 def blank_batch() -> LlmBatch:

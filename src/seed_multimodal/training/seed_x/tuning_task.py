@@ -37,7 +37,7 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.llm.config import RunSettings, find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import find_llama, use_attention
-from seed_multimodal.training.llm.task import LlmTask, blank_batch, first_batches
+from seed_multimodal.training.llm.task import LlmTask, blank_batch, counts, first_batches
 from seed_multimodal.training.seed_x.tuning_settings import AgentModel, TowerModel, read_agent, read_tower
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.task import WEIGHTS
@@ -111,9 +111,7 @@ class TuningTask(LlmTask):
         value = scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * pictures
         return value, {
             "loss": value.detach(), "text_sum": words.detach() * batch.learned, "text_count": batch.learned,
-            "image_sum": pictures.detach() * _written(batch), "image_count": _written(batch),
-            "tokens": real.tokens if real else 0, "positions": real.input_ids.numel() if real else 0,
-            "squares": real.squares if real else 0}
+            "image_sum": pictures.detach() * _written(batch), "image_count": _written(batch), **counts(real)}
 
     def evaluation_sums(self, model: nn.Module, batch: LlmBatch) -> Tensor:
         """See `LlmTask`: the means over learned words and over written pictures; the first two are not used."""

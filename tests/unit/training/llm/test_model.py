@@ -17,7 +17,13 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings
-from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, load_adapter
+from seed_multimodal.training.llm.lora import (
+    MODULES_TO_SAVE,
+    TARGET_MODULES,
+    adapter_state,
+    copy_weights,
+    load_adapter,
+)
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
 from seed_multimodal.training.llm.model import (
     attention_kind,
@@ -192,11 +198,11 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
     state = dict(trained_state(model))
     name = next(iter(state))
     with pytest.raises(CheckpointError, match="1 tensors are missing"):
-        load_adapter(model, {key: value for key, value in state.items() if key != name})
+        copy_weights(state, {key: value for key, value in state.items() if key != name}, "x")
     with pytest.raises(CheckpointError, match="unknown to the model: 'x'"):
-        load_adapter(model, {**state, "x": state[name]})
+        copy_weights(state, {**state, "x": state[name]}, "x")
     with pytest.raises(CheckpointError, match="but the model needs"):
-        load_adapter(model, {**state, name: torch.zeros(3, 3)})
+        copy_weights(state, {**state, name: torch.zeros(3, 3)}, "x")
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_adapter(model, tmp_path)
 
