@@ -41,7 +41,7 @@ def convert(args: argparse.Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
-    report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
+    report = convert_shards(args.tars, args.out, args.workers)
     for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
         log_line(f"seed: {sentence}")
     emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
@@ -79,8 +79,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
     converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
-    converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
-    converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
     indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files beside them, ahead")
     indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
@@ -138,9 +136,8 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
 
 def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     from seed_multimodal.data.pretokenize.encode import EncoderSettings
-    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
-    from seed_multimodal.data.pretokenize.shards import find_inputs
 
     settings = RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,

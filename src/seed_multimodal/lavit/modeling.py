@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -258,6 +259,13 @@ class DynamicTokenizer(PretrainedNetwork):
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
                                                nn.Linear(width, config.codebook_dim))
         self.vit_proj: nn.Linear | None = nn.Linear(width, config.llm_width)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
+        """A folder of ours or an original one: `lavit.checkpoints.load_dynamic_tokenizer`."""
+        from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
+
+        return load_dynamic_tokenizer(folder, **options)
 
     @property
     def transform(self) -> ImageTransform:

@@ -1,8 +1,8 @@
 """Records → training sequences: the sequence, seeded random draws, checked fields, segments joined into ids and labels.
 
-A decoder turns a record's fields into segments of text and images; `Decoder.join` makes ids and labels of them exactly
-as the original data code did: each segment is encoded on its own; `<s>` and segments with `learned=False` have the
-label -100. Decoders with `whole` learn every token but `<unk>`, which the original takes for padding.
+A decoder turns a record's fields into segments of text and images, of which ids and labels are made exactly as the
+original data code did: each segment is encoded on its own; `<s>` and segments with `learned=False` have the label -100.
+Decoders with `whole` learn every token but `<unk>`, which the original takes for padding.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class DecoderOptions:
 
 
 class Decoder:
-    """Base of all decoders: `decode(fields, draws)` → `TokenSequence`. Its subclasses define `_draft`."""
+    """Base of all decoders; subclasses define `_draft`."""
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False  # every token is learned
@@ -94,11 +94,7 @@ class Decoder:
         return [option.name for option in dataclasses.fields(cls.Options)]
 
     def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> TokenSequence:
-        """The sequence of a record, cut on the right at `max_length`; where `dropped` is set, it is left out.
-
-        Raises:
-            BadRecord: a field is missing or wrong; the sentence starts with its name.
-        """
+        """The sequence of a record, cut on the right at `max_length`. Raises BadRecord: a field is missing or wrong."""
         draft = self._draft(fields, draws)
         dropped = draft.dropped or self._nothing_learned(draft)
         ids, labels = self._join(draft) if draft.segments else ([], [])

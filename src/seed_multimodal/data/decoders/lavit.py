@@ -6,10 +6,9 @@
     lavit.question   [image] Question: … Answer: answer</s>     answer and </s> are learned
     lavit.compose    codes instruction[ codes ]                 an image and words to an image; the last codes and ]
 
-[ and ] are image start and end. An image that is read is continuous features, one that is written codes: either as
-many as the frozen token selector keeps, which is known on the device only, so `image_tokens` places are planned for it
-here (`training.lavit.rows` puts in the kept ones). Codes of a pre-tokenised record (`image_ids`) are put into the
-sequence at once. There is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
+[ and ] are image start and end. An image is read as features and written as codes, as many as the token selector keeps:
+that is known on the device only, so `image_tokens` places are planned for it here (`training.lavit.rows` puts in the
+kept ones). There is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
 """
 
 from __future__ import annotations
@@ -31,8 +30,7 @@ Codes = list[int]
 
 @dataclass(frozen=True)
 class LavitOptions(OpenedOptions):
-    """`image_tokens`: places that packing plans for an image; 0: three eighths of its patches (a third is what the
-    original selector aims at)."""
+    """`image_tokens`: places that are planned for an image; 0: 3/8 of its patches (the selector aims at a third)."""
 
     image_tokens: int = setting(0, least=0)
 

@@ -1,7 +1,6 @@
-"""Sequences with images that are opened with their record, as pixels: what SEED-X's and LaVIT's decoders share.
+"""Sequences with images that are opened with their record: what SEED-X's and LaVIT's decoders share.
 
-An image has `size`, (width, height) in pixels. In the sequence it has a run of places, whose contents (features or
-codes) are made on the device.
+In a sequence an image has a run of places, whose contents (features or codes) are made on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class UsedPicture:
 
     @property
     def views(self) -> int:
-        """How many views: the parts and the whole."""
+        """The parts and the whole."""
         return 1 if self.grid is None else self.grid[0] * self.grid[1] + 1
 
     @property
@@ -50,9 +49,7 @@ class PictureSequence(TokenSequence):
 
 @dataclass(frozen=True)
 class OpenedOptions(DecoderOptions):
-    """`base_resolution`: side of a view in pixels."""
-
-    base_resolution: int = setting(224, least=1)
+    base_resolution: int = setting(224, least=1)  # side of a view in pixels
 
 
 class OpenedDecoder(Decoder):

@@ -1,4 +1,4 @@
-"""Writes webdataset shards: a tar of KEY.ext members, equal bytes for equal records."""
+"""Writes webdataset shards: tars of KEY.ext members, equal bytes for equal records."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at the end, whole or not at all. Raises OSError."""
+    """A writer whose shard appears at its end, whole or not at all."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as file, closing(ShardWriter(file)) as writer:
         yield writer
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) records as a shard (see `open_shard`). Returns the count."""
+    """Write (key, {extension: bytes}) records as a shard; returns the count."""
     with open_shard(path) as writer:
         for key, members in records:
             writer.add(key, members)

@@ -1,40 +1,26 @@
 """Decoding of samples in the workers of a DataLoader: records → resized images as bytes, which keep a GPU fed.
 
-A task holds the positions of its records, so workers need no indexes. Errors of a sample are returned as a sentence;
-other errors are raised.
+A task holds the positions of its records, so workers need no indexes. Errors of a sample are returned as a sentence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import Record
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
+from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard, open_shard
 from seed_multimodal.data.pretokenize.kinds import Kind
-from seed_multimodal.data.pretokenize.pictures import Picture, view
-from seed_multimodal.data.pretokenize.samples import Dropped, Sample
-from seed_multimodal.data.pretokenize.shards import Shard, open_shard
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample, view
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
-
-
-@dataclass
-class Task:
-    """Records decoded together, from number `first` of the file on; `share`: of their shard; `last`: it ends there."""
-
-    first: int
-    records: list[Record]
-    share: float
-    last: bool
 
 
 @dataclass
@@ -50,34 +36,20 @@ class DecodedSample:
 
 
 @dataclass
-class DecodedTask:
-    """A task's samples, and the pixels of their images' views, uint8 [rows, 3, S, S]."""
+class Task:
+    """Records decoded together, from number `first` of the file on; then what they are."""
 
-    task: Task
-    samples: list[DecodedSample]
-    pixels: Tensor
-
-
-class _Rows(dict[str, int]):
-    """Rows of pixels by the names of views: an image with several questions is encoded once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pixels: list[np.ndarray] = []
-
-    def cut(self, count: int) -> None:
-        """Drop the rows from `count` on."""
-        for name in list(self)[count:]:
-            del self[name]
-        del self.pixels[count:]
+    first: int
+    records: list[Record]
+    share: float  # of their shard
+    last: bool  # the shard ends there
+    samples: list[DecodedSample] = field(default_factory=list)
+    pixels: Any = None  # of the images' views, uint8 Tensor [rows, 3, S, S]
 
 
-class TaskDataset(Dataset[DecodedTask]):
-    """`dataset[task]` is the decoded task.
-
-    Args:
-        views: of each image that a model reads (kinds that can hold several), augmented from `seed`.
-    """
+class TaskDataset(Dataset[Task]):
+    """`dataset[task]` is the decoded task; `views` of each image that a model reads (kinds that can hold several),
+    augmented from `seed`. Equal images of a task are encoded once."""
 
     def __init__(self, kind: Kind, settings: InputSettings, transform: ImageTransform, views: int = 1, seed: int = 0
                  ) -> None:
@@ -88,14 +60,13 @@ class TaskDataset(Dataset[DecodedTask]):
                                                             settings.min_aspect_ratio))
         self._files = OpenFiles(rows=0)  # they are read in order
 
-    def __getitem__(self, task: Task) -> DecodedTask:
-        rows, side = _Rows(), self.transform.image_size
+    def __getitem__(self, task: Task) -> Task:
+        rows: dict[str, tuple[int, np.ndarray]] = {}  # number and pixels by the names of views
         samples = [self._decode(task.first + place, record, rows) for place, record in enumerate(task.records)]
-        pixels = np.stack(rows.pixels) if rows else np.empty((0, 3, side, side), np.uint8)
-        task.records = []
-        return DecodedTask(task, samples, torch.from_numpy(pixels))
+        pixels = np.stack([one for _, one in rows.values()]) if rows else np.empty(0, np.uint8)
+        return replace(task, records=[], samples=samples, pixels=torch.from_numpy(pixels))
 
-    def _decode(self, number: int, record: Record, rows: _Rows) -> DecodedSample:
+    def _decode(self, number: int, record: Record, rows: dict[str, tuple[int, np.ndarray]]) -> DecodedSample:
         known, made = len(rows), DecodedSample(number)
         try:
             sample = Sample(record, self._files, self.settings, self._keys)
@@ -106,14 +77,13 @@ class TaskDataset(Dataset[DecodedTask]):
             if made.lost and not any(made.rows):
                 raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its pictures can be read.")
             return made
-        except Dropped as reason:
-            rows.cut(known)
-            return DecodedSample(number, dropped=str(reason))
-        except (ImageError, DataError) as error:
-            rows.cut(known)
-            return DecodedSample(number, bad=str(error))
+        except (Dropped, ImageError, DataError) as error:
+            for name in list(rows)[known:]:
+                del rows[name]
+            return DecodedSample(number, **{"dropped" if isinstance(error, Dropped) else "bad": str(error)})
 
-    def _views(self, picture: Picture, place: str, metadata: Any, rows: _Rows, lost: list[str]) -> list[int] | None:
+    def _views(self, picture: Picture, place: str, metadata: Any, rows: dict[str, tuple[int, np.ndarray]],
+               lost: list[str]) -> list[int] | None:
         """The rows of an image's views; None for an optional image that cannot be read, which is added to `lost`."""
         name = picture.key or place
         names = [f"{name}#{number}" for number in range(self.views if picture.read else 1)]
@@ -135,12 +105,12 @@ class TaskDataset(Dataset[DecodedTask]):
             small = self.transform.resize(image)
             for number, one in enumerate(names):
                 if one not in rows:
-                    rows[one] = len(rows)
-                    rows.pixels.append(np.asarray(view(small, number, self.seed, name), np.uint8).transpose(2, 0, 1))
-        return [rows[one] for one in names]
+                    pixels = np.asarray(view(small, number, self.seed, name), np.uint8).transpose(2, 0, 1)
+                    rows[one] = len(rows), pixels
+        return [rows[one][0] for one in names]
 
 
-def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int) -> Iterator[DecodedTask]:
+def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int) -> Iterator[Task]:
     """The decoded tasks of shards, in order, of at most `size` samples each; each shard has at least one.
 
     Raises:

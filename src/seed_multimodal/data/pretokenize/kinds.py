@@ -11,10 +11,8 @@
 | chat | `messages` |
 
 With several views of an image, caption and qa records also have `views`, whose first is the image itself; in chats
-images of the user have them (a decoder draws one), images of the assistant, which the model learns to draw, do not.
-
-A kind is two functions: `read` takes the fields and images of a sample, in a decode worker; `record` makes the record
-of these fields and the images' codes.
+only images of the user have them. A kind is two functions: `read` takes the fields and images of a sample, in a decode
+worker; `record` makes the record of these fields and the images' codes.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.pretokenize.pictures import Picture, frames
-from seed_multimodal.data.pretokenize.samples import Dropped, Sample
+from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
@@ -48,18 +45,13 @@ def joined_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of records.
-
-    Attributes:
-        fields: keys of the input by what they hold; `ask`: a fixed question, `suffix`: put behind each question.
-        presets: other such mappings by name; `default` is merged unless a preset is named.
-    """
+    """One kind of records."""
 
     name: str
     read: Callable[[Sample], Read]
-    fields: dict[str, str]
-    presets: dict[str, dict[str, str]] = field(default_factory=dict)
-    default: str = ""
+    fields: dict[str, str]  # keys by what they hold; `ask`: a fixed question, `suffix`: put behind each question
+    presets: dict[str, dict[str, str]] = field(default_factory=dict)  # other such mappings by name
+    default: str = ""  # the preset that is merged unless one is named
     views: bool = False
     record: Callable[[Fields, Codes, ImageVocabulary], Fields] = joined_record
 
@@ -113,9 +105,8 @@ def _read_qa(sample: Sample) -> Read:
 
 def _read_video(sample: Sample) -> Read:
     answer = sample.text(sample.keys["answer"])
-    name = str(sample.text(sample.keys["video"]))
-    found = frames(sample.path(name), f"{sample.where}: {name}", sample.settings.num_frames)
-    return {**_question(sample, required=False), "answer": answer}, found
+    frames = sample.frames(str(sample.text(sample.keys["video"])))
+    return {**_question(sample, required=False), "answer": answer}, frames
 
 
 def _read_story(sample: Sample) -> Read:

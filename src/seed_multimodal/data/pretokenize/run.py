@@ -1,8 +1,5 @@
 """Pre-tokenise a data set: each input shard becomes one output shard of json records with codes.
 
-    run(RunSettings(kind="caption", data="configs/data/caption_torchdata_preprocess.yaml", save_dir="dataset/cc3m",
-                    encoder=EncoderSettings("configs/tokenizer/seed_llama_tokenizer.yaml")))
-
 `SAVE_DIR/NAME.tar` appears whole or not at all, with its counts in `NAME.counts.json`; a run that starts again skips
 what is there. Under torchrun process r makes every WORLD_SIZE-th shard, in a job array (`shard`) task i every N-th.
 Batches are made inside a shard, in the order of its samples, so equal input gives equal records.
@@ -23,11 +20,10 @@ from typing import Any
 import torch
 
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.pretokenize.dataset import DecodedTask, TaskDataset, decode_shards
+from seed_multimodal.data.pretokenize.dataset import Task, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
-from seed_multimodal.data.pretokenize.input_settings import InputSettings, read_input_settings
+from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard, list_shards, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import Kind, get_kind
-from seed_multimodal.data.pretokenize.shards import Shard, list_shards
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
@@ -40,43 +36,26 @@ NAMED = 100  # broken samples and images that the counts of a shard name
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a run.
+    """Settings of a run."""
 
-    Attributes:
-        kind: of records, see `kinds.py`.
-        data: input description: a YAML file or a mapping; `fields` wins over its own.
-        shard: (number, count): this run makes only every count-th shard, from `number` on.
-        image_transform: YAML of the images' transform; None: squashed bilinearly to the tokenizer's size (of a system's
-            tokenizer: the system's own).
-        batch_size: samples that are decoded, and images that are encoded, at once; None: as in the original 256, on a
-            CPU 32.
-        workers: decode processes; 0: none.
-        views: of each image (kinds caption, qa and chat); all but the first are augmented, from `seed`.
-        block: records of an output shard where the input is no tar.
-        max_bad: this many broken samples in a row end the run.
-    """
-
-    kind: str
-    data: str | Mapping[str, Any]
+    kind: str  # of records, see `kinds.py`
+    data: str | Mapping[str, Any]  # the input: a YAML file or a mapping
     save_dir: str
     encoder: EncoderSettings
-    fields: str | dict[str, str] | None = None
-    shard: tuple[int, int] = (0, 1)
-    image_transform: str | None = None
-    batch_size: int | None = setting(None, least=1)
-    workers: int = setting(4, least=0)
-    views: int = setting(1, least=1)
+    fields: str | dict[str, str] | None = None  # wins over that of the data
+    shard: tuple[int, int] = (0, 1)  # (number, count): only every count-th shard, from `number` on
+    image_transform: str | None = None  # its YAML; None: squashed to the tokenizer's size, or as its system does
+    batch_size: int | None = setting(None, least=1)  # samples decoded, and images encoded, at once
+    workers: int = setting(4, least=0)  # decode processes
+    views: int = setting(1, least=1)  # of each image (kinds caption, qa and chat), the others augmented from `seed`
     seed: int = 0
-    block: int = setting(10_000, least=1)
-    max_bad: int = setting(20, least=1)
+    block: int = setting(10_000, least=1)  # records of an output shard where the input is no tar
+    max_bad: int = setting(20, least=1)  # broken samples in a row that end the run
 
 
 def run(settings: RunSettings) -> int:
-    """Make this process's share of the shards; the exit code is 1 if all are there and hold no record.
-
-    Raises:
-        ConfigError, DataError: wrong settings, another run's folder, too many broken samples in a row.
-    """
+    """Make this process's share of the shards; the exit code is 1 if all are there and hold no record. Raises
+    ConfigError, DataError: wrong settings, another run's folder, too many broken samples in a row."""
     check_settings(settings, "extraction")
     rank, world, device = _process(settings.encoder.device)
     name = f"[{rank} of {world}] " if world > 1 else ""
@@ -85,7 +64,7 @@ def run(settings: RunSettings) -> int:
     shards = list_shards(source, settings.block)
     number, count = settings.shard
     share = shards[number::count][rank::world]
-    left = [shard for shard in share if not _output(save_dir, shard).exists()]
+    left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
     log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
              f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
     if left:
@@ -100,13 +79,13 @@ def run(settings: RunSettings) -> int:
         tasks = decode_shards(left, dataset, batch, settings.workers)
         with Progress(f"{name}extraction", len(left), "shard") as progress:
             progress.unit_scale = True  # parts of shards are shown with two digits
-            extractor = _Extractor(kind, encoder, tasks, save_dir, batch, settings.max_bad, progress)
+            extractor = _Extractor(kind, encoder, batch, settings.max_bad, progress)
             for shard in left:
-                extractor.make(shard)
+                extractor.make(shard, save_dir / f"{shard.name}.tar", tasks)
             log_line(f"{name}{counted(len(left), 'shard')}, {extractor.speed()}")
     if rank and not left:
         return DONE
-    if all(_output(save_dir, shard).exists() for shard in shards):
+    if all((save_dir / f"{shard.name}.tar").exists() for shard in shards):
         return _summarise(save_dir, shards)
     log_line(f"{name}{save_dir}: this share is finished, others are not.")
     return DONE
@@ -139,32 +118,30 @@ def _process(device: str) -> tuple[int, int, str]:
 class _Extractor:
     """Makes shards of decoded tasks, which come in the order of the shards."""
 
-    def __init__(self, kind: Kind, encoder: Encoder, tasks: Iterator[DecodedTask], save_dir: Path, batch_size: int,
-                 max_bad: int, progress: Progress) -> None:
-        self.kind, self.encoder, self.tasks, self.save_dir = kind, encoder, tasks, save_dir
-        self.batch_size, self.max_bad, self.progress = batch_size, max_bad, progress
+    def __init__(self, kind: Kind, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress) -> None:
+        self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
+        self.max_bad, self.progress = max_bad, progress
         self.images = self._bad_in_a_row = 0
         self.named: list[str] = []
 
-    def make(self, shard: Shard) -> None:
+    def make(self, shard: Shard, path: Path, tasks: Iterator[Task]) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
-        path, counts = _output(self.save_dir, shard), Counter[str]()
-        self.named = []
+        counts, self.named = Counter[str](), []
         for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
             left.unlink()
         with open_shard(path) as writer:
-            for decoded in self.tasks:
+            for decoded in tasks:
                 self._write(shard, decoded, writer, counts)
-                self.progress.update(decoded.task.share, done=self.speed())
-                if decoded.task.last:
+                self.progress.update(decoded.share, done=self.speed())
+                if decoded.last:
                     break
-            _write_json(self.save_dir / f"{shard.name}.counts.json", {**counts, "named": self.named})
+            _write_json(path.with_name(f"{path.stem}.counts.json"), {**counts, "named": self.named})
 
     def speed(self) -> str:
         """Images so far, and per second."""
         return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
 
-    def _write(self, shard: Shard, decoded: DecodedTask, writer: ShardWriter, counts: Counter[str]) -> None:
+    def _write(self, shard: Shard, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
         codes: list[list[int]] = []
         for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
             codes += self.encoder(batch)
@@ -193,10 +170,6 @@ class _Extractor:
         if len(self.named) < NAMED:
             self.named.append(sentence)
         self.progress.say(f"{what}: {sentence}")
-
-
-def _output(save_dir: Path, shard: Shard) -> Path:
-    return save_dir / f"{shard.name}.tar"
 
 
 def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -229,7 +202,7 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    # Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it.
+    """Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it."""
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
 
 

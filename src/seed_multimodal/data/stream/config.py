@@ -131,10 +131,7 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
     for number, one in enumerate(given):
         source = {key: value for key, value in _mapping(one, f"{where}: sources[{number}]").items()
                   if value or key not in ("name", "files", "decoder")}
-        files = source.get("files", "")
-        if isinstance(files, list | tuple | Path):
-            source["files"] = files = [str(file) for file in files] if isinstance(files, list | tuple) else str(files)
-        name, taken = source.get("name"), [other.name for other in sources]
+        files, name, taken = source.get("files", ""), source.get("name"), [other.name for other in sources]
         if name in taken:
             raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
         stem = Path(files[0] if isinstance(files, list) and files else str(files)).name or "source"

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -128,14 +129,9 @@ class DrawOrder:
         self.left = sorted(pending, key=lambda draw: draw[:2])[self.rank::self.world]
 
 
-class _Decoded:
+def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
     """What the workers do: draws -> what is read at each position of each."""
-
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
-
-    def __call__(self, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
-        return [(draw, self.mixture.read_draw(draw.source, draw.start)) for draw in draws]
+    return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
 
 
 class LlmBatches:
@@ -161,7 +157,7 @@ class LlmBatches:
     def _open(self) -> None:
         """Begin to load the draws that are not taken yet."""
         following, together = self.draws.following(), TOGETHER if self.settings.packing else 1
-        self._loaded = load(_Decoded(self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
+        self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
 

@@ -18,6 +18,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -108,7 +109,7 @@ class StepBatches:
         self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes,
                                          block=0 if sizes is None else dataset.shuffle_block)
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
-        self.workers, self.collate = workers, collate
+        self.workers, self._fetch = workers, partial(_batch, dataset, collate)
         self.wait_seconds = 0.0  # spent inside `at`
         self._following = -1  # the step that is loaded next
         self._loaded: Any = None
@@ -118,8 +119,7 @@ class StepBatches:
         started = time.perf_counter()
         if step != self._following:
             self.close()
-            self._loaded = load(_Batch(self.dataset, self.collate), map(self._parts, itertools.count(step)),
-                                self.workers)
+            self._loaded = load(self._fetch, map(self._parts, itertools.count(step)), self.workers)
         self._following = -1  # after an error
         batch, bad = next(self._loaded)
         self._following = step + 1
@@ -148,13 +148,8 @@ class StepBatches:
         self.close()
 
 
-class _Batch:
+def _batch(dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
     """One step's batch, and the samples found bad on the way."""
-
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
-
-    def __call__(self, parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
-        known = len(getattr(self.dataset, "bad", ()))
-        batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
-        return batch, list(getattr(self.dataset, "bad", ()))[known:]
+    known = len(getattr(dataset, "bad", ()))
+    batch = collate([dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
+    return batch, list(getattr(dataset, "bad", ()))[known:]

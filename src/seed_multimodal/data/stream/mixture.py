@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings, SourceSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
-from seed_multimodal.data.stream.views import TAR_PARTS, PictureReader, SequenceViews
+from seed_multimodal.data.stream.views import PictureReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -75,7 +75,7 @@ class Mixture:
         self.settings, self.sources, self.weights = settings, settings.sources, settings.draw_weights()
         self.records = [open_records(source.files, format=source.format, name=source.name,
                                      cache=settings.cache, options=source.format_options,
-                                     others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
+                                     needs_json=source.decoder not in FEATURE_DECODERS)
                         for source in self.sources]
         self.decoders = [_decoder(source, tokenizer) for source in self.sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)

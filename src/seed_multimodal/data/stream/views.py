@@ -22,7 +22,6 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
 
-TAR_PARTS = {"image": IMAGE_KEYS, "txt": ("txt",)}  # of a sample, beside its json
 READ, WRITTEN = 1, 2
 
 
@@ -77,7 +76,7 @@ class PictureReader:
         text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
         if text is not None:
             found["text"] = text
-        image = record.member("image", files=self.files)
+        image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
             found["image"] = image
         return self.decoder.opened(found, lambda value, name: open_image(

@@ -34,8 +34,8 @@ from seed_multimodal.training.trainer import run_task
 
 # Program -> its configuration below `configs`, and its task below `training`.
 PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
-            "train_seed_x_sft": ("train_seed_x_sft", "seed_x.tuning_task:TuningTask"),
-            "train_lavit": ("train_lavit", "lavit.pretrain_task:PretrainTask"),
+            "train_seed_x_sft": ("train_seed_x_sft", "seed_x.tuning:TuningTask"),
+            "train_lavit": ("train_lavit", "lavit.pretrain:PretrainTask"),
             "train_seed_x_detokenizer": ("seed_x_detokenizer/train", "seed_x.detokenizer:DetokenizerTask"),
             "train_lavit_detokenizer": ("lavit_detokenizer/train", "lavit.detokenizer:LavitPixelTask")}
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder

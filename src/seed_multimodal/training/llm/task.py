@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
-from seed_multimodal.training.engine import fill_config, use_offload_threads
+from seed_multimodal.training.engine import fill_config
 from seed_multimodal.training.llm.config import KINDS, RunSettings, for_run, read_run, template_of, with_prompts
 from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
@@ -102,7 +101,7 @@ class LlmTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size))
-        self._log(*remarks, use_offload_threads(config))
+        self._log(*remarks)
         return config
 
     def prepared(self, run: Trainer) -> None:
@@ -146,7 +145,8 @@ class LlmTask(Task):
         value = parts.sum if self.by_tokens else parts.mean
         sums = {key: getattr(parts, key) for key in ("text_sum", "text_count", "image_sum", "image_count")}
         return value * self.share, {"loss": value.detach() if self.by_tokens else value.detach() / self.each, **sums,
-                                    **counts(real)}
+                                    "tokens": real.tokens if real else 0, "squares": real.squares if real else 0,
+                                    "positions": real.input_ids.numel() if real else 0}
 
     def ready(self, batch: LlmBatch) -> LlmBatch:
         """A batch of the data as `losses` takes it."""
@@ -288,12 +288,6 @@ def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBa
         for number in range(start, start + count):
             found.append(batches.at(number))
     return found
-
-
-def counts(batch: LlmBatch | None) -> dict[str, int]:
-    """Tokens, positions, and squares of the sequences' lengths of a batch; None: of a blank one."""
-    return {"tokens": batch.tokens if batch else 0, "positions": batch.input_ids.numel() if batch else 0,
-            "squares": batch.squares if batch else 0}
 
 
 def blank_batch() -> LlmBatch:

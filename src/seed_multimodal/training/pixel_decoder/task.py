@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.data.formats.pairs import PairSource
+from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset, sample_seed
@@ -33,7 +33,7 @@ from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
+from seed_multimodal.training.engine import fill_config, full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.metrics import save_config
 from seed_multimodal.training.metrics import Meter
@@ -72,7 +72,7 @@ class ImageSource:
     weight: float = setting(1.0, above=0)
     options: dict[str, Any] = setting(factory=dict)
 
-    def open(self) -> PairSource:
+    def open(self) -> Pairs:
         """Its images. Raises as `open_pictures`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
         return open_pictures({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
@@ -235,7 +235,7 @@ class PixelTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
-        self._log(*remarks, use_offload_threads(config))
+        self._log(*remarks)
         return config
 
     def learning_rate(self, step: int) -> float:

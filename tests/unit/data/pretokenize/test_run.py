@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.cli.data import extraction_parser, extraction_script
+from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.pretokenize.dataset import TaskDataset
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
@@ -186,14 +185,6 @@ def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
         assert "0 records" in said and "bad 7" in said and "not one record was written" in said
 
 
-@pytest.mark.process
-def test_a_decode_worker_that_dies_is_one_sentence(start, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(TaskDataset, "__getitem__", lambda self, task: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match=r"DataLoader worker \(pid.* fewer --num_workers"):
-        start(tmp_path / "out", workers=1)
-    assert not list((tmp_path / "out").glob("*.t*"))
-
-
 @pytest.mark.parametrize(("flags", "message"), [
     (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
     (["--save_dir", "n" * 300], "cannot be written (File name too long)"), (["--fields", "vqa"], "no preset"),
@@ -204,10 +195,3 @@ def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, mo
              str(tmp_path / "out"), "--device", "cpu"]
     assert extraction_script("caption", "tool", "text", [*given, *flags]) == 2
     assert message in capfd.readouterr().err
-
-
-def test_extraction_parser_has_the_original_flags() -> None:
-    args = extraction_parser("tool", "text").parse_args(["--tokenizer", "t", "--data", "d", "--save_dir", "s"])
-    original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
-                "gpus": None, "batch_size": None, "num_workers": 4}
-    assert {name: getattr(args, name) for name in original} == original

@@ -75,7 +75,7 @@ def test_at_packed(mixed: Callable, words, sequences: Callable, numbers: Callabl
             assert labels[0] == -100 and labels[1:] == ids[1:]  # all of a pretraining sequence is learned
         tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
     report = batches.report()
-    assert (report["tokens"], report["positions"]) == (tokens, positions) and tokens > 0.8 * positions
+    assert (report["tokens"], report["positions"]) == (tokens, positions) and tokens > 0.9 * positions
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
@@ -100,13 +100,6 @@ def test_at_padded_is_the_original_form(config: Callable, words, numbers: Callab
     assert set(drawn) == {0, 1, 2} and drawn[0] > drawn[1]
     cut = batches.report()["sources"]["documents"]["too_long"]["cut"]
     assert cut["count"] > 3 and "tokens, rows have 80)" in cut["first"][0]
-
-
-def test_padded_shape_without_a_batch_size(mixed: Callable, words) -> None:
-    found = mixed(packing=False, rows=2)
-    for source in found["sources"]:
-        source["max_length"] = 50
-    assert LlmBatches(read_data_settings(found), words).at(0).input_ids.shape == (7, 50)  # 2 x 192 // 50
 
 
 @pytest.mark.process

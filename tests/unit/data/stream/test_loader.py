@@ -94,7 +94,7 @@ def test_at_raises_from_workers(tmp_path: Path, jpeg: Callable, write_tar: Calla
         with pytest.raises(DataError) as error:
             batches.at(2)
         said = str(error.value)
-        assert f"{path}: sample 005: has no caption key 'caption'" in said and "\n" not in said
+        assert f"{path}: sample 005: has no caption: " in said and "\n" not in said
         assert batches.at(3)["key"] == ["006", "007"]
 
 

@@ -61,12 +61,6 @@ def test_the_instruction_mixture() -> None:
     assert len({source.name for source in settings.sources}) == 18
 
 
-def test_packing_draws_as_many_sequences_of_each_source_as_released() -> None:
-    settings = read_data_settings(load_yaml(PRETRAIN))
-    whole = [weight * size for weight, size in zip((0.5, 5, 2, 1, 0.5, 1), (116, 164, 26, 26, 116, 26), strict=True)]
-    assert settings.draw_weights() == pytest.approx([one / sum(whole) for one in whole])
-
-
 def test_every_builder_has_its_decoder() -> None:
     assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
     for target in BUILDERS:
@@ -101,12 +95,6 @@ def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path)
         assert not packing or {batch.input_ids.shape for batch in found} == {(6, 256)}
 
 
-def test_folders_that_are_not_to_be_searched_deeply(sets: Path) -> None:
-    config = {"_target_": CAPTION, "data_dir": [str(sets / "captions")], "recursive": False}
-    source, = read_data_settings(config).sources
-    assert source.files == [f"{sets / 'captions'}/*.tar"]
-
-
 @pytest.mark.parametrize(("change", "message"), [
     ({"_target_": "os.system"}, "'os.system' is none of the released data builders"),
     ({"_target_": CAPTION.replace("caption", "captions")}, f"did you mean '{CAPTION}'"),
@@ -128,5 +116,3 @@ def test_pickled_shards_name_their_converter(tmp_path: Path, words) -> None:
     settings = read_data_settings({"_target_": CAPTION, "data_dir": str(tmp_path)})
     with pytest.raises(DataError, match="seed data convert"):
         LlmBatches(settings, words)
-
-

@@ -16,7 +16,7 @@ import pytest
 from seed_multimodal.errors import DataError
 from seed_multimodal.training.llm.metrics import summary_lines
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.training.seed_x.tuning import TuningTask
 
 LONG = "red " * 90
 
@@ -38,7 +38,7 @@ TALKS = [
     (talk("What is it?", "It is red", image="gone.jpg"), "is not there"),
     (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
     (talk("What is it?", "It is red", image="text.jpg"), "picture"),
-    (talk("What is it?"), "wrong type"),
+    (talk("What is it?"), "nothing to learn"),
     (talk("<image><image> What is it?", "It is red"), "placeholder"),
     (talk(LONG * 2, "It is red."), " tokens"),  # the answer, or the picture before it, would be cut away
     ('{"image": "red.jpg", "data": ["What', "json"),
