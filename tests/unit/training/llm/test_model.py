@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,12 +169,6 @@ def without(folder: Path, key: str) -> Path:
 def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         build(None, **{"sizes": SIZES, **settings})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there")
-def test_flash_attention_without_its_package() -> None:
-    with pytest.raises(ConfigError, match="attention flash: "):
-        build(None, sizes=SIZES, attention="flash")
 
 
 def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
