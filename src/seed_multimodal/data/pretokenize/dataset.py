@@ -80,7 +80,9 @@ class TaskDataset(Dataset[Task]):
         except (Dropped, ImageError, DataError) as error:
             for name in list(rows)[known:]:
                 del rows[name]
-            return DecodedSample(number, **{"dropped" if isinstance(error, Dropped) else "bad": str(error)})
+            if isinstance(error, Dropped):
+                return DecodedSample(number, dropped=str(error))
+            return DecodedSample(number, bad=str(error))
 
     def _views(self, picture: Picture, place: str, metadata: Any, rows: dict[str, tuple[int, np.ndarray]],
                lost: list[str]) -> list[int] | None:

@@ -37,7 +37,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER = 8  # packed draws that a worker decodes at a time
+TOGETHER, TOGETHER_WITH_PIXELS = 32, 8  # packed draws that a worker decodes at a time
 LOOK_AHEAD = 2  # rows of tokens from which packing chooses
 State = Mapping[str, Any]
 
@@ -118,8 +118,8 @@ class DrawOrder:
         before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
         pending = [Draw(*one) for state in states for one in state["left"]]
         places = sorted(tuple(one) for state in states for one in state["waiting"])
-        pending += [Draw(*place, [number for *_, number in group])
-                    for place, group in itertools.groupby(places, lambda one: one[:2])]
+        pending += [Draw(source, start, [number for *_, number in group])
+                    for (source, start), group in itertools.groupby(places, lambda one: one[:2])]
         for source, limit in enumerate(self.mixture.limits):
             most = max(state["counts"][source] for state in states)
             starts = [before.start(source, count, rank) for rank, state in enumerate(states)
@@ -156,7 +156,9 @@ class LlmBatches:
 
     def _open(self) -> None:
         """Begin to load the draws that are not taken yet."""
-        following, together = self.draws.following(), TOGETHER if self.settings.packing else 1
+        following, together = self.draws.following(), 1
+        if self.settings.packing:
+            together = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER
         self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
@@ -247,8 +249,9 @@ class LlmBatches:
             self.sources[one.source]["sequences"] += 1
             self.sources[one.source]["tokens"] += len(one)
         self.positions += ids.size
-        return LlmBatch(*(torch.from_numpy(array).long() for array in (ids, labels, positions)), mask,
-                        tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
+        return LlmBatch(torch.from_numpy(ids).long(), torch.from_numpy(labels).long(),
+                        torch.from_numpy(positions).long(), mask, tokens=sum(map(len, used)),
+                        learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
                         images=int((ids == self.boi_id).sum()), squares=sum(len(one) ** 2 for one in used),
                         views=join_views([[(one.views, len(one)) for one in row] for row in rows], ids.shape[1]))
 

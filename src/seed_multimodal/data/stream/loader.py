@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, Self
 
@@ -30,7 +30,7 @@ from seed_multimodal.errors import DataError, SeedError
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Iterator[Any]:
+def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
     """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
 
     Raises:
