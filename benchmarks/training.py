@@ -25,9 +25,8 @@ import torch
 from shared import Timed, benchmark_parser, compare, rounded, start, system_folder
 from torch import Tensor, nn
 
-from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.device import Runtime, choose_device, known_peak
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.peaks import known_peak
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage2Model

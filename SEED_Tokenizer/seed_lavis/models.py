@@ -34,7 +34,6 @@ from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.export import Stage1Sizes
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights
-from seed_multimodal.likeness import some_weights
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
 from seed_multimodal.seed.training import (
@@ -47,7 +46,7 @@ from seed_multimodal.seed.training import (
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.label_heads import label_divergence, load_label_heads
 from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, some_weights
 
 
 @registry.register_model("blip2_casual")

@@ -108,7 +108,7 @@ def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weigh
     from seed_multimodal.training.distributed import ProcessGroup
     from seed_multimodal.training.llm.cli import compose
     from seed_multimodal.training.llm.config import read_run
-    from seed_multimodal.training.seed_x.tuning_task import TuningTask
+    from seed_multimodal.training.seed_x.tuning import TuningTask
 
     settings = read_run(compose(given, LLM / "configs", "train_seed_x_sft").config)
     task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))

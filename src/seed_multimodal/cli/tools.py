@@ -17,7 +17,7 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
-from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights

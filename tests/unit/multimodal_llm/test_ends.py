@@ -148,19 +148,14 @@ def test_a_finished_run_says_its_last_evaluation_once(runs, train, tmp_path):
 
 def test_a_second_run_is_kept_out_of_the_output_folder(runs, train, tmp_path):
     """It would remove what the first is writing, and mix their logs."""
-    from datetime import timedelta
+    from seed_multimodal.disk import folder_lock
 
-    from seed_multimodal.training.checkpoint import output_folder_lock
-    from seed_multimodal.training.distributed import ProcessGroup
-
-    group = ProcessGroup(timedelta(minutes=1))
-    with output_folder_lock(tmp_path / "out", group):
+    with folder_lock(tmp_path / "out", CheckpointError, name=".run.lock"):
         with pytest.raises(CheckpointError, match="out: another run is using this output folder"):
             train("out", "trainer.max_steps=1")
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
     train("out", "trainer.max_steps=1")
-    with output_folder_lock(tmp_path / "out", group, timeout=0.0):  # the run has let go
-        pass
+    assert not (tmp_path / "out" / ".run.lock").exists()  # the run has let go
 
 
 def test_data_without_a_usable_record_are_no_success(runs, train, tmp_path):
@@ -189,7 +184,7 @@ def test_processes_that_never_meet_end_with_a_sentence(values, words, monkeypatc
     """As started by hand, without torchrun."""
     import socket
 
-    from seed_multimodal.training.distributed import start_processes
+    from seed_multimodal.training.distributed import join_processes
 
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
@@ -198,7 +193,7 @@ def test_processes_that_never_meet_end_with_a_sentence(values, words, monkeypatc
                         "MASTER_PORT": port, **values}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(TrainingError, match=words):
-        start_processes("cpu", 0.005)
+        join_processes("cpu", 0.005)
 
 
 def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
@@ -229,13 +224,11 @@ def test_evaluation_that_cannot_be_is_said_before_the_first_step(runs, train, tm
 
 def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     """An error that is not the disk's: what cannot be kept in a state."""
-    from datetime import timedelta
-
     from seed_multimodal.training.checkpoint import CheckpointStore
+    from seed_multimodal.training.config import TrainerConfig
     from seed_multimodal.training.distributed import ProcessGroup
 
-    saver = CheckpointStore(tmp_path, ProcessGroup(timedelta(minutes=1)), limit=None, asynchronous=True)
-
+    saver = CheckpointStore(tmp_path, ProcessGroup(), TrainerConfig())
     saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
     with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
         saver.finish()

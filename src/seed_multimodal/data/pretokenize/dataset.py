@@ -80,9 +80,8 @@ class TaskDataset(Dataset[Task]):
         except (Dropped, ImageError, DataError) as error:
             for name in list(rows)[known:]:
                 del rows[name]
-            if isinstance(error, Dropped):
-                return DecodedSample(number, dropped=str(error))
-            return DecodedSample(number, bad=str(error))
+            dropped = isinstance(error, Dropped)
+            return DecodedSample(number, dropped=str(error)) if dropped else DecodedSample(number, bad=str(error))
 
     def _views(self, picture: Picture, place: str, metadata: Any, rows: dict[str, tuple[int, np.ndarray]],
                lost: list[str]) -> list[int] | None:

@@ -118,8 +118,8 @@ class DrawOrder:
         before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
         pending = [Draw(*one) for state in states for one in state["left"]]
         places = sorted(tuple(one) for state in states for one in state["waiting"])
-        pending += [Draw(source, start, [number for *_, number in group])
-                    for (source, start), group in itertools.groupby(places, lambda one: one[:2])]
+        pending += [Draw(place[0], place[1], [number for *_, number in group])
+                    for place, group in itertools.groupby(places, lambda one: one[:2])]
         for source, limit in enumerate(self.mixture.limits):
             most = max(state["counts"][source] for state in states)
             starts = [before.start(source, count, rank) for rank, state in enumerate(states)
@@ -249,9 +249,9 @@ class LlmBatches:
             self.sources[one.source]["sequences"] += 1
             self.sources[one.source]["tokens"] += len(one)
         self.positions += ids.size
-        return LlmBatch(torch.from_numpy(ids).long(), torch.from_numpy(labels).long(),
-                        torch.from_numpy(positions).long(), mask, tokens=sum(map(len, used)),
-                        learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
+        words, learned, places = (torch.from_numpy(array).long() for array in (ids, labels, positions))
+        return LlmBatch(words, learned, places, mask,
+                        tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
                         images=int((ids == self.boi_id).sum()), squares=sum(len(one) ** 2 for one in used),
                         views=join_views([[(one.views, len(one)) for one in row] for row in rows], ids.shape[1]))
 

@@ -58,11 +58,11 @@ class _Row(NamedTuple):
 
 
 class _Image(NamedTuple):
-    """`words` planned places from `start` on, which become `count` tokens: `codes`, or features that are read."""
+    """`words` planned places from `start` on, which become so many `tokens`: `codes`, or features that are read."""
 
     start: int
     words: int
-    count: int
+    tokens: int
     codes: Sequence[int] | None
 
 
@@ -111,14 +111,14 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
     repeat = (np.arange(len(ids)) < used).astype(np.int64)
     for image in images:
         repeat[image.start:image.start + image.words] = 0
-        repeat[image.start] = image.count
+        repeat[image.start] = image.tokens
     source, ends = np.repeat(np.arange(len(ids)), repeat), np.cumsum(repeat)
     number = np.cumsum(positions == 0)[source]
     ids, labels, places = ids[source], labels[source], [np.zeros(0, np.int64)]
     firsts = np.flatnonzero(np.diff(number, prepend=-1))
     sizes = np.diff(firsts, append=len(source))
     for image in images:
-        here = np.arange(ends[image.start] - image.count, ends[image.start])
+        here = np.arange(ends[image.start] - image.tokens, ends[image.start])
         if image.codes is None:
             places.append(here)
             continue

@@ -86,11 +86,11 @@ class Application(NamedTuple):
 
 APPLICATIONS = {
     "train": Application("train", "training.llm.task:LlmTask", _LLM),
-    "train_seed_x_sft": Application("train_seed_x_sft", "training.seed_x.tuning_task:TuningTask", {
-        **_LLM, "visual_encoder": "training.seed_x.tuning_settings:TowerModel",
-        "agent": "training.seed_x.tuning_settings:AgentModel"}),
-    "train_lavit": Application("train_lavit", "training.lavit.pretrain_task:PretrainTask", {
-        **_LLM, "visual_encoder": "training.lavit.pretrain_settings:VisualModel"}),
+    "train_seed_x_sft": Application("train_seed_x_sft", "training.seed_x.tuning:TuningTask", {
+        **_LLM, "visual_encoder": "training.seed_x.tuning:EncoderModel",
+        "agent": "training.seed_x.tuning:AgentModel"}),
+    "train_lavit": Application("train_lavit", "training.lavit.pretrain:PretrainTask", {
+        **_LLM, "visual_encoder": "training.lavit.pretrain:VisualModel"}),
     "train_seed_x_detokenizer": Application(
         "seed_x_detokenizer/train", "training.seed_x.detokenizer:train_detokenizer", _PIXELS),
     "train_lavit_detokenizer": Application(

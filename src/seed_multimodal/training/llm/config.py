@@ -139,13 +139,14 @@ def read_run(config: Mapping[str, Any]) -> RunSettings:
     for key, value in groups.items():
         if not isinstance(value, Mapping | None):
             raise ConfigError(f"configuration: {key} must be a mapping or a file, not {value!r}.")
+    given: Any = {key: value and dict(value) for key, value in groups.items()}
     words = config["tokenizer"]
     folder = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not folder:
         raise ConfigError("tokenizer: pretrained_model_name_or_path is needed: the tokenizer's folder.")
     return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=Path(str(folder)), plain=dict(config),
                        trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
-                       **{key: value and dict(value) for key, value in groups.items()})
+                       **given)
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:

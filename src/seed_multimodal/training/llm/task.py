@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import EndOfData
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import CheckpointError, ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.peaks import known_peak
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
-from seed_multimodal.training.engine import fill_config, use_offload_threads
+from seed_multimodal.training.engine import fill_config
 from seed_multimodal.training.llm.config import RunSettings, find_folder, for_run, read_run, template_of, with_prompts
 from seed_multimodal.training.llm.lora import is_lora, load_adapter
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
@@ -110,7 +109,7 @@ class LlmTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
                                       hidden_size=int(find_llama(self.llm).config.hidden_size))
-        self._log(*remarks, use_offload_threads(config))
+        self._log(*remarks)
         return config
 
     def prepared(self, run: Trainer) -> None:

@@ -33,7 +33,7 @@ from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
+from seed_multimodal.training.engine import fill_config, full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.metrics import save_config
 from seed_multimodal.training.metrics import Meter
@@ -235,7 +235,7 @@ class PixelTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
-        self._log(*remarks, use_offload_threads(config))
+        self._log(*remarks)
         return config
 
     def learning_rate(self, step: int) -> float:

@@ -16,7 +16,7 @@ import pytest
 from seed_multimodal.errors import DataError
 from seed_multimodal.training.llm.metrics import summary_lines
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.training.seed_x.tuning import TuningTask
 
 LONG = "red " * 90
 

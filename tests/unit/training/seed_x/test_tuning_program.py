@@ -17,7 +17,7 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.llm.config import read_model_settings, read_run
 from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.seed_x.tuning_settings import AgentModel, read_agent, read_tower
+from seed_multimodal.training.seed_x.tuning import AgentModel, read_agent, read_encoder
 
 APPLICATION = Path(__file__).resolve().parents[4] / "MultiModalLLM"
 CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
@@ -48,7 +48,7 @@ def test_the_published_recipe_is_the_default() -> None:
     assert model.train_embeddings and "norm" in model.lora["modules_to_save"]
     assert given.agent is not None and given.visual_encoder is not None
     assert read_agent(given.agent) == AgentModel(path="pretrained/seed_x/agent/pytorch_model.bin")
-    assert read_tower(given.visual_encoder).path == "pretrained/QwenViT/qwen_vit_G.pt"
+    assert read_encoder(given.visual_encoder).path == "pretrained/QwenViT/qwen_vit_G.pt"
     data = read_data_settings(given.data)
     assert [(source.name, source.decoder, source.weight, source.max_length, source.batch_size, source.cycles)
             for source in data.sources] == [("shareGPT4V", "seed_x.conversation", 0.6, 880, 2, 20),
