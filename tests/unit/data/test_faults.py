@@ -234,7 +234,7 @@ def test_broken_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     settings = read_data_settings({"sources": [source], "length": 512})
     told: list[str] = []
     with LlmBatches(settings, words, log=told.append) as batches:
-        row, = batches.at(0).input_ids.tolist()
+        row, = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
     good = [number for number, fault in enumerate(faults) if not fault]
     assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good
