@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
-import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(place) for place in (HERE, HERE.parent / "src") if str(place) not in sys.path]
 
-from seed_multimodal.entry import guarded, run_and_exit  # noqa: E402
+from seed_multimodal.entry import add_debug, guarded, run_and_exit  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -25,13 +25,12 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--cfg-path", required=True, metavar="YAML", help="configuration of the run")
     made.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="keys that override the file's")
-    made.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_debug(made)
     return made
 
 
 def build(args: argparse.Namespace) -> Any:
     """The runner that the configuration describes, through LAVIS's registry."""
-    import numpy as np
     import torch
     from seed_lavis import register
 
@@ -44,27 +43,25 @@ def build(args: argparse.Namespace) -> Any:
     config = load_config(args.cfg_path, args.options)
     run = config.run_cfg
     run.device = str(join_processes(run.device, run.timeout_minutes))
-    # Equal on all ranks, so that they build the same model; the trainer seeds every step itself.
-    random.seed(run.seed)
-    np.random.seed(run.seed)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # all ranks build the same model; the trainer seeds every step itself
     task = registry.get_task_class(run.task).setup_task(cfg=config)
     datasets, model = task.build_datasets(config), task.build_model(config)
     return registry.get_runner_class(run.runner)(cfg=config, task=task, model=model, datasets=datasets, job_id="")
 
 
 def train(args: argparse.Namespace) -> int:
-    """Build and train (or evaluate, with `run.evaluate`); exit code 0."""
+    """Build and train, or (`run.evaluate`) print the held-out losses; exit code 0."""
     from seed_multimodal.training.distributed import leave_processes, translate_errors
 
     clean = False
     try:
         with translate_errors("the start", "checkpoints of earlier runs are intact"):  # the trainer has its own
-            runner = build(args)
-            if runner.options.evaluate:
-                print(json.dumps(runner.evaluate()))
+            if "run.evaluate=True" in args.options:
+                with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
+                    found = build(args).evaluate()
+                print(json.dumps(found))
             else:
-                runner.train()
+                build(args).train()
         clean = True
     except SystemExit:  # stopped by SIGTERM, and saved
         clean = True

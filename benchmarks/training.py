@@ -7,7 +7,7 @@
 Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful tokens (no padding).
 `plain` is the original's step: one caption a row, padded to 200 tokens, transformers' loss over all positions,
 activation checkpointing. `packed`: rows packed, loss on learned tokens only. On CUDA `compiled` also compiles the
-layers, `selective` checkpoints every other one of these, `kept` none, and `liger` adds liger-kernel's loss.
+layers, `selective` checkpoints every other one of these, and `kept` none.
 Tokenizer: `plain` are the modules; `compiled` (CUDA) compiles the step's forward pass.
 """
 
@@ -25,23 +25,22 @@ import torch
 from shared import Timed, benchmark_parser, compare, rounded, start, system_folder
 from torch import Tensor, nn
 
-from seed_multimodal.device import Runtime, choose_device
+from seed_multimodal.device import Runtime, choose_device, known_peak
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.peaks import known_peak
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage2Model
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.training.llm.flops import step_flops
+from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.loss import packed_loss
+from seed_multimodal.training.llm.metrics import token_flops
 from seed_multimodal.training.llm.model import build_llm
-from seed_multimodal.training.llm.model_settings import LlmModelSettings
 
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "max_position_embeddings": 2048}
 PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
-CHECKPOINTING = {"plain": True, "packed": True, "compiled": True, "selective": "selective", "kept": False,
-                 "liger": False}  # of the language model's variants
+# Activation checkpointing of the language model's variants.
+CHECKPOINTING = {"plain": True, "packed": True, "compiled": True, "selective": "selective", "kept": False}
 
 
 def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config]:
@@ -112,12 +111,12 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
     def loss() -> Tensor:
         if not packing:
             return model(**{**batch, "position_ids": None}, attention_mask=mask, use_cache=False).loss
-        kind = "liger" if variant == "liger" else "auto"
-        return packed_loss(model, SimpleNamespace(**batch, attention_mask=None), kind=kind).mean
+        return packed_loss(model, SimpleNamespace(**batch, attention_mask=None)).mean
 
     step = training_step(model, loss, runtime)
     tokens, first = int(lengths.sum()), float(step())
-    flops = step_flops(model, tokens, float((lengths**2).sum()) / tokens, tokens - len(lengths))
+    body, head, attention = token_flops(model, float((lengths**2).sum()) / tokens)
+    flops = tokens * (body + attention) + (tokens - len(lengths)) * head
     peak = known_peak(runtime.device, runtime.dtype)
 
     def extra(seconds: float) -> dict[str, Any]:

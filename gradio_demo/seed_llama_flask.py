@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
     from seed_multimodal.configured import system_from_configs
     from seed_multimodal.device import limit_threads
-    from seed_multimodal.quiet import quiet_libraries
+    from seed_multimodal.progress import quiet_libraries
     from seed_multimodal.serving.flask_app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem

@@ -52,8 +52,7 @@ def test_requirements_are_packages_of_pyproject():
 
 # Packages whose module has another name.
 DISTRIBUTIONS = {"pil": "pillow", "yaml": "pyyaml", "huggingface_hub": "transformers", "werkzeug": "flask",
-                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-                 "liger_kernel": "liger-kernel"}
+                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity"}
 # What is required although no file here imports it, and why.
 NOT_IMPORTED = {
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",
@@ -219,11 +218,6 @@ def test_unknown_keys_name_the_nearest(tmp_path):
     file.write_text("_target_: models.transforms.get_transform\nimage_szie: 64\n")
     with pytest.raises(ConfigError, match=r"wrong\.yaml: unknown key 'image_szie' \(did you mean 'image_size'\?\)"):
         instantiate(file)
-    with pytest.raises(ConfigError, match="did you mean 'image_size'"):
-        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["imagesize=64"])
-    assert load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=64"]).image_size == 64
-    with pytest.raises(ConfigError, match=r"the override 'image_size=\[1' cannot be read"):
-        load_yaml(ROOT / "configs/transform/clip_transform.yaml", ["image_size=[1"])
 
 
 @pytest.mark.parametrize("target", [
@@ -236,12 +230,10 @@ def test_other_targets_are_refused(target):
         instantiate({"_target_": target})
 
 
-def test_nested_targets_and_pipes_are_refused(tmp_path):
+def test_nested_targets_are_refused():
     base = {"_target_": "seed_multimodal.images.transforms.get_transform"}
     with pytest.raises(ConfigError, match="os.system"):
         instantiate({**base, "type": {"_target_": "os.system", "command": "true"}})
-    with pytest.raises(ConfigError, match="pipe:"):
-        instantiate({**base, "type": ["pipe:touch /tmp/x"]})
     with pytest.raises(ConfigError, match="no _target_"):
         instantiate({"type": "clip"})
 
@@ -303,15 +295,13 @@ def test_files_and_functions_stay_small():
 
 # Lines of Python at most, so that the next feature pays for itself. These numbers only fall.
 LINES = {
-    "src/seed_nano": 5000, "src/seed_multimodal/evaluation": 1800, "benchmarks": 900, "tests/unit/evaluation": 1100,
-    "tests/unit/nano": 1200,
-    # Not at their budget yet: today's lines.
-    "src/seed_multimodal": 39_510, "src/seed_multimodal/images": 550, "src/seed_multimodal/nn": 500,
-    "src/seed_multimodal/language": 1900, "src/seed_multimodal/diffusion": 500, "src/seed_multimodal/system": 800,
-    "src/seed_multimodal/seed": 2000, "src/seed_multimodal/seed_x": 1500, "src/seed_multimodal/lavit": 1800,
-    "src/seed_multimodal/cli": 1800, "src/seed_multimodal/serving": 1200, "src/seed_multimodal/data": 9_380,
-    "src/seed_multimodal/data/pretokenize": 1310,
-    "src/seed_multimodal/training": 7660, "SEED_Tokenizer": 1925, "MultiModalLLM": 150, "tests": 34_260}
+    "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
+    **{f"src/seed_multimodal/{name}": lines for name, lines in {
+        "images": 550, "nn": 500, "language": 1900, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500,
+        "lavit": 1800, "evaluation": 1800, "serving": 1200, "cli": 1800, "data/formats": 1720, "data/decoders": 1400,
+        # not at their budgets yet (data 5,200, training 4,700): today's lines
+        "data": 5750, "data/pretokenize": 1100, "training": 5600}.items()},
+    "SEED_Tokenizer": 1560}
 
 
 @pytest.mark.parametrize("folder", LINES)

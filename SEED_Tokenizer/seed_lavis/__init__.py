@@ -8,7 +8,7 @@ import os
 
 def register() -> None:
     """Put the models, tasks, processors, builders, schedules and the runner into LAVIS's registry."""
-    for part in ("models", "seed1", "lavit", "processors", "datasets", "schedules", "task", "runner"):
+    for part in ("models", "processors", "datasets", "task", "runner"):
         importlib.import_module(f"seed_lavis.{part}")
 
 

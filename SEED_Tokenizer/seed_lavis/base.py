@@ -1,4 +1,5 @@
-"""Base of the LAVIS models: sizes from the YAML, precision of the frozen vision encoder, device, numbers for the log.
+"""Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder, numbers for
+the log.
 
 A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
 `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
@@ -6,23 +7,26 @@ A model is both LAVIS's `BaseModel` and the library's own class, so its paramete
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor
+from torch import Tensor, nn
 
+from seed_lavis import log
 from seed_lavis.compat import BaseModel
-from seed_lavis.initial_weights import load_initial
-from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions
+from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate
 from seed_multimodal.device import DTYPES
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.nn.eva import EvaConfig, eva_from_clip
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
+from seed_multimodal.seed.checkpoints import VISION, VISION_URL, load_blip2, load_clip_vision, load_vision
 from seed_multimodal.seed.configuration import QFormerConfig
 from seed_multimodal.settings import read_settings
+from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
 class SeedModel(BaseModel):
@@ -51,11 +55,6 @@ class SeedModel(BaseModel):
         model = cls(read_settings(cls.options_type, cfg, "model"))
         load_initial(model)
         return model
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
 
     def place(self, device: torch.device) -> SeedModel:
         """Move to `device` in the precisions asked for, once all weights are in; then compile if asked."""
@@ -134,8 +133,8 @@ def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
 
 def stage2_training(options: CodebookOptions) -> dict[str, Any]:
     """Options of the training that both stage-2 models take, besides loss weights and targets."""
-    return {name: getattr(options, name) for name in ("freeze_qformer", "frozen_dropout", "corrupt", "nested",
-                                                      "ema_decay")}
+    names = ("freeze_qformer", "frozen_dropout", "corrupt", "nested", "ema_decay")
+    return {name: getattr(options, name) for name in names}
 
 
 def vit_sizes(options: ModelOptions) -> EvaConfig:
@@ -149,9 +148,78 @@ def qformer_sizes(options: ModelOptions) -> QFormerConfig:
     return read_settings(QFormerConfig, changes, "model.qformer")
 
 
-def captions_of(samples: Mapping[str, Any]) -> Sequence[str]:
-    """The captions of a batch, under SEED's key or LAVIS's."""
-    captions = samples.get("caption", samples.get("text_input"))
-    if captions is None:
-        raise ConfigError(f"The samples hold no 'caption' (they hold {', '.join(samples)}).")
-    return captions
+# ---- initial weights
+
+
+def load_initial(model: Any) -> None:
+    """Load the files that a model's options name: BLIP-2's Q-Former or a stage-1 checkpoint (`pretrained`), the vision
+    encoder (`vit_weights`) where that holds none, a checkpoint of the same stage (`finetuned`).
+
+    Raises:
+        CheckpointError: a file that is missing, damaged, of another model or size. ConfigError: none is named.
+    """
+    options, has_vision = model.options, False
+    if not options.load_pretrained:
+        log(f"model.load_pretrained is false: {model.stage} starts at random weights.")
+    elif model.stage in ("stage2", "seed1-stage2"):
+        file = locate(str(options.pretrained))
+        if not Path(file).is_file():
+            raise CheckpointError(f"{file}: there is no such stage-1 checkpoint; train stage 1 first "
+                                  "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
+        state = load_state_dict(file)
+        has_vision = any(name.startswith(f"{VISION}blocks") for name in state)
+        log(f"{file}: {len(model.load_stage1(state, file).loaded)} tensors loaded into the encoder.")
+    elif model.stage == "stage1" and options.pretrained:
+        load_blip2(model, locate(options.pretrained), log)
+    if options.vit_weights and not has_vision:
+        model.vision_file = locate(options.vit_weights)
+        load_vision(model.visual_encoder, model.vision_file, log)
+    elif options.freeze_vit and options.load_pretrained and not has_vision:
+        raise ConfigError(f"The frozen vision encoder has no weights: give its file as model.vit_weights (download "
+                          f"{VISION_URL}), or start at random with model.load_pretrained=False.")
+    if options.load_finetuned:
+        file = locate(str(options.finetuned))
+        log(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)),
+                                foreign=True)))
+    clip = getattr(model, "clip", None) or getattr(model, "clip_model", None)
+    model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Parameters that are not trained, so not part of a training checkpoint."""
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
+
+
+def is_encoder_of(vision: nn.Module, clip: Any) -> bool:
+    """Whether a vision encoder computes what that of a CLIP does, by its sizes and weights."""
+    if clip is None or not vision.config.pre_norm or vision.config.depth != clip.config.num_hidden_layers:
+        return False
+    theirs = eva_from_clip(clip.state_dict(), vision.config)
+    return all(value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
+               for name, value in vision.state_dict().items())
+
+
+def clip_target(source: str | None, precision: str, width: int | None) -> Any:
+    """The frozen CLIP vision encoder whose embeddings, `width` wide, are the target; fp16 only where there is a GPU."""
+    if not source:
+        raise ConfigError("The target embedding needs a CLIP folder: give it as model.clip_model.")
+    clip = load_clip_vision(locate(source), dtype=frozen_dtype(precision), log=log)
+    if width not in (None, clip.config.projection_dim):
+        raise ConfigError(f"The YAML says that image embeddings are {width} wide (model.image_features_dim, or "
+                          f"embedding_dim in stage 1), but those of {source} are {clip.config.projection_dim} wide.")
+    return clip
+
+
+def frozen_dtype(precision: str) -> torch.dtype:
+    """The precision of a frozen target model."""
+    return torch.float32 if precision == "fp16" and not torch.cuda.is_available() else DTYPES[precision]
+
+
+def target_embeddings(clip: Any, images: Tensor, vit: Tensor | None = None) -> Tensor:
+    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its own precision, without gradient; with the output
+    `vit` `[B, N, W]` of its vision encoder they are only projected."""
+    dtype = next(clip.parameters()).dtype
+    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        if vit is None:
+            return clip(images.to(dtype)).image_embeds.float()
+        return clip.visual_projection(clip.vision_model.post_layernorm(vit[:, 0].to(dtype))).float()

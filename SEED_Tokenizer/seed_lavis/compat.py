@@ -31,7 +31,7 @@ _UNUSED = ("timm", "timm.models", "timm.models.hub", "torchvision", "torchvision
 
 
 class LavisMissing(SeedError):
-    """salesforce-lavis is not installed, or is not the release this module fits."""
+    """salesforce-lavis is not installed."""
 
 
 class _StandIn(ModuleType):
@@ -42,11 +42,8 @@ class _StandIn(ModuleType):
             raise AttributeError(name)
         return _StandIn(f"{self.__name__}.{name}")
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.__name__ == "decord.bridge.set_bridge":
-            return None  # called when LAVIS's data_utils is imported
-        raise LavisMissing(f"{self.__name__} is needed for this part of LAVIS; this project uses LAVIS "
-                           f"without it (no downloads, no video).")
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """`decord.bridge.set_bridge` is called when LAVIS is imported."""
 
 
 @contextlib.contextmanager
@@ -75,27 +72,8 @@ def _bare_packages(folder: Path) -> None:
             setattr(sys.modules[parent], child, module)
 
 
-def _load() -> None:
-    """Import the parts of LAVIS that are used, and register what its `__init__` would have registered."""
-    if getattr(sys.modules.get("lavis"), "__file__", "") is None:
-        del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
-    spec = importlib.util.find_spec("lavis")
-    if spec is None or spec.origin is None:
-        raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
-    import torch.distributed  # noqa: F401
-    import webdataset  # noqa: F401  (both before the stand-ins, which other packages must not meet)
-
-    folder = Path(spec.origin).parent
-    _bare_packages(folder)
-    try:
-        with _stand_ins():
-            _import_parts(folder)
-    except ImportError as error:
-        raise LavisMissing(f"{folder}: this LAVIS is not the salesforce-lavis 1.0.2 that is needed ({error}); "
-                           f"install that with {INSTALL_HINT}.") from error
-
-
 def _import_parts(folder: Path) -> None:
+    """Import the parts of LAVIS that are used, and register what its `__init__` would have registered."""
     from lavis.common.registry import registry
 
     for name, path in (("library_root", folder), ("repo_root", folder.parent),
@@ -110,15 +88,24 @@ def _import_parts(folder: Path) -> None:
     from lavis.tasks.base_task import BaseTask
 
     # `registry.register_model` and the others look for the base classes in the packages.
-    sys.modules["lavis.models"].BaseModel = BaseModel  # type: ignore[attr-defined]
-    sys.modules["lavis.processors"].BaseProcessor = BaseProcessor  # type: ignore[attr-defined]
-    sys.modules["lavis.tasks"].BaseTask = BaseTask  # type: ignore[attr-defined]
+    for kind in (BaseModel, BaseProcessor, BaseTask):
+        setattr(sys.modules[kind.__module__.rpartition(".")[0]], kind.__name__, kind)
     import lavis.datasets.builders.base_dataset_builder
     import lavis.runners.runner_base
     import lavis.tasks.image_text_pretrain  # noqa: F401
 
 
-_load()
+if getattr(sys.modules.get("lavis"), "__file__", "") is None:
+    del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
+_spec = importlib.util.find_spec("lavis")
+if _spec is None or _spec.origin is None:
+    raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
+import torch.distributed  # noqa: E402, F401
+import webdataset  # noqa: E402, F401  (both before the stand-ins, which other packages must not meet)
+
+_bare_packages(Path(_spec.origin).parent)
+with _stand_ins():
+    _import_parts(Path(_spec.origin).parent)
 
 from lavis.common.config import Config  # noqa: E402
 from lavis.common.registry import registry  # noqa: E402

@@ -1,15 +1,7 @@
 """Dataset builders, one for each set of the YAMLs: lists, shards, image folders or registered formats.
 
-    datasets:
-      conceptual_caption_3m:
-        vis_processor:  {train: {name: blip2_image_train, image_size: 224}}
-        text_processor: {train: {name: blip_caption}}
-        build_info:
-          annotations: {train: {storage: [cc3m.json]}}     lists (.json, .jsonl, .parquet) of images and captions
-          images: {storage: /data/cc3m}                     folder of the paths in them (default: beside the list)
-          storage: cc3m/{00000..00331}.tar                  or shards, or a folder of images and .txt files
-
-`captioned: False` in build_info: captions are not read (for LaVIT's model, always). Nothing is downloaded.
+`build_info` names the files as the YAMLs in `lavis/configs/datasets` explain; nothing is downloaded. `captioned: False`
+in it: captions are not read (for LaVIT's model, always).
 """
 
 from __future__ import annotations
@@ -19,22 +11,21 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from seed_lavis import log
 from seed_lavis.compat import BaseDatasetBuilder, registry
 from seed_lavis.options import APPLICATION, locate
-from seed_lavis.processors import BlipImageEval
-from seed_multimodal.data.formats.pairs import FORMATS, open_pairs
+from seed_lavis.processors import Processor
+from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
-from seed_multimodal.errors import ConfigError, DataError, first_line
-from seed_multimodal.images.transforms import normalise
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.transforms import normalise, seed_image_processor
 from seed_multimodal.settings import check_keys
 
-OF_PAIRS = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "cache")
+OF_PAIRS = ("image_key", "caption_key", "captioned", "cache")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *OF_PAIRS)
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info")
 SETS = {"conceptual_caption_3m": "conceptual_caption/defaults_3m", "unsplash": "unsplash/defaults",
@@ -50,17 +41,13 @@ class PairBuilder(BaseDatasetBuilder):
 
     def build_datasets(self) -> dict[str, PairDataset]:
         """`SPLIT` → its samples for training, `SPLIT:eval` → those for evaluation, of the splits that the run uses.
-
-        Raises:
-            ConfigError: an unknown key or format. DataError: files that are missing or malformed.
-        """
+        Raises ConfigError or DataError."""
         configuration, built = registry.get("configuration"), {}
         run, captioned = configuration.run_cfg, registry.get_model_class(configuration.model_cfg.arch).reads_captions
         train = run.get("train_splits", ())
         held_out = (*run.get("valid_splits", ()), *run.get("test_splits", ()))
-        for split, spec in self.sources().items():
-            if split not in (*train, *held_out):
-                continue
+        used = [(split, spec) for split, spec in self.sources().items() if split in (*train, *held_out)]
+        for split, spec in used:
             if not captioned and spec["format"] not in registered():
                 spec["captioned"] = False
             try:
@@ -69,8 +56,8 @@ class PairBuilder(BaseDatasetBuilder):
                 raise DataError(f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or with "
                                 "--options).") from error
             log(f"{self.name}: {len(source):,} images in split {split!r}.")
-            for name, used in ((split, split in train), (f"{split}:eval", split in held_out)):
-                if used:
+            for name, wanted in ((split, split in train), (f"{split}:eval", split in held_out)):
+                if wanted:
                     built[name] = PairDataset(source, *self.transforms(name == split), seed=int(run.get("seed", 42)),
                                               max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)))
         return built
@@ -82,45 +69,32 @@ class PairBuilder(BaseDatasetBuilder):
             self.vis_processors, self.text_processors))
         if self.config.get("vis_processor", {}).get("train") is None:
             raise ConfigError(f"datasets.{self.name}.vis_processor.train is not given (blip2_image_train).")
-        if image is None:
-            image = BlipImageEval(image_size=self.config.vis_processor.train.get("image_size", 224))
+        image = image or Processor(seed_image_processor(self.config.vis_processor.train.get("image_size", 224)))
         return image, (text or self.text_processors["train"]) if self.config.get("text_processor") else None
 
     def sources(self) -> dict[str, dict[str, Any]]:
         """Split → what `open_pairs` takes, from `build_info`."""
         where = f"datasets.{self.name}.build_info"
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
-        try:
-            info: Any = OmegaConf.to_container(self.config.get("build_info") or OmegaConf.create({}), resolve=True)
-            return _sources(info, where)
-        except (OmegaConfBaseException, AttributeError) as error:
-            raise ConfigError(f"{where}: {first_line(error)}; it must be as in SEED_Tokenizer/lavis/configs/datasets."
-                              ) from error
-
-
-def _sources(info: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
-    kind, splits = info.get("format") or "auto", info.get("splits")
-    if kind in registered():
-        more = {key: value for key, value in info.items() if key not in ("splits", "files") and value is not None}
-        more |= {"files": locate(info["files"])} if info.get("files") else {}
-        return {split: {"split": name, **more}
-                for split, name in (splits or {"train": "train", "val": "val"}).items()}
-    check_keys(map(str, info), BUILD_KEYS, where)
-    if kind not in FORMATS:
-        raise ConfigError(f"{where}.format must be {', '.join((*FORMATS, *registered()))}, not {kind!r}.")
-    root = (info.get("images") or {}).get("storage")
-    more = {**({"image_root": locate(root)} if root else {}),
-            **{key: info[key] for key in OF_PAIRS if info.get(key) is not None}}
-    if kind != "json" and (info.get("storage") or splits):
-        files = splits or {"train": info["storage"]}
-    else:
-        files = {split: part.get("storage") for split, part in (info.get("annotations") or {"train": {}}).items()}
-    for split, names in files.items():
-        if not names:
-            raise ConfigError(f"{where} names no files for split {split!r}.")
-    return {split: {"format": kind, **more,
-                    "files": [locate(str(name)) for name in ([names] if isinstance(names, str) else names)]}
-            for split, names in files.items()}
+        info: Any = OmegaConf.to_container(self.config.get("build_info") or OmegaConf.create({}), resolve=True)
+        kind, splits = info.get("format") or "auto", info.get("splits")
+        if kind in registered():
+            more = {key: value for key, value in info.items() if key not in ("splits", "files") and value is not None}
+            more |= {"files": locate(info["files"])} if info.get("files") else {}
+            return {split: {"split": name, **more}
+                    for split, name in (splits or {"train": "train", "val": "val"}).items()}
+        check_keys(info, BUILD_KEYS, where)
+        root = (info.get("images") or {}).get("storage")
+        more = {"image_root": locate(root)} if root else {}
+        more |= {key: info[key] for key in OF_PAIRS if info.get(key) is not None}
+        lists = {split: part.get("storage") for split, part in (info.get("annotations") or {"train": {}}).items()}
+        found = {}
+        for split, names in (splits or ({"train": info["storage"]} if info.get("storage") else lists)).items():
+            if not names:
+                raise ConfigError(f"{where} names no files for split {split!r}.")
+            files = [locate(str(name)) for name in ([names] if isinstance(names, str) else names)]
+            found[split] = {"format": kind, **more, "files": files}
+        return found
 
 
 for _name, _defaults in SETS.items():
@@ -140,17 +114,15 @@ def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[
 
 def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str],
                 ratios: Mapping[str, float], seed: int) -> MixedOrder | None:
-    """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set.
-
-    A data set's weight is shared by its splits in proportion to their sizes.
-    """
+    """The order in which `split_of(datasets, names)` is drawn with `ratios`, a data set's shared by its splits in
+    proportion to their sizes; None without them or for a single set."""
     parts = [(owner, splits[name]) for owner, splits in datasets.items() for name in names if name in splits]
     if not ratios or len(parts) < 2:
         return None
     whole = {owner: sum(len(part) for other, part in parts if other == owner) for owner, _ in parts}
-    return MixedOrder([len(part) for _, part in parts],
-                      [ratios[owner] * len(part) / whole[owner] for owner, part in parts], seed,
-                      sizes=[part.shard_sizes for _, part in parts], block=min(part.shuffle_block for _, part in parts))
+    weights = [ratios.get(owner, 1.0) * len(part) / whole[owner] for owner, part in parts]
+    return MixedOrder([len(part) for _, part in parts], weights, seed, sizes=[part.shard_sizes for _, part in parts],
+                      block=min(part.shuffle_block for _, part in parts))
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -1,40 +1,58 @@
-"""SEED-2's two training stages as LAVIS models, `blip2_casual` (sic) and `blip2_codebook_all_image`.
+"""The trained models by their LAVIS names: SEED-2's stages `blip2_casual` (sic) and `blip2_codebook_all_image`,
+SEED-1's stage 2 `seed1_codebook_text` and LaVIT's stage 1 `lavit_tokenizer`.
 
-The models themselves, their losses included, are in `seed_multimodal.seed.training`.
+The models themselves, their losses included, are in `seed_multimodal.seed.training` and `lavit.training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_lavis.base import (
     CodebookMixin,
     SeedModel,
-    captions_of,
+    clip_target,
+    frozen_dtype,
     qformer_sizes,
     stage2_sizes,
     stage2_training,
+    target_embeddings,
     vit_sizes,
 )
 from seed_lavis.compat import registry
-from seed_lavis.initial_weights import clip_target, label_heads, readout_matrix, target_embeddings
-from seed_lavis.options import Stage1Options, Stage2Options
+from seed_lavis.options import APPLICATION, LavitOptions, Seed1Options, Stage1Options, Stage2Options, locate
 from seed_lavis.processors import caption_words
 from seed_multimodal.device import copy_to
-from seed_multimodal.seed.configuration import Seed2Config
-from seed_multimodal.seed.training import Stage1Model, Stage2Model, Stage2Weights
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.lavit.export import Stage1Sizes
+from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.lavit.training import LavitStage1, LavitStage1Weights
+from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.seed.training import (
+    Seed1Stage2Model,
+    Seed1Stage2Weights,
+    Stage1Model,
+    Stage2Model,
+    Stage2Weights,
+)
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.label_heads import label_divergence
+from seed_multimodal.training.label_heads import label_divergence, load_label_heads
+from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
+from seed_multimodal.weights import load_state_dict, some_weights
 
 
 @registry.register_model("blip2_casual")
 class Blip2Casual(SeedModel, Stage1Model):
     """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
-    `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed and no `clip_model` is loaded."""
+    `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed without a `clip_model`."""
 
     stage, companions = "stage1", ("clip",)
     options_type = Stage1Options
@@ -65,7 +83,7 @@ class Blip2Casual(SeedModel, Stage1Model):
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
         images = samples["image"]
         ids, mask = ((samples["input_ids"], samples["attention_mask"]) if self.words is None
-                     else self.words(captions_of(samples)))
+                     else self.words(samples["caption"]))
         target = samples.get("target") if self.embedding_head is not None else None
         vit = self.vit_features(images)
         if target is None and self.clip is not None:
@@ -85,19 +103,22 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     options: Stage2Options
 
     def __init__(self, options: Stage2Options) -> None:
-        width, clip = options.image_features_dim, None
+        width, clip, readout = options.image_features_dim, None, None
         if options.clip_model:
             clip = clip_target(options.clip_model, options.clip_precision, width)
+        if options.readout_weight:
+            readout = next(iter(load_state_dict(locate(options.readout_weight)).values())).float()
         config = Seed2Config(**stage2_sizes(options), image_features_dim=width,
                              use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
         Stage2Model.__init__(
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
-            clip_model=clip, readout_weight=readout_matrix(options.readout_weight) if options.readout_weight else None,
+            clip_model=clip, readout_weight=readout,
             **stage2_training(options))
         if options.scaled_start:
             self.scale_start()
         self.options = options
-        self.__dict__["label_heads"] = label_heads(options) if options.label_weight else None  # no part of a checkpoint
+        heads = load_label_heads(locate(str(options.label_heads))) if options.label_weight else None
+        self.__dict__["label_heads"] = heads  # not a submodule: no part of a checkpoint
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -115,3 +136,131 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
                              loss_distil_image=out.loss_distil,
                              loss_readout=out.loss_readout if self.readout_weight is not None else None,
                              loss_labels=labels)
+
+
+@registry.register_model("seed1_codebook_text")
+class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
+    """Stage 2 of SEED-1. `samples`: `image` `[B, 3, S, S]`, and `caption` or `target`
+    `[B, text_tokens, text_features_dim]`."""
+
+    stage = "seed1-stage2"
+    options_type = Seed1Options
+    options: Seed1Options
+
+    def __init__(self, options: Seed1Options) -> None:
+        encoder, self_words = text_encoder(options) if options.text_encoder else (None, None)
+        config = Seed1Config(
+            **stage2_sizes(options), text_tokens=options.text_tokens, text_features_dim=options.text_features_dim)
+        Seed1Stage2Model.__init__(
+            self, config, weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
+            text_encoder=encoder, **stage2_training(options))
+        self.options, self.words = options, self_words
+        self.prepare_codebook()
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Weighted losses of a batch."""
+        target = samples.get("target")
+        if target is None:
+            with torch.autocast(self.device.type, enabled=False):
+                target = self.target_of(None, self.word_ids(samples["caption"]).to(self.device)).float()
+        out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
+        self.keep_codes(out.pre_quant, out.indices)
+        return self.with_log(out.loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,
+                             loss_distil_text=out.loss_distil)
+
+    def word_ids(self, captions: Sequence[str]) -> Tensor:
+        """Captions → word pieces `[B, text_tokens]`."""
+        return self.words(list(captions), padding="max_length", truncation=True, max_length=self.config.text_tokens,
+                          return_tensors="pt")["input_ids"]
+
+
+def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
+    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder or a folder with both.
+    Raises CheckpointError: not there, or not complete."""
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    place = Path(locate(str(options.text_encoder)))
+    parts = [place / name if (place / name).is_dir() else place for name in ("text_encoder", "tokenizer")]
+    try:
+        encoder, loaded = CLIPTextModel.from_pretrained(parts[0], dtype=frozen_dtype(options.clip_precision),
+                                                        local_files_only=True, output_loading_info=True)
+        words = CLIPTokenizer.from_pretrained(parts[1], local_files_only=True)
+        if missing := [name for name in loaded["missing_keys"] if not name.endswith("position_ids")]:
+            raise ValueError(f"{missing[0]!r} is missing")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{place}: no complete text encoder and tokenizer ({first_line(error)}); download text_encoder and "
+            "tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) to pretrained/stable-diffusion-v1-4, or "
+            "give their folder as model.text_encoder.") from error
+    return encoder.eval().requires_grad_(False), words
+
+
+@registry.register_model("lavit_tokenizer")
+class LavitTokenizer(SeedModel, LavitStage1):
+    """`samples`: `image` `[B, 3, S, S]`; captions are not read."""
+
+    PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": str(APPLICATION / "lavis/configs/models/lavit/lavit_pretrain.yaml")}
+    stage = "lavit-stage1"
+    options_type = LavitOptions
+    options: LavitOptions
+    reads_captions = False
+    skips_parameters = True  # the codebook follows averages, a frozen selector nothing
+
+    def __init__(self, options: LavitOptions) -> None:
+        sizes = lavit_sizes(options)
+        LavitStage1.__init__(
+            self, DynamicTokenizer(sizes.tokenizer), CodeDecoder(sizes.decoder),
+            weights=read_settings(LavitStage1Weights, options.loss_weights, "model.loss_weights"),
+            ema_decay=options.ema_decay, freeze_selector=options.freeze_selector)
+        self.options, self.config = options, sizes
+        self.start_share()
+        # It changes without gradient, and counts as trained, so that it is saved.
+        self.quantize.embedding.weight.requires_grad_(True)
+        # Parts of later trainings: random values would differ between seeds.
+        for name, parameter in self.named_parameters():
+            if name.startswith(("tokenizer.vit_proj.", "decoder.unet_")):
+                nn.init.zeros_(parameter)
+
+    @classmethod
+    def from_config(cls, cfg: Any) -> SeedModel:
+        """As the base's; the configuration records some weights of the vision encoder, which the export compares."""
+        model: Any = super().from_config(cfg)
+        model.config = replace(model.config, tower=tuple(some_weights(model.visual_encoder)))
+        return model
+
+    @property
+    def visual_encoder(self) -> EvaVit:
+        """The frozen vision encoder, by the name that it has in the other models."""
+        return self.tokenizer.encoder
+
+    def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The optimiser's groups; the token selector has its own learning rate."""
+        return stage1_groups(self, weight_decay, self.options.selector_lr_scale)
+
+    def patch_features(self, batch: Tensor) -> Tensor:
+        """As the library's, with the vision encoder in `vit_precision`."""
+        with torch.no_grad():
+            return self.encode_vision(batch)[:, 1:].float()
+
+    def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
+        """As the library's, of a batch of samples."""
+        return super().codebook_points(batch["image"])
+
+    def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Loss of a batch, its parts, and the share of patches that are kept."""
+        out = LavitStage1.forward(self, samples["image"])
+        return self.with_log(out.loss, **out.numbers())
+
+
+def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
+    """Sizes of tokenizer and decoder; sections of the YAML override single ones. The released vision encoder has 40
+    blocks (SEED's models leave out the last)."""
+    vit = vit_sizes(replace(options, vit={"depth": 40, **options.vit}))
+    tokenizer = read_settings(LavitTokenizerConfig, {
+        "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim, "vit_head": 0, **options.merger},
+        "model.merger")
+    tokenizer = replace(tokenizer, vit=vit)
+    decoder = read_settings(LavitDecoderConfig, {
+        "tokens": tokenizer.patches, "code_dim": options.codebook_embed_dim, "feature_dim": vit.width,
+        **options.decoder}, "model.decoder")
+    return Stage1Sizes(tokenizer, decoder)

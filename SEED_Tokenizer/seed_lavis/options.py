@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
-from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import WAIT_MINUTES
@@ -32,7 +30,7 @@ class ModelOptions:
     """Options of all models. `vit` and `qformer` (ours) override single sizes of `EvaConfig` and `QFormerConfig`."""
 
     arch: str = ""
-    model_type: str = "pretrain"
+    model_type: str = setting("pretrain", choices=("pretrain",))
     load_pretrained: bool = True
     pretrained: str | None = None
     load_finetuned: bool = False
@@ -50,15 +48,14 @@ class ModelOptions:
     vit_weights: str | None = None
     vit: dict[str, Any] = setting(factory=dict)
     qformer: dict[str, Any] = setting(factory=dict)
+    clip_precision: str = setting("fp16", choices=PRECISIONS)
     compile: bool = False
 
 
 @dataclass
 class Stage1Options(ModelOptions):
-    """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0.
-
-    That target is the samples' `target` with `embedding_dim` given, else `clip_model`'s embedding of the image.
-    """
+    """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0:
+    the samples' `target` with `embedding_dim` given, else `clip_model`'s."""
 
     embed_dim: int = setting(256, least=1)
     # ours
@@ -72,7 +69,6 @@ class Stage1Options(ModelOptions):
     embedding_weight: float = 0.0
     embedding_dim: int | None = None
     clip_model: str | None = None
-    clip_precision: str = setting("fp16", choices=PRECISIONS)
 
 
 @dataclass
@@ -104,7 +100,6 @@ class Stage2Options(CodebookOptions):
     image_features_dim: int = setting(1024, least=1)
     clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"
     # ours
-    clip_precision: str = setting("fp16", choices=PRECISIONS)
     recon_s: bool = True
     scaled_start: bool = False
     readout_weight: str | None = None
@@ -119,13 +114,12 @@ class Seed1Options(CodebookOptions):
     text_tokens: int = setting(77, least=1)
     text_features_dim: int = setting(768, least=1)
     text_encoder: str | None = "pretrained/stable-diffusion-v1-4"
-    clip_precision: str = setting("fp16", choices=PRECISIONS)
 
 
 @dataclass
 class LavitOptions(CodebookHealth, ModelOptions):
-    """`lavit_tokenizer`: LaVIT's stage 1. `merger` and `decoder` override single sizes of `LavitTokenizerConfig` and
-    `LavitDecoderConfig`, `loss_weights` factors of `LavitStage1Weights`; see `LavitStage1` for the rest."""
+    """`lavit_tokenizer`: LaVIT's stage 1. `merger`, `decoder` and `loss_weights` override single fields of
+    `LavitTokenizerConfig`, `LavitDecoderConfig` and `LavitStage1Weights`; see `LavitStage1` for the rest."""
 
     freeze_vit: bool = setting(True, choices=(True,))
     n_embed: int = setting(16384, least=1)
@@ -143,7 +137,7 @@ class RunOptions:
     """The section `run`, read by our runner, LAVIS's runner and LAVIS's schedules."""
 
     task: str = "image_text_pretrain"
-    runner: str = "runner_seed"
+    runner: str = setting("runner_seed", choices=("runner_seed",))  # LAVIS's own needs CUDA
     lr_sched: str = "linear_warmup_cosine_lr"
     init_lr: float = setting(1e-4, least=0)
     min_lr: float = setting(1e-5, least=0)
@@ -170,7 +164,6 @@ class RunOptions:
     world_size: int = 1
     dist_url: str = "env://"
     distributed: bool = True
-    use_dist_eval_sampler: bool = False
     train_dataset_ratios: dict[str, float] = setting(factory=dict)
     # ours
     lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
@@ -190,41 +183,27 @@ class RunOptions:
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     """The checked configuration of a run; `run.output_dir` is absolute in it, `run.device` is a device that exists.
-
-    Raises:
-        ConfigError: one sentence about what is wrong.
-    """
+    Raises ConfigError."""
     from seed_lavis.compat import Config, registry
 
     file = Path(locate(cfg_path))
     if not file.is_file():
         raise ConfigError(f"{cfg_path}: there is no such configuration file.")
     for option in options:
-        if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run", "preprocess"):
+        if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run"):
             raise ConfigError(f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
                               f"run.max_epoch=1, not {option!r}.")
-    try:
-        user = OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options)))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"--options {' '.join(options)}: not KEY=VALUE in YAML ({first_line(error)}).") from error
-    for section in ("model", "datasets", "run"):
-        if not isinstance(user.get(section), DictConfig):
-            raise ConfigError(f"{file}: has no section {section!r}.")
-    _check_names(file, user)
+    _check_names(file, OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options))))
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
     read_settings(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, f"{file}: model")
     run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
                           f"run.accum_grad_iters ({run.accum_grad_iters}), so that epochs end after a whole step.")
+    check_keys(run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios")
     run.output_dir = str(Path(run.output_dir).absolute())
     run.device = str(choose_device(run.device, log=None).device)
     config.run_cfg.update(vars(run))  # defaults included, so that LAVIS's own code sees them too
-    if run.train_dataset_ratios:
-        check_keys(run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios")
-    for name in config.datasets_cfg if run.train_dataset_ratios else ():
-        if not 0 < run.train_dataset_ratios.get(name, 0.0) < math.inf:
-            raise ConfigError(f"{file}: run.train_dataset_ratios.{name} must be a positive number.")
     return config
 
 
@@ -232,37 +211,29 @@ def _check_names(file: Path, user: Any) -> None:
     """Every name must be in LAVIS's registry, which itself fails on a wrong one deep inside."""
     from seed_lavis.compat import registry
 
-    names = [("model_name_mapping", "model.arch", user.model.get("arch"))]
-    names += [(f"{kind}_name_mapping", f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
-              for kind, key in (("task", "task"), ("runner", "runner"), ("lr_scheduler", "lr_sched"))]
+    for section in ("model", "datasets", "run"):
+        if not isinstance(user.get(section), DictConfig):
+            raise ConfigError(f"{file}: has no section {section!r}.")
+    names = [("model", "model.arch", user.model.get("arch"))]
+    names += [(kind, f"run.{key}", user.run.get(key, getattr(RunOptions, key)))
+              for kind, key in (("task", "task"), ("lr_scheduler", "lr_sched"))]
     for name, section in user.datasets.items():
-        names.append(("builder_name_mapping", "datasets", name))
-        for kind in ("vis_processor", "text_processor"):
-            where = f"datasets.{name}.{kind}"
-            try:
-                names += [("processor_name_mapping", f"{where}.{split}.name", processor.name)
-                          for split, processor in (section.get(kind) or {}).items()]
-            except AttributeError as error:
-                raise ConfigError(f"{file}: {where} must be a section such as {{train: {{name: blip2_image_train}}}}."
-                                  ) from error
-    for mapping, where, name in names:
-        known = registry.mapping[mapping]
+        names.append(("builder", "datasets", name))
+        names += [("processor", f"datasets.{name}.{kind}.{split}.name", processor.name)
+                  for kind in ("vis_processor", "text_processor")
+                  for split, processor in (section.get(kind) or {}).items()]
+    for kind, where, name in names:
+        known = registry.mapping[f"{kind}_name_mapping"]
         if name not in known:
             raise ConfigError(f"{file}: {where}: there is no {name!r}{nearest(str(name), known)}; known are "
                               f"{', '.join(sorted(known))}.")
-    if user.model.get("model_type") != "pretrain":
-        raise ConfigError(f"{file}: model.model_type must be pretrain.")
-    if user.run.get("runner", RunOptions.runner) != RunOptions.runner:
-        raise ConfigError(f"{file}: run.runner must be runner_seed: LAVIS's own {user.run.runner} needs CUDA.")
 
 
 def locate(path: str) -> str:
-    """A path of the YAML as it can be opened: absolute, or found from the current folder, SEED_Tokenizer or the
-    repository, in this order. A path found nowhere (a hub id, a pattern, a missing file) is returned as it is."""
+    """A path of the YAML, found from the current folder, SEED_Tokenizer or the repository, in this order; one found
+    nowhere (a hub id, a missing file) is returned as it is."""
     plain = Path(path)
     while any(mark in str(plain) for mark in "{*?["):  # patterns exist if the folder before them does
         plain = plain.parent
-    for folder in (Path(), APPLICATION, APPLICATION.parent):
-        if str(plain) != "." and (folder / plain).exists():
-            return str(folder / path)
-    return path
+    return next((str(folder / path) for folder in (Path(), APPLICATION, APPLICATION.parent)
+                 if str(plain) != "." and (folder / plain).exists()), path)

@@ -8,36 +8,33 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from seed_lavis.options import APPLICATION, RunOptions, locate
+from seed_lavis.options import APPLICATION, locate
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.hub import PARTS
 from seed_multimodal.language.tokenizer import ADDED, read_files
-from seed_multimodal.lavit.training import REFERENCE
 from seed_multimodal.progress import duration
 from seed_multimodal.seed.configuration import QFormerConfig
 
-# What stage 2 takes over of a run of stage 1: of the model as it is, of the run what differs from the published file.
+# What stage 2 takes over of a run of stage 1.
 OF_MODEL = ("vit", "qformer", "image_size", "num_query_token", "cross_attention_freq", "vit_weights", "vit_precision")
-OF_RUN = ("batch_size_train", "batch_size_eval", "num_workers", "seed", "amp", "precision", "train_splits",
-          "valid_splits", "valid_batches", "train_dataset_ratios", "max_bad_in_a_row", "timeout_minutes")
+OF_RUN = ("num_workers", "seed", "amp", "precision", "train_splits", "valid_splits", "train_dataset_ratios",
+          "max_bad_in_a_row")
 
 
 def summary(runner: Any, record: dict[str, Any]) -> list[str]:
     """Lines for the end of a run."""
-    earlier, model = record.get("begun", 0), runner.model  # steps that another run made, before its checkpoint
-    images = ((record["steps"] - earlier) * record["batch_size"] * record.get("accumulate", 1)
-              * record.get("processes", 1))
+    stage, steps = runner.model.stage, record["steps"]
+    images = ((steps - record.get("begun", 0)) * record["batch_size"] * record.get("accumulate", 1)
+              * record.get("processes", 1))  # without steps of another run, before its checkpoint
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
-    lines = [f"{model.stage}: {record['steps']:,} steps, {images:,} images in {duration(float(record['seconds']))}; "
-             f"at the end {numbers or 'no losses'}; {record['bad_samples']} bad samples were replaced.",
-             f"  checkpoint {record['checkpoint']}"]
-    if model.stage == "lavit-stage1":
-        lines.append(f"  the original tokenizer is said to have ended at loss_cosine {REFERENCE}.")
-    return lines + [f"Next: {command}" for command in next_commands(runner, record["checkpoint"])]
+    commands = (shlex.join(command) for command in next_commands(runner, record["checkpoint"]))
+    return [f"{stage}: {steps:,} steps, {images:,} images in {duration(float(record['seconds']))}; at the end "
+            f"{numbers}; {record['bad_samples']} bad samples were replaced.", f"  checkpoint {record['checkpoint']}",
+            *(f"Next: {command}" for command in commands)]
 
 
-def next_commands(runner: Any, checkpoint: str) -> list[str]:
+def next_commands(runner: Any, checkpoint: str) -> list[list[str]]:
     """Evaluation on the run's own data, then stage 2, or the export and the use of the tokenizer."""
     options, stage, out = runner.model.options, runner.model.stage, str(runner.folder / "tokenizer")
     split = (runner.options.valid_splits or runner.options.train_splits)[0]
@@ -46,43 +43,38 @@ def next_commands(runner: Any, checkpoint: str) -> list[str]:
                   f"run.test_splits=[{split}]"]
     if stage == "stage1":
         script = APPLICATION / "train_scripts" / "codebook.sh"
-        return [shlex.join(evaluation), f"CONFIG={shlex.quote(write_stage2(runner, checkpoint))} sh {script}"]
+        return [evaluation, ["env", f"CONFIG={write_stage2(runner, checkpoint)}", "sh", str(script)]]
     if stage != "lavit-stage1" and not options.load_pretrained:
-        return [shlex.join(evaluation)]  # an export needs a stage 1
-    stages = ["--stage1", str(Path(locate(str(options.pretrained))).absolute()), "--stage2", checkpoint]
-    export = ["seed", "export-tokenizer", *(["--lavit", checkpoint] if stage == "lavit-stage1" else stages)]
-    if runner.model.vision_file:
-        export += ["--vision", str(Path(runner.model.vision_file).absolute())]
-    if stage == "stage2" and (words := language_tokenizer(Path(stages[1]), options.n_embed)):
-        export += ["--text-tokenizer", str(words.absolute())]
-    commands = [evaluation, [*export, "--out", out]]
+        return [evaluation]  # an export needs a stage 1
+    export = ["seed", "export-tokenizer", "--out", out]
+    export += ["--vision", str(Path(runner.model.vision_file).absolute())] if runner.model.vision_file else []
     if stage == "lavit-stage1":
-        commands.append(["seed", "assemble", "lavit", "--tokenizer", out, "--out", out := f"{runner.folder}/system"])
-    use = ["seed", "tokenize", str(APPLICATION.parent / "images" / "cat.jpg"), "--model", out]
-    return [shlex.join(command) for command in (*commands, use)]
+        system = str(runner.folder / "system")
+        more = [[*export, "--lavit", checkpoint], ["seed", "assemble", "lavit", "--tokenizer", out, "--out", system]]
+    else:
+        stage1, system = Path(locate(str(options.pretrained))).absolute(), out
+        export += ["--stage1", str(stage1), "--stage2", checkpoint]
+        words = language_tokenizer(stage1, options.n_embed) if stage == "stage2" else None
+        more = [[*export, *(["--text-tokenizer", str(words.absolute())] if words else [])]]
+    return [evaluation, *more, ["seed", "tokenize", str(APPLICATION.parent / "images" / "cat.jpg"), "--model", system]]
 
 
 def write_stage2(runner: Any, checkpoint: str) -> str:
     """`stage2.yaml` in the run's folder: the published settings of stage 2 (where the Q-Former is smaller, nano's) on
     this run's data, with its sizes and vision encoder; a CLIP that it used gives the target."""
-    config, model = runner.config.config, runner.model
+    given, model = runner.config.config, runner.model
     project = "blip2/train" if model.config.qformer.width >= QFormerConfig.width else "nano"
-    published, made = (OmegaConf.load(APPLICATION / "lavis" / "projects" / project / f"pretrain_{stage}.yaml")
-                       for stage in ("qformer", "codebook"))
+    made = OmegaConf.load(APPLICATION / "lavis" / "projects" / project / "pretrain_codebook.yaml")
     for key in OF_MODEL:
         made.model.pop(key, None)
-        if config.model.get(key) is not None:
-            made.model[key] = config.model[key]
-    for key in OF_RUN:
-        if (value := getattr(runner.options, key)) != published.run.get(key, getattr(RunOptions(), key)):
-            made.run[key] = value
-    made.datasets, made.run.output_dir = config.datasets, f"{runner.folder}_codebook"
+    made.model.update({key: given.model[key] for key in OF_MODEL if given.model.get(key) is not None})
+    made.run.update({key: given.run[key] for key in OF_RUN})
+    made.datasets, made.run.output_dir = given.datasets, f"{runner.folder}_codebook"
     made.model.update(pretrained=checkpoint, decode_heads=model.config.qformer.heads)
-    for clip in filter(None, (model.options.clip_model, model.options.vit_weights)):
+    for clip in filter(None, (model.options.vit_weights, model.options.clip_model)):
         file = Path(locate(clip), "config.json")
         if file.is_file() and "projection_dim" in (sizes := read_json_object(file)):
             made.model.update(clip_model=clip, image_features_dim=sizes["projection_dim"])
-            break
     words = Path(locate(str(model.options.text_tokenizer)))
     if (words / ADDED).is_file():
         made.model.n_embed = read_files(words).vocabulary.n_codes

@@ -15,18 +15,19 @@ import torch.distributed as dist
 from torch import nn
 
 from seed_lavis import log
+from seed_lavis.base import frozen_names
 from seed_lavis.compat import RunnerBase, registry
 from seed_lavis.datasets import mixed_order, split_of
-from seed_lavis.initial_weights import frozen_names
 from seed_lavis.options import RunOptions, locate
 from seed_lavis.report import summary
-from seed_lavis.task import TokenizerTask
-from seed_lavis.validation import mean_losses
+from seed_lavis.task import TokenizerTask, mean_losses
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.schedules import USABLE, learning_rate
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
@@ -88,8 +89,8 @@ class RunnerSeed(RunnerBase):
         with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.rank, world=self.world,
                          workers=options.num_workers, order=order) as self.batches:
             task = TokenizerTask(self, self.batches)
-            if options.resume_ckpt_path:
-                task.first_step = self.steps_per_epoch * self._resume(task)
+            if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
+                task.first_step = self.steps_per_epoch * self._resume(Path(locate(options.resume_ckpt_path)))
             record = train_stage(task, self.folder)
         for line in summary(self, record):
             log(line)
@@ -109,39 +110,50 @@ class RunnerSeed(RunnerBase):
         with writing(file := self.folder / f"checkpoint_{epoch}.pth"):
             save_torch({"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config.to_dict(),
                         "scaler": None, "epoch": epoch}, file)
-        for old in sorted(self.folder.glob("checkpoint_*.pth"), key=_epoch)[1:-keep] if keep else ():
+        saved = sorted(self.folder.glob("checkpoint_*.pth"), key=lambda file: int(file.stem.rpartition("_")[2]))
+        for old in saved[1:-keep] if keep else ():
             old.unlink()
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
 
-    def _resume(self, task: TokenizerTask) -> int:
+    def _resume(self, file: Path) -> int:
         """Fill model and optimiser from `run.resume_ckpt_path`, also the original's; returns the finished epochs.
-
-        Raises:
-            CheckpointError: missing, damaged or unsafe file, or another model's. ConfigError: no epoch left.
-        """
-        saved = bool(checkpoints(self.folder / task.checkpoint_folder))
-        if self.world > 1:
-            dist.barrier()  # all processes have looked before the first may write a checkpoint
-        if saved:
-            log(f"{self.folder}: holds this run's own checkpoints, so run.resume_ckpt_path is ignored.")
-            return 0
-        file = Path(locate(str(self.options.resume_ckpt_path)))
-        if not file.is_file():
-            raise CheckpointError(f"{file}: there is no such checkpoint (run.resume_ckpt_path).")
+        Raises CheckpointError: missing, damaged or unsafe file, or another model's."""
         content = read_file(file)
         try:
-            epochs = content["epoch"] + 1
             assign_strictly(self.model, content["model"], file, allow_missing=sorted(frozen_names(self.model)))
             self.optimizer.load_state_dict(content["optimizer"])
+            epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
                                   f"optimiser ({error}); to take its weights only, use model.finetuned.") from error
         if epochs >= self.options.max_epoch:
             raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
-                              f"leaves nothing to train; give run.max_epoch={epochs + 1} or more.")
+                              "leaves nothing to train.")
         log(f"{file}: weights and optimiser loaded; continuing after {epochs} epochs.")
         return epochs
 
 
-def _epoch(file: Path) -> int:
-    return int(file.stem.rpartition("_")[2])
+class StepSchedule:
+    """A schedule by iteration and not by epoch: linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or any
+    schedule that has a name of transformers' `SchedulerType`; called as LAVIS's schedules are."""
+
+    kind = "cosine"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_epoch: int, min_lr: float, init_lr: float,
+                 warmup_steps: int = 0, **_: Any) -> None:
+        run = registry.get("configuration").run_cfg
+        self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
+        self.settings = StageConfig(
+            max_steps=max_epoch * self.iterations, learning_rate=init_lr, warmup_steps=warmup_steps,
+            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
+            lr_scheduler_kwargs=dict(run.get("lr_scheduler_kwargs") or {}))
+
+    def step(self, cur_epoch: int, cur_step: int) -> None:
+        """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
+        rate = learning_rate(cur_epoch * self.iterations + cur_step, self.settings)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+for _name, _kind in {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in USABLE}}.items():
+    registry.register_lr_scheduler(_name)(type(f"Steps_{_name}", (StepSchedule,), {"kind": _kind}))

@@ -11,24 +11,28 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from seed_lavis.compat import ImageTextPretrainTask, registry
-from seed_lavis.datasets import to_device
-from seed_lavis.validation import mean_losses
+from seed_lavis.datasets import split_of, to_device
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
-from seed_multimodal.training.codebook import CodebookMaintenance
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.task import StageTask
 
 # Settings that change no number of the training: not reported when they differ at a resume.
 QUIET = tuple(f"run.{key}" for key in (
-    "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints",
-    "num_workers", "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate",
-    "batch_size_eval", "timeout_minutes", "device", "world_size", "distributed", "dist_url"))
+    "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints", "num_workers",
+    "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate", "batch_size_eval",
+    "timeout_minutes", "device", "world_size", "distributed", "dist_url"))
+
+
+REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on the models
 
 
 @registry.register_task("image_gen_pretrain")
@@ -36,7 +40,7 @@ class ImageGenPretrainTask(ImageTextPretrainTask):
     """LAVIS's `image_text_pretrain` by another name, which some of the original's files use."""
 
 
-class TokenizerTask(StageTask):
+class TokenizerTask(CodebookTask):
     """One stage of one model; `runner` is the `runner_seed`, `batches` are of its training split."""
 
     quiet_keys = QUIET
@@ -44,28 +48,15 @@ class TokenizerTask(StageTask):
 
     def __init__(self, runner: Any, batches: StepBatches) -> None:
         self.runner, self.batches, self.options = runner, batches, runner.options
-        run, model = runner.options, runner.model
-        self.codebook: CodebookMaintenance | None = None
-        if hasattr(model, "codebook_points"):
-            self.codebook = CodebookMaintenance(model, model.options, self.batch, runner.steps, run.batch_size_train)
-        self.last_loss: Tensor | None = None
+        run, self.last_loss = runner.options, None
         settings = StageConfig(
             max_steps=runner.steps, batch_size=run.batch_size_train, learning_rate=run.init_lr,
             weight_decay=run.weight_decay, max_grad_norm=run.clip_grad, ema=run.ema, precision=runner.precision,
             seed=run.seed, save_seconds=run.save_seconds, logging_steps=run.log_freq, save_steps=run.save_every_steps,
             gradient_accumulation_steps=run.accum_grad_iters, save_frozen=False,
             report_to=["tensorboard"] if run.tensorboard else [], further=True, timeout_minutes=run.timeout_minutes)
-        super().__init__(model.stage, self.codebook.counts if self.codebook else model, settings,
-                         optimizer=runner.optimizer)
-        # Buffers are equal by construction, or (code counts) each process's own.
-        self.ddp_options = {"broadcast_buffers": False,
-                            "find_unused_parameters": getattr(model, "skips_parameters", False)}
+        super().__init__(runner.model.stage, runner.model, settings, runner.model.options, optimizer=runner.optimizer)
         self.config = OmegaConf.to_container(runner.config.config)
-
-    @property
-    def wrapped_part(self) -> nn.Module:
-        """The model; `module` may hold code counts beside it."""
-        return self.runner.model
 
     def learning_rate(self, step: int) -> float:
         """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
@@ -79,28 +70,21 @@ class TokenizerTask(StageTask):
 
     def prepared(self, run: Any) -> None:
         """All checks have passed: write the run's settings."""
-        if self.runner.rank:
-            return
-        with writing(folder := self.runner.folder):
-            self.runner.log_config()
-            replace_text(folder / "config.yaml", OmegaConf.to_yaml(self.runner.config.config))
-            replace_text(folder / "config.json", json.dumps(self.runner.model.config.to_dict(), indent=2) + "\n")
+        if self.runner.rank == 0:
+            with writing(folder := self.runner.folder):
+                self.runner.log_config()
+                replace_text(folder / "config.yaml", OmegaConf.to_yaml(self.runner.config.config))
+                replace_text(folder / "config.json", json.dumps(self.runner.model.config.to_dict(), indent=2) + "\n")
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """LAVIS's training step, with the codebook's maintenance before and after it."""
-        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
-        if self.codebook is not None:
-            self.codebook.before(step, inside == 0)
-        loss = self.runner.task.train_step(model, self.batch(micro_step))
-        if self.codebook is not None:
-            self.codebook.after_micro_step()
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+        """LAVIS's training step."""
+        loss = self.runner.task.train_step(model, batch)
         self.last_loss = loss.detach()
         return loss, self.runner.model.latest
 
     def after_step(self, step: int) -> dict[str, float]:
         """Codebook restarts; after each epoch its checkpoint and the held-out losses (`valid/SPLIT/NAME`)."""
-        if self.codebook is not None:
-            self.codebook.after(step)
+        super().after_step(step)
         epochs, inside = divmod(step, self.runner.steps_per_epoch)
         if inside:
             return {}
@@ -116,14 +100,13 @@ class TokenizerTask(StageTask):
 
     def acts_after(self, step: int) -> bool:
         """At the ends of epochs and at restarts of codes."""
-        return step % self.runner.steps_per_epoch == 0 or (self.codebook is not None and self.codebook.restarts(step))
+        return step % self.runner.steps_per_epoch == 0 or super().acts_after(step)
 
     def status(self) -> dict[str, float]:
         """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
-        codes = self.codebook.status() if self.codebook is not None else {}
         last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}
         return {"wait_seconds": self.batches.wait_seconds, "bad_samples": len(self.batches.bad_samples()), **last,
-                **codes}
+                **super().status()}
 
     def finish(self, group: ProcessGroup) -> dict[str, Any]:
         """Write the last checkpoint again if averaged weights are the result; count all processes' bad samples."""
@@ -131,15 +114,13 @@ class TokenizerTask(StageTask):
         if self.settings.ema and group.first:
             self.runner.save_epoch(last)
         bad = {tuple(sample) for own in group.gather({"bad": self.batches.bad_samples()}) for sample in own["bad"]}
-        return {**super().finish(group), "checkpoint": str(self.runner.folder / f"checkpoint_{last}.pth"),
-                **{name: round(float(value), 6) for name, value in self.runner.model.latest.items()},
+        numbers = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
+        return {**super().finish(group), "checkpoint": str(self.runner.folder / f"checkpoint_{last}.pth"), **numbers,
                 "bad_samples": len(bad)}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The bad samples that this process found; the counts of codes, saved with the module, are added up."""
-        if self.codebook is not None:
-            self.codebook.add_up()
-        return self.batches.dataset.state_dict()
+        """The bad samples that this process found."""
+        return {**super().state_dict(step), **self.batches.dataset.state_dict()}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Inverse of `state_dict`; there may have been more processes, or fewer."""
@@ -150,3 +131,46 @@ class TokenizerTask(StageTask):
         """A line of LAVIS's log.txt, by the first process."""
         with writing(self.runner.folder):
             self.runner.log_stats({"epoch": epochs - 1, **numbers}, kind)
+
+
+# ---- held-out losses
+
+
+def share_out(total: int, batch_size: int, world: int = 1, most: int = 0) -> tuple[int, int]:
+    """Size and number of each process's batches: equal ones of at most `batch_size`, at most `most` (0: any number).
+
+    Fewer images are left over than there are batches. Equal, because a contrast depends on how many are compared.
+    """
+    count = max(1, min(-(-total // (batch_size * world)), total // world))  # a batch has at least one image
+    return total // (count * world), min(count, most) if most else count
+
+
+def mean_losses(runner: Any, split: str, most: int = 0) -> dict[str, float]:
+    """Mean of every loss over `samples` images of a split, and `codebook_used` and `perplexity` of all their codes.
+    All processes call it, for at most `most` batches each (0: all), and get the same result."""
+    data, model, options = split_of(runner.datasets, [f"{split}:eval"]), runner.model, runner.options
+    if len(data) < runner.world:
+        raise ConfigError(f"Split {split!r} has {len(data)} images, too few for {runner.world} processes.")
+    size, count = share_out(len(data), options.batch_size_eval, runner.world, most)
+    dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
+    found: list[dict[str, torch.Tensor]] = []
+    codes = torch.zeros(model.quantize.size if hasattr(model, "quantize") else 0, dtype=torch.long,
+                        device=runner.device)
+    before = {name: getattr(model, name) for name in REMEMBERED if hasattr(model, name)}
+    with (evaluation_mode(model),
+          StepBatches(data, size, seed=0, rank=runner.rank, world=runner.world,
+                      workers=min(options.num_workers, count), shuffle=False) as batches):
+        for step in range(count):
+            with torch.autocast(runner.device.type, dtype, enabled=runner.precision != "fp32"):
+                found.append(model(to_device(batches.at(step), runner.device)))
+            if getattr(model, "codes", None) is not None:
+                codes += torch.bincount(model.codes.flatten(), minlength=len(codes))
+        bad = len(batches.bad_samples())
+    for name, value in before.items():
+        setattr(model, name, value)
+    sums = {name: sum(one[name].detach().float() for one in found) for name in sorted(found[0])}
+    if runner.world > 1:
+        for total in (*sums.values(), *([codes] if len(codes) else [])):
+            dist.all_reduce(total)
+    means = {name: float(value) / (count * runner.world) for name, value in sums.items()}
+    return {"samples": count * size * runner.world, **means, **codebook_use(codes), "bad_samples": bad}

@@ -1,9 +1,8 @@
-"""YAML configurations: read, override, and build objects from `_target_`, without letting a file run arbitrary code.
+"""YAML configurations: read and build objects from `_target_`, without letting a file run arbitrary code.
 
-What: `load_yaml` reads a file through OmegaConf (`${oc.env:PROJECT_ROOT}` is the folder with `.project-root`);
-`instantiate` calls the `_target_` a node names with the node's other keys.
-`_target_` is looked up in an alias table (the original repository's dotted names, so that its YAML files keep working)
-or must name a public function or class of this package. Unknown keys are errors that name the nearest one.
+`load_yaml` reads a file through OmegaConf (`${oc.env:PROJECT_ROOT}` is the folder with `.project-root`); `instantiate`
+calls the `_target_` that a node names with the node's other keys. A `_target_` is a name of the alias table (the
+original repository's dotted names) or a public function or class of this package.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,72 +47,57 @@ ALIASES = {
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":
         "seed_multimodal.seed_x.original:adapter",
 }
-ALLOWED_PREFIXES = ("seed_multimodal.",)
+PREFIX = "seed_multimodal."
 _RESERVED = ("_target_", "_recursive_", "_convert_")
-# What OmegaConf and yaml raise for texts they cannot read; ValueError: a number too long, a file that is not UTF-8.
-_UNREADABLE = (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError)
 
 
 def project_root(start: str | Path | None = None) -> Path:
     """The nearest folder with a `.project-root` file, upwards from `start` and then from here; else the current one."""
     for place in (start, Path.cwd(), Path(__file__)):
-        if place is None:
-            continue
-        path = Path(place).resolve()
+        path = Path(place or ".").resolve()
         for folder in (path, *path.parents):
             if (folder / ".project-root").is_file():
                 return folder
     return Path.cwd()
 
 
-def load_yaml(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """Read one YAML mapping, apply dotted overrides (`"optim.lr=1e-4"`), and resolve interpolations.
+def load_yaml(path: str | Path) -> DictConfig:
+    """Read one YAML mapping and resolve its interpolations.
 
     Raises:
-        ConfigError: no such file, not YAML, not a mapping, an unknown override key, an interpolation that fails.
+        ConfigError: no such file, not YAML, not a mapping, an interpolation that fails.
     """
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file.")
     config = read_yaml(file)
-    for override in overrides:
-        _override(config, override, str(file))
     return resolve(config, file)
 
 
 def read_yaml(file: Path) -> DictConfig:
-    """A YAML mapping as it stands, its interpolations unresolved.
-
-    Raises:
-        ConfigError: not readable, not YAML, or not a mapping.
-    """
+    """A YAML mapping, its interpolations unresolved. Raises ConfigError: not readable, not YAML, or not a mapping."""
     try:
         config = OmegaConf.load(file)
-    except _UNREADABLE as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{file}: not readable as YAML ({first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{file}: must hold a mapping of keys to values.")
     return config
 
 
-def instantiate(config: DictConfig | Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
-    """Build what a configuration describes: call its `_target_` with its keys, nested nodes first.
-
-    Args:
-        config: a node with `_target_`, or the path of a YAML file that holds one.
-        overrides: keyword arguments that replace keys of the top node.
+def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
+    """Build what a configuration (a node with `_target_`, or the path of a YAML file that holds one) describes: call
+    its `_target_` with its keys, nested nodes first; `overrides` replace keys of the top node.
 
     Raises:
-        ConfigError: no `_target_`, one that is not allowed, unknown or missing keys, a `pipe:` address.
+        ConfigError: no `_target_`, one that is not allowed, unknown or missing keys.
     """
     where = "configuration"
     if isinstance(config, str | Path):
         where, config = str(config), load_yaml(config)
-    plain = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else dict(config)
-    assert isinstance(plain, dict)
-    if "_target_" not in plain:
+    if "_target_" not in config:
         raise ConfigError(f"{where}: has no _target_, so there is nothing to build.")
-    return _build({str(key): value for key, value in {**plain, **overrides}.items()}, where)
+    return _build({**config, **overrides}, where)
 
 
 def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
@@ -123,52 +107,39 @@ def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
         ConfigError: anything else.
     """
     full = ALIASES.get(name, name)
-    if not full.startswith(ALLOWED_PREFIXES):
+    if not full.startswith(PREFIX):
         raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(name, ALIASES)}: a configuration may "
-                          f"only build objects of {', '.join(p.rstrip('.') for p in ALLOWED_PREFIXES)}.")
-    module, attributes = _split(full)
-    found: Any = module
+                          f"only build objects of {PREFIX.rstrip('.')}.")
+    found, attributes = _split(full)
     for attribute in attributes:
         found = None if attribute.startswith("_") else getattr(found, attribute, None)
-        if found is None or inspect.ismodule(found):
-            raise ConfigError(f"{where}: _target_ {name!r} does not exist.")
     # A module of ours may hold imported names (os, torch, …): those are not offered.
-    if not callable(found) or not str(getattr(found, "__module__", "")).startswith(ALLOWED_PREFIXES):
+    if not callable(found) or not str(getattr(found, "__module__", "")).startswith(PREFIX):
         raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
     return found
 
 
-def _build(node: dict[str, Any], where: str) -> Any:
-    target_name = node["_target_"]
-    if not isinstance(target_name, str):
-        raise ConfigError(f"{where}: _target_ must be a dotted name, not {target_name!r}.")
-    target = find_target(target_name, where)
-    recursive = node.get("_recursive_", True)
-    arguments = {key: _value(value, f"{where}: {key}", recursive)
-                 for key, value in node.items() if key not in _RESERVED}
-    signature = inspect.signature(target)
-    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        check_keys(arguments, [n for n in signature.parameters if n not in ("self", "cls")], where)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = [name for name, p in signature.parameters.items()
-               if p.default is p.empty and p.kind in named and name not in arguments]
-    if missing:
-        raise ConfigError(f"{where}: {target_name} needs a value for {missing[0]!r}.")
-    return target(**arguments)
-
-
-def _value(value: Any, where: str, recursive: bool) -> Any:
-    if isinstance(value, str) and value.strip().startswith("pipe:"):
-        raise ConfigError(f"{where}: 'pipe:' addresses run shell commands and are refused.")
+def _build(value: Any, where: str) -> Any:
+    """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
-    if isinstance(value, dict):
-        if recursive and "_target_" in value:
-            return _build({str(k): v for k, v in value.items()}, where)
-        return {k: _value(v, f"{where}.{k}", recursive) for k, v in value.items()}
     if isinstance(value, list):
-        return [_value(v, f"{where}[{i}]", recursive) for i, v in enumerate(value)]
-    return value
+        return [_build(one, f"{where}[{number}]") for number, one in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    arguments = {key: _build(one, f"{where}: {key}") for key, one in value.items() if key not in _RESERVED}
+    if "_target_" not in value:
+        return arguments
+    target = find_target(str(value["_target_"]), where)
+    signature = inspect.signature(target)
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        check_keys(arguments, [name for name in signature.parameters if name not in ("self", "cls")], where)
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    missing = next((name for name, p in signature.parameters.items()
+                    if p.default is p.empty and p.kind in named and name not in arguments), None)
+    if missing is not None:
+        raise ConfigError(f"{where}: {value['_target_']} needs a value for {missing!r}.")
+    return target(**arguments)
 
 
 def _split(full: str) -> tuple[Any, list[str]]:
@@ -184,22 +155,6 @@ def _split(full: str) -> tuple[Any, list[str]]:
                 raise
     raise ConfigError(f"{full!r} does not name a module.")
 
-
-def _override(config: DictConfig, override: str, where: str) -> None:
-    key, equals, _ = override.partition("=")
-    if not equals:
-        raise ConfigError(f"{where}: the override {override!r} is not of the form key=value.")
-    node: Any = config
-    parts = key.split(".")
-    for depth, part in enumerate(parts):
-        if not isinstance(node, DictConfig):
-            raise ConfigError(f"{where}: {'.'.join(parts[:depth])!r} holds no keys, so {key!r} cannot be set.")
-        check_keys([part], [str(k) for k in node], where)
-        node = node._get_node(part)
-    try:
-        config.merge_with_dotlist([override])
-    except _UNREADABLE as error:
-        raise ConfigError(f"{where}: the override {override!r} cannot be read ({first_line(error)}).") from error
 
 
 def resolve(config: DictConfig, file: Path) -> DictConfig:

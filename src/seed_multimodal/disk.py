@@ -1,14 +1,9 @@
-"""Files on disk: replaced whole or not at all, locks between processes, hashes, permissions, error translation.
-
-Every file that must survive a kill is written through `replacing`; every lock between processes is `lock`; every disk
-error becomes a sentence through `writing`.
-"""
+"""Files on disk: replaced whole or not at all, locks between processes, disk errors as sentences."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -22,57 +17,40 @@ import filelock
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
-LOCK = ".lock"
-PROBES, PROBE = 32, 4096  # places of a file that `sampled_hash` reads, bytes at each
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)  # of file systems without locks
 
 
 @contextlib.contextmanager
-def lock(file: str | Path, timeout: float = -1.0, *, remove: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock between processes in a file, where the file system has locks.
-
-    Args:
-        timeout: seconds to wait for another process (then TimeoutError); negative: without end.
-        remove: delete the file at the end, while it is still locked.
-    """
-    held = filelock.FileLock(str(file))
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(held.acquire(timeout=timeout))
-        except NotImplementedError:
-            pass
-        except OSError as error:  # filelock.Timeout is one, without errno
-            if error.errno not in _NO_LOCKS:
-                raise
-        try:
-            yield
-        finally:
-            if remove:
-                with contextlib.suppress(OSError):
-                    Path(file).unlink()
-
-
-@contextlib.contextmanager
-def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = LOCK
+def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
                 ) -> Iterator[None]:
     """Hold the lock of a folder (file `name` in it), which is made if it is not there; the file is gone at the end.
 
     Args:
-        busy: what another run is doing that holds it, for the sentence.
-        timeout: as of `lock`.
+        busy: what another run that holds it is doing, for the sentence.
+        timeout: seconds to wait for it; negative: without end.
 
     Raises:
         kind: another run holds it, or the disk refuses.
     """
-    with contextlib.ExitStack() as held:
+    held = filelock.FileLock(folder / name)
+    with contextlib.ExitStack() as stack:
         with writing(folder, kind):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                held.enter_context(lock(folder / name, timeout, remove=True))
+                stack.enter_context(held.acquire(timeout=timeout))
             except TimeoutError:
                 raise kind(f"{folder}: another run is {busy}; let it end first.") from None
-        yield
+            except NotImplementedError:
+                pass
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
 
 
 def disk_reason(error: OSError) -> str:
@@ -129,14 +107,8 @@ def replacing_path(file: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A handle whose content takes the name of `file` at the end, flushed to the disk, whole or not at all.
-
-    Args:
-        mode, options: as of `open`; texts are UTF-8.
-
-    Raises:
-        OSError: the disk refuses; what was there stays, and nothing else is left behind.
-    """
+    """A handle (as of `open`; texts are UTF-8) whose content takes the name of `file` at the end, flushed to the disk,
+    whole or not at all. Raises OSError: the disk refuses; what was there stays."""
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
     with replacing_path(file) as scratch, open(scratch, mode, **options) as handle:
@@ -155,16 +127,9 @@ def flush_folder(folder: str | Path) -> None:
 
 
 def replace_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Put a text into a file, flushed, whole or not at all; raises OSError and leaves what was there. `errors`: what
-    becomes of letters that UTF-8 does not have, as of `open`."""
+    """Put a text into a file, flushed, whole or not at all; `errors` as of `open`. Raises OSError."""
     with replacing(file, "w", errors=errors) as handle:
         handle.write(text)
-
-
-def replace_copy(source: Path, folder: Path) -> None:
-    """Copy a file into a folder, in place of its namesake, whole or not at all."""
-    with open(source, "rb") as original, replacing(folder / source.name) as handle:
-        shutil.copyfileobj(original, handle, 1 << 20)
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
@@ -186,11 +151,10 @@ def replace_folder(temporary: Path, target: Path) -> None:
 
 
 def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()) -> Path:
-    """The folder that `--out` names for a result, refused before long work is done for it.
+    """The folder that `--out` names for a result (`what`), refused before long work is done for it.
 
     Args:
         force: it may hold something, which will be replaced.
-        what: the result, as in "the tokenizer".
         read: files and folders that the work reads, which must not be in a folder that is replaced.
 
     Raises:
@@ -210,11 +174,8 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
 
 @contextlib.contextmanager
 def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
-    """A new folder that takes the name of `target` at the end, complete or not at all.
-
-    Args:
-        shown: the folder's name in the sentence if the disk refuses, which is raised as `kind`.
-    """
+    """A new folder that takes the name of `target` at the end, complete or not at all; if the disk refuses, `kind` is
+    raised about `shown`."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with writing(shown, kind):
@@ -223,23 +184,6 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
             replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def sha256_of(file: str | Path) -> str:
-    """The SHA-256 of a file's content in hex, read piece by piece; raises OSError."""
-    with open(file, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def sampled_hash(file: str | Path) -> str:
-    """A hash of a file's content at `PROBES` places, which tells files of equal length apart without reading all of
-    them; raises OSError."""
-    with open(file, "rb") as handle:
-        digest, last = hashlib.sha256(), max(0, os.fstat(handle.fileno()).st_size - PROBE)
-        for place in sorted({last * number // (PROBES - 1) for number in range(PROBES)}):
-            handle.seek(place)
-            digest.update(handle.read(PROBE))
-    return digest.hexdigest()[:16]
 
 
 def set_default_mode(file: str | Path) -> None:

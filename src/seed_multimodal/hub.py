@@ -26,9 +26,6 @@ SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/
                       "pretrained/seed_detokenizer/first_stage and second_stage")
 LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or give "
                "the path of yours")
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-
-
 WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
 
 
@@ -41,11 +38,6 @@ class ReleasedPart:
     hub: str
     remark: str = ""
     files: tuple[str, ...] = WEIGHTS
-
-    @property
-    def what(self) -> str:
-        """What to download, in words."""
-        return f"{self.hub}{self.remark}"
 
 
 PARTS = {
@@ -107,10 +99,8 @@ def released_folder(name: str | Path) -> str:
 
 
 def local_folder(name: str | Path, *, cache: bool = True) -> Path | None:
-    """`name` as a folder here or below the repository root, else (`cache`) its snapshot of the hub, else None.
-
-    What the released files name as on the hub is looked for in its folder of `pretrained/`, too.
-    """
+    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else (`cache`) its snapshot
+    of the hub, else None."""
     found = locate(name) or locate(released_folder(name))
     if found is not None or not (cache and is_hub_name(name)):
         return found
@@ -123,11 +113,11 @@ def llm_kind(name: str | Path) -> str:
 
 
 def not_on_disk(missing: Iterable[tuple[ReleasedPart | None, str | Path]]) -> str:
-    """The sentence, without its end, for parts that are not there: what to download and where to put it; `missing`: of
-    each part its source (None: some LLaMA), and its folder or hub name."""
+    """The sentence, without its end, for parts that are not there (None: some LLaMA; its folder or hub name)."""
     wanted = dict[str, list[str]]()
     for part, where in missing:
-        wanted.setdefault("a LLaMA folder" if part is None else part.what, []).append(released_folder(where))
+        what = "a LLaMA folder" if part is None else f"{part.hub}{part.remark}"
+        wanted.setdefault(what, []).append(released_folder(where))
     advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
     return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
 
@@ -138,11 +128,7 @@ def first_file(folder: Path, names: Sequence[str]) -> Path | None:
 
 
 def find_file(path_or_id: str | Path, names: Sequence[str], advice: str) -> Path:
-    """The file itself, or one of `names` in a folder or hub repository.
-
-    Raises:
-        CheckpointError: not there; the sentence ends with `advice`.
-    """
+    """The file itself, or one of `names` in a folder or hub repository. Raises CheckpointError, with `advice`."""
     if os.path.isfile(path_or_id):
         return Path(path_or_id)
     folder = find_folder(path_or_id, names, advice)
@@ -157,7 +143,7 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     place = Path(path_or_id)
     if place.is_dir():
         return place
-    kind = "file" if place.suffix in WEIGHT_SUFFIXES else "folder"
+    kind = "file" if place.suffix in (".pth", ".pt", ".bin", ".safetensors") else "folder"
     if kind == "file" or not is_hub_name(path_or_id):
         raise CheckpointError(f"{place}: there is no such {kind}; {advice}.")
     return fetch(str(path_or_id), files, advice)
@@ -173,10 +159,7 @@ def fetched(hub_id: str, files: Sequence[str]) -> Path | None:
 
 def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
     """Snapshot folder of those `files` (shell patterns) of a hub repository, from the local cache when it is there.
-
-    Raises:
-        CheckpointError: not reachable, with `advice` on what to put where instead.
-    """
+    Raises CheckpointError: not reachable, with `advice` on what to put where instead."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

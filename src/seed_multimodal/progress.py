@@ -1,15 +1,22 @@
-"""The progress display of long work: tqdm's bar on a terminal, tqdm's line at intervals in a log file."""
+"""The progress display of long work: tqdm's bar on a terminal, tqdm's line at intervals in a log file; and other
+libraries kept quiet."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import io
+import logging
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
 from seed_multimodal.entry import log_line
+
+MODEL_LIBRARIES = ("transformers", "diffusers")  # these have a logging module of their own, with progress bars
 
 
 class Progress(tqdm):
@@ -24,7 +31,7 @@ class Progress(tqdm):
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
-        self.log = None if log is log_line and sys.stderr.isatty() else log
+        self.log = None if log in (log_line, print) and sys.stderr.isatty() else log
         # where lines are logged, tqdm itself writes nothing (it would end with a carriage return)
         super().__init__(desc=name, file=io.StringIO() if self.log else None, total=total, unit=unit,
                          initial=start, disable=log is None, leave=False, delay=0 if self.log else delay,
@@ -69,3 +76,31 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+@contextlib.contextmanager
+def quiet_loading(*libraries: str) -> Iterator[None]:
+    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and log nothing: what fails is raised, too."""
+    with contextlib.ExitStack() as before:
+        for library in libraries:
+            own = importlib.import_module(f"{library}.utils.logging")
+            before.callback(own.set_verbosity, own.get_verbosity())
+            if own.is_progress_bar_enabled():
+                before.callback(own.enable_progress_bar)
+            own.disable_progress_bar()
+            own.set_verbosity(logging.CRITICAL)
+        yield
+
+
+def quiet_libraries(debug: bool = False, libraries: tuple[str, ...] = MODEL_LIBRARIES) -> None:
+    """From here on `libraries` show no progress bars and log errors only, unless `debug`."""
+    if debug:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")
+    for library in libraries:
+        if library in MODEL_LIBRARIES:
+            own = importlib.import_module(f"{library}.utils.logging")
+            own.disable_progress_bar()
+            own.set_verbosity_error()
+        else:
+            logging.getLogger(library).setLevel(logging.ERROR)

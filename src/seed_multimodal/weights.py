@@ -1,8 +1,7 @@
 """Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never arbitrary pickles.
 
-`assign_strictly` is the only place that puts a state dict into a module: it names what is missing or unexpected. A
-needed tensor that is missing or of another shape is refused; one that nobody needs is refused in our own files and left
-out with a warning in files made elsewhere, whose contents nobody here can list in full.
+`assign_strictly` is the only place that puts a state dict into a module. A needed tensor that is missing or of another
+shape is refused; one that nobody needs is refused in our own files and left out with a warning in files made elsewhere.
 """
 
 from __future__ import annotations
@@ -14,12 +13,14 @@ import os
 import pickle
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replacing_path, set_default_mode
@@ -32,22 +33,17 @@ _WRAPPERS = ("model", "state_dict", "module")
 
 @dataclass
 class LoadReport:
-    """Result of a load: names of parameters filled, left as they were, ignored in the file (`unlisted`: those of them
-    that nobody expected)."""
+    """Result of a load: names of parameters filled, left as they were, ignored in the file."""
 
     source: str
-    loaded: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    unlisted: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        return (f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
-                f"{len(self.ignored)} in the file ignored")
+    loaded: list[str]
+    missing: list[str]
+    ignored: list[str]
 
     def describe(self) -> str:
         """One line: counts, then the names grouped by their first part."""
-        parts = [str(self)]
+        parts = [f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
+                 f"{len(self.ignored)} in the file ignored"]
         for what, names in (("not in the file", self.missing), ("ignored", self.ignored)):
             parts += [f"{what}: {grouped(names)}"] if names else []
         return "; ".join(parts) + "."
@@ -61,10 +57,8 @@ def grouped(names: Iterable[str]) -> str:
 def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
     """Read a flat name → tensor mapping from `.safetensors`, `.pt`, `.pth` or `.bin`, on CPU.
 
-    Wrapped checkpoints (`{"model": …}`, `{"state_dict": …}`) are unwrapped.
-
-    Args:
-        mapped: tensors of a torch file are views of the file where its format allows, not copies in memory.
+    Wrapped checkpoints (`{"model": …}`, `{"state_dict": …}`) are unwrapped. With `mapped` tensors of a torch file are
+    views of the file where its format allows, not copies in memory.
 
     Raises:
         CheckpointError: missing, truncated or unsafe file, or one that holds no tensors.
@@ -112,14 +106,6 @@ def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     return {name: value for file in weight_files(source) for name, value in load_state_dict(file, mapped=True).items()}
 
 
-def count_parameters(file: str | Path) -> int:
-    """Numbers in a safetensors file, from its header."""
-    from safetensors import safe_open
-
-    with safe_open(file, framework="pt") as handle:
-        return sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())  # noqa: SIM118
-
-
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     """The mapping in a safetensors or torch file, tensors on the CPU; `mapped` as of `load_state_dict`.
 
@@ -129,7 +115,7 @@ def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     if not os.path.isfile(file):  # Path.is_file raises for a name too long
         raise CheckpointError(f"{file}: there is no such weights file.")
     try:
-        loaded = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
+        loaded = load_file(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
@@ -137,12 +123,6 @@ def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
         raise CheckpointError(f"{file}: not a complete weights file ({first_line(error)}).") from error
     return loaded if isinstance(loaded, Mapping) else {"": loaded}
-
-
-def _read_safetensors(file: Path) -> Mapping[str, object]:
-    from safetensors.torch import load_file
-
-    return load_file(file)
 
 
 def _read_torch(file: Path, mapped: bool) -> object:
@@ -154,17 +134,8 @@ def _read_torch(file: Path, mapped: bool) -> object:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def save_state_dict(
-    tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None
-) -> Path:
-    """Write safetensors, flushed, whole or not at all.
-
-    Raises:
-        OSError: the disk refuses; what was there stays, and nothing else is left behind.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
+    """Write safetensors, flushed, whole or not at all. Raises OSError: the disk refuses; what was there stays."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
@@ -198,12 +169,12 @@ def assign_strictly(
 ) -> LoadReport:
     """Put `state` into `module` and account for every name.
 
-    A module on the meta device takes the tensors themselves, moved to `device` and converted to its precision: those
-    of a file read `mapped` stay views of the file where nothing changes. Any other module copies them.
+    A module on the meta device takes the tensors themselves, moved to `device` and converted to its precision (views
+    of a `mapped` file stay views where nothing changes). Any other module copies them.
 
     Args:
-        allow_missing: shell patterns of names that may be absent from the file.
-        allow_unexpected: shell patterns of names in the file that are known and left out.
+        allow_missing, allow_unexpected: shell patterns of names that may be absent from the file, and of those in it
+            that are left out.
         foreign: a file made elsewhere: other names are left out, too, with a warning that names and counts them.
 
     Raises:
@@ -211,10 +182,8 @@ def assign_strictly(
             `foreign`) unexpected.
     """
     own = module.state_dict()
-    report = LoadReport(str(source))
-    report.loaded = [name for name in own if name in state]
-    report.missing = [name for name in own if name not in state]
-    report.ignored = [name for name in state if name not in own]
+    report = LoadReport(str(source), [name for name in own if name in state],
+                        [name for name in own if name not in state], [name for name in state if name not in own])
     if not report.loaded:
         raise CheckpointError(
             f"{source}: a checkpoint of another model: none of its {len(state)} tensors "
@@ -226,7 +195,7 @@ def assign_strictly(
                               f"{tuple(state[name].shape)}, the model needs {tuple(own[name].shape)}.")
     refuse_tensors(report.missing, allow_missing, source, "missing from the file")
     if foreign:
-        report.unlisted = warn_tensors(report.ignored, allow_unexpected, source)
+        warn_tensors(report.ignored, allow_unexpected, source)
     else:
         refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
     bare = {name for name in report.loaded if own[name].is_meta}
@@ -249,14 +218,29 @@ def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     return [name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in known)]
 
 
-def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> list[str]:
-    """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers; gives their names."""
+def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> None:
+    """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers."""
     unlisted = _outside(names, known)
     if unlisted:
         shown = ", ".join(map(repr, unlisted)) if len(unlisted) <= 5 else grouped(unlisted)
         warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
                       f"{'was' if len(unlisted) == 1 else 'were'} left out: {shown}.", SeedWarning, stacklevel=3)
-    return unlisted
+
+
+def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
+    """Four weights of each parameter (`frozen`: of those that are not trained), for `same_weights`."""
+    found = []
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.numel() and not (frozen and parameter.requires_grad):
+            flat = parameter.detach().flatten()
+            found.append(torch.stack([flat[number * (len(flat) - 1) // 3].float() for number in range(4)]))
+    return torch.cat(found).tolist() if found else []
+
+
+def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
+    """Whether two `some_weights` are of one model, which may have been rounded to 16 bits since."""
+    return len(before) == len(now) and all(
+        math.isclose(one, other, rel_tol=0.005, abs_tol=1e-7) for one, other in zip(before, now, strict=True))
 
 
 def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
@@ -265,3 +249,14 @@ def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | P
     if bad:
         shown = ", ".join(map(repr, bad[:3])) + (" …" if len(bad) > 3 else "")
         raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {shown}.")
+
+
+def refuse_diverged(model: nn.Module, origin: Mapping[str, str], otherwise: str | Path) -> None:
+    """Refuse to export NaN of a diverged training: all codes would become 0, and every comparison would pass.
+
+    `origin`: a tensor's name → the file that it came from, `otherwise` where that is not known.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{origin.get(name, otherwise)}: {name!r} holds numbers that are not finite, so its "
+                                  "training has diverged; export an earlier checkpoint.")

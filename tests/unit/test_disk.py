@@ -1,9 +1,8 @@
-"""Files that last: the SHA-256 of one, folders replaced whole."""
+"""Files that last, folders replaced whole."""
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import resource
 import signal
 from pathlib import Path
@@ -11,20 +10,9 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from seed_multimodal.disk import making_folder, output_folder, replace_folder, sha256_of, writable_folder
+from seed_multimodal.disk import making_folder, output_folder, replace_folder, writable_folder
 from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
-
-
-def test_sha256_of_files_of_any_size(tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    for content in (b"", b"abc", bytes(range(256)) * 5000):
-        file.write_bytes(content)
-        assert sha256_of(file) == sha256_of(str(file)) == hashlib.sha256(content).hexdigest()
-    file.write_bytes(b"abc")  # the standard's own example
-    assert sha256_of(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    with pytest.raises(FileNotFoundError):
-        sha256_of(tmp_path / "absent")
 
 
 def test_a_folder_is_replaced_whole_or_stays(tmp_path: Path) -> None:

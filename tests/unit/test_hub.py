@@ -13,7 +13,7 @@ import pytest
 from seed_multimodal import hub
 from seed_multimodal.entry import REFUSED, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 
 
 def test_what_a_hub_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

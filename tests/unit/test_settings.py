@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.disk import lock, replacing, writing
+from seed_multimodal.disk import folder_lock, replacing, writing
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import check_settings, describe_settings, read_settings, setting
 
@@ -81,18 +81,18 @@ def test_describe_settings_lists_every_key_with_its_default():
 
 @pytest.mark.process
 def test_a_lock_keeps_a_second_process_out_and_ends_with_its_holder(tmp_path: Path):
-    file = tmp_path / ".lock"
-    code = (f"import sys; from seed_multimodal.disk import lock\nwith lock({str(file)!r}):\n"
+    code = (f"import sys, pathlib; from seed_multimodal.disk import folder_lock\n"
+            f"with folder_lock(pathlib.Path({str(tmp_path)!r}), ValueError):\n"
             "    print('held', flush=True); sys.stdin.read()")
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout.readline() == "held\n"
-        with pytest.raises(TimeoutError), lock(file, timeout=0.1):
+        with pytest.raises(ConfigError, match="another run is busy"), folder_lock(tmp_path, ConfigError, "busy", 0.1):
             pass
     finally:
         holder.kill()
         holder.wait()
-    with lock(file, timeout=5):
+    with folder_lock(tmp_path, ConfigError, timeout=5):
         pass
 
 

@@ -23,7 +23,7 @@ from seed_multimodal.disk import replacing, writable_folder, writing
 from seed_multimodal.entry import log_line, whole_number
 from seed_multimodal.errors import CodesError, ConfigError, GenerationError, ImageError, RequestError
 from seed_multimodal.lavit.ratios import RATIOS
-from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.progress import quiet_libraries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`

@@ -41,7 +41,7 @@ def convert(args: argparse.Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
     from seed_multimodal.data.formats.released_pickles import convert_shards
 
-    report = convert_shards(args.tars, args.out, skip_bad=args.skip_bad, force=args.force, workers=args.workers)
+    report = convert_shards(args.tars, args.out, args.workers)
     for sentence in [*report.refused, *(f"left out: {sentence}" for sentence in report.skipped)]:
         log_line(f"seed: {sentence}")
     emit(args, {"out": args.out, "converted": report.converted, "kept": report.kept, "samples": report.samples,
@@ -66,7 +66,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker = commands.add_parser("check", help="read a run's data as training does, before training")
     checker.add_argument("files", nargs="+", metavar="RUN.yaml | FILES", help="the YAML of a run or its data; or tar, "
                          "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer")
-    checker.add_argument("--records", type=_record_count, default=1000, metavar="N | all", help="of each source")
+    checker.add_argument("--records", type=whole_number(1), default=1000, help="of each source (default: 1000)")
     checker.add_argument("--tokenizer", metavar="DIR", help="the language model's (default: the run's)")
     checker.add_argument("--decoder", help="of the files, as sft.qa or seed_x.chat")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
@@ -79,8 +79,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("tars", nargs="+", help="shards, patterns, folders")
     converter.add_argument("--out", required=True, metavar="DIR")
     converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
-    converter.add_argument("--skip-bad", action="store_true", help="leave out refused samples, not their whole shard")
-    converter.add_argument("--force", action="store_true", help="convert again what is done already")
     converter.set_defaults(work=convert)
     indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files beside them, ahead")
     indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
@@ -88,10 +86,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     indexer.set_defaults(work=index)
     for command in (checker, converter, indexer):
         add_json(command)
-
-
-def _record_count(text: str) -> int | None:
-    return None if text == "all" else whole_number(1)(text)
 
 
 def _option(text: str) -> tuple[str, Any]:
@@ -138,9 +132,8 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
 
 def _pretokenize(kind: str, args: argparse.Namespace) -> int:
     from seed_multimodal.data.pretokenize.encode import EncoderSettings
-    from seed_multimodal.data.pretokenize.input_settings import parse_fields
+    from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
-    from seed_multimodal.data.pretokenize.shards import find_inputs
 
     settings = RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,

@@ -92,9 +92,9 @@ def detect(args: argparse.Namespace) -> int:
         for problem in detection.problems:
             log_line(f"{name}: {problem}")
         path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes") if detection.boxes else None
-        text = detection.text.replace("</s>", "").strip()
-        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or text or "not found"
-        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes], "text": text}
+        boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes) or detection.text or "not found"
+        record = {"image": name, "phrase": args.phrase, "boxes": [list(box) for box in detection.boxes],
+                  "text": detection.text}
         line = f"{name}: {boxes} ({path})" if path else f"{name}: {boxes}"
         common.emit(args, record | {"drawn": path, "problems": detection.problems}, line)
 
@@ -131,9 +131,11 @@ def read_codes(path: str) -> dict[str, list[int]]:
     """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
 
     Raises:
-        DataError: a line that is neither.
+        DataError: no such file, no codes in it, or a line that is neither.
     """
     rows: dict[str, list[int]] = {}
+    if not Path(path).is_file():
+        raise DataError(f"{path}: there is no such file.")
     try:
         for number, line in enumerate(filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1):
             value = json.loads(line)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.decoders.base import SeededDraws
@@ -29,22 +31,16 @@ LETTERS = ("chat", "sft.interleaved")  # decoders to which control words in text
 
 @dataclass
 class SourceReport:
-    """Counts of one source.
-
-    Attributes:
-        lengths: sequences by their number of tokens. too_long: those longer than the run's rows.
-        skipped: (kind, reason) → how many; first: some of their sentences.
-        control: names of control words in texts (all image codes as one).
-    """
+    """Counts of one source."""
 
     name: str
     size: int
     records: int = 0
-    too_long: int = 0
-    lengths: Counter[int] = field(default_factory=Counter)
-    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)
-    first: list[str] = field(default_factory=list)
-    control: Counter[str] = field(default_factory=Counter)
+    too_long: int = 0  # sequences that are longer than the run's rows
+    lengths: list[int] = field(default_factory=list)  # tokens of each sequence
+    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
+    first: list[str] = field(default_factory=list)  # some sentences about them
+    control: Counter[str] = field(default_factory=Counter)  # names of control words in texts (all image codes as one)
 
     @property
     def broken(self) -> int:
@@ -53,12 +49,7 @@ class SourceReport:
 
     def length_at(self, share: float) -> int:
         """The length that this share (0..1) of the sequences does not exceed."""
-        wanted, seen = share * self.lengths.total(), 0
-        for length, count in sorted(self.lengths.items()):
-            seen += count
-            if seen >= wanted:
-                return length
-        return 0
+        return int(np.quantile(self.lengths, share, method="inverted_cdf")) if self.lengths else 0
 
     def note(self, skipped: SkippedSample) -> None:
         """Count a skipped sample; the first of each reason are named."""
@@ -70,7 +61,7 @@ class SourceReport:
     def as_json(self) -> dict[str, Any]:
         """Everything, for `--json`."""
         tokens = {f"p{share}": self.length_at(share / 100) for share in (5, 50, 95, 99, 100)}
-        return {"name": self.name, "size": self.size, "records": self.records, "sequences": self.lengths.total(),
+        return {"name": self.name, "size": self.size, "records": self.records, "sequences": len(self.lengths),
                 "tokens": tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
                 "skipped": [{"kind": kind, "reason": reason, "count": count}
                             for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control)}
@@ -78,7 +69,7 @@ class SourceReport:
     def lines(self) -> list[str]:
         """The report in words."""
         tokens = ", ".join(f"{share} % {self.length_at(share / 100):,}" for share in (5, 50, 95, 99))
-        found = [f"{self.name}: {self.records:,} of {self.size:,} records, {self.lengths.total():,} sequences",
+        found = [f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
                  f"  tokens: {tokens}, longest {max(self.lengths, default=0):,}; too long: {self.too_long:,}"]
         found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
         found += [f"    {sentence}" for sentence in self.first]
@@ -87,11 +78,7 @@ class SourceReport:
 
 
 def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, str]:
-    """Data settings and tokenizer of a run's YAML (its `data` and `tokenizer`), or of a data file alone.
-
-    Raises:
-        ConfigError: the file is not there, or names no tokenizer and none is given.
-    """
+    """Data settings and tokenizer of a run's YAML (its `data` and `tokenizer`), or of a data file alone."""
     config = load_yaml(path)
     words = tokenizer or config.get("tokenizer")
     words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
@@ -100,8 +87,8 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     return read_data_settings(config.get("data") or config, str(path)), str(words)
 
 
-def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None = 1000) -> list[SourceReport]:
-    """Decode so many records of each source (None: all) as the training does.
+def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:
+    """Decode so many records of each source as the training does.
 
     Raises:
         ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
@@ -113,7 +100,7 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None
     reports = []
     for number, source in enumerate(settings.sources):
         size = len(mixture.records[number])
-        count = size if records is None else min(size, records)
+        count = min(size, records)
         report = SourceReport(source.name, size)
         longest = settings.shape(number)[1]
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
@@ -133,7 +120,7 @@ def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTo
     if isinstance(found, SkippedSample):
         report.note(found)
         return
-    report.lengths[len(found[0])] += 1
+    report.lengths.append(len(found[0]))
     report.too_long += len(found[0]) > longest
     if decoder.name not in LETTERS:
         for text in _texts(records.read(index).fields):

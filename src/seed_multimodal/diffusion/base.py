@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning, first_line
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import refuse_tensors
 
@@ -52,7 +52,6 @@ class DrawingSettings:
 
 class Detokenizer:
     """Base class; subclasses define `denoise`. `kind` and `where` (what to download) are for error messages."""
-
     kind: ClassVar[str]
     where: ClassVar[str]
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
@@ -168,8 +167,7 @@ class Detokenizer:
             seen = self.feature_extractor(images, return_tensors="pt").pixel_values.to(self.device, checker.dtype)
             flags = checker(clip_input=seen, images=np.zeros((len(images), 1)))[1]
         if any(flags):
-            warnings.warn(f"The safety checker made {sum(flags)} of {len(images)} images black.", SeedWarning,
-                          stacklevel=2)
+            warnings.warn(f"The safety checker made {sum(flags)} of {len(images)} images black.", SeedWarning, 2)
         return [Image.new("RGB", image.size) if flag else image for image, flag in zip(images, flags, strict=True)]
 
     def decode(self, latents: Tensor) -> Tensor:

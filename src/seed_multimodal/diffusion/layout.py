@@ -175,6 +175,8 @@ class LayoutDecoder(PretrainedNetwork):
                      condition: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Start of sampling: expected latents, stretched to `size`, and noise, mixed as at the last training step."""
         flat = self.flat(embeds)
+        if condition is not None and condition.shape[-2:] != (self.grid, self.grid):
+            condition = F.interpolate(condition.float(), (self.grid, self.grid), mode="area")
         mean = self(flat, condition=None if condition is None else condition.to(flat))[0]
         if size is not None and size != tuple(mean.shape[2:]):
             mean = F.interpolate(mean.float(), size, mode="bilinear", antialias=True).to(mean.dtype)

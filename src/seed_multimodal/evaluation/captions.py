@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from seed_multimodal.caption_scores import caption_scores
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run
+from seed_multimodal.evaluation.caption_scores import caption_scores
 
 
 class Captions:

@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.device import machine_memory
-
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
@@ -27,7 +25,8 @@ def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
 
 def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Processor, usable cores, torch threads, memory in GiB, and the GPU's name when `device` is one."""
-    info, memory, place = Path("/proc/cpuinfo"), machine_memory(), torch.device(device)
+    info, place = Path("/proc/cpuinfo"), torch.device(device)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

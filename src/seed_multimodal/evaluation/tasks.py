@@ -15,7 +15,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.disk import sampled_hash, sha256_of
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.annotations import Sample, read_captions, read_questions
 from seed_multimodal.evaluation.answers import LEMMATISED, Line, Run, Task, answer_samples, finish
@@ -107,14 +106,15 @@ def set_prompts(system: Any, prompts: str) -> None:
 
 
 def _facts(system: Any, run: Run) -> dict[str, Any]:
-    """What answers depend on: settings, the file of samples, weights (hashed at a few places of each file)."""
+    """What answers depend on: settings, the file of samples, weights (size and time of each file)."""
     places = {value for value in vars(system.config).values() if isinstance(value, Path)}
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
              if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()}
+    annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""
     return {"task": asdict(run.task), "prompts": run.prompts, "options": run.options, "seed": run.seed,
             "best_of": run.best_of, "clip": str(run.clip), "model": system.config.name,
-            "annotations": sha256_of(run.annotations) if run.annotations.is_file() else "",
+            "annotations": hashlib.sha256(annotations).hexdigest(),
             "dtype": str(system.llm.dtype).removeprefix("torch."),
             "quantization": str(getattr(system.llm, "quantization_method", None)),
             "transform": repr(getattr(system.images, "transform", None)),
-            "weights": hashlib.sha256("".join(sorted(map(sampled_hash, files))).encode()).hexdigest()[:16]}
+            "weights": sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files)}

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, PairSource
+from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import replace_text, replacing, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
@@ -107,7 +107,7 @@ def _check_width(place: str | Path, what: str, has: int, needs: int) -> None:
                               f"{needs}: they do not belong together.")
 
 
-def evaluate_tokenizer(source: PairSource, opened: OpenedTokenizer, out: str | Path, facts: Mapping[str, Any], *,
+def evaluate_tokenizer(source: Pairs, opened: OpenedTokenizer, out: str | Path, facts: Mapping[str, Any], *,
                        limit: int | None = None, rebuild: int = 128, batch: int = 64, seed: int = 0, log: Log = print
                        ) -> dict[str, Any]:
     """Measure, write into `out`, and return the report, which begins with `facts`, as plain JSON values.
@@ -159,7 +159,7 @@ class Pass:
     features: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
-def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *, batch: int = 64, log: Log = print
+def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, batch: int = 64, log: Log = print
              ) -> Pass:
     """Encode the images `rows` of `source` in batches.
 
@@ -183,7 +183,7 @@ def run_pass(source: PairSource, rows: Sequence[int], opened: OpenedTokenizer, *
     return seen
 
 
-def read_images(source: PairSource, rows: Sequence[int], batch: int, seen: Pass, log: Log
+def read_images(source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log: Log
                 ) -> Iterator[list[Image.Image]]:
     """Images in batches; their captions, and samples that cannot be used, go to `seen`."""
     images, in_a_row = list[Image.Image](), 0
@@ -208,7 +208,7 @@ def read_images(source: PairSource, rows: Sequence[int], batch: int, seen: Pass,
         yield images
 
 
-def _read(source: PairSource, row: int) -> tuple[list[str], Image.Image]:
+def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
     pair = source.read(row)
     name = f"{pair.name} ({pair.image})" if isinstance(pair.image, Path) else pair.name
     return list(pair.captions), open_image(pair.image, name=name)
@@ -282,7 +282,7 @@ def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
             **{f"image_r{k}": bootstrap(order < k) for k in (1, 5)}}
 
 
-def _sheet(source: PairSource, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
+def _sheet(source: Pairs, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
     """The first images with a caption (if any), above what their codes draw."""
     real = [Cell(_read(source, row)[1], "".join(texts[:1]))
             for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]

@@ -164,6 +164,8 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
     try:
         if isinstance(source, str | os.PathLike):
             path = Path(source)
+            if re.match(r"\w{2,}:/", str(path)):
+                raise ImageError(f"{source}: is an address, and nothing is downloaded; give the file.")
             if not path.is_file():
                 where = "" if name.endswith(str(path)) else f" ({path})"
                 raise ImageError(f"{name}: {'is a folder' if path.is_dir() else 'there is no such file'}{where}.")

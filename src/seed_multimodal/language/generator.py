@@ -39,6 +39,9 @@ class Generator:
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
         self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
 
+    def __getstate__(self) -> Any:
+        raise TypeError("A system cannot be pickled or copied; use save_pretrained and from_pretrained.")
+
     # ---- a subclass defines
 
     def own_defaults(self, task: str) -> dict[str, Any]:

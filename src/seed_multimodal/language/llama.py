@@ -17,7 +17,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
 from seed_multimodal.hub import PARTS, find_file
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
 
 BOS, EOS, PAD = 1, 2, 0

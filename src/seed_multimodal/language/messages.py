@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import image_from_base64
+from seed_multimodal.images.io import image_from_base64, is_file
 from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -113,7 +113,8 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
 
 def is_image(value: object) -> bool:
     """Whether `value` is an image that can be opened; a `str` is a text rather than a file's name."""
-    return isinstance(value, (Image.Image, Path, bytes)) or (isinstance(value, np.ndarray) and not is_codes(value))
+    return (isinstance(value, (Image.Image, Path, bytes)) or is_file(value)
+            or (isinstance(value, np.ndarray) and not is_codes(value)))
 
 
 def is_codes(value: object) -> bool:
@@ -144,6 +145,9 @@ def requests_about(images: Any, texts: str | Sequence[str]) -> tuple[list[list[M
     single = is_single(images)
     groups = [shown(one) for one in ([images] if single else images)]
     said = [texts] * len(groups) if isinstance(texts, str) else texts
+    if len(said) != len(groups) or not all(groups):
+        raise RequestError(f"{len(groups)} images were given with {len(said)} texts." if all(groups) else
+                           f"Request {groups.index([])} has no image.")
     return [user_message([*group, *filter(None, [text])]) for group, text in zip(groups, said, strict=True)], single
 
 

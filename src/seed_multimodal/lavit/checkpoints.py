@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +63,9 @@ def load_dynamic_tokenizer(folder: str | Path, *, device: str | torch.device = "
         ENCODER + name.removeprefix(prefix): value for name, value in load_state_dict(encoder, mapped=True).items()
         if name.startswith(prefix)}
     state |= load_state_dict(codec, mapped=True)
+    config = config or LavitTokenizerConfig()
     with torch.device("meta"):
-        model = DynamicTokenizer(config or LavitTokenizerConfig())
-    if "vit_proj.weight" not in state:
-        model.vit_proj = None
+        model = DynamicTokenizer(config if "vit_proj.weight" in state else replace(config, llm_width=0))
     assign_strictly(cast_layers(model, dtype), state, place, allow_unexpected=TRAINING_STATE, foreign=True,
                     device=device)
     return fill_buffers(model, device).requires_grad_(False).eval()
@@ -88,9 +87,10 @@ def load_both(folder: str | Path, language_model: str | Path | None = None, **op
 
 def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path) -> DynamicTokenizer:
     """A tokenizer that shares all of `model` but token merger and projector, which are those in `state`."""
+    width = next((len(value) for name, value in state.items() if name.startswith("vit_proj.")), model.config.llm_width)
     with torch.device("meta"):
         parts = nn.ModuleDict({"causal_encoder": TokenMerger(model.config),
-                               "vit_proj": nn.Linear(model.config.vit.width, model.config.llm_width)})
+                               "vit_proj": nn.Linear(model.config.vit.width, width)})
     cast_layers(parts, model.encode_task_layer[0].weight.dtype)
     assign_strictly(parts, state, source, foreign=True, device=model.device)
     other = copy.copy(model)

@@ -14,10 +14,9 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.training import LavitStage1
-from seed_multimodal.likeness import same_weights, some_weights
 from seed_multimodal.seed.checkpoints import load_vision
 from seed_multimodal.settings import read_settings
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.weights import assign_strictly, load_state_dict, same_weights, some_weights
 
 MODEL_TYPE = "lavit_stage1"
 

@@ -52,7 +52,7 @@ class LavitTokenizerConfig:
     merger_mlp_width: int = setting(6144, least=1)
     codebook_size: int = setting(16384, least=1)
     codebook_dim: int = setting(32, least=1)
-    llm_width: int = setting(4096, least=1)
+    llm_width: int = setting(4096, least=0)  # 0: no projector
     grad_checkpoint: bool = False
 
     @property
@@ -257,7 +257,8 @@ class DynamicTokenizer(PretrainedNetwork):
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
         self.encode_task_layer = nn.Sequential(nn.Linear(width, width), nn.Tanh(),
                                                nn.Linear(width, config.codebook_dim))
-        self.vit_proj: nn.Linear | None = nn.Linear(width, config.llm_width)
+        self.vit_proj: nn.Linear | None
+        self.register_module("vit_proj", nn.Linear(width, config.llm_width) if config.llm_width else None)
 
     @property
     def transform(self) -> ImageTransform:

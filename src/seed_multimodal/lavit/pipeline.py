@@ -23,7 +23,15 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.messages import Answer, Message, is_codes, is_image, read_messages, shown, user_message
+from seed_multimodal.language.messages import (
+    Answer,
+    Message,
+    all_shown,
+    is_codes,
+    is_image,
+    read_messages,
+    user_message,
+)
 from seed_multimodal.language.streaming import AnswerReader
 from seed_multimodal.language.tasks import TaskPrompts
 from seed_multimodal.lavit.checkpoints import load_both
@@ -253,7 +261,7 @@ class Lavit(MultimodalSystem):
         return images[0] if num_images == 1 else images
 
     def tokenize(self, images: Any, *, seed: Any = 0) -> list[Tensor]:
-        return self.codes_of(shown(images), seed)
+        return self.codes_of(all_shown(images), seed)
 
     def codes_of(self, images: Sequence[Any], seeds: Any) -> list[Tensor]:
         return self.images.encode(images, seed=seeds)

@@ -28,7 +28,7 @@ from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hu
 from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
 from seed_multimodal.nn.layers import resize_square
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, named_encoder
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 State = dict[str, Tensor]

@@ -22,13 +22,12 @@ from torch import Tensor
 
 from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.finite import refuse_diverged
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES, VISION_URL, own_config, read_vision
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.weights import load_state_dict, save_torch
+from seed_multimodal.weights import load_state_dict, refuse_diverged, save_torch
 
 AUTO = "auto"
 KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}

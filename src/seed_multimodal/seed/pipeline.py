@@ -21,7 +21,7 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.messages import Message, is_image
+from seed_multimodal.language.messages import Message, is_codes, is_image
 from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import own_config
@@ -98,24 +98,27 @@ class CodeImages(ImageCodec):
 
         Args:
             codes: draw from so many of the codes only: one number for all images, or one each.
-            negative_codes: codes of an image to steer away from. settings: of `UnclipDetokenizer`.
+            negative_codes: codes of an image to steer away from, or of one each. settings: of `UnclipDetokenizer`.
 
         Raises:
             CodesError: codes outside the codebook.
         """
         lengths = None
+        if not len(values):
+            return []
         if codes is not None:
             whole = self.model.config.num_query
             each = [codes] * len(values) if isinstance(codes, int) else list(codes)
+            if len(each) != len(values):
+                raise CodesError(f"{len(values)} images were given with {len(each)} numbers of codes.")
             lengths = torch.tensor([check_value(int, one, "codes", least=1, most=whole) for one in each])
         rows = self.check_codes(values, None if lengths is None else int(lengths.min()))
-        if len(rows) == 0:
-            return []
         with self.encoding(), self.drawing() as decoder:
             embeds = self.model.decode(rows.to(self.device), lengths)
             negative = None
             if negative_codes is not None:
-                negative = self.model.decode(self.check_codes([negative_codes]).to(self.device))
+                away = [negative_codes] if is_codes(negative_codes) else negative_codes
+                negative = self.model.decode(self.check_codes(away).to(self.device))
             images: list[Image.Image] = decoder(embeds, negative_embeds=negative, seeds=seeds, batch_size=batch_size,
                                                 **settings)
             return images

@@ -30,7 +30,7 @@ from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_token
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_WHERE, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.seed_x.adapter import ResamplerSizes, SDXLAdapter
 from seed_multimodal.settings import setting
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.answer import ImagePart
@@ -282,7 +282,8 @@ class SeedX(MultimodalSystem):
 
     def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Detection:
         """The boxes of an answer; `opened`: the prompt ended inside a box."""
-        text, places = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after), self.prompts.vocabulary
+        text = answer_in(answer_text(ids, self.tokenizer), self.tasks.answer_after).removesuffix("</s>").strip()
+        places = self.prompts.vocabulary
         boxes, problems = read_boxes(text, opened, places.n_locations)
         for problem in problems:
             self._log_note(problem)
@@ -298,6 +299,8 @@ class SeedX(MultimodalSystem):
         if condition is not None:
             shown = [self.images.open(one) for one in all_shown(condition)]
             shown *= len(opened) if len(shown) == 1 else 1
+            if len(shown) != len(opened):
+                raise CodesError(f"{len(opened)} images were given with {len(shown)} conditions.")
         return self.images.draw(list(features), seeds=one_seed_each(seed, len(opened)), conditions=shown,
                                 batch_size=batch_size, **drawing)
 

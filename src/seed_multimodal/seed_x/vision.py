@@ -213,6 +213,6 @@ class QwenVit(PretrainedNetwork):
         if config is None and sizes.is_file() and read_json_object(sizes).get("model_type") == cls.model_type:
             config = cls.read_config(sizes)
         encoder = cls.from_state_dict(config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True)
-        if log is not None:
-            log(f"{encoder.load_report}.")
+        if log is not None and encoder.load_report is not None:
+            log(encoder.load_report.describe())
         return encoder

@@ -23,8 +23,7 @@ OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_s
 
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
                     settings: Mapping[str, Any] | None = None, *, force: bool = False) -> Path:
-    """Make a system folder, complete or not at all, of the folders or files of its `parts`; `settings` of `system.json`
-    go over those that the weights decide; `force` replaces a folder that is not empty."""
+    """Make a system folder of the folders or files of its `parts`; `settings` go over those that the weights decide."""
     places = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, place in places.items():
         if not place.exists():
@@ -67,8 +66,7 @@ def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: di
 
 
 def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any], whole: bool = False) -> None:
-    """Copy parts into a system's folder (their names there, which may be below a part; what is there already stays) and
-    write its `system.json`; `whole`: also files of other systems that they name."""
+    """Copy parts into a system's folder and write its `system.json`; `whole`: also files of others that they name."""
     for name, source in parts.items():
         _copy(source, folder / name, whole)
     if kind == "lavit" and (folder / "llm" / VISUAL).is_file():

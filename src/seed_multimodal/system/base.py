@@ -50,7 +50,6 @@ PREVIEW_STEPS = 2  # of nano's twelve: nearly as near to the whole image as twel
 @dataclass
 class Written:
     """An answer before its images are drawn; `values`: of each whole image its codes, or its features [N, W]."""
-
     answer: Answer
     values: Sequence[Any]
     request: Prompt
@@ -229,6 +228,7 @@ class MultimodalSystem(Generator, HubUpload):
               opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH) -> list[Written]:
         """Answers to conversations, in batches; their images are not drawn yet."""
         written: list[Written] = []
+        check_value(int, batch_size, "batch_size", least=1)
         log = self.log if len(conversations) >= BAR_FROM else None
         with Progress(task, len(conversations), "answer", log=log) as bar:
             for start in range(0, len(conversations), batch_size):

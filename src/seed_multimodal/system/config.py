@@ -163,7 +163,8 @@ class SystemConfig:
         ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
-        elif ours or folder.is_file() or any(folder.glob("seed_quantizer.*")) or any(folder.glob("causal_qformer.*")):
+        elif ours or folder.suffix in (".pt", ".pth", ".bin", ".safetensors") or any(
+                any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer")):
             inside = (folder.parent if folder.is_file() else folder) / INSIDE
             config = cls(tokenizer=folder, detokenizer=_there(inside) or _there(Path(hub.PARTS["unclip"].folder)))
         elif any((folder / one).is_dir() for one in ("seed_x", "seed_x_i", "seed_x_edit", "agent")):

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
+from seed_multimodal.language.generation import random_seed
 from seed_multimodal.language.generator import on_device
-from seed_multimodal.quiet import quiet_loading
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
 
@@ -146,9 +147,9 @@ class Remembered:
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
-    """The seeds of drawings: one for all, or one each; raises `CodesError` for another number of them."""
+    """The seeds of drawings: one for all, one each, or None (random); `CodesError` for another number of them."""
     several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
-    seeds = [check_value(int, one, "The seed of a drawing", **SEEDS) for one in several]
+    seeds = [random_seed() if one is None else check_value(int, one, "A drawing's seed", **SEEDS) for one in several]
     if len(seeds) != count:
         raise CodesError(f"{count} images were given with {len(seeds)} seeds.")
     return seeds

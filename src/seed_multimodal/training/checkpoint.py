@@ -8,65 +8,42 @@
         data_state.json, trainer_state.json   each process's position in the data; step, log, settings
 
 A checkpoint is written to `.checkpoint-N.tmp`, flushed, and gets its name by one rename, so what has the name is
-complete. There is no random state: the numbers of a step follow from (seed, step, process). The first process writes
-copies in host memory, on request in a thread beside the next steps; with DeepSpeed all processes write their shards.
+complete. There is no random state: the numbers of a step follow from (seed, step, process).
 """
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import json
 import os
 import re
 import shutil
 import threading
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush_folder, lock, replace_folder, set_default_mode, writing
+from seed_multimodal.disk import disk_reason, flush_folder, replace_folder, set_default_mode
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.likeness import same_weights
 from seed_multimodal.settings import changed_settings
+from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, ZeroEngine
 from seed_multimodal.training.task import Task
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.weights import assign_strictly, load_state_dict, same_weights, save_state_dict, some_weights
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
 OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
-_NAME = re.compile(r"checkpoint-(\d+)")
-
-
-@contextlib.contextmanager
-def output_folder_lock(folder: Path, group: ProcessGroup, timeout: float = 3.0) -> Iterator[None]:
-    """Lock of the output folder, held by the first process. Raises CheckpointError: another run uses it."""
-    with contextlib.ExitStack() as held:
-        taken = False
-        if group.first:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    held.enter_context(lock(folder / ".run.lock", timeout))
-                except TimeoutError:
-                    taken = True
-        if group.agree(taken)[0]:
-            raise CheckpointError(f"{folder}: another run is using this output folder; let it end first, or use "
-                                  "another folder.")
-        yield
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of the checkpoints in a folder, the newest first."""
     found = [(int(match[1]), path) for path in (folder.iterdir() if folder.is_dir() else ())
-             if (match := _NAME.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()]
+             if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / TRAINER_STATE).is_file()]
     return sorted(found, reverse=True)
 
 
@@ -78,10 +55,8 @@ class CheckpointStore:
         problem: why the last one could not be written, if so.
     """
 
-    def __init__(self, home: Path, group: ProcessGroup, *, limit: int | None, asynchronous: bool,
-                 save_frozen: bool = True) -> None:
-        self.home, self.group, self.limit, self.asynchronous = home, group, limit, asynchronous
-        self.save_frozen = save_frozen
+    def __init__(self, home: Path, group: ProcessGroup, settings: TrainerConfig) -> None:
+        self.home, self.group, self.settings = home, group, settings
         self.saved: int | None = None
         self.place: Path | None = None
         self.problem: TrainingError | None = None
@@ -89,18 +64,16 @@ class CheckpointStore:
         if group.first:
             _clean(home)
 
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint to resume from, for `auto`, `never` or a folder; None: start anew.
+    def find(self) -> Path | None:
+        """The checkpoint to resume from by the settings; None: there is none.
 
         Raises:
-            CheckpointError: the folder is no checkpoint, `never` but there are checkpoints, or the processes see
-                different ones.
+            CheckpointError: `never` but there are checkpoints, or the processes see different ones.
         """
-        present = checkpoints(self.home)
+        present, resume = checkpoints(self.home), self.settings.resume
         if resume not in ("auto", "never"):
-            folder = Path(resume)
-            self.saved, self.place = read_states(folder).step, folder
-            return folder
+            self.saved, self.place = int(read_states(Path(resume))[0]["global_step"]), Path(resume)
+            return self.place
         if resume == "never" and present:
             raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
                                   f"{present[0][1].name}); resume from them (resume=auto) or use another folder.")
@@ -116,12 +89,9 @@ class CheckpointStore:
         """The last checkpoint in words, for sentences about failures."""
         return "nothing was saved yet" if self.saved is None else f"the last checkpoint ({self.place}) is intact"
 
-    def save(self, step: int, task: Task, engine: Engine, average: Ema | None, state: Mapping[str, Any],
+    def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step; all processes call it.
-
-        Args:
-            state: for trainer_state.json. own: this process's own state.
+        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it.
 
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
@@ -130,28 +100,29 @@ class CheckpointStore:
         if self.problem is not None:
             raise self.problem
         texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
-        if isinstance(engine, ZeroEngine):
+        if engine.sharded:
             self._save_shards(step, task, engine, texts)
             return
         if self.group.first:
-            left_out = set() if self.save_frozen else set(frozen_names(task.module))
-            # Copies, taken now: a thread may write while the next steps change the weights.
+            left_out = set() if self.settings.save_frozen else set(frozen_names(task.module))
+            # Copies: a thread may write while the next steps change the weights.
             weights = {name: value.detach().to("cpu", copy=True) for name, value in task.weights().items()
                        if name not in left_out}
             shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
-            tree, tensors = flatten(engine.state_dict())
+            optimizer = pytree.tree_map_only(
+                Tensor, lambda value: value.detach().to("cpu", copy=True).contiguous(), engine.state_dict())
 
             def fill(folder: Path) -> None:
                 task.save_files(folder, weights)
                 if shadow:
                     save_state_dict(shadow, folder / AVERAGE)
-                write_tree(folder / OPTIMIZER, tree, tensors)
+                write_tree(folder / OPTIMIZER, optimizer)
 
             self._thread = threading.Thread(target=self._write, args=(step, fill, texts), name="checkpoint")
             self._thread.start()
         else:
             self._is_saved(step)
-        if not self.asynchronous:
+        if not self.settings.async_save:
             self.finish()
 
     def join(self) -> None:
@@ -177,7 +148,7 @@ class CheckpointStore:
             self.problem = self._unwritable(step, error)
             _clean(self.home)
 
-    def _save_shards(self, step: int, task: Task, engine: ZeroEngine, texts: Mapping[str, Any]) -> None:
+    def _save_shards(self, step: int, task: Task, engine: Any, texts: Mapping[str, Any]) -> None:
         folder = self.home / f".checkpoint-{step}.tmp"
         try:
             if self.group.first:
@@ -207,15 +178,14 @@ class CheckpointStore:
         """Flush a complete folder, give it its name, and remove the oldest."""
         for name, content in texts.items():
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
-        for path in folder.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
+        for path in filter(Path.is_file, folder.rglob("*")):
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
         replace_folder(folder, self.home / f"checkpoint-{step}")
         flush_folder(self.home)
         # Later ones are of a run that resumed from an earlier step; counting them would remove the one just written.
         present = [path for number, path in checkpoints(self.home) if number <= step]
-        for path in present[self.limit:] if self.limit is not None else []:
+        for path in present[self.settings.save_total_limit or len(present):]:
             aside = path.with_name(f".{path.name}.old")
             os.replace(path, aside)  # so that nothing half removed looks like a checkpoint
             shutil.rmtree(aside, ignore_errors=True)
@@ -241,21 +211,8 @@ def _clean(folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
-@dataclass
-class SavedState:
-    """A checkpoint's state besides its tensors. `states`: every process's own part."""
-
-    trainer: dict[str, Any] = field(default_factory=dict)
-    states: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def step(self) -> int:
-        """Steps made."""
-        return int(self.trainer.get("global_step", 0))
-
-
-def read_states(folder: Path) -> SavedState:
-    """The state of a checkpoint besides its tensors. Raises CheckpointError: files are missing or damaged."""
+def read_states(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Of a checkpoint the state of the trainer and those of the processes. Raises CheckpointError: it holds none."""
     found = []
     for name in (TRAINER_STATE, DATA_STATE):
         try:
@@ -263,7 +220,7 @@ def read_states(folder: Path) -> SavedState:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder / name}: is not there or not readable, so this is no checkpoint to resume "
                                   "from.") from error
-    return SavedState(*found)
+    return found[0], found[1]
 
 
 def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str]) -> str:
@@ -273,40 +230,28 @@ def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: S
     return f"other settings than in the run that saved its state: {'; '.join(shown)}" if changes else ""
 
 
-def refuse_other_frozen(folder: Path, saved: SavedState, now: Mapping[str, Sequence[float]], instead: str) -> None:
-    """Refuse a checkpoint whose run read from other frozen models (`Task.frozen_models`). Raises CheckpointError."""
-    before = saved.trainer.get("frozen_models", {})
-    other = next((name for name, value in now.items() if not same_weights(before.get(name, value), value)), None)
-    if other is not None:
-        raise CheckpointError(f"{folder}: was trained with another {other} than this run has; give the same one, or "
-                              f"start from its weights in a new folder ({instead}).")
-
-
-def load_engine(folder: Path, step: int, engine: Engine) -> None:
-    """Fill an engine's optimiser (and DeepSpeed's weights); all processes call it. Raises CheckpointError."""
-    if isinstance(engine, ZeroEngine):
-        engine.load_shards(folder, step)
-    else:
-        engine.load_state_dict(read_tree(folder / OPTIMIZER), str(folder))
-
-
-def load_task(folder: Path, saved: SavedState, task: Task) -> None:
+def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
     """Fill a task's module, before an engine takes it, with a checkpoint's weights; those that were left out must be
     in place already.
 
     Raises:
-        CheckpointError: weights of another model, or other frozen weights than the checkpoint was trained beside.
+        CheckpointError: weights of another model, or other frozen weights or models than it was trained with.
     """
-    if _load_weights(folder, saved, task) and saved.trainer["frozen"] != frozen_check_sum(task.module):
-        raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained beside; start from the "
+    before = saved.get("frozen_models", {})
+    other = next((name for name, now in task.frozen_models().items()
+                  if not same_weights(before.get(name, now), now)), None)
+    if other is not None:
+        raise CheckpointError(f"{folder}: was trained with another {other} than this run has; give the same one, or "
+                              f"start from its weights in a new folder ({task.start_hint}).")
+    _load_weights(folder, saved, task)
+    if saved.get("frozen") is not None and not same_weights(saved["frozen"], some_weights(task.module, frozen=True)):
+        raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained with; start from the "
                               "same initial weights, or in a new folder.")
 
 
-def _load_weights(folder: Path, saved: SavedState, task: Task) -> bool:
-    """Fill a task's module; returns whether the checkpoint leaves out the frozen weights."""
-    without = saved.trainer.get("frozen") is not None
+def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
+    without = saved.get("frozen") is not None
     task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
-    return without
 
 
 def load_average(folder: Path, average: Ema) -> None:
@@ -330,11 +275,11 @@ def warm_start(place: Path, task: Task) -> int:
     folder = next((path for _, path in checkpoints(place)), place)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{place}: there is no such checkpoint to start from.")
-    saved = read_states(folder)
+    saved, _ = read_states(folder)
     _load_weights(folder, saved, task)
     if (folder / AVERAGE).is_file():
         assign_strictly(task.module, load_state_dict(folder / AVERAGE), folder / AVERAGE, allow_missing=["*"])
-    return saved.step
+    return int(saved["global_step"])
 
 
 def frozen_names(module: nn.Module) -> list[str]:
@@ -342,68 +287,31 @@ def frozen_names(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
 
 
-def frozen_check_sum(module: nn.Module) -> int:
-    """CRC of eight values of every parameter that is not trained."""
-    own = dict(module.named_parameters(remove_duplicate=False))
-    total = 0
-    for name in frozen_names(module):
-        flat = own[name].detach().flatten()
-        places = torch.tensor([i * (len(flat) - 1) // 7 for i in range(8)] if len(flat) else [])
-        picked = flat[places.long().to(flat.device)].float().tolist()
-        total = zlib.crc32(f"{name}{tuple(own[name].shape)}{picked}".encode(), total)
-    return total
-
-
 # ----------------------------------------------------------------------- nested states as safetensors, without pickle
 
-_TENSOR, _NUMBERED = "__tensor__", "__numbered__"
 
-
-def flatten(value: Any) -> tuple[Any, dict[str, Tensor]]:
-    """A JSON-able tree that refers to tensors by name, and those tensors, copied to the CPU."""
-    tensors: dict[str, Tensor] = {}
-
-    def visit(node: Any) -> Any:
-        if isinstance(node, Tensor):
-            name = str(len(tensors))
-            tensors[name] = node.detach().to("cpu", copy=True).contiguous()
-            return {_TENSOR: name}
-        if isinstance(node, dict):
-            if all(isinstance(key, str) for key in node):
-                return {key: visit(item) for key, item in node.items()}
-            return {_NUMBERED: [[key, visit(item)] for key, item in node.items()]}
-        return [visit(item) for item in node] if isinstance(node, list | tuple) else node
-
-    return visit(value), tensors
-
-
-def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(tree, list):
-        return [_unflatten(item, tensors) for item in tree]
-    if not isinstance(tree, dict):
-        return tree
-    if _TENSOR in tree:
-        return tensors[tree[_TENSOR]]
-    items = tree[_NUMBERED] if _NUMBERED in tree else tree.items()
-    return {key: _unflatten(item, tensors) for key, item in items}
-
-
-def write_tree(file: Path, tree: Any, tensors: dict[str, Tensor]) -> None:
-    """Write what `flatten` gave: tensors by number, the tree as JSON in the file's metadata."""
+def write_tree(file: Path, state: Any) -> None:
+    """Write nested containers: tensors by number, everything else as JSON in the file's metadata."""
     from safetensors.torch import save_file
 
-    save_file(tensors or {"none": torch.zeros(0)}, file, metadata={"format": "pt", "tree": json.dumps(tree)})
+    leaves, spec = pytree.tree_flatten(state)
+    tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+    plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    save_file(tensors or {"none": torch.zeros(0)}, file,
+              metadata={"format": "pt", "leaves": json.dumps(plain), "spec": pytree.treespec_dumps(spec)})
     set_default_mode(file)
 
 
 def read_tree(file: Path) -> Any:
-    """The nested state of a file (tuples come back as lists). Raises CheckpointError: missing or damaged."""
+    """The nested state of a file. Raises CheckpointError: missing or damaged."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="pt") as opened:
-            tree = json.loads((opened.metadata() or {})["tree"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        return _unflatten(tree, tensors)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+            metadata = opened.metadata() or {}
+            leaves = json.loads(metadata["leaves"])
+            for name in set(opened.keys()) - {"none"}:
+                leaves[int(name)] = opened.get_tensor(name)
+        return pytree.tree_unflatten(leaves, pytree.treespec_loads(metadata["spec"]))
+    except (SafetensorError, OSError, ValueError, LookupError) as error:
         raise CheckpointError(f"{file}: is no readable state of a training run ({error}).") from error

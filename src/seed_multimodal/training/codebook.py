@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import VectorQuantizer, add_counts
 from seed_multimodal.settings import setting
+from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.task import StageTask
 
 
 @dataclass
@@ -158,3 +160,61 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+class CodebookTask(StageTask):
+    """A stage of a model that may have a codebook (a `CodedModel`), kept healthy by `health`, a `CodebookHealth` or
+    settings with its fields."""
+
+    def __init__(self, name: str, model: nn.Module, settings: StageConfig, health: Any, *, optimizer: Any = None
+                 ) -> None:
+        self.model = model
+        self.codebook = CodebookMaintenance(model, health, self.batch, settings.max_steps, settings.batch_size
+                                            ) if hasattr(model, "codebook_points") else None
+        super().__init__(name, self.codebook.counts if self.codebook else model, settings, optimizer=optimizer)
+        # Buffers are equal by construction, or (code counts) each process's own.
+        self.ddp_options = {"broadcast_buffers": False,
+                            "find_unused_parameters": getattr(model, "skips_parameters", False)}
+
+    @property
+    def wrapped_part(self) -> nn.Module:
+        """The model; `module` may hold code counts beside it."""
+        return self.model
+
+    def batch(self, micro_step: int) -> Any:
+        """This process's batch on the model's device, a function of its argument alone."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Any]]:
+        """The loss of a batch, and its numbers."""
+        raise NotImplementedError
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+        """The loss, with the codebook's maintenance before and after it."""
+        step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
+        if self.codebook is not None:
+            self.codebook.before(step, inside == 0)
+        found = self.loss(model, self.batch(micro_step))
+        if self.codebook is not None:
+            self.codebook.after_micro_step()
+        return found
+
+    def after_step(self, step: int) -> Mapping[str, float] | None:
+        """Dead codes move, when due."""
+        if self.codebook is not None:
+            self.codebook.after(step)
+        return None
+
+    def acts_after(self, step: int) -> bool:
+        """At restarts of codes."""
+        return self.codebook is not None and self.codebook.restarts(step)
+
+    def status(self) -> dict[str, float]:
+        """The use of codes."""
+        return self.codebook.status() if self.codebook is not None else {}
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """Nothing of its own; the counts of codes, which are saved with the module, are added up."""
+        if self.codebook is not None:
+            self.codebook.add_up()
+        return {}

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from types import FrameType
 from typing import Any
 
 import torch
@@ -35,16 +34,11 @@ class TrainingError(SeedError):
 class ProcessGroup:
     """All processes of a run, over torch.distributed's default group; without one this process is alone.
 
-    Methods are collective: every process must call them in the same order. A context manager.
-
-    Attributes:
-        world, rank: number of processes and the own number; first: whether this one writes files and prints.
-        timeout: how long a call waits for the other processes.
+    Methods are collective: every process must call them in the same order. `first`: writes files and prints.
     """
 
     def __init__(self, timeout: timedelta = timedelta(minutes=WAIT_MINUTES)) -> None:
         ready = dist.is_available() and dist.is_initialized()
-        self.timeout = timeout
         self.world = dist.get_world_size() if ready else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
         self.first = self.rank == 0
@@ -89,23 +83,9 @@ def wait_limit(timeout_minutes: float) -> timedelta:
     return timedelta(minutes=min(timeout_minutes or 43_200, 43_200))
 
 
-def start_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False
-                    ) -> tuple[ProcessGroup, torch.device]:
-    """`join_processes`, and the group for everything beside gradients."""
-    place = join_processes(device, timeout_minutes, group_of_one=group_of_one)
-    return ProcessGroup(wait_limit(timeout_minutes)), place
-
-
 def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> torch.device:
-    """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes.
-
-    Args:
-        device: as `device.choose_device`; `auto` takes each node's GPUs by local rank.
-        timeout_minutes: how long a collective waits; 0: for ever.
-        group_of_one: make a process group for a single process, too (DeepSpeed needs one).
-
-    Returns:
-        This process's device.
+    """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes; returns this
+    process's device. `group_of_one`: make a process group for a single process, too (DeepSpeed needs one).
 
     Raises:
         ConfigError: more processes on this node than GPUs. TrainingError: the others did not join in time.
@@ -144,39 +124,24 @@ def leave_processes(clean: bool) -> None:
         dist.destroy_process_group()
 
 
-class StopRequest:
-    """While active, SIGTERM only sets `requested`: the loop then finishes its step and saves."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: Any = None
-        self._active = False
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._before = signal.signal(signal.SIGTERM, self._hear)
-            self._active = True
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._active:
-            signal.signal(signal.SIGTERM, self._before if self._before is not None else signal.SIG_DFL)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+@contextmanager
+def stop_request() -> Iterator[threading.Event]:
+    """While active, SIGTERM only sets the event: the loop then finishes its step and saves."""
+    requested = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield requested
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGTERM, before if before is not None else signal.SIG_DFL)
 
 
 @contextmanager
 def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Failures of the machine as sentences.
-
-    Args:
-        where: what was being done (`"step 12"`). saved: what is on the disk; the end of the sentence.
-
-    Raises:
-        TrainingError: out of memory, another process is gone, or fp16 gradients that overflow at DeepSpeed's smallest
-            loss scale. Other errors pass unchanged.
-    """
+    """Turns running out of memory, the loss of another process, and DeepSpeed's overflow into TrainingErrors; `where`:
+    what was being done (`"step 12"`), `saved`: what is on the disk."""
     try:
         yield
     except SeedError:

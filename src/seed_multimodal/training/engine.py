@@ -1,8 +1,7 @@
 """The engines that update weights: accelerate's `Accelerator` for one process and DistributedDataParallel, and
 DeepSpeed with ZeRO 1, 2 and 3 from the original's JSON files.
 
-Trained weights are kept in fp32 and products are computed in the run's precision (autocast). accelerate's prepared
-optimiser is not used: the loss scaler on CPUs and the smallest loss scale are ours.
+Trained weights are kept in fp32 and products are computed in the run's precision (autocast).
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.training.checkpoint import OPTIMIZER, read_tree
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
@@ -31,30 +31,30 @@ _GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group
 
 
 class Engine:
-    """A task's module and optimiser in one process, or in each of several (DDP).
+    """A task's module and optimiser in one process, or in each of several (DDP); a task's `micro_step` calls `model`.
 
-    Attributes:
-        model: what a task's `micro_step` calls.
+    `sharded`: every process writes its own part of a checkpoint (`save_shards`).
     """
 
-    kind = "plain"
+    kind, sharded = "plain", False
 
     def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device) -> None:
-        """Wrap a task's module.
-
-        Raises:
-            ConfigError: several processes for a task that supports one only, or a precision the device does not have.
-        """
+        """Wrap a task's module. Raises ConfigError: several processes for a task that supports one only, or a precision
+        that the device does not have."""
         if group.world > 1 and not task.parallel:
             raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
                               "would train a model of its own.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
         self.module, self.optimizer = task.wrapped_part, task.optimizer
-        self.trained = _trained_parameters(task, self.optimizer)
+        wanted = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = [p for p in task.module.parameters() if id(p) in wanted]
+        if len(self.trained) < len(wanted):
+            raise ConfigError(f"[{task.name}] the optimiser trains {len(wanted) - len(self.trained)} tensors that are "
+                              "not in the trained modules, so they would not be saved.")
         self.accelerator = self._accelerator()
         self.model = self._prepare()
         self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(
-            device.type, enabled=settings.precision == "fp16")
+            device.type, enabled=settings.precision == "fp16" and not self.sharded)  # DeepSpeed scales by itself
 
     def _accelerator(self) -> Accelerator:
         from accelerate.utils import DistributedDataParallelKwargs
@@ -90,8 +90,8 @@ class Engine:
         return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
     def update(self, rate: float) -> float | None:
-        """Update the weights at a learning rate (times a group's `lr_scale`); an fp16 step whose gradients overflowed
-        is skipped and the loss scale halved. Returns the norm if it is known only now."""
+        """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns the
+        gradients' norm if it is known only now."""
         self.set_rate(rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -109,15 +109,16 @@ class Engine:
 
     @property
     def reads_numbers(self) -> bool:
-        """Whether a step waits for the device anyway: fp16 looks for overflows."""
-        return self.scaler.is_enabled()
+        """Whether a step waits for the device anyway: fp16 looks for overflows, DeepSpeed reads the gradients' norm."""
+        return self.sharded or self.scaler.is_enabled()
 
     def problem(self, norm: float | None) -> str:
         """What is wrong with the gradients ("": nothing)."""
         if self.scaler.is_enabled():
             return "" if self.scaler.get_scale() > _SMALLEST_SCALE else (
                 "The fp16 gradients overflow at any loss scale (use bf16 or fp32)")
-        return "" if norm is None or math.isfinite(norm) else f"The gradient norm became {norm}"
+        finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"  # DeepSpeed skips such steps
+        return "" if finite else f"The gradient norm became {norm}"
 
     # ------------------------------------------------------------------------------------------------------- states
 
@@ -125,17 +126,18 @@ class Engine:
         """Optimiser and loss scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any], where: str) -> None:
-        """Inverse of `state_dict`. Hyperparameters (weight decay, betas) stay as this run has set them.
+    def load(self, folder: Path, step: int) -> None:
+        """Fill the optimiser from a checkpoint; hyperparameters (weight decay, betas) stay as this run has set them.
 
         Raises:
             CheckpointError: a state of another optimiser.
         """
+        state = read_tree(folder / OPTIMIZER)
         with keeping_hyperparameters(self.optimizer):
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{where}: holds the state of another optimiser ({error}).") from error
+                raise CheckpointError(f"{folder}: holds the state of another optimiser ({error}).") from error
             _restore_strides(self.optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -149,10 +151,9 @@ class Engine:
 def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, **options: Any) -> Accelerator:
     """An `Accelerator` for `device` that counts the processes of `group`.
 
-    Accelerate keeps one state per process and refuses a second precision, but a process may make several runs
-    (nano's stages, tests), so the state of the one before is dropped. Its process state, with `cpu` by the device, is
-    made before the `Accelerator`: one for DeepSpeed must not get `cpu=True`, and without it and without a GPU would
-    count every process as number 0 of 1 and train as many separate models.
+    Accelerate keeps one state per process, which a second run of the process must drop. `PartialState` is made first:
+    an `Accelerator` for DeepSpeed must not get `cpu=True`, and without it and without a GPU would count every process
+    as number 0 of 1.
 
     Raises:
         ConfigError: a precision that the device does not have.
@@ -180,7 +181,7 @@ def stop_accelerate() -> None:
 
 @contextmanager
 def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
-    """torch restores an optimiser's weight decay and betas with its moments; inside, this run's settings win."""
+    """Inside, loading an optimiser's state leaves this run's weight decay and betas."""
     own = [{key: value for key, value in group.items() if key in _GIVEN} for group in optimizer.param_groups]
     yield
     for group, given in zip(optimizer.param_groups, own, strict=True):
@@ -188,8 +189,8 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 
 
 def _restore_strides(optimizer: Any) -> None:
-    """Give an optimiser's loaded moments the memory layout of their parameters (channels last), as they had it: files
-    keep tensors contiguous, and other loops over memory round differently."""
+    """Give an optimiser's loaded moments the memory layout of their parameters (channels last), as before saving: loops
+    over another layout round differently."""
     for part in getattr(optimizer, "parts", {"": optimizer}).values():
         for parameter, state in part.state.items():
             for key, value in state.items():
@@ -199,47 +200,24 @@ def _restore_strides(optimizer: Any) -> None:
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed torch's global generators of the CPU and of `device`.
-
-    `torch.manual_seed` does the same for every kind of device, and for those not in use it records the call stack each
-    time: about 0.4 ms, as much as a small model's whole step.
-    """
+    """`torch.manual_seed` for the CPU and `device` only: for others it records the call stack each time (0.4 ms)."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed_all(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
-    elif device.type != "cpu":
-        torch.manual_seed(seed)
-
-
-def _trained_parameters(task: Task, optimizer: Any) -> list[nn.Parameter]:
-    """The optimiser's parameters in the order of the module.
-
-    Raises:
-        ConfigError: the optimiser trains parameters outside the module, which no checkpoint would hold.
-    """
-    wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = [p for p in task.module.parameters() if id(p) in wanted]
-    if len(trained) < len(wanted):
-        raise ConfigError(f"[{task.name}] the optimiser trains {len(wanted) - len(trained)} tensors that are not in "
-                          "the trained modules, so they would not be saved.")
-    return trained
 
 
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
 
-_INTEGERS = ("gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu")
 
-
-def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int,
-                cpu_adam: bool = False) -> tuple[dict[str, Any], list[str]]:
+def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
+                ) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed configuration without "auto", and remarks.
 
     Args:
-        rows: sequences of a micro-batch; nominal, DeepSpeed uses it for its own log only.
+        rows: sequences of a micro-batch; DeepSpeed uses it for its own log only.
         hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
-        cpu_adam: DeepSpeed's own CPU optimiser for offloaded states.
 
     Raises:
         ConfigError: no ZeRO stage, or a value that contradicts the run's.
@@ -251,41 +229,37 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
         raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
     remarks = [f"the {key} of the DeepSpeed configuration is left out: optim has it" for key in
                ("optimizer", "scheduler") if filled.pop(key, None) is not None]
-    for key in _INTEGERS:
-        if isinstance(filled.get(key), float):
-            filled[key] = int(filled[key])
-    accumulate = settings.gradient_accumulation_steps
-    _agree(filled, "gradient_accumulation_steps", accumulate)
-    _agree(filled, "gradient_clipping", settings.max_grad_norm)
+    micro_steps, rows_key = settings.gradient_accumulation_steps, "train_micro_batch_size_per_gpu"
+    wanted = {"gradient_accumulation_steps": micro_steps, "gradient_clipping": settings.max_grad_norm}
+    for key, value in wanted.items():
+        if filled.get(key, "auto") not in ("auto", value):
+            raise ConfigError(f"deepspeed: {key} is {filled[key]} there, but {value} in trainer; make them equal.")
     for kind in ("bf16", "fp16"):
-        block = filled.get(kind)
-        wanted = settings.precision == kind
-        if wanted and not isinstance(block, dict):
+        block, chosen = filled.get(kind), settings.precision == kind
+        if chosen and not isinstance(block, dict):
             raise ConfigError(f"deepspeed: the configuration has no {kind} block, but trainer.precision is {kind}.")
+        if isinstance(block, dict) and block.get("enabled") not in ("auto", chosen):
+            raise ConfigError(f"deepspeed: {kind} is {block.get('enabled')} there, but trainer.precision is "
+                              f"{settings.precision!r}.")
         if isinstance(block, dict):
-            if block.get("enabled") not in ("auto", wanted):
-                raise ConfigError(f"deepspeed: {kind} is {block.get('enabled')} there, but trainer.precision is "
-                                  f"{settings.precision!r}.")
-            block["enabled"] = wanted
-    if filled.get("train_micro_batch_size_per_gpu") in ("auto", None):
-        filled["train_micro_batch_size_per_gpu"] = rows
-    filled["train_batch_size"] = filled["train_micro_batch_size_per_gpu"] * accumulate * world
+            block["enabled"] = chosen
+    filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
+    filled |= {**wanted, "train_batch_size": filled[rows_key] * micro_steps * world,
+               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
                "stage3_param_persistence_threshold": 10 * hidden_size}
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
-    filled["zero_allow_untested_optimizer"] = True
-    filled["zero_force_ds_cpu_optimizer"] = cpu_adam
     left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
     if left:
         raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
-    return filled, remarks
+    remarks.append(use_offload_threads(filled))
+    return filled, [remark for remark in remarks if remark]
 
 
 def use_offload_threads(config: Mapping[str, Any]) -> str:
     """Give this process its share of the node's cores if its optimiser's states are offloaded; returns a remark.
 
-    torchrun sets OMP_NUM_THREADS=1 where there are several processes, which would leave all cores but one a process
-    idle at every step. Any other value is the user's and stays.
+    torchrun sets OMP_NUM_THREADS=1 where there are several processes; any other value is the user's and stays.
     """
     offload = config["zero_optimization"].get("offload_optimizer") or {}
     processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
@@ -296,25 +270,14 @@ def use_offload_threads(config: Mapping[str, Any]) -> str:
     return f"offloaded optimiser states: {threads} CPU threads in each of this node's {processes} processes"
 
 
-def _agree(filled: dict[str, Any], key: str, value: float) -> None:
-    if filled.get(key, "auto") not in ("auto", value):
-        raise ConfigError(f"deepspeed: {key} is {filled[key]} there, but {value} in trainer; make them equal.")
-    filled[key] = value
-
-
 class ZeroEngine(Engine):
-    """A task's module in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are spread over
-    processes."""
+    """A task's module in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are sharded."""
 
-    kind = "deepspeed"
+    kind, sharded = "deepspeed", True
 
     def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device,
                  config: Mapping[str, Any]) -> None:
-        """Wrap a task's module; `config` is what `fill_config` gave.
-
-        Raises:
-            ConfigError: an optimiser that DeepSpeed cannot spread, or fp16 without a GPU.
-        """
+        """Wrap a task's module; `config` is what `fill_config` gave. Raises ConfigError: an unsupported optimiser."""
         if not isinstance(task.optimizer, torch.optim.Optimizer):
             raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
         if settings.ema:
@@ -347,10 +310,7 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-step; after the last one they are reduced.
-
-        Not accelerate's `backward`, which makes the optimiser step at once.
-        """
+        """Add the gradients of a micro-step (accelerate's `backward` would make the optimiser step at once)."""
         self.model.backward(loss, scale_wrt_gas=False)
         if not last:
             self.model.step()  # moves nothing, counts the micro-step
@@ -365,20 +325,6 @@ class ZeroEngine(Engine):
         self.model.step()
         norm = self.model.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
-
-    def loss_scale(self) -> None:
-        """DeepSpeed's own; it is not logged."""
-        return
-
-    @property
-    def reads_numbers(self) -> bool:
-        """DeepSpeed reads the norm of the gradients at each step."""
-        return True
-
-    def problem(self, norm: float | None) -> str:
-        """What is wrong with the gradients ("": nothing); fp16 steps that overflow are skipped by DeepSpeed."""
-        finite = norm is None or math.isfinite(norm)
-        return "" if finite or self.settings.precision == "fp16" else f"The gradient norm became {norm}"
 
     def weights(self) -> dict[str, Tensor] | None:
         """The trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
@@ -397,12 +343,8 @@ class ZeroEngine(Engine):
         self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
                                    exclude_frozen_parameters=True)
 
-    def load_shards(self, folder: Path, step: int) -> None:
-        """Read the shards back; all processes call it.
-
-        Raises:
-            CheckpointError: shards of another model, stage or number of processes, or unsafe content.
-        """
+    def load(self, folder: Path, step: int) -> None:
+        """Read the shards back. Raises CheckpointError: they are of another run, damaged or unsafe."""
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
                 path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
@@ -415,8 +357,8 @@ class ZeroEngine(Engine):
 
 
 def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The trained weights in fp32 on the CPU, from DeepSpeed's own copies of stages 1 and 2, which are spread; all
-    processes call it, after training and before the engine is closed."""
+    """The trained weights in fp32 on the CPU, from DeepSpeed's sharded copies of stages 1 and 2; all processes call it,
+    before the engine is closed."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
@@ -424,8 +366,8 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _prepare_deepspeed_for_cpu() -> None:
-    """Without it DeepSpeed warns that it found no GPU, and compiles a collective operation for shared memory at its
-    first start (a minute, and it needs a C++ compiler), which gloo does as well."""
+    """Without it DeepSpeed compiles a collective operation for shared memory at its first start, which needs a C++
+    compiler and which gloo does as well."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 

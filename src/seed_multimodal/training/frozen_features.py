@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
-from seed_multimodal.likeness import some_weights
+from seed_multimodal.weights import some_weights
 
 
 class FrozenFeatures:

@@ -1,6 +1,4 @@
-"""The numbers of a run: smoothed by a meter, written as a console line, JSON, TensorBoard scalars and, if asked, to
-wandb.
-"""
+"""The numbers of a run: smoothed by a meter, written as a console line, JSON, TensorBoard scalars and to wandb."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.disk import disk_reason, replace_text, writing
-from seed_multimodal.errors import CheckpointError, ConfigError, how_to_install
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import duration
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
@@ -28,8 +26,7 @@ _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
 @dataclass
 class StepNumbers:
-    """A step's numbers, still on the device: `values` `[n]`, and what makes them numbers by name. Nothing waits for the
-    device before `read`."""
+    """A step's numbers, still on the device: `values` `[n]`, and what makes them numbers by name."""
 
     values: Tensor
     named: Callable[[list[float]], dict[str, float]]
@@ -41,24 +38,18 @@ class StepNumbers:
 
 class Meter:
     """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
-    `llm.token_meter` overrides it with sums over all tokens of a line's steps.
-
-    Args:
-        samples: of one step in one process.
-    """
+    `llm.metrics.TokenMeter` overrides it with sums over all tokens of a line's steps."""
 
     own_evaluation_line = False  # whether numbers of an evaluation get a line of their own
 
     def __init__(self, samples: int) -> None:
+        """`samples`: of one step in one process."""
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
-        """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` and `lr`.
-
-        Args:
-            norm: of the gradients; None: not known yet.
-        """
+        """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` (if the gradients' norm
+        is known already) and `lr`."""
         count = len(found)
         parts = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in found[0] if key != "loss"}
         if count > 1:
@@ -107,14 +98,6 @@ class Meter:
         self.smooth.update(state.get("smooth", {}))
 
 
-def utilisation_text(numbers: Mapping[str, float]) -> str:
-    """`tflops` and `mfu` in words, after a comma; "" without."""
-    if "tflops" not in numbers:
-        return ""
-    share = f" (MFU {100 * numbers['mfu']:.3g} %)" if "mfu" in numbers else ""
-    return f", {numbers['tflops']:.3g} TFLOP/s{share}"
-
-
 def _unread(numbers: Mapping[str, Any]) -> StepNumbers:
     """Numbers and scalar tensors, put together on the device of the first."""
     tensors = {key: value.detach() for key, value in numbers.items() if isinstance(value, Tensor)}
@@ -127,42 +110,35 @@ def _unread(numbers: Mapping[str, Any]) -> StepNumbers:
     return StepNumbers(torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors.values()]), named)
 
 
-Status = Callable[[], Mapping[str, float]]
-
-
 class RunLog:
-    """Writes the numbers of steps every `log_every` steps; every process calls it for every step.
-
-    Numbers of a meter and of `status` are averaged over processes, except whole numbers (counts: summed) and data-wait
-    share and peak memory (the largest).
+    """Writes the numbers of steps every `logging_steps` steps; every process calls it for every step.
 
     Attributes:
         problem: why a log could not be written (a full disk), as a sentence.
     """
 
     def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
-                 device: torch.device, meter: Meter, status: Status = dict,
-                 kept: int | None = None) -> None:
-        """Open the logs; lines of steps after `kept` (`step` by default), of a killed run, are dropped.
+                 device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int) -> None:
+        """Open the logs; lines of steps after `kept`, of a killed run, are dropped.
 
         Raises:
-            ConfigError: tensorboard or wandb is asked for and not installed. CheckpointError: the disk.
+            ConfigError: wandb is asked for and not installed. CheckpointError: the disk.
         """
         self.name, self.settings, self.home = name, settings, home
         self.group, self.device, self.meter, self.status = group, device, meter, status
         self.problem: TrainingError | None = None
-        self.mark_step, self.waiting = step, False
-        self.mark = self.ticked = time.monotonic()
-        self.pace: float | None = None  # seconds per step, smoothed over log lines
+        self.mark_step, self.waiting, self.mark = step, False, time.monotonic()
         self.waited = status().get("wait_seconds")
-        self.alive = group.first and sys.stdout.isatty()
         self.board: Any = None
         self.wandb: Any = None
         if group.first:
-            drop_lines_after(step if kept is None else kept, self.file)
-            # One folder per task: a resume hides only its own events.
+            drop_lines_after(kept, self.file)
             if "tensorboard" in settings.report_to:
-                self.board = open_board(home / "tensorboard" / name, step)
+                from torch.utils.tensorboard import SummaryWriter
+
+                board = home / "tensorboard" / name  # one folder per task: a resume hides only its own events
+                with writing(board):
+                    self.board = SummaryWriter(str(board), purge_step=step + 1)
             if "wandb" in settings.report_to:
                 self.wandb = _open_wandb(settings, home)
 
@@ -178,8 +154,6 @@ class RunLog:
         self.waiting = bool(step % self.settings.logging_steps and step != self.settings.max_steps and not merged)
         if not self.waiting:
             self._write_line(step, merged)
-        elif self.alive:
-            self._tick(step)
         if more and self.meter.own_evaluation_line:
             self.write(step, {"step": step, **more})
 
@@ -193,8 +167,10 @@ class RunLog:
         """Put a line into all logs; a full disk becomes `problem`."""
         if not self.group.first:
             return
+        filled = int(20 * step / max(1, self.settings.max_steps))
         try:
-            print(f"{self._head(step)} {self._text(line)}", flush=True)
+            print(f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} "
+                  f"{self._text(line)}", flush=True)
             with open(self.file, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             values = {key: value for key, value in line.items() if key != "step"}
@@ -224,8 +200,7 @@ class RunLog:
             if self.board is not None:
                 self.board.close()
         except OSError as error:
-            self.problem = self.problem or TrainingError(
-                f"{self.home / 'tensorboard'}: cannot be written ({disk_reason(error)}).")
+            self.problem = self.problem or TrainingError(f"{self.home}: cannot be written ({disk_reason(error)}).")
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -234,51 +209,29 @@ class RunLog:
         status = dict(self.status())
         waited = status.pop("wait_seconds", None)
         seconds, steps = max(1e-6, now - self.mark), max(1, step - self.mark_step)
-        pace = seconds / steps
-        self.pace = pace if self.pace is None else 0.5 * self.pace + 0.5 * pace
         own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
         if waited is not None:
             own["wait_share"] = min(1.0, max(0.0, waited - (self.waited or 0.0)) / seconds)
         merged = merge(self.group.gather({**own, **self.meter.numbers(), **status, **more}))
         self.mark, self.mark_step, self.waited = now, step, waited
         self.write(step, {"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
-                          "seconds_per_step": pace, "eta_seconds": (self.settings.max_steps - step) * self.pace,
-                          **merged})
+                          "seconds_per_step": seconds / steps,
+                          "eta_seconds": (self.settings.max_steps - step) * seconds / steps, **merged})
 
     def _text(self, line: Mapping[str, float]) -> str:
         if "seconds_per_step" not in line:
             return " ".join(f"{key} {value:.4g}" for key, value in line.items() if key != "step")
         numbers, speed = self.meter.text(line)
+        mfu = f" (MFU {100 * line['mfu']:.3g} %)" if "mfu" in line else ""
+        used = f", {line['tflops']:.3g} TFLOP/s{mfu}" if "tflops" in line else ""
         wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
-        return (f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{utilisation_text(line)}{wait}, "
+        return (f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{used}{wait}, "
                 f"{line['peak_memory_mib'] / 1024:.1f} GiB, {duration(line['eta_seconds'])} left")
-
-    def _head(self, step: int) -> str:
-        filled = int(20 * step / max(1, self.settings.max_steps))
-        clear = "\r\x1b[K" if self.alive else ""
-        return f"{clear}[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps}"
-
-    def _tick(self, step: int) -> None:
-        """Between log lines a terminal shows the step, at most twice a second."""
-        now = time.monotonic()
-        if now - self.ticked < 0.5:
-            return
-        self.ticked = now
-        pace = self.pace or (now - self.mark) / max(1, step - self.mark_step)
-        loss = self.meter.numbers().get("loss")
-        print(f"{self._head(step)} {'' if loss is None else f'loss {loss:.4g} | '}"
-              f"{duration((self.settings.max_steps - step) * pace)} left", end="", flush=True)
 
 
 def drop_lines_after(step: int, log: Path) -> None:
-    """Drop log lines of steps that a killed run made after its last save (they are made again) and a torn line.
-
-    A log of which nothing would remain belongs to another run, or to one killed before its first save; it is renamed to
-    `NAME.log.old.jsonl`.
-
-    Raises:
-        CheckpointError: the log cannot be replaced.
-    """
+    """Drop log lines of steps that a killed run made after its last save, and a torn line. A log of which nothing would
+    remain is renamed to `NAME.log.old.jsonl`. Raises CheckpointError: the log cannot be replaced."""
     if not log.is_file():
         return
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -297,23 +250,6 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-def open_board(folder: Path, step: int) -> Any:
-    """A TensorBoard writer (torch's `SummaryWriter`); events after `step` of earlier runs in the folder are hidden.
-
-    Raises:
-        ConfigError: the package tensorboard is not installed. CheckpointError: the folder cannot be written.
-    """
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError("`tensorboard: true` needs the package tensorboard: "
-                          f"{how_to_install('tensorboard')}.") from error
-    try:
-        return SummaryWriter(str(folder), purge_step=step + 1)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror}).") from error
 
 
 def _open_wandb(settings: TrainerConfig, home: Path) -> Any:

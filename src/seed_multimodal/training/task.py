@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.config import StageConfig
@@ -25,17 +24,17 @@ WEIGHTS = "model.safetensors"
 
 
 class Task:
-    """One training: everything that differs between trainings. The loop calls these methods.
+    """One training: everything that differs between trainings. The trainer calls these methods.
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
         module: everything that is trained and saved; optimizer: trains (some of) its parameters.
         meter: how the numbers of steps become a log line.
         first_step: steps of an earlier run, of another format, whose weights and optimiser the task holds already.
-        parallel: whether several processes may train it.
+        parallel: whether several processes may train it; ddp_options: of DistributedDataParallel.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
-        ddp_options: options of DistributedDataParallel.
         config: the resolved configuration; `quiet_keys`: keys whose change is not reported at a resume.
+        start_hint: how a new run takes the weights of another.
     """
 
     name: str
@@ -48,7 +47,7 @@ class Task:
     ddp_options: Mapping[str, Any] = {}
     config: Mapping[str, Any] | None = None
     quiet_keys: Sequence[str] = ()
-    start_hint: str = "`start`"  # how a new run takes the weights of another
+    start_hint: str = "`start`"
 
     @property
     def wrapped_part(self) -> nn.Module:
@@ -71,12 +70,11 @@ class Task:
         """Build `module` and `optimizer`; called when it is certain that the run may begin or resume."""
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
-        """A configuration of `zero.fill_config`, if the engine is to be DeepSpeed's; called after `prepare`."""
+        """What `engine.fill_config` gave, if the engine is to be DeepSpeed's; called after `prepare`."""
         return None
 
     def prepared(self, run: Any) -> None:
-        """Called once everything is restored, before the first step; `run` is the `trainer.Trainer`, with its
-        engine and log."""
+        """Called with the `Trainer` once everything is restored, before the first step."""
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimiser step `step` (from 0); times a group's `lr_scale` if it has one."""
@@ -87,12 +85,8 @@ class Task:
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Loss of micro-step `step · accumulate + m`, and numbers to log (floats or scalar tensors).
-
-        Args:
-            model: `wrapped_part` as the engine has it; backward passes go through it. torch's generators are seeded
-                from (seed, micro-step, rank) before every call.
-        """
+        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (`wrapped_part` as the engine has it),
+        and numbers to log. torch's generators are seeded from (seed, micro-step, rank) before every call."""
         raise NotImplementedError
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
@@ -116,8 +110,7 @@ class Task:
         return {}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """At the end, in every process: save the final weights (the first process only); returns what the record holds
-        beside steps and seconds, in which only the first process's answer counts."""
+        """At the end, in every process: save the final weights (the first process only); returns more of the record."""
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -130,9 +123,8 @@ class Task:
         """What trainer_state.json records of the run, for `check_resume`."""
         return {"world_size": world}
 
-    def frozen_models(self) -> Mapping[str, list[float]]:
-        """By name `some_weights` of the frozen models from which a step's numbers come and that `module` does not hold;
-        asked after `prepare`."""
+    def frozen_models(self) -> Mapping[str, Sequence[float]]:
+        """By name `some_weights` of the frozen models that a step uses and `module` does not hold."""
         return {}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -147,11 +139,7 @@ class Task:
         """Restore from the `state_dict`s of all processes, in the order of ranks."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds of the module.
-
-        Args:
-            gathered: trained weights of `wrapped_part`, collected by an engine that spreads them.
-        """
+        """What a checkpoint holds of the module; `gathered`: trained weights of `wrapped_part`, of a sharded engine."""
         return dict(self.module.state_dict() if gathered is None else gathered)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
@@ -159,11 +147,7 @@ class Task:
         save_state_dict(weights, folder / WEIGHTS)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Fill the module from a checkpoint before an engine takes it.
-
-        Raises:
-            CheckpointError: weights of another model.
-        """
+        """Fill the module from a checkpoint. Raises CheckpointError: weights of another model."""
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
         assign_strictly(self.module, load_state_dict(folder / WEIGHTS), folder / WEIGHTS,
@@ -174,10 +158,8 @@ class StageTask(Task):
     """One stage; a subclass has `step_loss`, and overrides the methods of `Task` in which it differs.
 
     Args:
-        module: everything that is trained and saved.
-        optimizer: trains (some of) the parameters of `module`; AdamW on all that need gradients by default.
-        parallel: False if the loss calls parts of `module` past its `forward`, which no engine for several processes
-            can follow.
+        optimizer: by default AdamW on all parameters of `module` that need gradients.
+        parallel: False if the loss calls parts of `module` past its `forward`.
     """
 
     def __init__(self, name: str, module: nn.Module, settings: StageConfig, *, optimizer: Any = None,
@@ -191,12 +173,11 @@ class StageTask(Task):
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Scalar mean loss of a micro-step, and numbers to log; draws its randomness from torch's global generator,
-        which is seeded before every call."""
+        """As `micro_step`."""
         raise NotImplementedError
 
     def learning_rate(self, step: int) -> float:
-        """Linear warm-up and, by default, a cosine."""
+        """By `StageConfig`."""
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
@@ -219,22 +200,15 @@ class StageTask(Task):
                 "samples_per_step": self.settings.batch_size * self.settings.gradient_accumulation_steps * world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another number of samples per step, from which their order follows; another number of processes, which
-        share them out in another way, is a remark."""
+        """Refuse another number of samples per step; other processes share them out in another way."""
         refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes"})
 
 
 def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
                  instead: str) -> None:
-    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun).
-
-    Args:
-        instead: how a new run takes only the weights.
-
-    Raises:
-        CheckpointError: they differ.
-    """
+    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun); `instead`:
+    how a new run takes only the weights. Raises CheckpointError: they differ."""
     for key, noun in names.items():
         if saved.get(key) != now[key]:
             before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
@@ -247,16 +221,3 @@ def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mappi
     """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
     return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
             for key, noun in names.items() if saved.get(key) != now[key]]
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """The record of a stage that is done.
-
-    Raises:
-        CheckpointError: the file is damaged.
-    """
-    try:
-        return read_json_object(file)
-    except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"{str(error).rstrip('.')}; remove it, and the stage resumes from its checkpoint."
-                              ) from error

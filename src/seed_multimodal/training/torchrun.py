@@ -26,7 +26,7 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     except SignalException as error:  # torchrun has passed the signal on, and the processes have ended
         return 128 + error.sigval
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
+        codes = [failure.exitcode for failure in error.failures.values()] or [1]  # a rendezvous error names no process
         code = next((code for code in codes if code not in (143, -15)), codes[0])  # torchrun ends the others by SIGTERM
         if code < 0:
             log_line(f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the "

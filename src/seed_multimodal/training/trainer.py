@@ -1,8 +1,7 @@
 """The one restartable training loop: from a nano stage on one core to a language model on many nodes.
 
-Every number of a step follows from (seed, step, process): sample order from the task, dropout and augmentation from a
-seed per micro-step. A run killed at any step and started again continues with bit-equal losses (on a CPU). With bf16,
-the default, products are computed under autocast with fp32 master weights on every device.
+Every number of a step follows from (seed, step, process), so a run killed at any step and started again continues with
+bit-equal losses (on a CPU). With bf16, the default, products are computed under autocast with fp32 master weights.
 """
 
 from __future__ import annotations
@@ -17,21 +16,16 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.quiet import quiet_libraries
+from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
-    SavedState,
     checkpoints,
-    frozen_check_sum,
     load_average,
-    load_engine,
     load_task,
-    output_folder_lock,
     read_states,
-    refuse_other_frozen,
     settings_remark,
     warm_start,
 )
@@ -39,28 +33,26 @@ from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,
-    StopRequest,
     TrainingError,
+    join_processes,
     leave_processes,
-    start_processes,
+    stop_request,
     translate_errors,
     wait_limit,
 )
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, ZeroEngine, seed_generators, stop_accelerate
 from seed_multimodal.training.metrics import RunLog, StepNumbers
-from seed_multimodal.training.task import StageTask, Task, read_record
+from seed_multimodal.training.task import StageTask, Task
+from seed_multimodal.weights import some_weights
 
 
 def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: ProcessGroup | None = None,
           device: torch.device | None = None) -> dict[str, Any]:
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
-    Under torchrun every process calls it, with a folder that all of them see.
-
-    Args:
-        group: the processes; by default those of torch.distributed's default group, or this one alone.
-        device: by default that of the task's module.
+    Under torchrun every process calls it, with a folder that all of them see. `group` is by default torch.distributed's
+    default group, or this process alone; `device` that of the task's module.
 
     Returns:
         The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
@@ -74,72 +66,68 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
     check_settings(settings, task.name)
     with contextlib.ExitStack() as stack:
         group = group or stack.enter_context(ProcessGroup(wait_limit(settings.timeout_minutes)))
-        stack.enter_context(output_folder_lock(Path(folder) / task.checkpoint_folder, group))
+        if group.first:
+            stack.enter_context(folder_lock(Path(folder) / task.checkpoint_folder, CheckpointError,
+                                            "using this output folder", 3.0, ".run.lock"))
         stack.callback(stop_accelerate)
-        trainer = Trainer(task, settings, Path(folder), group, device)
-        stack.callback(trainer.close)
-        return trainer.train()
+        return Trainer(task, settings, Path(folder), group, device, stack).train()
 
 
 class Trainer:
     """One training run of a task, in one process."""
 
     def __init__(self, task: Task, settings: TrainerConfig, home: Path, group: ProcessGroup,
-                 device: torch.device | None) -> None:
-        """Find the checkpoint to resume from, let the task build its module, restore. Raises as `train`."""
+                 device: torch.device | None, stack: contextlib.ExitStack) -> None:
+        """Find the checkpoint to resume from, let the task build its module, restore; `stack` closes what is opened.
+        Raises as `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
-        self.store = CheckpointStore(home / task.checkpoint_folder, group, limit=settings.save_total_limit,
-                                     asynchronous=settings.async_save, save_frozen=settings.save_frozen)
-        folder = self.store.find(settings.resume)
+        self.store = CheckpointStore(home / task.checkpoint_folder, group, settings)
+        stack.callback(self.store.join)
+        folder = self.store.find()
         self.identity = task.identity(group.world)
-        saved = self._saved(folder)
-        self.step, self.begun = (task.first_step,) * 2 if folder is None else (
-            saved.step, int(saved.trainer.get("begun", 0)))
+        saved, states = self._read(folder) if folder is not None else ({}, [])
+        self.step = int(saved.get("global_step", task.first_step))
+        self.begun = int(saved.get("begun", 0)) if saved else task.first_step
         with translate_errors("the start", self.store.description()):
             task.prepare()
-            self._frozen_models = dict(task.frozen_models())
             if folder is not None:
-                refuse_other_frozen(folder, saved, self._frozen_models, task.start_hint)
                 load_task(folder, saved, task)
             elif settings.start:
                 self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
-            self._check_sum = None if settings.save_frozen else frozen_check_sum(task.module)
+            self._frozen = {"frozen_models": dict(task.frozen_models()),
+                            "frozen": None if settings.save_frozen else some_weights(task.module, frozen=True)}
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
             deepspeed = task.deepspeed_config(group.world)
             self.engine = Engine(task, settings, group, self.device) if deepspeed is None else ZeroEngine(
                 task, settings, group, self.device, deepspeed)
+            stack.callback(self.engine.close)
             if folder is not None:
-                load_engine(folder, self.step, self.engine)
+                self.engine.load(folder, self.step)
                 if self.average is not None:
                     load_average(folder, self.average)
-        task.meter.load_state_dict(saved.trainer)
-        meters = saved.trainer.get("meters", [])
+        task.meter.load_state_dict(saved)
+        meters = saved.get("meters", [])
         if len(meters) == group.world:
             task.meter.load_state_dict(meters[group.rank])
-        if saved.states:
-            task.load_state_dict(saved.states, group.rank)
+        if states:
+            task.load_state_dict(states, group.rank)
         if folder is not None:
             self.log_line(f"resumes from {folder} (step {self.step}).")
-        self.started = time.monotonic() - saved.trainer.get("seconds", 0.0)
+        self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
-                          kept=saved.step)
-        self.evaluation: dict[str, float] = saved.trainer.get("evaluation", {})
+                          kept=saved.get("global_step", 0))
+        stack.callback(self.log.close)
+        self.evaluation: dict[str, float] = saved.get("evaluation", {})
         self._unread: list[tuple[int, StepNumbers]] = []  # numbers of steps that are still on the device
         task.prepared(self)
-
-    def close(self) -> None:
-        """Finish logs and the checkpoint that is being written."""
-        self.store.join()
-        self.log.close()
-        self.engine.close()
 
     def train(self) -> dict[str, Any]:
         """Make the remaining steps; returns the record."""
         self.engine.model.train()
         self.task.module.train()
         self.last_save = time.monotonic()
-        with StopRequest() as stop:
+        with stop_request() as stop:
             stopped = ended = False
             while self.step < self.settings.max_steps and not stopped and not ended:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
@@ -147,13 +135,13 @@ class Trainer:
                         ended = not self._make_step()
                     except RuntimeError as error:
                         # A signal to the whole process group ends data workers, too; the weights are unchanged.
-                        if not stop.requested or self.group.world > 1:
+                        if not stop.is_set() or self.group.world > 1:
                             raise
                         self.log_line(f"step {self.step} was abandoned: {first_line(error)}")
                         ended = stopped = True
                     broken = self.store.problem is not None or self.log.problem is not None
                     due = self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-                    broken, stop_now, save = self.group.agree(broken, stop.requested, due)
+                    broken, stop_now, save = self.group.agree(broken, stop.is_set(), due)
                     stopped = stopped or stop_now
                     if broken:
                         self.store.join()
@@ -163,7 +151,14 @@ class Trainer:
                         self._after_step(save)
             ended = ended and not stopped
             with translate_errors(f"the end (step {self.step})", self.store.description()):
-                self._end(stopped, ended, stop)
+                self._end(stopped, ended)
+                if self.group.agree(stopped or stop.is_set())[0]:
+                    self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
+                                  f"command resumes from {self.store.home / f'checkpoint-{self.step}'}.")
+                    raise SystemExit(STOPPED)
+                self.log.close()
+                if self.log.problem is not None:
+                    raise self.log.problem
                 return self._record()
 
     def _make_step(self) -> bool:
@@ -207,10 +202,8 @@ class Trainer:
                 or self.task.acts_after(done))
 
     def _read_numbers(self, moved: float | None = None) -> None:
-        """Read and check what is left on the device, and give it to the meter; every process calls it.
-
-        Args:
-            moved: norm of the last step's gradients, where the engine knows it only after the update.
+        """Read and check what is left on the device, and give it to the meter; every process calls it. `moved`: norm of
+        the last step's gradients, where the engine knows it only after the update.
 
         Raises:
             TrainingError: a loss or a norm that is not finite.
@@ -253,39 +246,30 @@ class Trainer:
     def _save(self) -> None:
         self._read_numbers()
         state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
-                 "begun": self.begun, "frozen": self._check_sum, "frozen_models": self._frozen_models,
-                 "evaluation": self.evaluation, **self.task.meter.state_dict(),
+                 "begun": self.begun, **self._frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
         with translate_errors(f"saving step {self.step}", self.store.description()):
             self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
         self.last_save = time.monotonic()
 
-    def _end(self, stopped: bool, ended: bool, stop: StopRequest) -> None:
-        """The last evaluation and checkpoint; exits if the run was stopped."""
-        log = self.log
+    def _end(self, stopped: bool, ended: bool) -> None:
+        """The last evaluation and checkpoint."""
         self._read_numbers()
         if ended and not self.step:
             raise TrainingError("No source gave a single sequence to learn from (skipped records are named above), "
                                 "so nothing was trained; see `seed data check`.")
         if ended:
-            log.finish(self.step)
+            self.log.finish(self.step)
             self.log_line(f"every source is used up after step {self.step}; the run ends here.")
         if not stopped:
             numbers = self.task.after_last_step(self.step)
             if numbers:
                 self.evaluation = {"step": self.step, **numbers}
-                log.write(self.step, self.evaluation)
+                self.log.write(self.step, self.evaluation)
         self.store.finish()  # in all processes, so that they agree on what is saved
         if self.store.saved != self.step and (self.step or stopped):
             self._save()
         self.store.finish()
-        if self.group.agree(stopped or stop.requested)[0]:
-            self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same command "
-                          f"resumes from {self.store.home / f'checkpoint-{self.step}'}.")
-            raise SystemExit(STOPPED)
-        log.close()
-        if log.problem is not None:
-            raise log.problem
 
     def _record(self) -> dict[str, Any]:
         """The first process finishes the task and writes the record; every process returns it."""
@@ -307,17 +291,15 @@ class Trainer:
                 self.log_line(line)
         return self.group.gather(record)[0]
 
-    def _saved(self, folder: Path | None) -> SavedState:
-        """State of the checkpoint to resume from, if this run may."""
-        if folder is None:
-            return SavedState()
-        saved = read_states(folder)
-        remarks = self.task.check_resume(folder, saved.trainer, self.identity)
-        if saved.trainer.get("config") and self.task.config:
-            remarks.append(settings_remark(saved.trainer["config"], self.task.config, self.task.quiet_keys))
+    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """States of the checkpoint to resume from, if this run may."""
+        saved, states = read_states(folder)
+        remarks = self.task.check_resume(folder, saved, self.identity)
+        if saved.get("config") and self.task.config:
+            remarks.append(settings_remark(saved["config"], self.task.config, self.task.quiet_keys))
         for remark in filter(None, remarks):
             self.log_line(f"{remark}.")
-        return saved
+        return saved, states
 
     def log_line(self, text: str) -> None:
         """Log a line of text, in the first process only."""
@@ -326,31 +308,27 @@ class Trainer:
 
 
 def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:
-    """Train a stage, or return the record of one that is done; see `train`.
+    """Train a stage, or return the record `folder/NAME.done.json` of one that is done; see `train`.
 
-    `folder/NAME.done.json` is the record, whose presence makes later calls return at once, unless `further` is set,
-    more steps are asked for and there is a checkpoint.
+    A done stage continues only if `further` is set, more steps are asked for and there is a checkpoint.
     """
-    home = Path(folder)
+    home, settings = Path(folder), task.settings
     if group is None:
-        with ProcessGroup(wait_limit(task.settings.timeout_minutes)) as own:
+        with ProcessGroup(wait_limit(settings.timeout_minutes)) as own:
             return train_stage(task, home, own)
     done = home / task.record_file
-    here, absent = group.agree(done.is_file(), not done.is_file())
-    if here and absent:
-        raise CheckpointError(f"{done}: only some processes see it; the folder must be on a disk that all share.")
-    if here:
-        record, saved = read_record(done), checkpoints(home / task.checkpoint_folder)
-        if not (task.settings.further and int(record.get("steps", 0)) < task.settings.max_steps and saved):
-            if group.first:
-                print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
-                before = read_states(saved[0][1]).trainer.get("config") if saved else None
-                remark = settings_remark(before, task.config, task.quiet_keys) if before and task.config else ""
-                if remark:
-                    print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it "
-                          "again.", flush=True)
-            return record
-    return train(task, task.settings, home, group=group)
+    if not group.agree(done.is_file())[0]:
+        return train(task, settings, home, group=group)
+    record, saved = read_json_object(done), checkpoints(home / task.checkpoint_folder)
+    if settings.further and int(record.get("steps", 0)) < settings.max_steps and saved:
+        return train(task, settings, home, group=group)
+    if group.first:
+        print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
+        before = read_states(saved[0][1])[0].get("config") if saved else None
+        if before and task.config and (remark := settings_remark(before, task.config, task.quiet_keys)):
+            print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it again.",
+                  flush=True)
+    return record
 
 
 def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
@@ -367,8 +345,9 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
     clean = False
     try:
         with translate_errors("the start", "nothing was trained yet"):
-            group, device = start_processes(run.trainer.device, run.trainer.timeout_minutes,
-                                            group_of_one=run.deepspeed is not None)
+            minutes = run.trainer.timeout_minutes
+            device = join_processes(run.trainer.device, minutes, group_of_one=run.deepspeed is not None)
+            group = ProcessGroup(wait_limit(minutes))
             task = kind(run, group, device)
         with contextlib.closing(task):
             record = train(task, task.settings, run.output_dir, group=group, device=device)

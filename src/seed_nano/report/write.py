@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard
+from torch import Tensor
 
 from seed_multimodal.disk import read_json_object, replace_text, replacing, writing
 from seed_multimodal.errors import ConfigError
@@ -20,7 +21,7 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.sheet import contact_sheet
-from seed_multimodal.weights import count_parameters
+from seed_multimodal.weights import load_state_dict
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet
@@ -49,7 +50,7 @@ def write_card(model: Path, work: Path, out: Path) -> None:
     `out`."""
     files = sorted([*work.rglob("*.done.json"), *work.rglob("summary.json")], key=lambda file: file.stat().st_mtime)
     stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
-    weights = [(f"`{file.parent.relative_to(model)}`", f"{count_parameters(file):,}",
+    weights = [(f"`{file.parent.relative_to(model)}`", f"{sum(map(Tensor.numel, load_state_dict(file).values())):,}",
                 f"{file.stat().st_size / 1e6:.2f}") for file in sorted(model.rglob("*.safetensors"))]
     report = re.sub("^#", "##", (out / "report.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
     ModelCard(CARD.format(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,13 @@ import torch
 from safetensors import safe_open
 
 from seed_multimodal.diffusion.base import VAE_ELSEWHERE
-from seed_multimodal.disk import read_json_object, replace_copy, replace_text
+from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import name_encoder
 from seed_multimodal.seed.checkpoints import VISION
 from seed_multimodal.system.assemble import join
-from seed_multimodal.training.seed_x.tuning_settings import read_agent
-from seed_multimodal.training.seed_x.tuning_task import build_agent
+from seed_multimodal.training.seed_x.tuning import build_agent, read_agent
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes
@@ -62,9 +62,9 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     trained = trained_folder(space, stage)
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
-        replace_copy(trained / name, target)
+        shutil.copy(trained / name, target)
     if lavit:
-        replace_copy(trained / "visual_weight.safetensors", space.out / "tokenizer")
+        shutil.copy(trained / "visual_weight.safetensors", space.out / "tokenizer")
     losses = read_json_object(space.record(stage)).get("evaluation", {})
     return {key: round(losses[f"eval_{key}"], 4) for key in ("text_loss", "image_loss") if f"eval_{key}" in losses}
 
@@ -90,7 +90,7 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
 
     decoder, templates, size = space.decoder_folder, TEMPLATES / "nano", space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
-    replace_copy(templates / "model_index.json", decoder)
+    shutil.copy(templates / "model_index.json", decoder)
     replace_text(space.out / "system.json", json.dumps(
         {**read_json_object(templates / "system.json"), "image_size": size}, indent=1))
     sizes = _finished(space.out)

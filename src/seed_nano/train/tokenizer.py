@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.disk import replace_copy
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
@@ -47,7 +46,7 @@ def join_stages(space: Workspace) -> None:
                      vision=space.decoder_folder / "image_encoder", config=tokenizer_config(space.config), force=True)
     space.words_folder.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "config.json"):
-        replace_copy(new / name, space.words_folder)
+        shutil.copy(new / name, space.words_folder)
     shutil.rmtree(new)
 
 

@@ -75,7 +75,7 @@ class NanoSource:
             rng = random.Random(f"{self.seed} captions {row}")
             captions = [describe(scene, rng) for _ in range(CAPTIONS)]
         fields = {"image": View(scene, self.size, folder=self.path), "caption": captions}
-        return Record(key, f"{self.path}: scene {key}", fields, file=str(self.path))
+        return Record(f"scene {key}", f"{self.path}: scene {key}", fields, file=str(self.path))
 
     def _view(self, scene: Scene | WideScene | View) -> View:
         if isinstance(scene, View):

@@ -26,10 +26,10 @@ from runner import assert_all_close, assert_close, assert_gradients, assert_same
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, save_adapter
 from seed_multimodal.training.llm.loss import LossModule, packed_loss
 from seed_multimodal.training.llm.model import build_llm
-from seed_multimodal.training.llm.model_settings import LlmModelSettings
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
 LOGITS = (1e-4, 1e-4)  # atol, rtol

@@ -1,4 +1,4 @@
-"""Learning rates: the LLM trainer's schedules, SEED-X's loop with accumulation, the tokenizer's LAVIS schedules.
+"""Learning rates: the LLM trainer's schedules, SEED-X's loop with accumulation, LAVIS's schedules of the tokenizers.
 
 Left out: the original's TypeError for the linear kind with a floor (ours ends at the floor). Rates beyond the last step
 are compared without the clamp that ours has by default.
@@ -6,13 +6,15 @@ are compared without the clamp that ours has by default.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from runner import assert_close, assert_same, files_named, read_json
 
 from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.schedules import epoch_rate, scheduled_rate, warmup_count
+from seed_multimodal.training.schedules import scheduled_rate, warmup_count
 
 CLOSE = 1e-18, 1e-9  # absolute, relative
 
@@ -53,11 +55,16 @@ def check_accumulation(case: dict[str, Any]) -> None:
 
 
 def check_tokenizer(case: dict[str, Any]) -> None:
-    decay = case.get("lr_decay_rate", 1.0) if case["lr_sched"] == "linear_warmup_step_lr" else None
-    start = case.get("warmup_lr", -1)
+    sys.path.append(str(Path(__file__).resolve().parents[3] / "SEED_Tokenizer"))
+    from seed_lavis.compat import registry
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = registry.get_lr_scheduler_class(case["lr_sched"])(
+        optimizer, case["max_epoch"], case["min_lr"], case["init_lr"], decay_rate=case.get("lr_decay_rate", 1.0),
+        warmup_start_lr=case.get("warmup_lr", -1), warmup_steps=case.get("warmup_steps", 0))
     for epoch, iteration, wanted in case["epoch_iter_lr"]:
-        rate = epoch_rate(epoch, iteration, case["max_epoch"], case["init_lr"], case["min_lr"], decay_rate=decay,
-                          warmup_lr=start if start >= 0 else None, warmup=case.get("warmup_steps", 0))
+        schedule.step(epoch, iteration)
+        rate = optimizer.param_groups[0]["lr"]
         assert_close(rate, wanted, *CLOSE, f"{case['name']}, epoch {epoch}, iteration {iteration}")
 
 

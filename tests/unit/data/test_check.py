@@ -23,7 +23,7 @@ def test_check_run_yaml(mixed: Callable[..., dict[str, Any]], tmp_path: Path, ca
     run = tmp_path / "run.yaml"
     OmegaConf.save(OmegaConf.create({"tokenizer": {"pretrained_model_name_or_path": str(WORDS)},
                                      "data": mixed(length=60)}), run)
-    assert main(["data", "check", str(run), "--records", "all", "--json"]) == 0
+    assert main(["data", "check", str(run), "--records", "1000000", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     sources = {source["name"]: source for source in report["sources"]}
     assert {name: source["records"] for name, source in sources.items()} == {
@@ -60,5 +60,5 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     LavitTokenizer.train(["a red cat"] * 30, tmp_path / "words", vocab_size=270, n_codes=8, tokens_per_image=16)
     settings = read_data_settings({"sources": [{"files": str(tmp_path / "a.jsonl"), "decoder": "lavit.caption"}]})
     report, = check_sources(settings, str(tmp_path / "words"))
-    assert report.records == 2 and report.lengths.total() == 1 and report.broken == 1
+    assert report.records == 2 and len(report.lengths) == 1 and report.broken == 1
     assert "1.jpg" in report.first[0]

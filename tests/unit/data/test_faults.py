@@ -8,7 +8,7 @@ import json
 import os
 import re
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ from pyarrow import parquet
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
-from seed_multimodal.data.pretokenize.input_settings import InputSettings
-from seed_multimodal.data.pretokenize.kinds import get_kind
-from seed_multimodal.data.pretokenize.shards import list_shards
+from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
+from seed_multimodal.data.pretokenize.kinds import KINDS
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.captions import BlipCaption
@@ -52,16 +51,10 @@ PAIR_FORMATS = {
     "json": [*CAPTIONS, "a list", *PICTURES],
     "parquet of bytes": ["null", "empty", "blank", "not UTF-8", "null picture", "no picture in it", "cut off",
                          "0 bytes"],
-    "parquet of structs": ["null", "empty", "null picture", "no picture in it", "cut off"],
-    "parquet of paths": ["null", "empty", "null picture", "picture gone"],
+    "parquet of structs": ["null", "null picture", "no picture in it"],
     "folder": ["no caption", "empty", "blank", "not UTF-8", "no picture in it", "cut off", "0 bytes"],
     "folder with metadata.jsonl": [*CAPTIONS, "not json", "null picture", "picture gone", "cut off"],
 }
-LLM_FORMATS = {"tar": ["no caption", "null", "empty", "blank", "object", "not json", "not UTF-8", "a list", "twice",
-                       "torn", "no json"],
-               "jsonl": ["no caption", "null", "object", "not json", "not UTF-8", "a list"],
-               "json": ["no caption", "null", "object", "a list"],
-               "parquet": ["null", "empty", "not UTF-8"]}
 
 
 def caption_of(number: int, fault: str) -> Any:
@@ -77,7 +70,7 @@ def picture_of(jpeg: Callable, number: int, fault: str) -> Any:
             "cut off": whole[:-400], "0 bytes": b""}.get(fault, whole)
 
 
-def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable) -> None:
+def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable):
     """A folder of `len(faults)` samples of a format, each with its fault ("": none)."""
     (folder / "pictures").mkdir(parents=True)
     rows, samples = [], []
@@ -121,7 +114,7 @@ def spoiled(data: bytes, fault: str) -> bytes:
     return {"not json": data[:-2], "not UTF-8": data[:2] + b"\xff" + data[2:], "a list": b"[1]"}.get(fault, data)
 
 
-def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faults: Sequence[str]) -> None:
+def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faults: Sequence[str]):
     """A tar of samples; a torn one must be the last."""
     with open(path, "wb") as file:
         writer = ShardWriter(file)
@@ -140,7 +133,7 @@ def write_tar_of(path: Path, samples: Sequence[tuple[str, dict[str, Any]]], faul
         os.truncate(path, last.offset_data + last.size // 2)
 
 
-def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str]) -> None:
+def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str]):
     """A parquet file of three rows a group."""
     table = pa.Table.from_pylist(list(rows))
     if "not UTF-8" in faults:
@@ -150,24 +143,6 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]], faults: Sequence[str
         column = pa.array(texts, pa.binary()).view(pa.string())
         table = table.set_column(place, table.column_names[place], column)
     parquet.write_table(table, path, row_group_size=3)
-
-
-def write_llm(folder: Path, format: str, faults: Sequence[str], codes: Callable) -> None:
-    """The same for tokenised captions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [{key: value for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
-             if value is not ...} for number, fault in enumerate(faults)]
-    if format == "tar":
-        write_tar_of(folder / "a.tar", [(f"{number:03d}", {"json": json.dumps(row).encode()})
-                                        for number, row in enumerate(rows)], faults)
-    elif format == "parquet":
-        write_table(folder / "a.parquet", rows, faults)
-    elif format == "json":
-        (folder / "a.json").write_text(json.dumps([[1] if fault == "a list" else row
-                                                   for row, fault in zip(rows, faults, strict=True)]))
-    else:
-        (folder / "a.jsonl").write_bytes(b"".join(spoiled(json.dumps(row).encode(), fault) + b"\n"
-                                                  for row, fault in zip(rows, faults, strict=True)))
 
 
 def where_in(faults: list[str], fault: str) -> list[str]:
@@ -202,7 +177,7 @@ def evaluated(folder: Path, most: int = 20) -> Found:
 def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:
     """An extraction, up to its pictures."""
     settings = InputSettings(files=str(folder))
-    dataset = TaskDataset(get_kind(kind), settings, seed_image_processor(16))
+    dataset = TaskDataset(KINDS[kind], settings, seed_image_processor(16))
     used, bad = [], []
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
@@ -217,7 +192,7 @@ ALL = [(format, fault) for format, faults in PAIR_FORMATS.items() for fault in f
 
 @pytest.mark.parametrize(("format", "fault"), ALL)
 def test_a_sample_without_caption_or_picture_is_skipped(tmp_path: Path, jpeg: Callable, format: str,
-                                                        fault: str) -> None:
+                                                        fault: str):
     faults = where_in([""] * COUNT, fault)
     write_pairs(tmp_path, format, faults, jpeg)
     good = [f"number {number}" for number, one in enumerate(faults) if not one]
@@ -230,14 +205,14 @@ def test_a_sample_without_caption_or_picture_is_skipped(tmp_path: Path, jpeg: Ca
 
 
 @pytest.mark.parametrize("format", PAIR_FORMATS)
-def test_without_a_fault_every_reader_takes_all(tmp_path: Path, jpeg: Callable, format: str) -> None:
+def test_without_a_fault_every_reader_takes_all(tmp_path: Path, jpeg: Callable, format: str):
     write_pairs(tmp_path, format, [""] * COUNT, jpeg)
     for name, tool in TOOLS.items():
         assert tool(tmp_path) == ([f"number {number}" for number in range(COUNT)], []), name
 
 
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
-def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str) -> None:
+def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
     with pytest.raises(DataError, match=r"20 samples in a row, from number 1 on, .*; the last is .*line 21"):
         trained(tmp_path)
@@ -248,41 +223,23 @@ def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str) -
 # ---- the language model's data
 
 
-@pytest.mark.parametrize(("format", "fault"), [(format, fault) for format, faults in LLM_FORMATS.items()
-                                               for fault in faults])
-def test_a_record_that_is_broken_is_skipped(tmp_path: Path, codes: Callable, words: Any, format: str,
-                                            fault: str) -> None:
-    faults = where_in([""] * COUNT, fault)
-    write_llm(tmp_path, format, faults, codes)
-    used, bad = streamed(tmp_path, words)
-    assert sorted(used) == [number for number, one in enumerate(faults) if not one]
-    said = {**CAPTIONS, **RECORDS, "no json": "has no .json", "no caption": "is missing|None",
-            "null": "is missing|None", "empty": "is blank", "blank": "is blank"}
-    assert len(bad) == 1 and str(tmp_path) in bad[0] and any(word in bad[0] for word in said[fault].split("|")), bad
-
-
-def streamed(folder: Path, words: Any) -> tuple[list[int], list[str]]:
-    """The numbers of the records that one epoch of the stream has used, and the sentences about the others."""
-    settings = read_data_settings({"sources": [{"name": "all", "files": str(folder), "decoder": "pretrain.caption",
-                                                "cycles": 1}], "length": 128})
+def test_broken_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
+    faults = ["", "no caption", "null", "", "blank", "object", "not json", "not UTF-8", "", "a list", "twice",
+              "no json", "", "torn"]
+    rows = [{key: value for key, value in (("image_ids", codes(number)), ("text", caption_of(number, fault)))
+             if value is not ...} for number, fault in enumerate(faults)]
+    write_tar_of(tmp_path / "a.tar", [(f"{number:03d}", {"json": json.dumps(row).encode()})
+                                      for number, row in enumerate(rows)], faults)
+    source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1}
+    settings = read_data_settings({"sources": [source], "length": 512})
     told: list[str] = []
-    used: list[int] = []
     with LlmBatches(settings, words, log=told.append) as batches:
-        for row in all_rows(batches):
-            used += [int(number) for number in re.findall(r"number (\d+)", words.decode(row))]
+        row, = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
-    assert sum(entry["count"] for entry in skipped.values()) == COUNT - len(used) >= len(told)
-    return used, told
-
-
-def all_rows(batches: LlmBatches) -> Iterator[list[int]]:
-    """The ids of every row until the data ends."""
-    step = 0
-    while True:
-        try:
-            batch = batches.at(step)
-        except SeedError as end:
-            assert "All sources are used up" in str(end)
-            return
-        yield from batch.input_ids.tolist()
-        step += 1
+    good = [number for number, fault in enumerate(faults) if not fault]
+    assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good
+    assert sum(entry["count"] for entry in skipped.values()) == len(faults) - len(good)
+    said = " ".join(one for entry in skipped.values() for one in entry["first"])
+    for sentence in ("is missing", "is blank", "must be a str", "is not json", "UTF-8", "holds a list", "has two .json",
+                     "has no .json", "torn or damaged"):
+        assert sentence in said + " ".join(skipped), sentence

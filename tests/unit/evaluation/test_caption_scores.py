@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from seed_multimodal.caption_scores import caption_scores
+from seed_multimodal.evaluation.caption_scores import caption_scores
 
 pytest.importorskip("pycocoevalcap")
 CAPTIONS = {1: "A man rides a horse on the beach.", 2: "two dogs play", 3: "a bowl of soup and a spoon", 4: ""}

@@ -50,8 +50,8 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path: Path) -> None:
 @pytest.mark.process
 def test_reconstruction_demo(tiny_folder: Path, tmp_path: Path) -> None:
     command = [warm_python.PYTHON, str(FOLDER / "eval" / "seed_inference.py"), "--device", "cpu", "--model"]
-    done = subprocess.run([*command, str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2"],
+    given = [str(tiny_folder), "--image", str(ROOT / "images" / "fox.png"), "--steps", "2", "--json"]
+    done = subprocess.run([*command, *given],
                           capture_output=True, text=True, timeout=170, cwd=tmp_path, env=_environment())
     assert done.returncode == 0, done.stderr
-    codes, saved = done.stdout.splitlines()
-    assert len(codes.split()) == 32 and saved == "recon_fox.png" and Image.open(tmp_path / saved).width > 0
+    assert len(json.loads(done.stdout)["codes"]) == 32 and Image.open(tmp_path / "recon_fox.png").width > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -10,8 +11,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
-from seed_multimodal.training.llm.prompting import template_of, with_prompts
+from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of, with_prompts
 
 
 @pytest.fixture
@@ -44,23 +44,16 @@ def test_what_asks_otherwise_is_said(questions, runs, tmp_path):
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     batches = LlmBatches(data, words)
-    assert any("[INST]" in words.decode(batches.at(step).input_ids[0].tolist()) for step in range(4))
+    assert any("[INST]" in words.decode(batch.input_ids[0].tolist()) for batch in itertools.islice(batches, 4))
 
     _, said = with_prompts(read_data_settings(questions), fourteen, runs.TOKENIZER)  # nano's system asks as Vicuna
     assert "system.json asks with the template vicuna, and this run tunes with llama2" in said[1]
     given = read_data_settings({**questions, "template": "vicuna"})
     data, said = with_prompts(given, fourteen, tmp_path)
     assert data.sources[0].options == {"template": "vicuna"}
-    assert said[1] == ("warning: qa has the template vicuna, but the model that is trained has llama2 "
+    assert said[1] == ("warning: the source qa has the template vicuna, but the model that is trained has llama2 "
                        "(model.template).")
     questions["sources"][0]["options"] = {"template": "llama2"}
     assert len(with_prompts(read_data_settings(questions), fourteen, tmp_path)[1]) == 1
     captions = read_data_settings({**questions, "sources": questions["sources"][1:]})
     assert with_prompts(captions, fourteen, runs.TOKENIZER)[1] == []
-
-
-def test_a_run_says_its_prompts(questions, train, capsys):
-    train("out", "trainer.max_steps=1", "model.template=llama2", data=questions)
-    said = capsys.readouterr().out
-    assert "[train] questions and answers are in the prompts of llama2.\n" in said
-    assert "asks with the template vicuna, and this run tunes with llama2" in said

@@ -67,7 +67,7 @@ def test_named_and_never(runs, train, tmp_path):
         train("out", model={"lora": runs.LORA})
     with pytest.raises(CheckpointError, match='with "adamw" as its optimiser, this one has "adamw_hf"'):
         train("out", "optim.name=adamw_hf")
-    with pytest.raises(ConfigError, match="length 160, and now it is 128"):
+    with pytest.raises(ConfigError, match="length: 160 -> 128"):
         train("out", "trainer.max_steps=3", "data.length=128")
 
 

@@ -46,7 +46,7 @@ def test_two_nodes_train_and_one_process_resumes(runs, tmp_path, train):
     assert [process.returncode for process in started] == [0, 0], said
     lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
     before = runs.losses(two)
-    assert list(before) == [1, 2, 3, 4] and "2 processes on cpu" in said[0][0] and said[1][0].strip() == ""
+    assert list(before) == [1, 2, 3, 4] and "x 2 processes" in said[0][0] and said[1][0].strip() == ""
 
     # One process resumes where two stopped (plain engine): pending draws are its own now.
     again = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", **lora)
@@ -62,7 +62,6 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.data.stream.llm_batches import LlmBatches
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.training.llm.held_out import first_batches
 
     out, files = tmp_path / "out", runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
@@ -76,7 +75,7 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     held_out.write_text(yaml.safe_dump(data))
     tokenizer = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     settings = read_data_settings(data, "data")
-    counts = [len(first_batches(LlmBatches(settings, tokenizer, rank=rank, world=2), 100)) for rank in range(2)]
+    counts = [len(list(LlmBatches(settings, tokenizer, rank=rank, world=2))) for rank in range(2)]
     assert counts[0] != counts[1], counts
     arguments = runs.overrides(files, out, "trainer.max_steps=3", "trainer.eval_steps=1", f"eval_data={held_out}",
                                "trainer.eval_batches=100", "trainer.timeout_minutes=0.5")

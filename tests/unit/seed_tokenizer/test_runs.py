@@ -139,7 +139,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, losses, tmp_path, c
     assert (record_of(tmp_path / "other")["steps"], record_of(tmp_path / "other")["begun"]) == (8, 4)
     assert "stage1: 8 steps, 32 images in" in capsys.readouterr().out
     torch.save({"model": {}}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="not a LAVIS checkpoint"):
+    with pytest.raises(CheckpointError, match="other.pth: a checkpoint of another model"):
         run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
 
 
@@ -220,7 +220,7 @@ def test_main_with_errors_is_one_sentence(yaml, run, tmp_path, capsys):
         "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
         "freeze_vit must be one of True": yaml("stage2", "model.freeze_vit=False", name="c"),
         "codebook_warmup": yaml("stage2", RANDOM, "model.codebook_warmup=99", name="d"),
-        "has no caption key 'text'": yaml("stage1", "datasets.coco_caption.build_info.caption_key=text", name="e"),
+        "nothing under key 'text'": yaml("stage1", "datasets.coco_caption.build_info.caption_key=text", name="e"),
         "/nowhere/*.tar": yaml("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", name="f"),
         "has a split 'valid'": yaml("stage1", "run.valid_splits=[valid]", name="g"),
         "tensors have another size": yaml("stage2", f"model.pretrained={checkpoint}", wide, name="h"),

@@ -73,7 +73,7 @@ def test_two_processes_share_the_split_and_have_one_codebook(yaml, run, start, t
     (24, 16, 1, 0, (12, 2)), (1001, 64, 1, 0, (62, 16)), (1001, 64, 4, 0, (62, 4)), (1001, 64, 4, 2, (62, 2)),
     (5, 64, 4, 0, (1, 1)), (7, 3, 1, 0, (2, 3)), (5, 1, 2, 0, (1, 2)), (1, 1, 1, 0, (1, 1))])
 def test_share_out_leaves_little_over(total, batch, world, most, expected):
-    from seed_lavis.validation import share_out
+    from seed_lavis.task import share_out
 
     size, count = share_out(total, batch, world, most)
     assert (size, count) == expected and size <= batch

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import select
 import shutil
-import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -82,23 +79,6 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
     assert [line["seconds_per_step"] for line in lines.values()] == pytest.approx([0.1] * 4)
     for line in lines_of(tmp_path / "without"):
         assert lines[line["step"]]["loss"] == line["loss"]
-
-
-def test_a_terminal_shows_every_step_in_one_line(
-    toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, theirs = os.openpty()
-    with os.fdopen(theirs, "w") as terminal:
-        monkeypatch.setattr(sys, "stdout", terminal)
-        toy.train(tmp_path, pause=0.2, max_steps=6, logging_steps=6)
-        monkeypatch.undo()
-        shown = ""
-        while select.select([ours], [], [], 0.2)[0]:
-            shown += os.read(ours, 10_000).decode()
-    os.close(ours)
-    assert shown.count("\r\x1b[K[toy]") >= 2 and shown.count("\n") == 2  # steps in place; then log line and record
-    before_last = shown.split("\r\x1b[K")[1]
-    assert "/6 loss" in before_last and "left" in before_last and "\n" not in before_last
 
 
 def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ FEATURE_DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder 
 
 
 def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None) -> Decoder:
-    """The decoder of a name. Raises `ConfigError`: an unknown name or option (the nearest is named)."""
+    """The decoder of a name. Raises `ConfigError`."""
     known = DECODERS | FEATURE_DECODERS
     if name not in known:
         raise ConfigError(f"There is no decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}.")

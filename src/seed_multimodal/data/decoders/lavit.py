@@ -6,10 +6,9 @@
     lavit.question   [image] Question: … Answer: answer</s>     answer and </s> are learned
     lavit.compose    codes instruction[ codes ]                 an image and words to an image; the last codes and ]
 
-[ and ] are image start and end. An image that is read is continuous features, one that is written codes: either as
-many as the frozen token selector keeps, which is known on the device only, so `image_tokens` places are planned for it
-here (`training.lavit.rows` puts in the kept ones). Codes of a pre-tokenised record (`image_ids`) are put into the
-sequence at once. There is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
+[ and ] are image start and end. An image is read as features and written as codes, as many as the token selector keeps:
+that is known on the device only, so `image_tokens` places are planned for it here (`training.lavit.rows` puts in the
+kept ones). There is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from typing import Any
 
 from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer, LavitWords
+from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
 
 _SEEDS = 2**62
@@ -31,8 +29,7 @@ Codes = list[int]
 
 @dataclass(frozen=True)
 class LavitOptions(OpenedOptions):
-    """`image_tokens`: places that packing plans for an image; 0: three eighths of its patches (a third is what the
-    original selector aims at)."""
+    """`image_tokens`: places that are planned for an image; 0: 3/8 of its patches (the selector aims at a third)."""
 
     image_tokens: int = setting(0, least=0)
 
@@ -46,10 +43,9 @@ class LavitDecoder(OpenedDecoder):
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, options)
-        if not isinstance(self.vocabulary, LavitWords):
-            raise ConfigError(f"decoder {self.name}: the tokenizer's words are not LaVIT's.")
         self.start, self.end = self.vocabulary.boi_id, self.vocabulary.eoi_id
         patches = self.vocabulary.tokens_per_image
+        self.code_counts = list(range(1, patches + 1))
         self.places = min(patches, self.options.image_tokens or -(-patches * 3 // 8))
 
     def text(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> str:
@@ -65,10 +61,6 @@ class LavitDecoder(OpenedDecoder):
         """An image as codes: those of the record under `NAME_ids`, else to be made from the image."""
         ids = f"{name}_ids"
         return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
-
-    @property
-    def code_counts(self) -> range:
-        return range(1, self.vocabulary.tokens_per_image + 1)
 
     def written(self, image: UsedPicture | Codes) -> list[Segment]:
         """An image that is learned: its start is given, codes and end are not."""

@@ -1,7 +1,6 @@
-"""Sequences with images that are opened with their record, as pixels: what SEED-X's and LaVIT's decoders share.
+"""Sequences with images that are opened with their record: what SEED-X's and LaVIT's decoders share.
 
-An image has `size`, (width, height) in pixels. In the sequence it has a run of places, whose contents (features or
-codes) are made on the device.
+In a sequence an image has a run of places, whose contents (features or codes) are made on the device.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class UsedPicture:
 
     @property
     def views(self) -> int:
-        """How many views: the parts and the whole."""
+        """The parts and the whole."""
         return 1 if self.grid is None else self.grid[0] * self.grid[1] + 1
 
     @property
@@ -40,19 +39,16 @@ class UsedPicture:
 
 @dataclass
 class PictureSequence(TokenSequence):
-    """A sequence with its images, and the indices of their words in `ids`; `cut`: tokens cut off at its end."""
+    """A sequence with its images, and the indices of their words in `ids`."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
-    cut: int = 0
 
 
 @dataclass(frozen=True)
 class OpenedOptions(DecoderOptions):
-    """`base_resolution`: side of a view in pixels."""
-
-    base_resolution: int = setting(224, least=1)
+    base_resolution: int = setting(224, least=1)  # side of a view in pixels
 
 
 class OpenedDecoder(Decoder):

@@ -25,10 +25,9 @@ BLANK = "the text is blank"
 class Caption(Decoder):
     """An image (`image_ids` or `views`) and its caption (`text`, which may be a list).
 
-    Options: `reverse_ratio`: share of samples with the image first. `caption_prompt`: a template with `{}` for the
-    caption, or a list of which one is drawn. `mask_left_label`: the left part is not learned.
-    `use_caption_in_metadata`: the caption is `metadata[caption_key_in_metadata]`. `first_text`: share of draws that
-    take the first of several captions, else any (ours).
+    `reverse_ratio`: share of samples with the image first. `caption_prompt`: one template with `{}` for the caption, or
+    several. `mask_left_label`: the left part is not learned. `use_caption_in_metadata`: the caption is
+    `metadata[caption_key_in_metadata]`. `first_text`: share of draws that take the first of several captions (ours).
     """
 
     name, whole = "pretrain.caption", True
@@ -77,7 +76,7 @@ class Caption(Decoder):
 class Interleaved(Decoder):
     """A document: `image_ids` and `texts` are equally long, at each place one of the two is None.
 
-    Options: `reverse_ratio`: share of documents in which every image is swapped with the element after it.
+    `reverse_ratio`: share of documents in which every image is swapped with the element after it.
     `max_images`: a document ends before the next image, or after the text that follows the last.
     """
 
@@ -118,10 +117,8 @@ def _swapped(images: Sequence[Any]) -> list[int]:
 
 
 class Video(Decoder):
-    """The frames of a clip (`image_ids`) and what it shows (`answer`).
-
-    Options: `num_frames`: how many frames are taken. `flat`: frames as one long list; false: a list for each frame.
-    """
+    """The first `num_frames` of a clip (`image_ids`; `flat`: one long list, else a list for each) and what it shows
+    (`answer`)."""
 
     name = "pretrain.video"
 

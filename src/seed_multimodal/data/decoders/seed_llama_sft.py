@@ -3,8 +3,7 @@
     <s>USER: [image]question\\nASSISTANT:answer</s>           further turns start with "\\nUSER: "
     <s>[INST] [image]question [/INST]\\nanswer</s>            with `template: llama2`, the 14B's; then "\\n[INST] "
 
-Each turn is encoded on its own. `pretrain.visual_question` and `pretrain.text_conversation`, of the pre-training
-module, have their own markers: "USER: " question "\\nASSISTANT: ".
+`pretrain.visual_question` and `pretrain.text_conversation` have their own markers: "USER: " question "\\nASSISTANT: ".
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from seed_multimodal.data.decoders import phrases
 from seed_multimodal.data.decoders.base import Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
@@ -122,9 +121,7 @@ class MultiEdit(Tuned):
 
 class Story(Tuned):
     """Images with captions that follow each other: `image_ids` (one per caption), `caption0`, `caption1`, …
-
-    `reverse_ratio`: 0: a turn for every further image; anything else: one request, and the rest as the answer.
-    """
+    `reverse_ratio`: 0: a turn for every further image; anything else: one request, and the rest as the answer."""
 
     name = "sft.story"
     Options = Reversible
@@ -237,7 +234,7 @@ class TextConversation(Decoder):
     """A conversation without images: `data`, question and answer in turn."""
 
     name, tuned = "pretrain.text_conversation", False
-    Options = TurnOptions
+    Options: ClassVar[type[DecoderOptions]] = TurnOptions
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         turns = self.texts(fields, "data")

@@ -1,5 +1,4 @@
-"""SEED-X's instruction tuning: conversations about an image, captions to draw from, edits; and ours, any conversation
-with images on both sides (edits of several turns).
+"""SEED-X's instruction tuning: conversations about an image, captions to draw from, edits; and any conversation (ours).
 
     seed_x.conversation   <s>[INST] [image]question [/INST]\\nanswer\\n[INST] question [/INST]\\nanswer</s>
     seed_x.caption        <s>[INST] request caption [/INST]\\n response[drawn]</s>     of it only [drawn] is learned
@@ -117,8 +116,8 @@ class PictureDecoder(OpenedDecoder):
 
 
 class Conversation(PictureDecoder):
-    """A conversation (`data`, question and answer in turn) with an image (`image`, at `<image>`, else before or after
-    the first question at random) or none (absent, null, "" or "none")."""
+    """A conversation (`data`, question and answer in turn), with an `image` at its `<image>`, else before or after the
+    first question at random, or without one."""
 
     name = "seed_x.conversation"
     image_fields = ("image",)
@@ -172,10 +171,8 @@ class Caption(PictureDecoder):
     """An image (`image`) and its caption (`text`): the image is drawn from it or, at random, read and described.
 
     `img_first_ratio`: share of samples that describe; below 0 none. `add_gen_prompt`: ask for the image with one of 28
-    requests. `similarity_thr`: leave out pairs below it (see `data.filters`).
-    `use_caption_in_metadata`, `caption_key_in_metadata`: the caption's key, in the record or in `metadata`.
-
-    A caption too long to draw from leaves the sample out; the original read the image and learned the whole request.
+    requests. `similarity_thr`: leave out pairs below it (see `data.filters`). `caption_key_in_metadata`: with
+    `use_caption_in_metadata`, the caption's key in the record or in `metadata`.
     """
 
     name = "seed_x.caption"

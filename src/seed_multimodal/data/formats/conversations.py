@@ -3,7 +3,7 @@
     fields["messages"] = [{"role": "user" | "assistant", "content": [part, ...]}, ...]
     part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one picture) | {"image": "a.jpg"}
 
-| spelling | pictures | place of a picture |
+| spelling | images | place of an image |
 | --- | --- | --- |
 | `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` when tokenised | each `<image>` |
 | `messages: [{role, content}]` | parts of `content`, or `images` / `image` / `image_ids` | there, or each `<image>` |
@@ -25,17 +25,16 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "chatgpt": "assistant", "bot": "assistant", "system": "system"}
 NO_IMAGE = (None, "", "none", "None", "null")
+_KEYS = ("messages", "conversations", "data", "source_image")  # of which a conversation has one
 Part = str | dict[str, Any]
 
 
 def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a record, with `messages` when it is a conversation.
-
-    Raises:
-        BadRecord: naming file and place: a turn without author or text, authors out of turn, or a number of `<image>`
-            placeholders that differs from the pictures.
-    """
+    """The fields of a record, with `messages` when it is a conversation. Raises BadRecord: a turn lacks author or text,
+    authors do not alternate, or there are more or fewer `<image>` placeholders than images."""
     fields = dict(item)
+    if fields.keys().isdisjoint(_KEYS):
+        return fields
     for key in ("messages", "conversations", "data"):
         # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
         if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):
@@ -43,10 +42,8 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "messages" in fields or "conversations" in fields:
         key = "messages" if "messages" in fields else "conversations"
         turns = _turns(fields[key], key, where)
-    elif "data" in fields and "image_ids" not in fields and ("image" in fields or _pairs(fields["data"])):
-        if not _pairs(fields["data"]):  # without an image, odd ones are left to the original's decoder
-            raise BadRecord("wrong type", f"{where}: 'data' is {shorten(fields['data'])}; questions and answers "
-                            "come in pairs of texts.")
+    elif "image_ids" not in fields and isinstance(fields.get("data"), list) and fields["data"] \
+            and len(fields["data"]) % 2 == 0 and all(isinstance(text, str) for text in fields["data"]):
         turns = [("assistant" if number % 2 else "user", [text]) for number, text in enumerate(fields["data"])]
     elif {"source_image", "target_image"} <= fields.keys() and all(  # tables have empty columns
             fields.get(f"{key}_ids") is None for key in ("source_image", "target_image")):
@@ -63,7 +60,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     if count != len(pictures):
         raise BadRecord("images and placeholders", f"{where}: {counted(count, f'{PLACEHOLDER} placeholder')} for "
                         f"{counted(len(pictures), 'picture')}.")
-    turns = [(role, with_pictures(content, left)) for role, content in turns]
+    turns = [(role, _with_pictures(content, left)) for role, content in turns]
     if turns and turns[0][0] == "system":
         fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
     _check_order(turns, where)
@@ -77,17 +74,16 @@ def _turns(value: Any, key: str, where: str) -> list[tuple[str, list[Part]]]:
     turns = []
     for number, turn in enumerate(value, 1):
         name = f"{where}: turn {number} of {key!r}"
-        author, said = (next((one for one in names if turn.get(one) is not None), "")
-                        for names in (("role", "from"), ("content", "value")))
-        if not author or not said:
-            raise BadRecord("missing key", f"{name}: has no {'role or from' if not author else 'content or value'}.")
-        role = ROLES.get(str(turn[author]).lower())
+        author, content = (next((turn[one] for one in names if turn.get(one) is not None), None)
+                           for names in (("role", "from"), ("content", "value")))
+        if author is None or content is None:
+            missing = "role or from" if author is None else "content or value"
+            raise BadRecord("missing key", f"{name}: has no {missing}.")
+        role = ROLES.get(str(author).lower())
         if role is None:
-            raise BadRecord("wrong role", f"{name}: {author!r} is {shorten(turn[author])}, not one of "
-                            f"{', '.join(ROLES)}.")
-        content = turn[said]
-        turns.append((role, [_part(part, name) for part in ([content] if isinstance(content, str) else
-                                                            _list(content, name))]))
+            raise BadRecord("wrong role", f"{name}: its author is {shorten(author)}, not one of {', '.join(ROLES)}.")
+        parts = [content] if isinstance(content, str) else _list(content, name)
+        turns.append((role, [_part(part, name) for part in parts]))
     return turns
 
 
@@ -107,10 +103,6 @@ def _part(part: Any, name: str) -> Part:
         if part.get("type") == "image":  # the image stands in `images`
             return PLACEHOLDER
     raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(part)}.")
-
-
-def _pairs(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and not len(data) % 2 and all(isinstance(text, str) for text in data)
 
 
 def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -145,8 +137,8 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
     return sum(part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str))
 
 
-def with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
-    """The parts of a turn with the next of `pictures` in the place of each placeholder; empty texts are dropped."""
+def _with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
+    """The parts of a turn with its images; empty texts are dropped."""
     parts: list[Part] = []
     for part in content:
         if not isinstance(part, str):

@@ -17,23 +17,20 @@ from seed_multimodal.settings import nearest
 StoredPicture = bytes | Path | Drawing  # a file's bytes, where it lies, or what draws the picture
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")  # extensions of pictures in shards
 PICTURE_ENDINGS = tuple(f".{key}" for key in IMAGE_KEYS)  # of files in folders
-# Where a picture and its caption stand when no key is given: ours first, then those of Hugging Face's picture folders
-# (metadata.jsonl) and tables, and of shards written as tables.
+# Where an image and its caption stand when no key is given: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
-def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
+def image_field(fields: Mapping[str, Any], key: str | None) -> Any:
     """The value under `key`, or without one under the first of `IMAGE_FIELDS` that holds something; None: none."""
     return next((fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None), None)
 
 
-def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
+def no_picture(record: Record, key: str | None = None) -> BadRecord:
     """The error of a record without an image where one is looked for."""
-    key = key or IMAGE_FIELDS[0]
-    where = f"no .{', .'.join(extensions)} member" if in_tar(record) else f"nothing under key {key!r}" \
-        + other_keys(key, record.fields)
+    where = f"no .{', .'.join(IMAGE_KEYS)} member" if in_tar(record) else nothing_under(key or "image", record.fields)
     return BadRecord("missing picture", f"{record.where}: has no picture: {where}.")
 
 
@@ -42,19 +39,15 @@ def in_tar(record: Record) -> bool:
     return record.where.startswith(f"{record.file}: sample ")
 
 
-def other_keys(key: str, item: Mapping[str, Any]) -> str:
-    """What stands under the key, the nearest key, or the keys that there are, for a sentence."""
-    if key in item:
-        return f" (it is {str(item[key])[:60]!r})"
-    return nearest(key, item) or f" (it has {', '.join(sorted(map(str, item))[:8]) or 'no keys'})"
+def nothing_under(key: str, item: Mapping[str, Any]) -> str:
+    """A sentence with the nearest key, or the keys that there are."""
+    keys = ", ".join(sorted(map(str, item))[:8]) or "no keys"
+    return f"nothing under key {key!r}{nearest(key, set(item) - {key}) or f' (it has {keys})'}"
 
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
-    """The image that a field names: its bytes, or the file it lies in; of one that is drawn, the function that draws.
-
-    Args:
-        value: bytes, base64 text, a path, `{"bytes": …, "path": …}` as Hugging Face's tables have it, or a function.
-        root: the folder that paths are relative to; None: the folder of the record's file, then the current one.
+    """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
+    the function that draws it; paths are relative to `root`, else to the record's file, then the current folder.
 
     Raises:
         BadRecord: none of these. ImageError: there is no such file, or no base64.
@@ -77,39 +70,25 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
     if path is None and is_remote(folder) and "://" not in value:
         return read_all(f"{folder.rstrip('/')}/{value.lstrip('/')}")
     if path is None:
-        shown = (value if len(value) <= 200 else f"{value[:80]}…").encode("utf-8", "replace").decode()
         where = f"below {root}" if root is not None else "beside its list or in the current folder"
         why = "is an address, not a file; download it first" if "://" in value else f"is not there, {where}"
+        shown = value[:200].encode("utf-8", "replace").decode()
         raise ImageError(f"{record.where}: the picture {shown} {why}.")
     return path
 
 
-def has_caption(fields: Mapping[str, Any], key: str = "") -> bool:
-    """Whether something stands where captions do: under `key`, or without one under one of `CAPTION_FIELDS`."""
-    return any(fields.get(one) is not None for one in ((key,) if key else CAPTION_FIELDS))
-
-
-def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
-    """The captions of a record: a text or a list of texts under `key`, or without one under the first of
-    `CAPTION_FIELDS` that holds something.
-
-    Raises:
-        BadRecord: there is none, one is blank, or it is something else.
-    """
-    if fields.keys() == {"image"} and where.lower().endswith(PICTURE_ENDINGS):
-        raise BadRecord("missing member", f"{where}: has no .txt beside it with its caption.")
+def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str]:
+    """The text or texts under `key`, or without one under the first of `CAPTION_FIELDS` that holds something. Raises
+    BadRecord: there is none, one is blank, or it is something else."""
     names = (key,) if key else CAPTION_FIELDS
-    key = next((one for one in names if fields.get(one) is not None), next((one for one in names if one in fields), ""))
-    if not key:
-        raise BadRecord("missing key", f"{where}: has no caption key {names[0]!r}{other_keys(names[0], fields)}.")
-    value = fields[key]
+    value = next((fields[one] for one in names if fields.get(one) is not None), None)
+    if value in (None, []):
+        raise BadRecord("missing key", f"{where}: has no caption: no .txt, and {nothing_under(names[0], fields)}.")
     found = value if isinstance(value, list) else [value]
-    if value is None or not found:
-        raise BadRecord("missing key", f"{where}: has no caption, its {key!r} is {'null' if value is None else '[]'}.")
     if not all(isinstance(text, str) for text in found):
-        raise BadRecord("wrong type", f"{where}: its {key!r} is {shorten(value)}, not a text or a list of texts.")
+        raise BadRecord("wrong type", f"{where}: its caption is {shorten(value)}, not a text or a list of texts.")
     if not all(text.strip() for text in found):
-        raise BadRecord("empty text", f"{where}: its {key!r} is empty.")
+        raise BadRecord("empty text", f"{where}: its caption is empty.")
     return found
 
 
@@ -128,15 +107,15 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
 
 
 class PictureFolder:
-    """The images of a folder, at any depth (or, not `recursive`, in itself), by number; hidden files are skipped."""
+    """The images of a folder and the folders in it by number; hidden files are skipped."""
 
-    def __init__(self, path: str | Path, recursive: bool = True) -> None:
-        self.path, self.recursive = Path(path), recursive
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @cached_property
     def images(self) -> list[Path]:
-        """In the order of their names."""
-        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if
+        """By name."""
+        return sorted(path for path in self.path.glob("**/*") if
                       path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file())
 
     @property

@@ -2,8 +2,6 @@
 
     beside the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
     elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
-
-An index belongs to a file of one size and time of change (beside a remote file: of one size); any other is made again.
 """
 
 from __future__ import annotations
@@ -12,50 +10,38 @@ import hashlib
 import io
 import os
 import zipfile
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.formats.record import RecordFile
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, read_errors, stat
 from seed_multimodal.disk import disk_reason, replacing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
-from seed_multimodal.progress import Progress
 
 FOLDER = ".seed-index"
 KEEP_FROM = 1 << 20  # bytes: smaller files beside which no index is written by itself
 VERSION = "2"
-REMOTE_THREADS = 16
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class IndexedFile:
-    """A file whose records are found by an index; base of the readers. `kind` names what the index holds."""
+    """A file of some kind whose records are found by an index; base of the readers."""
 
     kind = ""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self._arrays: Arrays | None = None
 
     def scan(self) -> Arrays:
-        """The index, from the file's content. Raises DataError: it cannot be read."""
+        """The index, from the file's content. Raises DataError."""
         raise NotImplementedError
 
-    @property
-    def arrays(self) -> Arrays:
-        """The index: the one beside the file, the cached one, or a new one, which is cached. Raises as `scan`."""
-        if self._arrays is None:
-            self._arrays = self._cached()
-        return self._arrays
-
     def write_index(self) -> None:
-        """Write the index beside the file, if it is not there. Raises DataError: one of them cannot be read or
-        written."""
+        """Write the index beside the file, if it is not there. Raises DataError."""
         head, place = self._head(), index_beside(self.path)
         if _read(place, head) is None:
             try:
@@ -67,40 +53,24 @@ class IndexedFile:
         size, version = stat(self.path)
         return np.array([self.kind, VERSION, str(size), version])
 
-    def _cached(self) -> Arrays:
+    @cached_property
+    def arrays(self) -> Arrays:
+        """The index beside the file, the one in the folder for indexes, or a new one, which is kept there."""
         remote, head, beside = is_remote(self.path), self._head(), index_beside(self.path)
         folder = os.environ.get("SEED_INDEX_DIR") or (Path.home() / ".cache/seed-multimodal/index" if remote else "")
         name = self.path if remote else os.path.realpath(self.path)
         digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
         own = str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz") if folder else beside
-        for place, known in ((beside, head[:3] if remote else head), (own, head)):
-            arrays = _read(place, known)
-            if arrays is not None:
-                return arrays
-        arrays = {"head": head, **self.scan()}
-        if folder or int(head[2]) >= KEEP_FROM:
-            try:
-                _write(own, arrays)
-            except OSError as error:
-                log_line(f"{self.path}: its index cannot be kept ({disk_reason(error)}), so every process makes it "
-                         "again; name a folder by SEED_INDEX_DIR.")
+        arrays = _read(beside, head[:3] if remote else head) or _read(own, head)
+        if arrays is None:
+            arrays = {"head": head, **self.scan()}
+            if folder or int(head[2]) >= KEEP_FROM:
+                try:
+                    _write(own, arrays)
+                except OSError as error:
+                    log_line(f"{self.path}: its index cannot be kept ({disk_reason(error)}), so every process makes it "
+                             "again; name a folder by SEED_INDEX_DIR.")
         return arrays
-
-
-def piece_sizes(files: Sequence[RecordFile]) -> list[list[int]]:
-    """Records of each piece of each file, for which their indexes are read or made; of remote files several at a time.
-
-    Raises DataError: a file cannot be read.
-    """
-    log = log_line if os.environ.get("RANK", "0") == "0" else None
-    with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(files), "file", log=log) as bar:
-        remote = {number: pool.submit(lambda file: file.sizes, file)
-                  for number, file in enumerate(files) if is_remote(file.path)}
-        sizes = []
-        for number, file in enumerate(files):
-            sizes.append([int(size) for size in (remote[number].result() if number in remote else file.sizes)])
-            bar.update()
-        return sizes
 
 
 def index_beside(path: str) -> str:
@@ -110,7 +80,7 @@ def index_beside(path: str) -> str:
 
 
 def _write(place: str, arrays: Arrays) -> None:
-    """Write an index, whole or not at all. Raises OSError; DataError: a remote folder cannot be written."""
+    """Write an index, whole or not at all. Raises OSError, or DataError for a remote folder."""
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     if is_remote(place):

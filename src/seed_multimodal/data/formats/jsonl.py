@@ -16,9 +16,6 @@ from seed_multimodal.data.formats.record import BadRecord, Place, Record
 from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
 from seed_multimodal.errors import first_line
 
-LISTS = ("annotations",)  # keys whose list is meant, in a file that holds one object around it (COCO captions)
-BOM = b"\xef\xbb\xbf"
-
 
 class JsonLines(IndexedFile):
     """The lines of a .jsonl by number, blank ones skipped."""
@@ -31,9 +28,6 @@ class JsonLines(IndexedFile):
         position = 0
         with read_errors(self.path), open_binary(self.path) as file:
             for number, content in enumerate(file, 1):
-                if number == 1:
-                    _refuse_compressed(self.path, content)
-                    position, content = (len(BOM), content[len(BOM):]) if content.startswith(BOM) else (0, content)
                 if content.strip():
                     start.append(position)
                     length.append(len(content))
@@ -47,17 +41,14 @@ class JsonLines(IndexedFile):
         return [len(self.arrays["start"])]
 
     def locate(self, row: int) -> Record:
-        """A record, unread; its key is the line."""
+        """A record, unread."""
         line, start, length = (self.arrays[name].item(row) for name in ("line", "start", "length"))
         members: dict[str, bytes | Place] = {"json": Place(self.path, start, length)}
-        return Record(f"line{line}", f"{self.path}: line {line}", {}, members, self.path)
+        return Record(f"line {line}", f"{self.path}: line {line}", {}, members, self.path)
 
 
 class JsonList:
-    """The items of a .json list by number, which may stand under one of `LISTS`, or an object per line.
-
-    Items are kept as json in one piece of memory, which forked workers share.
-    """
+    """The items of a .json list by number, or an object per line; kept as one piece of memory, which forks share."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
@@ -65,18 +56,15 @@ class JsonList:
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray] | JsonLines:
         """The items, and where each begins and the last ends."""
-        content = read_all(self.path).removeprefix(BOM)
-        _refuse_compressed(self.path, content)
+        content = read_all(self.path)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
             if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
                 return JsonLines(self.path)
-            line = f"line {error.lineno}: " if isinstance(error, json.JSONDecodeError) else ""
-            raise BadRecord("malformed json", f"{self.path}: {line}is not json ({first_line(error)}).") from None
-        if isinstance(value, dict):
-            found = next((value[key] for key in LISTS if isinstance(value.get(key), list)), None)
-            value = [value] if found is None and b"\n" not in content.strip() else found
+            raise BadRecord("malformed json", f"{self.path}: is not json ({first_line(error)}).") from None
+        if isinstance(value, dict):  # as COCO's captions; or a file of one line
+            value = value.get("annotations", None if b"\n" in content.strip() else [value])
         if not isinstance(value, list):
             raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
         written = [json.dumps(item).encode() for item in value]
@@ -84,19 +72,13 @@ class JsonList:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All records are one piece. Raises BadRecord: the file is no json list."""
+        """All records are one piece."""
         return self._items.sizes if isinstance(self._items, JsonLines) else [len(self._items[1]) - 1]
 
     def locate(self, row: int) -> Record:
-        """A record; its key is the line or item."""
+        """A record."""
         if isinstance(self._items, JsonLines):
             return self._items.locate(row)
         data, ends = self._items
         members: dict[str, bytes | Place] = {"json": data[ends[row]:ends[row + 1]]}
-        return Record(f"item{row}", f"{self.path}: item {row}", {}, members, self.path)
-
-
-def _refuse_compressed(path: str, start: bytes) -> None:
-    if start[:2] == b"\x1f\x8b":
-        raise BadRecord("damaged file", f"{path}: compressed files cannot be read at random positions; unpack it with "
-                        "gunzip first.")
+        return Record(f"item {row}", f"{self.path}: item {row}", {}, members, self.path)

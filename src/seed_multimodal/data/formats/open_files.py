@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.parquet import KEPT, RowGroups
-from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, unreadable
+from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, read_errors
 from seed_multimodal.errors import DataError
 
 
 class OpenFiles:
     """Reads pieces of files, and rows of parquet files; each process (a forked worker) opens its own.
 
-    Args:
-        limit: files that stay open. rows: bytes of parquet's row groups that are kept.
-        cache: folder into which remote files are copied when they are first read; None: they are read by ranges.
+    `limit`: files that stay open; `rows`: bytes of parquet's row groups that are kept; `cache`: folder for copies of
+    remote files, which are read by ranges without it.
     """
 
     def __init__(self, limit: int = 64, rows: int = KEPT, cache: str | None = None) -> None:
         self.limit, self.cache = limit, cache
         self._owner = os.getpid()
-        self._handles: OrderedDict[str, Any] = OrderedDict()  # numbers of local files, fsspec's of remote ones
+        self._handles: OrderedDict[str, Any] = OrderedDict()
         self._copies: dict[str, str] = {}
         self.tables = RowGroups(rows)
 
@@ -31,34 +30,29 @@ class OpenFiles:
         """`size` bytes of a file from `offset`. Raises DataError: they cannot be read, or are no longer there."""
         place = self._place(path)
         handle = self._handles.pop(place, None)  # put back after the read: one that fails is opened again
-        try:
+        with read_errors(place):
             if handle is None:
-                handle = open_ranges(place) if is_remote(place) else os.open(place, os.O_RDONLY)
-            data = _piece(handle, offset, size)
-            while len(data) < size and (more := _piece(handle, offset + len(data), size - len(data))):
+                handle = open_ranges(place) if is_remote(place) else open(place, "rb", buffering=0)
+            handle.seek(offset)
+            data: bytes = handle.read(size)
+            while len(data) < size and (more := handle.read(size - len(data))):
                 data += more
-        except Exception as error:  # noqa: BLE001
-            unreadable(place, error)
         self._handles[place] = handle
         if len(self._handles) > self.limit:
-            self._close(self._handles.popitem(last=False)[1])
+            self._handles.popitem(last=False)[1].close()
         if len(data) < size:
             raise DataError(f"{path}: it is shorter than when it was indexed; do not change shards in use.")
         return data
 
-    def row(self, path: str | Path, number: int) -> dict[str, Any]:
+    def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]:
         """The fields of a row of a parquet file. Raises BadRecord: it cannot be read."""
-        return self.tables.row(self._place(path), number)
+        return self.tables.row(self._place(path), group, number, where)
 
     def close(self) -> None:
         """Close what this process holds open, and drop rows kept in memory."""
         while self._handles:
-            self._close(self._handles.popitem()[1])
+            self._handles.popitem()[1].close()
         self.tables.clear()
-
-    def _close(self, handle: Any) -> None:
-        if isinstance(handle, int):  # a remote file holds nothing open
-            os.close(handle)
 
     def _place(self, path: str | Path) -> str:
         """The file to read from: of a remote one its copy, if copies are kept."""
@@ -77,11 +71,3 @@ class OpenFiles:
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | None]]:
         return OpenFiles, (self.limit, self.tables.kept, self.cache)  # open files stay behind when a worker is spawned
-
-
-def _piece(handle: Any, offset: int, size: int) -> bytes:
-    if isinstance(handle, int):
-        return os.pread(handle, size, offset)
-    handle.seek(offset)
-    data: bytes = handle.read(size)
-    return data

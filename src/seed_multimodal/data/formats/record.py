@@ -24,43 +24,32 @@ class Place(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of a parquet file that is not read yet."""
+    """A row of a parquet file that is not read yet: its row group, and its number there."""
 
     file: str
+    group: int
     number: int
 
 
 class FileReader(Protocol):
     """Reads a `Place` and a `Row`; implemented by `open_files.OpenFiles`."""
 
-    def read(self, path: str | Path, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`."""
+    def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
 
-    def row(self, path: str | Path, number: int) -> dict[str, Any]:
-        """The fields of a table's row."""
+    def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]: ...
 
 
 @dataclass
 class Record:
-    """One record.
+    """One record: the fields of its json or table row, and its other parts."""
 
-    Attributes:
-        key: its place in its file: the key of a sample, `line12`, `item3`, `row3`.
-        where: `FILE: line 12`, `FILE: sample KEY`, `FILE: item 3` or `FILE: row 3`, as errors show it.
-        fields: of its json or table row.
-        members: other parts by lower-case extension (`jpg`, `txt`, and `json` until it is parsed), read or not.
-        file: the file it stands in, which paths of images may be relative to.
-        problem: (kind, sentence) of the defect, where it is known before the record is read.
-        row: the table row that its fields are, until they are read.
-    """
-
-    key: str
-    where: str
+    key: str  # of a sample; else `line 12`, `item 3`, `row 3`
+    where: str  # `FILE: sample KEY`, `FILE: line 12`, as errors show it
     fields: dict[str, Any] = field(default_factory=dict)
-    members: dict[str, bytes | Place] = field(default_factory=dict)
-    file: str = ""
-    problem: tuple[str, str] | None = None
-    row: Row | None = None
+    members: dict[str, bytes | Place] = field(default_factory=dict)  # by extension; `json` until it is parsed
+    file: str = ""  # which paths of images may be relative to
+    problem: tuple[str, str] | None = None  # (kind, sentence) of a defect that is known before it is read
+    row: Row | None = None  # that its fields are, until they are read
 
     def member(self, *extensions: str, files: FileReader) -> bytes | None:
         """The bytes of the first of these members that the record has; None without any."""
@@ -71,20 +60,20 @@ class Record:
         return None
 
     def parsed(self, files: FileReader) -> Record:
-        """The record with its json member, or its table row, among `fields`.
-
-        Raises:
-            BadRecord: its `problem`, a json member that holds no object, a row that cannot be read.
-        """
+        """The record with its json member, or its table row, among `fields`. Raises BadRecord."""
         if self.problem is not None:
             raise BadRecord(*self.problem)
         if self.row is not None:
-            return Record(self.key, self.where, self.fields | files.row(*self.row), self.members, self.file)
+            return Record(self.key, self.where, self.fields | files.row(*self.row, self.where), self.members, self.file)
         data = self.member("json", files=files)
         if data is None:
             return self
-        others = {extension: part for extension, part in self.members.items() if extension != "json"}
-        return Record(self.key, self.where, parse_object(data, self.where) | self.fields, others, self.file)
+        value = parse_json(data, self.where)
+        if not isinstance(value, dict):
+            raise BadRecord("malformed json", f"{self.where}: holds a {type(value).__name__}, not an object.")
+        others = self.members.copy()
+        del others["json"]
+        return Record(self.key, self.where, value | self.fields, others, self.file)
 
 
 class BadRecord(DataError):
@@ -98,20 +87,12 @@ class BadRecord(DataError):
         return BadRecord, (self.kind, str(self))
 
 
-def parse_object(data: bytes | str, where: str) -> dict[str, Any]:
-    """A json object from its bytes. Raises BadRecord: no json, or no object."""
-    value = parse_json(data, where)
-    if not isinstance(value, dict):
-        raise BadRecord("malformed json", f"{where}: holds a {type(value).__name__}, not an object.")
-    return value
-
-
 def parse_json(data: bytes | str, where: str) -> Any:
     """Any json value; half a surrogate pair, in which texts cut inside an emoji end, becomes `?`. Raises BadRecord."""
     try:
+        data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
         value = json.loads(data)
-        small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
-        if b"\\ud" in small or b"\xed" in small:  # escaped, or as bytes of their own
+        if b"\xed" in data or b"\\u" in data and b"\\ud" in data.lower():  # as bytes of their own, or escaped
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         return value
     except UnicodeDecodeError as error:
@@ -127,12 +108,8 @@ def shorten(value: Any) -> str:
 
 
 def find_image(path: str, root: str | Path | None = None, beside: str | Path | None = None) -> Path | None:
-    """The file of a record's image, or None.
-
-    Args:
-        path: as the record names it. A leading slash may mean `root`, as in SEED-X's lists.
-        root: the folder of images; None: that of the file `beside`, then the current one.
-    """
+    """The file of an image below `root`, or without one below the folder of the file `beside`, else the current one.
+    A leading slash may mean that folder, as in SEED-X's lists."""
     folders = [Path(root)] if root is not None else [Path(beside).parent if beside else Path(), Path()]
     places = [Path(path)] if Path(path).is_absolute() else []
     places += [folder / path.lstrip("/") for folder in folders]
@@ -140,15 +117,13 @@ def find_image(path: str, root: str | Path | None = None, beside: str | Path | N
 
 
 class RecordFile(Protocol):
-    """The records of one file by number."""
+    """The records of one file by number; `sizes`: of each piece that is read together."""
 
     @property
-    def path(self) -> str | Path:
-        """The file."""
+    def path(self) -> str | Path: ...
 
     @property
-    def sizes(self) -> Sequence[int]:
-        """Records of each piece that is read together."""
+    def sizes(self) -> Sequence[int]: ...
 
     def locate(self, row: int) -> Record:
         """A record, unread where that is possible."""

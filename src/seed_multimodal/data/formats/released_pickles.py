@@ -1,25 +1,21 @@
 """The original's pickled shards: read as data, converted once by `seed data convert OLD... --out DIR`.
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
-stand-ins that only collect numbers, and every other name is refused before it is looked up. What comes out is plain:
-dict, list, str, int, float, bool, None. Tuples and integer arrays become lists, UTF-8 bytes become texts.
+stand-ins that only collect numbers, and every other name is refused before it is looked up. Tuples and integer arrays
+become lists, UTF-8 bytes texts. Read are pickles of protocol 3 and later, which Python 3 writes.
 
-Each shard is converted by itself, written whole or not at all; shards that are there are skipped, so that the same
-command resumes. This is the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
+Each shard is written whole or not at all; shards that are there are skipped, so that the same command resumes. This is
+the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
 """
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickletools
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
@@ -28,46 +24,31 @@ from typing import Any
 import numpy as np
 
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.record import BadRecord, parse_object
+from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import find_files
+from seed_multimodal.data.formats.sources import find_files, in_processes
 from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
-from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import DataError, SeedError, first_line
-from seed_multimodal.progress import Progress
 
 MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
-MAX_DEPTH = 64
 _BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, OverflowError,
            MemoryError, RecursionError)
 
 
 def read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """The dict in a sample's .pkl member, in json's types.
-
-    Raises:
-        BadRecord: naming `where` and what is refused: a global (a function or class by name), a type, or a pickle that
-            is broken or claims more than it holds.
-    """
+    """The dict in a sample's .pkl member, in json's types. Raises BadRecord, which names what is refused: a global (a
+    function or class by name), a type, or a pickle that is broken or claims more than it holds."""
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if "PUT" in opcode.name and int(argument or 0) > count + 256:  # it would allocate a huge list at once
                 raise ValueError(f"it numbers an object {argument}")
         return _plain_dict(_Plain(io.BytesIO(data)).load())
-    except _Refused as error:
+    except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
     except _BROKEN as error:
         raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
                         ) from None
-
-
-class _Refused(Exception):
-    """What a pickle requests or holds that is not allowed."""
-
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.kind = kind
 
 
 class _Plain(Unpickler):
@@ -77,7 +58,7 @@ class _Plain(Unpickler):
         """The stand-in of a name of numpy's pickles; called for every global, before anything is imported."""
         known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
         if known is None:
-            raise _Refused("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
+            raise BadRecord("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
                            "are read, and nothing is run.")
         return known
 
@@ -104,7 +85,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
-            raise _Refused("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
+            raise BadRecord("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -120,8 +101,6 @@ class _Array:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
-        if isinstance(data, str):  # pickled by python 2
-            data = data.encode("latin-1")
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes | bytearray) or not isinstance(shape, tuple):
             raise UnpicklingError("a numpy array has another state")
         flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
@@ -136,58 +115,49 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -
     return array
 
 
-def _encode(text: Any, encoding: Any) -> bytes:
-    """`_codecs.encode(text, "latin1")`: how protocol 2 writes bytes."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise UnpicklingError("it encodes something else than bytes")
-    return text.encode("latin-1")
-
-
 STAND_INS: dict[tuple[str, str], _StandIn] = {
     ("numpy", "ndarray"): _StandIn(lambda: None),  # a type, of which `_reconstruct` makes an array
     ("numpy", "dtype"): _StandIn(_Dtype),
     ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
     ("numpy.core.multiarray", "scalar"): _StandIn(lambda dtype, data: _from_buffer(data, dtype, ()).value),
-    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
-    ("_codecs", "encode"): _StandIn(_encode),
-    ("__builtin__", "bytes"): _StandIn(lambda: b"")}  # how protocol 2 writes no bytes at all
+    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer)}
 
 
 def _plain_dict(value: Any) -> dict[str, Any]:
     """The value in json's types, with a count of what it holds."""
     nodes = 0
 
-    def convert(value: Any, path: str, depth: int) -> Any:
+    def convert(value: Any, path: str) -> Any:
         nonlocal nodes
         nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
                       value.size if isinstance(value, _Array) else 0)
-        if nodes > MAX_NODES or depth > MAX_DEPTH:
-            raise _Refused("wrong type", f"is larger than {MAX_NODES:,} values or nested deeper than {MAX_DEPTH}.")
+        if nodes > MAX_NODES:
+            raise BadRecord("wrong type", f"is larger than {MAX_NODES:,} values.")
         kind = type(value)
         if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
             return value
         if kind is float:
             return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
         if kind is list or kind is tuple:
-            return [convert(one, f"{path}[{place}]", depth + 1) for place, one in enumerate(value)]
+            return [convert(one, f"{path}[{place}]") for place, one in enumerate(value)]
         if kind is dict and all(type(key) is str for key in value):
-            return {key: convert(one, f"{path}.{key}" if path else key, depth + 1) for key, one in value.items()}
+            return {key: convert(one, f"{path}.{key}") for key, one in value.items()}
         if kind is _Array:
             return value.value
         if kind is bytes:
             return value.decode("utf-8")
-        raise _Refused("wrong type", f"{path or 'it'} holds a {kind.__name__}, which is no plain value.")
+        raise BadRecord("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
 
-    if type(value) is not dict:
-        raise _Refused("wrong type", f"holds a {type(value).__name__}, not a dict.")
-    plain: dict[str, Any] = convert(value, "", 0)
+    plain: Any = convert(value, "")
+    if type(plain) is not dict:
+        raise BadRecord("wrong type", f"holds a {type(plain).__name__}, not a dict.")
     return plain
 
 
 @dataclass
 class ConvertReport:
-    """Shards converted now and already there, shards refused and samples left out (a sentence each), samples
-    converted now."""
+    """Shards converted now and already there, samples converted now; shards refused and samples left out (a sentence
+    each)."""
 
     converted: int = 0
     kept: int = 0
@@ -196,59 +166,38 @@ class ConvertReport:
     skipped: list[str] = field(default_factory=list)
 
 
-def convert_shards(tars: Sequence[str | Path], out: str | Path, *, skip_bad: bool = False, force: bool = False,
-                   workers: int = 1, progress: bool = True) -> ConvertReport:
-    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one.
-
-    Args:
-        skip_bad: leave out refused samples (they are named and counted) instead of their whole shard.
-        force: convert also what is there already.
-        workers: processes.
-
-    Raises:
-        DataError: no such tars, or a process was killed.
-    """
+def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1) -> ConvertReport:
+    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; those that are there
+    are skipped. Raises DataError: no such tars, or a process was killed."""
     out = writable_folder(Path(out).absolute(), DataError)
     paths = [path for name, _ in find_files(tars, "tar") if not (path := Path(name).absolute()).is_relative_to(out)]
     if not paths:
         raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
     folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
-    base = os.path.commonpath([*folders, *(path.parent for path in paths
-                                           if not any(map(path.is_relative_to, folders)))])
+    base = os.path.commonpath([*folders, *(path.parent for path in paths)])
     jobs = [(path, out / path.relative_to(base)) for path in paths]
-    left = [(path, target, skip_bad) for path, target in jobs
-            if force or not target.is_file() or target.stat().st_mtime < path.stat().st_mtime]
+    left = [(path, target) for path, target in jobs if not target.is_file()]
     report = ConvertReport(kept=len(jobs) - len(left))
-    context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
-    with Progress("convert", len(left), "shard", log=log_line if progress else None) as bar, \
-            ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
-        try:
-            for samples, skipped, refusal in (pool.map if workers > 1 else map)(_convert, left):
-                report.converted += not refusal
-                report.samples += samples
-                report.skipped += skipped
-                report.refused += [refusal] if refusal else []
-                bar.update()
-        except BrokenProcessPool:
-            raise DataError("A conversion process was killed (often because memory ran out); the same command "
-                            "resumes.") from None
+    for samples, skipped, refusal in in_processes(_convert, left, workers, "convert", "shard"):
+        report.converted += not refusal
+        report.samples += samples
+        report.skipped += skipped
+        report.refused += [refusal] if refusal else []
     return report
 
 
-def _convert(job: tuple[Path, Path, bool]) -> tuple[int, list[str], str]:
-    """(samples, sentences about those left out, why the shard was refused) of (its file, the new one, skip_bad)."""
-    path, target, skip_bad = job
+def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
+    """(samples, sentences about those left out, why the shard was refused) of (its file, the new one)."""
+    path, target = job
     skipped: list[str] = []
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
-        left.unlink()
     try:
         with writing(target, DataError):
-            return write_shard(target, _samples(TarFile(path), skipped if skip_bad else None)), skipped, ""
+            return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
     except (SeedError, ValueError) as error:  # ValueError: a name that does not fit a tar's header
         return 0, [], str(error) if isinstance(error, SeedError) else f"{target}: cannot be written ({error})."
 
 
-def _samples(tar: TarFile, skipped: list[str] | None) -> Iterator[tuple[str, dict[str, bytes]]]:
+def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
     """(key, {"json": bytes}) of each sample; other members (images) are carried along as they are."""
     files, written = OpenFiles(limit=1), 0
     for row in range(sum(tar.sizes)):
@@ -256,22 +205,19 @@ def _samples(tar: TarFile, skipped: list[str] | None) -> Iterator[tuple[str, dic
         try:
             if record.problem is not None:
                 raise BadRecord(*record.problem)
-            yield record.key, _converted({extension: record.member(extension, files=files) or b""
-                                          for extension in record.members}, record.where)
+            members = {extension: record.member(extension, files=files) or b"" for extension in record.members}
+            yield record.key, _converted(members, record.where)
             written += 1
         except BadRecord as error:
-            if skipped is None or error.kind == "damaged file":
+            if error.kind == "damaged file":
                 raise
             skipped.append(str(error))
     if not written:
-        raise DataError(f"{tar.path}: holds no sample that can be converted.")
+        raise DataError(f"{tar.path}: holds no sample that can be converted; the first: {skipped[0]}")
 
 
 def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
     pickles = [extension for extension in members if extension in PICKLED]
-    if not pickles and "json" in members:  # a shard that was converted before
-        parse_object(members["json"], where)
-        return members
     if len(pickles) != 1 or "json" in members:
         raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; one .pkl member was expected.")
     value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")

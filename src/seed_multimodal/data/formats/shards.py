@@ -1,7 +1,8 @@
-"""Writes webdataset shards: a tar of KEY.ext members, equal bytes for equal records."""
+"""Writes webdataset shards: tars of KEY.ext members, equal bytes for equal records."""
 
 from __future__ import annotations
 
+import glob
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -35,14 +36,17 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at the end, whole or not at all. Raises OSError."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """A writer whose shard appears at its end, whole or not at all; what killed runs left of it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink()
     with replacing(path) as file, closing(ShardWriter(file)) as writer:
         yield writer
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) records as a shard (see `open_shard`). Returns the count."""
+    """Write (key, {extension: bytes}) records as a shard; returns the count."""
     with open_shard(path) as writer:
         for key, members in records:
             writer.add(key, members)

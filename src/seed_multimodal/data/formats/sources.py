@@ -2,13 +2,11 @@
 
     source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a URL, a list of them
     source.read(17)                                               # Record(key, where, fields)
-    source.locate(17)                                             # the same, unread
 
 Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
 
-Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)`
-returns a `record.RecordFile`; `path` is None where the configuration names no files. For image-caption pairs its
-`pair_keys`, if it has any, are arguments of `pairs.PairReader`.
+Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
+a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are those of `pairs.PairKeys`.
 """
 
 from __future__ import annotations
@@ -16,43 +14,42 @@ from __future__ import annotations
 import difflib
 import glob
 import inspect
-import itertools
 import multiprocessing
 import os
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import PICTURE_ENDINGS, PictureFolder
-from seed_multimodal.data.formats.index import IndexedFile, piece_sizes
+from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import Record, RecordFile
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
 from seed_multimodal.data.formats.tar import JsonTar
-from seed_multimodal.entry import end_with_parent
+from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
 GROUP = "seed_multimodal.formats"
-SUFFIXES = {"tar": (".tar", ".tar.gz", ".tgz"), "jsonl": (".jsonl", ".ndjson", ".jsonl.gz"),
-            "json": (".json", ".json.gz"),  # compressed ones are found in order to be refused, not passed over
-            "parquet": (".parquet",)}
-NOTES = re.compile(r"manifest\.json|settings\.json|counts\.json|\d+_stats\.json")  # of tools that write shards
+SUFFIXES = {"tar": (".tar",), "jsonl": (".jsonl", ".ndjson"), "json": (".json",), "parquet": (".parquet",)}
+REMOTE_THREADS = 16
+T = TypeVar("T")
 _WILD = re.compile(r"[*?\[]")
-_COMPARED = 2000  # names: a folder of images may hold a million, to compare which would take minutes
+_COMPARED = 2000  # names: to compare a million, as a folder of images may hold, would take minutes
 
 
 @cache
@@ -61,7 +58,7 @@ def registered() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def open_registered(name: str, path: str | Path | None, options: Mapping[str, Any]) -> RecordFile:
+def open_registered(name: str, path: Any, options: Mapping[str, Any]) -> RecordFile:
     """The records of a registered format. Raises ConfigError: an option that its opener does not have."""
     opener = registered()[name].load()
     check_keys(options, list(inspect.signature(opener).parameters)[1:], f"options of format {name}")
@@ -69,64 +66,54 @@ def open_registered(name: str, path: str | Path | None, options: Mapping[str, An
     return file
 
 
-def open_file(path: str | Path, format: str, others: Mapping[str, Sequence[str]] | None = None,
-              options: Mapping[str, Any] | None = None) -> RecordFile:
-    """The records of one file: tar, jsonl, json, parquet, folder or a registered format; nothing is read yet.
-
-    Args:
-        others: of a tar, members to be found beside the json (`tar.JsonTar`). options: of a registered format.
-    """
+def open_file(path: str | Path, format: str, *, needs_json: bool = True) -> RecordFile:
+    """The records of one tar, jsonl, json, parquet or folder, unread. `needs_json`: without it tars may lack .json."""
     if format == "tar":
-        return JsonTar(path, others)
-    if format in registered():
-        return open_registered(format, path, options or {})
+        return JsonTar(path, needs_json)
     kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
                                                    "folder": PictureFolder}
     return kinds[format](path)
 
 
-def open_records(
-    files: str | Path | Sequence[str | Path] | None,
-    *,
-    format: str = "auto",
-    name: str = "",
-    cache: str | None = None,
-    others: Mapping[str, Sequence[str]] | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> FileRecords:
+def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
+                 cache: str | None = None, needs_json: bool = True, pictures: bool = False,
+                 options: Mapping[str, Any] | None = None) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
 
     Args:
-        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds.
-            `folder`: images with their captions in .txt files beside them. Or a registered one.
-        name: name of the source in logs and counts; default: what was given as `files`.
+        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds;
+            `folder`: images with their captions in .txt files beside them; or a registered one, with its `options`.
+        name: of the source in logs and counts; default: what was given as `files`.
         cache: folder into which remote files are copied; None: they are read by ranges.
-        others, options: as of `open_file`.
-
-    Raises:
-        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
+        needs_json, pictures: as of `open_file` and `find_files`.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
     if format in registered():
         return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
-    found = [(str(one), format) for one in given] if format == "folder" else find_files(given, format)
-    return FileRecords([open_file(path, kind, others) for path, kind in found], name or ", ".join(map(str, given)),
-                       cache)
+    parts = [open_file(path, kind, needs_json=needs_json)
+             for path, kind in find_files(given, format, pictures=pictures or format == "folder")]
+    return FileRecords(parts, name or ", ".join(map(str, given)), cache)
 
 
 class FileRecords:
     """The records of several files, numbered through; `cache` as of `open_records`."""
 
-    def __init__(self, parts: Sequence[RecordFile], name: str = "", cache: str | None = None) -> None:
+    def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | None = None) -> None:
         self.parts, self.name = parts, name
-        self.files = [part.path for part in parts]
         self.open_files = OpenFiles(cache=cache)
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
-        sizes = piece_sizes(self.parts)
+        """Records of each piece of each file; indexes of remote files are read or made several at a time."""
+        log = log_line if os.environ.get("RANK", "0") == "0" else None
+        with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
+            ready = pool.map(lambda part: is_remote(part.path) and part.sizes, self.parts)
+            sizes = []
+            for part, _ in zip(self.parts, ready, strict=True):
+                sizes.append([int(size) for size in part.sizes])
+                bar.update()
         if not any(map(any, sizes)):
-            raise DataError(f"{self.name or self.files[0]}: holds no record.")
+            raise DataError(f"{self.name}: holds no record.")
         return sizes
 
     @cached_property
@@ -142,55 +129,42 @@ class FileRecords:
         return self._ends[-1]
 
     def locate(self, index: int) -> Record:
-        """One record, unread where that is possible. Raises DataError as `read`."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"{self.name}: there is no record {index} among {len(self)}")
+        """One record, unread where that is possible."""
         number = bisect_right(self._ends, index)
         return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
     def read(self, index: int) -> Record:
-        """One record, with `messages` if it is a conversation.
-
-        Raises:
-            DataError: one sentence with file and line, item, row or sample, when it is broken or no longer there.
-        """
+        """One record, with `messages` if it is a conversation. Raises DataError: it is broken or no longer there."""
         record = self.locate(index).parsed(self.open_files)
         record.fields = with_messages(record.fields, record.where)
         return record
 
-    def close(self) -> None:
-        """Close this process's open files and drop rows kept in memory; reading opens them again."""
-        self.open_files.close()
-
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
-    """Write the indexes beside all shards and files of lines; returns how many there are.
-
-    Raises:
-        DataError: nothing matches, no file needs an index, or one cannot be read or its index not be written.
-    """
+    """Write the indexes beside all shards and files of lines; returns how many there are."""
     files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
     if not files:
         raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(files)), mp_context=context, initializer=end_with_parent) as pool, \
-            Progress("index", len(files), "file") as bar:
-        for _ in pool.map(IndexedFile.write_index, files):
-            bar.update()
-    return len(files)
+    return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index", "file"))
 
 
-def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
-               recursive: bool = True) -> list[tuple[str, str]]:
-    """(file, its format) of each file behind the patterns and folders, each once.
+def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, name: str, unit: str) -> Iterator[T]:
+    """The results of jobs, in order, with a progress bar. Raises DataError: a process was killed."""
+    context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool, \
+            Progress(name, len(jobs), unit, log=log_line) as bar:
+        try:
+            for result in (pool.map if processes > 1 else map)(work, jobs):
+                bar.update()
+                yield result
+        except BrokenProcessPool:
+            raise DataError("A process was killed (often because memory ran out); the same command resumes.") from None
 
-    Args:
-        pictures: a folder without lists and tables may be one input of format `folder`.
-        recursive: folders are searched at any depth.
 
-    Raises:
-        ConfigError: an unknown format. DataError: nothing matches, or a folder holds several kinds of files.
-    """
+def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False) -> list[tuple[str, str]]:
+    """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
+    has no lists or tables, is an input of format `folder`. Raises ConfigError: an unknown format; DataError: nothing
+    matches, or a folder holds several kinds of files."""
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
@@ -198,53 +172,41 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     if not given:
         raise DataError("The list of files is empty.")
     found: dict[str, str] = {}
-    for path in map(str, given) if format in registered() else expand_pattern(given):
-        if format not in registered() and _is_folder(path):
-            found.update(_in_folder(path, format, pictures, recursive))
+    for path in expand_pattern(given):
+        kind = _suffix_format(path)
+        if _is_folder(path):
+            found.update(_in_folder(path, format, pictures))
+        elif format == "auto" and not kind:
+            raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
         else:
-            found[path] = _format_of(path, format)
+            found[path] = kind if format in ("auto", kind[:4]) else format  # lines of json are json
     return list(found.items())
 
 
 def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches.
-
-    Raises:
-        DataError: a pattern matches nothing, or a file that braces spell out is missing.
-    """
+    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches. Raises
+    DataError: a pattern matches nothing, or a file that braces spell out is missing."""
     found: dict[str, None] = {}
-    for one in map(str, patterns):
-        matches = {name: _matches(name) for name in braceexpand(one, escape=False)}
-        missing = [name for name, some in matches.items() if not some]
-        if len(missing) == len(matches):
-            if _WILD.search(one) or "{" in one:
-                raise DataError(f"{one}: no file matches this pattern.")
-            raise DataError(f"{one[:200]}: there is no such file or folder{nearest_path(one)}.")
-        if missing:
-            raise DataError(f"{one}: {len(missing)} of its {len(matches)} files are missing, first {missing[0]}.")
-        paths = [path for some in matches.values() for path in some]
+    for name in (name for one in patterns for name in braceexpand(str(one), escape=False)):
+        paths = _matches(name)
+        if not paths:
+            reason = "no file matches this pattern" if _WILD.search(name) else \
+                f"there is no such file or folder{nearest_path(name)}"
+            raise DataError(f"{name[:200]}: {reason}.")
         found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
     return list(found)
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano?)` for a path that is not there: the most similar name beside its first missing part;
-    an empty string where there is none, or too many to compare."""
-    place = Path(path)
-    while not os.path.isdir(place.parent) and place.parent != place:
-        place = place.parent
-    try:
-        with os.scandir(place.parent) as entries:  # `iterdir` would read all of them first
-            names = [one.name for one in itertools.islice(entries, _COMPARED + 1)]
-    except OSError:  # a folder that may not be listed
-        return ""
-    close = difflib.get_close_matches(place.name, names, n=1) if len(names) <= _COMPARED else []
-    return f" (did you mean {place.with_name(close[0])}?)" if close else ""
+    """` (did you mean data/nano?)`: the most similar name in the folder of a path that is not there."""
+    folder, name = os.path.split(path)
+    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
+    close = difflib.get_close_matches(name, names[:_COMPARED], n=1)
+    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
 
 
 def _matches(name: str) -> list[str]:
-    """Existing paths of this name (which may hold brackets) or matching its wildcards; a remote file is not looked for
-    before it is read."""
+    """Paths of this name or matching its wildcards; a remote file is not looked for before it is read."""
     if is_remote(name):
         if not _WILD.search(name):
             return [name]
@@ -260,19 +222,19 @@ def _is_folder(path: str) -> bool:
     return not _suffix_format(path) if is_remote(path) else os.path.isdir(path)
 
 
-def _listing(folder: str, recursive: bool) -> list[str]:
-    """The files in a folder, without hidden ones, by name."""
+def _listing(folder: str) -> list[str]:
+    """The files in a folder and the folders in it, without hidden ones, by name."""
     if is_remote(folder):
         files, name = filesystem(folder)
         with read_errors(folder):
-            found = sorted(map(files.unstrip_protocol, files.find(name, maxdepth=None if recursive else 1)))
+            found = sorted(map(files.unstrip_protocol, files.find(name)))
     else:
-        found = [str(path) for path in sorted(Path(folder).glob("**/*" if recursive else "*")) if path.is_file()]
+        found = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
     return [path for path in found if not path.rpartition("/")[2].startswith(".")]
 
 
-def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dict[str, str]:
-    files = [path for path in _listing(folder, recursive) if not NOTES.fullmatch(path.rpartition("/")[2])]
+def _in_folder(folder: str, format: str, pictures: bool) -> dict[str, str]:
+    files = _listing(folder)
     shown = {os.path.splitext(path)[0] for path in files if pictures and path.lower().endswith(PICTURE_ENDINGS)}
     kinds: dict[str, list[str]] = {}
     for path in files:
@@ -280,22 +242,15 @@ def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dic
         if kind and format in ("auto", kind, kind[:4]) and not (kind == "json" and os.path.splitext(path)[0] in shown):
             kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
-        kinds.pop("json", None)  # beside shards these are manifests and statistics
+        kinds.pop("json", None)  # beside shards these are counts, settings and statistics
     if format in ("auto", "folder") and shown and not kinds:
         return {folder: "folder"}
     if not kinds:
         wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if pictures else ''}"
-        raise DataError(f"{folder}: this folder holds no {wanted}{', at any depth' if recursive else ''}.")
+        raise DataError(f"{folder}: this folder holds no {wanted}, at any depth.")
     if len(kinds) > 1 and format == "auto":
         raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
-
-
-def _format_of(path: str, format: str) -> str:
-    kind = _suffix_format(path)
-    if format == "auto" and not kind:
-        raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
-    return kind if format in ("auto", kind[:4]) else format  # lines of json are json
 
 
 def _suffix_format(path: str) -> str:

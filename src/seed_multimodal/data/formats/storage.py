@@ -1,17 +1,16 @@
 """Files of data, on disk or behind any fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`).
 
-Local files are read with `pread`, remote ones by range requests through fsspec's block cache, or from copies of whole
-files (`cache`). Keys, end points and regions are fsspec's own settings, from the environment or ~/.config/fsspec.
+Remote ones are read by range requests through fsspec's block cache, or from copies of whole files. Keys, end points and
+regions are fsspec's own settings, from the environment or ~/.config/fsspec.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any
 
 from seed_multimodal.disk import disk_reason, replacing_path
 from seed_multimodal.errors import DataError, SeedError, first_line
@@ -34,28 +33,23 @@ def filesystem(url: str) -> tuple[Any, str]:
         return found
 
 
-@contextmanager
-def read_errors(path: str | Path) -> Iterator[None]:
-    """Errors while a file is read become a DataError (`unreadable`)."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001
-        unreadable(path, error)
+class read_errors(AbstractContextManager[None]):
+    """Errors of the system, or of a remote file's client library, while a file is read become a DataError."""
 
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
 
-def unreadable(path: str | Path, error: Exception) -> NoReturn:
-    """Raise a DataError for an error of the system or of a client library (which have exceptions of their own), any
-    other error as it is."""
-    if isinstance(error, SeedError) or not is_remote(path) and not isinstance(error, OSError):
-        raise error
-    if isinstance(error, FileNotFoundError):
-        raise DataError(f"{path}: there is no such file.") from None
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-    raise DataError(f"{path}: cannot be read ({reason}).") from error
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SeedError) or not isinstance(error, Exception if is_remote(self.path) else OSError):
+            return
+        if isinstance(error, FileNotFoundError):
+            raise DataError(f"{self.path}: there is no such file.") from None
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise DataError(f"{self.path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
-    """A file to be read from its start to its end. Raises DataError: it cannot be opened."""
+    """A file to be read from its start to its end. Raises DataError."""
     with read_errors(path):
         if not is_remote(path):
             return open(path, "rb")
@@ -65,7 +59,7 @@ def open_binary(path: str | Path) -> IO[bytes]:
 
 
 def open_ranges(url: str) -> Any:
-    """A remote file to be read at random positions, through a cache of blocks. Raises DataError as `read_all`."""
+    """A remote file to be read at random positions, through a cache of blocks. Raises DataError."""
     files, name = filesystem(url)
     with read_errors(url):
         return files.open(name, "rb", block_size=BLOCK, cache_type="blockcache", cache_options={"maxblocks": BLOCKS})

@@ -1,26 +1,19 @@
-"""Webdataset shards: members grouped into samples, and random access by an index of the headers.
-
-Training reads samples in an order that depends on the seed, which a stream cannot give. Plain .tar only: a position in
-a .tar.gz cannot be read without unpacking all before it.
-"""
+"""Webdataset shards (.tar, not compressed): members grouped into samples, and random access by an index."""
 
 from __future__ import annotations
 
 import tarfile
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, Place, Record
 from seed_multimodal.data.formats.storage import open_binary, read_errors
-from seed_multimodal.errors import DataError
 
-COMPRESSED = (".gz", ".tgz")
 PICKLED = ("pkl", "pickle")
 
 
@@ -29,155 +22,103 @@ class TarFile(IndexedFile):
 
     Of a torn tar the whole samples before its damage are records, and the sample it tears in is a last one that has
     a `problem`.
-
-    Args:
-        columns: part → extensions of its member, the preferred first; a record's members have the parts' names. None:
-            every member by its extension.
     """
 
     kind = "tar"
 
-    def __init__(self, path: str | Path, columns: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__(path)
-        self.columns = columns
-
     def scan(self) -> Arrays:
-        """The index, see `scan_tar`."""
-        return scan_tar(self.path)
+        """The index, by the headers of all members.
 
-    @property
-    def damage(self) -> str:
-        """A sentence about where the tar is torn; empty: it is whole."""
-        reason = str(self.arrays["damage"])
-        return f"{self.path}: {reason}" if reason else ""
+        Returns:
+            keys: bytes [N] of the whole samples. first: int64 [N + 1], number of each sample's first member.
+            extension: of each member the number in `extensions`. offset, size: of each member, int64 [M].
+            damage: a sentence about where the tar is torn, without its name; empty: it is whole.
+        """
+        keys: list[bytes] = []
+        numbers: dict[str, int] = {}
+        first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
+        end, last, damage = 0, "", ""
+        with read_errors(self.path), open_binary(self.path) as file:
+            try:
+                tar = tarfile.open(fileobj=file, mode="r:")
+                while True:  # as `tar.next()`, which stops without an error at anything that is no header
+                    position = end
+                    file.seek(position)
+                    member = tarfile.TarInfo.fromtarfile(tar)
+                    end = tar.offset
+                    if end <= position:
+                        raise tarfile.ReadError("a header has a size below 0")
+                    name, ending = split_name(member.name)
+                    if not name or not member.isreg():
+                        continue
+                    if name != last:
+                        keys.append(name.encode("utf-8", "surrogateescape"))
+                        first.append(len(offset))
+                        last = name
+                    extension.append(numbers.setdefault(ending, len(numbers)))
+                    offset.append(member.offset_data)
+                    size.append(member.size)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+                pass
+            except (tarfile.TarError, ValueError, OverflowError) as error:
+                damage = str(error)
+        first.append(len(offset))
+        if damage and keys:  # members of the last sample may be missing
+            keys.pop()
+            first.pop()
+        members = first[-1]
+        if damage:
+            after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
+            damage = f"torn or damaged {after} ({damage})."
+        return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
+                "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
+                "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
 
     @property
     def sizes(self) -> Sequence[int]:
         """All samples are one piece; a torn one is among them."""
-        return [len(self.arrays["keys"]) + bool(self.damage)]
-
-    def has(self, extensions: Sequence[str]) -> bool:
-        """Whether any sample has a member with one of these extensions."""
-        return not set(self._extensions).isdisjoint(extensions)
+        return [len(self.arrays["keys"]) + bool(str(self.arrays["damage"]))]
 
     def locate(self, row: int) -> Record:
         """A sample, unread; its key is that in the shard."""
         arrays, path = self.arrays, self.path
         if row == len(arrays["keys"]):
-            return Record("torn", path, file=path, problem=("damaged file", self.damage))
+            return Record("torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}"))
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
-        seen: dict[str, int] = {}  # extension number of each part's member
-        first, extension = arrays["first"], arrays["extension"]
-        for member in range(first.item(row), first.item(row + 1)):
-            number = extension.item(member)
-            for part, preferred in self._parts[number]:
-                if number == seen.get(part):
-                    record.problem = "duplicate id", f"{record.where} has two .{self._extensions[number]} members."
-                if part not in seen or seen[part] in preferred:
-                    record.members[part] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
-                    seen[part] = number
+        for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
+            extension = self._extensions[arrays["extension"].item(member)]
+            if extension in record.members:
+                record.problem = "duplicate id", f"{record.where} has two .{extension} members."
+            record.members[extension] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
         return record
 
     @cached_property
     def _extensions(self) -> list[str]:
         return list(self.arrays["extensions"].tolist())
 
-    @cached_property
-    def _parts(self) -> list[list[tuple[str, set[int]]]]:
-        """For each extension number, the parts it is a member of, and the extensions that it is preferred to there."""
-        numbers = {extension: number for number, extension in enumerate(self._extensions)}
-        columns = {one: (one,) for one in numbers} if self.columns is None else self.columns
-        return [[(part, {numbers[one] for one in wanted[wanted.index(extension) + 1:] if one in numbers})
-                 for part, wanted in columns.items() if extension in wanted] for extension in numbers]
-
 
 class JsonTar(TarFile):
-    """The `KEY.json` members of a tar, and those of `others` (see `TarFile`), with which a sample needs no json."""
+    """A tar that is read as data: pickles are refused, and with `needs_json` samples without a json."""
 
-    def __init__(self, path: str | Path, others: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__(path, {"json": ("json",), "pickle": PICKLED, **(others or {})})
-        self._needed = not others
+    def __init__(self, path: str | Path, needs_json: bool = True) -> None:
+        super().__init__(path)
+        self.needs_json = needs_json
 
     def locate(self, row: int) -> Record:
         """A sample, unread. Raises BadRecord: it has no .json, or a pickle in its place."""
         record = super().locate(row)
         if record.problem is None and "json" not in record.members:
-            if "pickle" in record.members:
+            if not record.members.keys().isdisjoint(PICKLED):
                 raise BadRecord("pickled", f"{record.where} is a pickle, which may hold code; convert the shards once: "
                                 f"seed data convert {self.path} --out FOLDER.")
-            if self._needed:
+            if self.needs_json:
                 raise BadRecord("missing member", f"{record.where}: has no .json member.")
         return record
 
 
-def scan_tar(path: str) -> Arrays:
-    """The index of a tar, by the headers of all members.
-
-    Returns:
-        keys: bytes [N] of the whole samples. first: int64 [N + 1], number of each sample's first member.
-        extension: of each member the number in `extensions`. offset, size: of each member, int64 [M].
-        damage: a sentence about where the tar is torn, without its name; empty: it is whole.
-
-    Raises:
-        DataError: it cannot be opened, or is compressed.
-    """
-    keys: list[bytes] = []
-    numbers: dict[str, int] = {}
-    first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
-    with read_errors(path), open_binary(path) as file:
-        if file.read(2) == b"\x1f\x8b" or path.endswith(COMPRESSED):
-            raise DataError(f"{path}: compressed shards cannot be read at random positions (only plain .tar can); "
-                            "unpack it with gunzip first.")
-        file.seek(0)
-        position = -1
-        try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None:
-                    if tar.offset <= position:
-                        raise tarfile.ReadError("a header has a size below 0")
-                    position = tar.offset
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    name, ending = split_name(member.name)
-                    if not name or not member.isreg():
-                        continue
-                    key = name.encode("utf-8", "surrogateescape")
-                    if not keys or key != keys[-1]:
-                        keys.append(key)
-                        first.append(len(offset))
-                    extension.append(numbers.setdefault(ending, len(numbers)))
-                    offset.append(member.offset_data)
-                    size.append(member.size)
-                damage = _damage_at(file, tar.offset)
-        except (tarfile.TarError, ValueError, OverflowError) as error:
-            damage = str(error)
-    first.append(len(offset))
-    if damage and keys:  # members of the last sample may be missing
-        keys.pop()
-        first.pop()
-    members = first[-1]
-    if damage:
-        after = f"after sample {keys[-1].decode('utf-8', 'replace')}" if keys else "in its first sample"
-        damage = f"torn or damaged {after} ({damage})."
-    return {"keys": np.array(keys, bytes), "first": np.array(first), "extensions": np.array(list(numbers), str),
-            "extension": np.array(extension[:members], np.uint8 if len(numbers) <= 256 else np.int64),
-            "offset": np.array(offset[:members]), "size": np.array(size[:members]), "damage": np.array(damage)}
-
-
-def _damage_at(file: IO[bytes], position: int) -> str:
-    """What is wrong where `tarfile` stopped, which it does without an error at anything that is no header."""
-    file.seek(position)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "its end is missing"
-    return "no header where one is due" if block.strip(b"\0") else ""
-
-
 def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension) of a member, split at the first dot of its base name as webdataset does.
-
-    A name without key or extension gives ("", "").
-    """
+    """(key, lower-case extension) of a member, split at its base name's first dot as webdataset does; or ("", "")."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")

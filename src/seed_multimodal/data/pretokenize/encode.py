@@ -1,7 +1,4 @@
-"""The encoder: a tokenizer's YAML → codes of batches of images, on one device; and image transforms of YAML files.
-
-In half precision on CUDA, elsewhere in float32, unless asked otherwise.
-"""
+"""The encoder: a tokenizer's YAML → codes of batches of images, on one device; and image transforms of YAML files."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_mem
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
-from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.modeling import fast_encode
 from seed_multimodal.settings import setting
 
@@ -31,25 +27,20 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """Where and how codes are computed.
+    """Where and how codes are computed; `dtype` auto: float16 on CUDA as in the original, float32 elsewhere and where
+    the tokenizer's YAML says `fp16: False`."""
 
-    Attributes:
-        tokenizer: its YAML (the original form), that as a mapping, or the folder of a tokenizer or a system.
-        dtype: `auto`: float16 on CUDA as in the original, float32 elsewhere and where the YAML says `fp16: False`.
-        compile: compile the encoder (minutes before the first image).
-    """
-
-    tokenizer: str | Mapping[str, Any]
+    tokenizer: str | Mapping[str, Any]  # its YAML (the original form), that as a mapping, or a tokenizer's folder
     device: str = "auto"
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
-    compile: bool = False
+    compile: bool = False  # takes minutes before the first image
 
 
 class Encoder:
-    """Images → codes; `device` wins over that of the settings. `fingerprint`: checksum of the tokenizer's weights."""
+    """Images → codes. `fingerprint`: checksum of the tokenizer's weights."""
 
-    def __init__(self, settings: EncoderSettings, device: str | None = None) -> None:
-        self.device = choose_device(device or settings.device, "float32", log=None).device
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.device = choose_device(settings.device, "float32", log=None).device
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
         opened = _instantiate(settings.tokenizer, str(self.device))
@@ -60,19 +51,13 @@ class Encoder:
         self.fingerprint = fingerprint(model)
         self.image_size: int = model.config.vit.image_size
         self.transform: ImageTransform = codec.transform
-        text = getattr(opened, "text", None)
-        self.vocabulary: ImageVocabulary = text.vocabulary if text is not None else ImageVocabulary(
-            n_codes=model.config.codebook_size, tokens_per_image=model.config.num_query)
         half = self.device.type == "cuda" and getattr(opened, "fp16", True)
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
         self._encode = fast_encode(model, dtype, compile=settings.compile)
 
     def __call__(self, pixels: Tensor) -> list[list[int]]:
-        """Codes of images, uint8 [B, 3, S, S]; LaVIT's have fewer where there is less to see.
-
-        Raises:
-            ConfigError: so many do not fit into memory.
-        """
+        """Codes of images, uint8 [B, 3, S, S]; LaVIT's have fewer where there is less to see. Raises ConfigError: so
+        many do not fit into memory."""
         try:
             codes = self._encode(normalise(copy_to(self.device, pixels))).tolist()
         except (RuntimeError, MemoryError) as error:
@@ -103,11 +88,8 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def read_transform(path: str | Path | None, own: ImageTransform, image_size: int) -> ImageTransform:
-    """The image transform of a YAML (`--image_transform`, `--image_processor`), or the tokenizer's own.
-
-    Raises:
-        ConfigError: its output does not fit the tokenizer.
-    """
+    """The image transform of a YAML (`--image_transform`, `--image_processor`), or the tokenizer's own. Raises
+    ConfigError: its output does not fit the tokenizer."""
     if path is None:
         return ImageTransform(image_size, own.keep_ratio, own.interpolation)
     made = build_transform(path)
@@ -129,11 +111,8 @@ def build_transform(path: str | Path) -> ImageTransform:
 
 
 def image_processor(folder: str) -> ImageTransform:
-    """The transform of a `preprocessor_config.json`: squash (BLIP), or shorter side and centre (CLIP).
-
-    Raises:
-        ConfigError: not there, no json, other means, or a crop that is not the resized square.
-    """
+    """The transform of a `preprocessor_config.json`: squash (BLIP), or shorter side and centre (CLIP). Raises
+    ConfigError: not there, no json, other means, or a crop that is not the resized square."""
     file = Path(folder) / "preprocessor_config.json"
     settings = read_json_object(file, ConfigError, "name an image transform by --image_transform instead")
     if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:

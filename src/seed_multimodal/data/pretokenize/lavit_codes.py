@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.hub import locate
-from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
 from seed_multimodal.nn.layers import cast_layers
@@ -61,13 +60,9 @@ class DynamicCodes(nn.Module):
 
 def lavit_codes(pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
                 ) -> Any:
-    """What `encode.Encoder` takes: `model` and `transform`.
-
-    Raises:
-        CheckpointError: as `load_dynamic_tokenizer`. ConfigError: another selection.
-    """
+    """What `encode.Encoder` takes: `model` and `transform`. Raises CheckpointError: as `load_dynamic_tokenizer`;
+    ConfigError: another selection."""
     check_value(str, selection, "selection", choices=MODES)
     folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
     tokenizer = load_dynamic_tokenizer(folder, device=device)
-    whole: ImageTransform = tokenizer.transform
-    return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=whole, fp16=False)
+    return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False)

@@ -31,58 +31,42 @@ from seed_multimodal.settings import read_settings, setting
 class SourceSettings:
     """One source of sequences.
 
-    Attributes:
-        files, format, format_options: as `formats.sources.open_records` takes them.
-        decoder: a name of `decoders.get_decoder`; `options` go to it.
-        image_dir: folder of the images that records name (decoders `seed_x.*`); None: that of their file.
-        weight: share of the draws, relative to the other sources'. A draw is a padded micro-batch, as in the original,
-            or with packing one sequence; there the weight counts `batch_size`-fold if the sources have one.
-        cycles: times through the source until it is used up; None: without end.
-        max_length, batch_size: of padded micro-batches; without a `batch_size` they have `rows` x `length` positions.
+    `weight`: share of the draws, relative to the other sources'. A draw is a padded micro-batch, as in the original, or
+    with packing one sequence; there the weight counts `batch_size`-fold if the sources have one.
     """
 
     name: str
-    files: str | list[str]
-    decoder: str
+    files: str | list[str]  # as `formats.sources.open_records` takes them, with the next two
+    decoder: str  # of `decoders.get_decoder`
     format: str = "auto"
     format_options: dict[str, Any] = setting(factory=dict)
-    options: dict[str, Any] = setting(factory=dict)
-    image_dir: str | None = None
+    options: dict[str, Any] = setting(factory=dict)  # of the decoder
+    image_dir: str | None = None  # of the images that records name; None: the folder of their file
     weight: float = setting(1.0, above=0)
-    cycles: int | None = setting(None, least=1)
-    max_length: int | None = setting(None, least=1)
-    batch_size: int | None = setting(None, least=1)
+    cycles: int | None = setting(None, least=1)  # times through the source until it is used up; None: without end
+    max_length: int | None = setting(None, least=1)  # of padded micro-batches, as the next
+    batch_size: int | None = setting(None, least=1)  # None: they have `rows` x `length` positions
 
 
 @dataclass
 class LlmDataSettings:
     """The mixture, and how sequences become batches.
 
-    Attributes:
-        packing: several sequences in each row of `length` positions; False: padded micro-batches of one source.
-        rows: packed rows of a rank's micro-step.
-        too_long: treatment of a packed sequence longer than `length`: `skip`, `truncate`, or `split` (documents of
-            `pretrain.text` become several pieces; others are skipped). Padded ones are cut. Each is counted and named.
-        max_bad_in_a_row: this many broken records of a source one after another end the run.
-        template: words around a user's turn (vicuna, llama2) for sources that do not set it; None: the model's.
-        concat_type: `sample` (weighted draws), `concat` (one source after the other), `mux_longest` (round robin).
-        shuffle_block: samples of a source with several files that are shuffled among each other (reads stay near).
-        buffer: tokens of sequences, in rows of `length`, that packing looks ahead.
-        cache: folder into which remote files are copied once; None: they are read by ranges (`formats.storage`).
+    `too_long`: treatment of a packed sequence longer than `length`: `skip`, `truncate`, or `split` (documents of
+    `pretrain.text` become several pieces; others are skipped). Padded ones are cut. Each is counted and named.
     """
 
     sources: list[SourceSettings]
-    packing: bool = True
+    packing: bool = True  # several sequences in each row; else padded micro-batches of one source
     length: int = setting(2048, least=2)
-    rows: int = setting(1, least=1)
+    rows: int = setting(1, least=1)  # packed rows of a rank's micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
-    max_bad_in_a_row: int = setting(20, least=1)
+    max_bad_in_a_row: int = setting(20, least=1)  # broken records of a source that end the run
     seed: int = setting(0, least=0)
-    template: str | None = setting(None, choices=TUNED_TEMPLATES)
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)  # for sources that set none; None: the model's
+    # weighted draws, one source after the other, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
-    shuffle_block: int = setting(10_000, least=1)
-    buffer: float = setting(2.0, above=0, most=1000)
-    cache: str | None = None
+    cache: str | None = None  # folder into which remote files are copied once; None: they are read by ranges
 
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""
@@ -102,11 +86,8 @@ class LlmDataSettings:
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
-    """Settings out of a mapping (ours, or an original data file).
-
-    Raises:
-        ConfigError: unknown, missing or contradictory keys; it names the key, and the nearest known one.
-    """
+    """Settings out of a mapping (ours, or an original data file). Raises ConfigError: unknown, missing or contradictory
+    keys; it names the key, and the nearest known one."""
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     given = _mapping(plain, where)
     if is_released(given):
@@ -150,10 +131,7 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
     for number, one in enumerate(given):
         source = {key: value for key, value in _mapping(one, f"{where}: sources[{number}]").items()
                   if value or key not in ("name", "files", "decoder")}
-        files = source.get("files", "")
-        if isinstance(files, list | tuple | Path):
-            source["files"] = files = [str(file) for file in files] if isinstance(files, list | tuple) else str(files)
-        name, taken = source.get("name"), [other.name for other in sources]
+        files, name, taken = source.get("files", ""), source.get("name"), [other.name for other in sources]
         if name in taken:
             raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
         stem = Path(files[0] if isinstance(files, list) and files else str(files)).name or "source"

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.pairs import Pair, PairSource, open_pairs
+from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.pairs_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
@@ -44,9 +44,8 @@ class DrawnView:
 
     def __post_init__(self) -> None:
         check_settings(self, "view")
-        small = next((size for size in self.sizes if min(size) < 8), None)
-        if small is not None:
-            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(small)}.")
+        if any(min(size) < 8 for size in self.sizes):
+            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}.")
 
     def size_of(self, picture: Image.Image, key: str = "") -> Size:
         """The size in which a picture is drawn."""
@@ -94,7 +93,7 @@ class DrawnPairs(SourceDataset):
     """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
     edit) and with `reads_condition` the image before, `condition` uint8 `[3, H, W]` (zeros where there is none)."""
 
-    def __init__(self, source: PairSource, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
+    def __init__(self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
         super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
 
@@ -119,7 +118,7 @@ def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [default_collate(group) for group in groups.values()]
 
 
-def open_pictures(spec: Mapping[str, Any]) -> PairSource:
+def open_pictures(spec: Mapping[str, Any]) -> Pairs:
     """Images without captions, as `formats.pairs.open_pairs`; with `condition_key` they are edits."""
     plain = {"format": "auto", **spec}
     return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})

@@ -2,8 +2,8 @@
 
     with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
         batches.restore(states)                      # of all ranks; or not at all
-        for micro_step in range(done, all):
-            batch = batches.at(micro_step)
+        for batch in itertools.islice(batches, 100):
+            ...
         mine = batches.state()                       # the position after the last batch, json-able
 
 Draw n of a rank picks a source by a random number that is a function of (seed, n · world + rank), and of that source
@@ -15,10 +15,12 @@ are bit-equal. For another number the pending draws are dealt to the new ranks: 
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -26,52 +28,37 @@ from torch import Tensor
 
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import LlmDataSettings
-from seed_multimodal.data.stream.loader import StepLoader
+from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import BROKEN, TOO_LONG, Mixture, Piece, Read, add_counts, add_skipped
 from seed_multimodal.data.stream.packing import best_fit, make_row, pad_rows
-from seed_multimodal.data.stream.views import BatchViews, join_views
-from seed_multimodal.device import copy_to
+from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER = 8  # packed draws that a worker decodes at a time
-UNUSABLE_IN_A_ROW = 1000  # limit of dropped and over-long sequences in a row, against an endless search
+TOGETHER, TOGETHER_WITH_PIXELS = 32, 8  # packed draws that a worker decodes at a time
+LOOK_AHEAD = 2  # rows of tokens from which packing chooses
 State = Mapping[str, Any]
 
 
 @dataclass
 class LlmBatch:
-    """A rank's micro-batch.
-
-    Attributes:
-        input_ids, labels: int64 [B, L]; label -100 is not learned. `labels` stand at their own token, as transformers'
-            models expect them (they shift); packed sequences have -100 at their first token.
-        position_ids: int64 [B, L], from 0 in each packed sequence; padding counts as one of its own.
-        attention_mask: int64 [B, L] 1/0, or None when packed (position ids hold the borders).
-        tokens: positions that are no padding. learned: targets after the shift.
-        sequences, images: how many of them. squares: sum of the squares of the sequences' lengths (attention's cost).
-        views: pixels of the images that are read or written as features (SEED-X); None where there are none.
-    """
+    """A rank's micro-batch: int64 [B, L]. Label -100 is not learned; labels stand at their own token, as transformers'
+    models expect them (they shift), with -100 at the first token of packed sequences."""
 
     input_ids: Tensor
     labels: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor | None
-    tokens: int
-    learned: int
+    position_ids: Tensor  # from 0 in each packed sequence; padding counts as one of its own
+    attention_mask: Tensor | None  # None when packed: position ids hold the borders
+    tokens: int  # positions that are no padding
+    learned: int  # targets after the shift
     sequences: int
-    images: int
-    squares: int
-    views: BatchViews | None = None
+    squares: int  # sum of the squares of the sequences' lengths (attention's cost)
+    views: BatchViews | None = None  # images that are read or written as features (SEED-X)
 
-    def to(self, device: str | torch.device) -> LlmBatch:
+    def to(self, device: str | torch.device) -> Self:
         """The same batch on a device."""
-        place, mask = torch.device(device), self.attention_mask
-        return replace(self, input_ids=copy_to(place, self.input_ids), labels=copy_to(place, self.labels),
-                       position_ids=copy_to(place, self.position_ids),
-                       attention_mask=None if mask is None else copy_to(place, mask),
-                       views=None if self.views is None else self.views.to(place))
+        return on_device(self, device)
 
 
 class Draw(NamedTuple):
@@ -91,7 +78,7 @@ class DrawOrder:
 
     def __init__(self, mixture: Mixture, rank: int, world: int, firsts: Sequence[int] = ()) -> None:
         self.mixture, self.rank, self.world = mixture, rank, world
-        self.counts, self.firsts = [0 for _ in mixture.names], list(firsts or [0 for _ in mixture.names])
+        self.counts, self.firsts = [0 for _ in mixture.sizes], list(firsts or [0 for _ in mixture.sizes])
         self.left: list[Draw] = []
 
     def following(self) -> Iterator[Draw]:
@@ -124,11 +111,9 @@ class DrawOrder:
         furthest draw of all, and what waits for a row, is dealt to the ranks of now."""
         before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
         pending = [Draw(*one) for state in states for one in state["left"]]
-        for state in states:
-            groups: dict[tuple[int, int], list[int]] = {}
-            for source, start, piece in state["waiting"]:
-                groups.setdefault((source, start), []).append(piece)
-            pending += [Draw(*place, pieces) for place, pieces in groups.items()]
+        places = sorted(tuple(one) for state in states for one in state["waiting"])
+        pending += [Draw(place[0], place[1], [number for *_, number in group])
+                    for place, group in itertools.groupby(places, lambda one: one[:2])]
         for source, limit in enumerate(self.mixture.limits):
             most = max(state["counts"][source] for state in states)
             starts = [before.start(source, count, rank) for rank, state in enumerate(states)
@@ -138,89 +123,53 @@ class DrawOrder:
         self.left = sorted(pending, key=lambda draw: draw[:2])[self.rank::self.world]
 
 
-class _Decoded:
+def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
     """What the workers do: draws -> what is read at each position of each."""
-
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
-
-    def __call__(self, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
-        return [(draw, [self.mixture.read(draw.source, position) for position in self.mixture.positions(
-            draw.source, draw.start)]) for draw in draws]
+    return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
 
 
-@dataclass
-class _Waiting:
-    """A sequence without a row: piece number `piece` of what the position gave."""
-
-    source: int
-    start: int
-    piece: int
-    made: Piece
-
-    def __len__(self) -> int:
-        return len(self.made.ids)
-
-
-class LlmBatches:
-    """Micro-batches of one rank, one after the other; the same for any number of `workers` (0: none).
-
-    `log` gets one sentence for each of the first few records skipped for a reason.
-
-    Raises:
-        ConfigError: settings that contradict each other. DataError: sources that cannot be opened, or of which
-            nothing can be used.
-    """
+class LlmBatches(Iterator[LlmBatch]):
+    """Micro-batches of one rank until every source is used up; the same for any number of `workers` (0: none). `log`
+    gets one sentence for each of the first few records skipped for a reason. Raises as `Mixture`."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
                  workers: int = 0, log: Callable[[str], None] | None = None) -> None:
         self.settings, self.rank, self.world, self.workers, self.log = settings, rank, world, workers, log
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
-        self.pad_id, self.boi_id = tokenizer.pad_id, tokenizer.vocabulary.boi_id
-        self.broken = [0 for _ in self.mixture.names]  # records of each source since the last good one
-        self.unusable = list(self.broken)  # the same, with dropped and over-long ones
-        self.waiting: list[_Waiting] = []  # the look-ahead of packing, the oldest first
-        self.positions = 0
-        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}, "too_long": {}}
-                                              for _ in self.mixture.names]
-        self._next: int | None = 0  # step of the next batch; None: as `at` says
-        self._waited = 0.0
+        self.pad_id = tokenizer.pad_id
         self.draws = DrawOrder(self.mixture, rank, world)
+        self.broken = [0 for _ in settings.sources]  # records of each source since the last good one
+        self.waiting: list[Piece] = []  # the look-ahead of packing, the oldest first
+        self.positions = 0
+        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}}
+                                              for _ in settings.sources]
+        self.wait_seconds = 0.0  # spent inside `next`
         self._open()
 
     def _open(self) -> None:
-        """A loader of the draws that are not taken yet."""
-        following = self.draws.following()
-        together = TOGETHER if self.settings.packing else 1
-        self.loader = StepLoader(_Decoded(self.mixture), lambda _: list(itertools.islice(following, together)),
-                                 self.workers)
-        self._job, self._read, self._ended = 0, list[tuple[Draw, list[Read]]](), False
+        """Begin to load the draws that are not taken yet."""
+        following, together = self.draws.following(), 1
+        if self.settings.packing:
+            together = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER
+        self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
+                            self.workers)
+        self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
 
-    @property
-    def wait_seconds(self) -> float:
-        """Seconds spent waiting for workers."""
-        return self._waited + self.loader.wait_seconds
-
-    def at(self, step: int) -> LlmBatch:
-        """The batch at a micro-step, after those before it. After `restore` the first call numbers the next one.
-
-        Raises:
-            EndOfData: every source is used up, as far as this rank reads it (ranks may come to it some steps apart).
-            DataError: too many unusable records, or a worker that was killed.
-        """
-        for number in range(step if self._next is None else self._next, step + 1):
-            batch = self._packed() if self.settings.packing else self._padded()
-            self._next = number + 1
+    def __next__(self) -> LlmBatch:
+        """The next batch; ranks may end some steps apart. Raises DataError: too many broken records in a row, or a
+        worker that was killed."""
+        started = time.perf_counter()
+        batch = self._packed() if self.settings.packing else self._padded()
+        self.wait_seconds += time.perf_counter() - started
         return batch
 
     def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        self.loader.close()
-        self._waited += self.loader.wait_seconds
+        """Stop the workers; the next batch starts new ones."""
+        self._loaded.close()
         self._open()
 
-    def __enter__(self) -> LlmBatches:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -228,42 +177,33 @@ class LlmBatches:
 
     # ---------------------------------------------------------------------------------------------------- the batches
 
-    def _next_draw(self) -> list[_Waiting] | None:
+    def _next_draw(self) -> list[Piece] | None:
         """The sequences of the next draw, counted; None when everything is used up."""
-        if not self._read and not self._ended:
-            self._read = self.loader.at(self._job)
-            self._job += 1
-            if not self._read:
-                self._ended = True
-                self.loader.close()
-        if not self._read:
+        draw, reads = next(self._reads, (None, []))
+        if draw is None:
             return None
-        draw, reads = self._read.pop(0)
         self.draws.take(draw)
-        found: list[_Waiting] = []
-        for position, read in zip(self.mixture.positions(draw.source, draw.start), reads, strict=True):
+        for read in reads:
             self._count(draw.source, read)
-            found += [_Waiting(draw.source, position, number, made) for number, made in enumerate(read.pieces)
-                      if draw.pieces is None or number in draw.pieces]
-        for views in (one.made.views for one in found if self.workers):
-            if views is not None:  # out of the memory shared with a worker: each tensor there holds a file open
-                views.pixels = views.pixels.clone()
+        found = [one for read in reads for one in read.pieces if draw.pieces is None or one.number in draw.pieces]
+        for one in found if self.workers else ():
+            if one.views is not None:  # out of the memory shared with a worker: each tensor there holds a file open
+                one.views.pixels = one.views.pixels.clone()
         return found
 
     def _packed(self) -> LlmBatch:
-        """Rows of `length`, filled from a look-ahead of about `buffer` rows of tokens."""
-        length = self.settings.length
-        rows = [self._row() for _ in range(self.settings.rows)]
+        """Rows of `length`, filled from the look-ahead."""
+        length, rows = self.settings.length, [self._row() for _ in range(self.settings.rows)]
         if not any(rows):
-            raise self.mixture.end_of_data()
-        made = [make_row([one.made[:2] for one in row], length, self.pad_id) for row in rows]
+            raise StopIteration
+        made = [make_row([(one.ids, one.labels) for one in row], length, self.pad_id) for row in rows]
         ids, labels, positions = map(np.stack, zip(*made, strict=True))
         return self._batch(rows, ids, labels, positions, None)
 
-    def _row(self) -> list[_Waiting]:
+    def _row(self) -> list[Piece]:
         """The sequences of the next row, the oldest first; none at the end of the data."""
-        settings, tokens = self.settings, sum(map(len, self.waiting))
-        while tokens < settings.buffer * settings.length:
+        length, tokens = self.settings.length, sum(map(len, self.waiting))
+        while tokens < LOOK_AHEAD * length:
             found = self._next_draw()
             if found is None:
                 break
@@ -271,94 +211,74 @@ class LlmBatches:
             tokens += sum(map(len, found))
         if not self.waiting:
             return []
-        chosen = set(best_fit([len(one) for one in self.waiting], settings.length))
+        chosen = set(best_fit([len(one) for one in self.waiting], length))
         row = [one for index, one in enumerate(self.waiting) if index in chosen]
         self.waiting = [one for index, one in enumerate(self.waiting) if index not in chosen]
         return row
 
     def _padded(self) -> LlmBatch:
         """The sequences of one draw, each in a row of its own; a draw without any is passed over."""
-        row: list[_Waiting] | None = []
+        row: list[Piece] | None = []
         while row is not None and not row:
             row = self._next_draw()
         if row is None:
-            raise self.mixture.end_of_data()
+            raise StopIteration
         length = self.settings.padded_shape(row[0].source)[1]
-        ids, labels = pad_rows([one.made[:2] for one in row], length, self.pad_id)
+        ids, labels = pad_rows([(one.ids, one.labels) for one in row], length, self.pad_id)
         positions = np.arange(length)[None].repeat(len(row), 0)
         mask = positions < np.array([len(one) for one in row])[:, None]
         return self._batch([[one] for one in row], ids, labels, positions, torch.from_numpy(mask).long())
 
-    def _batch(self, rows: list[list[_Waiting]], ids: np.ndarray, labels: np.ndarray, positions: np.ndarray,
+    def _batch(self, rows: list[list[Piece]], ids: np.ndarray, labels: np.ndarray, positions: np.ndarray,
                mask: Tensor | None) -> LlmBatch:
         used = [one for row in rows for one in row]
         for one in used:
             self.sources[one.source]["sequences"] += 1
             self.sources[one.source]["tokens"] += len(one)
         self.positions += ids.size
-        views = join_views([[one.made.views for one in row] for row in rows], [list(map(len, row)) for row in rows],
-                           ids.shape[1])
-        return LlmBatch(torch.from_numpy(ids).long(), torch.from_numpy(labels).long(),
-                        torch.from_numpy(positions).long(), mask, tokens=sum(map(len, used)),
-                        learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
-                        images=int((ids == self.boi_id).sum()), squares=sum(len(one) ** 2 for one in used),
-                        views=views)
-
-    # ----------------------------------------------------------------------------------------------------- the counts
+        words, learned, places = (torch.from_numpy(array).long() for array in (ids, labels, positions))
+        return LlmBatch(words, learned, places, mask,
+                        tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
+                        squares=sum(len(one) ** 2 for one in used),
+                        views=join_views([[(one.views, len(one)) for one in row] for row in rows], ids.shape[1]))
 
     def _count(self, source: int, read: Read) -> None:
-        """Count what a position gave; raises DataError after too many unusable records in a row."""
-        counts, note, name = self.sources[source], read.note, self.mixture.names[source]
+        """Count what a position gave; raises DataError after too many broken records in a row."""
+        counts, note, name = self.sources[source], read.note, self.settings.sources[source].name
         counts["draws"] += 1
-        if note is not None:
-            long = note.kind == TOO_LONG
-            if add_skipped(counts["too_long" if long else "skipped"], note.reason, 1, [note.where]) and self.log:
-                what = f"too long, {note.reason}" if long else f"skipped ({note.reason})"
-                self.log(f"{name}: {what}: {note.where}")
         if read.pieces:
-            self.broken[source] = self.unusable[source] = 0
-        elif note is not None:
-            self.broken[source] += note.kind == BROKEN
-            self.unusable[source] += 1
-            if self.broken[source] >= self.settings.max_bad_in_a_row:
-                self.loader.close()
-                raise DataError(f"{self.broken[source]} records of source {name} are broken without a good one between "
-                                f"them, the last: {note.where}")
-            if self.unusable[source] >= UNUSABLE_IN_A_ROW:
-                self.loader.close()
-                raise DataError(f"{self.unusable[source]} draws in a row from source {name} gave no sequence, the last "
-                                f"({note.reason}): {note.where}")
+            self.broken[source] = 0
+        if note is None:
+            return
+        if add_skipped(counts["skipped"], note.reason, 1, [note.where]) and self.log:
+            self.log(f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}")
+        self.broken[source] += note.kind == BROKEN
+        if self.broken[source] >= self.settings.max_bad_in_a_row:
+            raise DataError(f"{self.broken[source]} records of source {name} are broken without a good one between "
+                            f"them, the last: {note.where}")
 
     def report(self) -> dict[str, Any]:
-        """`{"positions", "tokens", "sources": {name: counts}}` of this rank.
-
-        Counts of a source: `sequences` and `tokens` in batches, `draws`, `epochs` (draws over its records), and
-        `skipped` and `too_long`: reason -> {"count", "first"}, the first few named by file and line or sample.
-        """
-        sources = {name: {**deepcopy(counts), "epochs": counts["draws"] / size}
-                   for name, counts, size in zip(self.mixture.names, self.sources, self.mixture.sizes, strict=True)}
+        """`{"positions", "tokens", "sources": {name: counts}}` of this rank; a source's `sequences` and `tokens` in
+        batches, `draws`, `epochs`, and `skipped` (also cut or split): reason -> {"count", "first": records}."""
+        sources = {source.name: {**deepcopy(counts), "epochs": counts["draws"] / size} for source, counts, size
+                   in zip(self.settings.sources, self.sources, self.mixture.sizes, strict=True)}
         return {"positions": self.positions, "tokens": sum(one["tokens"] for one in self.sources), "sources": sources}
 
     # ------------------------------------------------------------------------------------------------------ the state
 
     def state(self) -> dict[str, Any]:
-        """State for `restore`, after the last batch that `at` returned; each rank saves its own (json-able)."""
+        """State for `restore`, after the last batch; each rank saves its own (json-able)."""
         return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
                 "counts": list(self.draws.counts), "left": [list(draw) for draw in self.draws.left],
-                "waiting": [[one.source, one.start, one.piece] for one in self.waiting], "broken": list(self.broken),
-                "report": {"positions": self.positions, "sources": deepcopy(self.sources)}}
+                "waiting": [[one.source, one.position, one.number] for one in self.waiting],
+                "broken": list(self.broken), "positions": self.positions, "sources": deepcopy(self.sources)}
 
     def restore(self, states: Sequence[State]) -> None:
         """Continue from the saved states of all ranks, in any order; this run may have another number of ranks, rows
-        or workers.
-
-        Raises:
-            ConfigError: not the states of all ranks, or of other data or settings.
-        """
+        or workers. Raises ConfigError: not the states of all ranks, or of other data or settings."""
         states = sorted(states, key=lambda state: int(state["rank"]))
-        if [state["rank"] for state in states] != list(range(states[0]["world"])):
-            raise ConfigError(f"The data's state needs those of {states[0]['world']} ranks, not of "
-                              f"{[state['rank'] for state in states]}.")
+        if len(states) != states[0]["world"]:
+            raise ConfigError(f"The data's state needs those of {states[0]['world']} ranks, not of {len(states)}.")
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
             raise ConfigError(f"The data cannot be resumed; what changed since then: {'; '.join(changes)}.")
@@ -369,24 +289,22 @@ class LlmBatches:
             self.draws.left = [Draw(*one) for one in mine["left"]]
             self.broken = list(mine["broken"])
             read = {(source, start): self.mixture.read(source, start).pieces for source, start, _ in mine["waiting"]}
-            self.waiting = [_Waiting(source, start, piece, read[source, start][piece])
-                            for source, start, piece in mine["waiting"] if piece < len(read[source, start])]
+            self.waiting = [read[source, start][number] for source, start, number in mine["waiting"]
+                            if number < len(read[source, start])]
         else:
             self.draws.deal(states)
+        self.positions = sum(state["positions"] for state in counted)
         for state in counted:
-            self.positions += state["report"]["positions"]
-            for own, counts in zip(self.sources, state["report"]["sources"], strict=True):
+            for own, counts in zip(self.sources, state["sources"], strict=True):
                 add_counts(own, counts)
         self.close()
-        self._next = None
 
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that must not change between save and resume: with other values it would be other data. Other
         weights are allowed: later draws follow them."""
-        keys = ("packing", "seed", "concat_type", "shuffle_block",
-                *(("length", "too_long", "buffer") if self.settings.packing else ()))
-        return {**{key: getattr(self.settings, key) for key in keys},
-                **{f"source {source.name}": {
-                    "decoder": source.decoder, "cycles": source.cycles, "max_length": source.max_length,
-                    "number": number, "records": self.mixture.sizes[number], "rows": self.settings.shape(number)[0]}
-                   for number, source in enumerate(self.settings.sources)}}
+        keys = ("packing", "seed", "concat_type", *(("length", "too_long") if self.settings.packing else ()))
+        return {**{key: getattr(self.settings, key) for key in keys}, **{
+            f"source {source.name}": {
+                "decoder": source.decoder, "cycles": source.cycles, "max_length": source.max_length, "number": number,
+                "records": self.mixture.sizes[number], "rows": self.settings.shape(number)[0]}
+            for number, source in enumerate(self.settings.sources)}}

@@ -1,4 +1,4 @@
-"""Batches by step number, loaded ahead by the worker processes of torchdata's `StatefulDataLoader`.
+"""Samples loaded ahead by the worker processes of torchdata's `StatefulDataLoader`, and batches by step number.
 
     with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
         for step in range(start, steps):
@@ -17,84 +17,59 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterable
+from functools import partial
 from typing import Any, Self
 
 import torch
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder, Part
-from seed_multimodal.errors import DataError, SeedError, first_line
+from seed_multimodal.errors import DataError, SeedError
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
-class StepLoader:
-    """`fetch(job(step))` by step: `job` is called here, `fetch` here or in `workers` processes; stop them by `close`.
+def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
+    """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
 
-    `wait_seconds` is the time spent inside `at` so far. torch's global generator is not used.
+    Raises:
+        SeedError: as `fetch` does. DataError: a worker was killed.
     """
+    if not workers:
+        yield from map(fetch, jobs)
+        return
+    from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
 
-    def __init__(self, fetch: Callable[[Any], Any], job: Callable[[int], Any], workers: int = 0) -> None:
-        self.workers, self.wait_seconds = workers, 0.0
-        self._fetch, self._job = _Fetch(fetch), job
-        self._iterator: Any = None
-        self._following = -1  # the step that the workers return next
-
-    def at(self, step: int) -> Any:
-        """The result for a step, from 0. Raises SeedError: as `fetch`, from workers too; DataError: one was killed."""
-        started = time.perf_counter()
-        result = self._from_workers(step) if self.workers else self._fetch[self._job(step)]
-        self.wait_seconds += time.perf_counter() - started
-        if isinstance(result, SeedError):
-            self.close()
-            raise result
-        return result
-
-    def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
-        iterator, self._iterator, self._following = self._iterator, None, -1
-        if iterator is not None:  # not left to its end of life: a traceback may hold it
-            iterator._shutdown_workers()
-            atexit.unregister(self.close)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-    def _from_workers(self, step: int) -> Any:
-        if step != self._following:
-            self.close()
-            self._iterator = self._start(step)
-        self._following = step + 1
-        try:
-            return next(self._iterator)
-        except RuntimeError as error:
-            self.close()
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(f"{first_line(error).rstrip('.')} (often because memory ran out); resume from the last "
-                            "checkpoint, with fewer workers if it happens again.") from error
-
-    def _start(self, step: int) -> Any:
-        from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
-
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-            # Its own generator: else the training's random numbers would depend on when workers were started.
-            iterator = iter(StatefulDataLoader(
-                self._fetch, batch_size=None, sampler=map(self._job, itertools.count(step)), num_workers=self.workers,
-                collate_fn=_as_is, worker_init_fn=_enter, generator=torch.Generator(), snapshot_every_n_steps=None))
-        atexit.register(self.close)  # after an exception the process would wait for ever: workers ignore SIGTERM
-        return iterator
+    before = signal.getsignal(signal.SIGCHLD)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
+        warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
+        # Its own generator: else the training's random numbers would depend on when workers were started.
+        results = iter(StatefulDataLoader(
+            _Fetch(fetch), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=_as_is,
+            worker_init_fn=_enter, generator=torch.Generator(), snapshot_every_n_steps=None))
+    if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise at any point of the training
+        signal.signal(signal.SIGCHLD, before)
+    stop = results._shutdown_workers
+    atexit.register(stop)  # after an exception the process would wait for ever: workers ignore SIGTERM
+    try:
+        for result in results:
+            if isinstance(result, SeedError):
+                raise result
+            yield result
+    except (RuntimeError, OSError, EOFError) as error:
+        if "in DataLoader worker process" in str(error):  # raised by `fetch`
+            raise
+        raise DataError("A data worker process was killed (often because memory ran out); resume from the last "
+                        "checkpoint, with fewer workers if it happens again.") from error
+    finally:
+        stop()
+        atexit.unregister(stop)
 
 
 class _Fetch:
-    """The data set that the workers see. A `SeedError` is returned as a value: raised inside a worker it would arrive
-    wrapped in a traceback."""
+    """The data set that the workers see. A `SeedError` is returned: raised it would arrive wrapped in a traceback."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
@@ -117,14 +92,12 @@ def _enter(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-class StepBatches(StepLoader):
+class StepBatches:
     """Batches of one rank by step number; two ranks together have what one process with a double batch has.
 
-    Args:
-        dataset: `get(index, epoch)` gives a sample, `len` their number; optional: `shard_sizes`, `shuffle_block`, `bad`
-            and `note_bad` as of `pairs_dataset.SourceDataset`.
-        collate: samples -> batch, in the worker.
-        order: instead of that of the set's epochs, shuffled in blocks where it has shards.
+    `dataset`: `get(index, epoch)` gives a sample, `len` their number; optional: `shard_sizes`, `shuffle_block`, `bad`
+    and `note_bad` as of `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker. `order`: instead of
+    that of the set's epochs.
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,
@@ -133,31 +106,50 @@ class StepBatches(StepLoader):
         if not len(dataset):
             raise DataError("The training set is empty.")
         sizes = getattr(dataset, "shard_sizes", None)
-        block = 0 if sizes is None else dataset.shuffle_block
-        own = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes, block=block)
-        self.dataset = dataset
-        super().__init__(_Batch(dataset, collate),
-                         lambda step: own.parts((step * world + rank) * batch_size, batch_size), workers)
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes,
+                                         block=0 if sizes is None else dataset.shuffle_block)
+        self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
+        self.workers, self._fetch = workers, partial(_batch, dataset, collate)
+        self.wait_seconds = 0.0  # spent inside `at`
+        self._following = -1  # the step that is loaded next
+        self._loaded: Any = None
 
     def at(self, step: int) -> Any:
-        """The batch of this rank at a (micro) step, from 0. Raises as `StepLoader.at`."""
-        batch, bad = super().at(step)
+        """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
+        started = time.perf_counter()
+        if step != self._following:
+            self.close()
+            self._loaded = load(self._fetch, map(self._parts, itertools.count(step)), self.workers)
+        self._following = -1  # after an error
+        batch, bad = next(self._loaded)
+        self._following = step + 1
         for key, reason in bad:
             self.dataset.note_bad(key, reason)
+        self.wait_seconds += time.perf_counter() - started
         return batch
+
+    def _parts(self, step: int) -> list[Part]:
+        return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
 
     def bad_samples(self) -> list[tuple[str, str]]:
         """(key, reason) of each sample of this rank that had to be replaced so far."""
         return list(getattr(self.dataset, "bad", ()))
 
+    def close(self) -> None:
+        """Stop the workers; the next `at` starts new ones."""
+        if self._loaded is not None:
+            self._loaded.close()
+        self._following = -1
 
-class _Batch:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _batch(dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
     """One step's batch, and the samples found bad on the way."""
-
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any]) -> None:
-        self.dataset, self.collate = dataset, collate
-
-    def __call__(self, parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
-        known = len(getattr(self.dataset, "bad", ()))
-        batch = self.collate([self.dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
-        return batch, list(getattr(self.dataset, "bad", ()))[known:]
+    known = len(getattr(dataset, "bad", ()))
+    batch = collate([dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
+    return batch, list(getattr(dataset, "bad", ()))[known:]

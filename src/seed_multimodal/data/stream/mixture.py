@@ -1,8 +1,5 @@
 """The sources of an LLM's training data: which one a draw reads, and what is at a position of one.
 
-    mixture = Mixture(settings, tokenizer)
-    mixture.read(source=0, position=1234)          # Read(pieces, note)
-
 Positions count through a source's epochs without end: an epoch is a permutation of the source (`sampler.EpochOrder`)
 and what is random in decoding is a function of (seed, source, position).
 """
@@ -17,13 +14,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, SeededDraws, TokenSequence
+from seed_multimodal.data.decoders.base import IGNORED, SeededDraws, TokenSequence
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.stream.config import LlmDataSettings, SourceSettings
+from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
-from seed_multimodal.data.stream.sampler import EpochOrder
-from seed_multimodal.data.stream.views import TAR_PARTS, PictureReader, SequenceViews
+from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
+from seed_multimodal.data.stream.views import PictureReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -31,29 +28,32 @@ USABLE_WITHIN = 100
 SPLIT_DECODERS = ("pretrain.text",)
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 NAMED = 5  # records named for each reason of a skip
-_WORDS = {"skip": "skipped", "truncate": "cut", "split": "split"}
+_WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "too long, split"}
 _BITS = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SkippedSample:
-    """A record that was skipped (or, if too long, shortened).
-
-    `kind`: BROKEN, DROPPED or TOO_LONG; `reason`: a few words, the same for many records; `where`: file and line or
-    sample, for broken records the whole sentence.
-    """
+class SkippedSample(NamedTuple):
+    """A record that was skipped, or cut or split: BROKEN, DROPPED or TOO_LONG; a reason in a few words; its file and
+    line or sample, for broken records the whole sentence."""
 
     kind: str
     reason: str
     where: str
 
 
-class Piece(NamedTuple):
-    """A sequence, or a piece of a split document (int32 [n] ids and labels), and its images' views."""
+@dataclass
+class Piece:
+    """A sequence (int32 [n] ids and labels) and its images' views; piece `number` of those at a position."""
 
+    source: int
+    position: int
+    number: int
     ids: np.ndarray
     labels: np.ndarray
     views: SequenceViews | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Read(NamedTuple):
@@ -63,46 +63,32 @@ class Read(NamedTuple):
     note: SkippedSample | None = None
 
 
-class EndOfData(DataError):
-    """Every source of the mixture is used up (all have finite `cycles`)."""
-
-
 class Mixture:
-    """The opened sources with their decoders and orders.
-
-    Raises:
-        ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
-    """
+    """The opened sources with their decoders and orders."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
-        self.settings, sources = settings, settings.sources
-        self.names = [source.name for source in sources]
-        self.weights = settings.draw_weights()
+        """Raises ConfigError: an unknown decoder or option; DataError: files that are not there or cannot be read."""
+        self.settings, self.sources, self.weights = settings, settings.sources, settings.draw_weights()
         self.records = [open_records(source.files, format=source.format, name=source.name,
                                      cache=settings.cache, options=source.format_options,
-                                     others=TAR_PARTS if source.decoder in FEATURE_DECODERS else None)
-                        for source in sources]
-        self.decoders = [_decoder(source, tokenizer) for source in sources]
+                                     needs_json=source.decoder not in FEATURE_DECODERS)
+                        for source in self.sources]
+        self.decoders = [get_decoder(source.decoder, tokenizer, source.options) for source in self.sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
-                        for source, records, decoder in zip(sources, self.records, self.decoders, strict=True)]
-        sides = {one.options.base_resolution for one in self.decoders if isinstance(one, OpenedDecoder)}
-        if len(sides) > 1:
-            raise ConfigError(f"The views of all sources need one size; base_resolution is {sorted(sides)}.")
+                        for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
         self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
         self.limits = [None if source.cycles is None else source.cycles * size
-                       for source, size in zip(sources, self.sizes, strict=True)]
-        self.seeds = [zlib.crc32(f"{settings.seed} {name}".encode()) for name in self.names]
-        self.orders = [EpochOrder(size, seed, sizes=records.shard_sizes,
-                                  block=settings.shuffle_block if len(records.shard_sizes) > 1 else 0)
-                       for size, seed, records in zip(self.sizes, self.seeds, self.records, strict=True)]
+                       for source, size in zip(self.sources, self.sizes, strict=True)]
+        self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
+        self.orders = [EpochOrder(len(records), seed, sizes=records.shard_sizes,
+                                  block=SHUFFLE_BLOCK if len(records.shard_sizes) > 1 else 0)
+                       for seed, records in zip(self.seeds, self.records, strict=True)]
 
     def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
-        """(the sequence of a record, where it lies), or why there is none: for training and for `seed data check`.
-
-        `max_length`: None: the whole sequence; a number: cut as the original decoder cuts.
-        """
+        """(the sequence of a record, cut as the original decoder cuts; where it lies), or why there is none: for
+        training and for `seed data check`."""
         where, reader = "", self.readers[source]
         try:
             record = self.records[source].read(index)
@@ -112,9 +98,7 @@ class Mixture:
         except ConfigError:
             raise
         except SeedError as error:
-            sentence = str(error)
-            if not sentence.startswith(where):
-                sentence = f"{where}: {sentence}"
+            sentence = str(error) if str(error).startswith(where) else f"{where}: {error}"
             return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), sentence)
         if made.dropped or not made.ids:
             return SkippedSample(DROPPED, made.dropped or "empty", where)
@@ -127,47 +111,39 @@ class Mixture:
         return self.decode(source, int(indices[0]), SeededDraws(self.settings.seed, self.seeds[source], position),
                            max_length)
 
+    def read_draw(self, source: int, start: int) -> list[Read]:
+        """What the positions of a draw give; they are fewer at the end of a source's cycles."""
+        end, limit = start + self.settings.shape(source)[0], self.limits[source]
+        return [self.read(source, position) for position in range(start, end if limit is None else min(end, limit))]
+
     def read(self, source: int, position: int) -> Read:
         """The sequence at a position as pieces that fit the rows."""
-        settings, reader = self.settings, self.readers[source]
-        length = settings.shape(source)[1]
+        settings, length = self.settings, self.settings.shape(source)[1]
         too_long = settings.too_long if settings.packing else "truncate"
-        if too_long == "split" and settings.sources[source].decoder not in SPLIT_DECODERS:
+        if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
             too_long = "skip"
-        # Decoders with images know themselves where a sequence may be cut.
-        found = self.sequence(source, position, None if reader is None else length)
+        found = self.sequence(source, position, None if too_long == "split" else length)
         if isinstance(found, SkippedSample):
             return Read([], found)
         sequence, where = found
-        total, note = len(sequence), None
-        if isinstance(sequence, PictureSequence):
-            total += sequence.cut
+        total, note = len(sequence) + sequence.cut, None
         if total > length:
             note = SkippedSample(TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})")
             if too_long == "skip":
                 return Read([], note)
-        if note and too_long == "truncate" and reader is None:
-            found = self.sequence(source, position, length)
-            if isinstance(found, SkippedSample):
-                return Read([], found)
-            sequence = found[0]
         ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
+        reader = self.readers[source]
         if reader is not None and isinstance(sequence, PictureSequence):
-            return Read([Piece(ids, labels, reader.cut(sequence))], note)
-        pieces = split_long(ids, labels, length) if too_long == "split" else [(ids[:length], labels[:length])]
-        kept = [Piece(*one) for one in pieces if not settings.packing or (one[1][1:] != IGNORED).any()]
-        return Read(kept, note) if kept else Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
-
-    def positions(self, source: int, start: int) -> range:
-        """Positions of a draw; fewer at the end of a source's cycles."""
-        end, limit = start + self.settings.shape(source)[0], self.limits[source]
-        return range(start, end if limit is None else min(end, limit))
+            return Read([Piece(source, position, 0, ids, labels, reader.cut(sequence))], note)
+        pieces = split_long(ids, labels, length) if too_long == "split" else [(ids, labels)]
+        if settings.packing:
+            pieces = [one for one in pieces if (one[1][1:] != IGNORED).any()]
+        if not pieces:
+            return Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
+        return Read([Piece(source, position, number, *one) for number, one in enumerate(pieces)], note)
 
     def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
-        """The source of draw `number`, by `concat_type`, among those that are not used up; None when all are.
-
-        `counts`: earlier draws from each source. `alive`: whether each has something left.
-        """
+        """The source of draw `number`, after `counts` from each, among those `alive` (not used up); None: all are."""
         left = [index for index, there in enumerate(alive) if there]
         if not left:
             return None
@@ -184,9 +160,9 @@ class Mixture:
 
     def check_usable(self) -> None:
         """Raise a DataError if training can use none of the first records of a source, in its order."""
-        for source, name in enumerate(self.names):
-            count = min(self.sizes[source], max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
+        for source, size in enumerate(self.sizes):
             first: SkippedSample | None = None
+            count = min(size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
             for position in range(count):
                 read = self.read(source, position)
                 if read.pieces:
@@ -194,22 +170,9 @@ class Mixture:
                 first = first or read.note
             else:
                 assert first is not None
-                reason = "too long" if first.kind == TOO_LONG else first.reason
-                raise DataError(f"Source {name}: no record can be used ({counted(count, 'record')} tried); the first: "
-                                + (first.where if first.kind == BROKEN else f"{first.where}: {reason}."))
-
-    def end_of_data(self) -> EndOfData:
-        """The error for a mixture that is used up."""
-        used = ", ".join(f"{source.name} {source.cycles}x" for source in self.settings.sources)
-        return EndOfData(f"All sources are used up (cycles: {used}): ask for fewer steps, raise cycles, or leave "
-                         f"cycles out for no end.")
-
-
-def _decoder(source: SourceSettings, tokenizer: MultimodalTokenizer) -> Decoder:
-    try:
-        return get_decoder(source.decoder, tokenizer, source.options)
-    except ConfigError as error:
-        raise ConfigError(f"source {source.name}: {error}") from None
+                raise DataError(f"Source {self.sources[source].name}: no record can be used "
+                                f"({counted(count, 'record')} tried); the first: {first.where}"
+                                + ("" if first.kind == BROKEN else f": {first.reason}."))
 
 
 def uniform(seed: int, number: int) -> float:
@@ -224,19 +187,16 @@ def uniform(seed: int, number: int) -> float:
 
 
 def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
-    """Add the counts of a source in another process or run: numbers, and records skipped by reason."""
-    for key, own in into.items():
-        if isinstance(own, dict):
-            for reason, more in counts[key].items():
-                add_skipped(own, reason, more["count"], more["first"])
-        else:
-            into[key] = own + counts[key]
+    """Add the counts of a source in another process or run."""
+    for reason, more in counts["skipped"].items():
+        add_skipped(into["skipped"], reason, more["count"], more["first"])
+    into.update({key: own + counts[key] for key, own in into.items() if key != "skipped"})
 
 
 def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
     """Count records skipped for a reason and name the first few; whether one of them is newly named."""
     entry = group.setdefault(reason, {"count": 0, "first": []})
-    known = entry["first"]
+    known = len(entry["first"])
     entry["count"] += count
-    entry["first"] = [*dict.fromkeys([*known, *places])][:NAMED]
-    return len(entry["first"]) > len(known)
+    entry["first"] = [*dict.fromkeys([*entry["first"], *places])][:NAMED]
+    return len(entry["first"]) > known

@@ -1,13 +1,8 @@
-"""Sequences in rows of fixed length: which ones share a row, and the arrays of packed and of padded rows.
-
-The choice is a subset sum over the waiting sequences (a bit for each reachable length, so one shift per sequence): with
-a few dozen short ones almost every row is filled completely. The oldest is always taken, so none waits for long.
-"""
+"""Sequences in rows of fixed length: which ones share a row, and the arrays of packed and of padded rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,18 +11,11 @@ from seed_multimodal.data.decoders.base import IGNORED
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of one sequence, int32 [n] each
 
 
-class Row(NamedTuple):
-    """One packed row: int32 [length] each. Padding: `pad_id`, label -100, positions as if a sequence of its own."""
-
-    input_ids: np.ndarray
-    labels: np.ndarray
-    position_ids: np.ndarray
-
-
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Indices (rising) of the sequences that fill `capacity` best, the first (oldest) always among them.
+    """Indices (rising) of the sequences that fill `capacity` best, the first (oldest) always among them; of equally
+    good choices the one with the oldest sequences. Each length is from 1 to `capacity`.
 
-    Among equally good choices the one with the oldest sequences wins. Each length is from 1 to `capacity`.
+    A subset sum, with a bit for each reachable length: with a few dozen short sequences almost every row is full.
     """
     full, mask = 1 << capacity, (1 << capacity + 1) - 1
     reachable = [1 << lengths[0]]  # after n sequences: bit k is set when some of them make up k tokens
@@ -44,24 +32,23 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
-def make_row(sequences: Sequence[Arrays], length: int, pad_id: int) -> Row:
-    """The row of sequences that are together at most `length` long; none: padding only.
+def make_row(sequences: Sequence[Arrays], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, labels and positions, int32 [length] each, of sequences that are together at most `length` long.
 
     The first label of each sequence becomes -100: models predict a token from the place before it, which here belongs
-    to another sequence.
+    to another sequence. Padding: `pad_id`, label -100, positions as if a sequence of its own.
     """
     input_ids = np.full(length, pad_id, np.int32)
     labels = np.full(length, IGNORED, np.int32)
-    sizes = [len(ids) for ids, _ in sequences]
-    ends = np.cumsum(sizes, dtype=np.int64)
-    used = int(ends[-1]) if sizes else 0
-    starts = np.concatenate([ends - sizes, [used]]).astype(np.int64)
-    if sizes:
-        input_ids[:used] = np.concatenate([ids for ids, _ in sequences])
-        labels[:used] = np.concatenate([own for _, own in sequences])
-        labels[starts[:-1]] = IGNORED
-    positions = np.arange(length, dtype=np.int32) - np.repeat(starts, [*sizes, length - used]).astype(np.int32)
-    return Row(input_ids, labels, positions)
+    positions = np.arange(length, dtype=np.int32)
+    start = 0
+    for ids, own in sequences:
+        end = start + len(ids)
+        input_ids[start:end], labels[start:end] = ids, own
+        labels[start] = IGNORED
+        positions[end:] -= len(ids)
+        start = end
+    return input_ids, labels, positions
 
 
 def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
@@ -74,10 +61,8 @@ def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
 
 
 def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:
-    """A document's tokens as pieces of at most `length`: BOS opens the first, EOS closes the last, nothing is added.
-
-    Each later piece begins with the last token of the piece before, so each token is a target exactly once.
-    """
+    """A document's tokens as pieces of at most `length`; each later one begins with the last token of the one before,
+    so each token is a target exactly once."""
     if len(ids) <= length:
         return [(ids, labels)]
     return [(ids[start:start + length], labels[start:start + length]) for start in range(0, len(ids) - 1, length - 1)]

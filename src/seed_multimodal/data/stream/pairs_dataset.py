@@ -6,9 +6,7 @@ cannot be used is named once, counted, and replaced by the next usable one; `max
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, PairSource
+from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, Pairs
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.io import open_image
@@ -71,11 +69,8 @@ class SourceDataset(BadSamples):
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample: what `sample` gives, and `index` of the sample really used.
-
-        Raises:
-            DataError: `max_bad_in_a_row` samples from `index` on cannot be used.
-        """
+        """One sample: what `sample` gives, and `index` of the sample really used. Raises DataError: the next
+        `max_bad_in_a_row` samples cannot be used."""
         # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
         number, last = sample_seed(self.seed, epoch, index), None
         tries = min(self.max_bad_in_a_row, len(self.source))
@@ -99,10 +94,10 @@ class PairDataset(SourceDataset):
     """Image and caption: `image` (what the transform gives), `caption`, `key`.
 
     `image_transform`: one of ours, whose `read` gives uint8 to be normalised on the device, or any image -> tensor,
-    with the global generators seeded around the call. `text_transform`: caption -> caption; None keeps it.
+    with torch's global generator seeded around the call. `text_transform`: caption -> caption; None keeps it.
     """
 
-    def __init__(self, source: PairSource, image_transform: Callable[..., Tensor],
+    def __init__(self, source: Pairs, image_transform: Callable[..., Tensor],
                  text_transform: Callable[[str], str] | None = None, **options: Any) -> None:
         super().__init__(source, **options)
         self.image_transform, self.text_transform = image_transform, text_transform
@@ -114,7 +109,8 @@ class PairDataset(SourceDataset):
         if hasattr(self.image_transform, "read"):
             image = self.image_transform.read(read.image, name=read.name, generator=generator)
         else:
-            with seeded_globals(number):
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(number)
                 image = self.image_transform(open_image(read.image, name=read.name))
         return {"image": image, "caption": self.text_transform(caption) if self.text_transform else caption,
                 "key": read.key}
@@ -150,18 +146,3 @@ class JoinedPairs(BadSamples):
 def sample_seed(seed: int, epoch: int, index: int) -> int:
     """A 63-bit number for one visit of one sample; neighbouring arguments give unrelated numbers."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextmanager
-def seeded_globals(number: int) -> Iterator[None]:
-    """Seed the global CPU generators of torch, numpy and Python, and put their states back afterwards."""
-    state, numbers, python = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-    torch.default_generator.manual_seed(number)
-    np.random.seed(number & 0xFFFFFFFF)
-    random.seed(number)
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
-        np.random.set_state(numbers)
-        random.setstate(python)

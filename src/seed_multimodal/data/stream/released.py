@@ -51,11 +51,8 @@ def is_released(config: Mapping[str, Any]) -> bool:
 
 
 def released_data_config(config: Mapping[str, Any], settings: Sequence[str], where: str = "data") -> dict[str, Any]:
-    """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`.
-
-    Raises:
-        ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources.
-    """
+    """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`. Raises
+    ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources."""
     own = [key for key in settings if key != "sources"]
     target = config.get("_target_", MIXERS[0])
     if target in BUILDERS:
@@ -96,11 +93,9 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
     source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight}
     source["options"] = {key: pipe[key] for key in options if pipe.get(key) is not None}
-    for ours, theirs in (("name", "dataset_name"), ("image_dir", "image_dir"), ("cycles", "cycle_count"),
-                         ("max_length", "max_length"), ("batch_size", "batch_size")):
-        if pipe.get(theirs) is not None:
-            source[ours] = pipe[theirs]
-    return source
+    names = {"name": "dataset_name", "image_dir": "image_dir", "cycles": "cycle_count", "max_length": "max_length",
+             "batch_size": "batch_size"}
+    return {**source, **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None}}
 
 
 def _unknown(target: Any, where: str) -> ConfigError:

@@ -7,9 +7,8 @@ encoder runs on the training device, so pixels (uint8) and not features leave th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,19 +22,15 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
 
-TAR_PARTS = {"image": IMAGE_KEYS, "txt": ("txt",)}  # of a sample, beside its json
 READ, WRITTEN = 1, 2
+T = TypeVar("T")
 
 
 @dataclass
 class SequenceViews:
-    """The views of a sequence, in the order of their tokens.
-
-    Attributes:
-        pixels: uint8 [n, 3, S, S]. positions: [n, 2], the centre (x, y) of each in its image. written: bool [n], the
-            others are read. marks: int8 [tokens], READ and WRITTEN at the tokens of views.
-        seeds: int64 [n], of the images. words: tokens of each view, where all of the sequence have as many.
-    """
+    """The views of a sequence, in the order of their tokens: uint8 pixels [n, 3, S, S], the centre (x, y) of each in
+    its image, written (the others are read), the images' seeds; READ and WRITTEN at the tokens of views, int8 [tokens];
+    tokens of each view, where all of the sequence have as many."""
 
     pixels: Tensor
     positions: list[list[float]]
@@ -47,29 +42,37 @@ class SequenceViews:
 
 @dataclass
 class BatchViews:
-    """The views of a batch as tensors: `marks` int8 [B, L]; `seeds` and `words` int64 [n], on the CPU."""
+    """The views of a batch: `marks` int8 [B, L]; `seeds` and `words` of each view."""
 
     pixels: Tensor
     positions: Tensor
     written: Tensor
     marks: Tensor
-    seeds: Tensor
-    words: Tensor
+    seeds: list[int]
+    words: list[int]
 
-    def to(self, device: torch.device) -> BatchViews:
-        """The same on a device."""
-        return replace(self, pixels=copy_to(device, self.pixels), positions=copy_to(device, self.positions),
-                       written=copy_to(device, self.written), marks=copy_to(device, self.marks))
+
+def on_device(batch: T, device: str | torch.device) -> T:
+    """A dataclass with its tensors, and those of its dataclasses, on a device."""
+    moved: dict[str, Any] = {}
+    for entry in fields(batch):  # type: ignore[arg-type]
+        value = getattr(batch, entry.name)
+        if isinstance(value, Tensor):
+            moved[entry.name] = copy_to(torch.device(device), value)
+        elif is_dataclass(value):
+            moved[entry.name] = on_device(value, device)
+    return replace(batch, **moved)  # type: ignore[type-var]
 
 
 class PictureReader:
-    """Opens the images that a record names or holds, and cuts those of its sequence.
-
-    `folder`: of the images that records name; None: that of the record's file, or the current one.
-    """
+    """Opens the images that a record names (in `folder`, or beside the record's file) or holds, and cuts those of its
+    sequence."""
 
     def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
+        side = decoder.options.base_resolution
+        self._whole = ImageTransform(side, interpolation=decoder.interpolation)
+        self._cutter = AnyResolution(side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",))))
 
     def fields(self, record: Record) -> dict[str, Any]:
         """The fields of a record with its images opened; of a tar also `image` and `text` out of its members.
@@ -81,7 +84,7 @@ class PictureReader:
         text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
         if text is not None:
             found["text"] = text
-        image = record.member("image", files=self.files)
+        image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
             found["image"] = image
         return self.decoder.opened(found, lambda value, name: open_image(
@@ -91,7 +94,7 @@ class PictureReader:
         """The views of a sequence; None without any."""
         pixels, positions, written, seeds = [], [], [], []
         for used in sequence.pictures:
-            shown = self._views(used.picture, used.grid is not None)
+            shown = self._whole.read(used.picture)[None] if used.grid is None else self._cutter.cut(used.picture)
             kept = slice(-1, None) if used.written else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
@@ -104,34 +107,20 @@ class PictureReader:
         return SequenceViews(torch.cat(pixels), positions, written, marks, seeds,
                              len(sequence.read + sequence.written) // len(seeds))
 
-    def _views(self, picture: Any, parts: bool) -> Tensor:
-        return self._cutter.cut(picture) if parts else self._whole.read(picture)[None]
 
-    @cached_property
-    def _cutter(self) -> AnyResolution:
-        options = self.decoder.options
-        return AnyResolution(options.base_resolution, tuple(options.resolution_grids))
-
-    @cached_property
-    def _whole(self) -> ImageTransform:
-        return ImageTransform(self.decoder.options.base_resolution, interpolation=self.decoder.interpolation)
-
-
-def join_views(rows: Sequence[Sequence[SequenceViews | None]], lengths: Sequence[Sequence[int]], length: int
-               ) -> BatchViews | None:
+def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int) -> BatchViews | None:
     """The views of a batch; None without any. Of each row its sequences' views and tokens, from left to right."""
-    found = [views for row in rows for views in row if views is not None]
+    found = [views for row in rows for views, _ in row if views is not None]
     if not found:
         return None
-    marks = np.zeros((len(rows), length), np.int8)
-    for line, row, sizes in zip(marks, rows, lengths, strict=True):
+    marks = torch.zeros(len(rows), length, dtype=torch.int8)
+    for line, row in zip(marks, rows, strict=True):
         start = 0
-        for views, size in zip(row, sizes, strict=True):
+        for views, size in row:
             if views is not None:
-                line[start:start + size] = views.marks[:size]
+                line[start:start + size] = torch.from_numpy(views.marks[:size])
             start += size
     return BatchViews(torch.cat([one.pixels for one in found]),
                       torch.tensor([place for one in found for place in one.positions]),
-                      torch.tensor([written for one in found for written in one.written]), torch.from_numpy(marks),
-                      torch.tensor([seed for one in found for seed in one.seeds]),
-                      torch.tensor([one.words for one in found for _ in one.seeds]))
+                      torch.tensor([written for one in found for written in one.written]), marks,
+                      [seed for one in found for seed in one.seeds], [one.words for one in found for _ in one.seeds])

@@ -1,4 +1,4 @@
-"""LaVIT's pixel decoders as a task of the loop: a U-Net learns to draw images from their own codes.
+"""LaVIT's pixel decoders as a task of the trainer: a U-Net learns to draw images from their own codes.
 
 The frozen tokenizer makes an image's codes and the frozen blocks of the code decoder features of these; the heads
 behind them are trained with the U-Net. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`,
@@ -8,34 +8,34 @@ and in it `decoder/`, for `CodeDecoder.from_pretrained`.
 from __future__ import annotations
 
 import shutil
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.training import Trained
-from seed_multimodal.hub import LAVIT_WHERE
-from seed_multimodal.hub import find_folder as find_parts
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, is_sdxl, read_empty_text
+from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.training import LavitPixelLoss, TrainedPixels, decoder_for
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.lavit.rows import ImageCodes, Mode
-from seed_multimodal.training.llm.model_settings import find_folder
-from seed_multimodal.training.pixel_decoder.features import NEEDED
-from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask, read_pixel_run
-from seed_multimodal.training.trainer import run_task
+from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder
+Mode = Literal["draw", "threshold"]
 
 
 @dataclass
@@ -79,15 +79,39 @@ class LavitImages(ImageData):
     seen_by: ClassVar[str] = "bicubic"
 
 
+class ImageCodes(FrozenFeatures):
+    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
+
+    `selection`: of patches, as of `DynamicTokenizer.select`; what is drawn follows from the image and `seed`, so that
+    an image always has the same codes.
+    """
+
+    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, selection: Mode = "draw", seed: int = 0
+                 ) -> None:
+        super().__init__(tokenizer, device)
+        self.selection, self.seed, self.places = selection, seed, tokenizer.config.patches
+
+    def compute(self, pixels: Tensor) -> Tensor:
+        """See `FrozenFeatures`."""
+        generators = [torch.Generator().manual_seed(sample_seed(self.seed, 0, zlib.crc32(one.numpy().tobytes())))
+                      for one in pixels.cpu()] if self.selection == "draw" else None
+        found = self.model.encode(normalise(pixels), mode=self.selection, generator=generators)
+        codes = torch.full((len(found), self.places), -1, dtype=torch.int32, device=self.device)
+        for row, one in zip(codes, found, strict=True):
+            row[:len(one)] = one
+        return codes
+
+
 class LavitPixelTask(PixelTask):
     """One run in one process."""
 
-    result, kind, frozen = "pixels", LavitDetokenizer, "tokenizer"
+    result, kind, frozen, diffusion = "pixels", LavitDetokenizer, "tokenizer", "diffusion"
+    kinds = {**PixelTask.kinds, "model": LavitPixelModel, "data": LavitImages}
+    same = ("trained", "selection", "start")
     module: TrainedPixels
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
-        self.folder = find_parts(self.model.diffusion, (*NEEDED, "unet/*"), LAVIT_WHERE)
         self.loss = LavitPixelLoss(self.model.dropout)
 
     def conditions(self) -> FrozenFeatures:
@@ -100,13 +124,12 @@ class LavitPixelTask(PixelTask):
         return ImageCodes(tokenizer, self.device, model.selection, model.selection_seed)
 
     def build(self) -> TrainedPixels:
-        """See `PixelTask`."""
+        """U-Net and code decoder."""
         model = self.model
         place = Path(model.start) if model.start else self.folder
         unet = LavitDetokenizer.load_part(place, "unet")
         decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
-        if new:
-            self._log(f"{model.decoder} has no head for this U-Net: a new one is trained.")
+        self._log(f"{model.decoder} has no head for this U-Net: a new one is trained." if new else "")
         self.width = decoder.config.context_dim
         null_embeds = None if is_sdxl(unet) else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
         module = TrainedPixels(unet, decoder, null_embeds).train()
@@ -130,9 +153,8 @@ class LavitPixelTask(PixelTask):
         return LavitDetokenizer(module.unet, self.features.moments.model, scheduler, decoder=module.decoder,
                                 null_embeds=module.null_embeds)
 
-    def save_result(self, module: nn.Module, folder: Path) -> None:
+    def save_result(self, module: TrainedPixels, folder: Path) -> None:
         """For `LavitDetokenizer.from_pretrained`, with the decoder."""
-        assert isinstance(module, TrainedPixels)
         module.unet.save_pretrained(folder / "unet")
         module.decoder.save_pretrained(folder / DECODER)
         shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
@@ -143,14 +165,3 @@ class LavitPixelTask(PixelTask):
                 shutil.copy2(self.folder / name, folder / name)
         if module.null_embeds is not None:
             torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)
-
-    def about_model(self) -> dict[str, Any]:
-        """What is trained, and from which codes. Folders may move: the weights say whether they are others."""
-        model = self.model
-        return {"trained": model.trained, "selection": model.selection, "start": model.start}
-
-
-def train_lavit_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. The pixel decoder lies in
-    `output_dir/pixels`; returns the run's record. Raises as `run_task`."""
-    return run_task(read_pixel_run(config, LavitPixelModel, LavitImages), LavitPixelTask)

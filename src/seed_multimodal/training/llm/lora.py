@@ -1,9 +1,7 @@
 """LoRA through peft, as released: adapters on the linear layers, and whole modules trained beside them.
 
-Adapter files keep the names of peft 0.4, which the original wrote, so both load each other's.
-A base whose input and output embeddings are one matrix (nano) keeps them one: the trained copy is shared by both ends
-and stands once in the state. Left to itself peft would train two copies that drift apart, which a merged model with
-tied embeddings could not hold. Adapter files hold it under both names, because peft reads both.
+Adapter files keep the names of peft 0.4, which the original wrote. Tied embeddings stay tied, with one trained copy
+(left to itself peft would train two); files hold it under both names, because peft reads both.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.hub import first_file
 from seed_multimodal.settings import check_keys
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -35,14 +34,8 @@ MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention
 
 
 def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
-    """A `PeftModel` around a LLaMA, which is changed in place.
-
-    Args:
-        fields: of `peft.LoraConfig`; what is left out is as released (r 16, alpha 32, dropout 0.05, its modules).
-
-    Raises:
-        ConfigError: an unknown field, or a module the model does not have.
-    """
+    """A `PeftModel` around a LLaMA, which is changed in place. `fields` of `peft.LoraConfig` that are left out are as
+    released. Raises ConfigError: an unknown field, or a module that the model does not have."""
     from peft import LoraConfig, get_peft_model
 
     given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
@@ -55,8 +48,9 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
         for wanted in values[key] if isinstance(values[key], list) else ():
             if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
                 raise ConfigError(f"lora: {key} names {wanted!r}, which the model does not have.")
-    ends = {"embed_tokens", "lm_head"} & set(values["modules_to_save"] or ())
-    values["ensure_weight_tying"] = bool(llama.config.tie_word_embeddings and ends)
+    saved = list(values["modules_to_save"] or ())
+    tied = bool(llama.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {*saved})
+    values["ensure_weight_tying"] = tied
     try:
         config = LoraConfig(**values)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -65,16 +59,9 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
             model = get_peft_model(llama, config)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ConfigError(f"lora: {first_line(error)}") from error
-    if values["ensure_weight_tying"]:
-        config.modules_to_save = values["modules_to_save"] = list(given.get("modules_to_save", MODULES_TO_SAVE))
-        _check_tied(llama)
+    if tied:
+        config.modules_to_save = saved
     return model
-
-
-def _check_tied(llama: Any) -> None:
-    if llama.lm_head.weight is not llama.model.embed_tokens.weight:
-        raise ConfigError("The base ties its embeddings, but this version of peft trains two copies of them; leave "
-                          "embed_tokens and lm_head out of lora.modules_to_save, or untie the base.")
 
 
 def is_lora(model: Any) -> bool:
@@ -114,22 +101,30 @@ def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | N
     return target
 
 
-@torch.no_grad()
-def load_adapter(model: Any, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Fill a `PeftModel` with trained weights: a folder (files of peft 0.4 too) or what `adapter_state` gave.
+def load_adapter(model: Any, folder: Path) -> None:
+    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too).
 
     Raises:
         CheckpointError: no adapter there, another rank or scale, tensors missing, unknown or of another size.
     """
-    where, state = "The trained weights", source
-    if not isinstance(source, Mapping):
-        where, state = str(source), read_adapter(model, Path(source))
-    assert isinstance(state, Mapping)
-    own = adapter_state(model)
-    state = {name: value for name, value in state.items() if name in own or name != HEAD or not _same_ends(state)}
+    file = first_file(folder, ADAPTER_FILES)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
+    if (folder / ADAPTER_CONFIG).is_file():
+        refuse_other_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+    own, state = adapter_state(model), load_state_dict(file)
+    if HEAD not in own and {HEAD, EMBEDDING} <= state.keys() and torch.equal(state[EMBEDDING], state[HEAD]):
+        del state[HEAD]
+    copy_weights(own, state, str(folder))
+
+
+@torch.no_grad()
+def copy_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Copy tensors into those of the same names. Raises CheckpointError: some are missing, unknown or of another size.
+    """
     for names, what in ((own.keys() - state.keys(), "missing"), (state.keys() - own.keys(), "unknown to the model")):
         if names:
-            raise CheckpointError(f"{where}: {len(names)} tensors of the adapter are {what}: {sorted(names)[0]!r}"
+            raise CheckpointError(f"{where}: {len(names)} tensors are {what}: {sorted(names)[0]!r}"
                                   f"{' …' if len(names) > 1 else ''}.")
     for name, value in own.items():
         if value.shape != state[name].shape:
@@ -138,16 +133,8 @@ def load_adapter(model: Any, source: str | Path | Mapping[str, Tensor]) -> None:
         value.copy_(state[name])
 
 
-def _same_ends(state: Mapping[str, Tensor]) -> bool:
-    return EMBEDDING in state and torch.equal(state[EMBEDDING], state[HEAD])
-
-
 def recorded_lora(folder: Path) -> dict[str, Any] | None:
-    """The LoRA fields an adapter's folder was trained with; None if it holds no adapter.
-
-    Raises:
-        CheckpointError: its `adapter_config.json` is damaged.
-    """
+    """The LoRA fields an adapter's folder was trained with; None if it holds no adapter."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     values = read_json_object(folder / ADAPTER_CONFIG)
@@ -155,19 +142,8 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
     return {**found, "modules_to_save": values.get("modules_to_save") or []}  # none is not the same as left out
 
 
-def read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
-    """The tensors of an adapter's folder, whose rank and scale must be the model's (see `load_adapter`)."""
-    file = next((folder / name for name in ADAPTER_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
-    config = folder / ADAPTER_CONFIG
-    if config.is_file():
-        refuse_other_scale(model, read_json_object(config), config)
-    return load_state_dict(file)
-
-
 def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
-    """Refuse recorded fields of a LoRA whose B · A means something else than the model's. Raises CheckpointError."""
+    """Raise CheckpointError for recorded fields of a LoRA whose B · A means something else than the model's."""
     here = model.peft_config["default"]
     for key in ("r", "lora_alpha", *SHAPING):
         if (there.get(key) or None) != (getattr(here, key) or None):

@@ -1,16 +1,12 @@
 """The language model's loss over packed or padded batches, with the head applied to learned tokens only.
 
-Sums and counts come back, not means: the caller divides by the learned tokens of the whole optimiser step (all ranks,
-all micro-batches), or averages micro-batches' means as the original did.
-Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0. transformers
-keeps attention inside each of them for eager, sdpa and flex attention; for flash attention it does so for a single
-row only, so the rows are laid end to end there. The last token of a sequence does not predict the next one's first.
-Right padding needs no mask under causal attention, so none is made and the fast kernels stay usable.
+Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0; the last token of one does
+not predict the next one's first. transformers keeps attention inside each of them, with flash attention in a single row
+only, so the rows are laid end to end there. Right padding needs no mask under causal attention, so none is made.
 """
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from seed_multimodal.errors import ConfigError, how_to_install
-
 IGNORED = -100
-KINDS = ("auto", "plain", "chunked", "liger")
 LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
 
 
@@ -33,7 +26,6 @@ class LossWeights:
     first_code: int
     text: float = 1.0
     image: float = 1.0
-
 
     def count(self, labels: Tensor, position_ids: Tensor | None) -> float:
         """Weighted number of learned tokens of a batch on the CPU; `position_ids` of packed rows."""
@@ -60,33 +52,33 @@ class LossParts(NamedTuple):
         """Weighted mean; 0 if nothing is learned."""
         return self.sum / self.count.clamp(min=1e-8)
 
-    @property
-    def text(self) -> Tensor:
-        """Mean loss of the text tokens; 0 if there are none."""
-        return self.text_sum / self.text_count.clamp(min=1)
-
-    @property
-    def image(self) -> Tensor:
-        """Mean loss of codes and brackets; 0 if there are none."""
-        return self.image_sum / self.image_count.clamp(min=1)
-
 
 class LossModule(nn.Module):
-    """A model whose forward is its loss, for engines that must wrap one forward pass (DDP, DeepSpeed).
+    """A model (LLaMA, or peft around one) whose forward is its loss, for engines that must wrap one forward pass (DDP,
+    DeepSpeed). Parameter names gain the prefix `llm.`.
 
-    Parameter names gain the prefix `llm.`.
+    Args:
+        kind: plain (all logits at once), chunked (never more than `LARGEST_LOGITS` of them, made again in the backward
+            pass), or auto (by size).
+        weights: by kind of token; None: all 1, and every token counts as text.
     """
 
     def __init__(self, llm: nn.Module, *, kind: str = "auto", weights: LossWeights | None = None) -> None:
         super().__init__()
-        check_kernel(kind, next(llm.parameters()).device, llm=llm)
         self.llm, self.kind, self.weights = llm, kind, weights
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
-        """As `packed_loss`, from the batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them
-        are features."""
-        return _parts(self.llm, input_ids, labels, position_ids, attention_mask, self.kind, self.weights, embeds)
+        """Of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
+        llama = find_llama(self.llm)
+        hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
+        return _parts(targets, _losses(llama, hidden, targets, self.kind), self.weights)
+
+
+def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
+    """The loss of a `LossModule` for a batch (`LlmBatch`, or anything with its four tensors)."""
+    return LossModule(model, kind=kind, weights=weights)(batch.input_ids, batch.labels, batch.position_ids,
+                                                         batch.attention_mask)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
@@ -105,32 +97,6 @@ def round_residual(module: nn.Module, precision: str) -> None:
     for part in module.modules():
         if isinstance(part, nn.Embedding) and part.weight.requires_grad:
             part.register_forward_hook(rounded)
-
-
-def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
-    """Loss of a batch (`data.stream.llm_batches.LlmBatch`, or anything with its four tensors).
-
-    Args:
-        model: a `LlamaForCausalLM`, or a peft model around one.
-        kind: plain (all logits at once), chunked (never more than `LARGEST_LOGITS` of them, made again in the backward
-            pass), liger (liger-kernel's fused kernel, CUDA), or auto (plain or chunked by size).
-        weights: weights by kind of token; None: all 1, and every token counts as text.
-
-    Raises:
-        ConfigError: an unknown kind, or liger where it cannot run.
-    """
-    check_kernel(kind, batch.input_ids.device, llm=model)
-    return _parts(model, batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, kind, weights)
-
-
-def token_losses(
-    model: nn.Module, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None, *, kind: str = "plain",
-) -> tuple[Tensor, Tensor]:
-    """Loss of every learned token, fp32, and its id; both `[T]`, in the order of the rows."""
-    llama = find_llama(model)
-    hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask)
-    return _losses(llama, hidden, targets, kind), targets
 
 
 def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
@@ -158,30 +124,6 @@ def use_attention(llama: Any, packed: bool) -> None:
         llama.set_attn_implementation(wanted)
 
 
-def check_kernel(kind: str, device: torch.device, zero_stage: int = 0, llm: nn.Module | None = None) -> None:
-    """Refuse a loss kernel that cannot run, before anything is trained.
-
-    Args:
-        llm: the model, once it is built.
-
-    Raises:
-        ConfigError: an unknown kind; liger without its package, without a GPU, under ZeRO-3, or with LoRA on the head.
-    """
-    if kind not in KINDS:
-        raise ConfigError(f"Unknown loss {kind!r}: use one of {', '.join(KINDS)}.")
-    if kind != "liger":
-        return
-    if zero_stage == 3:
-        raise ConfigError("The loss kernel liger reads the whole lm_head at once, and ZeRO-3 spreads it over the "
-                          "processes; use trainer.loss_kernel=auto (chunked), or ZeRO-2.")
-    if importlib.util.find_spec("liger_kernel") is None or device.type != "cuda":
-        raise ConfigError("The loss kernel liger needs the package liger-kernel and a CUDA device; use auto, or "
-                          f"{how_to_install('liger_kernel')}.")
-    if llm is not None and hasattr(find_llama(llm).lm_head, "lora_A"):
-        raise ConfigError("The loss kernel liger needs an lm_head without LoRA; put it under modules_to_save or use "
-                          "auto.")
-
-
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
              embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Last hidden states that have something to predict `[T, width]`, and what `[T]`. `embeds`: of the ids, where some
@@ -202,18 +144,11 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 
-def _parts(model: nn.Module, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None, kind: str,
-           weights: LossWeights | None, embeds: Tensor | None = None) -> LossParts:
-    llama = find_llama(model)
-    hidden, targets = _learned(llama, ids, labels, positions, mask, embeds)
+def _parts(targets: Tensor, values: Tensor, weights: LossWeights | None) -> LossParts:
+    """Sums by kind of token from the losses `[T]` of the learned tokens `[T]`."""
     image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
     text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
-    if kind == "liger":
-        text_sum = _liger(llama.lm_head, hidden[~image], targets[~image])
-        image_sum = _liger(llama.lm_head, hidden[image], targets[image])
-    else:
-        values = _losses(llama, hidden, targets, kind)
-        text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
+    text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
     image_count = image.sum().float()
     text_count = targets.numel() - image_count
     return LossParts(
@@ -233,12 +168,3 @@ def _losses(llama: Any, hidden: Tensor, targets: Tensor, kind: str) -> Tensor:
 
 def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(head(hidden).float(), targets, reduction="none")
-
-
-def _liger(head: Any, hidden: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropies by liger-kernel, which makes the gradient in the forward pass."""
-    if not len(targets):
-        return head(hidden).float().sum()
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-
-    return LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32)(head.weight, hidden, targets)

@@ -6,17 +6,12 @@ The autoencoder computes in float32 whatever the run's precision: SDXL's overflo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.hub import find_folder
 from seed_multimodal.training.frozen_features import FrozenFeatures
-
-NEEDED = ("unet/config.json", "vae/*", "vae.json", "scheduler/*")
 
 
 class LatentMoments(FrozenFeatures):
@@ -46,11 +41,6 @@ class ImageFeatures:
                 if len(rows):
                     made["condition"][rows.to(self.device)] = self.moments(batch["condition"][rows])[:, :channels]
         return made
-
-
-def load_part(folder: str | Path, kind: type[Detokenizer], name: str) -> Any:
-    """`vae` or `scheduler` of a diffusers folder, in float32. Raises CheckpointError: not there, or not complete."""
-    return kind.load_part(find_folder(folder, NEEDED, kind.where), name)
 
 
 def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:

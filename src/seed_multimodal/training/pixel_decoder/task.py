@@ -1,15 +1,14 @@
 """A pixel decoder's training as a task of the trainer: settings, and a U-Net that learns to draw images.
 
-A subclass says what a frozen model makes of images (`conditions`), what is trained (`build`), the loss of a batch
-(`losses`) and how to draw (`detokenizer`). SEED-X's: `training/seed_x/detokenizer.py`; LaVIT's:
-`training/lavit/detokenizer.py`.
+A subclass (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) has what a frozen model makes of images,
+what is trained, the loss of a batch and how to draw.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset, sample_seed
@@ -28,19 +28,21 @@ from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import fill_config, full_weights, use_offload_threads
+from seed_multimodal.training.engine import fill_config, full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.summary import save_config
+from seed_multimodal.training.llm.metrics import save_config
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents, load_part
+from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 
 GROUPS = ("model", "data", "optim", "trainer")
+NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # of a diffusers folder on the hub
 SMALL = 256  # side of images of which the autoencoder takes one at a time; of smaller ones it takes several
 SAMPLES, SAMPLE_STEPS = 4, 20  # images drawn during a training, and denoising steps of each
 # Settings that change no number of the training, or are reported elsewhere (`PixelTask.check_resume`).
@@ -53,10 +55,10 @@ _QUIET = ("output_dir", "data.batch_size", "data.held_out", "model.gradient_chec
 
 @dataclass
 class ImageSource:
-    """One source of images; `options`: further arguments of `formats.pairs.Pairs`.
+    """One source of images.
 
     Attributes:
-        files: folders of images, tars, lists (jsonl, json) or tables.
+        files: folders of images, tars, lists (jsonl, json) or tables; options: further arguments of `formats.pairs`.
         condition_key: of edits: the key of the image before (`source_image`; `image_key` names that after).
         weight: share of the draws, relative to the other sources'.
     """
@@ -70,11 +72,10 @@ class ImageSource:
     weight: float = setting(1.0, above=0)
     options: dict[str, Any] = setting(factory=dict)
 
-    def spec(self) -> dict[str, Any]:
-        """For `drawn_pairs.open_pictures`."""
-        given = {"files": self.files, "format": self.format, "image_root": self.image_root,
-                 "image_key": self.image_key, "condition_key": self.condition_key, **self.options}
-        return {key: value for key, value in given.items() if value not in (None, "")}
+    def open(self) -> Pairs:
+        """Its images. Raises as `open_pictures`."""
+        keys = ("files", "format", "image_root", "image_key", "condition_key")
+        return open_pictures({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
 
 
 @dataclass
@@ -106,8 +107,8 @@ class ImageData:
 
 @dataclass
 class PixelTrainer(TrainerConfig):
-    """Settings of the trainer. Without `save_frozen` a resume reads the frozen part of the U-Net where the run began
-    (`model.start`, or the model's diffusers folder); the result of a run is always whole.
+    """Settings of the trainer. Without `save_frozen` a resume reads the frozen part of the U-Net where the run began;
+    the result of a run is always whole.
 
     Attributes:
         sample_steps: held-out images are drawn into `samples/` every so many steps (0: never; None: `save_steps`).
@@ -129,101 +130,69 @@ class PixelRun:
     plain: dict[str, Any]
     deepspeed: dict[str, Any] | None = None
 
-
-def read_pixel_run(config: Mapping[str, Any], model: type, data: type[ImageData] = ImageData) -> PixelRun:
-    """Check a resolved configuration; `model` and `data` are the classes of those settings.
-
-    Raises:
-        ConfigError: a key that is unknown, missing, of the wrong type or out of range.
-    """
-    check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
-    missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
-    if missing:
-        raise ConfigError(f"configuration: {missing[0]} is needed.")
-    run = PixelRun(
-        Path(str(config["output_dir"])), read_settings(model, config["model"], "model"),
-        read_settings(data, config["data"], "data"), read_settings(OptimSettings, config["optim"], "optim"),
-        read_settings(PixelTrainer, config["trainer"], "trainer"), dict(config), config.get("deepspeed") or None)
-    if not run.data.sources:
-        raise ConfigError("data: sources must list at least one source of images.")
-    if run.deepspeed and (run.trainer.ema or _zero_stage(run) not in (1, 2)):
-        raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
-    return run
-
-
-def _zero_stage(run: PixelRun) -> int:
-    return int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
+    @property
+    def zero_stage(self) -> int:
+        """0 without DeepSpeed."""
+        return int(((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
 class PixelTask(Task):
-    """One run in one process.
-
-    Attributes:
-        result: folder of what is trained in the run's. kind: what the diffusers folder is called in errors.
-        frozen: name of the model of the conditions.
-        reads_condition: whether samples hold a condition image.
-    """
+    """One run in one process; a subclass has what follows here without a value."""
 
     name, record_file, checkpoint_folder = "train", "summary.json", ""
     quiet_keys = _QUIET
     start_hint = "model.start"
-    result: ClassVar[str]
-    kind: ClassVar[type[Detokenizer]]
-    frozen: ClassVar[str]
-    reads_condition = False
-    folder: Path  # the diffusers folder of autoencoder and noise schedule
+    kinds: ClassVar[Mapping[str, type]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
+    reads_condition = False  # whether samples hold a condition image
+    result: ClassVar[str]  # folder of what is trained in the run's
+    kind: ClassVar[type[Detokenizer]]  # what draws with it
+    frozen: ClassVar[str]  # name of the model of the conditions
+    diffusion: ClassVar[str]  # field of the model's settings: the diffusers folder of VAE and noise schedule
+    same: ClassVar[tuple[str, ...]]  # its fields that must be the same for a resume
     width: int  # of the conditions, for DeepSpeed's `auto` values; after `build`
+    conditions: Callable[[], FrozenFeatures]  # makes what is learned from of `seen` pixels
+    build: Callable[[], Any]  # what training begins with, on the CPU, with what is trained switched on; has a `unet`
+    losses: Callable[..., Mapping[str, Tensor]]  # `total_loss` and `mse` of samples of one size, see `micro_step`
+    save_result: Callable[[Any, Path], None]  # writes what was trained, whole
+    detokenizer: Callable[[Any], Detokenizer]  # draws with the trained modules and a scheduler
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> PixelRun:
+        """Check a resolved configuration, its groups by `kinds`. Raises ConfigError."""
+        check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
+        missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
+        if missing:
+            raise ConfigError(f"configuration: {missing[0]} is needed.")
+        read: dict[str, Any] = {name: read_settings(kind, config[name], name) for name, kind in cls.kinds.items()}
+        run = PixelRun(Path(str(config["output_dir"])), **read, plain=dict(config),
+                       deepspeed=config.get("deepspeed") or None)
+        if not run.data.sources:
+            raise ConfigError("data: sources must list at least one source of images.")
+        if run.deepspeed and (run.trainer.ema or run.zero_stage not in (1, 2)):
+            raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
+        return run
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `run_task`."""
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
         self.model, self.config = run.model, run.plain
-        self.sources = [open_pictures(source.spec()) for source in run.data.sources]
+        self.folder = find_folder(getattr(run.model, self.diffusion), NEEDED, self.kind.where)
+        self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
         every = self.settings.sample_steps
         self.sample_steps = self.settings.save_steps or self.settings.max_steps if every is None else every
-        self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] | None = None
-
-    # ---------------------------------------------------------------------------------------- what a system brings
-
-    def conditions(self) -> FrozenFeatures:
-        """What is made of `seen` pixels."""
-        raise NotImplementedError
-
-    def build(self) -> nn.Module:
-        """What training begins with, on the CPU, with what is trained switched on; it has a `unet`."""
-        raise NotImplementedError
-
-    def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
-               generator: torch.Generator) -> Mapping[str, Tensor]:
-        """`total_loss` and `mse` of samples of one size, with what `ImageFeatures` gives of them."""
-        raise NotImplementedError
-
-    def about_model(self) -> dict[str, Any]:
-        """What must be the same for a resume."""
-        raise NotImplementedError
-
-    def save_result(self, module: nn.Module, folder: Path) -> None:
-        """Write what was trained, whole."""
-        raise NotImplementedError
-
-    def detokenizer(self, scheduler: Any) -> Detokenizer:
-        """What draws with the trained modules."""
-        raise NotImplementedError
+        self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
     def embeds(self, seen: Tensor) -> Any:
         """Features of images as `detokenizer` takes them."""
         return seen.float()
-
-    # ------------------------------------------------------------------------------------------------- the training
 
     def prepare(self) -> None:
         """Write the configuration into the output folder; build data, models and optimiser."""
         run, data = self.run, self.run.data
         if self.group.first:
             save_config(run.output_dir, run.plain)
-        self.schedule = DDPMScheduler.from_config(  # with the sampler's noise schedule
-            load_part(self.folder, self.kind, "scheduler").config)
+        self.schedule = DDPMScheduler.from_config(self.kind.load_part(self.folder, "scheduler").config)
         parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         order = None if len(parts) == 1 else MixedOrder(
@@ -232,7 +201,7 @@ class PixelTask(Task):
         self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
                                    world=self.group.world, workers=self.settings.dataloader_num_workers, order=order,
                                    collate=by_size)
-        vae = load_part(self.folder, self.kind, "vae")
+        vae = self.kind.load_part(self.folder, "vae")
         self.scaling = float(vae.config.scaling_factor)
         largest = max(height * width for height, width in data.sizes or [(data.resolution,) * 2])
         moments = LatentMoments(vae, self.device, at_once=max(1, SMALL**2 // largest))
@@ -241,7 +210,7 @@ class PixelTask(Task):
         self.optimizer = build_optimizer(self.module, run.optim)
 
     def check_side(self, side: int) -> None:
-        """Refuse views of another size than the encoder's, which it might take, and see worse."""
+        """Refuse views of another size than the encoder's."""
         if side != self.run.data.tower_size:
             raise ConfigError(f"data: tower_size is {self.run.data.tower_size}, but the {self.frozen} sees {side} "
                               "pixels a side.")
@@ -254,8 +223,8 @@ class PixelTask(Task):
     def prepared(self, run: Any) -> None:
         """Log what is trained."""
         self.board = run.log.board
-        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
-        total = sum(p.numel() for p in self.module.parameters())
+        sizes = [(p.numel(), p.requires_grad) for p in self.module.parameters()]
+        trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
         self._log(f"{self.result}: {trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
                   f"processes: {self.group.world} on {self.device.type}; {sum(map(len, self.sources)):,} images, "
                   f"{self._samples(self.group.world)} a step; output in {self.run.output_dir}.")
@@ -266,8 +235,7 @@ class PixelTask(Task):
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
                                       rows=self.run.data.batch_size, hidden_size=self.width)
-        for remark in filter(None, [*remarks, use_offload_threads(config)]):
-            self._log(remark)
+        self._log(*remarks)
         return config
 
     def learning_rate(self, step: int) -> float:
@@ -275,9 +243,8 @@ class PixelTask(Task):
         return schedule(step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss of a batch, size by size; what is random follows from the batch's place in the order, so that a
-        step's numbers do not depend on how many processes share it. On CPUs attention by plain matrix products, as
-        `StageTask`."""
+        """The loss of a batch, size by size; what is random follows from the batch's place in the order, however many
+        processes share a step. On CPUs attention by plain matrix products, as `StageTask`."""
         place = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, place))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
@@ -302,14 +269,13 @@ class PixelTask(Task):
         """Draw held-out images from their own conditions, beside the originals, with the same noise every time."""
         if not (self.acts_after(step) and self.group.first):
             return
-        if self.held_out is None:
-            chosen = self.run.data.held_out
-            data = self._drawn(open_pictures(chosen.spec()) if chosen else self.sources[0])
+        if not self.held_out:
+            data = self._drawn(self.run.data.held_out.open() if self.run.data.held_out else self.sources[0])
             groups = by_size([data.get(number) for number in range(min(SAMPLES, len(data)))])
             self.held_out = [(batch, self.features(batch)) for batch in groups]
         drawn, originals = list[Image.Image](), list[Image.Image]()
         self.module.eval()
-        detokenizer = self.detokenizer(load_part(self.folder, self.kind, "scheduler"))
+        detokenizer = self.detokenizer(self.kind.load_part(self.folder, "scheduler"))
         for batch, features in self.held_out:
             height, width = (max(8, side // 8 * 8) for side in batch["image"].shape[2:])
             befores = [_image(pixels) if edited else None for pixels, edited in zip(
@@ -318,8 +284,8 @@ class PixelTask(Task):
                                  seeds=range(len(batch["key"])), batch_size=1, num_inference_steps=SAMPLE_STEPS)
             originals += map(_image, batch["image"])
         self.module.train()
-        sheet = contact_sheet([Row(name, list(map(Cell, images))) for name, images in (
-            ("image", originals), ("drawn", drawn))], f"step {step}", cell=256)
+        rows = [Row("image", list(map(Cell, originals))), Row("drawn", list(map(Cell, drawn)))]
+        sheet = contact_sheet(rows, f"step {step}", cell=256)
         (self.run.output_dir / "samples").mkdir(exist_ok=True)
         sheet.save(self.run.output_dir / "samples" / f"step-{step}.png")
         if self.board is not None:
@@ -357,17 +323,18 @@ class PixelTask(Task):
 
     def identity(self, world: int) -> dict[str, Any]:
         """What is trained, and samples of a step over all processes, from which their order follows."""
-        return {"model": self.about_model(), "optimizer": self.run.optim.name, "processes": world,
-                "engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": _zero_stage(self.run),
-                "max_steps": self.settings.max_steps, "samples_per_step": self._samples(world)}
+        model = asdict(self.model)
+        return {"model": {name: model[name] for name in self.same}, "optimizer": self.run.optim.name,
+                "processes": world, "engine": "plain" if self.run.deepspeed is None else "deepspeed",
+                "zero_stage": self.run.zero_stage, "max_steps": self.settings.max_steps,
+                "samples_per_step": self._samples(world)}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another model or optimiser, and another number of samples per step."""
-        refuse_other(folder, saved, now, {"model": "model", "optimizer": "optimiser", "engine": "engine",
-                                               "zero_stage": "ZeRO stage"}, self.start_hint)
-        if self.run.deepspeed is not None:
-            refuse_other(folder, saved, now, {"processes": "processes"}, self.start_hint)
-        refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
+        """Refuse another model, optimiser or engine, and another number of samples per step."""
+        refuse_other(folder, saved, now, {
+            "model": "model", "optimizer": "optimiser", "engine": "engine", "zero_stage": "ZeRO stage",
+            **({"processes": "processes"} if self.run.deepspeed else {}), "samples_per_step": "samples per step",
+        }, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes",
                                           "max_steps": "steps in all (the schedule follows)"})
 
@@ -383,8 +350,8 @@ class PixelTask(Task):
     def _samples(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
 
-    def _log(self, text: str) -> None:
-        if self.group.first:
+    def _log(self, *texts: str) -> None:
+        for text in filter(None, texts if self.group.first else ()):
             print(f"[{self.name}] {text}", flush=True)
 
 

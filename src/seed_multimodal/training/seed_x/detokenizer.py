@@ -27,10 +27,9 @@ from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.model_settings import find_folder
-from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask, read_pixel_run
+from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
-from seed_multimodal.training.trainer import run_task
 
 
 @dataclass(frozen=True)
@@ -86,12 +85,13 @@ class DetokenizerModel:
 class DetokenizerTask(PixelTask):
     """One run in one process."""
 
-    result, kind, frozen = "adapter", SdxlDetokenizer, "vision tower"
+    result, kind, frozen, diffusion = "adapter", SdxlDetokenizer, "vision encoder", "sdxl"
+    kinds = {**PixelTask.kinds, "model": DetokenizerModel}
+    same = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
-        self.folder = self.model.sdxl
         self.reads_condition = self.model.stage == 2
 
     def conditions(self) -> FrozenFeatures:
@@ -107,7 +107,7 @@ class DetokenizerTask(PixelTask):
         return made
 
     def build(self) -> SDXLAdapter:
-        """See `PixelTask`."""
+        """See `build_adapter`."""
         adapter = build_adapter(self.model)
         self.width = adapter.resampler.sizes.embedding_dim
         return adapter
@@ -119,21 +119,13 @@ class DetokenizerTask(PixelTask):
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
         """See `PixelTask`."""
-        adapter: Any = model
-        return adapter_losses(adapter, self.schedule, latents, features["seen"].float(), time_ids,
+        return adapter_losses(model, self.schedule, latents, features["seen"].float(), time_ids,
                               dropout=self.model.dropout, empty_features=self.empty,
                               condition_latents=features.get("condition"), generator=generator)
 
-    def save_result(self, module: nn.Module, folder: Path) -> None:
+    def save_result(self, module: SDXLAdapter, folder: Path) -> None:
         """For `SDXLAdapter.from_pretrained`."""
-        assert isinstance(module, SDXLAdapter)
         module.save_pretrained(folder)
-
-    def about_model(self) -> dict[str, Any]:
-        """Stage, and what is trained."""
-        model = self.model
-        return {"stage": model.stage, "trained": model.trained, "resampler": asdict(model.resampler),
-                "start": model.start}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """As the base's, with the resampler's sizes: a checkpoint that holds frozen weights is an adapter, too."""
@@ -170,9 +162,3 @@ def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     if settings.gradient_checkpointing:
         adapter.unet.enable_gradient_checkpointing(checkpointed)
     return adapter
-
-
-def train_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. The adapter lies in
-    `output_dir/adapter`; returns the run's record. Raises as `run_task`."""
-    return run_task(read_pixel_run(config, DetokenizerModel), DetokenizerTask)

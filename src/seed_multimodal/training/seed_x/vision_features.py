@@ -12,10 +12,8 @@ from seed_multimodal.training.frozen_features import FrozenFeatures
 
 
 class VisionFeatures(FrozenFeatures):
-    """Views → features `[N, places, K]`, in the encoder's precision.
-
-    `tokens`: places after pooling neighbours (`pooled_tokens`), which must divide the encoder's; 0: no pooling.
-    """
+    """Views → features `[N, places, K]`, in the encoder's precision. `tokens`: places after pooling neighbours
+    (`pooled_tokens`), which must divide the encoder's; 0: no pooling."""
 
     def __init__(self, encoder: nn.Module, device: torch.device, at_once: int = 16, tokens: int = 0) -> None:
         super().__init__(encoder, device, at_once)

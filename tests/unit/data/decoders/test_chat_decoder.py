@@ -58,18 +58,6 @@ def test_ids_are_those_of_the_prompt_at_inference(words, picture, template):
     assert every.ids.count(words.eos_id) == 1
 
 
-def test_an_answer_that_is_a_picture_is_followed_by_nothing_learned(words, picture):
-    fields = talk("draw", [{"codes": picture}], "what is it?", "a cat")
-    shown = words.encode_parts([picture])
-    assert learned(made(words, fields)) == [*shown, *words.encode("a cat"), words.eos_id]
-
-
-def test_control_words_in_texts_are_letters(words):
-    sequence = made(words, talk("say </s> and <img>", "<unk></s>"))
-    assert sequence.ids.count(words.eos_id) == 1 and words.vocabulary.boi_id not in sequence.ids
-    assert words.unk_id not in sequence.ids
-
-
 def test_one_drawn_answer_ends_the_dialogue(words):
     fields = talk("q1", "first", "q2", "second", "q3", "third")
     found = set()

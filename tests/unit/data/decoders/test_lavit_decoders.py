@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +11,6 @@ from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.opened import PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
@@ -53,13 +50,6 @@ def test_a_caption_either_way(words: LavitTokenizer):
     assert seeds[0] == seeds[1] != seeds[2]
 
 
-def test_codes_of_a_record_stand_at_once(words: LavitTokenizer):
-    text = words.text_ids("a cat")
-    found = make(words, "caption", {"image_ids": [7, 0, 3], "text": "a cat"}, img_first_ratio=1.0, text_dropout=0.0)
-    assert found.ids == [*text, 290, 299, 292, 295, 291] and learned(found) == [299, 292, 295, 291]
-    assert not found.pictures and not found.written
-
-
 def test_questions_and_composition(words: LavitTokenizer):
     asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
     found = make(words, "question", {"image": PICTURE, "question": "What is it?", "answer": "a dog"}, image_tokens=2)
@@ -84,17 +74,9 @@ def test_too_long(words: LavitTokenizer):
 
 @pytest.mark.parametrize(("name", "fields", "sentence"), [
     ("caption", {"image": PICTURE, "text": " . "}, "text: is empty"),
-    ("caption", {"text": "a cat"}, "image: is missing"),
     ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened image"),
     ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
-    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17"),
-    ("compose", {"source_image_ids": [1], "instruction": "a cat"}, "target_image: is missing")])
+    ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17")])
 def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str):
     with pytest.raises(BadRecord, match=sentence):
         make(words, name, fields)
-
-
-def test_get_decoder_other_tokenizer():
-    nano = MultimodalTokenizer.from_pretrained(Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer")
-    with pytest.raises(ConfigError, match="words are not LaVIT's"):
-        get_decoder("lavit.caption", nano)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,9 +12,8 @@ from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.opened import PictureSequence
 from seed_multimodal.data.decoders.seed_x import PictureDecoder
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.processing import Box, ReadImage, SeedXPrompts, place_images
+from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
 
 TEXTS = ["[INST] What is this? [/INST]\n", "It is a red cat.", "Here is a picture. Generate an image: blue"] * 20
 
@@ -28,6 +26,9 @@ class Opened:
 
 
 SQUARE, WIDE, SMALL = Opened((448, 448)), Opened((900, 450)), Opened((300, 300))  # 1x1, 2x1, 1x1
+
+TALK = {"image": SQUARE, "data": ["What?", "No."]}
+EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 
 @pytest.fixture(scope="module")
@@ -48,54 +49,29 @@ def learned(sequence: PictureSequence, words: MultimodalTokenizer) -> str:
 
 def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalTokenizer):
     fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "make it red"}
-    seen = set()
-    for seed in range(8):
+    for seed in range(4):
         sequence = make(words, "edit").decode(fields, SeededDraws(seed))
         source, target = sequence.pictures
         assert (source.views, source.written, target.views, target.written) == (3, False, 2, True)
         assert len(sequence.read) == 12 and len(sequence.written) == 4
-        assert [sequence.ids[place] for place in sequence.written] == words.vocabulary.run()[1:-1]  # type: ignore[attr-defined]
         assert learned(sequence, words).endswith("<img> </s>")
-        seen.add(learned(sequence, words).removesuffix(" <img> </s>"))
         asked = [SeedXPrompts(words).dialogue([("user", place_images(text, [3]))])
                  for text in ("make it red", "make it red<image>")]
         assert sequence.ids[:len(asked[0])] in asked
-    assert len(seen) > 2
-    polite = {**fields, "instruction_new": "Please make it red", "response": "Sure."}
-    assert learned(make(words, "edit").decode(polite, SeededDraws(0)), words) == "Sure. <img> </s>"
-    silent = make(words, "edit", use_polite_response=False).decode(fields, SeededDraws(0))
-    assert learned(silent, words) == "<img> </s>"
-
-
-def test_a_conversation_with_boxes(words: MultimodalTokenizer):
-    """Boxes in the texts become words, and every turn begins as at inference."""
-    box = "<box_start><loc-1><loc-2><loc-3><loc-4><box_end>"
-    fields = {"image": SQUARE, "data": [f"What is {box}?", "It is a cat.", "And now?", f"Here {box}."]}
-    sequence = make(words, "conversation").decode(fields, SeededDraws(1))
-    ids = list(Box(1, 2, 3, 4).ids(words.vocabulary))  # type: ignore[arg-type]
-    text = ",".join(map(str, sequence.ids))
-    assert text.count(",".join(map(str, ids))) == 2
-    assert learned(sequence, words).startswith("It is a cat. Here <box_start> <loc-1>")
-    turns = [("user", [ReadImage(2), "x"]), ("assistant", ["It is a cat."]), ("user", ["And now?"])]
-    tail = SeedXPrompts(words).dialogue(turns)[len(SeedXPrompts(words).dialogue(turns[:2])):]
-    assert ",".join(map(str, tail)) in text
 
 
 def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer):
     """As at inference; it is never learned as letters, and no picture stands anywhere else."""
     prompts = SeedXPrompts(words)
     ask, edit = make(words, "conversation"), make(words, "edit")
-    for seed in range(4):
-        first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededDraws(seed))
-        assert first.ids[:first.ids.index(words.eos_id)][:first.read[-1] + 2] == prompts.dialogue(
-            [("user", ["This ", ReadImage(2), "is what?"])])[:first.read[-1] + 2]
-        later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]},
-                           SeededDraws(seed))
-        assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.pictures) == 1
-        changed = edit.decode({"source_image": SQUARE, "target_image": SQUARE, "instruction": "Make <image> red"},
-                              SeededDraws(seed))
-        assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
-        assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
+    first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededDraws(0))
+    end = first.read[-1] + 2
+    assert first.ids[:end] == prompts.dialogue([("user", ["This ", ReadImage(2), "is what?"])])[:end]
+    later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]}, SeededDraws(0))
+    assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.pictures) == 1
+    changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededDraws(0))
+    assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
+    assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
 
 
 def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer):
@@ -106,11 +82,6 @@ def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer)
     assert "do not fit into 90 tokens" in long.dropped
     assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good)).ids == good.ids
     assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good) - 1).dropped
-
-
-def test_captions_that_describe(words: MultimodalTokenizer):
-    sequence = make(words, "caption", img_first_ratio=1.0).decode({"image": WIDE, "text": "a red cat"}, SeededDraws(0))
-    assert learned(sequence, words) == "a red cat</s>" and len(sequence.read) == 12 and not sequence.written
 
 
 @pytest.mark.parametrize(("options", "change", "reason"), [
@@ -128,17 +99,11 @@ def test_pictures_are_never_cut(words: MultimodalTokenizer):
     whole = decoder.decode(fields, SeededDraws(1))
     for longest in range(1, len(whole) + 1):
         cut = decoder.decode(fields, SeededDraws(1), longest)
-        assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learned_within(whole, longest))
-        if not cut.dropped:
-            assert cut.ids == whole.ids[:longest] and len(cut.read) == 8
-    edit = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
-    length = len(make(words, "edit").decode(edit, SeededDraws(1)))
-    assert make(words, "edit").decode(edit, SeededDraws(1), length).dropped == (
-        f"not fewer than {length} tokens")
-
-
-def learned_within(sequence: PictureSequence, longest: int) -> bool:
-    return any(label != IGNORED for label in sequence.labels[:longest])
+        learns = any(label != IGNORED for label in whole.labels[:longest])
+        assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learns)
+        assert cut.dropped or cut.ids == whole.ids[:longest] and len(cut.read) == 8
+    length = len(make(words, "edit").decode(EDIT, SeededDraws(1)))
+    assert make(words, "edit").decode(EDIT, SeededDraws(1), length).dropped == f"not fewer than {length} tokens"
 
 
 def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokenizer):
@@ -156,10 +121,6 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
     assert sequence.ids[:len(asked)] == asked
 
 
-TALK = {"image": SQUARE, "data": ["What?", "No."]}
-EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
-
-
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("conversation", {"image": SQUARE}, "data: is missing"),
     ("conversation", {**TALK, "data": [1, 2]}, "data.0."),
@@ -172,11 +133,3 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str):
     with pytest.raises(BadRecord, match=message):
         make(words, name).decode(fields, SeededDraws(0))
-
-
-def test_get_decoder_other_tokenizer(words: MultimodalTokenizer, tmp_path: Path):
-    with pytest.raises(ConfigError, match="not grids of views"):
-        make(words, "edit", resolution_grids=["2by1"])
-    other = MultimodalTokenizer.train(TEXTS, tmp_path, vocab_size=300, n_codes=6, tokens_per_image=4)
-    with pytest.raises(ConfigError, match="not SEED-X's"):
-        get_decoder("seed_x.edit", other)

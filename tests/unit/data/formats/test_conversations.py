@@ -54,20 +54,14 @@ def test_with_messages_other_formats():
 
 
 @pytest.mark.parametrize(("item", "kind", "words"), [
-    ({"conversations": []}, "wrong type", "list of turns"),
     ({"conversations": ["hello"]}, "wrong type", "must be a list of turns, not .'hello'"),
     ({"conversations": [{"value": "a"}]}, "missing key", "turn 1 .*has no role or from"),
-    ({"conversations": [{"from": "human"}]}, "missing key", "has no content or value"),
-    ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "'from' is 'cat'"),
+    ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "its author is 'cat'"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "wrong role", "turn 1 is the assistant's"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "wrong role", "ends without an answer"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}]}, "empty text", "turn 2"),
-    ({"conversations": [{"from": "human", "value": 7}]}, "wrong type", "7 is no list"),
     ({"conversations": "not json"}, "malformed json", "'conversations': is not json"),
     ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "missing key", "a part holds neither"),
-    ({"image": "a.jpg", "data": ["q"]}, "wrong type", "come in pairs"),
-    ({"image": "a.jpg", "data": "[1]"}, "wrong type", "'data' is "),
-    ({"source_image": "a", "target_image": "b"}, "missing key", "'instruction' must be a text"),
     ({"source_image": "", "target_image": "b", "instruction": "c"}, "missing key", "'source_image' is empty"),
 ])
 def test_with_messages_wrong_conversation(item, kind, words):

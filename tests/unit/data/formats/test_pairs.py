@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,22 +14,13 @@ import webdataset
 from omegaconf import OmegaConf
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError, DataError
-
-
-def sentence(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text
-    return text
-
 
 # ---- shards
 
 
-@pytest.mark.parametrize("caption_file", ["json", "txt"])
-def test_pairs_of_shards_as_webdataset(shards: Path, caption_file: str) -> None:
-    pairs = Pairs(f"{shards}/s-{{000..003}}.tar", caption_file=caption_file)
+def test_pairs_of_shards_as_webdataset(shards: Path):
+    pairs = Pairs(f"{shards}/s-{{000..003}}.tar")
     files = [str(p) for p in sorted(shards.glob("*.tar"))]
     theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode())
     assert len(pairs) == len(theirs) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
@@ -42,78 +32,36 @@ def test_pairs_of_shards_as_webdataset(shards: Path, caption_file: str) -> None:
         assert raw is not None and pair.image == raw.read()
 
 
-def test_pairs_with_other_keys(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
-    path = write_tar(tmp_path / "x.tar", [{"__key__": "0", "png": b"P", "jpg": jpeg(0),
-                                           "json": {"top_caption": ["a", "b"]}}])
-    assert Pairs(path, image_keys=("jpg", "png"), caption_key="top_caption").read(0).image == jpeg(0)
-    assert Pairs(path, image_keys=["png", "jpg"], caption_key="top_caption").read(0).image == b"P"
-    assert Pairs(path, image_keys="png", caption_key="top_caption").read(0).captions == ["a", "b"]
-
-
-def test_read_samples_without_caption_or_image(tmp_path: Path, jpeg: Callable, write_tar: Callable) -> None:
-    good = {"jpg": jpeg(1), "json": {"caption": "fine"}}
-    path = write_tar(tmp_path / "x.tar", [
-        {"__key__": "good", **good},
-        {"__key__": "renamed", "jpg": jpeg(2), "json": {"captions": "x"}},
-        {"__key__": "no-json", "jpg": jpeg(3)},
-        {"__key__": "torn-json", "jpg": jpeg(3), "json": b'{"caption": '},
-        {"__key__": "null", "jpg": jpeg(3), "json": {"caption": None}},
-        {"__key__": "no-texts", "jpg": jpeg(3), "json": {"caption": []}},
-        {"__key__": "a-list", "jpg": jpeg(3), "json": b"[1]"},
-        {"__key__": "blind", "json": {"caption": "no picture"}},
-    ])
-    pairs = Pairs(path)
-    assert pairs.read(0).captions == ["fine"]
-    for index in range(1, 7):
-        with pytest.raises(DataError) as error:
-            pairs.read(index)
-        assert f"{path}: sample {pairs.key(index)}: " in sentence(error)
-    with pytest.raises(DataError, match=r"no caption key 'caption' \(did you mean 'captions'\?\)"):
-        pairs.read(1)
-    with pytest.raises(BadRecord, match=r"x\.tar: sample blind: has no picture"):
-        pairs.read(7)
-    with pytest.raises(DataError, match=r"x\.tar: .*no \.webp member"):
-        Pairs(path, image_keys=("webp",))
-    with pytest.raises(DataError, match=r"x\.tar: .*has no \.txt"):
-        Pairs(path, caption_file="txt")
-    with pytest.raises(ConfigError, match="caption_file"):
-        Pairs(path, caption_file="yaml")
-
-
-def _descriptors(pairs: Pairs) -> tuple[str, list[int]]:
-    return pairs.read(15).key, list(pairs._records.open_files._handles.values())
+def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar: Callable):
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}])
+    with pytest.raises(DataError, match=r"x\.tar: sample a: .*under key 'caption' \(did you mean 'captions'\?\)"):
+        Pairs(path)
+    assert Pairs(path, caption_key="captions").read(0).captions == ["fine", "too"]
+    path = write_tar(tmp_path / "y.tar", [{"__key__": "a", "txt": "words"}])
+    with pytest.raises(DataError, match=r"y\.tar: sample a: has no picture: no \.jpg, .* member"):
+        Pairs(path)
 
 
 @pytest.mark.process
-def test_pairs_in_forked_processes(shards: Path) -> None:
+def test_pairs_in_forked_processes(shards: Path):
+    """A data worker closes the files that it inherited: their positions are shared with its parent."""
     pairs = Pairs(f"{shards}/*.tar")
     pairs.read(0)
-    assert len(pairs._records.open_files._handles) == 1
+    handles = pairs._records.open_files._handles
+    assert len(handles) == 1
     with multiprocessing.get_context("fork").Pool(1) as pool:
-        key, opened = pool.apply(_descriptors, (pairs,))  # sent pickled
-    assert key == "00015" and len(opened) == 1
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:  # a real fork, as data workers are: the child must have closed what it inherited
-        inherited = list(pairs._records.open_files._handles.values())
-        pairs.read(15)
-        try:
-            same = os.path.samestat(os.fstat(inherited[0]), os.stat(shards / "s-000.tar"))
-        except OSError:  # closed, and its number not taken again
-            same = False
-        os.write(writer, bytes([len(pairs._records.open_files._handles), same]))
-        os._exit(0)
-    os.waitpid(child, 0)
-    assert os.read(reader, 2) == bytes([1, 0])
-    os.close(reader)
-    os.close(writer)
+        assert pool.apply(_read_in_worker, (pairs, 15)) == ("00015", 1)
     assert pairs.read(1).key == "00001"
+
+
+def _read_in_worker(pairs: Pairs, index: int) -> tuple[str, int]:
+    return pairs.read(index).key, len(pairs._records.open_files._handles)
 
 
 # ---- json
 
 
-def test_pairs_of_lists(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
     (tmp_path / "sub").mkdir()
     for name in ("0.jpg", "sub/1.jpg", "2.jpg"):
         (tmp_path / name).write_bytes(jpeg(0))
@@ -126,37 +74,24 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.Monk
     assert [pairs.read(i).image for i in range(3)] == [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")]
     assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
     assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # beside the list
-    monkeypatch.chdir(tmp_path / "sub")
-    (tmp_path / "sub" / "c.json").write_text('[{"image": "../2.jpg", "caption": "four"}]')
-    (tmp_path / "d.json").write_text('[{"image": "1.jpg", "caption": "five"}]')
-    assert Pairs("c.json").read(0).image == Path("../2.jpg")
-    assert Pairs(tmp_path / "d.json").read(0).image == Path("1.jpg")  # from the current folder, as the released code
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ([{"image": "0.jpg", "title": "x"}, {"image": "1.jpg", "title": "y"}], ["item 0", "'caption'", "has image, title"]),
-    ([{"img": "0.jpg", "caption": "x"}], ["item 0", "has no picture", "'image'", "did you mean 'img'?"]),
-    ([{"image": None, "caption": "x"}], ["has no picture: nothing under key 'image' (it is 'None')."]),
-    ([{"image": 5, "caption": "x"}], ["item 0", "a picture is 5, not a path"]),
-    ([{"image": "0.jpg", "caption": ["x", " "]}], ["item 0", "its 'caption' is empty"]),
-    ([{"image": "0.jpg", "caption": None}], ["item 0", "has no caption, its 'caption' is null"]),
-    ([{"image": "0.jpg", "caption": 5}], ["item 0", "'caption'", "5"]),
-    (["0.jpg"], ["item 0", "a str"]),
-    ([], ["holds no record"]),
-    ({"images": []}, ["has no caption key"]),
-])
-def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: list[str]) -> None:
+    ([{"image": "0.jpg", "title": "x"}], "item 0: has no caption: .*'caption' .it has image, title"),
+    ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no picture: nothing under key 'image' \(did you mean 'img'\?\)"),
+    ([{"image": 5, "caption": "x"}], "item 0: a picture is 5, not a path"),
+    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"), ([], "holds no record")])
+def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=f"^{path}: {words}"):
         Pairs(path)
-    assert sentence(error).startswith(str(path)) and all(word in str(error.value) for word in words)
 
 
-def test_open_pairs(tmp_path: Path, shards: Path) -> None:
-    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar", "caption_file": "txt"})
+def test_open_pairs(tmp_path: Path, shards: Path):
+    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar"})
     assert isinstance(pairs, Pairs) and pairs.read(0).captions == ["Picture 0."]
-    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"], "image_keys": ["jpg"]})
+    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"]})
     assert len(open_pairs(spec)) == 7
     (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
     spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +15,7 @@ from pyarrow import parquet
 
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, nearest_path, open_records
+from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -53,19 +51,14 @@ def test_open_records_of_tars(tmp_path):
     assert (record.key, record.fields) == ("2x1", caption(21))
     assert record.where == f"{tmp_path}/part-0002/0000000.tar: sample 2x1"
     assert fields(open_records(tmp_path)) == fields(source)  # a folder is searched at any depth
-    with pytest.raises(IndexError):
-        source.read(6)
 
 
-def test_read_broken_members(tmp_path):
-    path = tar(tmp_path / "a.tar", {"good": caption(1), "torn": b'{"text": "a', "list": [1],
-                                    "deep": b'{"a":' * 100_000, "pair": b'{"t": "\\ud83d\\ude00 \\ud83d"}'})
-    source = open_records(path)
-    for row, (key, words) in enumerate([("torn", "is not json"), ("list", "holds a list"), ("deep", "is not json")], 1):
-        with pytest.raises(BadRecord, match=f"a.tar: sample {key}: .*{words}") as caught:
-            source.read(row)
-        assert caught.value.kind == "malformed json"
-    assert source.read(0).fields == caption(1) and source.read(4).fields == {"t": "😀 ?"}
+def test_read_odd_json(tmp_path):
+    source = open_records(tar(tmp_path / "a.tar", {"deep": b'{"a":' * 100_000,
+                                                   "pair": b'{"t": "\\ud83d\\ude00 \\ud83d"}'}))
+    with pytest.raises(BadRecord, match="a.tar: sample deep: .*is not json") as caught:
+        source.read(0)
+    assert caught.value.kind == "malformed json" and source.read(1).fields == {"t": "😀 ?"}
 
 
 def test_open_records_of_lines(tmp_path):
@@ -78,17 +71,14 @@ def test_open_records_of_lines(tmp_path):
         with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not json"):
             source.read(2)
     bom = open_records(written(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}'))
-    assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line2"
-    halves = open_records(written(tmp_path / "h.jsonl", b'{"t": "a\xed\xa0\x80b"}\n{"t": "a\\ud800b"}'))
-    assert fields(halves) == [{"t": "a?b"}] * 2, "half a surrogate pair"
+    assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line 2"
 
 
-@pytest.mark.parametrize("style", [{}, {"indent": 2}, {"ensure_ascii": False}, {"separators": (",", ":")}])
-def test_open_records_of_lists(tmp_path, style):
-    path = written(tmp_path / "a.json", json.dumps(ITEMS, **style))
+def test_open_records_of_lists(tmp_path):
+    path = written(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
     assert fields(open_records(path)) == ITEMS
-    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (f"{path}: item 2", "item2")
-    coco = written(tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []}, **style))
+    assert (open_records(path).read(2).where, open_records(path).read(2).key) == (f"{path}: item 2", "item 2")
+    coco = written(tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []}))
     assert fields(open_records(coco)) == ITEMS
     assert fields(open_records(written(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes()))) == ITEMS
     lines = open_records(written(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
@@ -97,10 +87,9 @@ def test_open_records_of_lists(tmp_path, style):
 
 
 @pytest.mark.parametrize(("content", "words"), [
-    ('[{"a": 1},\n {"a": }]', "line 2: .*Expecting value"), ('[{"a": 1} {"a": 2}]', "line 1: .*',' delimiter"),
-    ('[{"a": "x', "Unterminated"), ("[{}]\nmore", "line 2: .*Extra data"), ('{"a": [1]\n}', "must hold a list"),
-    ("", "Expecting value"), ('"text"', "must hold a list"), ("[" * 200_000, "recursion"), (b'["\xe4"]', "decode"),
-    (b"\x1f\x8b123", "compressed files")])
+    ('[{"a": 1},\n {"a": }]', "Expecting value: line 2"), ('[{"a": 1} {"a": 2}]', "',' delimiter: line 1"),
+    ("[{}]\nmore", "Extra data: line 2"), ('{"a": [1]\n}', "must hold a list"),
+    ("", "Expecting value"), ('"text"', "must hold a list"), ("[" * 200_000, "recursion")])
 def test_open_records_of_a_broken_list(tmp_path, content, words):
     with pytest.raises(DataError, match=rf"b\.json: .*{words}"):
         len(open_records(written(tmp_path / "b.json", content)))
@@ -114,7 +103,7 @@ def test_open_records_of_parquet(tmp_path):
     source = open_records([path, path])
     assert len(source) == 7 and list(source.shard_sizes) == [3, 3, 1]
     record = source.read(4)
-    assert record.where == f"{path}: row 4" and record.key == "row4" and record.fields["text"] == "t4"
+    assert record.where == f"{path}: row 4" and record.key == "row 4" and record.fields["text"] == "t4"
     assert "text" not in source.read(3).fields
     assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q4"]
     source.open_files.tables.kept = 0  # one row group
@@ -125,23 +114,11 @@ def test_open_records_of_parquet(tmp_path):
     parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "text.parquet")
     assert open_records(tmp_path / "text.parquet").read(2).fields["messages"][0]["content"] == [{"image": "x"}, "q2"]
     parquet.write_table(pa.Table.from_pylist(rows[:2]), path)
-    source.close()
-    with pytest.raises(BadRecord, match=r"a\.parquet: has fewer rows than when it was indexed"):
+    source.open_files.close()
+    with pytest.raises(BadRecord, match=r"a\.parquet: cannot be read as parquet"):
         source.read(6)
     with pytest.raises(BadRecord, match=r"b\.parquet: cannot be read as parquet"):
         len(open_records(written(tmp_path / "b.parquet", path.read_bytes()[:-60])))
-
-
-def test_read_parquet_values_that_python_lacks(tmp_path):
-    offsets, data = np.array([0, 3, 5, 7], np.int32), b"a\xffbokok"
-    texts = pa.Array.from_buffers(pa.string(), 3, [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(data)])
-    parquet.write_table(pa.table({"text": texts, "day": pa.array([1, 2, 2**30], pa.date32())}), tmp_path / "a.parquet")
-    source = open_records(tmp_path / "a.parquet")
-    with pytest.raises(BadRecord, match=r"a\.parquet: row 0: a text is not UTF-8"):
-        source.read(0)
-    assert source.read(1).fields["text"] == "ok"
-    with pytest.raises(BadRecord, match=r"a\.parquet: row 2: a value cannot be read \(days=1073741824"):
-        source.read(2)
 
 
 def test_open_records_of_an_image_folder(tmp_path):
@@ -154,15 +131,8 @@ def test_open_records_of_an_image_folder(tmp_path):
     first = source.read(0)
     assert first.where == str(tmp_path / "b.jpg") and first.member("txt", files=source.open_files) == b"a caption"
     assert source.read(1).member("txt", files=source.open_files) is None
-    with pytest.raises(DataError, match="holds no record"):
-        len(open_records(tmp_path / "sub" / "none", format="folder"))
-
-
-def test_open_records_of_nano():
-    nano = open_records(None, format="nano")
-    record = pickle.loads(pickle.dumps(nano.locate(7)))  # noqa: S301  # a worker draws it
-    assert len(nano) == 100_000 and nano.files[0].name == "nano" and len(pickle.dumps(record)) < 1000
-    assert record.fields["image"]().shape == (64, 64, 3) and len(record.fields["caption"]) == 4
+    with pytest.raises(DataError, match="there is no such file or folder"):
+        open_records(tmp_path / "sub" / "none", format="folder")
 
 
 # ---- files
@@ -175,28 +145,17 @@ def test_open_records_finds_files(tmp_path):
         open_records(tmp_path, format="jsnl")
     written(tmp_path / "a.jsonl", '{"text": "a"}')
     tar(tmp_path / "a.tar", {"k": caption(1)})
-    written(tmp_path / "manifest.json", "{\n}")
+    written(tmp_path / "counts.json", "{\n}")
     with pytest.raises(DataError, match="holds tar and jsonl files|holds jsonl and tar files"):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # a manifest beside shards is no data
+    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # counts beside shards are no data
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
-    assert [both.read(n).key for n in (0, 1)] == ["k", "line1"]
+    assert [both.read(n).key for n in (0, 1)] == ["k", "line 1"]
     odd = written(tmp_path / "notes.txt", '{"text": "b"}')
     with pytest.raises(DataError, match="its suffix tells no format"):
         open_records(odd)
     assert fields(open_records(odd, format="jsonl")) == [{"text": "b"}]
-    packed = written(tmp_path / "b.jsonl.gz", gzip.compress(b'{"text": "b"}'))
-    with pytest.raises(DataError, match=r"b\.jsonl\.gz: compressed files .*gunzip"):
-        len(open_records(packed))
-
-
-def test_open_records_of_folders_by_pattern(tmp_path):
-    for part in ("p1", "p2"):
-        (tmp_path / part / "deep").mkdir(parents=True)
-        written(tmp_path / part / "deep" / "a.jsonl", f'{{"text": "{part}"}}')
-    for pattern in ("p{1..2}", "p?", "{p1,p2}/deep"):
-        assert fields(open_records(str(tmp_path / pattern))) == [{"text": "p1"}, {"text": "p2"}]
 
 
 def test_expand_pattern(tmp_path):
@@ -209,8 +168,9 @@ def test_expand_pattern(tmp_path):
 
 
 @pytest.mark.parametrize(("pattern", "words"), [
-    ("none-*.tar", "none-.*: no file matches this pattern"), ("n-{00..02}.tar", "no file matches this pattern"),
-    ("a-{0..3}.tar", "3 of its 4 files are missing, first .*a-1.tar"), ("gone.tar", "there is no such file"),
+    ("none-*.tar", "none-.*: no file matches this pattern"),
+    ("a-{0..3}.tar", "a-1.tar: there is no such file"),
+    ("gone.tar", "there is no such file"),
     ("a-00.tar", r"there is no such file or folder \(did you mean .*a-0.tar\?\)"), ("A" * 5000, "A{100}: there is no"),
     ("fifo.tar", "there is no such file")])
 def test_expand_pattern_without_match(tmp_path, pattern, words):
@@ -219,12 +179,6 @@ def test_expand_pattern_without_match(tmp_path, pattern, words):
     os.mkfifo(tmp_path / "fifo.tar")
     with pytest.raises(DataError, match=words):
         expand_pattern([tmp_path / pattern])
-
-
-def test_nearest_path_of_many_files(tmp_path):
-    for number in range(2001):  # of a million images, comparing all names would take minutes
-        (tmp_path / f"{number}.tar").touch()
-    assert nearest_path(tmp_path / "0.tax") == ""
 
 
 def test_find_image(tmp_path, monkeypatch):

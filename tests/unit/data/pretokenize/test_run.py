@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.cli.data import extraction_parser, extraction_script
+from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.pretokenize.dataset import TaskDataset
 from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import ConfigError, DataError
@@ -83,16 +82,13 @@ def tool(data: dict[str, Any], save_dir: Path, *flags: str) -> subprocess.Popen[
         cwd=APP, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
 
 
-def test_run_counts_and_names_what_it_leaves_out(whole: Path) -> None:
+def test_run_counts_what_it_leaves_out(whole: Path) -> None:
     total = json.loads((whole / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
-    first, second, _ = json.loads((whole / "s-003.counts.json").read_text())["named"]
-    assert "s-003.tar: sample 00077: " in first and "truncated or damaged" in first
-    assert "s-003.tar: sample 00078: " in second
     assert sorted(path.name for path in whole.glob("*.tar")) == [f"s-{n:03d}.tar" for n in range(SHARDS)]
     source = open_records(whole)
-    assert len(source) == SHARDS * SIZE - 3 == len({source.read(n).key for n in range(len(source))})
-    assert source.read(1).where == f"{whole / 's-000.tar'}: sample s-000-0000001"
+    assert len(source) == SHARDS * SIZE - 3
+    assert source.read(1).where == f"{whole / 's-000.tar'}: sample 0000001"
 
 
 @pytest.mark.process
@@ -173,7 +169,7 @@ def test_many_broken_samples_in_a_row_end_the_run(start, tmp_path, capfd, jpeg) 
     with pytest.raises(DataError, match=r"1.tar: sample 2: .* \(3 broken samples in a row\)"):
         start(tmp_path / "out", max_bad=3, **given)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.counts.json", "0.tar", "settings.json"]
-    assert "skipped: " in capfd.readouterr().err
+    assert "skipped: " in (said := capfd.readouterr().err) and "0.tar: sample 1: " in said
     assert start(tmp_path / "out", max_bad=5, **given) == 0
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 6
 
@@ -186,14 +182,6 @@ def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
         assert "0 records" in said and "bad 7" in said and "not one record was written" in said
 
 
-@pytest.mark.process
-def test_a_decode_worker_that_dies_is_one_sentence(start, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(TaskDataset, "__getitem__", lambda self, task: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(DataError, match=r"DataLoader worker \(pid.* fewer --num_workers"):
-        start(tmp_path / "out", workers=1)
-    assert not list((tmp_path / "out").glob("*.t*"))
-
-
 @pytest.mark.parametrize(("flags", "message"), [
     (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
     (["--save_dir", "n" * 300], "cannot be written (File name too long)"), (["--fields", "vqa"], "no preset"),
@@ -204,10 +192,3 @@ def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, mo
              str(tmp_path / "out"), "--device", "cpu"]
     assert extraction_script("caption", "tool", "text", [*given, *flags]) == 2
     assert message in capfd.readouterr().err
-
-
-def test_extraction_parser_has_the_original_flags() -> None:
-    args = extraction_parser("tool", "text").parse_args(["--tokenizer", "t", "--data", "d", "--save_dir", "s"])
-    original = {"image_processor": None, "image_transform": None, "tokenizer": "t", "data": "d", "save_dir": "s",
-                "gpus": None, "batch_size": None, "num_workers": 4}
-    assert {name: getattr(args, name) for name in original} == original

@@ -106,7 +106,7 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
         "batch_size": 1, "max_length": length, "cycles": 1, "options": options}],
         "packing": False})
     with LlmBatches(settings, words) as batches:
-        batch = batches.at(0)
+        batch = next(batches)
     assert not draws[-1].calls and batch.attention_mask is not None
     for name in ("input_ids", "labels", "attention_mask"):
         assert getattr(batch, name)[0].tolist() == expected[name], name
@@ -125,46 +125,3 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
         used = [place for place, shown, drawn in zip(expected["patch_position"], read, written, strict=True)
                 if shown or drawn]
         assert np.allclose(views.positions.numpy(), used, atol=1e-6)
-
-
-def test_all_three_kinds_are_recorded() -> None:
-    found = {OF_FUNCTION[case["function"]] for case in CASES if kept(case)}
-    assert found == set(OF_FUNCTION.values()) and sum(map(kept, CASES)) > 30
-
-
-def test_edits_that_follow_each_other(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    """Ours, several turns: as single edits laid one behind the other, the drawn picture shown again as the next
-    source; written out by hand."""
-    for name, size in (("a.jpg", (500, 450)), ("b.jpg", (900, 450)), ("c.jpg", (500, 450))):
-        (tmp_path / name).write_bytes(picture(size))
-    (tmp_path / "turns.jsonl").write_text(json.dumps({"messages": [
-        {"role": "user", "content": [{"image": "a.jpg"}, "Make it red."]},
-        {"role": "assistant", "content": ["Here is a picture.", {"image": "b.jpg"}]},
-        {"role": "user", "content": ["a cat"]},
-        {"role": "assistant", "content": [{"image": "c.jpg"}]}]}) + "\n")
-    settings = read_data_settings({"sources": [{
-        "name": "one", "files": str(tmp_path / "turns.jsonl"), "decoder": "seed_x.chat", "batch_size": 1,
-        "max_length": 160, "options": {"base_resolution": 8, "resolution_grids": ["1x1"]}}], "packing": False})
-    with LlmBatches(settings, words) as batches:
-        batch = batches.at(0)
-
-    def ids(text: str) -> list[int]:
-        return words.encode(text)
-
-    def word(name: str) -> int:
-        return words.word_id(name)
-
-    codes = [word(f"<img_{number:05d}>") for number in range(4)]
-    drawn = [word("<img>"), *codes, word("</img>")]
-    shown = [word("<patch>"), *codes, word("</patch>"), *drawn]
-    learned = [drawn[0], *[-100] * 5]
-    parts = [([1], None), (ids("[INST]"), None), (shown, None), (ids("Make it red. [/INST]\n"), None),
-             (ids("Here is a picture."), ids("Here is a picture.")), (drawn, learned), (ids("\n[INST]"), None),
-             (shown, None), (ids("a cat [/INST]\n"), None), (drawn, learned), ([2], [2])]
-    row = [id for part, _ in parts for id in part]
-    labels = [label for part, own in parts for label in (own or [-100] * len(part))]
-    assert batch.input_ids[0, :len(row)].tolist() == row and not batch.input_ids[0, len(row):].any()
-    assert batch.labels[0, :len(row)].tolist() == labels
-    assert batch.views is not None
-    assert batch.views.written.tolist() == [False, False, True, False, False, True]
-    assert batch.views.positions.tolist() == [[0.5, 0.5]] * 6

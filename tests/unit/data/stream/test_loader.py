@@ -94,7 +94,7 @@ def test_at_raises_from_workers(tmp_path: Path, jpeg: Callable, write_tar: Calla
         with pytest.raises(DataError) as error:
             batches.at(2)
         said = str(error.value)
-        assert f"{path}: sample 005: has no caption key 'caption'" in said and "\n" not in said
+        assert f"{path}: sample 005: has no caption: " in said and "\n" not in said
         assert batches.at(3)["key"] == ["006", "007"]
 
 
@@ -103,7 +103,7 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> No
     with StepBatches(dataset(shards), 2, seed=0, workers=2) as batches:
         batches.at(0)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(DataError, match=r"DataLoader worker .* resume from the last checkpoint") as error:
+        with pytest.raises(DataError, match=r"worker process was killed .* resume from the last checkpoint") as error:
             for step in range(1, 40):  # what was loaded ahead still comes
                 batches.at(step)
         assert "\n" not in str(error.value)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.packing import best_fit, make_row, split_long
 
 
@@ -39,14 +35,12 @@ def test_make_row() -> None:
     first = np.array([1, 50, 51, 2], np.int32), np.array([1, 50, 51, 2], np.int32)
     second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
     row = make_row([first, second], 10, pad_id=0)
-    assert row.input_ids.tolist() == [1, 50, 51, 2, 1, 60, 2, 0, 0, 0]
-    assert row.labels.tolist() == [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100]
-    assert row.position_ids.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]
+    assert [array.tolist() for array in row] == [
+        [1, 50, 51, 2, 1, 60, 2, 0, 0, 0], [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
+        [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
     assert first[1].tolist() == [1, 50, 51, 2]  # the sequence itself is as it was
-    assert {array.dtype for array in (row.input_ids, row.labels, row.position_ids)} == {np.dtype(np.int32)}
-    empty = make_row([], 4, pad_id=9)
-    assert empty.input_ids.tolist() == [9] * 4 and empty.labels.tolist() == [-100] * 4
-    assert empty.position_ids.tolist() == [0, 1, 2, 3]
+    assert {array.dtype for array in row} == {np.dtype(np.int32)}
+    assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [[9] * 4, [-100] * 4, [0, 1, 2, 3]]
 
 
 @pytest.mark.parametrize(("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)])
@@ -68,54 +62,12 @@ def test_a_model_sees_packed_sequences_as_if_alone() -> None:
                                          num_attention_heads=4, attn_implementation="sdpa")).eval()
     rng = np.random.default_rng(0)
     pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
-    row = make_row([(piece, piece) for piece in pieces], 16, pad_id=0)
+    ids, _, positions = (torch.from_numpy(array)[None].long() for array in make_row(
+        [(piece, piece) for piece in pieces], 16, pad_id=0))
     with torch.no_grad():
-        packed = model(input_ids=torch.from_numpy(row.input_ids)[None].long(),
-                       position_ids=torch.from_numpy(row.position_ids)[None].long(), use_cache=False).logits[0]
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         place = 0
         for piece in pieces:
             alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
             assert torch.allclose(packed[place:place + len(piece)], alone, atol=1e-5)
             place += len(piece)
-
-
-# ---- how full rows get
-
-
-def _text(rng: random.Random, tokens: float) -> str:
-    return " ".join(rng.choice(("a", "red", "house", "on", "the", "green", "hill")) for _ in range(max(1, int(tokens))))
-
-
-@pytest.fixture(scope="module")
-def released_lengths(tmp_path_factory: pytest.TempPathFactory, codes: Callable, lines: Callable) -> Path:
-    """Sources as long as those of the released pretraining mixture (pictures of the tokenizer, drawn text lengths)."""
-    folder, rng = tmp_path_factory.mktemp("released"), random.Random(0)
-    picture = codes(0)
-    for name, size, low, high in (("cc3m", 300, 6, 16), ("laion", 600, 8, 30)):
-        lines(folder / f"{name}.jsonl", [{"image_ids": picture, "text": _text(rng, rng.randint(low, high)),
-                                          "metadata": {}} for _ in range(size)])
-    for name in ("mmc4", "obelisc"):
-        documents = []
-        for _ in range(100):
-            texts = [_text(rng, min(250, rng.expovariate(1 / 60)) + 5) for _ in range(rng.randint(1, 7))]
-            documents.append({"image_ids": [part for _ in texts for part in (picture, None)], "metadata": {},
-                              "texts": [part for text in texts for part in (None, text)]})
-        lines(folder / f"{name}.jsonl", documents)
-    lines(folder / "webvid.jsonl", [{"image_ids": picture * 4, "answer": _text(rng, rng.randint(5, 25))}
-                                    for _ in range(200)])
-    lines(folder / "wiki.jsonl", [{"text": _text(rng, min(4000, rng.expovariate(1 / 400)) + 30)} for _ in range(100)])
-    return folder
-
-
-@pytest.mark.parametrize("which", ["mixture", "captions"])
-def test_at_fills_its_rows(released_lengths: Path, words, which: str) -> None:
-    released = {"cc3m": (0.5, 116, "caption"), "laion": (5.0, 164, "caption"), "mmc4": (2.0, 26, "interleaved"),
-                "obelisc": (1.0, 26, "interleaved"), "webvid": (0.5, 116, "video"), "wiki": (1.0, 26, "text")}
-    sources = [{"name": name, "files": str(released_lengths / f"{name}.jsonl"), "decoder": f"pretrain.{decoder}",
-                "weight": weight, "batch_size": rows} for name, (weight, rows, decoder) in released.items()
-               if which == "mixture" or name == "laion"]
-    settings = read_data_settings({"sources": sources, "length": 2048, "too_long": "split"})
-    batches = LlmBatches(settings, words)
-    batches.at(60)
-    report = batches.report()
-    assert report["tokens"] >= 0.97 * report["positions"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,7 +18,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from seed_multimodal import SeedLlama
-from seed_multimodal.disk import lock, sha256_of
+from seed_multimodal.disk import folder_lock
+from seed_multimodal.errors import SeedError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.seed_x.pipeline import SeedX
@@ -54,7 +56,8 @@ def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str
 
 def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
     """SHA-256 of the parts' files."""
-    return {part: sha256_of(next((folder / part).glob("*.safetensors"))) for part in parts}
+    return {part: hashlib.sha256(next((folder / part).glob("*.safetensors")).read_bytes()).hexdigest()
+            for part in parts}
 
 
 @pytest.mark.process
@@ -154,7 +157,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
 
 
 def test_pipeline_refuses_a_stage_that_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with lock(tmp_path / ".start.lock"):
+    with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
     assert "another run is at stage start" in capsys.readouterr().err
 

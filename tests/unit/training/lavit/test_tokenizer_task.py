@@ -14,10 +14,9 @@ import stage1_toy as toy
 import torch
 import warm_python
 
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.lavit.training import LavitStage1
-from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance
-from seed_multimodal.training.lavit.tokenizer_task import measure, stage1_groups
+from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
+from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, codebook_use, evaluation_mode
+from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -38,6 +37,11 @@ def start_stage1() -> Callable[..., subprocess.Popen]:
     return start
 
 
+def measure(model: LavitStage1, pictures: torch.Tensor, quantize: bool | None = None) -> LavitStage1Output:
+    with evaluation_mode(model):
+        return model(pictures, quantize=quantize)
+
+
 def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
     """A run's log."""
     return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
@@ -45,18 +49,19 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 
 def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(tmp_path: Path) -> None:
     held_out, _ = toy.pictures(64, seed=9)
-    before = measure(toy.stage1(), [held_out], quantize=False)
+    before = measure(toy.stage1(), held_out, quantize=False)
     model, record = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health={**CODES, "codebook_warmup": 50})
-    after = measure(model, [held_out[:32], held_out[32:]])
-    assert after.cosine < 0.8 * after.blind < 0.3 * before.cosine, (after.cosine, after.blind, before.cosine)
-    assert 0.2 < after.kept < 0.5 and len(after.tokens) == 64 and min(after.tokens) >= 1
-    assert after.usage is not None and after.usage["codebook_used"] > 0.5 and before.usage is None
+    after = measure(model, held_out)
+    mean = held_out.mean(0, keepdim=True).expand_as(held_out)
+    blind = 1 - torch.cosine_similarity(held_out, mean, dim=-1).mean()  # what is reached without seeing anything
+    assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
+    assert 0.2 < after.counts_B.sum() / held_out[..., 0].numel() < 0.5 and after.counts_B.min() >= 1
+    assert len(after.codes_T.unique()) > 0.5 * toy.CODES and before.codes_T is None
     log = lines(tmp_path)
     assert {"loss_cosine", "loss_ratio", "kept", "tokens", "tokens_deviation", "tokens_least", "tokens_most"} <= set(
         log[40])
     assert "perplexity" not in log[40] and {"codebook_used", "perplexity", "loss_commitment"} <= set(log[60])
     assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"] and record["loss_cosine"] > 0
-    assert after.to_dict()["tokens_most"] == max(after.tokens)
 
 
 def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
@@ -64,10 +69,9 @@ def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
     model = toy.stage1()
     maintenance = CodebookMaintenance(model, CodebookHealth(kmeans_start=True, kmeans_images=128),
                                       lambda step: data[16 * step:16 * step + 16], steps=5, images_per_batch=16)
-    at_random = measure(model, [data]).usage
+    at_random = codebook_use(measure(model, data).codes_T.bincount(minlength=toy.CODES))
     maintenance.before(0, True)
-    at_centres = measure(model, [data]).usage
-    assert at_random is not None and at_centres is not None
+    at_centres = codebook_use(measure(model, data).codes_T.bincount(minlength=toy.CODES))
     assert at_centres["codebook_used"] == 1 > at_random["codebook_used"]
     assert at_centres["perplexity"] > 1.5 * at_random["perplexity"]
     rows = model.quantize.embedding.weight
@@ -82,8 +86,6 @@ def test_the_selector_has_its_own_rate_and_frozen_parts_none() -> None:
     assert scales.keys() == {id(parameter) for parameter in trained.values()}
     assert all((scales[id(parameter)] == 0.25) == ("token_predictor" in name) for name, parameter in trained.items())
     assert not any(part in name for name in trained for part in ("tokenizer.encoder.", "vit_proj", "unet_", "quantize"))
-    with pytest.raises(ConfigError, match=r"selector_lr_scale must be a positive number, not 0\.0"):
-        stage1_groups(model, 0.1, 0.0)
 
 
 def test_a_frozen_selector_stays_once_codes_are_used(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, load_adapter
+from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings
+from seed_multimodal.training.llm.lora import (
+    MODULES_TO_SAVE,
+    TARGET_MODULES,
+    adapter_state,
+    copy_weights,
+    load_adapter,
+)
 from seed_multimodal.training.llm.loss import find_llama, packed_loss
 from seed_multimodal.training.llm.model import (
     attention_kind,
@@ -26,7 +32,6 @@ from seed_multimodal.training.llm.model import (
     set_attention,
     trained_state,
 )
-from seed_multimodal.training.llm.model_settings import LlmModelSettings, read_model_settings
 
 ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
@@ -48,10 +53,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("text", "all", "tied")}
 
 
-def build(path: Path | None, resume: Path | None = None, **settings: Any) -> Any:
-    values = {"dtype": "fp32", **settings}
-    return build_llm(LlmModelSettings(path=None if path is None else str(path), **values), TOKENIZER, "cpu",
-                     resume=resume)
+def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> Any:
+    values = {"path": None if path is None else str(path), "adapter": None if adapter is None else str(adapter)}
+    return build_llm(LlmModelSettings(**{"dtype": "fp32", **values, **settings}), TOKENIZER, "cpu")
 
 
 def test_attention_goes_by_the_rows() -> None:
@@ -105,8 +109,6 @@ def test_a_random_start_depends_on_its_seed_only() -> None:
     assert all(p.requires_grad and p.dtype == torch.float32 for p in one.parameters())
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
         build(None, sizes={**SIZES, "hiddensize": 1})
-    with pytest.raises(ConfigError, match="vocab_size is 7, but the tokenizer has 70 words"):
-        build(None, sizes={**SIZES, "vocab_size": 7})
 
 
 def test_lora_as_released(bases: dict[str, Path]) -> None:
@@ -143,7 +145,7 @@ def test_tied_embeddings_stay_one_matrix(bases: dict[str, Path], tmp_path: Path)
         "base_model.model.model.embed_tokens.weight"]
     folder = save_trained(model, tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["modules_to_save"] == list(MODULES_TO_SAVE)
-    again = build(bases["tied"], lora=LORA, resume=folder)
+    again = build(bases["tied"], lora=LORA, adapter=folder)
     stock = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(bases["tied"]), folder).eval()
     with torch.no_grad():
         wanted = model.eval()(input_ids=batch().input_ids).logits
@@ -159,7 +161,7 @@ def without(folder: Path, key: str) -> Path:
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
-    ({"attention": "flex"}, "attention flex has no backward pass on a CPU"),
+    ({"attention": "flex"}, "attention flex: it has no backward pass on a CPU"),
     ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
     ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"),
     ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
@@ -169,37 +171,31 @@ def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sen
         build(None, **{"sizes": SIZES, **settings})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the package is there")
-def test_flash_attention_without_its_package() -> None:
-    with pytest.raises(ConfigError, match="attention flash: "):
-        build(None, sizes=SIZES, attention="flash")
-
-
 def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["all"], lora=LORA)
     step(model)
     folder = save_trained(model, tmp_path / "one")
-    again = build(bases["all"], lora=LORA, adapter=str(folder))
+    again = build(bases["all"], lora=LORA, adapter=folder)
     assert all(torch.equal(value, adapter_state(again)[name]) for name, value in trained_state(model).items())
     assert sum(p.requires_grad for p in again.parameters()) == sum(p.requires_grad for p in model.parameters())
-    named = build(bases["all"], adapter=str(folder))  # a released `model_id`: its file says how it was trained
+    named = build(bases["all"], adapter=folder)  # a released `model_id`: its file says how it was trained
     assert trained_state(named).keys() == trained_state(model).keys() and named.peft_config["default"].lora_alpha == 8
     old = tmp_path / "old"  # as peft 0.4 wrote it
     old.mkdir()
     torch.save(dict(trained_state(model)), old / "adapter_model.bin")
     load_adapter(build(bases["all"], lora=LORA), old)
     with pytest.raises(CheckpointError, match="lora_alpha is 8, but the model is set up with 4"):
-        build(bases["all"], lora={**LORA, "lora_alpha": 4}, resume=folder)
+        build(bases["all"], lora={**LORA, "lora_alpha": 4}, adapter=folder)
     with pytest.raises(CheckpointError, match="use_rslora is None, but the model is set up with True"):
         load_adapter(build(bases["all"], lora={**LORA, "use_rslora": True}), without(folder, "use_rslora"))
     state = dict(trained_state(model))
     name = next(iter(state))
-    with pytest.raises(CheckpointError, match="1 tensors of the adapter are missing"):
-        load_trained(model, {key: value for key, value in state.items() if key != name})
+    with pytest.raises(CheckpointError, match="1 tensors are missing"):
+        copy_weights(state, {key: value for key, value in state.items() if key != name}, "x")
     with pytest.raises(CheckpointError, match="unknown to the model: 'x'"):
-        load_trained(model, {**state, "x": state[name]})
+        copy_weights(state, {**state, "x": state[name]}, "x")
     with pytest.raises(CheckpointError, match="but the model needs"):
-        load_trained(model, {**state, name: torch.zeros(3, 3)})
+        copy_weights(state, {**state, name: torch.zeros(3, 3)}, "x")
     with pytest.raises(CheckpointError, match="holds no adapter"):
         load_adapter(model, tmp_path)
 
@@ -211,7 +207,7 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
 def test_an_adapters_folder_alone_says_how_it_was_trained(bases: dict[str, Path], tmp_path: Path, fields: dict) -> None:
     model = build(bases["tied"], lora={**LORA, **fields})
     step(model)
-    again = build(bases["tied"], adapter=str(save_trained(model, tmp_path)))
+    again = build(bases["tied"], adapter=save_trained(model, tmp_path))
     expected, found = trained_state(model), trained_state(again)
     assert expected.keys() == found.keys() and all(torch.equal(value, found[name]) for name, value in expected.items())
     with torch.no_grad():
@@ -224,10 +220,10 @@ def test_full_fine_tuning_saves_a_plain_model(bases: dict[str, Path], tmp_path: 
     folder = save_trained(model, tmp_path / "whole")
     stock = LlamaForCausalLM.from_pretrained(folder)
     assert all(torch.equal(value, stock.state_dict()[name]) for name, value in trained_state(model).items())
-    again = build(bases["tied"], resume=folder)
+    again = build(bases["tied"], adapter=folder)
     assert torch.equal(again.lm_head.weight, model.lm_head.weight)
     other = build(bases["tied"])
-    load_trained(other, trained_state(model))
+    load_trained(other, folder)
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
@@ -258,10 +254,10 @@ def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Pa
     with pytest.raises(ConfigError, match="cannot be trained itself"):
         build(bases["all"], quantization=quantization)
     # A trained adapter brings its own LoRA; trained whole weights do not.
-    again = build(bases["all"], quantization=quantization, adapter=str(save_trained(model, tmp_path)))
+    again = build(bases["all"], quantization=quantization, adapter=save_trained(model, tmp_path))
     assert trained_state(again).keys() == trained_state(model).keys()
     with pytest.raises(ConfigError, match="cannot be trained itself"):
-        build(bases["all"], quantization=quantization, adapter=str(bases["all"]))
+        build(bases["all"], quantization=quantization, adapter=bases["all"])
 
 
 def test_image_words_start_as_the_codebook_lies(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -6,22 +6,21 @@ from pathlib import Path
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.llm.model_settings import for_run
-from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
+from seed_multimodal.training.llm.config import for_run, read_run
+from seed_multimodal.training.seed_x.tuning import read_agent, read_encoder
 
 CONFIGS = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs"
 
 
 def test_the_recipe_is_read() -> None:
-    run = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_pretrain").config)
-    tuning = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_sft").config)
+    run = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_pretrain"))
+    tuning = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_sft"))
     assert run.agent is not None and tuning.agent is not None and run.visual_encoder is not None
     agent, tuned = read_agent(run.agent), read_agent(tuning.agent)
     assert agent.path is None and tuned.path and agent.losses == tuned.losses
     assert agent.input_resampler == tuned.input_resampler and agent.output_resampler == tuned.output_resampler
-    assert read_tower(run.visual_encoder) == read_tower(tuning.visual_encoder or {})
-    (model, _), (base, _) = (for_run(one.model, one.trainer, True) for one in (run, tuning))
+    assert read_encoder(run.visual_encoder) == read_encoder(tuning.visual_encoder or {})
+    model, base = (for_run(one.model, one.trainer, True) for one in (run, tuning))
     assert model.path.endswith("llama-2-13b-chat") and model.lora == base.lora and model.lora is not None
     assert (run.optim["learning_rate"], run.optim["lr_scheduler_type"]) == (1e-4, "cosine")
     data = read_data_settings(run.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -14,10 +15,9 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.seed_x.tuning_settings import read_agent, read_tower
-from seed_multimodal.training.seed_x.tuning_task import TuningTask, build_agent
+from seed_multimodal.training.seed_x.tuning import TuningTask, read_agent, read_encoder
 from seed_multimodal.weights import load_state_dict
 
 CASES: dict[str, dict[str, Any]] = {
@@ -79,12 +79,12 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     new = parts.config_of(home, tmp_path / "new", lora=True, agent={"path": str(folder)}, trainer={"max_steps": 2})
     train_llm(new, TuningTask)
     assert parts.losses(tmp_path / "new")[1] < parts.losses(tmp_path / "out")[1] + 1
+    given = {"agent": {"path": str(folder)}, "model": {"lora": {**parts.LORA, "lora_alpha": 16}}}
+    with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
+        train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
-    for changes, sentence in (({"model": {"lora": {**parts.LORA, "lora_alpha": 16}}}, "lora_alpha is 8, but the model"),
-                              ({"agent": {"output_resampler": heads}}, "output_resampler.num_heads is 4, but the ag")):
-        given = {**changes, "agent": {"path": str(folder), **changes.get("agent", {})}}
-        with pytest.raises(CheckpointError, match=f"agent.json: {sentence}"):  # no tensor's size shows it
-            train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
+    found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
+    assert found.output_resampler.num_heads == 4
     with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
         train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
 
@@ -104,7 +104,7 @@ def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home:
     words, and no sequence sees another."""
     task = TuningTask(read_run(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
     task.prepare()
-    batch = task.data.at(0)
+    batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.written.sum())
     with torch.no_grad():
         packed = task.module(**task.inputs(batch))
@@ -151,12 +151,12 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
     task = TuningTask(read_run(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
         home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
     task.prepare()
+    batches = list(itertools.islice(task.data, 3))
     for line in lines:
         task.load_weights(tmp_path / "measured" / f"checkpoint-{line['step']}")
         task.module.eval()
         sums = torch.zeros(4, dtype=torch.float64)
-        for number in range(3):
-            batch = task.data.at(number)
+        for batch in batches:
             with torch.no_grad():
                 losses = task.module(**task.inputs(batch))
             drawn = 0 if batch.views is None else int(batch.views.written.sum())
@@ -189,7 +189,7 @@ def test_the_original_files_are_read() -> None:
         "add_patch_pos": True, "vit_down": True, "mse": True, "lm_loss_scale": 1.0, "rec_loss_scale": 6.0,
         "pretrained_model_path": "pretrained/seed_x/agent/pytorch_model.bin"})
     assert agent == read_agent({"path": "pretrained/seed_x/agent/pytorch_model.bin"})
-    tower = read_tower({
+    tower = read_encoder({
         "_target_": "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained", "heads": 16,
         "image_size": 448, 'image_start_id"': 151857, "layers": 48, "mlp_ratio": 4.9231, "output_dim": 4096,
         "patch_size": 14, "width": 1664, "pretrained_model_path": "pretrained/QwenViT/qwen_vit_G.pt"})
@@ -199,51 +199,27 @@ def test_the_original_files_are_read() -> None:
                             ({"input_resampler": {"grid_size": 2}}, "embed_dim")):
         with pytest.raises(ConfigError, match=sentence):
             read_agent(wrong)
-    with pytest.raises(ConfigError, match="vision tower's weights"):
-        read_tower({"at_once": 2})
+    with pytest.raises(ConfigError, match="vision encoder's weights"):
+        read_encoder({"at_once": 2})
 
 
-def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    def task(**changes: Any) -> TuningTask:
-        return TuningTask(read_run(parts.config_of(home, tmp_path, **changes)), ProcessGroup(), torch.device("cpu"))
-
-    wide = {"input_resampler": {"grid_size": 2, "embed_dim": 40, "num_heads": 4, "kv_dim": 16}}
-    with pytest.raises(ConfigError, match="embed_dim is 40, but the language model is 48 wide"):
-        task(agent=wide).prepare()
-    small = {"grid_size": 3, "embed_dim": 48, "num_heads": 4, "kv_dim": 16}
-    for changes, sentence in (
-            ({"input_resampler": {**small, "kv_dim": 20}}, "input_resampler.kv_dim is 20, but the vision tower's feat"),
-            ({"output_resampler": {**parts.RESAMPLERS["output_resampler"], "embed_dim": 20}}, "embed_dim is 20, but"),
-            ({"losses": {"vit_down": False}}, "gives 4 features of a picture, but 16 are to be written"),
-            ({"input_resampler": small}, "takes 4 image words .num_img_in_tokens., but .* gives 9 embeddings")):
-        with pytest.raises(ConfigError, match=sentence):
-            task(agent=changes).prepare()
-    counted = parts.data_of(home)
-    counted["sources"][2]["options"]["num_img_out_tokens"] = 2
-    with pytest.raises(ConfigError, match="num_img_out_tokens of the source edit is 2, which is no square grid"):
-        task(data=counted).prepare()
-    for name, value in (("image_weight", 2.0), ("text_weight", 0.0), ("loss_kernel", "chunked")):
-        with pytest.raises(ConfigError, match=f"trainer.{name}: has no effect on SEED-X"):
-            task(trainer={name: value})
-    nano = Path(__file__).parents[4] / "pretrained" / "nano" / "seed_tokenizer"
-    with pytest.raises(ConfigError, match="not SEED-X's"):
-        task(tokenizer=str(nano))
-    data = parts.data_of(home)
-    del data["sources"][3]["options"]["base_resolution"]
-    with pytest.raises(ConfigError, match="one size; base_resolution is .28, 448."):
-        task(data=data)
-    data["sources"] = data["sources"][3:]
-    for place, found in (("data", {"data": data}), ("eval_data", {"eval_data": data})):
-        with pytest.raises(ConfigError, match=f"^{place}: base_resolution of the source chat is 448, but the vi"):
-            task(**found).prepare()
-    whole = parts.config_of(home, tmp_path)
-    del whole["agent"]
-    with pytest.raises(ConfigError, match="agent is needed"):
-        TuningTask(read_run(whole), ProcessGroup(), torch.device("cpu"))
-    assert build_agent(task(lora=True).llm or _llm(home), read_agent(parts.RESAMPLERS)).settings.rec_loss_scale == 6.0
-
-
-def _llm(home: Path) -> Any:
-    from transformers import LlamaForCausalLM
-
-    return LlamaForCausalLM.from_pretrained(home / "llm")
+@pytest.mark.parametrize("changes, sentence", [
+    ({"agent": {"embed_dim": 40, "kv_dim": 16}}, "embed_dim is 40, but the language model is 48"),
+    ({"agent": {"kv_dim": 20}}, "input_resampler.kv_dim is 20, but the vision encoder's features"),
+    ({"trainer": {"image_weight": 2.0}}, "are weighed by agent.losses"),
+    ({"tokenizer": "pretrained/nano/seed_tokenizer"}, "not SEED-X's"),
+    ({"data": 3}, "^data: base_resolution of the source chat is 448, but the vision encoder"),
+    ({"agent": None}, "agent is needed")])
+def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+                               ) -> None:
+    given = dict(changes)
+    if "data" in given:
+        given["data"] = parts.data_of(home)
+        given["data"]["sources"] = given["data"]["sources"][3:]
+        del given["data"]["sources"][0]["options"]["base_resolution"]
+    if given.get("agent"):
+        given["agent"] = {"input_resampler": {**parts.RESAMPLERS["input_resampler"], **given["agent"]}}
+    config = parts.config_of(home, tmp_path, **{key: value for key, value in given.items() if value is not None})
+    with pytest.raises(ConfigError, match=sentence):
+        TuningTask(read_run({key: value for key, value in config.items() if given.get(key, "") is not None}),
+                   ProcessGroup(), torch.device("cpu")).prepare()

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from seed_multimodal.errors import DataError
-from seed_multimodal.training.llm.summary import summary_lines
+from seed_multimodal.training.llm.metrics import summary_lines
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.training.seed_x.tuning import TuningTask
 
 LONG = "red " * 90
 
@@ -38,7 +38,7 @@ TALKS = [
     (talk("What is it?", "It is red", image="gone.jpg"), "is not there"),
     (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
     (talk("What is it?", "It is red", image="text.jpg"), "picture"),
-    (talk("What is it?"), "wrong type"),
+    (talk("What is it?"), "nothing to learn"),
     (talk("<image><image> What is it?", "It is red"), "placeholder"),
     (talk(LONG * 2, "It is red."), " tokens"),  # the answer, or the picture before it, would be cut away
     ('{"image": "red.jpg", "data": ["What', "json"),
@@ -96,8 +96,7 @@ def test_what_cannot_be_used_is_counted_and_named(packing: bool, parts: ModuleTy
     lines = summary_lines(record)
     said = capsys.readouterr().out
     for name, file, cases in (("conversation", "talks", TALKS), ("edit", "edits", EDITS), ("chat", "turns", TURNS)):
-        left = {**sources[name]["skipped"], **{key: value for key, value in sources[name]["too_long"].items()
-                                               if key == "skipped"}}
+        left = {key: value for key, value in sources[name]["skipped"].items() if key != "too long, cut"}
         places = {place: reason for reason, entry in left.items() for place in entry["first"]}
         used = sum(reason is None and line.strip() != "" for line, reason in cases)
         if packing:  # padded micro-batches take further positions where a whole one is left out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -16,9 +17,9 @@ from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.config import read_run
 from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.llm.trainer_settings import read_run
-from seed_multimodal.training.seed_x.tuning_task import TuningTask
+from seed_multimodal.training.seed_x.tuning import TuningTask
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 pytestmark = pytest.mark.slow
@@ -33,6 +34,7 @@ def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tup
     task.prepare()
     task.load_weights(output / f"checkpoint-{STEPS}")
     task.module.eval()
+    task.batches = list(itertools.islice(task.data, 4))  # of all four sources
     return task, output / f"checkpoint-{STEPS}"
 
 
@@ -54,8 +56,8 @@ def check_same(task: TuningTask, home: Path, merged: Path) -> None:
     """The system has the losses of the tuned module, and its answers."""
     system = SeedX.from_pretrained(merged, vision=home / "tower", device="cpu", dtype="fp32", log=None,
                                    load_decoder=False)
-    for number in range(4):  # of all four sources
-        inputs = task.inputs(task.data.at(number))
+    for batch in task.batches:
+        inputs = task.inputs(batch)
         with torch.no_grad():
             one, other = task.module(**inputs), system.agent(**inputs)
         for name, value in one.items():
@@ -128,7 +130,7 @@ def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: Modu
     again = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
     again.prepare()
     again.module.eval()
-    inputs = task.inputs(task.data.at(1))
+    inputs = task.inputs(task.batches[1])
     with torch.no_grad():
         one, other = task.module(**inputs), again.module(**inputs)
     assert float(other["total_loss"]) == pytest.approx(float(one["total_loss"]), rel=1e-4)

@@ -1,0 +1,279 @@
+"""Instruction tuning of SEED-X as a task of the trainer: the language model's, with images as features on both sides.
+
+The data workers give views as pixels; the frozen vision encoder turns those that are read or written into features on
+the device; `ContinuousLVLM` gives both losses. What is trained: the language model (a LoRA, its embeddings and norms,
+or all of it), both resamplers and the vectors of a view's place. A checkpoint's `model.safetensors` holds exactly that,
+by the released names, and `load_agent` reads it. In log lines `text_loss` is that of words and `image_loss` the
+distance of written features; their weighted sum is `loss`.
+
+Padded micro-batches: the mean of the micro-batches' means, as released. Packed ones: each learned word of a step weighs
+the same, and each written image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.data.decoders.seed_x import PictureOptions
+from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.data.stream.views import READ, WRITTEN
+from seed_multimodal.device import DTYPES, copy_to
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.lora import AGENT_CONFIG
+from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
+from seed_multimodal.seed_x.processing import seed_x_words
+from seed_multimodal.seed_x.vision import (
+    INPUT_RESAMPLER,
+    OUTPUT_RESAMPLER,
+    QwenVit,
+    QwenVitConfig,
+    Resampler,
+    ResamplerConfig,
+)
+from seed_multimodal.settings import nearest, read_settings, setting
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.llm.config import RunSettings, find_folder
+from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, copy_weights, is_lora, refuse_other_scale
+from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
+from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.seed_x.vision_features import VisionFeatures
+from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+LORA_FIELDS = (*RECORDED, "modules_to_save")
+AGENT_TARGETS = ("src.models.mllm.seed_x.ContinuousLVLM.from_pretrained", "src.models.mllm.seed_x.ContinuousLVLM")
+ENCODER_TARGETS = ("src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",)
+_RESAMPLERS = ("input_resampler", "output_resampler")
+_PATH = "pretrained_model_path"
+
+
+@dataclass
+class AgentModel:
+    """The resamplers and the losses.
+
+    Attributes:
+        path: weights to start from, as `load_agent` reads them (also with a language model's or a LoRA's among them);
+            None: new ones, by `seed`. Sizes recorded beside them (`agent.json`) win over the resamplers' given here.
+        losses: weights of the two losses and the like.
+    """
+
+    path: str | None = None
+    input_resampler: ResamplerConfig = field(default=INPUT_RESAMPLER)
+    output_resampler: ResamplerConfig = field(default=OUTPUT_RESAMPLER)
+    losses: AgentSettings = field(default_factory=AgentSettings)
+    seed: int = setting(0, least=0)
+
+
+@dataclass
+class EncoderModel:
+    """The frozen vision encoder: its weights, as `QwenVit.from_pretrained`, which takes `at_once` views at a time.
+    `sizes`: None for those beside the weights, or the released ones."""
+
+    path: str
+    sizes: QwenVitConfig | None = None
+    at_once: int = setting(16, least=1)
+
+
+def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
+    """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
+    given = {str(key): value for key, value in config.items()}
+    if "_target_" in given:
+        _check_target(given.pop("_target_"), AGENT_TARGETS, where)
+        losses = {one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given}
+        path = given.pop(_PATH, None)
+        parts = {name: {key: value for key, value in given[name].items() if not key.startswith("_")}
+                 for name in _RESAMPLERS if isinstance(given.get(name), Mapping)}
+        given |= {**parts, **({"path": path} if path else {}), "losses": losses | (given.get("losses") or {})}
+    made = read_settings(AgentModel, given, where)
+    file = _beside(made)
+    recorded = read_json_object(file) if file is not None else {}
+    for name in _RESAMPLERS:
+        if recorded.get(name):
+            setattr(made, name, read_settings(ResamplerConfig, recorded[name], f"{file}: {name}"))
+    return made
+
+
+def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> EncoderModel:
+    """Settings of a mapping: ours, or the original's with its `_target_`, in which keys without a meaning are ignored
+    (the released file has one with a stray quotation mark). Raises ConfigError."""
+    given = {str(key): value for key, value in config.items()}
+    if "_target_" in given:
+        _check_target(given["_target_"], ENCODER_TARGETS, where)
+        sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
+        given = {"path": given.get(_PATH), "sizes": sizes,
+                 **{key: value for key, value in given.items() if key == "at_once"}}
+    if not given.get("path"):
+        raise ConfigError(f"{where}: path (in the original's files {_PATH}) is needed: the vision encoder's weights.")
+    return read_settings(EncoderModel, given, where)
+
+
+class TuningTask(LlmTask):
+    """One run in one process."""
+
+    module: ContinuousLVLM
+    start_hint = "agent.path"
+    kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
+    words_per_image = 1.0  # learned words to written images of this step, in all processes
+
+    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
+        for name in ("visual_encoder", "agent"):
+            if getattr(run, name) is None:
+                raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
+        if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
+            raise ConfigError("trainer: SEED-X's losses are weighed by agent.losses.lm_loss_scale and rec_loss_scale.")
+        assert run.agent is not None and run.visual_encoder is not None
+        self.agent_settings, self.encoder_settings = read_agent(run.agent), read_encoder(run.visual_encoder)
+        super().__init__(run, group, device)
+        seed_x_words(self.tokenizer)
+
+    # ------------------------------------------------------------------------------------------------- the training
+
+    def make_module(self) -> nn.Module:
+        """The agent around the language model; opens the vision encoder, too."""
+        settings = self.encoder_settings
+        encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
+                                          dtype=DTYPES[self.settings.precision], log=self._log)
+        self.encoder = VisionFeatures(encoder, self.device, settings.at_once)
+        for name, found in (("input_resampler.kv_dim", self.agent_settings.input_resampler.kv_dim),
+                            ("output_resampler.embed_dim", self.agent_settings.output_resampler.embed_dim)):
+            if found not in (None, encoder.config.output_dim):
+                raise ConfigError(f"agent: {name} is {found}, but the vision encoder's features have "
+                                  f"{encoder.config.output_dim} numbers.")
+        for where, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):
+            for source in read_data_settings(given, where).sources if given else []:
+                side = source.options.get("base_resolution", PictureOptions.base_resolution)
+                if side != encoder.config.image_size:
+                    raise ConfigError(f"{where}: base_resolution of the source {source.name} is {side}, but the vision "
+                                      f"encoder reads views of {encoder.config.image_size} pixels a side.")
+        return build_agent(self.llm, self.agent_settings).to(self.device)
+
+    def begin_step(self, step: int) -> bool:
+        """Load the step's micro-batches and count their learned words and written images."""
+        more = super().begin_step(step)
+        (images,) = self.group.sum([float(sum(map(_written, self.batches)))])
+        self.words_per_image = self.meter.divisor / max(images, 1.0)
+        return more
+
+    def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
+        """See `LlmTask`."""
+        found = model(**self.inputs(batch))
+        words, images, scales = found["lm_loss"], found["rec_loss"], self.agent_settings.losses
+        learned, written = (words.new_tensor(float(count), dtype=torch.float32)
+                            for count in (batch.learned, _written(batch)))
+        shares = (learned, written * self.words_per_image) if self.by_tokens else (1.0, 1.0)
+        total = scales.lm_loss_scale * shares[0] * words + scales.rec_loss_scale * shares[1] * images
+        return LossParts(total, learned if self.by_tokens else torch.ones_like(learned), words.detach() * learned,
+                         learned, images.detach() * written, written)
+
+    def inputs(self, batch: LlmBatch) -> dict[str, Any]:
+        """A batch as `ContinuousLVLM.forward` takes it, on the device. Padding is on the right, so that causal
+        attention hides it; packed rows go by their positions."""
+        views, packed = batch.views, batch.attention_mask is None
+        features = None if views is None else self.encoder(views.pixels)
+        batch = replace(batch, views=None).to(self.device)
+        marks = torch.zeros_like(batch.input_ids) if views is None else copy_to(self.device, views.marks)
+        found = {"input_ids": batch.input_ids, "labels": batch.labels, "ids_cmp_mask": marks == READ,
+                 "ids_gen_mask": marks == WRITTEN, "position_ids": batch.position_ids if packed else None}
+        llama = find_llama(self.llm)
+        use_attention(llama, packed)
+        if packed and "flash" in str(llama.config._attn_implementation):  # it knows one row of several sequences
+            found = {name: value.reshape(1, -1) for name, value in found.items()}
+        read = None if views is None else copy_to(self.device, ~views.written)
+        return {**found, "attention_mask": None, "image_embeds": features, "embeds_cmp_mask": read,
+                "embeds_gen_mask": None if read is None else ~read,
+                "patch_positions": None if views is None else copy_to(self.device, views.positions)}
+
+    def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
+                        image_count: float) -> dict[str, float]:
+        """As `LlmTask`, with both means weighed as in training."""
+        found = super().evaluation_line(total, count, text, text_count, image, image_count)
+        scales = self.agent_settings.losses
+        mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
+        return {**found, "eval_loss": mean} if found else {}
+
+    # ---------------------------------------------------------------------------------------------- the checkpoints
+
+    def frozen_models(self) -> dict[str, list[float]]:
+        """The vision encoder."""
+        return {"vision encoder": self.encoder.some_weights}
+
+    def identity(self, world: int) -> dict[str, Any]:
+        """As the language model's, with the resamplers' sizes."""
+        found = super().identity(world)
+        sizes = {name: asdict(getattr(self.agent_settings, name)) for name in _RESAMPLERS}
+        return {**found, "model": {**found["model"], **sizes}}
+
+    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is trained, by the released names."""
+        return {name: value.detach() for name, value in (self._trained() if gathered is None else gathered).items()}
+
+    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """The trained weights, what builds their model, and the tokenizer's files."""
+        save_state_dict(weights, folder / WEIGHTS)
+        lora = None if not is_lora(self.llm) else {
+            key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
+        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": lora,
+                 "train_embeddings": self.model_settings.train_embeddings,
+                 "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
+        replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
+        self.tokenizer.save_pretrained(folder)
+
+    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+        """Inverse of `save_files`."""
+        if not (folder / WEIGHTS).is_file():
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
+        copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.module.named_parameters() if value.requires_grad}
+
+
+def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
+    """New resamplers around a language model, or those of `settings.path`.
+
+    Raises:
+        ConfigError: sizes that do not fit each other. CheckpointError: as `load_agent`; another scale of a LoRA.
+    """
+    width, one, other = int(find_llama(llm).config.hidden_size), settings.input_resampler, settings.output_resampler
+    for name, given in (("input_resampler.embed_dim", one.embed_dim), ("output_resampler.kv_dim", other.kv_dim)):
+        if (given or other.embed_dim) != width:
+            raise ConfigError(f"agent: {name} is {given}, but the language model is {width} wide.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        agent = ContinuousLVLM(llm, Resampler(one), Resampler(other), settings.losses)
+    if settings.path is not None:
+        file = _beside(settings)
+        recorded = read_json_object(file) if file is not None else {}
+        if file is not None and is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
+            refuse_other_scale(llm, recorded["lora"], file)  # no tensor's size shows it
+        load_agent(agent, find_folder(settings.path))
+    return agent
+
+
+def _beside(settings: AgentModel) -> Path | None:
+    """`agent.json` of the weights to start from, if it is there."""
+    if settings.path is None:
+        return None
+    place = find_folder(settings.path)
+    file = (place if place.is_dir() else place.parent) / AGENT_CONFIG
+    return file if file.is_file() else None
+
+
+def _check_target(target: Any, known: tuple[str, ...], where: str) -> None:
+    if target not in known:
+        raise ConfigError(f"{where}: _target_ {target!r} is not allowed{nearest(str(target), known)}; known are "
+                          f"{', '.join(known)}.")
+
+
+def _written(batch: LlmBatch) -> int:
+    return 0 if batch.views is None else int(batch.views.written.sum())
