@@ -15,6 +15,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ from seed_multimodal.language.generation import (
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 STEP = 128  # the cache grows and is read in multiples of so many positions: few shapes to compile
-IDLE_SECONDS = 5.0  # after which the thread ends, so that an unused model is freed
 
 
 class SlotCache:
@@ -92,7 +92,9 @@ class Request:
         self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] from when it has a row
         self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
-        self.settings, self.states, self.should_stop = settings, states, should_stop
+        self.settings, self.should_stop, self.states = settings, should_stop, None
+        if states is not None:
+            states[0].first, self.states = len(self.answered) - 1, states[0].rows[states[1]]
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         seeds = [random_seed() if seed is None else seed] if settings.samples else []
@@ -138,18 +140,17 @@ class Engine:
 
     def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, length: int = 0, *,
                  compiled: bool = False) -> None:
-        self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
+        self.llm, self.tokenizer, self.slots = llm, tokenizer, max(slots, 2)
         self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
         self.rows: list[Row] = []  # those with a request come first; the others, the last used first
         self.active = 0
         if length:
             self.cache.grow(self.slots, length)
             self.rows = [Row() for _ in range(self.slots)]
-        self._decode = torch.compile(self._pass) if compiled else self._pass
-        self._waiting: deque[Request | Callable[[], None]] = deque()
-        self._changed = threading.Condition()
         self.device: torch.device | None = None  # where an off-loaded model computes
-        self._thread: threading.Thread | None = None
+        self._decode = torch.compile(self._pass) if compiled else self._pass
+        self._thread = ThreadPoolExecutor(1, "seed-engine")
+        self._lock, self._waiting, self._busy = threading.Lock(), deque[Request](), False
 
     # ---- for any thread
 
@@ -159,13 +160,15 @@ class Engine:
         """Begin an answer without beams; raises `GenerationError` as `generate`. `states`: where the last hidden states
         go, and as which answer's; `should_stop`: asked before each token, true ends the answer with `Stopped`."""
         request = Request(self, prompt, settings, seed, ends, states, should_stop)
-        if states is not None:
-            states[0].first = len(request.answered) - 1
         if settings.guidance != 1:
             negative = Prompt(prompt.negative or [self.tokenizer.vocabulary.boi_id])
             request.guide = Request(self, negative, GenerationSettings(do_sample=False), None, None, None, None)
             request.guide.is_guide = True
-        self._enter(request)
+        with self._lock:
+            self._waiting.append(request)
+            if not self._busy:
+                self._busy = True
+                self._thread.submit(self._advance)
         return request
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, seeds: Sequence[int] | None = None,
@@ -178,9 +181,8 @@ class Engine:
         seeds = seeds and [(seed + number) % 2**63 for seed in seeds for number in range(count)]
         try:
             for row, prompt in enumerate(prompts):
-                sink = None if states is None else (states, row)
-                requests.append(self.submit(prompt, settings, seed=None if seeds is None else seeds[row], states=sink,
-                                            **how))
+                requests.append(self.submit(prompt, settings, seed=None if seeds is None else seeds[row],
+                                            states=None if states is None else (states, row), **how))
             return [[*request.answered, *request] for request in requests]
         finally:
             for request in requests:
@@ -188,77 +190,62 @@ class Engine:
 
     def run(self, work: Callable[[], Any]) -> Any:
         """Use the language model for something else (beams) between two passes; returns what `work` returns."""
-        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-        def call() -> None:
+        def call() -> Any:
+            self._place_model(True)
             try:
-                result.put((work(), None))
-            except Exception as error:  # noqa: BLE001 raised for the caller
-                result.put((None, error))
+                return work()
+            finally:
+                self._place_model(self._busy)
 
-        self._enter(call)
-        value, error = result.get()
-        if error is not None:
-            raise error
-        return value
-
-    def _enter(self, work: Request | Callable[[], None]) -> None:
-        with self._changed:
-            self._waiting.append(work)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._serve, name="seed-engine", daemon=True)
-                self._thread.start()
-            self._changed.notify()
+        return self._thread.submit(call).result()
 
     # ---- the engine's thread
 
     @torch.inference_mode()
-    def _serve(self) -> None:
-        while True:
-            with self._changed:
-                while not self._waiting and not self.active:
-                    self._place_model(False)
-                    if not self._changed.wait(None if self.compiled else IDLE_SECONDS) and not self._waiting:
-                        self._thread = None
-                        return
-                self._place_model(True)
-                other = self._waiting.popleft() if self._waiting and callable(self._waiting[0]) else None
-            if other is not None:
-                other()
-                continue
-            try:
-                self._admit()
-                if self.active:
-                    self._step()
-            except Exception as error:  # noqa: BLE001 a pass failed, as for want of memory: its answers end with it
-                for row in self.rows[:self.active]:
-                    assert row.request is not None
-                    row.request.end(error)
-                    row.request = row.held = None
-                self.active = 0
+    def _advance(self) -> None:
+        """One more token for every answer, new ones included; and again while there are any."""
+        self._place_model(True)
+        try:
+            self._admit()
+            if self.active:
+                self._step()
+        except Exception as error:  # noqa: BLE001 a pass failed, as for want of memory: its answers end with it
+            for row in self.rows[:self.active]:
+                assert row.request is not None
+                row.request.end(error)
+                row.request = row.held = None
+            self.active = 0
+        with self._lock:
+            self._busy = bool(self.active or self._waiting)
+            if self._busy:
+                self._thread.submit(self._advance)
+        self._place_model(self._busy)
 
     def _place_model(self, working: bool) -> None:
         """An off-loaded model is on its device while there is work."""
-        if self.device is not None and self.device.type != "cpu":
-            self.llm.to(self.device if working else "cpu")
+        place = self.device if working else torch.device("cpu")
+        if self.device is not None and self.llm.device != place:
+            self.llm.to(place)
             free_memory(self.device)
 
     def _admit(self) -> None:
         """Give waiting requests a row each, and read their prompts in one pass."""
         new: list[tuple[Request, int]] = []  # and how much of it its row holds
-        while self._waiting and not callable(self._waiting[0]):
-            request: Any = self._waiting[0]
+        while self._waiting:
+            request = self._waiting[0]
             pair = [request] if request.guide is None else [request, request.guide]
             if self.active + len(pair) > self.slots:
                 break
             self._waiting.popleft()
-            if not request.finished:
-                new += [(one, self._place(one)) for one in pair]
+            try:
+                new += [] if request.finished else [(one, self._place(one)) for one in pair]
+            except Exception as error:  # noqa: BLE001 words that are none, of this prompt alone
+                request.end(error)
         if not new:
             return
         starts = [start for _, start in new]
         longest = max(len(request.embeds) - start for request, start in new)
-        self._room_for(max(starts) + longest)
+        self._make_room(max(starts) + longest)
         embeds = torch.stack([F.pad(request.embeds[start:], (0, 0, 0, longest - len(request.embeds) + start))
                               for request, start in new])
         device = embeds.device
@@ -289,7 +276,7 @@ class Engine:
         """One more token for every answer."""
         requests: list[Any] = [row.request for row in self.rows[:self.active]]
         places = [len(one.embeds) + len(one.ids) - 1 for one in requests]
-        self._room_for(max(places) + 1)
+        self._make_room(max(places) + 1)
         embed = self.llm.get_input_embeddings()
         device = embed.weight.device
         self.cache.rows = slice(self.active)
@@ -298,7 +285,7 @@ class Engine:
         self._choose(requests, *self._decode(embed(tokens), positions, torch.zeros(len(places), dtype=torch.long,
                                                                                    device=device)))
 
-    def _room_for(self, length: int) -> None:
+    def _make_room(self, length: int) -> None:
         self.cache.grow(len(self.rows), length)
         self.cache.used = -(-length // STEP) * STEP
 
@@ -333,7 +320,7 @@ class Engine:
         for row in leaders:
             request = requests[row]
             if request.states is not None:
-                request.states[0].add(request.states[1], states[row].clone())
+                request.states.append(states[row].clone())
             for one in (request, request.guide) if request.guide is not None else (request,):
                 one.ids.append(chosen[row])
             self._sent(request, chosen[row], finite[row])

@@ -10,6 +10,7 @@ negative (always with beams).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -82,34 +83,19 @@ class Prompt:
 
 class HiddenStates:
     """The language model's last states (after its final norm) at the words of answers (with beams, the chosen):
-    give it to `generate`, then `at(row, places)`; also while the answer is made."""
+    give it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
-        self.steps: list[Any] = []  # of each pass the state at its last token, [rows, D] or by row
-        self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
+        self.rows = defaultdict[int, list[Tensor]](list)  # of each answer a state [D] for each pass
         self.first = 0  # the answer's word that the first pass ends at
-
-    def recording(self, llm: Any, first: int) -> Any:
-        """A context in which every pass of the language model is kept."""
-        self.steps, self.first = [], first
-        return llm.get_decoder().register_forward_hook(
-            lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
-
-    def add(self, row: int, state: Tensor) -> None:
-        """The next state `[D]` of one answer."""
-        step = sum(row in states for states in self.steps)
-        if step == len(self.steps):
-            self.steps.append({})
-        self.steps[step][row] = state
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
         `GenerationError`: a word that nothing follows)."""
         steps = [place - self.first for place in places]
-        if steps and not 0 <= min(steps) <= max(steps) < len(self.steps):
+        if steps and not 0 <= min(steps) <= max(steps) < len(self.rows[row]):
             raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
-        rows = [row if self.beams is None else int(self.beams[row, step]) for step in steps]
-        return torch.stack([self.steps[step][number] for step, number in zip(steps, rows, strict=True)])
+        return torch.stack([self.rows[row][step] for step in steps])
 
 
 @torch.inference_mode()
@@ -141,7 +127,9 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     end = [tokenizer.eos_id] if ends is None else list(ends)
     processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
                               answered[0][-1:] == [words.boi_id], original, should_stop)
-    recording = nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
+    passes: list[Tensor] = []
+    recording = nullcontext() if states is None else llm.get_decoder().register_forward_hook(
+        lambda module, given, output: passes.append(output.last_hidden_state[:, -1].clone()))
     device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
         if beam_sampling:  # transformers draws from the global generator
@@ -149,7 +137,9 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors)
     if states is not None:
-        states.beams = getattr(output, "beam_indices", None)
+        states.first, chosen = len(answered[0]) - 1, getattr(output, "beam_indices", None)
+        states.rows.update((row, [step[row if chosen is None else chosen[row, number]]
+                                  for number, step in enumerate(passes)]) for row in range(len(output.sequences)))
     beams = count if settings.num_beams > 1 else 1
     lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in output.sequences.tolist()]
     return [[*answered[row // beams], *ids[:lengths[row]]] for row, ids in enumerate(output.sequences.tolist())]

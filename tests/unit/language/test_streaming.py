@@ -10,6 +10,7 @@ import pytest
 from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
 from seed_multimodal.language.streaming import AnswerReader
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_nano.train.words import train_words
 
 MARKER = "\nUSER:"
 
@@ -17,7 +18,7 @@ MARKER = "\nUSER:"
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     texts = ["USER: What is this?\nASSISTANT: a red apple on the table.", "Here is the picture of a blue fish."] * 5
-    return MultimodalTokenizer.train(texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
+    return train_words(MultimodalTokenizer, texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
 
 
 def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = "") -> tuple[AnswerReader, list]:
