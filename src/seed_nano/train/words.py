@@ -38,8 +38,10 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int,
     processor = spm.SentencePieceProcessor()
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
-    vocabulary = SeedXVocabulary.after(n_text, tokens_per_image, n_codes, n_locations) if n_locations else (
-        ImageVocabulary(n_text, n_codes, tokens_per_image))
+    vocabulary, brackets = ImageVocabulary(n_text, n_codes, tokens_per_image), n_text + n_codes
+    if n_locations:  # in the released order
+        vocabulary = SeedXVocabulary(n_text, n_codes, tokens_per_image, n_locations, n_text, brackets, brackets + 2,
+                                     brackets + 4, brackets + 4 + n_locations)
     special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
                for key, text in NAMES.items()}
     config = {
