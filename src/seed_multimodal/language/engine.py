@@ -37,6 +37,7 @@ from seed_multimodal.language.generation import (
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
+NO_DRAWS = GenerationSettings(do_sample=False)
 STEP = 128  # the cache grows and is read in multiples of so many positions: few shapes to compile
 
 
@@ -83,9 +84,9 @@ class SlotCache:
 class Request:
     """One answer on its way: iterate over its tokens. An error that ends it is raised there."""
 
-    def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, seed: int | None,
-                 ends: Sequence[int] | None, states: tuple[HiddenStates, int] | None,
-                 should_stop: Callable[[], bool] | None) -> None:
+    def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
+                 ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
+                 should_stop: Callable[[], bool] | None = None, is_guide: bool = False) -> None:
         words = engine.tokenizer.vocabulary
         forced = [words.boi_id] if settings.force_image else []
         self.answered = [*prompt.answered, *forced]  # ids that belong to the answer already
@@ -97,11 +98,13 @@ class Request:
             states[0].first, self.states = len(self.answered) - 1, states[0].rows[states[1]]
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
-        seeds = [random_seed() if seed is None else seed] if settings.samples else []
-        self.seeds, self.processors = seeds, list[Any]()
+        self.seed = None if not settings.samples else random_seed() if seed is None else seed
+        self.processors: list[Any] = []
         self.ids: list[int] = []
         self.guide: Request | None = None  # what guidance steers away from: a row that follows this one
-        self.is_guide = self.finished = False
+        self.is_guide, self.finished = is_guide, False
+        if settings.guidance != 1:
+            self.guide = Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS, is_guide=True)
         self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[int]:
@@ -154,35 +157,33 @@ class Engine:
 
     # ---- for any thread
 
-    def submit(self, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
-               ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
-               should_stop: Callable[[], bool] | None = None) -> Request:
-        """Begin an answer without beams; raises `GenerationError` as `generate`. `states`: where the last hidden states
-        go, and as which answer's; `should_stop`: asked before each token, true ends the answer with `Stopped`."""
-        request = Request(self, prompt, settings, seed, ends, states, should_stop)
-        if settings.guidance != 1:
-            negative = Prompt(prompt.negative or [self.tokenizer.vocabulary.boi_id])
-            request.guide = Request(self, negative, GenerationSettings(do_sample=False), None, None, None, None)
-            request.guide.is_guide = True
+    def submit(self, prompt: Prompt, settings: GenerationSettings, **how: Any) -> Request:
+        """Begin an answer without beams; raises `GenerationError` as `generate`. `how`: `seed`, `ends`, `should_stop`
+        as there; `states`: where the last hidden states go, and as which answer's."""
+        request = Request(self, prompt, settings, **how)
+        self._begin([request])
+        return request
+
+    def _begin(self, requests: Sequence[Request]) -> None:
         with self._lock:
-            self._waiting.append(request)
+            self._waiting.extend(requests)
             if not self._busy:
                 self._busy = True
                 self._thread.submit(self._advance)
-        return request
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, seeds: Sequence[int] | None = None,
                  states: HiddenStates | None = None, **how: Any) -> list[list[int]]:
         """The ids of each answer, `prompt.answered` and a forced `<img>` first; `how`: of `submit`."""
-        requests, count = list[Request](), settings.num_return_sequences
-        if settings.samples and seeds is None:
-            seeds = [random_seed() if settings.seed is None else settings.seed for _ in prompts]
+        count = settings.num_return_sequences
+        if seeds is None:
+            unknown = settings.samples and settings.seed is None
+            seeds = [random_seed() if unknown else settings.seed or 0 for _ in prompts]
         prompts = [prompt for prompt in prompts for _ in range(count)]
-        seeds = seeds and [(seed + number) % 2**63 for seed in seeds for number in range(count)]
+        seeds = [(seed + number) % 2**63 for seed in seeds for number in range(count)]
+        requests = [Request(self, prompt, settings, seed=seeds[row], states=states and (states, row), **how)
+                    for row, prompt in enumerate(prompts)]
+        self._begin(requests)
         try:
-            for row, prompt in enumerate(prompts):
-                requests.append(self.submit(prompt, settings, seed=None if seeds is None else seeds[row],
-                                            states=None if states is None else (states, row), **how))
             return [[*request.answered, *request] for request in requests]
         finally:
             for request in requests:
@@ -257,7 +258,7 @@ class Engine:
     def _place(self, request: Request) -> int:
         """Put a request into the best free row; returns how many positions of its prompt are there already."""
         request.embeds = embedded(request.prompt, request.forced, self.llm.get_input_embeddings())
-        request.processors = row_processors(request.settings, request.seeds, request.ends, request.embeds.device)
+        request.processors = row_processors(request.settings, request.seed, request.ends, request.embeds.device)
         shared = [row.common(request.embeds) for row in self.rows[self.active:]]
         best = max(range(len(shared)), key=shared.__getitem__, default=0)
         if not shared or not shared[best]:  # the one whose last use is longest ago, or a new one

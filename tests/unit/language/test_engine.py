@@ -11,7 +11,7 @@ import torch
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, generate
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 
 GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
 WILD = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
@@ -49,9 +49,28 @@ def test_answers_are_those_of_generate_alone(system: Any, settings: GenerationSe
 
 
 def test_guidance_takes_a_second_row(tiny_lavit: Any) -> None:
-    settings, seeds = replace(WILD, guidance=1.7, force_image=True, max_new_tokens=70), [1, 2, 3, 4, 5]
-    engine = Engine(tiny_lavit.llm, tiny_lavit.tokenizer, 5)
-    assert engine.generate(prompts(tiny_lavit), settings, seeds=seeds) == alone(tiny_lavit, settings, seeds)
+    """Negative prompts of any length; the same as transformers' guidance."""
+    words, texts = tiny_lavit.tokenizer, ["a red apple", "two dogs run", "a fish"]
+    boi = words.vocabulary.boi_id
+    negatives = [None, [*words.text_ids("a blue fish"), boi], [boi]]
+    asked = [Prompt(words.text_ids(text), negative=negative) for text, negative in zip(texts, negatives, strict=True)]
+    settings = replace(GREEDY, guidance=1.7, force_image=True)
+    found = Engine(tiny_lavit.llm, words, 5).generate(asked, settings, ends=[words.vocabulary.eoi_id])
+    for prompt, ids in zip(asked, found, strict=True):
+        given = torch.tensor([[*prompt.ids, boi]])
+        plain = tiny_lavit.llm.generate(
+            given, max_new_tokens=30, do_sample=False, guidance_scale=1.7, eos_token_id=words.vocabulary.eoi_id,
+            negative_prompt_ids=torch.tensor([prompt.negative or [boi]]), pad_token_id=0,
+            logits_processor=[ImageSpans(words.vocabulary, opened=True, budget=30)])[0, given.shape[1]:].tolist()
+        assert ids == [boi, *plain]
+    assert found[0] != Engine(tiny_lavit.llm, words).generate(asked[:1], replace(settings, guidance=1.0),
+                                                              ends=[words.vocabulary.eoi_id])[0]
+
+
+def test_several_answers_have_seeds_of_their_own(tiny: Any) -> None:
+    engine, one = Engine(tiny.llm, tiny.tokenizer), prompts(tiny)[:1]
+    assert engine.generate(one, replace(WILD, seed=4, num_return_sequences=3))[2] == engine.generate(
+        one, replace(WILD, seed=6))[0]
 
 
 def test_states_are_those_of_generate(tiny_x: Any) -> None:
