@@ -56,10 +56,3 @@ def test_what_asks_otherwise_is_said(questions, runs, tmp_path):
     assert len(with_prompts(read_data_settings(questions), fourteen, tmp_path)[1]) == 1
     captions = read_data_settings({**questions, "sources": questions["sources"][1:]})
     assert with_prompts(captions, fourteen, runs.TOKENIZER)[1] == []
-
-
-def test_a_run_says_its_prompts(questions, train, capsys):
-    train("out", "trainer.max_steps=1", "model.template=llama2", data=questions)
-    said = capsys.readouterr().out
-    assert "[train] questions and answers are in the prompts of llama2.\n" in said
-    assert "asks with the template vicuna, and this run tunes with llama2" in said

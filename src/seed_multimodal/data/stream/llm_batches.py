@@ -37,7 +37,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER = 8  # packed draws that a worker decodes at a time
+TOGETHER, TOGETHER_WITH_PIXELS = 32, 8  # packed draws that a worker decodes at a time
 LOOK_AHEAD = 2  # rows of tokens from which packing chooses
 State = Mapping[str, Any]
 
@@ -156,7 +156,9 @@ class LlmBatches:
 
     def _open(self) -> None:
         """Begin to load the draws that are not taken yet."""
-        following, together = self.draws.following(), TOGETHER if self.settings.packing else 1
+        following, together = self.draws.following(), 1
+        if self.settings.packing:
+            together = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER
         self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)

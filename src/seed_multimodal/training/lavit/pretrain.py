@@ -114,6 +114,8 @@ class PretrainTask(LlmTask):
 
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
+    tokenizer_kind = LavitTokenizer
+    kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizers. Raises as `train_llm`; ConfigError for parts that do not belong together."""
@@ -136,10 +138,6 @@ class PretrainTask(LlmTask):
                                       f"encoder reads images of {sizes.vit.image_size} pixels a side.")
 
     # ------------------------------------------------------------------------------------------------- the training
-
-    def open_tokenizer(self, folder: Path) -> LavitTokenizer:
-        """See `LlmTask`."""
-        return LavitTokenizer.from_pretrained(folder)
 
     def make_module(self) -> nn.Module:
         """Merger and projector, in fp32, beside the language model; the frozen tokenizer moves to the device."""

@@ -268,7 +268,7 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
 
 def test_the_recipe_is_read() -> None:
     given = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
-    settings = read_run(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit").config)
+    settings = read_run(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
     assert settings.visual_encoder is not None and settings.agent is None and settings.deepspeed is not None
     assert read_settings(VisualModel, settings.visual_encoder, "visual_encoder").selection == "draw"
     optim = read_settings(OptimSettings, settings.optim, "optim")
