@@ -66,7 +66,12 @@ def load_yaml(path: str | Path) -> DictConfig:
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file.")
-    config, set_by_user = read_yaml(file), os.environ.get("PROJECT_ROOT")
+    return resolve(read_yaml(file), file)
+
+
+def resolve(config: DictConfig, file: Path) -> DictConfig:
+    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
+    set_by_user = os.environ.get("PROJECT_ROOT")
     os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
     try:
         OmegaConf.resolve(config)

@@ -19,6 +19,7 @@ import difflib
 import functools
 import json
 import operator
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -138,10 +139,13 @@ def describe_settings(kind: Any, key: str) -> list[str]:
         if dataclasses.is_dataclass(hint):
             lines += describe_settings(hint, name)
             continue
+        inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
         default = entry.default_factory() if callable(entry.default_factory) else entry.default
         shown = "???" if default is dataclasses.MISSING else json.dumps(default, default=str).replace('"', "")
         choices = ", ".join(map(str, entry.metadata.get("choices", ())))
-        lines.append(f"{name}={shown}  ({choices or (hint.__name__ if type(hint) is type else hint)})")
+        type_name = hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
+        lines.append(f"{name}={shown}  ({choices or type_name})")
+        lines += describe_settings(inner, f"{name}[]") if inner is not None and str(hint).startswith("list") else []
     return lines
 
 
