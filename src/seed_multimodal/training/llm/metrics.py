@@ -148,8 +148,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for report in reports:
         for name, source in report["sources"].items():
-            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {},
-                                                 "too_long": {}}), source)
+            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}), source)
     return {"tokens": tokens, "positions": positions, "sources": sources, "fill": tokens / max(1, positions)}
 
 
@@ -160,8 +159,8 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
     for name, source in record["data"]["sources"].items():
         lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
                      f"{source['epochs']:.2f} epochs")
-        lines += [f"    {entry['count']:,} {group.replace('_', ' ')} ({reason}): {'; '.join(entry['first'])}"
-                  for group in ("skipped", "too_long") for reason, entry in source[group].items()]
+        lines += [f"    {entry['count']:,} skipped or cut ({reason}): {'; '.join(entry['first'])}"
+                  for reason, entry in source["skipped"].items()]
         if not source["sequences"]:
             lines.append("    warning: nothing of it was used")
     return [*lines, f"  checkpoint: {record['checkpoint']}"]

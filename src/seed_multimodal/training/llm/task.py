@@ -6,7 +6,7 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -127,7 +126,7 @@ class LlmTask(Task):
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
-        self.batches = [self.ready(batch) for batch in first_batches(self.data, count, start=step * count)]
+        self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
         learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
                       for one in self.batches)
         total, left = self.group.sum([learned, float(len(self.batches))])
@@ -198,7 +197,7 @@ class LlmTask(Task):
             return []
         settings = with_template(read_data_settings(self.run.eval_data, "eval_data"), template_of(self.model_settings))
         with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
-            found = first_batches(data, self.settings.eval_batches)
+            found = list(itertools.islice(data, self.settings.eval_batches))
         most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
         return found + [blank_batch()] * (most - len(found))
 
@@ -281,18 +280,9 @@ def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[
     return run_task(read_run(config), kind)
 
 
-def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBatch]:
-    """`count` micro-batches from number `start` on, fewer if the data end before."""
-    found: list[LlmBatch] = []
-    with contextlib.suppress(EndOfData):
-        for number in range(start, start + count):
-            found.append(batches.at(number))
-    return found
-
-
 def blank_batch() -> LlmBatch:
     """A batch with nothing to learn, for a process whose data have ended before the others'. It is padded: the
     attention of packed rows may be compiled for each length."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
-                    learned=0, sequences=0, images=0, squares=0)
+                    learned=0, sequences=0, squares=0)
