@@ -25,7 +25,7 @@ _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
 class Meter:
     """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
-    `llm.token_meter` overrides it with sums over all tokens of a line's steps."""
+    `llm.metrics.TokenMeter` overrides it with sums over all tokens of a line's steps."""
 
     own_evaluation_line = False  # whether numbers of an evaluation get a line of their own
 

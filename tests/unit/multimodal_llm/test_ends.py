@@ -11,7 +11,6 @@ import pytest
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, SeedError
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.distributed import TrainingError, translate_errors
-from seed_multimodal.training.llm.metrics import summary_lines
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(runs, train, tmp_path):
@@ -55,16 +54,6 @@ def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_p
     assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
 
 
-def test_a_source_that_gave_nothing_is_a_warning():
-    source = {"sequences": 0, "tokens": 0, "epochs": 1.0, "skipped": {}, "too_long": {}}
-    lost = {**source, "skipped": {"missing key": {"count": 2, "first": ["a.jsonl: line 1", "a.jsonl: line 2"]}}}
-    lines = summary_lines({
-        "steps": 2, "seconds": 1, "checkpoint": "out", "tokens": 0, "loss": None, "data": {"fill": 1.0, "sources": {
-            "lost": lost, "rare": source, "good": {**lost, "sequences": 1}}}})
-    assert [line for line in lines if "nothing of it was used" in line] == [lines[3], lines[5]]
-    assert lines[2].startswith("    2 skipped (missing key)") and lines[6].startswith("  good: 1 sequences")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
@@ -87,52 +76,6 @@ def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
         assert record["tokens"] == json.loads((whole / "summary.json").read_text())["tokens"]
         if not packing and count == steps - 1:  # one micro-batch is left, and its mean is the step's
             assert runs.losses(some)[2] == pytest.approx(runs.losses(whole)[steps], rel=1e-5)
-
-
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(("world", "count"), [(1, 2), (2, 1), (2, 3), (3, 2)])
-def test_every_step_up_to_the_end_of_data_can_be_resumed_from(packing, world, count, runs, tmp_path):
-    """Processes come to the end of their data at unlike micro-steps, and still save one common place."""
-    from seed_multimodal.data.stream.config import read_data_settings
-    from seed_multimodal.data.stream.llm_batches import LlmBatches
-    from seed_multimodal.data.stream.mixture import EndOfData
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-    content = runs.write_data(tmp_path, runs.CODES, runs.PER_IMAGE, records=7)
-    content |= {"packing": packing, "rows": 1}
-    for source in content["sources"]:
-        source["cycles"] = 1
-    broken = tmp_path / "chats.jsonl"  # the last draws of a process give nothing
-    broken.write_text(broken.read_text().replace('"role": "user"', '"role": "nobody"', 3))
-    settings, tokenizer = read_data_settings(content), MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
-
-    def rest(step, states):
-        """Tokens of each step from one on, the states after each, and what was passed over, in all processes."""
-        ranks = [LlmBatches(settings, tokenizer, rank=rank, world=world) for rank in range(world)]
-        if states is not None:
-            for one in ranks:
-                one.restore(states)
-        tokens, after = [], []
-        while True:
-            found = []
-            for one in ranks:
-                try:
-                    found += [one.at(step * count + micro).tokens for micro in range(count)]
-                except EndOfData:
-                    found += []
-            step += 1
-            sources = [source for one in ranks for source in one.report()["sources"].values()]
-            lost = sum(entry["count"] for source in sources for entry in source["skipped"].values())
-            if not any(found):
-                return tokens, after, lost
-            tokens.append(sum(found))
-            after.append(json.loads(json.dumps([one.state() for one in ranks])))
-
-    tokens, after, lost = rest(0, None)
-    assert len(tokens) >= 1 and lost == 3
-    for step, states in enumerate(after, 1):
-        again, _, told = rest(step, states)
-        assert (again, told) == (tokens[step:], 3), f"after step {step} of {len(tokens)}"
 
 
 def test_a_finished_run_says_its_last_evaluation_once(runs, train, tmp_path):
@@ -211,15 +154,10 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
 
 
-def test_evaluation_that_cannot_be_is_said_before_the_first_step(runs, train, tmp_path, capsys):
+def test_evaluation_data_are_read_before_the_first_step(runs, train, tmp_path):
     with pytest.raises(SeedError, match="nowhere"):
         train("out", "trainer.eval_steps=8", "++eval_data.sources=[{name: a, files: nowhere.jsonl, decoder: chat}]")
     assert not runs.losses(tmp_path / "out")
-    train("out", "trainer.max_steps=1", "trainer.eval_steps=1")
-    assert "nothing is evaluated" in capsys.readouterr().out
-    files = runs.write_files(tmp_path)
-    train("out", "trainer.max_steps=2", f"eval_data={files['data']}")
-    assert "nothing is evaluated" in capsys.readouterr().out
 
 
 def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
@@ -250,14 +188,6 @@ def test_what_machines_do_becomes_a_sentence():
     assert not isinstance(caught.value, SeedError)
 
 
-def test_deepspeeds_smallest_loss_scale_becomes_a_sentence(monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    scalers = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
-    scaler = scalers.DynamicLossScaler(1, scale_window=10, min_scale=1, delayed_shift=1, consecutive_hysteresis=False)
-    with pytest.raises(TrainingError, match="overflow at any loss scale at step 3"), translate_errors("step 3", "x"):
-        scaler.update_scale(True)
-
-
 @pytest.mark.parametrize(("more", "words"), [
     (("trainer.precision=fp16",), "fp16 needs a GPU"),
     (("trainer.report_to=[wandb]",), "wandb, but the package is not installed"),
@@ -275,9 +205,3 @@ def test_refusals_before_the_first_step(train, more, words):
         pytest.skip("this machine can do it")
     with pytest.raises(ConfigError, match=words):
         train("out", *more)
-
-
-def test_tokens_per_step_sets_the_micro_steps(train, capsys):
-    home = train("out", "trainer.max_steps=1", "trainer.tokens_per_step=1000", "data.rows=2")
-    assert json.loads((home / "summary.json").read_text())["micro_steps"] == 3  # of 2 rows of 160 positions
-    assert "a step: 2 packed rows of 160 x 3 micro-steps x 1 process = 960 positions." in capsys.readouterr().out

@@ -44,8 +44,7 @@ def published(files) -> list[str]:
 
 
 def test_the_published_command_line(published, files):
-    made = compose(published, CONFIGS)
-    run = read_run(made.config)
+    run = read_run(compose(published, CONFIGS))
     assert (run.trainer.max_steps, run.trainer.save_steps, run.trainer.gradient_accumulation_steps) == (30000, 1000, 4)
     assert (run.trainer.precision, run.trainer.gradient_checkpointing) == ("bf16", True)
     assert run.trainer.report_to == ["tensorboard"] and run.trainer.eval_steps == 0
@@ -54,8 +53,9 @@ def test_the_published_command_line(published, files):
     assert (optim.min_lr_ratio, optim.warmup_ratio, optim.weight_decay) == (0.05, 0.03, 0.05)
     assert run.deepspeed["zero_optimization"]["stage"] == 2
     assert run.model["sizes"]["hidden_size"] == 32 and len(run.data["sources"]) == 2
-    assert made.ignored == ["--per_device_train_batch_size", "--per_device_eval_batch_size", "--ignore_data_skip",
-                            "--logging_nan_inf_filter", "--log_level"]
+    assert translate(published).ignored == [
+        "--per_device_train_batch_size", "--per_device_eval_batch_size", "--ignore_data_skip",
+        "--logging_nan_inf_filter", "--log_level"]
 
 
 # The published recipes: specification of the original's two scripts, flag by flag.
@@ -82,7 +82,7 @@ def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
         text = Path(f"scripts/train_a100_lora_multi_node_{name}.sh").read_text().replace("\\\n", "")
         words = shlex.split(text, comments=True)
         arguments = words[words.index("launch") + 2:-1]  # between the port and "$@"
-    run = read_run(compose(arguments, CONFIGS).config)
+    run = read_run(compose(arguments, CONFIGS))
     optim = read_settings(OptimSettings, run.optim, "optim")
     found = {**vars(optim), **vars(run.trainer)}
     assert {key: found[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
@@ -99,13 +99,13 @@ def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
 
 def test_what_comes_later_wins(published, files):
     again = compose([*published, "--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16",
-                     "deepspeed=none"], CONFIGS).config
+                     "deepspeed=none"], CONFIGS)
     assert (again["trainer"]["max_steps"], again["optim"]["learning_rate"]) == (7, 0.5)
     assert again["model"]["sizes"]["hidden_size"] == 16 and again.get("deepspeed") is None
     # A group chosen after the flags replaces all of them; one before does not.
-    chosen = compose([*published, "trainer=nano"], CONFIGS).config
+    chosen = compose([*published, "trainer=nano"], CONFIGS)
     assert chosen["trainer"] == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
-    assert compose(["trainer=nano", *published], CONFIGS).config["trainer"]["max_steps"] == 30000
+    assert compose(["trainer=nano", *published], CONFIGS)["trainer"]["max_steps"] == 30000
 
 
 @pytest.mark.parametrize(("arguments", "overrides"), [
@@ -141,7 +141,7 @@ def test_translate_turns_flags_into_overrides(arguments, overrides):
 
 def test_values_with_signs():
     for words in (["--output_dir", "log/lr=1e-4"], ["output_dir='log/lr=1e-4'"], ['output_dir="log/lr=1e-4"']):
-        assert compose(words, CONFIGS).config["output_dir"] == "log/lr=1e-4"
+        assert compose(words, CONFIGS)["output_dir"] == "log/lr=1e-4"
     # Our own options are no flags of the original: they do not bring its defaults.
     assert not translate(["--resume", "never"]).original
 
@@ -205,7 +205,7 @@ def test_what_is_only_printed_needs_no_output_folder(files, capsys):
 ])
 def test_settings_are_checked(more, words, files, runs, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        read_run(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS).config)
+        read_run(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS))
 
 
 def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
@@ -214,7 +214,7 @@ def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):
         files[group].write_text("_target_: os.system\ncommand: touch /tmp/made\n")
-        config = compose(runs.overrides(files, tmp_path / "out"), CONFIGS).config
+        config = compose(runs.overrides(files, tmp_path / "out"), CONFIGS)
         with pytest.raises(ConfigError, match="os.system"):
             read(config[group])
         assert not Path("/tmp/made").exists()
@@ -283,7 +283,7 @@ def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_pa
     files = runs.write_files(tmp_path)
     files["model"].write_text(yaml.safe_dump(model))
     made = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
-    task = LlmTask(read_run(made.config), ProcessGroup(), torch.device("cuda"))  # may run fp16; nothing is put there
+    task = LlmTask(read_run(made), ProcessGroup(), torch.device("cuda"))  # may run fp16; nothing is put there
     llm = build_llm(task.model_settings, task.tokenizer, "cpu")
     frozen = llm.get_base_model().model.layers[0].mlp.up_proj.weight
     assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]

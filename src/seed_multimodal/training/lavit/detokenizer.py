@@ -31,8 +31,7 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import find_folder
-from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask, read_pixel_run
-from seed_multimodal.training.trainer import run_task
+from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder
@@ -107,6 +106,7 @@ class LavitPixelTask(PixelTask):
     """One run in one process."""
 
     result, kind, frozen, diffusion = "pixels", LavitDetokenizer, "tokenizer", "diffusion"
+    kinds = {**PixelTask.kinds, "model": LavitPixelModel, "data": LavitImages}
     same = ("trained", "selection", "start")
     module: TrainedPixels
 
@@ -165,9 +165,3 @@ class LavitPixelTask(PixelTask):
                 shutil.copy2(self.folder / name, folder / name)
         if module.null_embeds is not None:
             torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)
-
-
-def train_lavit_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. The pixel decoder lies in
-    `output_dir/pixels`; returns the run's record. Raises as `run_task`."""
-    return run_task(read_pixel_run(config, LavitPixelModel, LavitImages), LavitPixelTask)

@@ -114,6 +114,8 @@ class PretrainTask(LlmTask):
 
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
+    tokenizer_kind = LavitTokenizer
+    kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizers. Raises as `train_llm`; ConfigError for parts that do not belong together."""
@@ -136,10 +138,6 @@ class PretrainTask(LlmTask):
                                       f"encoder reads images of {sizes.vit.image_size} pixels a side.")
 
     # ------------------------------------------------------------------------------------------------- the training
-
-    def open_tokenizer(self, folder: Path) -> LavitTokenizer:
-        """See `LlmTask`."""
-        return LavitTokenizer.from_pretrained(folder)
 
     def make_module(self) -> nn.Module:
         """Merger and projector, in fp32, beside the language model; the frozen tokenizer moves to the device."""
@@ -167,7 +165,7 @@ class PretrainTask(LlmTask):
         if views is None:
             return ReadyBatch(**vars(batch))
         features = self.features(views.pixels)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in views.seeds.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
         keep = self.visual.select(features, mode=self.visual_settings.selection, generator=generators).keep_BN
         on_cpu = keep.cpu() > 0.5
         written, read = views.written.nonzero().flatten(), (~views.written).nonzero().flatten()
@@ -175,8 +173,7 @@ class PretrainTask(LlmTask):
         drawn = written.to(self.device)
         for place, found in zip(written.tolist(), self._codes(features[drawn], keep[drawn]), strict=True):
             codes[place] = found
-        filled, places = fill_rows(batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id,
-                                   words.boi_id)
+        filled, places = fill_rows(batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id)
         if not len(read):
             return ReadyBatch(**vars(filled))
         seen = read.to(self.device)

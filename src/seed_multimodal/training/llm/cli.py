@@ -4,8 +4,7 @@
     python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
 
 A group (model, data, …) takes the name of one of its configurations or the path of any file. A flag becomes an
-override in its place of the line, and the last one wins; a group's file replaces what flags before it set. `_target_`
-names are looked up in tables, never called.
+override in its place of the line, and the last one wins; a group's file replaces what flags before it set.
 
 Beside overrides and flags: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved
 configuration and stop), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
@@ -22,23 +21,25 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from seed_multimodal.config import read_yaml, resolve
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import check_keys, describe_settings, nearest
+from seed_multimodal.settings import describe_settings, nearest
 from seed_multimodal.training.llm.config import GROUPS, find_folder
+from seed_multimodal.training.trainer import run_task
 
-# Group of the configuration -> its settings, below this package ("": none of a fixed form).
-_LLM = {"model": "training.llm.config:LlmModelSettings", "data": "data.stream.config:LlmDataSettings",
-        "optim": "training.optimizers:OptimSettings", "trainer": "training.llm.config:TrainerSettings",
-        "tokenizer": "", "deepspeed": "", "eval_data": ""}
-_PIXELS = {"model": "training.seed_x.detokenizer:DetokenizerModel", "data": "training.pixel_decoder.task:ImageData",
-           "optim": "training.optimizers:OptimSettings", "trainer": "training.pixel_decoder.task:PixelTrainer",
-           "deepspeed": ""}
+# Program -> its configuration below `configs`, and its task below `training`.
+PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
+            "train_seed_x_sft": ("train_seed_x_sft", "seed_x.tuning:TuningTask"),
+            "train_lavit": ("train_lavit", "lavit.pretrain:PretrainTask"),
+            "train_seed_x_detokenizer": ("seed_x_detokenizer/train", "seed_x.detokenizer:DetokenizerTask"),
+            "train_lavit_detokenizer": ("lavit_detokenizer/train", "lavit.detokenizer:LavitPixelTask")}
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
 _SUFFIXES = (".yaml", ".yml", ".json")
-_PLUGIN = "accelerate.DeepSpeedPlugin"  # SEED-X's way to name DeepSpeed's json
 
 # Flag -> the group whose file it names, or the key that it sets.
 FILES = {"model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
@@ -75,30 +76,6 @@ _KNOWN = (*FILES, *TEXTS, *VALUES, *SPECIAL, *REFUSED, *IGNORED, *OPTIONS)
 _OWN = ("resume", "device")  # flags of ours: they do not bring the original's defaults
 
 
-class Application(NamedTuple):
-    """A training: its configuration below `configs`; `module:name` below this package of an `LlmTask` or a function of
-    the resolved configuration; its groups' settings, see `_LLM`."""
-
-    config: str
-    task: str
-    settings: Mapping[str, str]
-
-
-APPLICATIONS = {
-    "train": Application("train", "training.llm.task:LlmTask", _LLM),
-    "train_seed_x_sft": Application("train_seed_x_sft", "training.seed_x.tuning:TuningTask", {
-        **_LLM, "visual_encoder": "training.seed_x.tuning:EncoderModel",
-        "agent": "training.seed_x.tuning:AgentModel"}),
-    "train_lavit": Application("train_lavit", "training.lavit.pretrain:PretrainTask", {
-        **_LLM, "visual_encoder": "training.lavit.pretrain:VisualModel"}),
-    "train_seed_x_detokenizer": Application(
-        "seed_x_detokenizer/train", "training.seed_x.detokenizer:train_detokenizer", _PIXELS),
-    "train_lavit_detokenizer": Application(
-        "lavit_detokenizer/train", "training.lavit.detokenizer:train_lavit_detokenizer", {
-            **_PIXELS, "model": "training.lavit.detokenizer:LavitPixelModel",
-            "data": "training.lavit.detokenizer:LavitImages"})}
-
-
 def main_process(program: str | Path) -> NoReturn:
     """The training at `MultiModalLLM/src/train/PROGRAM.py` as a program."""
     file = Path(program).resolve()
@@ -107,52 +84,43 @@ def main_process(program: str | Path) -> NoReturn:
 
 def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
     """Compose and train; returns the exit code (2: refused or failed, with one sentence on stderr; 143: SIGTERM)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    rank = os.environ.get("RANK", "0")
+    arguments, rank = list(sys.argv[1:] if argv is None else argv), os.environ.get("RANK", "0")
     name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
     return guarded(name, "--debug" in arguments, lambda: run(program, Path(configs), arguments))
 
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
     """As `main`, with refusals raised."""
-    application, options = APPLICATIONS[program], translate(arguments).options
-    folder = Path(options.get("config_path", (configs / application.config).parent))
-    name = options.get("config_name", Path(application.config).name).removesuffix(".yaml")
-    if "help" in options:
-        print(help_text(folder, name, application.settings))
+    given, file = translate(arguments), configs / f"{PROGRAMS[program][0]}.yaml"
+    folder = Path(given.options.get("config_path", file.parent))
+    name = given.options.get("config_name", file.stem).removesuffix(".yaml")
+    module, _, attribute = PROGRAMS[program][1].partition(":")
+    task = getattr(import_module(f"seed_multimodal.training.{module}"), attribute)
+    if "help" in given.options:
+        print(help_text(folder / f"{name}.yaml", task.kinds))
         return 0
-    composed = compose(arguments, folder, name, whole="cfg" not in options)
-    if "cfg" in options:
-        from omegaconf import OmegaConf
-
-        print(OmegaConf.to_yaml(OmegaConf.create(composed.config)), end="")
+    config = compose(arguments, folder, name, whole="cfg" not in given.options)
+    if "cfg" in given.options:
+        print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
         return 0
-    if composed.ignored and os.environ.get("RANK", "0") == "0":
-        print(f"[train] without effect: {', '.join(composed.ignored)}.", flush=True)
-    task = _named(application.task)
-    if isinstance(task, type):
-        from seed_multimodal.training.llm.task import train_llm
-
-        train_llm(composed.config, task)
-    else:
-        task(composed.config)
+    if given.ignored and os.environ.get("RANK", "0") == "0":
+        print(f"[train] without effect: {', '.join(given.ignored)}.", flush=True)
+    run_task(task.read(config), task)
     return 0
 
 
-def help_text(folder: Path, name: str, settings: Mapping[str, str]) -> str:
+def help_text(file: Path, kinds: Mapping[str, type]) -> str:
     """The comment that the configuration begins with, its groups' files, and the keys with their defaults."""
-    text = (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
-    lines = [line.removeprefix("#").removeprefix(" ") for line in itertools.takewhile(lambda one: one[:1] == "#", text)]
-    lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {folder}:"]
-    lines += [f"  {group}: {', '.join(_configurations(group_folder(folder, group))) or '-'}" for group in settings]
+    text = file.read_text(encoding="utf-8").splitlines()
+    lines = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda one: one[:1] == "#", text)]
+    lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {file.parent}:"]
+    for group in GROUPS:
+        names = _configurations(group_folder(file.parent, group))
+        lines += [f"  {group}: {', '.join(names)}"] if names else []
     lines += ["", "Keys and their defaults (a group's file sets others; ???: needed):", "  output_dir=???"]
-    return "\n".join([*lines, *(f"  {line}" for group, kind in settings.items() if kind
-                                for line in describe_settings(_named(kind), group))])
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(import_module(f"seed_multimodal.{module}"), attribute)
+    for group, kind in kinds.items():
+        lines += [f"  {line}" for line in describe_settings(kind, group)]
+    return "\n".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ flags -> overrides
@@ -266,15 +234,8 @@ def _is_true(flag: str, value: str) -> bool:
 # ----------------------------------------------------------------------------------------- overrides -> configuration
 
 
-class Composed(NamedTuple):
-    """A resolved configuration, and flags without effect."""
-
-    config: dict[str, Any]
-    ignored: list[str]
-
-
-def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> Composed:
-    """Flags and overrides → the resolved configuration.
+def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> dict[str, Any]:
+    """Flags and overrides → the resolved configuration. Hydra applies the overrides and does nothing else.
 
     Args:
         folder: holds `NAME.yaml`, whose `defaults` or `files` choose groups, and a folder per group.
@@ -287,8 +248,6 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
     from hydra import initialize
     from hydra.core.config_store import ConfigStore
     from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     home = Path(folder).resolve()
     if not (home / f"{name}.yaml").is_file():
@@ -320,7 +279,7 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
             raise ConfigError(f"configuration: {key} is needed.") from error
         raise ConfigError(f"{first_line(error).rstrip('.')}; values with signs like = ( ) ' need quotes of their own, "
                           f"beside the shell's: 'key=\"value\"'.") from error
-    return Composed({str(key): value for key, value in plain.items()}, given.ignored)
+    return {str(key): value for key, value in plain.items()}
 
 
 def group_folder(home: Path, group: str) -> Path:
@@ -335,12 +294,10 @@ def _configurations(folder: Path) -> list[str]:
 
 def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     """The content of a group's configuration by its name or a file's path."""
-    from omegaconf import OmegaConf
-
     folder = group_folder(home, group)
-    named = [folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)]
     ours = choice.removeprefix("SEED-X/")  # which stands before the original's names of files
-    places = [Path(choice), *named, Path(ours), home.parent / ours, home.parent.parent / ours]
+    places = [Path(choice), *(folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)), Path(ours),
+              home.parent / ours, home.parent.parent / ours]
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         if group == "tokenizer" and (find_folder(choice) / "tokenizer.model").is_file():
@@ -351,7 +308,5 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
     if file.suffix == ".json":
         return read_json_object(file, ConfigError)
     node: Any = OmegaConf.to_container(read_yaml(file), resolve=False)
-    if node.get("_target_") != _PLUGIN:
-        return node
-    check_keys(node, ("_target_", "hf_ds_config"), str(file))
-    return _load(home, group, str(node.get("hf_ds_config")))
+    # SEED-X's way to name DeepSpeed's json.
+    return _load(home, group, str(node["hf_ds_config"])) if "hf_ds_config" in node else node

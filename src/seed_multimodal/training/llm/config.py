@@ -18,12 +18,12 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import QUANTIZATIONS
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
-from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
+from seed_multimodal.settings import check_keys, check_settings, check_value, nearest, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
+from seed_multimodal.training.optimizers import OptimSettings
 
 GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", "visual_encoder", "agent")
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
-LOSSES = ("auto", "plain", "chunked")
 PEFT, BASE, LORA = "peft", "base", "lora"
 SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
 TARGETS = {  # the original's dotted names -> what they stand for
@@ -44,68 +44,44 @@ _BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage
 
 @dataclass
 class LlmModelSettings:
-    """A LLaMA and how it is trained.
+    """A LLaMA and how it is trained. `dtype`, of weights that stay frozen, is the run's own unless it is given, so that
+    released fp16 weights stay exact in fp16 runs; what is trained is kept in fp32."""
 
-    Attributes:
-        path: folder of the base model; or
-        sizes: a `LlamaConfig` to start from random weights; its vocabulary is the tokenizer's.
-        dtype: precision of weights that stay frozen; None: the run's own, so that released fp16 weights stay exact in
-            fp16 runs (outside of a run bf16). auto: bf16 on CUDA, else fp32.
-        quantization: None, 8bit or 4bit: the frozen base through bitsandbytes (QLoRA).
-        fp8: products with the frozen matrices of the layers in FP8, by torchao (GPUs from Ada and Hopper on).
-        attention: auto (packed rows on CUDA: flash if installed, else flex; padded rows and elsewhere: sdpa), sdpa,
-            eager, flex or flash.
-        lora: fields of `peft.LoraConfig`; None trains every weight.
-        train_embeddings: embeddings and head are trained whole beside the LoRA, not as copies (SEED-X).
-        adapter: folder of a trained adapter (or of trained weights) to start from.
-        seed: of new weights: random start, rows of new words, LoRA.
-        template: prompts that the model is tuned with, vicuna or llama2; None: by its width, as at inference.
-        gradient_checkpointing: False, True, or selective (every other layer).
-        compile: torch.compile of each layer.
-        codebook_start: tokenizer folder whose codebook the new image words start from.
-    """
-
-    path: str | None = None
-    sizes: dict[str, Any] | None = None
-    dtype: str | None = setting(None, choices=(*DTYPES, "auto"))
-    quantization: str | None = setting(None, choices=QUANTIZATIONS)
-    fp8: bool = False
+    path: str | None = None  # folder of the base model, or
+    sizes: dict[str, Any] | None = None  # a `LlamaConfig` to start from random weights, with the tokenizer's vocabulary
+    dtype: str | None = setting(None, choices=(*DTYPES, "auto"))  # auto: bf16 on CUDA, else fp32
+    quantization: str | None = setting(None, choices=QUANTIZATIONS)  # of the frozen base, by bitsandbytes (QLoRA)
+    # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
-    lora: dict[str, Any] | None = None
-    train_embeddings: bool = False
-    adapter: str | None = None
-    seed: int = 0
-    template: str | None = setting(None, choices=TUNED_TEMPLATES)
-    gradient_checkpointing: bool | Literal["selective"] = False
-    compile: bool = False
-    codebook_start: str | None = None
+    lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
+    train_embeddings: bool = False  # embeddings and head are trained whole beside the LoRA, not as copies (SEED-X)
+    adapter: str | None = None  # folder of a trained adapter (or of trained weights) to start from
+    seed: int = 0  # of new weights: random start, rows of new words, LoRA
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)  # None: by the model's width, as at inference
+    gradient_checkpointing: bool | Literal["selective"] = False  # selective: every other layer
+    compile: bool = False  # torch.compile of each layer
+    codebook_start: str | None = None  # tokenizer folder whose codebook the new image words start from
 
 
 @dataclass(kw_only=True)
 class TrainerSettings(TrainerConfig):
-    """Settings of a language model's training.
+    """Settings of a language model's training."""
 
-    Attributes:
-        loss_average: `tokens`: the mean over all learned tokens of a step, of all processes and micro-steps; `batch`:
-            the mean of the micro-batches' means, as released. By default `tokens` for packed data, else `batch`.
-        loss_kernel: all logits at once (plain), never more than a fixed number of them (chunked), or by size (auto).
-        text_weight, image_weight: weights of text and image tokens in the loss.
-        eval_steps: 0 never evaluates; eval_batches: micro-batches of the evaluation mixture per process.
-        peak_tflops: of one device at this precision, for the MFU; known devices need none.
-        tokens_per_step: positions of packed rows a step, in place of `gradient_accumulation_steps`.
-        gradient_checkpointing, compile: override the model's settings if given.
-    """
-
+    # tokens: the mean over all learned tokens of a step (by default for packed data); batch: the mean of the
+    # micro-batches' means, as released
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    loss_kernel: str = setting("auto", choices=LOSSES)
+    loss_kernel: str = setting("auto", choices=("auto", "plain", "chunked"))  # see `LossModule`
     text_weight: float = setting(1.0, least=0)
     image_weight: float = setting(1.0, least=0)
-    eval_steps: int = setting(0, least=0)
-    eval_batches: int = setting(16, least=1)
-    peak_tflops: float | None = setting(None, above=0)
-    tokens_per_step: int | None = setting(None, least=1)
-    gradient_checkpointing: bool | Literal["selective"] | None = None
+    eval_steps: int = setting(0, least=0)  # 0 never evaluates
+    eval_batches: int = setting(16, least=1)  # micro-batches of the evaluation mixture per process
+    peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; known devices need none
+    gradient_checkpointing: bool | Literal["selective"] | None = None  # overrides the model's, as `compile`
     compile: bool | None = None
+
+
+KINDS: dict[str, type] = {"model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings,
+                          "trainer": TrainerSettings}  # of each group, for `--help`
 
 
 @dataclass
@@ -126,35 +102,24 @@ class RunSettings:
 
 
 def read_run(config: Mapping[str, Any]) -> RunSettings:
-    """Check a resolved configuration.
-
-    Raises:
-        ConfigError: a key that is unknown, missing, of the wrong type or out of range.
-    """
+    """Check a resolved configuration. Raises ConfigError."""
     check_keys(config, ("output_dir", *GROUPS), "configuration")
     missing = next((key for key in ("output_dir", "model", "data", "optim", "tokenizer") if not config.get(key)), None)
     if missing:
         raise ConfigError(f"configuration: {missing} is needed.")
-    groups = {key: config.get(key) or None for key in GROUPS if key not in ("trainer", "tokenizer")}
-    for key, value in groups.items():
-        if not isinstance(value, Mapping | None):
-            raise ConfigError(f"configuration: {key} must be a mapping or a file, not {value!r}.")
-    given: Any = {key: value and dict(value) for key, value in groups.items()}
+    groups: Any = {key: check_value(dict[str, Any] | None, config.get(key) or None, f"configuration: {key}")
+                   for key in GROUPS if key not in ("trainer", "tokenizer")}
     words = config["tokenizer"]
     folder = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not folder:
         raise ConfigError("tokenizer: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=Path(str(folder)), plain=dict(config),
+    return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=find_folder(folder), plain=dict(config),
                        trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
-                       **given)
+                       **groups)
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
-    """Settings of a mapping: ours, or the original's with its `_target_`.
-
-    Raises:
-        ConfigError: an unknown key, value or `_target_`; neither path nor sizes; settings that exclude each other.
-    """
+    """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     own = {str(key): value for key, value in config.items()}
     given = {key: own.pop(key) for key in list(own) if key not in LlmModelSettings.__dataclass_fields__}
     values = _original(given, where) if "_target_" in given else given
@@ -174,12 +139,8 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
 
 
 def for_run(config: Mapping[str, Any], trainer: TrainerSettings, deepspeed: bool) -> LlmModelSettings:
-    """The settings of a mapping, adapted to the trainer and the engine. Without autocast (fp32) all factors of a
-    product must be of one type.
-
-    Raises:
-        ConfigError: as `read_model_settings`; a base that DeepSpeed cannot hold.
-    """
+    """The settings of a mapping, adapted to the trainer and the engine; without autocast (fp32) all factors of a
+    product must be of one type. Raises ConfigError."""
     found = read_model_settings(config)
     if deepspeed and found.quantization is not None:
         raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")

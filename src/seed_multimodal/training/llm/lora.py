@@ -1,8 +1,7 @@
 """LoRA through peft, as released: adapters on the linear layers, and whole modules trained beside them.
 
-Adapter files keep the names of peft 0.4, which the original wrote, so both load each other's.
-Tied embeddings stay tied: the trained copy is shared by both ends and stands once in the state (left to itself peft
-would train two, which a merged model could not hold). Adapter files hold it under both names, because peft reads both.
+Adapter files keep the names of peft 0.4, which the original wrote. Tied embeddings stay tied, with one trained copy
+(left to itself peft would train two); files hold it under both names, because peft reads both.
 """
 
 from __future__ import annotations
@@ -62,9 +61,6 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
         raise ConfigError(f"lora: {first_line(error)}") from error
     if tied:
         config.modules_to_save = saved
-        if llama.lm_head.weight is not llama.model.embed_tokens.weight:
-            raise ConfigError("The base ties its embeddings, but this version of peft trains two copies of them; leave "
-                              "embed_tokens and lm_head out of lora.modules_to_save, or untie the base.")
     return model
 
 
@@ -105,18 +101,21 @@ def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | N
     return target
 
 
-def load_adapter(model: Any, source: str | Path | Mapping[str, Tensor]) -> None:
-    """Fill a `PeftModel` with trained weights: a folder (files of peft 0.4 too) or what `adapter_state` gave.
+def load_adapter(model: Any, folder: Path) -> None:
+    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too).
 
     Raises:
         CheckpointError: no adapter there, another rank or scale, tensors missing, unknown or of another size.
     """
-    where, state = ("The trained weights", source) if isinstance(source, Mapping) else (
-        str(source), _read_adapter(model, Path(source)))
-    own = adapter_state(model)
+    file = first_file(folder, ADAPTER_FILES)
+    if file is None:
+        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
+    if (folder / ADAPTER_CONFIG).is_file():
+        refuse_other_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
+    own, state = adapter_state(model), load_state_dict(file)
     if HEAD not in own and {HEAD, EMBEDDING} <= state.keys() and torch.equal(state[EMBEDDING], state[HEAD]):
-        state = {name: value for name, value in state.items() if name != HEAD}
-    copy_weights(own, state, where)
+        del state[HEAD]
+    copy_weights(own, state, str(folder))
 
 
 @torch.no_grad()
@@ -141,15 +140,6 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
     values = read_json_object(folder / ADAPTER_CONFIG)
     found = {key: values[key] for key in RECORDED if values.get(key) is not None}
     return {**found, "modules_to_save": values.get("modules_to_save") or []}  # none is not the same as left out
-
-
-def _read_adapter(model: Any, folder: Path) -> dict[str, Tensor]:
-    file = first_file(folder, ADAPTER_FILES)
-    if file is None:
-        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
-    if (folder / ADAPTER_CONFIG).is_file():
-        refuse_other_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
-    return load_state_dict(file)
 
 
 def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:

@@ -1,11 +1,8 @@
 """The language model's loss over packed or padded batches, with the head applied to learned tokens only.
 
-Sums and counts come back, not means: the caller divides by the learned tokens of the whole optimiser step (all ranks,
-all micro-batches), or averages micro-batches' means as the original did.
-Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0. transformers
-keeps attention inside each of them for eager, sdpa and flex attention; for flash attention it does so for a single
-row only, so the rows are laid end to end there. The last token of a sequence does not predict the next one's first.
-Right padding needs no mask under causal attention, so none is made and the fast kernels stay usable.
+Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0; the last token of one does
+not predict the next one's first. transformers keeps attention inside each of them, with flash attention in a single row
+only, so the rows are laid end to end there. Right padding needs no mask under causal attention, so none is made.
 """
 
 from __future__ import annotations

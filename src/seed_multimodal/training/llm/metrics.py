@@ -26,24 +26,19 @@ FROZEN, TRAINED = 4, 6  # FLOP a number of a matrix costs per token, forward and
 class TokenMeter(Meter):
     """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines.
 
-    Attributes:
-        flops: of one token, see `token_flops`, for sequences of length 1. A token attends within its own sequence, so
-            attention goes by the sum of the squares of the sequences' lengths; padding is no work.
-        peak: of one device, in TFLOP/s, if it is known.
-        divisor: what the loss summed over all processes is divided by; set before each step.
-        total: over the run. timed: since the line before, in this process. history: the last thousand lines.
+    A token attends within its own sequence, so the FLOP of attention go by the sum of the squares of the lengths.
     """
 
     own_evaluation_line = True
 
     def __init__(self) -> None:
         super().__init__(samples=0)
-        self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        self.peak: float | None = None
-        self.divisor = 1.0
-        self.total = {"tokens": 0.0, "positions": 0.0}
-        self.timed = dict.fromkeys(_SUMS, 0.0)
-        self.history: list[dict[str, float]] = []
+        self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # `token_flops` of sequences of length 1
+        self.peak: float | None = None  # of one device, in TFLOP/s
+        self.divisor = 1.0  # of the loss summed over all processes; set before each step
+        self.total = {"tokens": 0.0, "positions": 0.0}  # over the run
+        self.timed = dict.fromkeys(_SUMS, 0.0)  # since the line before, as this process timed it
+        self.history: list[dict[str, float]] = []  # the last thousand lines
         self.last: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
@@ -116,10 +111,7 @@ class TokenMeter(Meter):
 def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
     """FLOP of training on one token, a multiply-add as two: in the layers' matrices, in the head (learned tokens), and
     in attention over a sequence of `length`, its causal half.
-
-    A frozen matrix passes its gradient on, a trained one has its own, too. Not counted, as usual for a model-FLOP
-    utilisation: norms, softmax, lookups, and products made again by checkpointing or the chunked loss.
-    """
+    Not counted, as usual: norms, softmax, lookups, and products made again by checkpointing or the chunked loss."""
     llama = find_llama(model)
     config = llama.config
     body = sum((TRAINED if parameter.requires_grad else FROZEN) * _numbers(parameter)
@@ -151,8 +143,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for report in reports:
         for name, source in report["sources"].items():
-            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {},
-                                                 "too_long": {}}), source)
+            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}), source)
     return {"tokens": tokens, "positions": positions, "sources": sources, "fill": tokens / max(1, positions)}
 
 
@@ -163,8 +154,8 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
     for name, source in record["data"]["sources"].items():
         lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
                      f"{source['epochs']:.2f} epochs")
-        lines += [f"    {entry['count']:,} {group.replace('_', ' ')} ({reason}): {'; '.join(entry['first'])}"
-                  for group in ("skipped", "too_long") for reason, entry in source[group].items()]
+        lines += [f"    {entry['count']:,} skipped or cut ({reason}): {'; '.join(entry['first'])}"
+                  for reason, entry in source["skipped"].items()]
         if not source["sequences"]:
             lines.append("    warning: nothing of it was used")
     return [*lines, f"  checkpoint: {record['checkpoint']}"]

@@ -1,9 +1,7 @@
 """The language model as it is trained: base or random start, the tokenizer's words, LoRA, precision, attention.
 
-`build_llm(settings, tokenizer, device)` → a `LlamaForCausalLM`, or a `PeftModel` around one, in train mode.
-New words are drawn from N(0, initializer_range), as released, but from a seed; special ids are forced to
-bos 1, eos 2, pad 0; weights that are trained are kept in fp32 beside a base of any precision, because steps of 1e-4
-are lost in bf16 (peft itself would leave embeddings and norms in the base's precision).
+Weights that are trained are kept in fp32 beside a base of any precision, because steps of 1e-4 are lost in bf16 (peft
+itself would leave embeddings and norms in the base's precision).
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import first_file
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.nn.pretrained import WEIGHTS
@@ -39,14 +37,10 @@ from seed_multimodal.weights import load_state_dict
 
 
 def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device) -> nn.Module:
-    """The model on `device`, in train mode.
-
-    Args:
-        tokenizer: a `MultimodalTokenizer` (its `vocabulary` sets the number of words).
+    """The model on `device`, in train mode, with as many words as the `vocabulary` of the tokenizer.
 
     Raises:
-        ConfigError: settings that do not fit each other or the tokenizer.
-        CheckpointError: weights that are missing, damaged or of another model.
+        ConfigError: settings that do not fit each other or the tokenizer. CheckpointError: weights that do not fit.
     """
     check(settings)
     place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
@@ -61,8 +55,7 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     if settings.codebook_start is not None:
         if not fitted and settings.sizes is None:
             raise ConfigError(f"codebook_start would overwrite the trained image words of {settings.path}.")
-        codebook, sections = read_codebook(find_folder(settings.codebook_start), words.n_codes)
-        start_from_codebook(llama, codebook, words.n_text, sections)
+        start_from_codebook(llama, find_folder(settings.codebook_start), words)
     try:
         set_attention(llama, settings.attention, place)
     except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
@@ -85,8 +78,6 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     set_checkpointing(llama, settings.gradient_checkpointing)
     if settings.quantization is None:
         model.to(place)
-    if settings.fp8:
-        use_fp8(model)
     if settings.compile:
         for layer in llama.model.layers:
             layer.compile()
@@ -100,12 +91,16 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
-def load_trained(model: nn.Module, state: Mapping[str, Tensor], where: str = "The trained weights") -> None:
-    """Inverse of `trained_state`. Raises CheckpointError: tensors missing, unknown or of another size."""
+def load_trained(model: nn.Module, folder: Path) -> None:
+    """Inverse of `save_trained`. Raises CheckpointError: no weights there, or those of another model."""
     if is_lora(model):
-        load_adapter(model, state)
-    else:
-        copy_weights(trained_state(model), state, where)
+        load_adapter(model, folder)
+        return
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
+    state = {name: value for file in files for name, value in load_state_dict(file).items()}
+    copy_weights(trained_state(model), state, str(folder))
 
 
 def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
@@ -127,40 +122,34 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
         raise ConfigError(f"The model has {rows} words, but the tokenizer has {words.n_text} text pieces and "
                           f"{words.size} words in all; they do not belong together.")
     llama.resize_token_embeddings(words.size, mean_resizing=False)
-    generator = torch.Generator().manual_seed(seed)
-    ends = {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}
-    with torch.no_grad():
-        for end in ends.values():
-            new = torch.empty(words.size - rows, end.shape[1]).normal_(
-                0.0, llama.config.initializer_range, generator=generator)
-            end[rows:] = new.to(end)
+    generator, spread = torch.Generator().manual_seed(seed), llama.config.initializer_range
+    for end in {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}.values():
+        new = torch.empty(words.size - rows, end.shape[1]).normal_(0.0, spread, generator=generator)
+        end.data[rows:] = new.to(end)
     return True
 
 
 @torch.no_grad()
-def start_from_codebook(model: Any, codebook: Tensor, first_code: int, sections: int = 1) -> None:
-    """Give codes that are neighbours in the codebook `[K, d]` neighbouring word embeddings: a fixed random projection,
-    at the size of the random start. Each section has its own, because directions mean something else in each."""
-    rows = model.model.embed_tokens.weight
-    generator = torch.Generator().manual_seed(0)
-    parts = codebook.reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=generator)
-    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
-    spread = projected.std()
-    if spread > 0:  # sections of a single code have no neighbours
-        scaled = projected * (rows[:first_code].std().float().cpu() / spread)
-        rows[first_code:first_code + len(codebook)] = scaled.to(rows)
+def start_from_codebook(llama: Any, folder: Path, words: Any) -> None:
+    """Give codes that are neighbours in a tokenizer's codebook neighbouring word embeddings: a fixed random projection,
+    at the size of the random start. Each section has its own, because directions mean something else in each.
 
-
-def read_codebook(folder: Path, n_codes: int) -> tuple[Tensor, int]:
-    """The codebook `[K, d]` of a tokenizer's folder and its number of sections. Raises CheckpointError."""
+    Raises:
+        CheckpointError: no codebook in the folder, or one of another size.
+    """
     file = first_file(folder, (WEIGHTS, "seed_quantizer.safetensors", "seed_quantizer.pt")) or folder / WEIGHTS
-    codebook, config = load_state_dict(file).get("quantize.embedding.weight"), folder / "config.json"
-    if codebook is None or len(codebook) != n_codes:
-        found = "no codebook" if codebook is None else f"a codebook of {len(codebook)} codes"
-        raise CheckpointError(f"{file}: holds {found}, but the tokenizer's vocabulary has {n_codes}.")
-    sections = read_json_object(config).get("codebook_sections", 1) if config.is_file() else 1
-    return codebook.float(), int(sections)
+    codebook, config = load_state_dict(file).get("quantize.embedding.weight", torch.zeros(0)), folder / "config.json"
+    if len(codebook) != words.n_codes:
+        raise CheckpointError(f"{file}: holds a codebook of {len(codebook)} codes, but the tokenizer's vocabulary has "
+                              f"{words.n_codes}.")
+    sections = int(read_json_object(config).get("codebook_sections", 1)) if config.is_file() else 1
+    rows = llama.model.embed_tokens.weight
+    parts = codebook.float().reshape(sections, -1, codebook.shape[1])
+    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
+    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
+    if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
+        scaled = projected * (rows[:words.n_text].std().float().cpu() / spread)
+        rows[words.n_text:words.n_text + words.n_codes] = scaled.to(rows)
 
 
 def set_attention(llama: Any, name: str, device: torch.device) -> None:
@@ -173,12 +162,8 @@ def set_attention(llama: Any, name: str, device: torch.device) -> None:
 
 
 def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
-    """transformers' name of an attention implementation; see `LlmModelSettings.attention`.
-
-    Args:
-        packed: for rows of several sequences; padded rows need no mask but the causal one, which SDPA's fast kernels
-            know, and their lengths change, for each of which flex attention would be compiled anew.
-    """
+    """transformers' name of an attention implementation, for packed or padded rows. These need only the causal mask,
+    which SDPA's fast kernels know, and have many lengths, for each of which flex attention would be compiled."""
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda" or not packed:
@@ -197,20 +182,6 @@ def set_checkpointing(llama: Any, mode: bool | str) -> None:
             layer.gradient_checkpointing = mode is True or number % 2 == 0
 
 
-def use_fp8(model: nn.Module) -> None:
-    """Compute the products of the decoder layers' frozen matrices in FP8, by torchao."""
-    try:
-        from torchao.float8 import convert_to_float8_training
-    except ImportError as error:
-        raise ConfigError(f"model.fp8 needs the package torchao: {how_to_install('torchao')}.") from error
-
-    def frozen(module: nn.Module, name: str) -> bool:
-        return (type(module) is nn.Linear and not module.weight.requires_grad and "lora_" not in name
-                and not any(size % 16 for size in module.weight.shape))  # tensor cores take multiples of 16
-
-    convert_to_float8_training(find_llama(model).model.layers, module_filter_fn=frozen)
-
-
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
     """The LLaMA without its adapters; all in fp32 if all of it is trained."""
     name = "fp32" if settings.lora is None else settings.dtype or "bf16"
@@ -218,7 +189,6 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> A
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
-    _check_pieces(folder, tokenizer)
     if settings.quantization is None:
         return load_llm(folder, dtype=dtype)
     # Read afresh: a 4-bit model that has generated on a CPU is packed another way and gives no gradients.
@@ -238,20 +208,3 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
                                                    "eos_token_id": EOS, "pad_token_id": PAD}))
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
-
-
-def _check_pieces(folder: Path, tokenizer: Any) -> None:
-    """A base that comes with its own SentencePiece model must have the tokenizer's text pieces."""
-    file = folder / "tokenizer.model"
-    if not file.is_file() or not hasattr(tokenizer, "tokens"):
-        return
-    import sentencepiece as spm
-
-    processor = spm.SentencePieceProcessor()
-    try:
-        processor.Load(str(file))
-    except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{file}: not a SentencePiece model.") from error
-    pieces = [processor.IdToPiece(id) for id in range(processor.GetPieceSize())]
-    if pieces != tokenizer.tokens(range(tokenizer.vocabulary.n_text)):
-        raise ConfigError(f"{file}: the base's text pieces are not the tokenizer's; they do not belong together.")

@@ -6,33 +6,30 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.config import read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES, known_peak
-from seed_multimodal.errors import CheckpointError, ConfigError, counted
+from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.engine import fill_config
-from seed_multimodal.training.llm.config import RunSettings, find_folder, for_run, read_run, template_of, with_prompts
-from seed_multimodal.training.llm.lora import is_lora, load_adapter
+from seed_multimodal.training.llm.config import KINDS, RunSettings, for_run, read_run, template_of, with_prompts
+from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, save_config, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.training.trainer import Trainer, run_task
-from seed_multimodal.weights import load_state_dict
 
 _LEAST = 1e-8  # of a step with nothing to learn
 # Settings that change no number of the training, or are reported elsewhere (`LlmTask.check_resume`).
@@ -51,6 +48,9 @@ class LlmTask(Task):
     module: Any
     quiet_keys = _QUIET
     start_hint = "model.adapter, or model.path"
+    read = staticmethod(read_run)
+    tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
+    kinds: ClassVar[Mapping[str, type]] = KINDS
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `train_llm`."""
@@ -61,8 +61,8 @@ class LlmTask(Task):
         self.optim = read_settings(OptimSettings, run.optim, "optim")
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
         self.model_settings = for_run(run.model, self.settings, run.deepspeed is not None)
-        self.tokenizer = self.open_tokenizer(find_folder(run.tokenizer))
-        data, remarks = with_prompts(read_data_settings(run.data), self.model_settings, find_folder(run.tokenizer))
+        self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
+        data, remarks = with_prompts(read_data_settings(run.data), self.model_settings, run.tokenizer)
         self._log(*remarks)
         self.by_tokens = (self.settings.loss_average or ("tokens" if data.packing else "batch")) == "tokens"
         self.loss_weights = LossWeights(self.tokenizer.vocabulary.n_text, self.settings.text_weight,
@@ -70,21 +70,12 @@ class LlmTask(Task):
         self.data = LlmBatches(data, self.tokenizer, rank=group.rank, world=group.world,
                                workers=self.settings.dataloader_num_workers, log=self._log)
         self.rows = data.rows
-        if self.settings.tokens_per_step:
-            micro_steps = self.settings.tokens_per_step / (group.world * data.rows * data.length)
-            self.settings = replace(self.settings, gradient_accumulation_steps=max(1, round(micro_steps)))
         self.evaluation = self._held_out()
         self.meter = TokenMeter()
         self.loop: Trainer
-        self.llm: Any = None
+        self.llm: Any
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
-
-    # ------------------------------------------------------------------------------------------------- the training
-
-    def open_tokenizer(self, folder: Path) -> MultimodalTokenizer:
-        """The words of the model."""
-        return MultimodalTokenizer.from_pretrained(folder)
 
     def prepare(self) -> None:
         """Write the configuration into the output folder, build the model and its optimiser."""
@@ -134,7 +125,7 @@ class LlmTask(Task):
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
-        self.batches = [self.ready(batch) for batch in first_batches(self.data, count, start=step * count)]
+        self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
         learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
                       for one in self.batches)
         total, left = self.group.sum([learned, float(len(self.batches))])
@@ -145,17 +136,15 @@ class LlmTask(Task):
         return left > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """This micro-batch's share of the loss. A process that has fewer than the others uses blank ones, since each
-        pass may include a collective operation."""
+        """This micro-batch's share of the loss; a blank one's where this process has fewer than the others."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
         parts = self.losses(model, real or self.ready(blank_batch()))
         value = parts.sum if self.by_tokens else parts.mean
-        shown = value.detach() if self.by_tokens else value.detach() / self.each
-        return value * self.share, {
-            "loss": shown, "text_sum": parts.text_sum, "text_count": parts.text_count, "image_sum": parts.image_sum,
-            "image_count": parts.image_count, "tokens": real.tokens if real else 0,
-            "positions": real.input_ids.numel() if real else 0, "squares": real.squares if real else 0}
+        sums = {key: getattr(parts, key) for key in ("text_sum", "text_count", "image_sum", "image_count")}
+        return value * self.share, {"loss": value.detach() if self.by_tokens else value.detach() / self.each, **sums,
+                                    "tokens": real.tokens if real else 0, "squares": real.squares if real else 0,
+                                    "positions": real.input_ids.numel() if real else 0}
 
     def ready(self, batch: LlmBatch) -> LlmBatch:
         """A batch of the data as `losses` takes it."""
@@ -172,11 +161,11 @@ class LlmTask(Task):
 
     def acts_after(self, step: int) -> bool:
         """At evaluations."""
-        return self._evaluates and step % self.settings.eval_steps == 0
+        return bool(self.evaluation) and step % self.settings.eval_steps == 0
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""
-        return self._evaluate() if self._evaluates and self.loop.evaluation.get("step") != step else None
+        return self._evaluate() if self.evaluation and self.loop.evaluation.get("step") != step else None
 
     def status(self) -> Mapping[str, float]:
         """Seconds spent waiting for data."""
@@ -188,40 +177,36 @@ class LlmTask(Task):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: the data of all processes, and measures."""
+        last = self.meter.history[-1:]
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
-                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps,
-                **self.meter.total, "loss": self.meter.history[-1]["loss"] if self.meter.history else None,
-                "evaluation": self.loop.evaluation, "checkpoint": str(self.loop.store.place)}
+                "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps, **self.meter.total,
+                "loss": last[0]["loss"] if last else None, "evaluation": self.loop.evaluation,
+                "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         """Steps, tokens, sources, skipped records."""
         return summary_lines(record)
 
     def _held_out(self) -> list[LlmBatch]:
-        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation."""
-        given = self.run.eval_data
-        self._evaluates = given is not None and self.settings.eval_steps > 0
-        if given is None or not self._evaluates:
-            self._log("nothing is evaluated: that needs eval_data and trainer.eval_steps." if given is not None
-                      or self.settings.eval_steps else "")
+        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation.
+
+        Every process has as many, under DDP and ZeRO-3 each forward pass is a collective operation.
+        """
+        if self.run.eval_data is None or not self.settings.eval_steps:
             return []
-        settings = with_template(read_data_settings(given, "eval_data"), template_of(self.model_settings))
-        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as batches:
-            return first_batches(batches, self.settings.eval_batches)
+        settings = with_template(read_data_settings(self.run.eval_data, "eval_data"), template_of(self.model_settings))
+        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
+            found = list(itertools.islice(data, self.settings.eval_batches))
+        most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
+        return found + [blank_batch()] * (most - len(found))
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them.
-
-        Every process makes as many forward passes as the one with the most batches: under DDP and ZeRO-3 each is a
-        collective operation, and finite data may give the processes different numbers of batches.
-        """
-        model = self.loop.engine.model
+        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them."""
+        model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
-            most = max(answer["batches"] for answer in self.group.gather({"batches": len(self.evaluation)}))
             model.eval()
-            sums = torch.zeros(6, dtype=torch.float64)
             with torch.no_grad():
-                for batch in [*self.evaluation, *[blank_batch()] * (most - len(self.evaluation))]:
+                for batch in self.evaluation:
                     sums += self.evaluation_sums(model, batch).cpu().double()  # Apple GPUs have no fp64
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
@@ -235,20 +220,16 @@ class LlmTask(Task):
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:
         """Numbers of the log out of the sums over all batches; empty if nothing is learned in them."""
-        if not text_count + image_count:
-            return {}
         parts = {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / max(image_count, 1)}
-        return {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
-
-    # ---------------------------------------------------------------------------------------------- the checkpoints
+        line = {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
+        return line if text_count + image_count else {}
 
     def identity(self, world: int) -> dict[str, Any]:
         """Engine, model, optimiser and sizes."""
-        model = self.model_settings
+        model = {key: getattr(self.model_settings, key) for key in ("path", "sizes", "lora")}
         return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self.zero_stage,
-                "model": {"path": model.path, "sizes": model.sizes, "lora": model.lora,
-                          "words": self.tokenizer.vocabulary.size},
-                "optimizer": self.optim.name, "world_size": world, "max_steps": self.settings.max_steps,
+                "model": {**model, "words": self.tokenizer.vocabulary.size}, "optimizer": self.optim.name,
+                "world_size": world, "max_steps": self.settings.max_steps,
                 "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -257,8 +238,7 @@ class LlmTask(Task):
                                                "optimizer": "optimiser"}, self.start_hint)
         if now["engine"] == "deepspeed" and saved["world_size"] != now["world_size"]:
             raise ConfigError(f"{folder}: its ZeRO shards belong to {saved['world_size']} processes, this run has "
-                              f"{now['world_size']}; use {saved['world_size']}, or start from its weights in a new "
-                              f"folder ({self.start_hint}). The plain engine may change their number.")
+                              f"{now['world_size']}; or start from its weights ({self.start_hint}) in a new folder.")
         return other_numbers(saved, now, {"world_size": "processes", "rows_per_step": "rows a step",
                                           "max_steps": "steps in all (the schedule follows)"})
 
@@ -287,14 +267,7 @@ class LlmTask(Task):
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         """Inverse of `save_files`."""
-        if is_lora(self.llm):
-            load_adapter(self.llm, folder)
-            return
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
-        state = {name: value for file in files for name, value in load_state_dict(file).items()}
-        load_trained(self.llm, state, str(folder))
+        load_trained(self.llm, folder)
 
     def _log(self, *texts: str) -> None:
         for text in filter(None, texts if self.group.first else ()):
@@ -302,18 +275,8 @@ class LlmTask(Task):
 
 
 def train_llm(config: Mapping[str, Any], kind: type[LlmTask] = LlmTask) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. Returns the run's record, also
-    `output_dir/summary.json`; raises as `run_task`."""
+    """Train by a resolved configuration; returns the run's record, as `run_task`."""
     return run_task(read_run(config), kind)
-
-
-def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBatch]:
-    """`count` micro-batches from number `start` on, fewer if the data end before."""
-    found: list[LlmBatch] = []
-    with contextlib.suppress(EndOfData):
-        for number in range(start, start + count):
-            found.append(batches.at(number))
-    return found
 
 
 def blank_batch() -> LlmBatch:
@@ -321,4 +284,4 @@ def blank_batch() -> LlmBatch:
     attention of packed rows may be compiled for each length."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
-                    learned=0, sequences=0, images=0, squares=0)
+                    learned=0, sequences=0, squares=0)

@@ -136,29 +136,13 @@ class PixelRun:
         return int(((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
 
 
-def read_pixel_run(config: Mapping[str, Any], model: type, data: type[ImageData] = ImageData) -> PixelRun:
-    """Check a resolved configuration; `model` and `data` are the classes of those settings. Raises ConfigError."""
-    check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
-    missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
-    if missing:
-        raise ConfigError(f"configuration: {missing[0]} is needed.")
-    kinds = {"model": model, "data": data, "optim": OptimSettings, "trainer": PixelTrainer}
-    read: dict[str, Any] = {name: read_settings(kind, config[name], name) for name, kind in kinds.items()}
-    run = PixelRun(Path(str(config["output_dir"])), **read, plain=dict(config),
-                   deepspeed=config.get("deepspeed") or None)
-    if not run.data.sources:
-        raise ConfigError("data: sources must list at least one source of images.")
-    if run.deepspeed and (run.trainer.ema or run.zero_stage not in (1, 2)):
-        raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
-    return run
-
-
 class PixelTask(Task):
     """One run in one process; a subclass has what follows here without a value."""
 
     name, record_file, checkpoint_folder = "train", "summary.json", ""
     quiet_keys = _QUIET
     start_hint = "model.start"
+    kinds: ClassVar[Mapping[str, type]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
     reads_condition = False  # whether samples hold a condition image
     result: ClassVar[str]  # folder of what is trained in the run's
     kind: ClassVar[type[Detokenizer]]  # what draws with it
@@ -171,6 +155,22 @@ class PixelTask(Task):
     losses: Callable[..., Mapping[str, Tensor]]  # `total_loss` and `mse` of samples of one size, see `micro_step`
     save_result: Callable[[Any, Path], None]  # writes what was trained, whole
     detokenizer: Callable[[Any], Detokenizer]  # draws with the trained modules and a scheduler
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> PixelRun:
+        """Check a resolved configuration, its groups by `kinds`. Raises ConfigError."""
+        check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
+        missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
+        if missing:
+            raise ConfigError(f"configuration: {missing[0]} is needed.")
+        read: dict[str, Any] = {name: read_settings(kind, config[name], name) for name, kind in cls.kinds.items()}
+        run = PixelRun(Path(str(config["output_dir"])), **read, plain=dict(config),
+                       deepspeed=config.get("deepspeed") or None)
+        if not run.data.sources:
+            raise ConfigError("data: sources must list at least one source of images.")
+        if run.deepspeed and (run.trainer.ema or run.zero_stage not in (1, 2)):
+            raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
+        return run
 
     def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `run_task`."""

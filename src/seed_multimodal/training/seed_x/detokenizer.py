@@ -28,9 +28,8 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import find_folder
-from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask, read_pixel_run
+from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
-from seed_multimodal.training.trainer import run_task
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class DetokenizerTask(PixelTask):
     """One run in one process."""
 
     result, kind, frozen, diffusion = "adapter", SdxlDetokenizer, "vision encoder", "sdxl"
+    kinds = {**PixelTask.kinds, "model": DetokenizerModel}
     same = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
@@ -162,9 +162,3 @@ def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     if settings.gradient_checkpointing:
         adapter.unet.enable_gradient_checkpointing(checkpointed)
     return adapter
-
-
-def train_detokenizer(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Train by a resolved configuration; under torchrun every process calls it. The adapter lies in
-    `output_dir/adapter`; returns the run's record. Raises as `run_task`."""
-    return run_task(read_pixel_run(config, DetokenizerModel), DetokenizerTask)

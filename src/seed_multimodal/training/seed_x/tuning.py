@@ -121,6 +121,7 @@ class TuningTask(LlmTask):
 
     module: ContinuousLVLM
     start_hint = "agent.path"
+    kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
     words_per_image = 1.0  # learned words to written images of this step, in all processes
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:

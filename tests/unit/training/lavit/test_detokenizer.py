@@ -21,16 +21,18 @@ from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
 from seed_multimodal.training.lavit.detokenizer import (
     ImageCodes,
-    LavitImages,
-    LavitPixelModel,
-    train_lavit_detokenizer,
+    LavitPixelTask,
 )
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.pixel_decoder.task import read_pixel_run
+from seed_multimodal.training.trainer import run_task
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 2, "save_steps": 0}
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    return run_task(LavitPixelTask.read(settings), LavitPixelTask)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,7 @@ def result(run: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head: Any) -> None:
     """From one code decoder for both; heads and U-Net are trained, nothing before them is."""
-    record = train_lavit_detokenizer(config(parts, tmp_path / "run", head, trainer=SHORT))
+    record = train(config(parts, tmp_path / "run", head, trainer=SHORT))
     assert record["steps"] == 2 and record["pixels"] == str(tmp_path / "run" / "pixels")
     decoder = CodeDecoder.from_pretrained(tmp_path / "run" / "pixels" / "decoder")
     assert decoder.config.head == head
@@ -69,12 +71,12 @@ def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head:
 def test_the_loss_falls_and_a_run_goes_on_from_a_result(parts: Path, tmp_path: Path) -> None:
     """By Muon, as nano's recipes; keys and values alone; a second run begins where the first ended."""
     noisy = {"selection": "threshold", "dropout": 0.0}
-    train_lavit_detokenizer(config(parts, tmp_path / "one", model=noisy, optim={"name": "muon", "learning_rate": 0.01},
+    train(config(parts, tmp_path / "one", model=noisy, optim={"name": "muon", "learning_rate": 0.01},
                                    trainer={"max_steps": 20, "save_steps": 0}))
     made = losses(tmp_path / "one")
     assert sum(made[-6:]) < 0.9 * sum(made[:6])
     more = {**noisy, "start": str(tmp_path / "one" / "pixels"), "trained": "key_value"}
-    train_lavit_detokenizer(config(parts, tmp_path / "two", model=more, trainer=SHORT))
+    train(config(parts, tmp_path / "two", model=more, trainer=SHORT))
     one, two = result(tmp_path / "one"), result(tmp_path / "two")
     moved = {name for name, value in two.items() if not torch.equal(value, one[name])}
     assert moved and all(".to_k." in name or ".to_v." in name or name.startswith("decoder.unet_") for name in moved)
@@ -155,7 +157,7 @@ def test_a_pictures_codes_are_its_own() -> None:
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],
                                  said: str) -> None:
     with pytest.raises(error, match=said) as caught:
-        train_lavit_detokenizer(config(parts, tmp_path / "run", **changes))
+        train(config(parts, tmp_path / "run", **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -164,26 +166,26 @@ def test_a_run_does_not_go_on_with_other_codes(parts: Path, tmp_path: Path) -> N
     for name in ("tokenizer", "highres", "decoder", "pictures"):
         shutil.copytree(parts / name, tmp_path / "one" / name)
     changes: dict[str, Any] = {"trainer": {**SHORT, "max_steps": 1}}
-    train_lavit_detokenizer(config(tmp_path / "one", tmp_path / "run", **changes))
+    train(config(tmp_path / "one", tmp_path / "run", **changes))
     (tmp_path / "one").rename(tmp_path / "two")
     changes["trainer"]["max_steps"] = 2
     vae = tmp_path / "two" / "highres" / "vae" / "diffusion_pytorch_model.safetensors"
     whole = load_state_dict(vae)
     save_state_dict({name: value + 0.5 for name, value in whole.items()}, vae)
     with pytest.raises(CheckpointError, match="was trained with another autoencoder than this run has"):
-        train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))
+        train(config(tmp_path / "two", tmp_path / "run", **changes))
     save_state_dict(whole, vae)
-    assert train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))["steps"] == 2
+    assert train(config(tmp_path / "two", tmp_path / "run", **changes))["steps"] == 2
     save_dynamic_tokenizer(tiny_tokenizer(1), tmp_path / "two" / "tokenizer")
     changes["trainer"]["max_steps"] = 3
     with pytest.raises(CheckpointError, match="was trained with another tokenizer than this run has; give the same"):
-        train_lavit_detokenizer(config(tmp_path / "two", tmp_path / "run", **changes))
+        train(config(tmp_path / "two", tmp_path / "run", **changes))
 
 
 def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_path: Path,
                                                               monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes on ends between the U-Net's file and the decoder's."""
-    train_lavit_detokenizer(config(parts, tmp_path / "run", trainer={**SHORT, "max_steps": 1}))
+    train(config(parts, tmp_path / "run", trainer={**SHORT, "max_steps": 1}))
     before = result(tmp_path / "run")
 
     def ends(*_: object) -> None:
@@ -191,7 +193,7 @@ def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_pa
 
     monkeypatch.setattr(CodeDecoder, "save_pretrained", ends)
     with pytest.raises(KeyboardInterrupt):
-        train_lavit_detokenizer(config(parts, tmp_path / "run", trainer=SHORT))
+        train(config(parts, tmp_path / "run", trainer=SHORT))
     now = result(tmp_path / "run")
     assert now.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in now.items())
 
@@ -199,7 +201,7 @@ def test_a_result_that_is_not_finished_leaves_the_one_before(parts: Path, tmp_pa
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
 def test_the_recipes_are_read(kind: str) -> None:
     chosen = [f"{group}={kind}" for group in ("model", "data", "trainer")]
-    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, LavitPixelModel, LavitImages)
+    run = LavitPixelTask.read(compose([*chosen, "output_dir=x"], CONFIGS))
     assert run.trainer.max_steps == 20000 and run.data.tower_size == 224 and run.model.trained == "all"
     assert len(run.data.sizes) == (6 if kind == "highres" else 0) and run.data.view.seen_by == "bicubic"
 

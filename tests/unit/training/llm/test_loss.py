@@ -161,15 +161,6 @@ def test_chunks_are_exact_and_never_hold_all_logits(tied: bool, monkeypatch: pyt
     assert torch.equal(auto.sum, parts.sum)
 
 
-def test_chunks_in_mixed_precision() -> None:
-    model = build(lora=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        one = packed_loss(model, packed(), kind="plain")
-        two = packed_loss(model, packed(), kind="chunked")
-    assert one.sum.dtype == two.sum.dtype == torch.float32
-    torch.testing.assert_close(one.sum, two.sum, atol=1e-3, rtol=1e-4)
-
-
 def test_padding_on_either_side_is_invisible() -> None:
     model = build()
     wanted, count = separate(model)

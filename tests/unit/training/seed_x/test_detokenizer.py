@@ -18,12 +18,17 @@ from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.llm.cli import compose, main
 from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents
-from seed_multimodal.training.pixel_decoder.task import GROUPS, read_pixel_run
-from seed_multimodal.training.seed_x.detokenizer import DetokenizerModel, build_adapter, train_detokenizer
+from seed_multimodal.training.pixel_decoder.task import GROUPS
+from seed_multimodal.training.seed_x.detokenizer import DetokenizerTask, build_adapter
 from seed_multimodal.training.seed_x.vision_features import VisionFeatures
+from seed_multimodal.training.trainer import run_task
 from seed_multimodal.weights import load_state_dict
 
 CPU = torch.device("cpu")
+
+
+def train(settings: dict[str, Any]) -> dict[str, Any]:
+    return run_task(DetokenizerTask.read(settings), DetokenizerTask)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +39,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, stage: int) -> None:
-    record = train_detokenizer(config(parts, tmp_path / "run", stage))
+    record = train(config(parts, tmp_path / "run", stage))
     assert record["steps"] == 4 and record["samples_per_step"] == 4
     adapter = SDXLAdapter.from_pretrained(tmp_path / "run" / "adapter", parts / "sdxl")
     assert adapter.reads_condition == (stage == 2)
@@ -54,10 +59,10 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(parts: Path, tmp
     """With averaged weights, condition dropout, several micro-steps and gradient checkpointing on one side only: a run
     stopped in the middle ends with the weights of one that was not."""
     changes: dict[str, Any] = {"trainer": {"ema": 0.9, "gradient_accumulation_steps": 2}, "model": {}}
-    train_detokenizer(config(parts, tmp_path / "whole", 2, **changes))
+    train(config(parts, tmp_path / "whole", 2, **changes))
     changes["model"]["gradient_checkpointing"] = True
     changes["trainer"]["save_total_limit"] = 1
-    train_detokenizer(config(parts, tmp_path / "parts", 2, **changes))
+    train(config(parts, tmp_path / "parts", 2, **changes))
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     adapters = [(tmp_path / run / "adapter" / "model.safetensors").read_bytes() for run in ("parts", "whole")]
     assert adapters[0] == adapters[1]
@@ -68,20 +73,20 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(parts: Path, tmp
             path.unlink()
         file.rmdir()
     (tmp_path / "whole" / "summary.json").unlink()
-    train_detokenizer(config(parts, tmp_path / "whole", 2, **changes))
+    train(config(parts, tmp_path / "whole", 2, **changes))
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
     assert (tmp_path / "whole" / "adapter" / "model.safetensors").read_bytes() == adapters[0]
     smaller = config(parts, tmp_path / "whole", 2, **changes, data={"batch_size": 2})
     with pytest.raises(CheckpointError, match="saved by a run with 8 as its samples per step, this one has 4"):
-        train_detokenizer(smaller)
+        train(smaller)
 
 
 @pytest.mark.slow
 def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None:
     """The adapter of stage 1 goes on with eight input channels; its resampler's sizes come with it."""
-    train_detokenizer(config(parts, tmp_path / "one", trainer={"max_steps": 1}))
+    train(config(parts, tmp_path / "one", trainer={"max_steps": 1}))
     started = {"start": str(tmp_path / "one" / "adapter"), "trained": "all"}
-    record = train_detokenizer(config(parts, tmp_path / "two", 2, model=started, trainer={"max_steps": 1},
+    record = train(config(parts, tmp_path / "two", 2, model=started, trainer={"max_steps": 1},
                                       optim={"learning_rate": 0.0}))
     first, second = (SDXLAdapter.from_pretrained(folder, parts / "sdxl") for folder in (
         tmp_path / "one" / "adapter", record["adapter"]))
@@ -105,7 +110,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, stage: int, changes: dict[str, Any],
                                  error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said) as caught:
-        train_detokenizer(config(parts, tmp_path / "run", stage, **changes))
+        train(config(parts, tmp_path / "run", stage, **changes))
     assert "\n" not in str(caught.value)
 
 
@@ -140,12 +145,12 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "3.png").write_bytes(b"no picture")
     sources = [{"name": "pictures", "files": str(folder)}]
-    record = train_detokenizer(config(parts, tmp_path / "run", data={"sources": sources}))
+    record = train(config(parts, tmp_path / "run", data={"sources": sources}))
     assert record["bad_samples"] == 1 and "skipped: " in (said := capsys.readouterr().out) and "3.png" in said
     for path in folder.iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError, match="samples in a row, from number . on, cannot be used"):
-        train_detokenizer(config(parts, tmp_path / "empty", data={"sources": sources}))
+        train(config(parts, tmp_path / "empty", data={"sources": sources}))
 
 
 @pytest.mark.slow
@@ -163,12 +168,12 @@ def test_a_pair_with_one_side_missing(line: dict[str, Any], parts: Path, tmp_pat
     source = {"files": str(tmp_path / "edits.jsonl"), "image_root": str(parts), "image_key": "target_image",
               "condition_key": "source_image"}
     given = config(parts, tmp_path / "run", 2, data={"sources": [{"name": "mine", **source}]}, trainer={"max_steps": 2})
-    record = train_detokenizer(given)
+    record = train(given)
     said = capsys.readouterr().out
     assert record["bad_samples"] == 1 and said.count("skipped: ") == 1 and "edits.jsonl" in said
     (tmp_path / "edits.jsonl").write_text(lines[-1] * 3)
     with pytest.raises(DataError, match="samples in a row|has no picture: nothing under key|is 4, not a path"):
-        train_detokenizer({**given, "output_dir": str(tmp_path / "none")})
+        train({**given, "output_dir": str(tmp_path / "none")})
 
 
 @pytest.mark.slow
@@ -176,7 +181,7 @@ def test_dropout_of_everything_leaves_nothing_to_learn_about_pictures(parts: Pat
     """Always without embeddings and condition: another tower changes no loss but through its empty picture."""
     never, always = ({"dropout": {"embeds": 0.0, "picture": 0.0, "both": share}} for share in (0.0, 1.0))
     for name, model in (("never", never), ("always", always)):
-        train_detokenizer(config(parts, tmp_path / name, 2, model={**model, "trained": "all"}))
+        train(config(parts, tmp_path / name, 2, model={**model, "trained": "all"}))
     blind, seeing = (SDXLAdapter.from_pretrained(tmp_path / name / "adapter", parts / "sdxl")
                      for name in ("always", "never"))
     assert not blind.unet.conv_in.weight[:, 4:].any(), "channels of a condition that is never there stay zero"
@@ -188,10 +193,10 @@ def test_averaged_weights_are_the_result(parts: Path, tmp_path: Path) -> None:
     """The adapter is the moving average of the weights after each step, computed here again; averaging changes no
     step, and the frozen part stays SDXL's."""
     given = config(parts, tmp_path / "run", trainer={"max_steps": 3, "save_steps": 1, "ema": 0.5})
-    train_detokenizer(given)
-    train_detokenizer(config(parts, tmp_path / "bare", trainer={"max_steps": 3, "save_steps": 1}))
+    train(given)
+    train(config(parts, tmp_path / "bare", trainer={"max_steps": 3, "save_steps": 1}))
     assert losses(tmp_path / "run") == losses(tmp_path / "bare")
-    expected = dict(build_adapter(read_pixel_run(given, DetokenizerModel).model).state_dict())
+    expected = dict(build_adapter(DetokenizerTask.read(given).model).state_dict())
     for step in (1, 2, 3):
         now = load_state_dict(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors")
         decay = min(0.5, step / (9 + step))
@@ -208,8 +213,8 @@ def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: in
     """At each checkpoint by default, beside the originals and into TensorBoard; no step's numbers change."""
     held = {"name": "held", "files": str(parts / "after")}
     drawing = {"report_to": ["tensorboard"], "sample_steps": None}
-    train_detokenizer(config(parts, tmp_path / "run", stage, trainer=drawing, data={"held_out": held}))
-    train_detokenizer(config(parts, tmp_path / "bare", stage))
+    train(config(parts, tmp_path / "run", stage, trainer=drawing, data={"held_out": held}))
+    train(config(parts, tmp_path / "bare", stage))
     sheets = sorted((tmp_path / "run" / "samples").iterdir())
     assert [file.name for file in sheets] == ["step-2.png", "step-4.png"]
     assert Image.open(sheets[0]).size[0] > 4 * 256 and not (tmp_path / "bare" / "samples").exists()
@@ -225,7 +230,7 @@ def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: in
 def test_the_published_configurations_are_read(stage: int) -> None:
     """At the released sizes; what the paper gives is in them."""
     chosen = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
-    run = read_pixel_run(compose([*chosen, "output_dir=x"], CONFIGS).config, DetokenizerModel)
+    run = DetokenizerTask.read(compose([*chosen, "output_dir=x"], CONFIGS))
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]
     assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"

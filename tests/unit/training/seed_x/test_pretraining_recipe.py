@@ -13,8 +13,8 @@ CONFIGS = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs"
 
 
 def test_the_recipe_is_read() -> None:
-    run = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_pretrain").config)
-    tuning = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_sft").config)
+    run = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_pretrain"))
+    tuning = read_run(compose(["output_dir=x"], CONFIGS, "train_seed_x_sft"))
     assert run.agent is not None and tuning.agent is not None and run.visual_encoder is not None
     agent, tuned = read_agent(run.agent), read_agent(tuning.agent)
     assert agent.path is None and tuned.path and agent.losses == tuned.losses

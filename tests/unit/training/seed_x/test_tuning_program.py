@@ -14,7 +14,7 @@ import yaml
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.llm.cli import compose
+from seed_multimodal.training.llm.cli import compose, translate
 from seed_multimodal.training.llm.config import read_model_settings, read_run
 from seed_multimodal.training.optimizers import OptimSettings, schedule
 from seed_multimodal.training.seed_x.tuning import AgentModel, read_agent, read_encoder
@@ -41,7 +41,7 @@ def arguments(parts: ModuleType, home: Path, folder: Path, output: Path, *more: 
 
 
 def test_the_published_recipe_is_the_default() -> None:
-    composed = compose(["output_dir=log/x"], CONFIGS, NAME).config
+    composed = compose(["output_dir=log/x"], CONFIGS, NAME)
     given = read_run(composed)
     model = read_model_settings(given.model)
     assert model.path == "pretrained/seed_x/llm" and model.lora is not None and model.lora["r"] == 32
@@ -54,7 +54,7 @@ def test_the_published_recipe_is_the_default() -> None:
             for source in data.sources] == [("shareGPT4V", "seed_x.conversation", 0.6, 880, 2, 20),
                                             ("unsplash", "seed_x.caption", 0.2, 260, 8, 12)]
     assert data.sources[0].image_dir == "data/shareGPT4V/data" and not data.packing
-    edits = read_data_settings(compose(["output_dir=x", "data=sft_edit"], CONFIGS, NAME).config["data"])
+    edits = read_data_settings(compose(["output_dir=x", "data=sft_edit"], CONFIGS, NAME)["data"])
     assert [(source.decoder, source.max_length, source.batch_size) for source in edits.sources] == [
         ("seed_x.edit", 320, 6)] * 2
     optim = read_settings(OptimSettings, given.optim, "optim")
@@ -69,19 +69,18 @@ def test_the_scripts_flags_give_the_recipe(script: str) -> None:
     """Those of the shell script, which name the files above."""
     text = (APPLICATION / "scripts" / script).read_text().split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     flags = shlex.split(text.replace("\\\n", " "))[1:]
-    made = compose(flags, CONFIGS, NAME)
-    given = read_run(made.config)
-    default = read_run(compose(["output_dir=log/x"], CONFIGS, NAME).config)
+    given = read_run(compose(flags, CONFIGS, NAME))
+    default = read_run(compose(["output_dir=log/x"], CONFIGS, NAME))
     assert given.model == default.model and given.agent == default.agent
     assert read_settings(OptimSettings, given.optim, "optim") == read_settings(OptimSettings, default.optim, "optim")
     assert given.trainer.max_steps == 20000 and given.trainer.precision == "bf16"
     assert given.trainer.gradient_accumulation_steps == 2
     assert given.deepspeed is not None and given.deepspeed["zero_optimization"]["stage"] == 3
-    assert "--batch_size" in made.ignored
+    assert "--batch_size" in translate(flags).ignored
 
 
 def test_what_the_command_line_leaves_out_is_as_in_the_original() -> None:
-    given = read_run(compose(["--max_steps", "10", "--output_dir", "x"], CONFIGS, NAME).config)
+    given = read_run(compose(["--max_steps", "10", "--output_dir", "x"], CONFIGS, NAME))
     optim = read_settings(OptimSettings, given.optim, "optim")
     assert (optim.learning_rate, optim.weight_decay, optim.adam_beta2, optim.min_lr_ratio) == (5e-5, 0.0, 0.999, 0.01)
     assert given.trainer.precision == "fp32" and given.trainer.save_steps == 10000
