@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replacing_path, set_default_mode
+from seed_multimodal.disk import replacing_path
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -106,7 +106,9 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: M
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(errno.EIO, first_line(error)) from error
-        set_default_mode(scratch)
+        mask = os.umask(0o022)  # can only be read by setting it
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
     return file
 
 
