@@ -1,8 +1,5 @@
-"""The trained models by their LAVIS names: SEED-2's stages `blip2_casual` (sic) and `blip2_codebook_all_image`,
-SEED-1's stage 2 `seed1_codebook_text` and LaVIT's stage 1 `lavit_tokenizer`.
-
-The models themselves, their losses included, are in `seed_multimodal.seed.training` and `lavit.training`.
-"""
+"""The trained models by their LAVIS names; networks and losses are in `seed_multimodal.seed.training` and
+`lavit.training`."""
 
 from __future__ import annotations
 
