@@ -55,7 +55,7 @@ VALUES = {**{name: f"trainer.{name}" for name in (
               "learning_rate", "min_lr_ratio", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
               "adam_beta2", "adam_epsilon")}, "torch_compile": "trainer.compile"}
 SPECIAL = ("bf16", "fp16", "mixed_precision", "use_cpu", "no_cuda", "report_to", "evaluation_strategy",
-           "eval_strategy", "save_strategy", "optim", "lr_scheduler_kwargs", "num_train_epochs")
+           "eval_strategy", "save_strategy", "optim", "num_train_epochs")
 REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
 # Accepted without effect: the data configuration sets micro-batches and views, the engine most of the rest.
 IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
@@ -218,12 +218,6 @@ def _override(flag: str, values: Sequence[str], flags: Mapping[str, str]) -> str
                 "" if "eval_steps" in flags else "++trainer.eval_steps=${trainer.logging_steps}")
         case "optim":
             return f"++optim.name={'adamw' if value.startswith('adamw_torch') else value}"
-        case "lr_scheduler_kwargs":
-            try:
-                pairs = json.loads(value).items()
-            except (ValueError, AttributeError) as error:
-                raise ConfigError(f'--{flag}: needs a JSON object, as {{"power": 2}}, not {value!r}.') from error
-            return f"++optim.{flag}={{{','.join(f'{key}:{json.dumps(one)}' for key, one in pairs)}}}"
         case "num_train_epochs" if "max_steps" not in flags:
             raise ConfigError(f"--{flag}: is not built in; use --max_steps.")
     if flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.mixture import add_counts
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.llm.loss import find_llama
-from seed_multimodal.training.metrics import Meter, StepNumbers
+from seed_multimodal.training.metrics import Meter
 
 # Numbers of a step that are summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")
@@ -41,18 +41,13 @@ class TokenMeter(Meter):
         self.history: list[dict[str, float]] = []  # the last thousand lines
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
+                ) -> dict[str, float]:
         """Sums over the micro-steps; `divisor` as it is for this step."""
         numbered = {f"{key} {number}": one[key] for number, one in enumerate(found) for key in _SUMS}
-        unread = super().combine([{"loss": found[0]["loss"], **numbered}], norm, rate)
-        divisor = self.divisor
-
-        def named(values: list[float]) -> dict[str, float]:
-            known = unread.named(values)
-            sums = {key: sum(known[f"{key} {number}"] for number in range(len(found))) for key in _SUMS}
-            return {**{key: known[key] for key in ("lr", "grad") if key in known}, "divisor": divisor, **sums}
-
-        return StepNumbers(unread.values, named)
+        known = super().combine([{"loss": found[0]["loss"], **numbered}], norm, rate)
+        sums = {key: sum(known[f"{key} {number}"] for number in range(len(found))) for key in _SUMS}
+        return {**{key: known[key] for key in ("lr", "grad") if key in known}, "divisor": self.divisor, **sums}
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """All sums."""

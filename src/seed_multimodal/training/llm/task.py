@@ -59,7 +59,6 @@ class LlmTask(Task):
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.optim = read_settings(OptimSettings, run.optim, "optim")
-        self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
         self.model_settings = for_run(run.model, self.settings, run.deepspeed is not None)
         self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer)
