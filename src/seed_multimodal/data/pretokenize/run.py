@@ -113,7 +113,7 @@ class _Extractor:
         with open_shard(path) as writer:
             for decoded in tasks:
                 self._write(decoded, writer, counts)
-                speed = self.images / max(self.progress.seconds, 1e-9)
+                speed = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
                 self.progress.update(decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)")
                 if decoded.last:
                     break
