@@ -89,5 +89,5 @@ def image_processor(folder: str) -> ImageTransform:
         raise ConfigError(f"{file}: normalises with {settings['image_mean']}; the tokenizers read CLIP's mean.")
     size = settings.get("size", 224)
     size = size if isinstance(size, dict) else {"shortest_edge": size}
-    side = size.get("shortest_edge", size.get("height"))
+    side: Any = size.get("shortest_edge", size.get("height"))
     return ImageTransform(side, "shortest_edge" in size, RESAMPLE[settings.get("resample", 3)])

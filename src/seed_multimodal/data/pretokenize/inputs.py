@@ -48,10 +48,9 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | di
                         ) -> InputSettings:
     """Settings from a mapping or a YAML file, ours or original; `fields` of the command line win. Raises ConfigError:
     an unknown target, key or value."""
-    where = "data"
-    if isinstance(config, str | Path):
-        where, config = str(config), load_yaml(config)
-    given: Any = OmegaConf.to_container(OmegaConf.create(config), resolve=True)
+    where = str(config) if isinstance(config, str | Path) else "data"
+    plain: Any = load_yaml(config) if isinstance(config, str | Path) else config
+    given: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in given:
         target = str(given.pop("_target_"))
         if target not in PIPES:

@@ -67,8 +67,9 @@ class Picture:
     def load(self, root: str | None) -> Image.Image:
         """Read the image, of a path below `root`. Raises BadRecord, ImageError."""
         found, where = stored_picture(self.value, self.record, root), self.record.where
-        is_listed = isinstance(found, Path) and where != self.record.file  # else the record is the image's file
-        return open_image(found, name=f"{where}: {found}" if is_listed else where)
+        if isinstance(found, Path) and where != self.record.file:  # else the record is the image's file
+            where = f"{where}: {found}"
+        return open_image(found, name=where)
 
 
 class Sample:

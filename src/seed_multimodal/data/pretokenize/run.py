@@ -117,7 +117,7 @@ class _Extractor:
                 self.progress.update(decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)")
                 if decoded.last:
                     break
-            _write_json(path.with_name(f"{path.stem}.counts.json"), counts)
+            replace_text(path.with_name(f"{path.stem}.counts.json"), json.dumps(counts))
 
     def _write(self, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
         codes: list[list[int]] = []
@@ -147,7 +147,7 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of the folder, or check that they are the same. Raises DataError: another one, named."""
     file = save_dir / "settings.json"
     if not file.exists():
-        _write_json(file, settings)
+        replace_text(file, json.dumps(settings, indent=1))
     changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
         raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes)}); choose another --save_dir, "
@@ -159,15 +159,11 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     total = Counter(shards=len(shards))
     for shard in shards:
         total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
-    _write_json(save_dir / "counts.json", total)
+    replace_text(save_dir / "counts.json", json.dumps(total, indent=1))
     log_line(f"{save_dir}: {', '.join(f'{key} {number:,}' for key, number in total.items())}.")
     if not total["samples"]:
         log_line(f"{save_dir}: not one record was written; delete this folder, whose shards the next run would skip.")
     return DONE if total["samples"] else SOME_FAILED
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def _strict_json(value: Mapping[str, Any]) -> bytes:
