@@ -29,8 +29,6 @@ class TokenMeter(Meter):
     A token attends within its own sequence, so the FLOP of attention go by the sum of the squares of the lengths.
     """
 
-    own_evaluation_line = True
-
     def __init__(self) -> None:
         super().__init__(samples=0)
         self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # `token_flops` of sequences of length 1
@@ -41,8 +39,7 @@ class TokenMeter(Meter):
         self.history: list[dict[str, float]] = []  # the last thousand lines
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
-                ) -> dict[str, float]:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
         """Sums over the micro-steps; `divisor` as it is for this step."""
         numbered = {f"{key} {number}": one[key] for number, one in enumerate(found) for key in _SUMS}
         known = super().combine([{"loss": found[0]["loss"], **numbered}], norm, rate)
