@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
+LARGEST_LOGITS = 2**26  # 256 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -58,27 +58,20 @@ class LossModule(nn.Module):
     DeepSpeed). Parameter names gain the prefix `llm.`.
 
     Args:
-        kind: plain (all logits at once), chunked (never more than `LARGEST_LOGITS` of them, made again in the backward
-            pass), or auto (by size).
         weights: by kind of token; None: all 1, and every token counts as text.
+        largest: entries of logits that may exist at once; more are made in chunks, and again in the backward pass.
     """
 
-    def __init__(self, llm: nn.Module, *, kind: str = "auto", weights: LossWeights | None = None) -> None:
+    def __init__(self, llm: nn.Module, weights: LossWeights | None = None, largest: int = LARGEST_LOGITS) -> None:
         super().__init__()
-        self.llm, self.kind, self.weights = llm, kind, weights
+        self.llm, self.weights, self.largest = llm, weights, largest
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
         """Of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
         llama = find_llama(self.llm)
         hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
-        return _parts(targets, _losses(llama, hidden, targets, self.kind), self.weights)
-
-
-def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
-    """The loss of a `LossModule` for a batch (`LlmBatch`, or anything with its four tensors)."""
-    return LossModule(model, kind=kind, weights=weights)(batch.input_ids, batch.labels, batch.position_ids,
-                                                         batch.attention_mask)
+        return _parts(targets, _losses(llama, hidden, targets, self.largest), self.weights)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
@@ -156,10 +149,10 @@ def _parts(targets: Tensor, values: Tensor, weights: LossWeights | None) -> Loss
         text_sum.detach(), text_count, image_sum.detach(), image_count)
 
 
-def _losses(llama: Any, hidden: Tensor, targets: Tensor, kind: str) -> Tensor:
+def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor:
     """Cross-entropy of every row `[T]`, fp32."""
-    head, size = llama.lm_head, max(64, LARGEST_LOGITS // int(llama.config.vocab_size))
-    if kind == "plain" or (kind == "auto" and len(targets) <= size) or not len(targets):
+    head, size = llama.lm_head, max(64, largest // int(llama.config.vocab_size))
+    if len(targets) <= size:
         return _head_losses(head, hidden, targets)
     return torch.cat([
         checkpoint(_head_losses, head, hidden[at:at + size], targets[at:at + size], use_reentrant=False)

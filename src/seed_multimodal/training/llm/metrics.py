@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import add_counts
-from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter, StepNumbers
 
@@ -131,15 +129,6 @@ def _numbers(parameter: nn.Parameter) -> int:
     """Numbers in a matrix, 0 for vectors; bitsandbytes packs two 4-bit ones into a byte and keeps the true shape."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or parameter.shape
     return shape[0] * shape[1] if len(shape) == 2 else 0
-
-
-def save_config(home: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration into the output folder. Raises CheckpointError."""
-    from omegaconf import OmegaConf
-
-    with writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-        replace_text(home / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

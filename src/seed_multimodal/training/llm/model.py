@@ -75,7 +75,9 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     for parameter in model.parameters():
         if parameter.requires_grad:  # in place: tied embeddings stay one parameter
             parameter.data = parameter.data.float()
-    set_checkpointing(llama, settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if settings.quantization is None:
         model.to(place)
     if settings.compile:
@@ -173,15 +175,6 @@ def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
     return ATTENTIONS["flash" if is_flash_attn_2_available() else "flex"]
 
 
-def set_checkpointing(llama: Any, mode: bool | str) -> None:
-    """Recompute activations in the backward pass: of no layer, of all (True) or of every other one (selective)."""
-    if mode:
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        for number, layer in enumerate(llama.model.layers):
-            layer.gradient_checkpointing = mode is True or number % 2 == 0
-
-
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
     """The LLaMA without its adapters; all in fp32 if all of it is trained."""
     name = "fp32" if settings.lora is None else settings.dtype or "bf16"
@@ -201,10 +194,10 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
 
     given = {str(key): value for key, value in sizes.items() if key != "vocab_size"}
     check_keys(given, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return LlamaForCausalLM(LlamaConfig(**{**given, "vocab_size": words, "bos_token_id": BOS,
-                                                   "eos_token_id": EOS, "pad_token_id": PAD}))
+            return LlamaForCausalLM(LlamaConfig(**{**given, **ids, "vocab_size": words}))
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error

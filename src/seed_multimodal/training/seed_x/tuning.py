@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders.seed_x import PictureOptions
-from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
@@ -41,11 +41,12 @@ from seed_multimodal.seed_x.vision import (
 )
 from seed_multimodal.settings import nearest, read_settings, setting
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.config import RunSettings, find_folder
+from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, copy_weights, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
+from seed_multimodal.training.llm.run import Run
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.seed_x.vision_features import VisionFeatures
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -122,17 +123,13 @@ class TuningTask(LlmTask):
     module: ContinuousLVLM
     start_hint = "agent.path"
     kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
+    readers = {**LlmTask.readers, "visual_encoder": read_encoder, "agent": read_agent}
     words_per_image = 1.0  # learned words to written images of this step, in all processes
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
-        for name in ("visual_encoder", "agent"):
-            if getattr(run, name) is None:
-                raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizer. Raises as `RunTask.train`; ConfigError for a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
             raise ConfigError("trainer: SEED-X's losses are weighed by agent.losses.lm_loss_scale and rec_loss_scale.")
-        assert run.agent is not None and run.visual_encoder is not None
-        self.agent_settings, self.encoder_settings = read_agent(run.agent), read_encoder(run.visual_encoder)
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
 
@@ -140,22 +137,22 @@ class TuningTask(LlmTask):
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the vision encoder, too."""
-        settings = self.encoder_settings
+        settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
         encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
-                                          dtype=DTYPES[self.settings.precision], log=self._log)
-        self.encoder = VisionFeatures(encoder, self.device, settings.at_once)
-        for name, found in (("input_resampler.kv_dim", self.agent_settings.input_resampler.kv_dim),
-                            ("output_resampler.embed_dim", self.agent_settings.output_resampler.embed_dim)):
-            if found not in (None, encoder.config.output_dim):
-                raise ConfigError(f"agent: {name} is {found}, but the vision encoder's features have "
-                                  f"{encoder.config.output_dim} numbers.")
-        for where, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):
-            for source in read_data_settings(given, where).sources if given else []:
-                side = source.options.get("base_resolution", PictureOptions.base_resolution)
-                if side != encoder.config.image_size:
-                    raise ConfigError(f"{where}: base_resolution of the source {source.name} is {side}, but the vision "
-                                      f"encoder reads views of {encoder.config.image_size} pixels a side.")
-        return build_agent(self.llm, self.agent_settings).to(self.device)
+                                          dtype=dtype, log=self._log)
+        self.encoder = FrozenFeatures(
+            encoder, self.device, lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype), settings.at_once)
+        self.check_views(encoder.config.image_size, PictureOptions.base_resolution)
+        agent, seen = self.run.agent, encoder.config.output_dim
+        read, written = agent.input_resampler, agent.output_resampler
+        for name, found, needed in (("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),
+                                    ("input_resampler.embed_dim", read.embed_dim, self.width),
+                                    ("output_resampler.kv_dim", written.kv_dim or written.embed_dim, self.width),
+                                    ("output_resampler.embed_dim", written.embed_dim, seen)):
+            if found != needed:
+                raise ConfigError(f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
+                                  f"wide, the vision encoder's features {seen}.")
+        return build_agent(self.llm, agent).to(self.device)
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches and count their learned words and written images."""
@@ -167,7 +164,7 @@ class TuningTask(LlmTask):
     def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
         """See `LlmTask`."""
         found = model(**self.inputs(batch))
-        words, images, scales = found["lm_loss"], found["rec_loss"], self.agent_settings.losses
+        words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
         learned, written = (words.new_tensor(float(count), dtype=torch.float32)
                             for count in (batch.learned, _written(batch)))
         shares = (learned, written * self.words_per_image) if self.by_tokens else (1.0, 1.0)
@@ -197,7 +194,7 @@ class TuningTask(LlmTask):
                         image_count: float) -> dict[str, float]:
         """As `LlmTask`, with both means weighed as in training."""
         found = super().evaluation_line(total, count, text, text_count, image, image_count)
-        scales = self.agent_settings.losses
+        scales = self.run.agent.losses
         mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
         return {**found, "eval_loss": mean} if found else {}
 
@@ -210,7 +207,7 @@ class TuningTask(LlmTask):
     def identity(self, world: int) -> dict[str, Any]:
         """As the language model's, with the resamplers' sizes."""
         found = super().identity(world)
-        sizes = {name: asdict(getattr(self.agent_settings, name)) for name in _RESAMPLERS}
+        sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
         return {**found, "model": {**found["model"], **sizes}}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -222,8 +219,8 @@ class TuningTask(LlmTask):
         save_state_dict(weights, folder / WEIGHTS)
         lora = None if not is_lora(self.llm) else {
             key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
-        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": lora,
-                 "train_embeddings": self.model_settings.train_embeddings,
+        about = {**asdict(self.run.agent), "base": self.run.model.path, "lora": lora,
+                 "train_embeddings": self.run.model.train_embeddings,
                  "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
         replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
         self.tokenizer.save_pretrained(folder)
@@ -239,18 +236,12 @@ class TuningTask(LlmTask):
 
 
 def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
-    """New resamplers around a language model, or those of `settings.path`.
-
-    Raises:
-        ConfigError: sizes that do not fit each other. CheckpointError: as `load_agent`; another scale of a LoRA.
-    """
-    width, one, other = int(find_llama(llm).config.hidden_size), settings.input_resampler, settings.output_resampler
-    for name, given in (("input_resampler.embed_dim", one.embed_dim), ("output_resampler.kv_dim", other.kv_dim)):
-        if (given or other.embed_dim) != width:
-            raise ConfigError(f"agent: {name} is {given}, but the language model is {width} wide.")
+    """New resamplers around a language model, or those of `settings.path`. Raises CheckpointError: as `load_agent`;
+    another scale of a LoRA."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        agent = ContinuousLVLM(llm, Resampler(one), Resampler(other), settings.losses)
+        agent = ContinuousLVLM(llm, Resampler(settings.input_resampler), Resampler(settings.output_resampler),
+                               settings.losses)
     if settings.path is not None:
         file = _beside(settings)
         recorded = read_json_object(file) if file is not None else {}
