@@ -134,7 +134,6 @@ class LavitPixelTask(PixelTask):
 
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
-        """See `PixelTask`."""
         return self.loss(model, self.schedule, latents, self.embeds(features["seen"]), time_ids, generator=generator)
 
     def embeds(self, seen: Tensor) -> list[Tensor]:
@@ -142,7 +141,6 @@ class LavitPixelTask(PixelTask):
         return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in seen]
 
     def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
-        """See `PixelTask`."""
         module = self.module
         return LavitDetokenizer(module.unet, self.features.moments.model, scheduler, decoder=module.decoder,
                                 null_embeds=module.null_embeds)

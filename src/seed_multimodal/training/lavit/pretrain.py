@@ -71,8 +71,7 @@ class UnifiedLoss(LossModule):
     processes compute gradients of the same parameters, and ZeRO-3 gathers them in one order.
     """
 
-    def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights | None = None
-                 ) -> None:
+    def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights) -> None:
         super().__init__(llm, weights)
         self.causal_encoder, self.vit_proj = merger, projector
 
@@ -170,7 +169,6 @@ class PretrainTask(LlmTask):
         return codes
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
-        """See `LlmTask`."""
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, batch.features,
@@ -196,7 +194,6 @@ class PretrainTask(LlmTask):
         save_state_dict(visual, folder / VISUAL[0])
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Inverse of `save_files`."""
         super().load_weights(folder, allow_missing)
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 

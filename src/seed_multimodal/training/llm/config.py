@@ -57,7 +57,6 @@ class LlmModelSettings:
     template: str | None = setting(None, choices=TUNED_TEMPLATES)  # None: by the model's width, as at inference
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
-    codebook_start: str | None = None  # tokenizer folder whose codebook the new image words start from
 
 
 @dataclass(kw_only=True)

@@ -34,6 +34,9 @@ class LossWeights:
         return self.text * (learned - images) + self.image * images
 
 
+ALL_TEXT = LossWeights(2**31)
+
+
 class LossParts(NamedTuple):
     """Sums over the learned tokens of one batch, fp32 scalars; only `sum` carries a gradient.
 
@@ -58,11 +61,11 @@ class LossModule(nn.Module):
     DeepSpeed). Parameter names gain the prefix `llm.`.
 
     Args:
-        weights: by kind of token; None: all 1, and every token counts as text.
+        weights: by kind of token.
         largest: entries of logits that may exist at once; more are made in chunks, and again in the backward pass.
     """
 
-    def __init__(self, llm: nn.Module, weights: LossWeights | None = None, largest: int = LARGEST_LOGITS) -> None:
+    def __init__(self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS) -> None:
         super().__init__()
         self.llm, self.weights, self.largest = llm, weights, largest
 
@@ -137,15 +140,14 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 
-def _parts(targets: Tensor, values: Tensor, weights: LossWeights | None) -> LossParts:
+def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
     """Sums by kind of token from the losses `[T]` of the learned tokens `[T]`."""
-    image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
-    text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
+    image = targets >= weights.first_code
     text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
     image_count = image.sum().float()
     text_count = targets.numel() - image_count
     return LossParts(
-        text_weight * text_sum + image_weight * image_sum, text_weight * text_count + image_weight * image_count,
+        weights.text * text_sum + weights.image * image_sum, weights.text * text_count + weights.image * image_count,
         text_sum.detach(), text_count, image_sum.detach(), image_count)
 
 

@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import first_file
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
-from seed_multimodal.nn.pretrained import WEIGHTS
 from seed_multimodal.settings import check_keys
 from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, find_folder
 from seed_multimodal.training.llm.lora import (
@@ -46,18 +43,15 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
-        whole = {"path": source, "sizes": None, "codebook_start": None, "adapter": None}
+        whole = {"path": source, "sizes": None, "adapter": None}
         settings = check(replace(settings, **({"lora": fields} if fields is not None else whole)))
     llama = _base(settings, tokenizer, place)
     rows = int(llama.config.vocab_size)
     force_special_ids(llama)
-    fitted = fit_vocabulary(llama, tokenizer, settings.seed)
-    if settings.codebook_start is not None:
-        if not fitted and settings.sizes is None:
-            raise ConfigError(f"codebook_start would overwrite the trained image words of {settings.path}.")
-        start_from_codebook(llama, find_folder(settings.codebook_start), words)
-    try:
-        set_attention(llama, settings.attention, place)
+    fit_vocabulary(llama, tokenizer, settings.seed)
+    llama.attentions = {packed: attention_kind(settings.attention, place, packed) for packed in (True, False)}
+    try:  # where packed and padded rows differ, `loss.use_attention` changes it by the batch
+        llama.set_attn_implementation(llama.attentions[True])
     except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
         raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
@@ -114,12 +108,12 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
     return Path(folder)
 
 
-def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
-    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range). Returns whether
-    rows were added. Raises ConfigError: a model of another vocabulary."""
+def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
+    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range). Raises
+    ConfigError: a model of another vocabulary."""
     words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
     if rows == words.size:
-        return False
+        return
     if not words.n_text <= rows < words.size:
         raise ConfigError(f"The model has {rows} words, but the tokenizer has {words.n_text} text pieces and "
                           f"{words.size} words in all; they do not belong together.")
@@ -128,39 +122,6 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
     for end in {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}.values():
         new = torch.empty(words.size - rows, end.shape[1]).normal_(0.0, spread, generator=generator)
         end.data[rows:] = new.to(end)
-    return True
-
-
-@torch.no_grad()
-def start_from_codebook(llama: Any, folder: Path, words: Any) -> None:
-    """Give codes that are neighbours in a tokenizer's codebook neighbouring word embeddings: a fixed random projection,
-    at the size of the random start. Each section has its own, because directions mean something else in each.
-
-    Raises:
-        CheckpointError: no codebook in the folder, or one of another size.
-    """
-    file = first_file(folder, (WEIGHTS, "seed_quantizer.safetensors", "seed_quantizer.pt")) or folder / WEIGHTS
-    codebook, config = load_state_dict(file).get("quantize.embedding.weight", torch.zeros(0)), folder / "config.json"
-    if len(codebook) != words.n_codes:
-        raise CheckpointError(f"{file}: holds a codebook of {len(codebook)} codes, but the tokenizer's vocabulary has "
-                              f"{words.n_codes}.")
-    sections = int(read_json_object(config).get("codebook_sections", 1)) if config.is_file() else 1
-    rows = llama.model.embed_tokens.weight
-    parts = codebook.float().reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
-    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
-    if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
-        scaled = projected * (rows[:words.n_text].std().float().cpu() / spread)
-        rows[words.n_text:words.n_text + words.n_codes] = scaled.to(rows)
-
-
-def set_attention(llama: Any, name: str, device: torch.device) -> None:
-    """Give a LLaMA its attention; where it differs for packed and padded rows, `loss.use_attention` changes it by the
-    batch. Raises ImportError or ValueError where it cannot run."""
-    if name == "flex" and device.type == "cpu":
-        raise ValueError("it has no backward pass on a CPU; use auto, sdpa or eager.")
-    llama.attentions = {packed: attention_kind(name, device, packed) for packed in (True, False)}
-    llama.set_attn_implementation(llama.attentions[True])
 
 
 def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:

@@ -60,7 +60,6 @@ class LlmTask(RunTask):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Run:
-        """See `RunTask`."""
         run = super().read(config)
         run.model = for_run(run.model, run.trainer, run.deepspeed is not None)
         template = template_of(run.model)
@@ -179,10 +178,9 @@ class LlmTask(RunTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         """For summary.json: the data of all processes, and measures."""
-        last = self.meter.history[-1:]
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
                 "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps, **self.meter.total,
-                "loss": last[0]["loss"] if last else None, "evaluation": self.loop.evaluation,
+                "loss": self.meter.last.get("loss"), "evaluation": self.loop.evaluation,
                 "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
@@ -208,15 +206,11 @@ class LlmTask(RunTask):
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation:
-                    sums += self.evaluation_sums(model, batch).cpu().double()  # Apple GPUs have no fp64
+                    with self.loop.engine.autocast():
+                        parts = self.losses(model, self.ready(batch))
+                    sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
-
-    def evaluation_sums(self, model: nn.Module, batch: LlmBatch) -> Tensor:
-        """Six sums of a batch: the weighted loss and count, those of text and of image tokens."""
-        batch = self.ready(batch)
-        with self.loop.engine.autocast():
-            return torch.stack([part.float() for part in self.losses(model, batch)])
 
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:
@@ -226,7 +220,6 @@ class LlmTask(RunTask):
         return line if text_count + image_count else {}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """See `RunTask`."""
         model = {key: getattr(self.run.model, key) for key in ("path", "sizes", "lora")}
         return {**super().identity(world), "model": {**model, "words": self.tokenizer.vocabulary.size},
                 "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
@@ -255,7 +248,6 @@ class LlmTask(RunTask):
         self.tokenizer.save_pretrained(folder)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Inverse of `save_files`."""
         load_trained(self.llm, folder)
 
 

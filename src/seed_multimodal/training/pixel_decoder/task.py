@@ -273,7 +273,6 @@ class PixelTask(RunTask):
         return self.account.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Inverse of `state_dict`."""
         for state in states[rank::self.group.world]:  # there may have been more processes, or fewer
             self.account.load_state_dict(state)
 

@@ -111,18 +111,15 @@ class DetokenizerTask(PixelTask):
                                                                                    model.tokens))
 
     def build(self) -> SDXLAdapter:
-        """See `build_adapter`."""
         adapter = build_adapter(self.model)
         self.width = adapter.resampler.sizes.embedding_dim
         return adapter
 
     def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
-        """See `PixelTask`."""
         return SdxlDetokenizer(self.module, self.features.moments.model, scheduler, null_embeds=self.empty)
 
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
-        """See `PixelTask`."""
         return adapter_losses(model, self.schedule, latents, features["seen"].float(), time_ids,
                               dropout=self.model.dropout, empty_features=self.empty,
                               condition_latents=features.get("condition"), generator=generator)

@@ -162,7 +162,6 @@ class TuningTask(LlmTask):
         return more
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
-        """See `LlmTask`."""
         found = model(**self.inputs(batch))
         words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
         learned, written = (words.new_tensor(float(count), dtype=torch.float32)
@@ -226,7 +225,6 @@ class TuningTask(LlmTask):
         self.tokenizer.save_pretrained(folder)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Inverse of `save_files`."""
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
         copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
