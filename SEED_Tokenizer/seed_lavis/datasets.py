@@ -25,7 +25,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import normalise, seed_image_processor
 from seed_multimodal.settings import check_keys
 
-OF_PAIRS = ("image_key", "image_keys", "caption_key", "caption_file", "captioned", "cache")
+OF_PAIRS = ("image_key", "caption_key", "captioned", "cache")
 BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *OF_PAIRS)
 DATASET_KEYS = ("type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info")
 SETS = {"conceptual_caption_3m": "conceptual_caption/defaults_3m", "unsplash": "unsplash/defaults",

@@ -166,7 +166,6 @@ class RunOptions:
     distributed: bool = True
     train_dataset_ratios: dict[str, float] = setting(factory=dict)
     # ours
-    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
     valid_every_epochs: int = setting(1, least=1)
     valid_batches: int = setting(0, least=0)
     iters_per_epoch: int = setting(5000, least=1)

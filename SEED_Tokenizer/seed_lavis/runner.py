@@ -26,8 +26,8 @@ from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import checkpoints
-from seed_multimodal.training.config import StageConfig
-from seed_multimodal.training.schedules import USABLE, learning_rate
+from seed_multimodal.training.config import SCHEDULES, StageConfig
+from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights import assign_strictly, read_file, save_torch
 
@@ -134,8 +134,8 @@ class RunnerSeed(RunnerBase):
 
 
 class StepSchedule:
-    """A schedule by iteration and not by epoch: linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or any
-    schedule that has a name of transformers' `SchedulerType`; called as LAVIS's schedules are."""
+    """A schedule by iteration and not by epoch: linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or
+    another of the trainer's; called as LAVIS's schedules are."""
 
     kind = "cosine"
 
@@ -145,8 +145,7 @@ class StepSchedule:
         self.optimizer, self.iterations = optimizer, int(run.iters_per_epoch)
         self.settings = StageConfig(
             max_steps=max_epoch * self.iterations, learning_rate=init_lr, warmup_steps=warmup_steps,
-            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind,
-            lr_scheduler_kwargs=dict(run.get("lr_scheduler_kwargs") or {}))
+            min_lr_ratio=min_lr / init_lr if init_lr else 0.0, lr_scheduler_type=self.kind)
 
     def step(self, cur_epoch: int, cur_step: int) -> None:
         """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
@@ -155,5 +154,5 @@ class StepSchedule:
             group["lr"] = rate
 
 
-for _name, _kind in {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in USABLE}}.items():
+for _name, _kind in {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in SCHEDULES}}.items():
     registry.register_lr_scheduler(_name)(type(f"Steps_{_name}", (StepSchedule,), {"kind": _kind}))

@@ -98,10 +98,6 @@ class TokenizerTask(CodebookTask):
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
         return numbers
 
-    def acts_after(self, step: int) -> bool:
-        """At the ends of epochs and at restarts of codes."""
-        return step % self.runner.steps_per_epoch == 0 or super().acts_after(step)
-
     def status(self) -> dict[str, float]:
         """Seconds spent waiting for data, bad samples, the loss as it is (`loss` is smoothed), the use of codes."""
         last = {} if self.last_loss is None else {"last_loss": float(self.last_loss)}

@@ -31,10 +31,9 @@ class Talk:
         """Send `text` with the attached images, print the answer as it is generated, save its images, keep both
         messages."""
         message = {"role": "user", "content": [*self.images, text]}
-        options = {"seed": self.args.seed, "force_image": force_image, **chosen_settings(self.args)}
-        if self.args.json or self.args.no_previews or not sys.stdout.isatty():
-            options["previews"] = ()
-        parts, answer = self._follow(self.system.chat([*self.messages, message], stream=True, **options))
+        parts, answer = self._follow(self.system.chat(
+            [*self.messages, message], stream=True, previews=(), seed=self.args.seed, force_image=force_image,
+            **chosen_settings(self.args)))
         self.images = []
         self.messages += [message, {"role": "assistant", "content": answer}]
         if self.args.json:
@@ -44,21 +43,17 @@ class Talk:
     def _follow(self, events: Iterator[dict[str, Any]]) -> tuple[list[dict[str, Any]], Any]:
         """Print events (unless `--json`) and collect them: the parts of the answer, and the answer itself."""
         parts: list[dict[str, Any]] = []
-        answer, preview = None, None  # preview: the file of the image that is being made
+        answer = None
         for event in events:
             if event["type"] == "text":
                 if not (parts and "text" in parts[-1]):
                     parts.append({"text": ""})
                 parts[-1]["text"] += event["text"]
                 self._print(event["text"])
-            elif event["type"] == "image_preview":  # the whole image replaces it
-                preview = save_image(event["image"], preview or next_number(self.folder, FILES))
-                self._print(f" [after {len(event['codes'])} codes: {preview}] ")
             elif event["type"] == "image":
                 parts.append({"codes": list(event["codes"])} if hasattr(self.system.images, "section") else {})
                 if event["image"] is not None:
-                    parts[-1]["image"] = str(save_image(event["image"], preview or next_number(self.folder, FILES)))
-                preview = None
+                    parts[-1]["image"] = str(save_image(event["image"], next_number(self.folder, FILES)))
                 self._print(f" [image: {parts[-1].get('image', 'not drawn')}] ")
             elif event["type"] == "image_broken":
                 parts.append({"broken": event["reason"]})

@@ -66,7 +66,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     checker = commands.add_parser("check", help="read a run's data as training does, before training")
     checker.add_argument("files", nargs="+", metavar="RUN.yaml | FILES", help="the YAML of a run or its data; or tar, "
                          "jsonl, json, parquet, patterns, folders with --decoder and --tokenizer")
-    checker.add_argument("--records", type=_record_count, default=1000, metavar="N | all", help="of each source")
+    checker.add_argument("--records", type=whole_number(1), default=1000, help="of each source (default: 1000)")
     checker.add_argument("--tokenizer", metavar="DIR", help="the language model's (default: the run's)")
     checker.add_argument("--decoder", help="of the files, as sft.qa or seed_x.chat")
     checker.add_argument("--option", action="append", type=_option, default=[], metavar="KEY=VALUE", help="of it")
@@ -86,10 +86,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     indexer.set_defaults(work=index)
     for command in (checker, converter, indexer):
         add_json(command)
-
-
-def _record_count(text: str) -> int | None:
-    return None if text == "all" else whole_number(1)(text)
 
 
 def _option(text: str) -> tuple[str, Any]:

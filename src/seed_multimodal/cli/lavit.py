@@ -125,21 +125,15 @@ def _compose(args: argparse.Namespace) -> int:
 
 
 def _rebuild(args: argparse.Namespace) -> int:
-    from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-
     outputs = common.Outputs(args.out, len(args.image))
-    codec, rows = _load(args).images, []
+    codec = _load(args).images
 
     def rebuild(name: str, image: Any) -> None:
         codes = codec.encode([image], seed=args.seed)
         drawn = codec.draw(codes, seeds=[args.seed], **common.chosen_settings(args))[0]
         print(f"{outputs.save(drawn, f'{Path(name).stem}_rebuilt')} ({len(codes[0])} codes)")
-        rows.append(Row(Path(name).name, [Cell(image, "image"), Cell(drawn, f"{len(codes[0])} codes")]))
 
-    code = common.run_each(args, args.image, rebuild, codec.open)
-    if rows and not outputs.is_file:
-        print(outputs.save(contact_sheet(rows), "rebuilt_sheet"))
-    return code
+    return common.run_each(args, args.image, rebuild, codec.open)
 
 
 def _infer(args: argparse.Namespace) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from seed_multimodal import __version__
-from seed_multimodal.cli import chat, data, evaluate, images, tools
+from seed_multimodal.cli import chat, data, evaluate, images, init, tools
 from seed_multimodal.cli.common import add_beside, add_common, add_json, add_size, program_parser
 from seed_multimodal.entry import guarded, whole_number
 
@@ -39,6 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_image_commands(commands)
     _add_language_commands(commands)
     tools.add_commands(commands)
+    init.add_command(commands)
     kinds = commands.add_parser("eval", help="measure a model").add_subparsers(required=True, metavar="WHAT")
     evaluate.add_commands(kinds)
     data.add_commands(commands.add_parser("data", help="check or convert training data"))
@@ -75,7 +76,6 @@ def _add_language_commands(commands: Any) -> None:
     talk.add_argument("--message", action="append", help="send this and stop; repeat for more turns")
     talk.add_argument("--force-image", action="store_true", help="every answer holds an image")
     talk.add_argument("--image", action="append", default=[], help="shown with the first message")
-    talk.add_argument("--no-previews", action="store_true", help="on a terminal, too: no image before it is whole")
 
 
 def _add_codes(parser: argparse.ArgumentParser) -> None:

@@ -40,7 +40,6 @@ def add_commands(commands: Any) -> None:
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
     converter.add_argument("source")
     converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
-    converter.add_argument("--dtype", choices=("keep", "float32", "bfloat16", "float16"), default="keep")
     converter.add_argument("--force", action="store_true", help="write over an existing file")
     converter.set_defaults(work=convert)
     plotter = commands.add_parser("plot", help="curves of training runs, over each other")
@@ -80,8 +79,7 @@ def _add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def convert(args: argparse.Namespace) -> int:
-    """Read `args.source` (.pt, .pth, .bin), write `args.target`, optionally in another precision."""
-    from seed_multimodal.device import DTYPES
+    """Read `args.source` (.pt, .pth, .bin), write `args.target`."""
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
     source = Path(args.source)
@@ -89,9 +87,6 @@ def convert(args: argparse.Namespace) -> int:
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
     tensors = load_state_dict(source)
-    if args.dtype != "keep":
-        tensors = {name: tensor.to(DTYPES[args.dtype]) if tensor.is_floating_point() else tensor
-                   for name, tensor in tensors.items()}
     with writing(target):
         save_state_dict(tensors, target, {"converted_from": source.name})
     parameters = sum(tensor.numel() for tensor in tensors.values())

@@ -87,8 +87,8 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     return read_data_settings(config.get("data") or config, str(path)), str(words)
 
 
-def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None = 1000) -> list[SourceReport]:
-    """Decode so many records of each source (None: all) as the training does.
+def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:
+    """Decode so many records of each source as the training does.
 
     Raises:
         ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
@@ -100,7 +100,7 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int | None
     reports = []
     for number, source in enumerate(settings.sources):
         size = len(mixture.records[number])
-        count = size if records is None else min(size, records)
+        count = min(size, records)
         report = SourceReport(source.name, size)
         longest = settings.shape(number)[1]
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:

@@ -205,10 +205,6 @@ class CodebookTask(StageTask):
             self.codebook.after(step)
         return None
 
-    def acts_after(self, step: int) -> bool:
-        """At restarts of codes."""
-        return self.codebook is not None and self.codebook.restarts(step)
-
     def status(self) -> dict[str, float]:
         """The use of codes."""
         return self.codebook.status() if self.codebook is not None else {}

@@ -8,7 +8,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +23,6 @@ from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
 
-@dataclass
-class StepNumbers:
-    """A step's numbers, still on the device: `values` `[n]`, and what makes them numbers by name."""
-
-    values: Tensor
-    named: Callable[[list[float]], dict[str, float]]
-
-    def read(self) -> dict[str, float]:
-        """The numbers, with one transfer, which waits until the step is done."""
-        return self.named(self.values.tolist())
-
-
 class Meter:
     """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
     `llm.metrics.TokenMeter` overrides it with sums over all tokens of a line's steps."""
@@ -47,7 +34,8 @@ class Meter:
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
+                ) -> dict[str, float]:
         """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` (if the gradients' norm
         is known already) and `lr`."""
         count = len(found)
@@ -55,7 +43,7 @@ class Meter:
         if count > 1:
             parts = {key: number / count for key, number in parts.items()}
         loss = found[0]["loss"] if count == 1 else torch.stack([one["loss"] for one in found]).mean()
-        return _unread({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
+        return _numbers({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """Those of a step's numbers that are summed over the processes at once; none: averages at log lines do."""
@@ -98,16 +86,11 @@ class Meter:
         self.smooth.update(state.get("smooth", {}))
 
 
-def _unread(numbers: Mapping[str, Any]) -> StepNumbers:
-    """Numbers and scalar tensors, put together on the device of the first."""
-    tensors = {key: value.detach() for key, value in numbers.items() if isinstance(value, Tensor)}
-    device = next(iter(tensors.values())).device
-
-    def named(values: list[float]) -> dict[str, float]:
-        known = dict(zip(tensors, values, strict=True))
-        return {key: known[key] if key in known else float(value) for key, value in numbers.items()}
-
-    return StepNumbers(torch.stack([value.reshape(()).to(device, torch.float32) for value in tensors.values()]), named)
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers and scalar tensors as numbers, with one transfer from the device."""
+    tensors = [value.detach().reshape(()) for value in values.values() if isinstance(value, Tensor)]
+    read = iter(torch.stack([value.to(tensors[0].device, torch.float32) for value in tensors]).tolist())
+    return {key: next(read) if isinstance(value, Tensor) else float(value) for key, value in values.items()}
 
 
 class RunLog:

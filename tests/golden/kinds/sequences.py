@@ -14,6 +14,7 @@ Where the original raised or left a sample out, ours refuses or leaves it out, t
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import tarfile
@@ -35,7 +36,6 @@ from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -201,11 +201,7 @@ def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, An
     shapes: list[dict[str, list[int]]] = []
     seen: list[tuple[Any, ...]] = []
     with LlmBatches(data, tokenizer) as batches:
-        for step in range(len(recorded["batches"]) + 1):
-            try:
-                batch = batches.at(step)
-            except EndOfData:
-                break
+        for batch in itertools.islice(batches, len(recorded["batches"]) + 1):
             shapes.append({key: list(getattr(batch, key).shape) for key in BATCH})
             seen += list(zip(*(getattr(batch, key).tolist() for key in BATCH), strict=True))
     assert_same(shapes, [{key: batch[key] for key in BATCH} for batch in recorded["batches"]], "pipeline: batches")

@@ -12,7 +12,7 @@ import json
 import platform
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,8 @@ def running(open_rank: Callable[..., Any], world: int, content: Callable[[Any], 
         ranks = [stack.enter_context(open_rank(rank=rank, world=world)) for rank in range(world)]
         for step in range(BATCHES):
             for rank in ranks:
-                for part, content_of_part in content(rank.at(step)).items():
+                batch = next(rank) if isinstance(rank, Iterator) else rank.at(step)
+                for part, content_of_part in content(batch).items():
                     totals.setdefault(part, hashlib.sha256()).update(content_of_part)
             if (step + 1) % EVERY == 0:
                 for part, total in totals.items():

@@ -57,11 +57,3 @@ def test_chat_prints_text_and_files(tiny, tmp_path, capsys):
     talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
     talk._follow(iter(events))
     assert capsys.readouterr().out.split() == "[image: not drawn] Here it is. [31 codes] [Unknown words.]".split()
-
-
-def test_chat_replaces_previews(tiny, tmp_path):
-    events = [{"type": kind, "codes": [1] * 8, "image": Image.new("L", (4, 4), grey)}
-              for grey, kind in ((9, "image_preview"), (80, "image_preview"), (200, "image"))]
-    talk = Talk(tiny, build_parser().parse_args(["chat", "--out", str(tmp_path)]))
-    talk._follow(iter([*events, {"type": "done", "answer": Answer(())}]))
-    assert [(file.name, Image.open(file).getpixel((0, 0))) for file in tmp_path.iterdir()] == [("image_0.png", 200)]

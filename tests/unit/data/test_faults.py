@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
 from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
-from seed_multimodal.data.pretokenize.kinds import get_kind
+from seed_multimodal.data.pretokenize.kinds import KINDS
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.data.stream.loader import StepBatches
@@ -177,7 +177,7 @@ def evaluated(folder: Path, most: int = 20) -> Found:
 def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:
     """An extraction, up to its pictures."""
     settings = InputSettings(files=str(folder))
-    dataset = TaskDataset(get_kind(kind), settings, seed_image_processor(16))
+    dataset = TaskDataset(KINDS[kind], settings, seed_image_processor(16))
     used, bad = [], []
     for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
         used += [sample.fields.get("text") for sample in result.samples if sample.fields]
@@ -234,7 +234,7 @@ def test_broken_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     settings = read_data_settings({"sources": [source], "length": 512})
     told: list[str] = []
     with LlmBatches(settings, words, log=told.append) as batches:
-        row, = batches.at(0).input_ids.tolist()
+        row, = next(batches).input_ids.tolist()
         skipped = batches.report()["sources"]["all"]["skipped"]
     good = [number for number, fault in enumerate(faults) if not fault]
     assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good

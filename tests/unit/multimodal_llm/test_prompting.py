@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -44,7 +45,7 @@ def test_questions_are_asked_in_the_prompts_of_the_model(questions, runs, tmp_pa
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     batches = LlmBatches(data, words)
-    assert any("[INST]" in words.decode(batches.at(step).input_ids[0].tolist()) for step in range(4))
+    assert any("[INST]" in words.decode(batch.input_ids[0].tolist()) for batch in itertools.islice(batches, 4))
     own = {**questions["sources"][0], "options": {"template": "vicuna"}}
     for other in ({"template": "vicuna"}, {"sources": [own]}):
         assert LlmTask.read({**given, "data": {**questions, **other}}).data.sources[0].options["template"] == "vicuna"

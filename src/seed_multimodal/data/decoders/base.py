@@ -28,13 +28,14 @@ Part = str | Sequence[int]  # text, or the codes of one image
 
 @dataclass
 class TokenSequence:
-    """Token ids and as many labels. `extra`: what the original returns with them (`text`, `image_id`); `dropped`: why
-    the sample is left out, else empty."""
+    """Token ids and as many labels. `extra`: what the original returns with them (`text`); `dropped`: why the sample is
+    left out, else empty; `cut`: tokens cut off at its end."""
 
     ids: list[int]
     labels: list[int]
     extra: dict[str, Any] = field(default_factory=dict)
     dropped: str = ""
+    cut: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -84,9 +85,10 @@ class Decoder:
     Words: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
-        """Raises `ConfigError`: an unknown option, a wrong value, or a tokenizer of another system."""
+        """Raises `ConfigError`: an unknown option, a wrong value."""
         self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
+        self.code_counts = [self.vocabulary.tokens_per_image]  # how many codes an image may have
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -98,7 +100,8 @@ class Decoder:
         draft = self._draft(fields, draws)
         dropped = draft.dropped or self._nothing_learned(draft)
         ids, labels = self._join(draft) if draft.segments else ([], [])
-        return TokenSequence(ids[:max_length], labels[:max_length], draft.extra, dropped)
+        cut = len(ids) - len(ids[:max_length])
+        return TokenSequence(ids[:max_length], labels[:max_length], draft.extra, dropped, cut)
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
         raise NotImplementedError
@@ -171,20 +174,14 @@ class Decoder:
 
     # ---- images
 
-    @property
-    def code_counts(self) -> range:
-        """How many codes an image may have."""
-        count = self.vocabulary.tokens_per_image
-        return range(count, count + 1)
-
     def codes(self, value: Any, name: str) -> list[int]:
         """The codes of one image, all within the codebook, since others would be other words."""
-        size, counts = self.vocabulary.n_codes, self.code_counts
+        size = self.vocabulary.n_codes
         codes: list[int] = self.need({name: value}, name, list)
         if any(type(code) is not int or not 0 <= code < size for code in codes):
             raise BadRecord("codes out of range", f"{name}: image codes are 0 to {size - 1}, not {shorten(codes)}.")
-        if len(codes) not in counts:
-            wanted = counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        if len(codes) not in self.code_counts:
+            wanted = " to ".join(map(str, sorted({self.code_counts[0], self.code_counts[-1]})))
             raise BadRecord("number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}.")
         return codes
 

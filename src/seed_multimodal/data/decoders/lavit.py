@@ -19,9 +19,8 @@ from typing import Any
 
 from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
 from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer, LavitWords
+from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
 
 _SEEDS = 2**62
@@ -44,10 +43,9 @@ class LavitDecoder(OpenedDecoder):
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
         super().__init__(tokenizer, options)
-        if not isinstance(self.vocabulary, LavitWords):
-            raise ConfigError(f"decoder {self.name}: the tokenizer's words are not LaVIT's.")
         self.start, self.end = self.vocabulary.boi_id, self.vocabulary.eoi_id
         patches = self.vocabulary.tokens_per_image
+        self.code_counts = list(range(1, patches + 1))
         self.places = min(patches, self.options.image_tokens or -(-patches * 3 // 8))
 
     def text(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> str:
@@ -63,10 +61,6 @@ class LavitDecoder(OpenedDecoder):
         """An image as codes: those of the record under `NAME_ids`, else to be made from the image."""
         ids = f"{name}_ids"
         return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
-
-    @property
-    def code_counts(self) -> range:
-        return range(1, self.vocabulary.tokens_per_image + 1)
 
     def written(self, image: UsedPicture | Codes) -> list[Segment]:
         """An image that is learned: its start is given, codes and end are not."""

@@ -39,12 +39,11 @@ class UsedPicture:
 
 @dataclass
 class PictureSequence(TokenSequence):
-    """A sequence with its images, and the indices of their words in `ids`; `cut`: tokens cut off at its end."""
+    """A sequence with its images, and the indices of their words in `ids`."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
     read: list[int] = field(default_factory=list)
     written: list[int] = field(default_factory=list)
-    cut: int = 0
 
 
 @dataclass(frozen=True)

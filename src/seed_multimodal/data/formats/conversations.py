@@ -25,6 +25,7 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "chatgpt": "assistant", "bot": "assistant", "system": "system"}
 NO_IMAGE = (None, "", "none", "None", "null")
+_KEYS = ("messages", "conversations", "data", "source_image")  # of which a conversation has one
 Part = str | dict[str, Any]
 
 
@@ -32,6 +33,8 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a record, with `messages` when it is a conversation. Raises BadRecord: a turn lacks author or text,
     authors do not alternate, or there are more or fewer `<image>` placeholders than images."""
     fields = dict(item)
+    if fields.keys().isdisjoint(_KEYS):
+        return fields
     for key in ("messages", "conversations", "data"):
         # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
         if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):

@@ -23,14 +23,14 @@ CAPTION_FIELDS = ("caption", "text")
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
-def image_field(fields: Mapping[str, Any], key: str = "") -> Any:
+def image_field(fields: Mapping[str, Any], key: str | None) -> Any:
     """The value under `key`, or without one under the first of `IMAGE_FIELDS` that holds something; None: none."""
     return next((fields[one] for one in ((key,) if key else IMAGE_FIELDS) if fields.get(one) is not None), None)
 
 
-def no_picture(record: Record, key: str = "", extensions: Sequence[str] = IMAGE_KEYS) -> BadRecord:
+def no_picture(record: Record, key: str | None = None) -> BadRecord:
     """The error of a record without an image where one is looked for."""
-    where = f"no .{', .'.join(extensions)} member" if in_tar(record) else nothing_under(key or "image", record.fields)
+    where = f"no .{', .'.join(IMAGE_KEYS)} member" if in_tar(record) else nothing_under(key or "image", record.fields)
     return BadRecord("missing picture", f"{record.where}: has no picture: {where}.")
 
 
@@ -77,7 +77,7 @@ def stored_picture(value: Any, record: Record, root: str | Path | None = None) -
     return path
 
 
-def captions(fields: Mapping[str, Any], key: str, where: str) -> list[str]:
+def captions(fields: Mapping[str, Any], key: str | None, where: str) -> list[str]:
     """The text or texts under `key`, or without one under the first of `CAPTION_FIELDS` that holds something. Raises
     BadRecord: there is none, one is blank, or it is something else."""
     names = (key,) if key else CAPTION_FIELDS
@@ -107,15 +107,15 @@ def text_member(record: Record, files: FileReader, *, whole: bool = False) -> st
 
 
 class PictureFolder:
-    """The images of a folder by number, `recursive`: at any depth; hidden files are skipped."""
+    """The images of a folder and the folders in it by number; hidden files are skipped."""
 
-    def __init__(self, path: str | Path, recursive: bool = True) -> None:
-        self.path, self.recursive = Path(path), recursive
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
 
     @cached_property
     def images(self) -> list[Path]:
         """By name."""
-        return sorted(path for path in self.path.glob("**/*" if self.recursive else "*") if
+        return sorted(path for path in self.path.glob("**/*") if
                       path.suffix.lower() in PICTURE_ENDINGS and not path.name.startswith(".") and path.is_file())
 
     @property

@@ -8,9 +8,8 @@ Nothing is decoded here. A sample that cannot be used raises one of `SAMPLE_FAUL
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from seed_multimodal.data.formats.images import (
     StoredPicture,
     captions,
     image_field,
-    in_tar,
     no_picture,
     stored_picture,
     text_member,
 )
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Record
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.sources import open_records, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError, ImageError
@@ -50,62 +48,30 @@ class Pair:
     condition: StoredPicture | None = None  # the image that `image` is an edit of
 
 
-class PairReader:
-    """What makes a pair of a record.
+@dataclass(frozen=True)
+class PairKeys:
+    """Where a pair stands in a record.
 
-    Args:
+    Attributes:
         image_root: folder of the images that lists name; None: that of the list, else the current one.
         image_key, caption_key: keys of lists, tables and .json members (`top_caption` for LAION-COCO); None: the first
             of `images.IMAGE_FIELDS` and `CAPTION_FIELDS` that is there.
-        image_keys: extensions of a tar's images, the preferred first.
-        caption_file: json or txt: the only member looked at for a caption; None: .json, and .txt where that has none.
         captioned: False: images are enough, and captions are not read.
         condition_key: key of the image that each image is an edit of (`source_image`); None: there is none.
     """
 
-    def __init__(self, image_root: str | Path | None = None, image_key: str | None = None,
-                 image_keys: str | Sequence[str] = IMAGE_KEYS, caption_key: str | None = None,
-                 caption_file: str | None = None, captioned: bool = True, condition_key: str | None = None) -> None:
-        if caption_file not in (None, "json", "txt"):
-            raise ConfigError(f"caption_file must be json or txt, not {caption_file!r}.")
-        self.captioned, self.condition_key = captioned, condition_key
-        image_keys = (image_keys,) if isinstance(image_keys, str) else tuple(image_keys)
-        self.image_keys = tuple(key.lower().lstrip(".") for key in image_keys)
-        self.image_root, self.image_key, self.caption_key = image_root, image_key or "", caption_key or ""
-        self.caption_files = (caption_file,) if caption_file else ("json", "txt")
-
-    def __call__(self, record: Record, files: FileReader) -> Pair:
-        """The pair of a record, which may be unread. Raises BadRecord, or ImageError: its image is not there."""
-        if in_tar(record) and "json" not in self.caption_files:
-            record.members.pop("json", None)
-        record = record.parsed(files)
-        captions = self._captions(record, files) if self.captioned else []
-        image: StoredPicture | None = record.member(*self.image_keys, files=files)
-        image = self._stored(record, self.image_key) if image is None else image
-        condition = None if self.condition_key is None else self._stored(record, self.condition_key)
-        return Pair(record.key, record.where, image, captions, condition)
-
-    def _stored(self, record: Record, key: str) -> StoredPicture:
-        value = image_field(record.fields, key)
-        if value is None:
-            raise no_picture(record, key, self.image_keys)
-        return stored_picture(value, record, self.image_root)
-
-    def _captions(self, record: Record, files: FileReader) -> list[str]:
-        keys = (self.caption_key,) if self.caption_key else CAPTION_FIELDS
-        if "json" in self.caption_files and any(record.fields.get(key) is not None for key in keys):
-            return captions(record.fields, self.caption_key, record.where)
-        text = text_member(record, files) if "txt" in self.caption_files else None
-        if text is None and "json" not in self.caption_files:
-            raise BadRecord("missing member", f"{record.where}: has no .txt with its caption.")
-        return captions(record.fields, self.caption_key, record.where) if text is None else [text]
+    image_root: str | Path | None = None
+    image_key: str | None = None
+    caption_key: str | None = None
+    captioned: bool = True
+    condition_key: str | None = None
 
 
 class Pairs:
-    """Pairs of files of any kind: `files`, `format`, `cache` and `options` as of `sources.open_records`; `reading`:
-    arguments of `PairReader`.
+    """Pairs of files of any kind: `files`, `format`, `cache` and `options` as of `sources.open_records`; `keys`: of
+    `PairKeys`.
 
-    tar                     KEY.jpg with its caption in KEY.json, or in KEY.txt
+    tar                     KEY.jpg with its caption in KEY.json, else in KEY.txt
     json, jsonl, parquet    an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption
     folder                  images with KEY.txt or KEY.json beside them
 
@@ -114,11 +80,11 @@ class Pairs:
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
-                 cache: str | None = None, options: Mapping[str, Any] | None = None, **reading: Any) -> None:
+                 cache: str | None = None, options: Mapping[str, Any] | None = None, **keys: Any) -> None:
         self._records = open_records(files, format=format, cache=cache, options=options, needs_json=False,
                                      pictures=True)
         parts = self._records.parts
-        self._reader = PairReader(**(getattr(parts[0], "pair_keys", {}) if format in registered() else reading))
+        self.keys = PairKeys(**getattr(parts[0], "pair_keys", keys))
         tables = [part for part in parts if isinstance(part, ParquetFile)]
         near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
         self.shard_sizes = self._records.shard_sizes if near else None
@@ -133,8 +99,28 @@ class Pairs:
         return self._records.locate(index).key
 
     def read(self, index: int) -> Pair:
-        """One sample."""
-        return self._reader(self._records.locate(index), self._records.open_files)
+        """One sample. Raises BadRecord, or ImageError: its image is not there."""
+        keys, files = self.keys, self._records.open_files
+        record = self._records.locate(index).parsed(files)
+        captions = self._captions(record) if keys.captioned else []
+        image: StoredPicture | None = record.member(*IMAGE_KEYS, files=files)
+        image = self._stored(record, keys.image_key) if image is None else image
+        condition = None if keys.condition_key is None else self._stored(record, keys.condition_key)
+        return Pair(record.key, record.where, image, captions, condition)
+
+    def _stored(self, record: Record, key: str | None) -> StoredPicture:
+        value = image_field(record.fields, key)
+        if value is None:
+            raise no_picture(record, key)
+        return stored_picture(value, record, self.keys.image_root)
+
+    def _captions(self, record: Record) -> list[str]:
+        key = self.keys.caption_key
+        if all(record.fields.get(one) is None for one in ((key,) if key else CAPTION_FIELDS)):
+            text = text_member(record, self._records.open_files)
+            if text is not None:
+                return [text]
+        return captions(record.fields, key, record.where)
 
     def _check_usable(self) -> None:
         """Raise the first sample's error if none of `PROBED` can be used, before a training loads its model."""
@@ -151,8 +137,8 @@ class Pairs:
 
 
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
-    """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), and the other arguments
-    of `Pairs` and `PairReader`, or options of a registered format. Raises as `Pairs`, and ConfigError."""
+    """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), `cache` and those of
+    `PairKeys`, or options of a registered format. Raises ConfigError, DataError."""
     options: Any = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
     kind = options.pop("format", None)
     if kind in registered():
@@ -161,7 +147,7 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
         known = (*FORMATS, *registered())
         raise ConfigError(f"data: format must be {', '.join(known)}, not {kind!r}{nearest(str(kind), known)}.")
     named = "pattern" if kind == "webdataset" and "files" not in options else "files"
-    check_keys(options, [named, "cache", *inspect.signature(PairReader).parameters], f"data of format {kind}")
+    check_keys(options, [named, "cache", *(one.name for one in fields(PairKeys))], f"data of format {kind}")
     files = options.pop(named, None)
     if not files:
         raise ConfigError(f"data of format {kind}: {named} is not given.")

@@ -71,7 +71,8 @@ class Record:
         value = parse_json(data, self.where)
         if not isinstance(value, dict):
             raise BadRecord("malformed json", f"{self.where}: holds a {type(value).__name__}, not an object.")
-        others = {extension: part for extension, part in self.members.items() if extension != "json"}
+        others = self.members.copy()
+        del others["json"]
         return Record(self.key, self.where, value | self.fields, others, self.file)
 
 
@@ -89,9 +90,9 @@ class BadRecord(DataError):
 def parse_json(data: bytes | str, where: str) -> Any:
     """Any json value; half a surrogate pair, in which texts cut inside an emoji end, becomes `?`. Raises BadRecord."""
     try:
+        data = data.encode("utf-8", "surrogatepass") if isinstance(data, str) else data
         value = json.loads(data)
-        small = data.lower() if isinstance(data, bytes) else data.lower().encode("utf-8", "surrogatepass")
-        if b"\\ud" in small or b"\xed" in small:  # escaped, or as bytes of their own
+        if b"\xed" in data or b"\\u" in data and b"\\ud" in data.lower():  # as bytes of their own, or escaped
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         return value
     except UnicodeDecodeError as error:

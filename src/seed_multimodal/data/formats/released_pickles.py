@@ -10,7 +10,6 @@ the one file of the project that may import `pickle`, and it takes `Unpickler` a
 
 from __future__ import annotations
 
-import glob
 import io
 import json
 import math
@@ -191,8 +190,6 @@ def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
     """(samples, sentences about those left out, why the shard was refused) of (its file, the new one)."""
     path, target = job
     skipped: list[str] = []
-    for left in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):  # of a run that was killed
-        left.unlink()
     try:
         with writing(target, DataError):
             return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -35,8 +36,11 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at its end, whole or not at all."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    """A writer whose shard appears at its end, whole or not at all; what killed runs left of it is removed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink()
     with replacing(path) as file, closing(ShardWriter(file)) as writer:
         yield writer
 

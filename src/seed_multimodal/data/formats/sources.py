@@ -6,7 +6,7 @@
 Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
 
 Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
-a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are arguments of `pairs.PairReader`.
+a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are those of `pairs.PairKeys`.
 """
 
 from __future__ import annotations
@@ -161,11 +161,10 @@ def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, 
             raise DataError("A process was killed (often because memory ran out); the same command resumes.") from None
 
 
-def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False,
-               recursive: bool = True) -> list[tuple[str, str]]:
+def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False) -> list[tuple[str, str]]:
     """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
-    has no lists or tables, is an input of format `folder`; `recursive`: folders are searched at any depth. Raises
-    ConfigError: an unknown format; DataError: nothing matches, or a folder holds several kinds of files."""
+    has no lists or tables, is an input of format `folder`. Raises ConfigError: an unknown format; DataError: nothing
+    matches, or a folder holds several kinds of files."""
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
@@ -176,7 +175,7 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     for path in expand_pattern(given):
         kind = _suffix_format(path)
         if _is_folder(path):
-            found.update(_in_folder(path, format, pictures, recursive))
+            found.update(_in_folder(path, format, pictures))
         elif format == "auto" and not kind:
             raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
         else:
@@ -223,19 +222,19 @@ def _is_folder(path: str) -> bool:
     return not _suffix_format(path) if is_remote(path) else os.path.isdir(path)
 
 
-def _listing(folder: str, recursive: bool) -> list[str]:
-    """The files in a folder, without hidden ones, by name."""
+def _listing(folder: str) -> list[str]:
+    """The files in a folder and the folders in it, without hidden ones, by name."""
     if is_remote(folder):
         files, name = filesystem(folder)
         with read_errors(folder):
-            found = sorted(map(files.unstrip_protocol, files.find(name, maxdepth=None if recursive else 1)))
+            found = sorted(map(files.unstrip_protocol, files.find(name)))
     else:
-        found = [str(path) for path in sorted(Path(folder).glob("**/*" if recursive else "*")) if path.is_file()]
+        found = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
     return [path for path in found if not path.rpartition("/")[2].startswith(".")]
 
 
-def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dict[str, str]:
-    files = _listing(folder, recursive)
+def _in_folder(folder: str, format: str, pictures: bool) -> dict[str, str]:
+    files = _listing(folder)
     shown = {os.path.splitext(path)[0] for path in files if pictures and path.lower().endswith(PICTURE_ENDINGS)}
     kinds: dict[str, list[str]] = {}
     for path in files:
@@ -248,7 +247,7 @@ def _in_folder(folder: str, format: str, pictures: bool, recursive: bool) -> dic
         return {folder: "folder"}
     if not kinds:
         wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if pictures else ''}"
-        raise DataError(f"{folder}: this folder holds no {wanted}{', at any depth' if recursive else ''}.")
+        raise DataError(f"{folder}: this folder holds no {wanted}, at any depth.")
     if len(kinds) > 1 and format == "auto":
         raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,18 +33,19 @@ def filesystem(url: str) -> tuple[Any, str]:
         return found
 
 
-@contextmanager
-def read_errors(path: str | Path) -> Iterator[None]:
+class read_errors(AbstractContextManager[None]):
     """Errors of the system, or of a remote file's client library, while a file is read become a DataError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, SeedError) or not is_remote(path) and not isinstance(error, OSError):
-            raise
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SeedError) or not isinstance(error, Exception if is_remote(self.path) else OSError):
+            return
         if isinstance(error, FileNotFoundError):
-            raise DataError(f"{path}: there is no such file.") from None
+            raise DataError(f"{self.path}: there is no such file.") from None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-        raise DataError(f"{path}: cannot be read ({reason}).") from error
+        raise DataError(f"{self.path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:

@@ -37,29 +37,29 @@ class TarFile(IndexedFile):
         keys: list[bytes] = []
         numbers: dict[str, int] = {}
         first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
+        end, last, damage = 0, "", ""
         with read_errors(self.path), open_binary(self.path) as file:
-            position = -1
             try:
-                with tarfile.open(fileobj=file, mode="r:") as tar:
-                    while (member := tar.next()) is not None:
-                        if tar.offset <= position:
-                            raise tarfile.ReadError("a header has a size below 0")
-                        position = tar.offset
-                        tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                        name, ending = split_name(member.name)
-                        if not name or not member.isreg():
-                            continue
-                        key = name.encode("utf-8", "surrogateescape")
-                        if not keys or key != keys[-1]:
-                            keys.append(key)
-                            first.append(len(offset))
-                        extension.append(numbers.setdefault(ending, len(numbers)))
-                        offset.append(member.offset_data)
-                        size.append(member.size)
-                    file.seek(tar.offset)  # it stops without an error at anything that is no header
-                    block = file.read(tarfile.BLOCKSIZE)
-                    damage = "its end is missing" if len(block) < tarfile.BLOCKSIZE else \
-                        "no header where one is due" if block.strip(b"\0") else ""
+                tar = tarfile.open(fileobj=file, mode="r:")
+                while True:  # as `tar.next()`, which stops without an error at anything that is no header
+                    position = end
+                    file.seek(position)
+                    member = tarfile.TarInfo.fromtarfile(tar)
+                    end = tar.offset
+                    if end <= position:
+                        raise tarfile.ReadError("a header has a size below 0")
+                    name, ending = split_name(member.name)
+                    if not name or not member.isreg():
+                        continue
+                    if name != last:
+                        keys.append(name.encode("utf-8", "surrogateescape"))
+                        first.append(len(offset))
+                        last = name
+                    extension.append(numbers.setdefault(ending, len(numbers)))
+                    offset.append(member.offset_data)
+                    size.append(member.size)
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+                pass
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 damage = str(error)
         first.append(len(offset))

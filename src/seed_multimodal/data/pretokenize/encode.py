@@ -18,7 +18,6 @@ from seed_multimodal.device import DTYPES, choose_device, copy_to, is_out_of_mem
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
-from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.modeling import fast_encode
 from seed_multimodal.settings import setting
 
@@ -38,10 +37,10 @@ class EncoderSettings:
 
 
 class Encoder:
-    """Images → codes; `device` wins over that of the settings. `fingerprint`: checksum of the tokenizer's weights."""
+    """Images → codes. `fingerprint`: checksum of the tokenizer's weights."""
 
-    def __init__(self, settings: EncoderSettings, device: str | None = None) -> None:
-        self.device = choose_device(device or settings.device, "float32", log=None).device
+    def __init__(self, settings: EncoderSettings) -> None:
+        self.device = choose_device(settings.device, "float32", log=None).device
         if self.device.type == "cuda" and self.device.index is not None:
             torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
         opened = _instantiate(settings.tokenizer, str(self.device))
@@ -52,9 +51,6 @@ class Encoder:
         self.fingerprint = fingerprint(model)
         self.image_size: int = model.config.vit.image_size
         self.transform: ImageTransform = codec.transform
-        text = getattr(opened, "text", None)
-        self.vocabulary: ImageVocabulary = text.vocabulary if text is not None else ImageVocabulary(
-            n_codes=model.config.codebook_size, tokens_per_image=model.config.num_query)
         half = self.device.type == "cuda" and getattr(opened, "fp16", True)
         dtype = DTYPES[settings.dtype] if settings.dtype != "auto" else torch.float16 if half else torch.float32
         self._encode = fast_encode(model, dtype, compile=settings.compile)

@@ -10,9 +10,8 @@ Each shard becomes one output shard of the same name: a tar, or a block of recor
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.images import PictureFolder
-from seed_multimodal.data.formats.record import Record, RecordFile
+from seed_multimodal.data.formats.record import RecordFile
 from seed_multimodal.data.formats.sources import find_files, nearest_path, open_file, open_registered, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
@@ -42,7 +40,6 @@ class InputSettings:
     files: str | list[str] | None = None  # a registered format may do without
     format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered()))
     format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
-    recursive: bool = True  # folders are searched at any depth
     image_root: str | None = None  # of the images that records name; None: beside the list, then the current folder
     fields: str | dict[str, Any] = setting(factory=dict)  # by what they hold, over the kind's own; or a preset's name
     use_caption_in_metadata: bool = False  # of tars: the caption from KEY.json instead of KEY.txt
@@ -71,7 +68,7 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, kind: str, field
         of_kind, defaults = PIPES[target]
         if of_kind != kind:
             raise ConfigError(f"{where}: _target_ {target!r} reads {of_kind} data, not {kind} data.")
-        unused = ("data_dir", "max_length", "_recursive_", "_convert_")
+        unused = ("data_dir", "max_length", "recursive", "_recursive_", "_convert_")
         given = {**defaults, **{key: value for key, value in given.items() if key not in unused},
                  "files": given.get("data_dir")}
     if fields is not None:
@@ -100,15 +97,9 @@ class Shard:
     """Records `start` to `stop` (None: all) of a file; `name`: of the output below `save_dir`, without suffix."""
 
     name: str
-    path: str
-    format: str
+    file: RecordFile
     start: int = 0
     stop: int | None = None
-
-    @property
-    def key(self) -> str:
-        """The beginning of its records' keys, in letters that every tar keeps."""
-        return "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "_" for c in Path(self.name).name)[-50:]
 
 
 def list_shards(settings: InputSettings, block: int) -> list[Shard]:
@@ -119,16 +110,18 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
     shards: dict[str, Shard] = {}
     for path, format in found:
         name = os.path.splitext(os.path.relpath(path, base))[0].replace(":", "-")
-        made = [Shard(name, path, format)]
-        if format != "tar":
-            total = sum(_open(path, format, settings).sizes)
-            made = [Shard(f"{name}-{number:05d}", path, format, start, min(total, start + block))
+        if format == "tar":
+            made = [Shard(name, TarFile(path))]
+        else:
+            file = _open(path, format, settings)
+            total = sum(file.sizes)
+            made = [Shard(f"{name}-{number:05d}", file, start, min(total, start + block))
                     for number, start in enumerate(range(0, total, block))]
         for shard in made:
             other = shards.setdefault(shard.name, shard)
             if other is not shard:
-                raise DataError(f"{path} and {other.path} would both become {shard.name}.tar: rename one, or use two "
-                                "--save_dir.")
+                raise DataError(f"{path} and {other.file.path} would both become {shard.name}.tar: rename one, or use "
+                                "two --save_dir.")
     if not shards:
         raise DataError(f"{settings.files}: there is not one record.")
     return list(shards.values())
@@ -142,26 +135,10 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
         raise DataError(f"image_root: there is no folder {root}{nearest_path(root)}.")
     given = [settings.files] if isinstance(settings.files, str) else settings.files or []
     if settings.format in registered():
-        return [(str(open_registered(settings.format, one, settings.format_options).path), settings.format)
-                for one in given or (None,)]
-    return find_files([os.path.expanduser(one) for one in given], settings.format, pictures=True,
-                      recursive=settings.recursive)
+        return [(str(_open(one, settings.format, settings).path), settings.format) for one in given or (None,)]
+    return find_files([os.path.expanduser(one) for one in given], settings.format, pictures=True)
 
 
-def open_shard(shard: Shard, settings: InputSettings) -> tuple[Callable[[int], Record], range]:
-    """What gives a record, unread, by its number in the file, and the shard's numbers. Raises DataError."""
-    if shard.stop is None:
-        tar = TarFile(shard.path)
-        return tar.locate, range(sum(tar.sizes))
-    return _open(shard.path, shard.format, settings).locate, range(shard.start, shard.stop)
-
-
-def _open(path: str, format: str, settings: InputSettings) -> RecordFile:
-    if format in registered():
-        return open_registered(format, path, settings.format_options)
-    return _opened(path, format, settings.recursive)
-
-
-@functools.lru_cache(maxsize=2)
-def _opened(path: str, format: str, recursive: bool) -> RecordFile:
-    return PictureFolder(Path(path), recursive) if format == "folder" else open_file(path, format)
+def _open(path: str | None, format: str, settings: InputSettings) -> RecordFile:
+    return open_registered(format, path, settings.format_options) if format in registered() else \
+        open_file(str(path), format)

@@ -7,7 +7,7 @@
 | video | `image_ids` (frame after frame), `answer`, and `question` where there is one |
 | edit | `source_image_ids`, `target_image_ids`, `instruction` and/or `instruction_gpt` + `response` |
 | story | `image_ids` (picture after picture), `caption0`, `caption1`, … |
-| interleaved | `image_ids`, `texts` (parallel, None where the other is), `metadata`; or `instruction`, `response` |
+| interleaved | `image_ids`, `texts` (parallel, None where the other is), `metadata` |
 | chat | `messages` |
 
 With several views of an image, caption and qa records also have `views`, whose first is the image itself; in chats
@@ -18,17 +18,16 @@ worker; `record` makes the record of these fields and the images' codes.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.images import nothing_under
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
-from seed_multimodal.errors import ConfigError, counted
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
-from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 from seed_multimodal.settings import check_keys, nearest
 
 Fields = dict[str, Any]
@@ -36,7 +35,7 @@ Read = tuple[Fields, list[Picture]]
 Codes = Sequence[list[list[int]] | None]  # of each image its views; None: an optional one that cannot be read
 
 
-def joined_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+def joined_record(fields: Fields, codes: Codes) -> Fields:
     """`image_ids` (image after image), the `views` of a single one if there are several, the fields."""
     found = [views for views in codes if views]
     several = {"views": found[0]} if len(found) == 1 and len(found[0]) > 1 else {}
@@ -50,29 +49,20 @@ class Kind:
     name: str
     read: Callable[[Sample], Read]
     fields: dict[str, str]  # keys by what they hold; `ask`: a fixed question, `suffix`: put behind each question
-    presets: dict[str, dict[str, str]] = field(default_factory=dict)  # other such mappings by name
-    default: str = ""  # the preset that is merged unless one is named
+    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})  # other such mappings by name
+    default: str = "plain"  # the preset used where nothing is given
     views: bool = False
-    record: Callable[[Fields, Codes, ImageVocabulary], Fields] = joined_record
+    record: Callable[[Fields, Codes], Fields] = joined_record
 
-    def keys(self, given: str | Mapping[str, str], where: str = "fields") -> dict[str, str]:
+    def keys(self, given: str | Mapping[str, str]) -> dict[str, str]:
         """The keys used: a preset by name, or a mapping over the kind's own. Raises ConfigError: an unknown name."""
-        if isinstance(given, str):
-            if given not in self.presets:
-                known = ", ".join(self.presets) or "none"
-                raise ConfigError(f"{where}: {given!r} is no preset of {self.name} data{nearest(given, self.presets)}; "
-                                  f"there are {known}. Or map names: {', '.join(self.fields)}.")
-            return {**self.fields, **self.presets[given]}
-        check_keys(given, self.fields, where)
-        base = self.presets.get(self.default, {}) if not given else {}
-        return {**self.fields, **base, **{key: str(value) for key, value in given.items()}}
-
-
-def get_kind(name: str) -> Kind:
-    """A kind by name. Raises ConfigError: an unknown one."""
-    if name not in KINDS:
-        raise ConfigError(f"There are no {name!r} records{nearest(name, KINDS)}: use {', '.join(KINDS)}.")
-    return KINDS[name]
+        given = given or self.default
+        if isinstance(given, Mapping):
+            check_keys(given, self.fields, "fields")
+        elif given not in self.presets:
+            raise ConfigError(f"fields: {given!r} is no preset of {self.name} data{nearest(given, self.presets)}: "
+                              f"{', '.join(self.presets)}. Or map names: {', '.join(self.fields)}.")
+        return {**self.fields, **(given if isinstance(given, Mapping) else self.presets[given])}
 
 
 # ---- caption, qa, video, story
@@ -113,11 +103,9 @@ def _read_story(sample: Sample) -> Read:
     limit = sample.settings.num_images
     pictures, captions = (_listed(sample, sample.keys[name]) for name in ("images", "captions"))
     wanted = limit if limit is not None else max(2, len(pictures))
-    if len(pictures) != wanted or len(captions) != wanted:
-        raise BadRecord("images and captions", f"{sample.where}: has {counted(len(pictures), 'image')} and "
-                        f"{counted(len(captions), 'caption')} where {wanted} of each belong ({sample.known_keys()}).")
-    if not all(isinstance(text, str) and text.strip() for text in captions):
-        raise BadRecord("wrong type", f"{sample.where}: one of its {sample.keys['captions']!r} is no text, or empty.")
+    if not len(pictures) == len(captions) == wanted or not all(isinstance(one, str) and one for one in captions):
+        raise BadRecord("images and captions", f"{sample.where}: has {len(pictures)} images and {len(captions)} "
+                        f"captions where {wanted} of each belong.")
     return {f"caption{number}": text for number, text in enumerate(captions)}, [
         sample.picture(picture) for picture in pictures]
 
@@ -130,7 +118,7 @@ def _listed(sample: Sample, key: str) -> list[Any]:
     return [sample.fields[name] for name in itertools.takewhile(sample.fields.__contains__, names)]
 
 
-# ---- edit
+# ---- edit, interleaved, chat
 
 
 def _read_edit(sample: Sample) -> Read:
@@ -140,72 +128,43 @@ def _read_edit(sample: Sample) -> Read:
     if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
         raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
                         f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return fields, [sample.picture(sample.fields.get(keys["source"])),
-                    sample.picture(sample.fields.get(keys["target"]), read=False)]
+    return fields, [sample.picture(sample.image(keys["source"])),
+                    sample.picture(sample.image(keys["target"]), read=False)]
 
 
-def _edit_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+def _edit_record(fields: Fields, codes: Codes) -> Fields:
     source, target = (views[0] for views in codes if views)
     return {"source_image_ids": source, "target_image_ids": target, **fields}
 
 
-# ---- interleaved
-
-
 def _read_interleaved(sample: Sample) -> Read:
-    """A document, images and texts in turn, or an instruction and its response with `<image>` where an image stands.
-
-    An image of a document that cannot be read is left out with its place, as in the original.
-    """
-    keys, images = sample.keys, sample.fields.get(sample.keys["images"])
-    if not isinstance(images, list):
-        raise BadRecord("missing key", f"{sample.where}: has no list of images under {keys['images']!r} "
-                        f"({sample.known_keys()}).")
-    if keys["instruction"] in sample.fields:
-        fields: Fields = {name: str(sample.text(keys[name])) for name in ("instruction", "response")}
-        count = sum(text.count(PLACEHOLDER) for text in fields.values())
-        if count != len(images):
-            raise BadRecord("images and placeholders", f"{sample.where}: {count} {PLACEHOLDER} placeholders for "
-                            f"{counted(len(images), 'image')}.")
-        return fields, [sample.picture(image) for image in images]
-    texts = sample.fields.get(keys["texts"])
-    if not isinstance(texts, list) or len(texts) != len(images):
-        raise BadRecord("images and texts", f"{sample.where}: {keys['images']!r} and {keys['texts']!r} must be lists "
-                        "of one length, with None where the other stands.")
-    for place, (image, text) in enumerate(zip(images, texts, strict=True)):
-        if (image is None) == (text is None) or not isinstance(text, str | None):
-            raise BadRecord("images and texts", f"{sample.where}: place {place} must hold an image or a text.")
+    """A document. An image that cannot be read is left out with its place, as in the original."""
+    images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
+    if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images) or any(
+            (image is None) == (text is None) or not isinstance(text, str | None)
+            for image, text in zip(images, texts, strict=True)):
+        raise BadRecord("images and texts", f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
+                        "must be lists of one length, with None where the other stands.")
     pictures = [sample.picture(image, optional=True) for image in images if image is not None]
     if not pictures:
         raise Dropped("no image")
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, pictures
 
 
-def _interleaved_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
     shown = iter(codes)
-    if "instruction" in fields:
-        return {name: "".join(vocabulary.image_text((next(shown) or [])[0]) if piece == PLACEHOLDER else piece
-                              for piece in re.split(f"({PLACEHOLDER})", text)) for name, text in fields.items()}
     places = [(next(shown) if text is None else None, text) for text in fields["texts"]]
     places = [(views, text) for views, text in places if views or text is not None]
     return {"image_ids": [views and views[0] for views, _ in places], "texts": [text for _, text in places],
             "metadata": fields["metadata"]}
 
 
-# ---- chat
-
-
 def _read_chat(sample: Sample) -> Read:
-    fields = sample.fields
-    data = sample.picture_member()
-    if data is not None:  # a tar of images with their conversation
-        fields = {**fields, "image": data}
-    if _has_own_pictures(fields):
-        fields = {key: fields[key] for key in ("messages", "system") if key in fields}  # its images stand in place
-    found = with_messages(fields, sample.where)
+    data = sample.picture_member()  # of a tar of images with their conversation
+    found = with_messages(sample.fields if data is None else {**sample.fields, "image": data}, sample.where)
     if "messages" not in found:
-        have = ", ".join(sorted(map(str, fields))[:8]) or "no keys"
-        raise BadRecord("missing key", f"{sample.where}: is no conversation (it has {have}).")
+        raise BadRecord("missing key", f"{sample.where}: is no conversation: "
+                        f"{nothing_under('messages', sample.fields)}.")
     pictures: list[Picture] = []
     messages = []
     for message in found["messages"]:
@@ -219,15 +178,7 @@ def _read_chat(sample: Sample) -> Read:
     return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, pictures
 
 
-def _has_own_pictures(fields: Mapping[str, Any]) -> bool:
-    """Whether images stand in the messages themselves, not in a list beside them."""
-    messages = fields.get("messages")
-    contents = [m.get("content") for m in messages if isinstance(m, Mapping)] if isinstance(messages, list) else []
-    return any(isinstance(part, Mapping) and not part.keys().isdisjoint(("image", "image_url", "codes"))
-               for content in contents if isinstance(content, list) for part in content)
-
-
-def _chat_record(fields: Fields, codes: Codes, vocabulary: ImageVocabulary) -> Fields:
+def _chat_record(fields: Fields, codes: Codes) -> Fields:
     """The codes of each image in its place, or those of each of its views."""
     shown = (views if len(views) > 1 else views[0] for views in codes if views)
     return {**fields, "messages": [
@@ -250,7 +201,6 @@ KINDS = {kind.name: kind for kind in (
         "source": "source_image", "target": "target_image", "instruction": "instruction",
         "instruction_gpt": "instruction_gpt", "response": "response"}, record=_edit_record),
     Kind("story", _read_story, {"images": "images", "captions": "captions"}),
-    Kind("interleaved", _read_interleaved, {name: name for name in ("images", "texts", "instruction", "response")},
-         record=_interleaved_record),
+    Kind("interleaved", _read_interleaved, {"images": "images", "texts": "texts"}, record=_interleaved_record),
     Kind("chat", _read_chat, {}, views=True, record=_chat_record),
 )}

@@ -7,13 +7,11 @@ Batches are made inside a shard, in the order of its samples, so equal input giv
 
 from __future__ import annotations
 
-import glob
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.dataset import Task, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard, list_shards, read_input_settings
-from seed_multimodal.data.pretokenize.kinds import Kind, get_kind
+from seed_multimodal.data.pretokenize.kinds import KINDS, Kind
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
@@ -31,7 +29,6 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings, check_settings, setting
 
 ORIGINAL_BATCH, CPU_BATCH = 256, 32
-NAMED = 100  # broken samples and images that the counts of a shard name
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ def run(settings: RunSettings) -> int:
     log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
              f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
     if left:
-        encoder = Encoder(settings.encoder, device)
+        encoder = Encoder(replace(settings.encoder, device=device))
         transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
         dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
         _agree(save_dir, {
@@ -81,7 +78,7 @@ def run(settings: RunSettings) -> int:
             progress.unit_scale = True  # parts of shards are shown with two digits
             extractor = _Extractor(kind, encoder, batch, settings.max_bad, progress)
             for shard in left:
-                extractor.make(shard, save_dir / f"{shard.name}.tar", tasks)
+                extractor.make(save_dir / f"{shard.name}.tar", tasks)
             log_line(f"{name}{counted(len(left), 'shard')}, {extractor.speed()}")
     if rank and not left:
         return DONE
@@ -93,7 +90,7 @@ def run(settings: RunSettings) -> int:
 
 def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
     """The kind of records and the input. Raises ConfigError."""
-    kind = get_kind(settings.kind)
+    kind = KINDS[settings.kind]
     number, count = settings.shard
     if not 0 <= number < count:
         raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
@@ -108,8 +105,6 @@ def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
 def _process(device: str) -> tuple[int, int, str]:
     """Number of this process and of all, and its device: under torchrun a GPU for each process of a machine."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1 and device.startswith("cuda:"):
-        raise ConfigError(f"--device {device} names one GPU for several processes; leave it out.")
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     return rank, world, device
@@ -122,26 +117,23 @@ class _Extractor:
         self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
         self.max_bad, self.progress = max_bad, progress
         self.images = self._bad_in_a_row = 0
-        self.named: list[str] = []
 
-    def make(self, shard: Shard, path: Path, tasks: Iterator[Task]) -> None:
+    def make(self, path: Path, tasks: Iterator[Task]) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
-        counts, self.named = Counter[str](), []
-        for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):  # by a run that was killed
-            left.unlink()
+        counts = Counter[str]()
         with open_shard(path) as writer:
             for decoded in tasks:
-                self._write(shard, decoded, writer, counts)
+                self._write(decoded, writer, counts)
                 self.progress.update(decoded.share, done=self.speed())
                 if decoded.last:
                     break
-            _write_json(path.with_name(f"{path.stem}.counts.json"), {**counts, "named": self.named})
+            _write_json(path.with_name(f"{path.stem}.counts.json"), counts)
 
     def speed(self) -> str:
         """Images so far, and per second."""
         return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
 
-    def _write(self, shard: Shard, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
+    def _write(self, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
         codes: list[list[int]] = []
         for batch in decoded.pixels.split(self.batch_size) if len(decoded.pixels) else ():
             codes += self.encoder(batch)
@@ -150,26 +142,19 @@ class _Extractor:
         for sample in decoded.samples:
             counts["lost images"] += len(sample.lost)
             for sentence in sample.lost:
-                self._name("left out of its document", sentence)
+                self.progress.say(f"left out of its document: {sentence}")
             self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
             if sample.bad:
                 counts["bad"] += 1
-                self._name("skipped", sample.bad)
+                self.progress.say(f"skipped: {sample.bad}")
                 if self._bad_in_a_row >= self.max_bad:
                     raise DataError(f"{sample.bad} ({counted(self._bad_in_a_row, 'broken sample')} in a row)")
             elif sample.dropped:
                 counts[f"dropped: {sample.dropped}"] += 1
             else:
                 found = [None if rows is None else [codes[row] for row in rows] for rows in sample.rows]
-                record = self.kind.record(sample.fields, found, self.encoder.vocabulary)
-                writer.add(f"{shard.key}-{sample.number:07d}", {"json": json.dumps(
-                    _finite(record), ensure_ascii=False, separators=(",", ":")).encode()})
+                writer.add(f"{sample.number:07d}", {"json": _strict_json(self.kind.record(sample.fields, found))})
                 counts["samples"] += 1
-
-    def _name(self, what: str, sentence: str) -> None:
-        if len(self.named) < NAMED:
-            self.named.append(sentence)
-        self.progress.say(f"{what}: {sentence}")
 
 
 def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
@@ -202,14 +187,13 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Half a surrogate pair (a file name that is no UTF-8) becomes the escape that json has for it."""
-    replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n", errors="backslashreplace")
+    replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _finite(value: Any) -> Any:
-    """A value for json, which lacks NaN (as in LAION's metadata): null."""
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _strict_json(value: Mapping[str, Any]) -> bytes:
+    """NaN, which LAION's metadata holds and json lacks, becomes null."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except ValueError:
+        return _strict_json(json.loads(json.dumps(value), parse_constant=lambda name: None))
+    return text.encode()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from seed_multimodal.data.formats.images import (
@@ -18,12 +18,12 @@ from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
     image_field,
-    in_tar,
     no_picture,
+    nothing_under,
     stored_picture,
     text_member,
 )
-from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image, shorten
 from seed_multimodal.data.pretokenize.inputs import InputSettings
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import open_image
@@ -38,13 +38,24 @@ class Dropped(Exception):
 
 @dataclass
 class Picture:
-    """An image to encode; `load` may raise ImageError."""
+    """An image to encode: what `images.stored_picture` reads, of a record."""
 
-    name: str
-    load: Callable[[], Image.Image]
-    key: str = ""  # images with equal keys are equal; empty: not known
+    value: Any
+    record: Record
+    root: str | None
     read: bool = True  # by a model, so that it may have several views; else it is drawn
     optional: bool = False  # a sample without it is still worth keeping
+
+    @property
+    def key(self) -> str:
+        """The same for equal images of neighbouring records; "": not known."""
+        return self.value if isinstance(self.value, str) else repr(self.value) if callable(self.value) else ""
+
+    def load(self) -> Image.Image:
+        """Read the image. Raises BadRecord, ImageError."""
+        found, where = stored_picture(self.value, self.record, self.root), self.record.where
+        is_listed = isinstance(found, Path) and where != self.record.file  # else the record is the image's file
+        return open_image(found, name=f"{where}: {found}" if is_listed else where)
 
 
 class Sample:
@@ -54,13 +65,12 @@ class Sample:
     """
 
     def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
-        self._record, self._files = record.parsed(files), files
-        self.settings, self.keys = settings, keys
-        self.where, self.fields = record.where, self._record.fields
+        self.record, self.files, self.settings, self.keys = record.parsed(files), files, settings, keys
+        self.where, self.fields = record.where, self.record.fields
 
     def picture_member(self) -> bytes | None:
         """The bytes of the image that is a member."""
-        return self._record.member("image", *IMAGE_KEYS, files=self._files)
+        return self.record.member(*IMAGE_KEYS, files=self.files)
 
     def image(self, key: str) -> Any:
         """What names the image: the member's bytes, else the value under `key` (`image`: or where else one stands)."""
@@ -68,12 +78,12 @@ class Sample:
         if found is None:
             found = image_field(self.fields, "" if key == IMAGE_FIELDS[0] else key)
         if found is None:
-            raise self._no_picture(key)
+            raise no_picture(self.record, key)
         return found
 
     def caption(self, key: str, *, member: bool) -> str | list[str]:
         """The caption: the .txt member's (if `member`), else the text or texts under `key` (`caption`: or `text`)."""
-        text = text_member(self._record, self._files) if member else None
+        text = text_member(self.record, self.files) if member else None
         if text is not None:
             return text
         found = captions(self.fields, "" if key == CAPTION_FIELDS[0] else key, self.where)
@@ -86,56 +96,36 @@ class Sample:
             value = max(value, key=value.count)
         if isinstance(value, int | float) and not isinstance(value, bool):
             value = str(value) if value == value else None  # NaN: an empty field of a table
-        blank = isinstance(value, str) and not value.strip()
-        if (value is None or blank) and not required:
+        if value is None or isinstance(value, str) and not value.strip():
+            if required:
+                raise BadRecord("missing key", f"{self.where}: {nothing_under(key, self.fields)}.")
             return None
-        if blank:
-            raise BadRecord("empty text", f"{self.where}: its {key!r} is empty.")
         if not isinstance(value, str):
-            problem = "has no text under" if value is None else f"holds a {type(value).__name__} under"
-            raise BadRecord("missing key", f"{self.where}: {problem} {key!r} ({self.known_keys()}).")
+            raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not a text.")
         return value
 
-    def known_keys(self) -> str:
-        """The keys that the sample has, and how to name the right ones, for an error."""
-        have = ", ".join(sorted(map(str, self.fields))[:8]) or "no keys"
-        return f"it has {have}; name them by --fields"
-
-    def _no_picture(self, key: str = "") -> BadRecord:
-        hint = "" if in_tar(self._record) else "; name the keys by --fields"
-        return BadRecord("missing picture", f"{str(no_picture(self._record, key)).rstrip('.')}{hint}.")
-
     def picture(self, value: Any, **options: Any) -> Picture:
-        """The image that a field names: a path, bytes as base64 text or bytes, `{"bytes": …}`, or one of the record's
-        members."""
-        own = self._record.members.get(value) if isinstance(value, str) else None
-        if isinstance(own, bytes):
-            name = f"{self._record.file}: picture {value}"
-            return Picture(name, partial(open_image, own, name=name), f"own:{value}", **options)
-        if value is None:
-            raise self._no_picture()
-        try:
-            found = stored_picture(value, self._record, self.settings.image_root)
-        except ImageError as error:
-            return Picture(self.where, partial(_raise, error), **options)
-        if not isinstance(found, Path):
-            key = repr(value) if callable(value) else ""
-            return Picture(self.where, partial(open_image, found, name=self.where), key, **options)
-        name = f"{self.where}: {value['path'] if isinstance(value, Mapping) else value}"
-        if self.where == self._record.file:
-            name = self.where  # of a folder: the record is the picture
-        return Picture(name, partial(open_image, found, name=name), str(found), **options)
+        """The image that a field names, as `images.stored_picture` reads it; `options` of `Picture`."""
+        return Picture(value, self.record, self.settings.image_root, **options)
 
     def frames(self, value: str) -> list[Picture]:
-        """Images of the video that a field names; it is opened when the first of them is loaded."""
-        path, count = find_image(value, self.settings.image_root, self._record.file), self.settings.num_frames
-        read = functools.cache(partial(_read_frames, path, f"{self.where}: {value}", count))
-        return [Picture(f"{self.where}: {value} frame {number}", lambda number=number: read()[number],  # type: ignore
-                        f"{path}@{count}:{number}" if path else "") for number in range(count)]
+        """Images of the video that a field names, which is read when the first of them is."""
+        path, count = find_image(value, self.settings.image_root, self.record.file), self.settings.num_frames
+        if path is None:
+            raise BadRecord("missing picture", f"{self.where}: there is no video {value}.")
+        return [self.picture(Frame(str(path), count, number)) for number in range(count)]
 
 
-def _raise(error: ImageError) -> Image.Image:
-    raise error
+@dataclass(frozen=True)
+class Frame:
+    """Frame `number` of `count` of a video, as `images.io.Drawing`. Raises ImageError when it is called."""
+
+    path: str
+    count: int
+    number: int
+
+    def __call__(self) -> np.ndarray:
+        return read_frames(self.path, self.count)[self.number]
 
 
 def middles(total: int, count: int) -> list[int]:
@@ -144,23 +134,23 @@ def middles(total: int, count: int) -> list[int]:
     return [min(total - 1, int((number + 0.5) * total / count)) for number in range(count)]
 
 
-def _read_frames(path: Path | None, name: str, count: int) -> list[Image.Image]:
+@functools.lru_cache(maxsize=1)
+def read_frames(path: str, count: int) -> list[np.ndarray]:
+    """`count` frames of a video, uint8 [H, W, 3]. Raises ImageError."""
     import cv2
 
-    if path is None:
-        raise ImageError(f"{name}: there is no such video.")
-    video = cv2.VideoCapture(str(path))
+    video = cv2.VideoCapture(path)
     total = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if video.isOpened() else 0
     if total < 1:
-        raise ImageError(f"{name}: not a video in a known format, or without frames.")
-    read: dict[int, Image.Image] = {}
+        raise ImageError(f"{path}: not a video in a known format, or without frames.")
+    read: dict[int, np.ndarray] = {}
     places = middles(total, count)
     for place in dict.fromkeys(places):  # each once: seeking back to the only frame of a video fails
         video.set(cv2.CAP_PROP_POS_FRAMES, place)
         good, pixels = video.read()
         if not good:
-            raise ImageError(f"{name}: frame {place} cannot be decoded; the video is cut off or damaged.")
-        read[place] = Image.fromarray(cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB))
+            raise ImageError(f"{path}: frame {place} cannot be decoded; the video is cut off or damaged.")
+        read[place] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return [read[place] for place in places]
 
 

@@ -2,8 +2,8 @@
 
     with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
         batches.restore(states)                      # of all ranks; or not at all
-        for micro_step in range(done, all):
-            batch = batches.at(micro_step)
+        for batch in itertools.islice(batches, 100):
+            ...
         mine = batches.state()                       # the position after the last batch, json-able
 
 Draw n of a rank picks a source by a random number that is a function of (seed, n · world + rank), and of that source
@@ -18,7 +18,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, Self
 
@@ -31,8 +31,7 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import BROKEN, TOO_LONG, Mixture, Piece, Read, add_counts, add_skipped
 from seed_multimodal.data.stream.packing import best_fit, make_row, pad_rows
-from seed_multimodal.data.stream.views import BatchViews, join_views
-from seed_multimodal.device import copy_to
+from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
@@ -54,17 +53,12 @@ class LlmBatch:
     tokens: int  # positions that are no padding
     learned: int  # targets after the shift
     sequences: int
-    images: int
     squares: int  # sum of the squares of the sequences' lengths (attention's cost)
     views: BatchViews | None = None  # images that are read or written as features (SEED-X)
 
-    def to(self, device: str | torch.device) -> LlmBatch:
+    def to(self, device: str | torch.device) -> Self:
         """The same batch on a device."""
-        place, mask = torch.device(device), self.attention_mask
-        return replace(self, input_ids=copy_to(place, self.input_ids), labels=copy_to(place, self.labels),
-                       position_ids=copy_to(place, self.position_ids),
-                       attention_mask=None if mask is None else copy_to(place, mask),
-                       views=None if self.views is None else self.views.to(place))
+        return on_device(self, device)
 
 
 class Draw(NamedTuple):
@@ -134,24 +128,23 @@ def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
     return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
 
 
-class LlmBatches:
-    """Micro-batches of one rank, one after the other; the same for any number of `workers` (0: none). `log` gets one
-    sentence for each of the first few records skipped for a reason. Raises as `Mixture`."""
+class LlmBatches(Iterator[LlmBatch]):
+    """Micro-batches of one rank until every source is used up; the same for any number of `workers` (0: none). `log`
+    gets one sentence for each of the first few records skipped for a reason. Raises as `Mixture`."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
                  workers: int = 0, log: Callable[[str], None] | None = None) -> None:
         self.settings, self.rank, self.world, self.workers, self.log = settings, rank, world, workers, log
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
-        self.pad_id, self.boi_id = tokenizer.pad_id, tokenizer.vocabulary.boi_id
+        self.pad_id = tokenizer.pad_id
         self.draws = DrawOrder(self.mixture, rank, world)
         self.broken = [0 for _ in settings.sources]  # records of each source since the last good one
         self.waiting: list[Piece] = []  # the look-ahead of packing, the oldest first
         self.positions = 0
-        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}, "too_long": {}}
+        self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}}
                                               for _ in settings.sources]
-        self.wait_seconds = 0.0  # spent inside `at`
-        self._next: int | None = 0  # step of the next batch; None: as `at` says
+        self.wait_seconds = 0.0  # spent inside `next`
         self._open()
 
     def _open(self) -> None:
@@ -163,22 +156,16 @@ class LlmBatches:
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
 
-    def at(self, step: int) -> LlmBatch:
-        """The batch at a micro-step, after those before it. After `restore` the first call numbers the next one.
-
-        Raises:
-            EndOfData: this rank has used every source up (others may do so some steps apart).
-            DataError: too many broken records, or a worker that was killed.
-        """
+    def __next__(self) -> LlmBatch:
+        """The next batch; ranks may end some steps apart. Raises DataError: too many broken records in a row, or a
+        worker that was killed."""
         started = time.perf_counter()
-        for number in range(step if self._next is None else self._next, step + 1):
-            batch = self._packed() if self.settings.packing else self._padded()
-            self._next = number + 1
+        batch = self._packed() if self.settings.packing else self._padded()
         self.wait_seconds += time.perf_counter() - started
         return batch
 
     def close(self) -> None:
-        """Stop the workers; the next `at` starts new ones."""
+        """Stop the workers; the next batch starts new ones."""
         self._loaded.close()
         self._open()
 
@@ -208,7 +195,7 @@ class LlmBatches:
         """Rows of `length`, filled from the look-ahead."""
         length, rows = self.settings.length, [self._row() for _ in range(self.settings.rows)]
         if not any(rows):
-            raise self.mixture.end_of_data()
+            raise StopIteration
         made = [make_row([(one.ids, one.labels) for one in row], length, self.pad_id) for row in rows]
         ids, labels, positions = map(np.stack, zip(*made, strict=True))
         return self._batch(rows, ids, labels, positions, None)
@@ -235,7 +222,7 @@ class LlmBatches:
         while row is not None and not row:
             row = self._next_draw()
         if row is None:
-            raise self.mixture.end_of_data()
+            raise StopIteration
         length = self.settings.padded_shape(row[0].source)[1]
         ids, labels = pad_rows([(one.ids, one.labels) for one in row], length, self.pad_id)
         positions = np.arange(length)[None].repeat(len(row), 0)
@@ -252,7 +239,7 @@ class LlmBatches:
         words, learned, places = (torch.from_numpy(array).long() for array in (ids, labels, positions))
         return LlmBatch(words, learned, places, mask,
                         tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
-                        images=int((ids == self.boi_id).sum()), squares=sum(len(one) ** 2 for one in used),
+                        squares=sum(len(one) ** 2 for one in used),
                         views=join_views([[(one.views, len(one)) for one in row] for row in rows], ids.shape[1]))
 
     def _count(self, source: int, read: Read) -> None:
@@ -263,10 +250,8 @@ class LlmBatches:
             self.broken[source] = 0
         if note is None:
             return
-        long = note.kind == TOO_LONG
-        if add_skipped(counts["too_long" if long else "skipped"], note.reason, 1, [note.where]) and self.log:
-            what = f"too long, {note.reason}" if long else f"skipped ({note.reason})"
-            self.log(f"{name}: {what}: {note.where}")
+        if add_skipped(counts["skipped"], note.reason, 1, [note.where]) and self.log:
+            self.log(f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}")
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:
             raise DataError(f"{self.broken[source]} records of source {name} are broken without a good one between "
@@ -274,7 +259,7 @@ class LlmBatches:
 
     def report(self) -> dict[str, Any]:
         """`{"positions", "tokens", "sources": {name: counts}}` of this rank; a source's `sequences` and `tokens` in
-        batches, `draws`, `epochs`, and `skipped` and `too_long`: reason -> {"count", "first": records}."""
+        batches, `draws`, `epochs`, and `skipped` (also cut or split): reason -> {"count", "first": records}."""
         sources = {source.name: {**deepcopy(counts), "epochs": counts["draws"] / size} for source, counts, size
                    in zip(self.settings.sources, self.sources, self.mixture.sizes, strict=True)}
         return {"positions": self.positions, "tokens": sum(one["tokens"] for one in self.sources), "sources": sources}
@@ -282,7 +267,7 @@ class LlmBatches:
     # ------------------------------------------------------------------------------------------------------ the state
 
     def state(self) -> dict[str, Any]:
-        """State for `restore`, after the last batch that `at` returned; each rank saves its own (json-able)."""
+        """State for `restore`, after the last batch; each rank saves its own (json-able)."""
         return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
                 "counts": list(self.draws.counts), "left": [list(draw) for draw in self.draws.left],
                 "waiting": [[one.source, one.position, one.number] for one in self.waiting],
@@ -313,7 +298,6 @@ class LlmBatches:
             for own, counts in zip(self.sources, state["sources"], strict=True):
                 add_counts(own, counts)
         self.close()
-        self._next = None
 
     def _fingerprint(self) -> dict[str, Any]:
         """Settings that must not change between save and resume: with other values it would be other data. Other

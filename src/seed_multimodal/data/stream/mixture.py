@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, SeededDraws, TokenSequence
+from seed_multimodal.data.decoders.base import IGNORED, SeededDraws, TokenSequence
 from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.stream.config import LlmDataSettings, SourceSettings
+from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
 from seed_multimodal.data.stream.views import PictureReader, SequenceViews
@@ -28,13 +28,13 @@ USABLE_WITHIN = 100
 SPLIT_DECODERS = ("pretrain.text",)
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 NAMED = 5  # records named for each reason of a skip
-_WORDS = {"skip": "skipped", "truncate": "cut", "split": "split"}
+_WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "too long, split"}
 _BITS = (1 << 64) - 1
 
 
 class SkippedSample(NamedTuple):
-    """A record that was skipped (or, if too long, shortened): BROKEN, DROPPED or TOO_LONG; a reason in a few words, the
-    same for many records; its file and line or sample, for broken records the whole sentence."""
+    """A record that was skipped, or cut or split: BROKEN, DROPPED or TOO_LONG; a reason in a few words; its file and
+    line or sample, for broken records the whole sentence."""
 
     kind: str
     reason: str
@@ -43,7 +43,7 @@ class SkippedSample(NamedTuple):
 
 @dataclass
 class Piece:
-    """A sequence (int32 [n] ids and labels) and its images' views; piece `number` of what a position gave."""
+    """A sequence (int32 [n] ids and labels) and its images' views; piece `number` of those at a position."""
 
     source: int
     position: int
@@ -63,10 +63,6 @@ class Read(NamedTuple):
     note: SkippedSample | None = None
 
 
-class EndOfData(DataError):
-    """Every source of the mixture is used up (all have finite `cycles`)."""
-
-
 class Mixture:
     """The opened sources with their decoders and orders."""
 
@@ -77,20 +73,17 @@ class Mixture:
                                      cache=settings.cache, options=source.format_options,
                                      needs_json=source.decoder not in FEATURE_DECODERS)
                         for source in self.sources]
-        self.decoders = [_decoder(source, tokenizer) for source in self.sources]
+        self.decoders = [get_decoder(source.decoder, tokenizer, source.options) for source in self.sources]
         self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
-        sides = {one.options.base_resolution for one in self.decoders if isinstance(one, OpenedDecoder)}
-        if len(sides) > 1:
-            raise ConfigError(f"The views of all sources need one size; base_resolution is {sorted(sides)}.")
         self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
         self.limits = [None if source.cycles is None else source.cycles * size
                        for source, size in zip(self.sources, self.sizes, strict=True)]
         self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
-        self.orders = [EpochOrder(size, seed, sizes=records.shard_sizes,
+        self.orders = [EpochOrder(len(records), seed, sizes=records.shard_sizes,
                                   block=SHUFFLE_BLOCK if len(records.shard_sizes) > 1 else 0)
-                       for size, seed, records in zip(self.sizes, self.seeds, self.records, strict=True)]
+                       for seed, records in zip(self.seeds, self.records, strict=True)]
 
     def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
@@ -125,26 +118,21 @@ class Mixture:
 
     def read(self, source: int, position: int) -> Read:
         """The sequence at a position as pieces that fit the rows."""
-        settings, reader, length = self.settings, self.readers[source], self.settings.shape(source)[1]
+        settings, length = self.settings, self.settings.shape(source)[1]
         too_long = settings.too_long if settings.packing else "truncate"
         if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
             too_long = "skip"
-        # Decoders with images know themselves where a sequence may be cut.
-        found = self.sequence(source, position, None if reader is None else length)
+        found = self.sequence(source, position, None if too_long == "split" else length)
         if isinstance(found, SkippedSample):
             return Read([], found)
         sequence, where = found
-        total, note = len(sequence) + (sequence.cut if isinstance(sequence, PictureSequence) else 0), None
+        total, note = len(sequence) + sequence.cut, None
         if total > length:
             note = SkippedSample(TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})")
             if too_long == "skip":
                 return Read([], note)
-            if too_long == "truncate" and reader is None:
-                found = self.sequence(source, position, length)
-                if isinstance(found, SkippedSample):
-                    return Read([], found)
-                sequence = found[0]
         ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
+        reader = self.readers[source]
         if reader is not None and isinstance(sequence, PictureSequence):
             return Read([Piece(source, position, 0, ids, labels, reader.cut(sequence))], note)
         pieces = split_long(ids, labels, length) if too_long == "split" else [(ids, labels)]
@@ -182,23 +170,9 @@ class Mixture:
                 first = first or read.note
             else:
                 assert first is not None
-                reason = "too long" if first.kind == TOO_LONG else first.reason
                 raise DataError(f"Source {self.sources[source].name}: no record can be used "
                                 f"({counted(count, 'record')} tried); the first: {first.where}"
-                                + ("" if first.kind == BROKEN else f": {reason}."))
-
-    def end_of_data(self) -> EndOfData:
-        """The error for a mixture that is used up."""
-        used = ", ".join(f"{source.name} {source.cycles}x" for source in self.sources)
-        return EndOfData(f"All sources are used up (cycles: {used}): ask for fewer steps, raise cycles, or leave "
-                         f"cycles out for no end.")
-
-
-def _decoder(source: SourceSettings, tokenizer: MultimodalTokenizer) -> Decoder:
-    try:
-        return get_decoder(source.decoder, tokenizer, source.options)
-    except ConfigError as error:
-        raise ConfigError(f"source {source.name}: {error}") from None
+                                + ("" if first.kind == BROKEN else f": {first.reason}."))
 
 
 def uniform(seed: int, number: int) -> float:
@@ -213,13 +187,10 @@ def uniform(seed: int, number: int) -> float:
 
 
 def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
-    """Add the counts of a source in another process or run: numbers, and records skipped by reason."""
-    for key, own in into.items():
-        if isinstance(own, dict):
-            for reason, more in counts[key].items():
-                add_skipped(own, reason, more["count"], more["first"])
-        else:
-            into[key] = own + counts[key]
+    """Add the counts of a source in another process or run."""
+    for reason, more in counts["skipped"].items():
+        add_skipped(into["skipped"], reason, more["count"], more["first"])
+    into.update({key: own + counts[key] for key, own in into.items() if key != "skipped"})
 
 
 def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:

@@ -7,8 +7,8 @@ encoder runs on the training device, so pixels (uint8) and not features leave th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.seed_x.views import AnyResolution
 
 READ, WRITTEN = 1, 2
+T = TypeVar("T")
 
 
 @dataclass
@@ -41,19 +42,26 @@ class SequenceViews:
 
 @dataclass
 class BatchViews:
-    """The views of a batch as tensors: `marks` int8 [B, L]; `seeds` and `words` int64 [n], on the CPU."""
+    """The views of a batch: `marks` int8 [B, L]; `seeds` and `words` of each view."""
 
     pixels: Tensor
     positions: Tensor
     written: Tensor
     marks: Tensor
-    seeds: Tensor
-    words: Tensor
+    seeds: list[int]
+    words: list[int]
 
-    def to(self, device: torch.device) -> BatchViews:
-        """The same on a device."""
-        return replace(self, pixels=copy_to(device, self.pixels), positions=copy_to(device, self.positions),
-                       written=copy_to(device, self.written), marks=copy_to(device, self.marks))
+
+def on_device(batch: T, device: str | torch.device) -> T:
+    """A dataclass with its tensors, and those of its dataclasses, on a device."""
+    moved: dict[str, Any] = {}
+    for entry in fields(batch):  # type: ignore[arg-type]
+        value = getattr(batch, entry.name)
+        if isinstance(value, Tensor):
+            moved[entry.name] = copy_to(torch.device(device), value)
+        elif is_dataclass(value):
+            moved[entry.name] = on_device(value, device)
+    return replace(batch, **moved)  # type: ignore[type-var]
 
 
 class PictureReader:
@@ -115,5 +123,4 @@ def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], lengt
     return BatchViews(torch.cat([one.pixels for one in found]),
                       torch.tensor([place for one in found for place in one.positions]),
                       torch.tensor([written for one in found for written in one.written]), marks,
-                      torch.tensor([seed for one in found for seed in one.seeds]),
-                      torch.tensor([one.words for one in found for _ in one.seeds]))
+                      [seed for one in found for seed in one.seeds], [one.words for one in found for _ in one.seeds])

@@ -144,7 +144,7 @@ class PretrainTask(LlmTask):
         if views is None:
             return ReadyBatch(**vars(batch))
         features = self.features(views.pixels)
-        generators = [torch.Generator().manual_seed(int(seed)) for seed in views.seeds.tolist()]
+        generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
         keep = self.visual.select(features, mode=self.run.visual_encoder.selection, generator=generators).keep_BN
         on_cpu = keep.cpu() > 0.5
         written, read = views.written.nonzero().flatten(), (~views.written).nonzero().flatten()
@@ -152,8 +152,7 @@ class PretrainTask(LlmTask):
         drawn = written.to(self.device)
         for place, found in zip(written.tolist(), self._codes(features[drawn], keep[drawn]), strict=True):
             codes[place] = found
-        filled, places = fill_rows(batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id,
-                                   words.boi_id)
+        filled, places = fill_rows(batch, on_cpu.sum(1).tolist(), codes, words.code_start, self.tokenizer.pad_id)
         if not len(read):
             return ReadyBatch(**vars(filled))
         seen = read.to(self.device)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.device import copy_to
 
 _EIGHTH = 8
 
@@ -37,14 +36,6 @@ class ReadyBatch(LlmBatch):
     keep: Tensor | None = None
     kept: Tensor | None = None
     places: Tensor | None = None
-
-    def to(self, device: str | torch.device) -> ReadyBatch:
-        """The same on a device."""
-        moved, place = super().to(device), torch.device(device)
-        assert isinstance(moved, ReadyBatch)
-        if moved.kept is None or moved.places is None:
-            return moved
-        return replace(moved, kept=copy_to(place, moved.kept), places=copy_to(place, moved.places))
 
 
 class _Row(NamedTuple):
@@ -67,16 +58,15 @@ class _Image(NamedTuple):
 
 
 def fill_rows(batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[int] | None], code_start: int,
-              pad_id: int, start_id: int) -> tuple[LlmBatch, Tensor]:
+              pad_id: int) -> tuple[LlmBatch, Tensor]:
     """The batch with its images as they are, and the places of those that are read (int64 [T], in their order).
 
     Args:
         counts: of each image the patches it keeps. codes: theirs of an image that is written, None of one that is
             read, whose ids there are `code_start` and mean nothing.
-        start_id: of the word before an image that is counted.
     """
     views, packed = batch.views, batch.attention_mask is None
-    words = [] if views is None else views.words.tolist()
+    words = [] if views is None else views.words
     marks = np.zeros(batch.input_ids.shape, np.int8) if views is None else views.marks.cpu().numpy()
     images = iter(zip(words, counts, codes, strict=True))
     rows = []
@@ -97,8 +87,8 @@ def fill_rows(batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[i
     return replace(
         batch, input_ids=ids, labels=labels, position_ids=positions, tokens=int(tokens.sum()),
         attention_mask=None if packed else (torch.arange(length)[None] < tokens[:, None]).long(),
-        learned=int((labels[:, 1:] != IGNORED).sum()), images=int((ids == start_id).sum()),
-        squares=sum(row.squares for row in rows), views=None), torch.cat(places)
+        learned=int((labels[:, 1:] != IGNORED).sum()), squares=sum(row.squares for row in rows), views=None
+    ), torch.cat(places)
 
 
 def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: int) -> _Row:

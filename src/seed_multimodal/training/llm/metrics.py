@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import add_counts
 from seed_multimodal.training.llm.loss import find_llama
-from seed_multimodal.training.metrics import Meter, StepNumbers
+from seed_multimodal.training.metrics import Meter
 
 # Numbers of a step that are summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")
@@ -38,7 +38,8 @@ class TokenMeter(Meter):
         self.timed = dict.fromkeys(_SUMS, 0.0)  # since the line before, as this process timed it
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> StepNumbers:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
+                ) -> dict[str, float]:
         """Sums over the micro-steps; `divisor` as it is for this step."""
         sums = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in _SUMS}
         return super().combine([{**sums, "divisor": self.divisor}], norm, rate)
@@ -127,8 +128,7 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     sources: dict[str, dict[str, Any]] = {}
     for report in reports:
         for name, source in report["sources"].items():
-            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {},
-                                                 "too_long": {}}), source)
+            add_counts(sources.setdefault(name, {"sequences": 0, "tokens": 0, "epochs": 0.0, "skipped": {}}), source)
     return {"tokens": tokens, "positions": positions, "sources": sources, "fill": tokens / max(1, positions)}
 
 
@@ -139,8 +139,8 @@ def summary_lines(record: Mapping[str, Any]) -> list[str]:
     for name, source in record["data"]["sources"].items():
         lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
                      f"{source['epochs']:.2f} epochs")
-        lines += [f"    {entry['count']:,} {group.replace('_', ' ')} ({reason}): {'; '.join(entry['first'])}"
-                  for group in ("skipped", "too_long") for reason, entry in source[group].items()]
+        lines += [f"    {entry['count']:,} skipped or cut ({reason}): {'; '.join(entry['first'])}"
+                  for reason, entry in source["skipped"].items()]
         if not source["sequences"]:
             lines.append("    warning: nothing of it was used")
     return [*lines, f"  checkpoint: {record['checkpoint']}"]

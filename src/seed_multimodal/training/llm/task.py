@@ -6,7 +6,7 @@ the first backward pass. Else the micro-batches' means are averaged, as released
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from seed_multimodal.data.decoders import FEATURE_DECODERS
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -126,7 +125,7 @@ class LlmTask(RunTask):
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
-        self.batches = [self.ready(batch) for batch in first_batches(self.data, count, start=step * count)]
+        self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
         learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
                       for one in self.batches)
         total, left = self.group.sum([learned, float(len(self.batches))])
@@ -195,7 +194,7 @@ class LlmTask(RunTask):
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
         with LlmBatches(self.run.eval_data, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
-            found = first_batches(data, self.settings.eval_batches)
+            found = list(itertools.islice(data, self.settings.eval_batches))
         most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
         return found + [blank_batch()] * (most - len(found))
 
@@ -251,18 +250,9 @@ class LlmTask(RunTask):
         load_trained(self.llm, folder)
 
 
-def first_batches(batches: LlmBatches, count: int, start: int = 0) -> list[LlmBatch]:
-    """`count` micro-batches from number `start` on, fewer if the data end before."""
-    found: list[LlmBatch] = []
-    with contextlib.suppress(EndOfData):
-        for number in range(start, start + count):
-            found.append(batches.at(number))
-    return found
-
-
 def blank_batch() -> LlmBatch:
     """A batch with nothing to learn, for a process whose data have ended before the others'. It is padded: the
     attention of packed rows may be compiled for each length."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
-                    learned=0, sequences=0, images=0, squares=0)
+                    learned=0, sequences=0, squares=0)

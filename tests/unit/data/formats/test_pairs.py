@@ -19,9 +19,8 @@ from seed_multimodal.errors import ConfigError, DataError
 # ---- shards
 
 
-@pytest.mark.parametrize("caption_file", ["json", "txt"])
-def test_pairs_of_shards_as_webdataset(shards: Path, caption_file: str):
-    pairs = Pairs(f"{shards}/s-{{000..003}}.tar", caption_file=caption_file)
+def test_pairs_of_shards_as_webdataset(shards: Path):
+    pairs = Pairs(f"{shards}/s-{{000..003}}.tar")
     files = [str(p) for p in sorted(shards.glob("*.tar"))]
     theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode())
     assert len(pairs) == len(theirs) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
@@ -33,23 +32,14 @@ def test_pairs_of_shards_as_webdataset(shards: Path, caption_file: str):
         assert raw is not None and pair.image == raw.read()
 
 
-def test_pairs_with_other_keys(tmp_path: Path, jpeg: Callable, write_tar: Callable):
-    path = write_tar(tmp_path / "x.tar", [{"__key__": "0", "png": b"P", "jpg": jpeg(0),
-                                           "json": {"top_caption": ["a", "b"]}}])
-    assert Pairs(path, image_keys=("jpg", "png"), caption_key="top_caption").read(0).image == jpeg(0)
-    assert Pairs(path, image_keys=["png", "jpg"], caption_key="top_caption").read(0).image == b"P"
-    assert Pairs(path, image_keys="png", caption_key="top_caption").read(0).captions == ["a", "b"]
-
-
 def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar: Callable):
-    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": "fine"}}])
+    path = write_tar(tmp_path / "x.tar", [{"__key__": "a", "jpg": jpeg(1), "json": {"captions": ["fine", "too"]}}])
     with pytest.raises(DataError, match=r"x\.tar: sample a: .*under key 'caption' \(did you mean 'captions'\?\)"):
         Pairs(path)
-    for reading, words in (({"image_keys": ["webp"]}, r"no \.webp member"), ({"caption_file": "txt"}, r"has no \.txt")):
-        with pytest.raises(DataError, match=rf"x\.tar: sample a: .*{words}"):
-            Pairs(path, caption_key="captions", **reading)
-    with pytest.raises(ConfigError, match="caption_file"):
-        Pairs(path, caption_file="yaml")
+    assert Pairs(path, caption_key="captions").read(0).captions == ["fine", "too"]
+    path = write_tar(tmp_path / "y.tar", [{"__key__": "a", "txt": "words"}])
+    with pytest.raises(DataError, match=r"y\.tar: sample a: has no picture: no \.jpg, .* member"):
+        Pairs(path)
 
 
 @pytest.mark.process
@@ -99,9 +89,9 @@ def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: st
 
 
 def test_open_pairs(tmp_path: Path, shards: Path):
-    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar", "caption_file": "txt"})
+    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar"})
     assert isinstance(pairs, Pairs) and pairs.read(0).captions == ["Picture 0."]
-    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"], "image_keys": ["jpg"]})
+    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"]})
     assert len(open_pairs(spec)) == 7
     (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
     spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}

@@ -17,11 +17,10 @@ from seed_multimodal.data.pretokenize.encode import build_transform
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
     list_shards,
-    open_shard,
     parse_fields,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.kinds import KINDS, get_kind
+from seed_multimodal.data.pretokenize.kinds import KINDS
 from seed_multimodal.data.pretokenize.samples import middles, view
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
@@ -33,7 +32,7 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 def decode(kind: str, settings: InputSettings, workers: int = 0) -> list[tuple[DecodedSample, torch.Tensor]]:
     """All samples of the inputs, and the pixels of each."""
-    dataset = TaskDataset(get_kind(kind), settings, ImageTransform(16))
+    dataset = TaskDataset(KINDS[kind], settings, ImageTransform(16))
     return [(sample, task.pixels[[row for rows in sample.rows for row in rows or ()]])
             for task in decode_shards(list_shards(settings, 4), dataset, 3, workers) for sample in task.samples]
 
@@ -143,21 +142,16 @@ def test_list_shards_of_tars_and_blocks(tmp_path, jpeg):
     for name in ("one.jpg", "in/two.jpg"):
         (tmp_path / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "pictures" / name).write_bytes(jpeg(0))
-    for recursive, keys in ((True, ["in/two.jpg", "one.jpg"]), (False, ["one.jpg"])):
-        settings = InputSettings(files=str(tmp_path / "pictures"), recursive=recursive)
-        (shard,) = list_shards(settings, 10)
-        locate, numbers = open_shard(shard, settings)
-        assert shard.name == "pictures-00000" and [locate(number).key for number in numbers] == keys
+    (shard,) = list_shards(InputSettings(files=str(tmp_path / "pictures")), 10)
+    assert shard.name == "pictures-00000" and [shard.file.locate(number).key for number in (0, 1)] == [
+        "in/two.jpg", "one.jpg"]
     rows = [{"image": "x.jpg", "n": n} for n in range(7)]
     (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
     (tmp_path / "lines.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     for name in ("coco.json", "lines.jsonl"):
-        settings = InputSettings(files=str(tmp_path / name))
-        shards = list_shards(settings, 3)
+        shards = list_shards(InputSettings(files=str(tmp_path / name)), 3)
         assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
-        assert [locate(number).where.rpartition(" ")[2] for locate, numbers in (
-            open_shard(shard, settings) for shard in shards) for number in numbers] == [
-            str(n + (name == "lines.jsonl")) for n in range(7)]
+        assert shards[1].file.locate(3).where.endswith("line 4" if name == "lines.jsonl" else "item 3")
     settings = InputSettings(files=str(tmp_path / "coco.json"), image_root=f"{tmp_path}/picture")
     with pytest.raises(DataError, match=r"image_root: there is no folder .*/picture \(did you mean .*/pictures\?\)"):
         list_shards(settings, 10)

@@ -106,7 +106,7 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
         "batch_size": 1, "max_length": length, "cycles": 1, "options": options}],
         "packing": False})
     with LlmBatches(settings, words) as batches:
-        batch = batches.at(0)
+        batch = next(batches)
     assert not draws[-1].calls and batch.attention_mask is not None
     for name in ("input_ids", "labels", "attention_mask"):
         assert getattr(batch, name)[0].tolist() == expected[name], name

@@ -1,8 +1,7 @@
-"""Batches by micro-step: the same for any workers and starts, and after being killed; nothing lost in another world."""
+"""Batches one after the other: the same for any workers, and after being killed; nothing lost in another world."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -21,12 +20,12 @@ import torch
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
 SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5)}  # max_length, batch_size of padded micro-batches
-COUNTS = ("tokens", "learned", "sequences", "images", "squares")
+COUNTS = ("tokens", "learned", "sequences", "squares")
 
 
 def same(left: LlmBatch, right: LlmBatch) -> bool:
@@ -56,11 +55,10 @@ def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
     return make
 
 
-def test_at_packed(mixed: Callable, words, sequences: Callable, numbers: Callable) -> None:
+def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Callable) -> None:
     batches = LlmBatches(read_data_settings(mixed(rows=3)), words)
     tokens = positions = 0
-    for step in range(12):
-        batch = batches.at(step)
+    for batch in itertools.islice(batches, 12):
         assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 192)
         assert {one.dtype for one in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
         assert batch.attention_mask is None
@@ -69,7 +67,6 @@ def test_at_packed(mixed: Callable, words, sequences: Callable, numbers: Callabl
         assert sum(len(ids) for ids, _ in found) == batch.tokens
         assert sum(len(ids)**2 for ids, _ in found) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
-        assert sum(ids.count(words.vocabulary.boi_id) for ids, _ in found) == batch.images
         for ids, labels in found:
             assert ids[0] == words.bos_id and ids[-1] == words.eos_id
             assert labels[0] == -100 and labels[1:] == ids[1:]  # all of a pretraining sequence is learned
@@ -79,12 +76,11 @@ def test_at_packed(mixed: Callable, words, sequences: Callable, numbers: Callabl
     assert batches.wait_seconds > 0 and same(batch.to("cpu"), batch)
 
 
-def test_at_padded_is_the_original_form(config: Callable, words, numbers: Callable) -> None:
+def test_next_padded_is_the_original_form(config: Callable, words, numbers: Callable) -> None:
     """Rows equal the released form of the sequences at the batch's positions, cut where they are too long."""
     settings = read_data_settings(config(packing=False))
     batches, mixture, drawn = LlmBatches(settings, words), Mixture(settings, words), Counter()
-    for step in range(25):
-        batch = batches.at(step)
+    for batch in itertools.islice(batches, 25):
         kind = numbers(batch)[0] // 1000
         length, size = list(SIZES.values())[kind]
         assert batch.input_ids.shape == (size, length) and {n // 1000 for n in numbers(batch)} == {kind}
@@ -98,7 +94,7 @@ def test_at_padded_is_the_original_form(config: Callable, words, numbers: Callab
         assert batch.tokens == int(batch.attention_mask.sum()) and batch.sequences == size
         drawn[kind] += 1
     assert set(drawn) == {0, 1, 2} and drawn[0] > drawn[1]
-    cut = batches.report()["sources"]["documents"]["too_long"]["cut"]
+    cut = batches.report()["sources"]["documents"]["skipped"]["too long, cut"]
     assert cut["count"] > 3 and "tokens, rows have 80)" in cut["first"][0]
 
 
@@ -108,19 +104,17 @@ def test_at_padded_is_the_original_form(config: Callable, words, numbers: Callab
 def test_restore(config: Callable, words, packing: bool, workers: int, no_workers_left: None) -> None:
     settings = read_data_settings(config(packing, rows=2))
     whole = LlmBatches(settings, words)
-    expected = [whole.at(step) for step in range(70)]
+    expected = list(itertools.islice(whole, 70))
     for stop in (0, 7, 61):
         with LlmBatches(settings, words, workers=workers) as first:
-            for step in range(stop):
-                generator = torch.random.get_rng_state()
-                assert same(first.at(step), expected[step])
-                assert torch.equal(torch.random.get_rng_state(), generator)
+            generator = torch.random.get_rng_state()
+            assert all(map(same, expected[:stop], itertools.islice(first, stop)))
+            assert torch.equal(torch.random.get_rng_state(), generator)
             state = saved(first)
         with LlmBatches(settings, words, workers=workers) as second:
             second.restore([state])
             assert saved(second) == state
-            for step in range(stop, stop + 9):
-                assert same(second.at(step), expected[step])
+            assert all(map(same, expected[stop:stop + 9], second))
     assert second.report() == whole.report() and saved(second) == saved(whole)
     assert len(json.dumps({**state, "sources": []})) < 3000
 
@@ -137,9 +131,8 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
         for batches in ranks:
             if states:
                 batches.restore(states[::-1])
-            with contextlib.suppress(EndOfData):
-                for step in range(500, 500 + steps + batches.rank):  # ranks need not be at the same draw
-                    seen.update(numbers(batches.at(step) if states else batches.at(step - 500)))
+            for batch in itertools.islice(batches, steps + batches.rank):  # ranks need not be at the same draw
+                seen.update(numbers(batch))
         states = [saved(batches) for batches in ranks]
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
                     **dict.fromkeys(range(2000, 2035), 1)}
@@ -149,17 +142,16 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_at_uses_every_record_once_per_cycle(mixed: Callable, words, numbers: Callable, packing: bool, world: int,
+def test_next_uses_every_record_once_per_cycle(mixed: Callable, words, numbers: Callable, packing: bool, world: int,
                                              workers: int, no_workers_left: None) -> None:
     config, seen = mixed(rows=2, packing=packing), Counter[int]()
     for source, cycles in zip(config["sources"], (2, 3, 1), strict=True):
         source["cycles"] = cycles
     for rank in range(world):
         batches = LlmBatches(read_data_settings(config), words, rank=rank, world=world, workers=workers)
-        for more in (0, 1):  # asked for again, it ends again
-            with pytest.raises(EndOfData, match=r"All sources are used up \(cycles: captions 2x"):
-                for step in itertools.count(1000 * more):
-                    seen.update(numbers(batches.at(step)))
+        for batch in batches:
+            seen.update(numbers(batch))
+        assert next(batches, None) is None  # asked for again, it ends again
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
                     **dict.fromkeys(range(2000, 2035), 1)}
 
@@ -168,19 +160,12 @@ def test_restore_near_the_end(mixed: Callable, words, numbers: Callable) -> None
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]
 
-    def rest(batches: LlmBatches, first: int) -> list[list[int]]:
-        found = []
-        with contextlib.suppress(EndOfData):
-            for step in itertools.count(first):
-                found.append(numbers(batches.at(step)))
-        return found
-
-    whole = rest(LlmBatches(read_data_settings(config), words), 0)
+    whole = list(map(numbers, LlmBatches(read_data_settings(config), words)))
     for stop in range(len(whole) - 5, len(whole) + 1):
         first, second = (LlmBatches(read_data_settings(config), words) for _ in range(2))
-        assert [numbers(first.at(step)) for step in range(stop)] == whole[:stop]
+        assert [numbers(batch) for batch in itertools.islice(first, stop)] == whole[:stop]
         second.restore([saved(first)])
-        assert rest(second, stop) == whole[stop:]
+        assert list(map(numbers, second)) == whole[stop:]
         assert second.report()["sources"]["texts"]["draws"] == 2 * 35
 
 
@@ -207,8 +192,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 words = MultimodalTokenizer.from_pretrained(sys.argv[1])
 batches = LlmBatches(read_data_settings(json.loads(sys.argv[2])), words, workers=2)
-for step in range(18):
-    batch = batches.at(step)
+for step, batch in zip(range(18), batches):
     print(step, hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest(), flush=True)
     if step == 12:
         Path(sys.argv[3]).write_text(json.dumps(batches.state()))
@@ -230,8 +214,7 @@ def test_restore_after_sigkill(mixed: Callable, words, tmp_path: Path, still_run
     *lines, workers = killed.stdout.splitlines()
     whole, fresh = (LlmBatches(read_data_settings(config), words) for _ in range(2))
     fresh.restore([json.loads(state.read_text())])
-    for step in range(18):
-        batch = whole.at(step)
+    for step, batch in zip(range(18), whole, strict=False):
         assert lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
-        assert step <= 12 or same(fresh.at(step), batch)
+        assert step <= 12 or same(next(fresh), batch)
     assert still_running(workers.split()) == []

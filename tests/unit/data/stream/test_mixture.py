@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import EndOfData, Mixture
+from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError, DataError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores
@@ -43,12 +44,10 @@ def test_report_of_long_sequences(tmp_path: Path, words, lines: Callable) -> Non
     reports = {}
     for kind in ("skip", "truncate", "split"):
         batches = LlmBatches(read_data_settings({**config, "too_long": kind}), words)
-        with pytest.raises(EndOfData):
-            for step in range(100):
-                batches.at(step)
+        assert list(batches)
         reports[kind] = batches.report()["sources"]["t"]
     for kind, name in (("skip", "skipped"), ("truncate", "cut"), ("split", "split")):
-        entry = reports[kind]["too_long"][name]
+        entry = reports[kind]["skipped"][f"too long, {name}"]
         assert entry["count"] == 1 and entry["first"][0].startswith(f"{tmp_path / 't.jsonl'}: line 4 (")
     assert [reports[kind]["sequences"] for kind in ("skip", "truncate")] == [7, 8]
     assert reports["split"]["sequences"] > 9
@@ -69,9 +68,9 @@ def test_report_of_broken_records(tmp_path: Path, words, codes: Callable, lines:
     config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption", "cycles": 4,
                            "batch_size": 5, "max_length": 60}], "length": 120, "packing": packing}
     seen: Counter[int] = Counter()
-    with LlmBatches(read_data_settings(config), words, workers=workers) as batches, pytest.raises(EndOfData):
-        for step in range(200):
-            seen.update(numbers(batches.at(step)))
+    with LlmBatches(read_data_settings(config), words, workers=workers) as batches:
+        for batch in batches:
+            seen.update(numbers(batch))
     skipped = batches.report()["sources"]["c"]["skipped"]
     named = sorted(where for entry in skipped.values() for where in entry["first"])
     assert len(named) == 3 and all(f"{tmp_path / 'c.jsonl'}: line {n}:" in where for n, where in
@@ -93,8 +92,8 @@ def test_at_after_too_many_broken_records(tmp_path: Path, words, lines: Callable
     sentence = r"130 records of source c are broken without a good one between them, the last: .*c\.jsonl: line \d+"
     with LlmBatches(read_data_settings(config), words, workers=workers) as batches, \
             pytest.raises(DataError, match=sentence):
-        for step in range(2000):
-            batches.at(step)
+        for _ in batches:
+            pass
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -116,7 +115,7 @@ def test_draws_follow_the_weights(mixed: Callable, words) -> None:
     for source, size in zip(config["sources"], (1, 8, 2), strict=True):
         source["batch_size"] = size
     batches = LlmBatches(read_data_settings(config), words)
-    batches.at(200)
+    assert len(list(itertools.islice(batches, 200))) == 200
     drawn = np.array([one["sequences"] for one in batches.report()["sources"].values()])
     assert drawn / drawn.sum() == pytest.approx(np.array([4, 8, 4]) / 16, abs=0.05)
 

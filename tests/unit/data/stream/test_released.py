@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
 def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path) -> None:
     for packing in (True, False):
         batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
-        found = [batches.at(step) for step in range(20)]
+        found = list(itertools.islice(batches, 20))
         assert all(batch.learned > 0 for batch in found)
         assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
         assert not packing or {batch.input_ids.shape for batch in found} == {(6, 256)}

@@ -77,15 +77,15 @@ def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> No
         {"role": "assistant", "content": [{"image": "green.png"}]},
         {"role": "user", "content": "blue"},
         {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]}]}])
-    one = batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
-                             "image_dir": str(tmp_path)}).at(0)
+    one = next(batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
+                             "image_dir": str(tmp_path)}))
     check_marks(one, words)
     assert one.views is not None and one.views.written.tolist() == [False, False, True]
     assert [colour_of(view) for view in one.views.pixels] == ["red", "red", "blue"]
     chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # the images lie beside the list
-    several = batches_of(words, chat).at(0)
+    several = next(batches_of(words, chat))
     with batches_of(words, chat, workers=1) as by_worker:
-        assert torch.equal(by_worker.at(0).views.pixels, several.views.pixels)
+        assert torch.equal(next(by_worker).views.pixels, several.views.pixels)
     check_marks(several, words)
     assert several.views is not None
     assert [colour_of(view) for view in several.views.pixels] == ["red", "red", "green", "green", "green", "blue"]
@@ -97,7 +97,7 @@ def test_a_wide_picture_is_read_in_parts(words: MultimodalTokenizer, tmp_path: P
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
     file = lines(tmp_path / "talk.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}])
-    batch = batches_of(words, {"files": file, "decoder": "seed_x.conversation"}).at(0)
+    batch = next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}))
     check_marks(batch, words)
     assert batch.views is not None and [colour_of(view) for view in batch.views.pixels[:2]] == ["red", "blue"]
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
@@ -119,7 +119,7 @@ def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
     batches = batches_of(words, {"files": str(file), "decoder": "seed_x.caption", "cycles": 1, "batch_size": 6,
                                  "options": {"img_first_ratio": -1, "add_gen_prompt": False, "min_resolution": 20,
                                              "similarity_thr": 0.1}})
-    batch = batches.at(0)
+    batch = next(batches)
     check_marks(batch, words)
     assert batch.views is not None and batch.sequences == 1 and colour_of(batch.views.pixels[0]) == "red"
     skipped = batches.report()["sources"]["s0"]["skipped"]
@@ -141,7 +141,7 @@ def test_records_that_cannot_be_used(words: MultimodalTokenizer, tmp_path: Path,
     (tmp_path / "bad.png").write_bytes(picture("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
     with pytest.raises(DataError) as refused:
-        batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1).at(0)
+        next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1))
     assert sentence in str(refused.value) and "talk.jsonl: line 1" in str(refused.value)
 
 
@@ -150,7 +150,7 @@ def test_cut_conversations_are_counted(words: MultimodalTokenizer, tmp_path: Pat
     file = lines(tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}])
     source = {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1}
     batches = batches_of(words, source, packing=False, length=80, rows=1)
-    assert batches.at(0).tokens == 80
-    assert batches.report()["sources"]["s0"]["too_long"]["cut"]["count"] == 1
+    assert next(batches).tokens == 80
+    assert batches.report()["sources"]["s0"]["skipped"]["too long, cut"]["count"] == 1
     with pytest.raises(DataError, match="tokens, rows have 80.: too long"):
         batches_of(words, source, packing=True, length=80, rows=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -53,7 +54,7 @@ def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_p
     trained = {name: value for name, value in task.weights().items() if name.startswith(("causal_", "vit_proj"))}
     frozen = load_dynamic_tokenizer(home / "visual")
     reader, words = with_merger(frozen, trained, "here"), task.tokenizer.vocabulary
-    batch = next(one for one in map(task.data.at, range(9)) if {True, False} == set(one.views.written.tolist()))
+    batch = next(one for one in itertools.islice(task.data, 9) if {True, False} == set(one.views.written.tolist()))
     ready = task.ready(batch)
     with torch.no_grad():
         found = task.losses(task.module, ready)
@@ -209,7 +210,7 @@ def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_p
     source = {"name": "made", "files": str(tmp_path / "one"), "decoder": "lavit.caption", "options": {
         "text_dropout": 1.0, "base_resolution": parts.SIDE}}
     task = task_of(parts.config_of(home, tmp_path / "out", data={"sources": [source]}))
-    rows, start = task.data.at(0).input_ids, task.tokenizer.vocabulary.code_start
+    rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
     assert all(any(torch.equal(row[at:at + len(one)], torch.tensor(one) + start) for row in rows
                    for at in range(len(row))) for one in codes)
 

@@ -18,9 +18,9 @@ def batch(ids: list[int], labels: list[int], positions: list[int], marks: list[i
     row = [torch.tensor([one]) for one in (ids, labels, positions, marks)]
     count = len(words)
     views = BatchViews(torch.zeros(count, 3, 2, 2), torch.zeros(count, 2), torch.zeros(count, dtype=torch.bool),
-                       row[3], torch.zeros(count), torch.tensor(words))
+                       row[3], [0] * count, words)
     mask = None if packed else (row[0] != PAD).long()
-    return LlmBatch(row[0], row[1], row[2], mask, tokens=0, learned=0, sequences=2, images=0, squares=0, views=views)
+    return LlmBatch(row[0], row[1], row[2], mask, tokens=0, learned=0, sequences=2, squares=0, views=views)
 
 
 IDS = [START, CODE, CODE, END, 5, 6, 7, START, CODE, CODE, END, PAD]
@@ -30,7 +30,7 @@ MARKS = [0, READ, READ, 0, 0, 0, 0, 0, WRITTEN, WRITTEN, 0, 0]
 
 
 def fill(counts: list[int], codes: list[list[int] | None], packed: bool = True) -> tuple[LlmBatch, list[int]]:
-    filled, places = fill_rows(batch(IDS, LABELS, POSITIONS, MARKS, [2, 2], packed), counts, codes, CODE, PAD, START)
+    filled, places = fill_rows(batch(IDS, LABELS, POSITIONS, MARKS, [2, 2], packed), counts, codes, CODE, PAD)
     assert filled.views is None and filled.input_ids.shape == filled.labels.shape == filled.position_ids.shape
     return filled, places.tolist()
 
@@ -41,7 +41,7 @@ def test_shorter_and_longer() -> None:
     assert found.input_ids.tolist() == [[START, CODE, END, 5, 6, 7, START, 96, 92, 94, END, PAD]]
     assert found.labels.tolist() == [[NO, NO, NO, 5, 6, NO, NO, 96, 92, 94, END, NO]]
     assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]]
-    assert places == [1] and (found.tokens, found.learned, found.squares, found.images) == (11, 6, 25 + 36, 2)
+    assert places == [1] and (found.tokens, found.learned, found.squares) == (11, 6, 25 + 36)
 
 
 def test_rows_grow_by_eighths() -> None:
@@ -54,6 +54,6 @@ def test_padded_rows() -> None:
     """A sequence a row: positions count on through the padding, which the mask leaves out."""
     ids, labels = [START, CODE, CODE, END, 5, PAD, PAD], [NO, NO, NO, NO, 5, NO, NO]
     given = batch(ids, labels, list(range(7)), [0, READ, READ, 0, 0, 0, 0], [2], packed=False)
-    found, places = fill_rows(given, [1], [None], CODE, PAD, START)
+    found, places = fill_rows(given, [1], [None], CODE, PAD)
     assert found.input_ids.tolist() == [[START, CODE, END, 5]] and places.tolist() == [1]
     assert found.attention_mask is not None and found.attention_mask.tolist() == [[1, 1, 1, 1]]

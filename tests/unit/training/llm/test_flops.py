@@ -53,7 +53,7 @@ def test_the_log_counts_sequences_of_several_lengths_and_no_padding() -> None:
     found = {"loss": zero, "text_sum": zero, "text_count": torch.tensor(float(learned)), "image_sum": zero,
              "image_count": zero, "tokens": tokens, "positions": tokens + padding,
              "squares": sum(length**2 for length in lengths)}
-    numbers = meter.combine([found], None, 0.1).read()
+    numbers = meter.combine([found], None, 0.1)
     meter.add(numbers, meter.shared(numbers))
     line = meter.rates(1, 1, 2.0, 1)
     masked = meter.flops[2] * found["squares"]  # eager attention computes the half that the mask hides, too

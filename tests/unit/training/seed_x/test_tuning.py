@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home:
     words, and no sequence sees another."""
     task = TuningTask(TuningTask.read(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
     task.prepare()
-    batch = task.data.at(0)
+    batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.written.sum())
     with torch.no_grad():
         packed = task.module(**task.inputs(batch))
@@ -148,7 +149,7 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
     task = TuningTask(TuningTask.read(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
         home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
     task.prepare()
-    batches = [task.data.at(number) for number in range(3)]
+    batches = list(itertools.islice(task.data, 3))
     for line in lines:
         task.load_weights(tmp_path / "measured" / f"checkpoint-{line['step']}")
         task.module.eval()

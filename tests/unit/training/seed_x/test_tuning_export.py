@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -31,7 +32,7 @@ def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tup
     task.prepare()
     task.load_weights(output / f"checkpoint-{STEPS}")
     task.module.eval()
-    task.batches = [task.data.at(number) for number in range(4)]  # of all four sources
+    task.batches = list(itertools.islice(task.data, 4))  # of all four sources
     return task, output / f"checkpoint-{STEPS}"
 
 

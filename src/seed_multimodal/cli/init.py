@@ -1,0 +1,75 @@
+"""`seed init`: the parts of a small model, to train it on one's own data.
+
+What a training leaves frozen (vision encoder, autoencoder, words, codes) is a copy of the shipped small system's; what
+it trains begins at random, in the sizes of `starts.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seed_multimodal.cli.common import add_json, emit
+from seed_multimodal.disk import making_folder, output_folder
+from seed_multimodal.entry import DONE
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate_system, where_shipped
+
+KINDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("starts.yaml").read_text())
+
+
+def add_command(commands: Any) -> None:
+    """The command with its flags."""
+    command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
+    command.add_argument("out", metavar="OUT", help="folder to make")
+    command.add_argument("--like", required=True, choices=KINDS, help="what will be trained")
+    command.add_argument("--size", default="tiny", choices=("tiny",), help="default: %(default)s")
+    command.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
+    add_json(command)
+    command.set_defaults(work=init)
+
+
+def init(args: argparse.Namespace) -> int:
+    """A small model with random weights and the settings to train it on your own data."""
+    kind = KINDS[args.like]
+    if (shipped := locate_system(kind["system"])) is None:
+        raise ConfigError(f"{kind['system']}: not found. {where_shipped(kind['system'])}")
+    out = output_folder(args.out, force=args.force, what="the model")
+    with making_folder(out, args.out, ConfigError) as folder:
+        for source, target in kind["copied"].items():
+            shutil.copytree(shipped / source, folder / target)
+        if "encoder" in kind:
+            _tokenizer(shipped / kind["encoder"], folder / kind["encoder"])
+        if "unet" in kind:
+            _diffusion(shipped / kind["unet"], folder / kind["unet"])
+        for name, group in kind["groups"].items():
+            (folder / f"{name}.yaml").write_text(yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out)))
+    files = " ".join(f"{name}={out}/{name}.yaml" for name in kind["groups"])
+    command = f"python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run"
+    emit(args, {"folder": str(out), "command": command},
+         f"{out}: name your data in {out}/data.yaml, then train:\ncd MultiModalLLM && {command}")
+    return DONE
+
+
+def _tokenizer(source: Path, target: Path) -> None:
+    """LaVIT's tokenizer as stage 1 leaves it."""
+    from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+
+    save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)
+
+
+def _diffusion(source: Path, target: Path) -> None:
+    """A diffusers folder: a new U-Net, the shipped autoencoder, SDXL's noise schedule."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    from seed_multimodal.diffusion.base import vae_folder
+
+    sizes: Any = UNet2DConditionModel.load_config(source / "unet")
+    UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
+    shutil.copytree(vae_folder(source), target / "vae")
+    DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+                  set_alpha_to_one=False, steps_offset=1).save_pretrained(target / "scheduler")
