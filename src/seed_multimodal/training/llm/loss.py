@@ -113,7 +113,7 @@ def find_llama(model: nn.Module) -> Any:
 
 
 def use_attention(llama: Any, packed: bool) -> None:
-    """Attention for packed or padded rows, if the model has two kinds (`model.set_attention`). It stays until the next
+    """Attention for packed or padded rows, if the model has two kinds (`model.build_llm`). It stays until the next
     forward pass, because activation checkpointing computes in the backward pass again."""
     wanted = getattr(llama, "attentions", {}).get(packed)
     if wanted is not None and wanted != llama.config._attn_implementation:

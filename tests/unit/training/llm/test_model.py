@@ -30,7 +30,6 @@ from seed_multimodal.training.llm.model import (
     build_llm,
     load_trained,
     save_trained,
-    set_attention,
     trained_state,
 )
 
@@ -67,8 +66,7 @@ def test_attention_goes_by_the_rows() -> None:
     assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
     assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
         "flash_attention_2", "eager"}  # as asked
-    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}))
-    set_attention(llama, "eager", cpu)
+    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}, attention="eager"))
     assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
 
 
