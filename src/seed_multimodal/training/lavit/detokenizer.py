@@ -31,8 +31,8 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import find_folder
-from seed_multimodal.training.llm.run import Run
 from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
+from seed_multimodal.training.run import Run
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder

@@ -4,11 +4,10 @@
     [text, image]   the frozen tokenizer's codes are learned, and image end
     text            as ever
 
-The data workers give images as pixels. On the device the frozen vision encoder and token selector see them; which
-patches are kept is a function of (seed, sample), so that a run resumes exactly. Codes are made by stage 1's merger,
-which stays as it was, and what the language model reads by the trained one. In log lines `text_loss` is that of text,
-`image_loss` that of codes and image end. A checkpoint is a `language_model` folder of a released LaVIT: LLaMA (or an
-adapter) and `visual_weight.safetensors`. Source: specification §5.3.
+The frozen vision encoder and token selector see images on the device; which patches are kept is a function of (seed,
+sample). Codes are made by stage 1's merger, which stays as it was, and what the language model reads by the trained
+one. In log lines `text_loss` is that of text, `image_loss` that of codes and image end. A checkpoint is a
+`language_model` folder of a released LaVIT. Source: specification §5.3.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
 from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
-from seed_multimodal.training.llm.run import Run
 from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.run import Run
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")

@@ -158,12 +158,8 @@ class Translated(NamedTuple):
 
 
 def translate(arguments: Sequence[str]) -> Translated:
-    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides.
-
-    Raises:
-        ConfigError: an unknown flag (the nearest is named), no value or one that it does not take, or what cannot be
-            done.
-    """
+    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides. Raises
+    ConfigError: an unknown flag (the nearest is named), a wrong value, or what cannot be done."""
     flags, made = dict[str, str](), set[str]()
     overrides, options, ignored, words = list[str](), dict[str, str](), list[str](), list(arguments)
     while words:
@@ -232,15 +228,9 @@ def _override(flag: str, typed: str) -> str:
 
 
 def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> dict[str, Any]:
-    """Flags and overrides → the resolved configuration. Hydra applies the overrides and does nothing else.
-
-    Args:
-        folder: holds `NAME.yaml`, whose `defaults` or `files` choose groups, and a folder per group.
-        whole: every value must be there; else one that is needed and not given stays `???`.
-
-    Raises:
-        ConfigError: an unknown flag, group, configuration or override, or a file that cannot be read.
-    """
+    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files` choose groups. Hydra
+    applies the overrides and does nothing else. If not `whole`, a needed value may be missing (`???`). Raises
+    ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize
     from hydra.core.config_store import ConfigStore

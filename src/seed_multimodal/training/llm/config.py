@@ -1,12 +1,11 @@
 """Settings of a language model's run: the model, the trainer, and the prompts that it is tuned with.
 
-A model's YAML is ours, or one of the original's, which nests a base and a peft configuration under `_target_` names: a
-table maps each name to its meaning, and nothing is imported by a name in a file.
+A model's YAML is ours, or one of the original's, which nests a base and a peft configuration under `_target_` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,19 +20,15 @@ from seed_multimodal.settings import check_keys, check_settings, nearest, read_s
 from seed_multimodal.training.config import TrainerConfig
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
-PEFT, BASE, LORA = "peft", "base", "lora"
 SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
-TARGETS = {  # the original's dotted names -> what they stand for
-    "src.model.peft_model.get_peft_model_with_resize_embedding": PEFT,
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
-    "transformers.LlamaForCausalLM.from_pretrained": BASE,
-    "transformers.AutoModelForCausalLM.from_pretrained": BASE,
-    "src.model.model_tools.get_pretrained_llama_causal_model": BASE,
-    "models.model_tools.get_pretrained_llama_causal_model": BASE,
-    "peft.LoraConfig": LORA,
-    SEED_X_PEFT: PEFT,
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
-}
+# The original's dotted names: of peft around a base, of a base, of peft's configuration.
+PEFT_TARGETS = ("src.model.peft_model.get_peft_model_with_resize_embedding", SEED_X_PEFT)
+BASE_TARGETS = (
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained", "transformers.LlamaForCausalLM.from_pretrained",
+    "transformers.AutoModelForCausalLM.from_pretrained", "models.model_tools.get_pretrained_llama_causal_model",
+    "src.model.model_tools.get_pretrained_llama_causal_model",
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained")
+LORA_TARGETS = ("peft.LoraConfig",)
 _META = ("_target_", "_convert_", "_recursive_", "_partial_")
 _PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
 _BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage", "load_in_8bit", "load_in_4bit")
@@ -46,7 +41,7 @@ class LlmModelSettings:
 
     path: str | None = None  # folder of the base model, or
     sizes: dict[str, Any] | None = None  # a `LlamaConfig` to start from random weights, with the tokenizer's vocabulary
-    dtype: str | None = setting(None, choices=(*DTYPES, "auto"))  # auto: bf16 on CUDA, else fp32
+    dtype: str | None = setting(None, choices=tuple(DTYPES))
     quantization: str | None = setting(None, choices=QUANTIZATIONS)  # of the frozen base, by bitsandbytes (QLoRA)
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
@@ -84,10 +79,8 @@ class TokenizerSettings:
 
 def read_tokenizer(config: Mapping[str, Any], where: str = "tokenizer") -> Path:
     """The folder of a mapping, ours or the original's. Raises ConfigError: none is given."""
-    folder = config.get("pretrained_model_name_or_path")
-    if not folder:
-        raise ConfigError(f"{where}: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return find_folder(str(folder))
+    given = {key: value for key, value in config.items() if key in TokenizerSettings.__dataclass_fields__ and value}
+    return find_folder(read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path)
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
@@ -135,20 +128,16 @@ def template_of(model: LlmModelSettings) -> str:
     return model.template or template_for(sizes.get("hidden_size"))
 
 
-def _original(node: dict[str, Any], where: str) -> dict[str, Any]:
+def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings that a file of the original's means: a base, or peft around one."""
-    kind = _kind(node, where)
-    if kind == BASE:
+    if node["_target_"] not in PEFT_TARGETS:
         return _base(node, where)
-    base, peft, adapter = node.get("model"), node.get("peft_config"), node.get("model_id")
-    if kind != PEFT or not isinstance(base, Mapping) or _kind(base, f"{where}.model") != BASE:
-        raise ConfigError(f"{where}: _target_ {node['_target_']!r} is not a language model, or has none as its model.")
     check_keys(node, (*_META, *_PEFT_KEYS), where)
-    values = {"dtype": node.get("torch_dtype"), **_base(base, f"{where}.model"),
+    base, peft, adapter = (node.get(key) for key in ("model", "peft_config", "model_id"))
+    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model"),
               "train_embeddings": node["_target_"] == SEED_X_PEFT}
-    if isinstance(peft, Mapping):
-        if _kind(peft, f"{where}.peft_config") != LORA:
-            raise ConfigError(f"{where}.peft_config: _target_ must be peft.LoraConfig.")
+    if peft:
+        check_target(peft, LORA_TARGETS, f"{where}.peft_config")
         values["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
     elif "model_id" not in node:
         raise ConfigError(f"{where}: needs peft_config (to train) or model_id (a trained adapter).")
@@ -156,6 +145,7 @@ def _original(node: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), where)
     check_keys(node, (*_META, *_BASE_KEYS), where)
     path = node.get("pretrained_model_name_or_path")
     if path in (None, "", "???"):  # ???: still missing
@@ -165,9 +155,8 @@ def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"path": str(path), **{key: value for key, value in given.items() if value}}
 
 
-def _kind(node: Mapping[str, Any], where: str) -> str:
-    name = node.get("_target_")
-    if name not in TARGETS:
-        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), TARGETS)}; known are "
-                          f"{', '.join(TARGETS)}.")
-    return TARGETS[name]
+def check_target(node: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a `_target_` that is not one of `known`, because nothing is imported by a name in a file."""
+    if (name := node.get("_target_")) not in known:
+        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), known)}; known are "
+                          f"{', '.join(known)}.")

@@ -97,11 +97,8 @@ def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | N
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too).
-
-    Raises:
-        CheckpointError: no adapter there, another rank or scale, tensors missing, unknown or of another size.
-    """
+    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too). Raises CheckpointError: none is
+    there, or one of another model, rank or scale."""
     file = first_file(folder, ADAPTER_FILES)
     if file is None:
         raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")

@@ -78,11 +78,8 @@ class LossModule(nn.Module):
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
-    """Keep the residual stream of a half-precision base in half precision, as in a model that is so throughout.
-
-    Embeddings trained in fp32 would otherwise make every activation between layers fp32, twice the memory: they are
-    rounded where they leave their table. Models of fp32 weights stay as they are.
-    """
+    """Round embeddings trained in fp32 where they leave their table, beside a half-precision base: they would make
+    every activation between layers fp32, twice the memory."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if half is None or not any(p.dtype == half and not p.requires_grad for p in module.parameters()):
         return
@@ -122,8 +119,7 @@ def use_attention(llama: Any, packed: bool) -> None:
 
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
              embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Last hidden states that have something to predict `[T, width]`, and what `[T]`. `embeds`: of the ids, where some
-    are features."""
+    """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
     if mask is not None:
         positions = None
         mask = mask if (mask[:, 1:] > mask[:, :-1]).any() else None  # padded on the right: causal attention hides it

@@ -138,8 +138,7 @@ def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
 
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
     """The LLaMA without its adapters; all in fp32 if all of it is trained."""
-    name = "fp32" if settings.lora is None else settings.dtype or "bf16"
-    dtype = DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))

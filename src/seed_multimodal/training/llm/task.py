@@ -34,8 +34,8 @@ from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
-from seed_multimodal.training.llm.run import Run, RunTask
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
+from seed_multimodal.training.run import Run, RunTask
 from seed_multimodal.training.trainer import Trainer
 
 _LEAST = 1e-8  # of a step with nothing to learn

@@ -35,9 +35,9 @@ from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.run import Run, RunTask
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
+from seed_multimodal.training.run import Run, RunTask
 
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # of a diffusers folder on the hub
 SMALL = 256  # side of images of which the autoencoder takes one at a time; of smaller ones it takes several

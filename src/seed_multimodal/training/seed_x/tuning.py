@@ -1,13 +1,10 @@
 """Instruction tuning of SEED-X as a task of the trainer: the language model's, with images as features on both sides.
 
-The data workers give views as pixels; the frozen vision encoder turns those that are read or written into features on
-the device; `ContinuousLVLM` gives both losses. What is trained: the language model (a LoRA, its embeddings and norms,
-or all of it), both resamplers and the vectors of a view's place. A checkpoint's `model.safetensors` holds exactly that,
-by the released names, and `load_agent` reads it. In log lines `text_loss` is that of words and `image_loss` the
-distance of written features; their weighted sum is `loss`.
-
-Padded micro-batches: the mean of the micro-batches' means, as released. Packed ones: each learned word of a step weighs
-the same, and each written image.
+The frozen vision encoder turns views into features on the device; `ContinuousLVLM` gives both losses. Trained are the
+language model (a LoRA, its embeddings and norms, or all of it), both resamplers and the vectors of a view's place: a
+checkpoint's `model.safetensors`, by the released names, for `load_agent`. In log lines `text_loss` is that of words and
+`image_loss` the distance of written features; `loss` is their weighted sum, padded micro-batches' means as released, in
+packed ones each learned word and each written image of a step weighing the same.
 """
 
 from __future__ import annotations
@@ -39,14 +36,14 @@ from seed_multimodal.seed_x.vision import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.settings import nearest, read_settings, setting
+from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.config import find_folder
+from seed_multimodal.training.llm.config import check_target, find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, copy_weights, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
-from seed_multimodal.training.llm.run import Run
 from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.run import Run
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -88,7 +85,8 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
     """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
-        _check_target(given.pop("_target_"), AGENT_TARGETS, where)
+        check_target(given, AGENT_TARGETS, where)
+        del given["_target_"]
         losses = {one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given}
         path = given.pop(_PATH, None)
         parts = {name: {key: value for key, value in given[name].items() if not key.startswith("_")}
@@ -108,7 +106,7 @@ def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> En
     (the released file has one with a stray quotation mark). Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
-        _check_target(given["_target_"], ENCODER_TARGETS, where)
+        check_target(given, ENCODER_TARGETS, where)
         sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
         given = {"path": given.get(_PATH), "sizes": sizes,
                  **{key: value for key, value in given.items() if key == "at_once"}}
@@ -256,12 +254,6 @@ def _beside(settings: AgentModel) -> Path | None:
     place = find_folder(settings.path)
     file = (place if place.is_dir() else place.parent) / AGENT_CONFIG
     return file if file.is_file() else None
-
-
-def _check_target(target: Any, known: tuple[str, ...], where: str) -> None:
-    if target not in known:
-        raise ConfigError(f"{where}: _target_ {target!r} is not allowed{nearest(str(target), known)}; known are "
-                          f"{', '.join(known)}.")
 
 
 def _written(batch: LlmBatch) -> int:
