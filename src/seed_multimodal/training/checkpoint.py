@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush_folder, replace_folder
+from seed_multimodal.disk import disk_reason, flush, replace_folder
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.config import TrainerConfig
@@ -185,10 +185,9 @@ class CheckpointStore:
         for name, content in texts.items():
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
         for path in filter(Path.is_file, folder.rglob("*")):
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(path)
         replace_folder(folder, self.home / f"checkpoint-{step}")
-        flush_folder(self.home)
+        flush(self.home)
         # Later ones are of a run that resumed from an earlier step; counting them would remove the one just written.
         present = [path for number, path in checkpoints(self.home) if number <= step]
         for path in present[self.settings.save_total_limit or len(present):]:

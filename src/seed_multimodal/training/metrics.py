@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from seed_multimodal.disk import disk_reason, replace_text, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.progress import duration
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 
@@ -209,7 +209,7 @@ class RunLog:
         used = f", {line['tflops']:.3g} TFLOP/s{mfu}" if "tflops" in line else ""
         wait = f", waited for data {100 * line['wait_share']:.0f} %" if "wait_share" in line else ""
         return (f"{numbers} | {speed}, {line['seconds_per_step']:.3g} s/step{used}{wait}, "
-                f"{line['peak_memory_mib'] / 1024:.1f} GiB, {duration(line['eta_seconds'])} left")
+                f"{line['peak_memory_mib'] / 1024:.1f} GiB, {tqdm.format_interval(line['eta_seconds'])} left")
 
 
 def drop_lines_after(step: int, log: Path) -> None:

@@ -300,7 +300,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
     Returns:
         The run's record, also `output_dir/summary.json`.
     """
-    quiet_libraries(libraries=("transformers", "diffusers", "DeepSpeed", "accelerate"))
+    quiet_libraries()
     clean = False
     try:
         with translate_errors("the start", "nothing was trained yet"):

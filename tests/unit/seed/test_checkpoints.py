@@ -92,7 +92,7 @@ def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Pat
     assert torch.equal(loaded.encode(images), model.encode(images))
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
     if layout is _released:
-        assert "temp (1)" in lines[0] and "visual_encoder (13)" in lines[0] and "eva_vit_g.pth" in lines[0]
+        assert "eva_vit_g.pth" in lines[0]
 
 
 def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
@@ -189,7 +189,7 @@ def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Ten
     assert set(report.loaded) == set(blip2) - {"itm_head.weight", "itm_head.bias"}
     assert all(torch.equal(model.state_dict()[name], blip2[name]) for name in report.loaded)
     assert all(torch.equal(value, model.visual_encoder.state_dict()[name]) for name, value in vision.items())
-    assert len(lines) == 1 and "itm_head (2)" in lines[0]
+    assert len(lines) == 1 and "2 in the file ignored" in lines[0]
 
 
 def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.progress import duration
 from seed_multimodal.training import metrics, trainer
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.metrics import drop_lines_after, peak_memory_mib
@@ -126,13 +125,6 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_one_sentence(toy: Module
     with pytest.raises(CheckpointError, match=r"tensorboard/toy: cannot be written \(Not a directory\)"):
         toy.train(tmp_path, report_to=["tensorboard"])
     assert not checkpoints(tmp_path / "toy.checkpoints")
-
-
-@pytest.mark.parametrize(("seconds", "words"), [
-    (0, "0 s"), (59.4, "59 s"), (61, "1.0 min"), (3590, "59.8 min"), (3600, "1 h 0 min"), (18720, "5 h 12 min"),
-    (183_600, "2 d 3 h")])
-def test_duration(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_peak_memory_grows_with_what_is_used() -> None:

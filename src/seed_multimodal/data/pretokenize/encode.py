@@ -71,7 +71,7 @@ class Encoder:
 def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
     where = config if isinstance(config, str) else "tokenizer"
     if isinstance(config, str) and os.path.isdir(config):
-        config = {"_target_": "seed_multimodal.configured.image_codec", "model": config}
+        config = {"_target_": "seed_multimodal.system.images.open_images", "name": config}
     node = load_yaml(config) if isinstance(config, str) else config
     target = find_target(str(node.get("_target_")), where)
     offered: dict[str, Any] = {"load_diffusion": False, "device": device, "dtype": "float32"}

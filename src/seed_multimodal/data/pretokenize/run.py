@@ -131,7 +131,8 @@ class _Extractor:
 
     def speed(self) -> str:
         """Images so far, and per second."""
-        return f"{counted(self.images, 'image')} ({self.images / max(self.progress.seconds, 1e-9):,.0f}/s)"
+        rate = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
+        return f"{counted(self.images, 'image')} ({rate:,.0f}/s)"
 
     def _write(self, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
         codes: list[list[int]] = []
