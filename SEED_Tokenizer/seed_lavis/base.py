@@ -90,7 +90,7 @@ class SeedModel(BaseModel):
 
 
 class CodebookMixin:
-    """What `CodebookMaintenance` reads of both stage-2 models: codes and features of the last batch."""
+    """What `CodebookTask` reads of both stage-2 models: codes and features of the last batch."""
 
     options: CodebookOptions
     use_codes = True

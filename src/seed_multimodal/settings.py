@@ -80,13 +80,16 @@ def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
         made = _adapter(hint).validate_python(value)
     except ValidationError as error:
         raise ConfigError(_sentence(hint, error.errors()[0], where)) from None
+    for name, given in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(given, bool) and type(getattr(made, name, given)) in (int, float):
+            raise ConfigError(f"{where}: {name} must be a number, not {given!r}.")
     _check_limits(limits, made, where)
     return made
 
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """pydantic's reader of a type; its nested dataclasses take no other keys and no true or false as a number."""
+    """pydantic's reader of a type; its nested dataclasses take no other keys."""
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

@@ -48,6 +48,7 @@ def test_values_arrive_as_the_types_say():
     ({"stepps": 3}, "trainer: unknown key 'stepps' (did you mean 'steps'?)"),
     ({"steps": 0}, "trainer: steps must be at least 1, not 0."),
     ({"steps": 2.5}, "trainer: steps: input should be a valid integer"),
+    ({"steps": True}, "trainer: steps must be a number, not True."),
     ({"lr": 0}, "trainer: lr must be above 0, not 0.0."),
     ({"lr": 1}, "trainer: lr must be below 1, not 1.0."),
     ({"lr": math.nan}, "trainer: lr must be above 0, not nan."),

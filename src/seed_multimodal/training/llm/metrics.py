@@ -27,8 +27,6 @@ class TokenMeter(Meter):
     A token attends within its own sequence, so the FLOP of attention go by the sum of the squares of the lengths.
     """
 
-    own_evaluation_line = True
-
     def __init__(self) -> None:
         super().__init__(samples=0)
         self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # `token_flops` of sequences of length 1
@@ -38,8 +36,7 @@ class TokenMeter(Meter):
         self.timed = dict.fromkeys(_SUMS, 0.0)  # since the line before, as this process timed it
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
-                ) -> dict[str, float]:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
         """Sums over the micro-steps; `divisor` as it is for this step."""
         sums = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in _SUMS}
         return super().combine([{**sums, "divisor": self.divisor}], norm, rate)
