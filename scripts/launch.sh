@@ -41,6 +41,10 @@ launch() {
         where="--nnodes=$nodes --node_rank=${NODE_RANK:-${INDEX:-0}} --master_port=${MASTER_PORT:-$port}"
         where="$where --master_addr=${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}"
     fi
+    case $processes in
+        *[!0-9]*) ;;
+        *) export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes ))}" ;;
+    esac
     # shellcheck disable=SC2086
     exec "$PYTHON" -m seed_multimodal.training.torchrun $where --nproc_per_node="$processes" \
         "${PROGRAM:-src/train/train.py}" "$@"

@@ -1,15 +1,14 @@
 """YAML configurations: read and build objects from `_target_`, without letting a file run arbitrary code.
 
-`load_yaml` reads a file through OmegaConf (`${oc.env:PROJECT_ROOT}` is the folder with `.project-root`); `instantiate`
-calls the `_target_` that a node names with the node's other keys. A `_target_` is a name of the alias table (the
-original repository's dotted names) or a public function or class of this package.
+A `_target_` is a name of `ALIASES` (the original repositories' dotted names), or a public function or class of this
+package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the folder with `.project-root`.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
+import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,10 @@ from seed_multimodal.settings import check_keys, nearest
 ALIASES = {
     "models.model_tools.get_pretrained_llama_causal_model": "seed_multimodal.configured:language_model",
     "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.configured:language_model",
-    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": "seed_multimodal.configured:seed_llama_tokenizer",
+    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained":
+        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
     "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained":
-        "seed_multimodal.configured:seed_llama_tokenizer",
+        "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     # SEED-X's: what describes a part of the system, without loading it
@@ -62,16 +62,25 @@ def project_root(start: str | Path | None = None) -> Path:
 
 
 def load_yaml(path: str | Path) -> DictConfig:
-    """Read one YAML mapping and resolve its interpolations.
-
-    Raises:
-        ConfigError: no such file, not YAML, not a mapping, an interpolation that fails.
-    """
+    """A YAML mapping, its interpolations resolved. Raises ConfigError: missing, not readable, or one that fails."""
     file = Path(path)
     if not file.is_file():
         raise ConfigError(f"{file}: there is no such configuration file.")
-    config = read_yaml(file)
-    return resolve(config, file)
+    return resolve(read_yaml(file), file)
+
+
+def resolve(config: DictConfig, file: Path) -> DictConfig:
+    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
+    set_by_user = os.environ.get("PROJECT_ROOT")
+    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
+    try:
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{file}: {first_line(error)}") from error
+    finally:
+        if set_by_user is None:
+            del os.environ["PROJECT_ROOT"]
+    return config
 
 
 def read_yaml(file: Path) -> DictConfig:
@@ -86,12 +95,8 @@ def read_yaml(file: Path) -> DictConfig:
 
 
 def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
-    """Build what a configuration (a node with `_target_`, or the path of a YAML file that holds one) describes: call
-    its `_target_` with its keys, nested nodes first; `overrides` replace keys of the top node.
-
-    Raises:
-        ConfigError: no `_target_`, one that is not allowed, unknown or missing keys.
-    """
+    """Call the `_target_` of a configuration (a node, or a YAML file) with its keys, nested nodes first; `overrides`
+    replace keys of the top node. Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys."""
     where = "configuration"
     if isinstance(config, str | Path):
         where, config = str(config), load_yaml(config)
@@ -101,20 +106,17 @@ def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any
 
 
 def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
-    """The callable behind a `_target_`: an alias of the original's, or a public function or class of this package.
-
-    Raises:
-        ConfigError: anything else.
-    """
-    full = ALIASES.get(name, name)
+    """The callable behind a `_target_`. Raises ConfigError: neither an alias nor a public object of this package."""
+    full = ALIASES.get(name, name.replace(":", "."))
     if not full.startswith(PREFIX):
         raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(name, ALIASES)}: a configuration may "
                           f"only build objects of {PREFIX.rstrip('.')}.")
-    found, attributes = _split(full)
-    for attribute in attributes:
-        found = None if attribute.startswith("_") else getattr(found, attribute, None)
+    try:
+        found = pkgutil.resolve_name(full)
+    except (AttributeError, ValueError):
+        found = None
     # A module of ours may hold imported names (os, torch, …): those are not offered.
-    if not callable(found) or not str(getattr(found, "__module__", "")).startswith(PREFIX):
+    if "._" in full or not callable(found) or not str(getattr(found, "__module__", "")).startswith(PREFIX):
         raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
     return found
 
@@ -133,39 +135,9 @@ def _build(value: Any, where: str) -> Any:
     target = find_target(str(value["_target_"]), where)
     signature = inspect.signature(target)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
-        check_keys(arguments, [name for name in signature.parameters if name not in ("self", "cls")], where)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    missing = next((name for name, p in signature.parameters.items()
-                    if p.default is p.empty and p.kind in named and name not in arguments), None)
-    if missing is not None:
-        raise ConfigError(f"{where}: {value['_target_']} needs a value for {missing!r}.")
-    return target(**arguments)
-
-
-def _split(full: str) -> tuple[Any, list[str]]:
-    """The longest importable module of a dotted (or `module:attribute`) name, and the attributes that remain."""
-    parts = full.replace(":", ".").split(".")
-    for count in range(len(parts) - 1, 0, -1):
-        name = ".".join(parts[:count])
-        try:
-            return importlib.import_module(name), parts[count:]
-        except ModuleNotFoundError as error:
-            # A missing dependency of ours is another matter than a name that does not exist.
-            if error.name is None or not (name == error.name or name.startswith(error.name + ".")):
-                raise
-    raise ConfigError(f"{full!r} does not name a module.")
-
-
-
-def resolve(config: DictConfig, file: Path) -> DictConfig:
-    """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises ConfigError."""
-    set_by_user = os.environ.get("PROJECT_ROOT")
-    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
+        check_keys(arguments, signature.parameters, where)
     try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {first_line(error)}") from error
-    finally:
-        if set_by_user is None:
-            del os.environ["PROJECT_ROOT"]
-    return config
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"{where}: {value['_target_']}: {error}.") from None
+    return target(**arguments)

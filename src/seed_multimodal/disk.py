@@ -18,39 +18,28 @@ import filelock
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EROFS)  # of file systems without locks
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
                 ) -> Iterator[None]:
-    """Hold the lock of a folder (file `name` in it), which is made if it is not there; the file is gone at the end.
-
-    Args:
-        busy: what another run that holds it is doing, for the sentence.
-        timeout: seconds to wait for it; negative: without end.
-
-    Raises:
-        kind: another run holds it, or the disk refuses.
-    """
+    """Hold the lock of a folder (file `name` in it), which is made if need be; where the file system has no locks, do
+    without. `timeout`: seconds to wait, negative: without end. Raises `kind`: another run, `busy` there, holds it."""
+    with writing(folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
     held = filelock.FileLock(folder / name)
-    with contextlib.ExitStack() as stack:
-        with writing(folder, kind):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(held.acquire(timeout=timeout))
-            except TimeoutError:
-                raise kind(f"{folder}: another run is {busy}; let it end first.") from None
-            except NotImplementedError:
-                pass
-            except OSError as error:
-                if error.errno not in _NO_LOCKS:
-                    raise
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
+    try:
+        held.acquire(timeout=timeout)
+    except TimeoutError:
+        raise kind(f"{folder}: another run is {busy}; let it end first.") from None
+    except (OSError, NotImplementedError):
+        pass
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            (folder / name).unlink()
+        held.release()
 
 
 def disk_reason(error: OSError) -> str:
@@ -80,7 +69,7 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
-    except OSError as error:  # it names a file that nobody knows
+    except OSError as error:
         raise kind(f"{folder}: cannot be written ({disk_reason(error)}).") from error
     return Path(folder)
 
@@ -89,20 +78,19 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
 def replacing_path(file: str | Path) -> Iterator[Path]:
     """As `replacing`, for libraries that write by path: the file made at the path given takes the name of `file`."""
     file = Path(file)
-    # In containers processes of several machines have the same numbers, and may share the disk.
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch = temporary_name(file)
     try:
         yield scratch
-        with open(scratch, "r+b") as handle:
-            os.fsync(handle.fileno())
+        flush(scratch)
         os.replace(scratch, file)
-        flush_folder(file.parent)
-    except BaseException as error:
-        if isinstance(error, OSError) and error.filename == str(scratch):
+        flush(file.parent)
+    except OSError as error:
+        if error.filename == str(scratch):
             error.filename = str(file)  # sentences name the file that was to be written
+        raise
+    finally:
         with contextlib.suppress(OSError):
             scratch.unlink(missing_ok=True)
-        raise
 
 
 @contextlib.contextmanager
@@ -115,11 +103,14 @@ def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
         yield handle
 
 
-def flush_folder(folder: str | Path) -> None:
-    """Make the names in a folder survive a power cut (a file's own `fsync` covers its content only)."""
-    if os.name == "nt":  # folders cannot be opened there
-        return
-    handle = os.open(folder, os.O_RDONLY)
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside a path; random, because machines that share a disk may have equal process numbers."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def flush(path: str | Path) -> None:
+    """Make a file's content, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -133,32 +124,18 @@ def replace_text(file: Path, text: str, errors: str = "strict") -> None:
 
 
 def replace_folder(temporary: Path, target: Path) -> None:
-    """A finished folder gets its name; what stood there is removed last, and put back if the renaming fails.
-
-    Raises OSError.
-    """
-    if not (target.is_dir() and any(target.iterdir())):
-        os.replace(temporary, target)
-        return
+    """A finished folder gets its name; what stood there is removed last. Raises OSError."""
     old = target.with_name(f".{target.name}.{os.getpid()}.old")
-    os.replace(target, old)
-    try:
-        os.replace(temporary, target)
-    except OSError:
-        os.replace(old, target)
-        raise
+    if target.is_dir():
+        os.replace(target, old)
+    os.replace(temporary, target)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str | Path | None] = ()) -> Path:
-    """The folder that `--out` names for a result (`what`), refused before long work is done for it.
+    """The folder that `--out` names for a result, checked before long work; with `force` it will be replaced.
 
-    Args:
-        force: it may hold something, which will be replaced.
-        read: files and folders that the work reads, which must not be in a folder that is replaced.
-
-    Raises:
-        ConfigError: it is a file, is not empty, or replacing it would take away what is read.
+    Raises ConfigError: it is a file, is not empty, or replacing it would remove what is `read`.
     """
     target = Path(out).resolve()
     if target.is_file():
@@ -174,9 +151,8 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
 
 @contextlib.contextmanager
 def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[Path]:
-    """A new folder that takes the name of `target` at the end, complete or not at all; if the disk refuses, `kind` is
-    raised about `shown`."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}.tmp")
+    """A new folder that takes the name of `target` at the end, complete or not at all. Raises `kind` about `shown`."""
+    temporary = temporary_name(target)
     try:
         with writing(shown, kind):
             temporary.mkdir(parents=True)
@@ -184,13 +160,6 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
             replace_folder(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def set_default_mode(file: str | Path) -> None:
-    """The permissions that any new file has here; safetensors makes files that only their owner may read."""
-    mask = os.umask(0o022)  # can only be read by setting it
-    os.umask(mask)
-    os.chmod(file, 0o666 & ~mask)
 
 
 def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice: str = "") -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import multiprocessing
@@ -11,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +32,8 @@ def log_line(text: str) -> None:
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors become their sentence and `REFUSED` unless `debug`."""
-    warnings.formatwarning = functools.partial(_warning_line, program)
+    warnings.formatwarning = lambda message, category, *place: (
+        f"{program}: warning: {message}\n" if issubclass(category, SeedWarning) else _PLAIN(message, category, *place))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # whole lines, into files and pipes too
     try:
@@ -71,65 +70,44 @@ def _machine_sentence(error: Exception) -> str:
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
-    """End the program with the exit code of `work`. One of several processes leaves at once.
-
-    Note: tearing down a process after a run over gloo may abort it in C++ (torch 2.13, "terminate called without an
-    active exception"), and torchrun then reports a failure of a run that is done and saved.
-    """
-    code: object = 1
+    """End the program with the exit code of `work`; one of several processes ends without Python's tear-down, which
+    after a run over gloo may abort in C++ (torch 2.13), so that torchrun would report a failure."""
+    code: object
     try:
         code = work()
     except SystemExit as stopped:
         code = stopped.code
-    finally:
-        if os.environ.get("WORLD_SIZE") not in (None, "", "0", "1"):
-            if sys.exc_info()[0] is not None:  # a bug: Python would show it after this
-                traceback.print_exc()
-            logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(code if isinstance(code, int) else 1)
-    sys.exit(code)  # type: ignore[arg-type]
-
-
-def _warning_line(program: str, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-    """How a program shows warnings: a `SeedWarning` is its sentence, without the line of code it comes from."""
-    if issubclass(category, SeedWarning):
-        return f"{program}: warning: {message}\n"
-    return _PLAIN(message, category, *place, **more)
+    if os.environ.get("WORLD_SIZE") in (None, "", "0", "1"):
+        sys.exit(code)  # type: ignore[arg-type]
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else 1)
 
 
 def end_with_parent() -> None:
-    """End this process of `multiprocessing` as soon as its parent is dead, by SIGKILL too."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
-
-    def watch() -> None:
-        connection.wait([parent.sentinel])
+    """Initializer of a process pool: each process ends as soon as its parent is dead, by SIGKILL too."""
+    def watch(sentinel: Any) -> None:
+        connection.wait([sentinel])
         os._exit(SOME_FAILED)
 
-    threading.Thread(target=watch, daemon=True).start()
+    if (parent := multiprocessing.parent_process()) is not None:
+        threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
 
 
 @contextlib.contextmanager
 def ended_by_sigterm(first: Callable[[], None] = lambda: None) -> Iterator[None]:
     """SIGTERM and SIGHUP end the block as Ctrl-C does: by KeyboardInterrupt, after `first`. Only in the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
     def end(number: int, frame: Any) -> None:
         first()
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, end) for name in ("SIGTERM", "SIGINT", "SIGHUP")
-              if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN}
-    try:
+    with contextlib.ExitStack() as stack:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    stack.callback(signal.signal, number, signal.signal(number, end))
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def add_debug(parser: ArgumentParser) -> None:
@@ -167,13 +145,6 @@ def whole_number(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
-
-
-def some_text(text: str) -> str:
-    """A flag's type: a text that is not empty."""
-    if not text.strip():
-        raise ArgumentTypeError("the text is empty")
-    return text
 
 
 def run_program(parser: ArgumentParser, work: Callable[[Namespace], int], argv: Sequence[str] | None = None,

@@ -7,10 +7,10 @@ Nothing is downloaded here while `HF_HUB_OFFLINE` is set (the default): a hub na
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from seed_multimodal.errors import CheckpointError, first_line
 
@@ -27,12 +27,11 @@ SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/
 LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or give "
                "the path of yours")
 WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
+SAFE, TORCH_COPIES = ("model.safetensors", "model.safetensors.index.json"), "pytorch_model*.bin*"
 
 
-@dataclass(frozen=True)
-class ReleasedPart:
-    """Folder below the repository root, name on the hub, what else belongs into the folder, and the files that are
-    fetched from the hub (shell patterns)."""
+class ReleasedPart(NamedTuple):
+    """Folder below the repository root, name on the hub, what else it needs, and files to fetch (shell patterns)."""
 
     folder: str
     hub: str
@@ -62,9 +61,8 @@ PARTS = {
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether `name` has the form `owner/name` and `owner` is no folder here; `pretrained/…` is always a folder."""
-    owner, _, rest = str(name).partition("/")
-    local = owner in ("", ".", "..", "~", "pretrained") or os.path.exists(owner)
-    return bool(rest) and "/" not in rest and not owner.startswith(".") and not local
+    owner = re.fullmatch(r"([^./~][^/]*)/[^/]+", str(name))
+    return owner is not None and owner[1] != "pretrained" and not os.path.exists(owner[1])
 
 
 def locate(path: str | Path) -> Path | None:
@@ -79,45 +77,24 @@ def locate_system(name: str | Path) -> Path | None:
     return locate(SHIPPED.get(str(name).lower(), name))
 
 
-def or_take(system: str) -> str:
-    """The end of a sentence about weights that are not there; "" where no shipped model is either."""
-    names = {"seed_x": ("nano-x", "nano"), "lavit": ("nano-lavit", "nano")}.get(system, ("nano",))
-    name = next((name for name in names if locate_system(name) is not None), "")
-    return name and f"; or take --model {name} (of the server: --system {name}), which runs now"
-
-
-def where_shipped(name: str | Path) -> str:
-    """Where a shipped system is, in a sentence; "" for other names."""
-    shipped = next((one for one in SHIPPED if str(name).rstrip("/").lower().endswith(one)), "")
-    return shipped and (f"The {shipped} weights ship with the repository: run from its root, or give the path to "
-                        f"{SHIPPED[shipped]}.")
-
-
 def released_folder(name: str | Path) -> str:
     """Where a released part belongs that is named as on the hub; other names as they are."""
     return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
 
 
-def local_folder(name: str | Path, *, cache: bool = True) -> Path | None:
-    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else (`cache`) its snapshot
-    of the hub, else None."""
+def local_folder(name: str | Path) -> Path | None:
+    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else its hub snapshot."""
     found = locate(name) or locate(released_folder(name))
-    if found is not None or not (cache and is_hub_name(name)):
+    if found is not None or not is_hub_name(name):
         return found
     return fetched(str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS))
 
 
-def llm_kind(name: str | Path) -> str:
-    """Key of `PARTS` for a language model's folder or hub name; `llm` for one of neither size."""
-    return next((size for size in ("14b", "8b") if size in str(name).lower()), "llm")
-
-
-def not_on_disk(missing: Iterable[tuple[ReleasedPart | None, str | Path]]) -> str:
-    """The sentence, without its end, for parts that are not there (None: some LLaMA; its folder or hub name)."""
+def not_on_disk(missing: Iterable[tuple[ReleasedPart, str | Path]]) -> str:
+    """The sentence, without its end, for missing parts and the folders or hub names they were looked for by."""
     wanted = dict[str, list[str]]()
     for part, where in missing:
-        what = "a LLaMA folder" if part is None else f"{part.hub}{part.remark}"
-        wanted.setdefault(what, []).append(released_folder(where))
+        wanted.setdefault(f"{part.hub}{part.remark}", []).append(released_folder(where))
     advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
     return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
 
@@ -158,39 +135,20 @@ def fetched(hub_id: str, files: Sequence[str]) -> Path | None:
 
 
 def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
-    """Snapshot folder of those `files` (shell patterns) of a hub repository, from the local cache when it is there.
-    Raises CheckpointError: not reachable, with `advice` on what to put where instead."""
+    """Snapshot folder of `files` (shell patterns; without "/" of the root folder only) of a hub repository, cached.
+
+    Torch copies of a model's safetensors are left out. Raises CheckpointError: not reachable; with `advice`.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    below = [] if any("/" in one for one in files) else ["*/*"]  # the hub's `*` matches "/" as well
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(files)))
+        folder = Path(snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=[*below, TORCH_COPIES]))
+        if below and first_file(folder, SAFE) is None:
+            snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=below)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
                               f"{advice}.") from error
-
-
-class HubUpload:
-    """Gives a class with `save_pretrained` its `push_to_hub`."""
-
-    save_pretrained: Callable[..., Path]
-
-    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to a repository of the hub, made if it is new; returns its address.
-
-        Raises:
-            CheckpointError: not reachable, or not permitted (`hf auth login`).
-        """
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-        with tempfile.TemporaryDirectory() as place:
-            folder = self.save_pretrained(Path(place) / "model")
-            try:
-                address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
-                HfApi().upload_folder(repo_id=repo_id, folder_path=folder)
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
-                reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
-                raise CheckpointError(f"{repo_id}: cannot be uploaded ({reason}).") from error
-        return str(address)
+    return folder

@@ -1,5 +1,4 @@
-"""The progress display of long work: tqdm's bar on a terminal, tqdm's line at intervals in a log file; and other
-libraries kept quiet."""
+"""Progress of long work (tqdm's bar on a terminal, tqdm's line at intervals in a log); other libraries kept quiet."""
 
 from __future__ import annotations
 
@@ -16,18 +15,10 @@ from tqdm import tqdm
 
 from seed_multimodal.entry import log_line
 
-MODEL_LIBRARIES = ("transformers", "diffusers")  # these have a logging module of their own, with progress bars
-
 
 class Progress(tqdm):
-    """Counts work and shows progress, speed and remaining time; as `tqdm`, which it is.
-
-    Args:
-        name: in front.
-        total: all work in `unit`s (or None: not known); `start`: what was done before.
-        every: seconds between two lines, where stderr is no terminal.
-        log: takes whole lines; None: nothing is shown.
-    """
+    """tqdm that, where stderr is no terminal, gives `log` a whole line `every` so many seconds; `start`: work that was
+    done before. Nothing is shown if `log` is None."""
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
@@ -60,27 +51,9 @@ class Progress(tqdm):
         elif not self.disable:
             tqdm.write(text, file=sys.stderr)
 
-    @property
-    def seconds(self) -> float:
-        """Since the start."""
-        return self.format_dict["elapsed"] if not self.disable else 0.0
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words of two units at most: `45 s`, `3.2 min`, `5 h 12 min`, `2 d 3 h`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    minutes = round(seconds / 60)
-    if minutes < 48 * 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
-
-
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Inside, `libraries` (of `MODEL_LIBRARIES`) show no progress bars and log nothing: what fails is raised, too."""
+    """Inside, `libraries` (transformers, diffusers) show no progress bars and log nothing: failures are raised."""
     with contextlib.ExitStack() as before:
         for library in libraries:
             own = importlib.import_module(f"{library}.utils.logging")
@@ -92,15 +65,14 @@ def quiet_loading(*libraries: str) -> Iterator[None]:
         yield
 
 
-def quiet_libraries(debug: bool = False, libraries: tuple[str, ...] = MODEL_LIBRARIES) -> None:
-    """From here on `libraries` show no progress bars and log errors only, unless `debug`."""
+def quiet_libraries(debug: bool = False) -> None:
+    """From here on libraries show no progress bars and log errors only, unless `debug`."""
     if debug:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")
-    for library in libraries:
-        if library in MODEL_LIBRARIES:
-            own = importlib.import_module(f"{library}.utils.logging")
-            own.disable_progress_bar()
-            own.set_verbosity_error()
-        else:
-            logging.getLogger(library).setLevel(logging.ERROR)
+    for library in ("transformers", "diffusers"):
+        own = importlib.import_module(f"{library}.utils.logging")
+        own.disable_progress_bar()
+        own.set_verbosity_error()
+    for library in ("DeepSpeed", "accelerate"):
+        logging.getLogger(library).setLevel(logging.ERROR)

@@ -8,8 +8,6 @@
         files: list[str] = setting(factory=list)
 
     read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
-
-An unknown key is an error that names the nearest one; so is a value of another type or outside its range.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import dataclasses
 import difflib
 import functools
 import json
-import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -30,17 +28,14 @@ from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
 SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # limits of the seeds that torch's generators take
-_COMPARISONS = {"least": ("at least", float.__ge__), "most": ("at most", float.__le__),
-                "above": ("above", float.__gt__), "below": ("below", float.__lt__)}
+_COMPARISONS = {"least": ("at least", operator.ge), "most": ("at most", operator.le), "above": ("above", operator.gt),
+                "below": ("below", operator.lt)}
 
 
 def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
             above: float | None = None, most: float | None = None, below: float | None = None,
             choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with limits: `least <= value <= most`, `above < value < below`, one of `choices`.
-
-    Limits hold for each item of a list; None is never compared. Infinity is refused, but with `most=math.inf`.
-    """
+    """A dataclass field with limits, which hold for each item of a list but not for None."""
     limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
                                               ("choices", choices)) if limit is not None}
     if factory is not None:
@@ -51,9 +46,7 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | 
 def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
     """An instance of the dataclass `kind` out of a mapping; `where` is what errors begin with: `trainer`, a file.
 
-    Raises:
-        ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range, an
-            interpolation that fails.
+    Raises ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range.
     """
     try:
         plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
@@ -82,13 +75,16 @@ def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
         made = _adapter(hint).validate_python(value)
     except ValidationError as error:
         raise ConfigError(_sentence(hint, error.errors()[0], where)) from None
+    for name, given in value.items() if isinstance(value, Mapping) else ():
+        if isinstance(given, bool) and type(getattr(made, name, given)) in (int, float):
+            raise ConfigError(f"{where}: {name} must be a number, not {given!r}.")
     _check_limits(limits, made, where)
     return made
 
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """pydantic's reader of a type; its nested dataclasses take no other keys and no true or false as a number."""
+    """pydantic's reader of a type; dataclasses in it take no other keys."""
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -102,26 +98,20 @@ def _sentence(kind: Any, error: Mapping[str, Any], where: str) -> str:
     """What does not fit, and where."""
     *path, last = error["loc"] or ("",)
     if error["type"] == "unexpected_keyword_argument":
-        known = sorted(_fields(kind)) if not path else sorted(_fields_below(kind))
-        return (f"{': '.join([where, *map(str, path)])}: unknown key {last!r}{nearest(str(last), known)}"
-                + (f"; known keys are {', '.join(known)}." if not path else "."))
+        return f"{': '.join([where, *map(str, path)])}: unknown key {last!r}{nearest(str(last), sorted(_names(kind)))}."
     where = ": ".join([where, *map(str, error["loc"])])
     if error["type"] in ("missing", "missing_argument"):
         return f"{where} is needed."
     return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}."
 
 
-def _fields(kind: Any) -> dict[str, Any]:
-    """Name → type of a dataclass's fields."""
-    hints = get_type_hints(kind)
-    return {entry.name: hints[entry.name] for entry in dataclasses.fields(kind) if entry.init}
-
-
-def _fields_below(hint: Any) -> set[str]:
+def _names(hint: Any) -> set[str]:
     """Names of the fields of all dataclasses in a type, at any depth."""
     if not dataclasses.is_dataclass(hint):
-        return {name for inner in get_args(hint) for name in _fields_below(inner)}
-    return {*_fields(hint), *(name for inner in _fields(hint).values() for name in _fields_below(inner))}
+        return {name for inner in get_args(hint) for name in _names(inner)}
+    hints = get_type_hints(hint)
+    fields = [entry.name for entry in dataclasses.fields(hint) if entry.init]
+    return {*fields, *(name for field in fields for name in _names(hints[field]))}
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
@@ -139,35 +129,26 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def describe_settings(kind: Any, key: str, made: Any = None) -> list[str]:
-    """For `--help`: `key.name=default` of each field of a dataclass (`???`: needed), its choices or its type after it.
-
-    Args:
-        made: an instance whose values are shown instead of the defaults.
-    """
-    lines = []
+def describe_settings(kind: Any, key: str) -> list[str]:
+    """For `--help`: `key.name=default` of each field of a dataclass (`???`: needed), and its choices or its type."""
+    lines, hints = [], get_type_hints(kind)
     for entry in dataclasses.fields(kind):
-        name, hint = f"{key}.{entry.name}", _fields(kind).get(entry.name)
-        default = entry.default_factory() if callable(entry.default_factory) else entry.default
-        value = default if made is None else getattr(made, entry.name)
-        inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
+        hint, name = hints[entry.name], f"{key}.{entry.name}"
         if dataclasses.is_dataclass(hint):
-            lines += describe_settings(hint, name, None if value is dataclasses.MISSING else value)
-        else:
-            shown = "???" if value is dataclasses.MISSING else json.dumps(value, default=str).replace('"', "")
-            choices = ", ".join(str(one) for one in entry.metadata.get("choices", ()))
-            type_name = re.sub(r"\w+\.", "", getattr(hint, "__name__", "") if isinstance(hint, type) else str(hint))
-            lines.append(f"{name}={shown}  ({choices or type_name})")
-            lines += describe_settings(inner, f"{name}[]") if inner is not None and str(hint).startswith("list") else []
+            lines += describe_settings(hint, name)
+            continue
+        inner = next((one for one in get_args(hint) if dataclasses.is_dataclass(one)), None)
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        shown = "???" if default is dataclasses.MISSING else json.dumps(default, default=str).replace('"', "")
+        choices = ", ".join(map(str, entry.metadata.get("choices", ())))
+        type_name = hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint))
+        lines.append(f"{name}={shown}  ({choices or type_name})")
+        lines += describe_settings(inner, f"{name}[]") if inner is not None and str(hint).startswith("list") else []
     return lines
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:
-    """`key: before -> now` for each setting in which two resolved configurations differ, in alphabetical order.
-
-    Args:
-        silent: dotted keys that may differ; all below such a key is silent, too.
-    """
+    """`key: before -> now` for each setting in which two configurations differ, but for dotted keys below `silent`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     return [f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}" for key in sorted(old.keys() | new)
             if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
@@ -178,12 +159,8 @@ def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
         if one is not None and one not in limits.get("choices", (one,)):
             options = [str(option) for option in limits["choices"] if option is not None]
             raise ConfigError(f"{where} must be one of {', '.join(options)}, not {one!r}{nearest(str(one), options)}.")
-        if not isinstance(one, int | float) or isinstance(one, bool):
-            continue
-        if not math.isfinite(one) and not one <= limits.get("most", 0.0) == math.inf:
-            raise ConfigError(f"{where} must be a finite number, not {one}.")
-        for name, (words, fits) in _COMPARISONS.items():
-            if name in limits and not fits(float(one), float(limits[name])):
+        for name, (words, fits) in _COMPARISONS.items() if isinstance(one, int | float) else ():
+            if name in limits and not fits(one, limits[name]):
                 raise ConfigError(f"{where} must be {words} {limits[name]}, not {one}.")
 
 

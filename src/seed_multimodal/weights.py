@@ -12,7 +12,7 @@ import math
 import os
 import pickle
 import warnings
-from collections import Counter
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seed_multimodal.disk import read_json_object, replacing_path, set_default_mode
+from seed_multimodal.disk import replacing_path
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -33,7 +33,7 @@ _WRAPPERS = ("model", "state_dict", "module")
 
 @dataclass
 class LoadReport:
-    """Result of a load: names of parameters filled, left as they were, ignored in the file."""
+    """Result of a load: names of tensors filled, left as they were, ignored in the file."""
 
     source: str
     loaded: list[str]
@@ -41,27 +41,20 @@ class LoadReport:
     ignored: list[str]
 
     def describe(self) -> str:
-        """One line: counts, then the names grouped by their first part."""
-        parts = [f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
-                 f"{len(self.ignored)} in the file ignored"]
-        for what, names in (("not in the file", self.missing), ("ignored", self.ignored)):
-            parts += [f"{what}: {grouped(names)}"] if names else []
-        return "; ".join(parts) + "."
+        """One line with the counts."""
+        return (f"{self.source}: {len(self.loaded)} tensors loaded, {len(self.missing)} not in the file, "
+                f"{len(self.ignored)} in the file ignored.")
 
 
-def grouped(names: Iterable[str]) -> str:
-    """`Qformer (255), temp (1)`: how many names begin with which first part."""
-    return ", ".join(f"{name} ({count})" for name, count in Counter(name.split(".")[0] for name in names).items())
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:5])) + (" …" if len(names) > 5 else "")
 
 
 def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
-    """Read a flat name → tensor mapping from `.safetensors`, `.pt`, `.pth` or `.bin`, on CPU.
+    """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; `{"model": …}` and the like are
+    unwrapped. With `mapped` they are views of the file where its format allows.
 
-    Wrapped checkpoints (`{"model": …}`, `{"state_dict": …}`) are unwrapped. With `mapped` tensors of a torch file are
-    views of the file where its format allows, not copies in memory.
-
-    Raises:
-        CheckpointError: missing, truncated or unsafe file, or one that holds no tensors.
+    Raises CheckpointError: missing, truncated or unsafe file, or one that holds no tensors.
     """
     loaded: Any = read_file(Path(path), mapped)
     for wrapper in _WRAPPERS:  # one may be wrapped in the next
@@ -72,50 +65,23 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
     return tensors
 
 
-def weight_files(source: str | Path) -> list[Path]:
-    """Weights files of a checkpoint: the file itself, or those of a folder, by its index if it has one.
-
-    Raises:
-        CheckpointError: there are none, or one that the index names is missing.
-    """
-    source = Path(source)
-    if source.is_file():
-        return [source]
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: there is no such checkpoint.")
-    index = next((source / name for name in INDEXES if (source / name).is_file()), None)
-    if index is not None:
-        places = read_json_object(index).get("weight_map")
-        if not isinstance(places, dict):
-            raise CheckpointError(f"{index}: not an index of shards: it holds no 'weight_map'.")
-        files = sorted({source / str(name) for name in places.values()})
-    else:
-        files = [source / name for name in SINGLE if (source / name).is_file()][:1]
-        files = files or sorted([*source.glob("*.safetensors"), *source.glob("pytorch_model*.bin")])
-    if not files:
-        raise CheckpointError(f"{source}: there are no weights (*.safetensors or *.bin) in it.")
-    missing = next((file for file in files if not file.is_file()), None)
-    if missing is not None:
-        raise CheckpointError(f"{missing}: this shard is missing, although {index} names it.")
-    return files
-
-
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weights file or of a folder with one or several, mapped where the format allows; raises as
-    `weight_files` and `load_state_dict`."""
-    return {name: value for file in weight_files(source) for name, value in load_state_dict(file, mapped=True).items()}
+    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: there are none."""
+    source = Path(source)
+    single = [file for file in (source, *(source / name for name in SINGLE)) if file.is_file()][:1]
+    files = single or sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+    if not files:
+        raise CheckpointError(f"{source}: there are no weights (*.safetensors or *.bin).")
+    return {name: value for file in files for name, value in load_state_dict(file, mapped=True).items()}
 
 
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
-    """The mapping in a safetensors or torch file, tensors on the CPU; `mapped` as of `load_state_dict`.
-
-    Raises:
-        CheckpointError: a missing, truncated or unsafe file, or no mapping in it.
-    """
+    """The mapping in a safetensors or torch file; arguments and errors as of `load_state_dict`."""
     if not os.path.isfile(file):  # Path.is_file raises for a name too long
         raise CheckpointError(f"{file}: there is no such weights file.")
     try:
-        loaded = load_file(file) if file.suffix == ".safetensors" else _read_torch(file, mapped)
+        loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(
+            file, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
@@ -123,15 +89,6 @@ def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
         raise CheckpointError(f"{file}: not a complete weights file ({first_line(error)}).") from error
     return loaded if isinstance(loaded, Mapping) else {"": loaded}
-
-
-def _read_torch(file: Path, mapped: bool) -> object:
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except RuntimeError as error:  # the older format cannot be mapped
-        if not mapped or "mmap" not in str(error):
-            raise
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
@@ -144,7 +101,9 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: M
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(errno.EIO, first_line(error)) from error
-        set_default_mode(scratch)
+        mask = os.umask(0o022)  # can only be read by setting it
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
     return file
 
 
@@ -157,29 +116,14 @@ def save_torch(content: object, path: str | Path) -> None:
             raise OSError(errno.EIO, first_line(error)) from error
 
 
-def assign_strictly(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str | Path,
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
-    *,
-    foreign: bool = False,
-    device: str | torch.device = "cpu",
-) -> LoadReport:
-    """Put `state` into `module` and account for every name.
+def assign_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path,
+                    allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = (), *, foreign: bool = False,
+                    device: str | torch.device = "cpu") -> LoadReport:
+    """Put `state` into `module` and account for every name. A module on the meta device takes the tensors themselves,
+    moved to `device` in its precision; any other copies them.
 
-    A module on the meta device takes the tensors themselves, moved to `device` and converted to its precision (views
-    of a `mapped` file stay views where nothing changes). Any other module copies them.
-
-    Args:
-        allow_missing, allow_unexpected: shell patterns of names that may be absent from the file, and of those in it
-            that are left out.
-        foreign: a file made elsewhere: other names are left out, too, with a warning that names and counts them.
-
-    Raises:
-        CheckpointError: nothing matches, a shape differs, or a name outside the patterns is missing or (unless
-            `foreign`) unexpected.
+    Raises CheckpointError: nothing matches, a shape differs, or a name outside the shell patterns is missing or
+    unexpected (of a `foreign` file, made elsewhere, only a warning).
     """
     own = module.state_dict()
     report = LoadReport(str(source), [name for name in own if name in state],
@@ -199,17 +143,10 @@ def assign_strictly(
     else:
         refuse_tensors(report.ignored, allow_unexpected, source, "unknown to the model")
     bare = {name for name in report.loaded if own[name].is_meta}
-    module.load_state_dict({name: _placed(state[name], device, own[name].dtype) for name in bare}, strict=False,
-                           assign=True)
+    module.load_state_dict({name: state[name].to(device, own[name].dtype).contiguous() for name in bare},
+                           strict=False, assign=True)
     module.load_state_dict({name: state[name] for name in report.loaded if name not in bare}, strict=False)
     return report
-
-
-def _placed(value: Tensor, device: str | torch.device, dtype: torch.dtype) -> Tensor:
-    """`value` itself if it lies so already; numbers that have no precision to convert are copied, so that a few of them
-    do not keep a whole file mapped."""
-    placed = value.to(device, dtype)
-    return placed.contiguous() if placed.is_floating_point() else placed.clone()
 
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
@@ -222,9 +159,8 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
     """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers."""
     unlisted = _outside(names, known)
     if unlisted:
-        shown = ", ".join(map(repr, unlisted)) if len(unlisted) <= 5 else grouped(unlisted)
-        warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
-                      f"{'was' if len(unlisted) == 1 else 'were'} left out: {shown}.", SeedWarning, stacklevel=3)
+        warnings.warn(f"{source}: the model does not know, and leaves out, {counted(len(unlisted), 'tensor')}: "
+                      f"{_listed(unlisted)}.", SeedWarning, stacklevel=3)
 
 
 def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
@@ -247,16 +183,4 @@ def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | P
     """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for those that no shell pattern of `allowed` covers."""
     bad = _outside(names, allowed)
     if bad:
-        shown = ", ".join(map(repr, bad[:3])) + (" …" if len(bad) > 3 else "")
-        raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {shown}.")
-
-
-def refuse_diverged(model: nn.Module, origin: Mapping[str, str], otherwise: str | Path) -> None:
-    """Refuse to export NaN of a diverged training: all codes would become 0, and every comparison would pass.
-
-    `origin`: a tensor's name → the file that it came from, `otherwise` where that is not known.
-    """
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{origin.get(name, otherwise)}: {name!r} holds numbers that are not finite, so its "
-                                  "training has diverged; export an earlier checkpoint.")
+        raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {_listed(bad)}.")

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from seed_multimodal.errors import SeedError
-from seed_multimodal.training.checkpoint import checkpoints, read_tree
+from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
@@ -124,7 +124,7 @@ def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
                for part, file in (("model", "model"), ("ema", "ema"))}
     return {**tensors, **json.loads((place / "trainer_state.json").read_text()),
-            **read_tree(place / "optimizer.safetensors")}
+            **torch.load(place / "optimizer.pt", weights_only=True)}
 
 
 def content(folder: Path, name: str = "toy") -> dict[str, bytes]:

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from seed_multimodal import device as choosing
-from seed_multimodal.device import BESIDE_8BIT, RELEASED_FP16, Runtime, choose_device, choose_for_pictures
+from seed_multimodal.device import (
+    BESIDE_8BIT,
+    RELEASED_FP16,
+    Runtime,
+    choose_device,
+    choose_for_pictures,
+    known_peak,
+    peak_of,
+)
 from seed_multimodal.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +67,7 @@ def test_pictures_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
 
 def test_choose_device_refuses_unknown_names(gpu: None) -> None:
     for device in ("meta", "xla", "cuda:1"):
-        with pytest.raises(ConfigError, match="Unknown device|last CUDA device is cuda:0"):
+        with pytest.raises(ConfigError, match="Unknown device|this machine has 1 CUDA devices"):
             choose_device(device)
     with pytest.raises(ConfigError, match="Unknown dtype"):
         choose_device("cpu", "float8")
@@ -149,6 +157,13 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
         assert "--quantization {8bit,4bit}" in text, text[:200]
     for text in talking + pictures:
         assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
+
+
+@pytest.mark.parametrize(("name", "peak"), [
+    ("NVIDIA H200", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L40S", 362.0),
+    ("NVIDIA A10G", None), ("NVIDIA H200 MIG 1g.18gb", None), ("AMD Instinct MI300X", None)])
+def test_peak_of(name: str, peak: float | None) -> None:
+    assert peak_of(name) == peak and known_peak(torch.device("cpu"), torch.bfloat16) is None
 
 
 THREADS = """

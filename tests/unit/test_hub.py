@@ -35,6 +35,25 @@ def test_released_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.
     assert hub.locate("no/such/folder") is None
 
 
+def test_fetch_takes_one_copy_of_the_weights_and_none_of_subfolders(tmp_path: Path,
+                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    def download(hub_id: str, **patterns: list[str]) -> str:
+        for name in filter_repo_objects(files[hub_id], **patterns):
+            (tmp_path / hub_id / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / hub_id / name).touch()
+        return str(tmp_path / hub_id)
+
+    files = {"both": ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
+             "torch": ["config.json", "pytorch_model.bin"], "parts": ["unet/config.json", "vae/config.json", "a.json"]}
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for hub_id, patterns, expected in (("both", hub.WEIGHTS, files["both"][:2]), ("torch", hub.WEIGHTS, files["torch"]),
+                                       ("parts", ["vae", "vae/*"], ["vae/config.json"])):
+        folder = hub.fetch(hub_id, patterns)
+        assert sorted(str(one.relative_to(folder)) for one in folder.rglob("*.*")) == sorted(expected)
+
+
 def test_quiet_libraries_speak_again_afterwards() -> None:
     from transformers.utils import logging
 

@@ -17,7 +17,7 @@ from seed_multimodal.cli.common import add_json, emit
 from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate_system, where_shipped
+from seed_multimodal.hub import locate_system
 
 KINDS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_name("starts.yaml").read_text())
 
@@ -37,7 +37,7 @@ def init(args: argparse.Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
     kind = KINDS[args.like]
     if (shipped := locate_system(kind["system"])) is None:
-        raise ConfigError(f"{kind['system']}: not found. {where_shipped(kind['system'])}")
+        raise ConfigError(f"{kind['system']}: not found; run from the repository, which has it in pretrained/.")
     out = output_folder(args.out, force=args.force, what="the model")
     with making_folder(out, args.out, ConfigError) as folder:
         for source, target in kind["copied"].items():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.cli import common
-from seed_multimodal.entry import DONE, add_quantization, run_program, some_text, whole_number
+from seed_multimodal.entry import DONE, add_quantization, run_program, whole_number
 from seed_multimodal.images.io import open_image
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
@@ -37,9 +37,9 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         parser.add_argument("--top_k", type=whole_number(0), help="codes to draw from (default: 50)")
     common.add_common(parser, model="lavit", seed=seed, out="output" * draws, language=True, drawing=draws)
     if name == "understanding":
-        parser.add_argument("--question", action="append", type=some_text, help=f"default: {QUESTIONS}")
+        parser.add_argument("--question", action="append", help=f"default: {QUESTIONS}")
     elif name == "text2image_synthesis":
-        parser.add_argument("--prompt", nargs="+", type=some_text, default=[PROMPT], help=f"default: {PROMPT}")
+        parser.add_argument("--prompt", nargs="+", default=[PROMPT], help=f"default: {PROMPT}")
         parser.add_argument("--num_return_images", type=whole_number(1), default=1, help="of each text (default: 1)")
         parser.set_defaults(guidance=4.0)
     elif name == "multimodal_synthesis":
@@ -49,9 +49,9 @@ def lavit_script(program: str, description: str, argv: Sequence[str] | None = No
         parser.set_defaults(num_inference_steps=50, guidance_scale=7.0)
     else:
         parser.add_argument("--image", default=str(common.cat_image()), help="default: images/cat.jpg")
-        parser.add_argument("--question", type=some_text, default=QUESTIONS[0], help="default: %(default)s")
-        parser.add_argument("--prompt", type=some_text, default=PROMPT, help="default: %(default)s")
-        parser.add_argument("--words", type=some_text, default=WORDS, help="with the image (default: %(default)s)")
+        parser.add_argument("--question", default=QUESTIONS[0], help="default: %(default)s")
+        parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
+        parser.add_argument("--words", default=WORDS, help="with the image (default: %(default)s)")
     return run_program(parser, {"understanding": _understand, "text2image_synthesis": _draw, "inference": _infer,
                                 "multimodal_synthesis": _compose, "image_detokenize": _rebuild}[name], argv)
 

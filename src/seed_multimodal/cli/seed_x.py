@@ -15,7 +15,7 @@ from typing import Any
 
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
-from seed_multimodal.entry import DONE, run_program, some_text, whole_number
+from seed_multimodal.entry import DONE, run_program, whole_number
 from seed_multimodal.hub import locate
 
 CONFIGS = {
@@ -69,9 +69,9 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     if script.condition:
         parser.add_argument("--condition", help=f"default: demo_images/{script.condition} or the image itself")
     if script.prompt:
-        parser.add_argument("--prompt", type=some_text, help=f"default: {script.prompt}")
+        parser.add_argument("--prompt", help=f"default: {script.prompt}")
     if script.phrase:
-        parser.add_argument("--detect", type=some_text, help=f"find it in --image, or {script.scene}")
+        parser.add_argument("--detect", help=f"find it in --image, or {script.scene}")
     common.add_common(parser, model="released", seed=SEED, out="vis", language=bool(script.model),
                       generation=bool(script.model), drawing=bool(script.adapter))
     parser.add_argument("--device_2", help="where images are encoded and drawn (default: --device)")

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seed_multimodal.device import free_memory
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.answer import ImagePart, split_answer
 from seed_multimodal.language.engine import Engine
@@ -154,4 +153,4 @@ def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
         yield
     finally:
         part.to("cpu")
-        free_memory(device)
+        torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES, VISION_URL, own_config, read_vision
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.weights import load_state_dict, refuse_diverged, save_torch
+from seed_multimodal.weights import load_state_dict, save_torch
 
 AUTO = "auto"
 KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}
@@ -67,7 +67,7 @@ def export_tokenizer(
         force: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: a part that no file holds, tensors of another size or that are not finite, codes that differ.
+        CheckpointError: a part that no file holds, tensors of another size, codes that differ.
         ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
     """
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision])
@@ -90,7 +90,6 @@ def export_tokenizer(
     if check is not None:
         check(sizes.codebook_size, sizes.num_query, stage2)
     model = tokenizer.from_released(sizes, state, " and ".join(files))
-    refuse_diverged(model, origin, "the weights")
     picture = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(picture)[None]
     codes = model.encode(pixels)

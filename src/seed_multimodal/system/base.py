@@ -20,7 +20,6 @@ from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
@@ -55,7 +54,7 @@ class Written:
     request: Prompt
 
 
-class MultimodalSystem(Generator, HubUpload):
+class MultimodalSystem(Generator):
     """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
     (`num_inference_steps`, …) as keywords. Threads use its language model and its codec one at a time."""
 

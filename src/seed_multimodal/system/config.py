@@ -158,7 +158,7 @@ class SystemConfig:
         if folder is None or not str(name):
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
             raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
-                                  f"system.json. {hub.where_shipped(name)}".rstrip())
+                                  f"system.json ({', '.join(hub.SHIPPED)}: in the repository's pretrained/).")
         model = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
         if (folder / "system.json").is_file():
@@ -220,7 +220,7 @@ class SystemConfig:
         for key in parts:
             if key in origins and not self.has(key) and getattr(self, key) == self._usual_places()[key]:
                 source, inside = origins[key]
-                files = source.files if inside == "." else (f"{inside}*",)
+                files = source.files if inside == "." else (inside, f"{inside}/*")
                 cached = hub.fetched(source.hub, FILES[key] if self.system == "lavit" and key in FILES else files)
                 setattr(self, key, cached and _there(cached / inside) or getattr(self, key))
         if self.has(*parts):
@@ -228,7 +228,8 @@ class SystemConfig:
         if self.original:
             missing = [(source, place) for key, (source, _) in origins.items()
                        if (place := self._missing(key)) and key != "safety"]
-            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}{hub.or_take(self.system)}.")
+            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model nano (of the server: "
+                                  "--system nano), which runs now.")
         texts = [f"its {PARTS[self.system][key][0]} is not there"
                  + (f": put it at {place}" if place else " (seed assemble joins parts)")
                  for key in parts if (place := self._missing(key)) is not None]

@@ -3,8 +3,8 @@
     checkpoint-1000/
         model.safetensors                     the weights; a language model's task writes files of its own instead
         ema.safetensors                       their moving average, if one is kept
-        optimizer.safetensors                 optimiser and loss scale
-        latest, global_step1000/              DeepSpeed, instead of optimizer.safetensors: every process's shards
+        optimizer.pt                          optimiser and loss scale (tensors and plain containers only)
+        latest, global_step1000/              DeepSpeed, instead of optimizer.pt: every process's shards
         data_state.json, trainer_state.json   each process's position in the data; step, log, settings
 
 A checkpoint is written to `.checkpoint-N.tmp`, flushed, and gets its name by one rename, so what has the name is
@@ -23,21 +23,27 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush_folder, replace_folder, set_default_mode
+from seed_multimodal.disk import disk_reason, flush, replace_folder
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.task import Task
-from seed_multimodal.weights import assign_strictly, load_state_dict, same_weights, save_state_dict, some_weights
+from seed_multimodal.weights import (
+    assign_strictly,
+    load_state_dict,
+    same_weights,
+    save_state_dict,
+    save_torch,
+    some_weights,
+)
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
-OPTIMIZER, AVERAGE = "optimizer.safetensors", "ema.safetensors"
+OPTIMIZER, AVERAGE = "optimizer.pt", "ema.safetensors"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -96,9 +102,7 @@ class CheckpointStore:
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
         """
-        self.join()
-        if self.problem is not None:
-            raise self.problem
+        self.finish()
         texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
         if engine.sharded:
             self._save_shards(step, task, engine, texts)
@@ -110,13 +114,13 @@ class CheckpointStore:
                        if name not in left_out}
             shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
             optimizer = pytree.tree_map_only(
-                Tensor, lambda value: value.detach().to("cpu", copy=True).contiguous(), engine.state_dict())
+                Tensor, lambda value: value.detach().to("cpu", copy=True), engine.state_dict())
 
             def fill(folder: Path) -> None:
                 task.save_files(folder, weights)
                 if shadow:
                     save_state_dict(shadow, folder / AVERAGE)
-                write_tree(folder / OPTIMIZER, optimizer)
+                save_torch(optimizer, folder / OPTIMIZER)
 
             self._thread = threading.Thread(target=self._write, args=(step, fill, texts), name="checkpoint")
             self._thread.start()
@@ -131,11 +135,15 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
 
+    def check(self) -> None:
+        """Raises TrainingError: a checkpoint could not be written. The other processes end with this one."""
+        if self.problem is not None:
+            raise self.problem
+
     def finish(self) -> None:
-        """As `join`, in all processes. Raises TrainingError: it could not be written."""
+        """As `join`, then `check`."""
         self.join()
-        if self.group.agree(self.problem is not None)[0]:
-            raise self.problem or TrainingError("The first process could not write its checkpoint.")
+        self.check()
 
     def _write(self, step: int, fill: Callable[[Path], None], texts: Mapping[str, Any]) -> None:
         """Fill and publish a folder (first process alone)."""
@@ -179,10 +187,9 @@ class CheckpointStore:
         for name, content in texts.items():
             (folder / name).write_text(json.dumps(content), encoding="utf-8")
         for path in filter(Path.is_file, folder.rglob("*")):
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(path)
         replace_folder(folder, self.home / f"checkpoint-{step}")
-        flush_folder(self.home)
+        flush(self.home)
         # Later ones are of a run that resumed from an earlier step; counting them would remove the one just written.
         present = [path for number, path in checkpoints(self.home) if number <= step]
         for path in present[self.settings.save_total_limit or len(present):]:
@@ -192,7 +199,9 @@ class CheckpointStore:
 
     def _unwritable(self, step: int, error: Exception) -> TrainingError:
         reason = disk_reason(error) if isinstance(error, OSError) else first_line(error)
-        return TrainingError(f"The checkpoint of step {step} cannot be written: {reason}; {self.description()}.")
+        free = shutil.disk_usage(self.home).free / 2**20  # torch.save does not say that the disk is full
+        return TrainingError(f"The checkpoint of step {step} cannot be written: {reason} ({free:,.0f} MiB of the disk "
+                             f"are free); {self.description()}.")
 
     def _is_saved(self, step: int) -> None:
         self.saved, self.place = step, self.home / f"checkpoint-{step}"
@@ -285,33 +294,3 @@ def warm_start(place: Path, task: Task) -> int:
 def frozen_names(module: nn.Module) -> list[str]:
     """Names of the parameters that are not trained."""
     return [name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad]
-
-
-# ----------------------------------------------------------------------- nested states as safetensors, without pickle
-
-
-def write_tree(file: Path, state: Any) -> None:
-    """Write nested containers: tensors by number, everything else as JSON in the file's metadata."""
-    from safetensors.torch import save_file
-
-    leaves, spec = pytree.tree_flatten(state)
-    tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-    plain = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    save_file(tensors or {"none": torch.zeros(0)}, file,
-              metadata={"format": "pt", "leaves": json.dumps(plain), "spec": pytree.treespec_dumps(spec)})
-    set_default_mode(file)
-
-
-def read_tree(file: Path) -> Any:
-    """The nested state of a file. Raises CheckpointError: missing or damaged."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            leaves = json.loads(metadata["leaves"])
-            for name in set(opened.keys()) - {"none"}:
-                leaves[int(name)] = opened.get_tensor(name)
-        return pytree.tree_unflatten(leaves, pytree.treespec_loads(metadata["spec"]))
-    except (SafetensorError, OSError, ValueError, LookupError) as error:
-        raise CheckpointError(f"{file}: is no readable state of a training run ({error}).") from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from seed_multimodal.settings import setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
+SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
 WAIT_MINUTES = 30.0  # for a process that does not answer: default of `timeout_minutes` everywhere
 
 
@@ -60,8 +60,7 @@ class TrainerConfig:
 class StageConfig(TrainerConfig):
     """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size ·
     gradient_accumulation_steps · processes` samples. The rate rises for `warmup_steps` to `learning_rate` and falls to
-    `learning_rate · min_lr_ratio`, along a cosine or another of `schedules.KINDS` (`lr_scheduler_type`, with
-    transformers' options in `lr_scheduler_kwargs`). `further`: a completed run continues if it is asked for more steps.
+    `learning_rate · min_lr_ratio`. `further`: a completed run continues if it is asked for more steps.
     """
 
     max_steps: int = setting(least=0)
@@ -69,8 +68,7 @@ class StageConfig(TrainerConfig):
     learning_rate: float = setting(1e-3, least=0)
     warmup_steps: int = setting(100, least=0)
     min_lr_ratio: float = setting(0.02, least=0)
-    lr_scheduler_type: str = "cosine"
-    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
+    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
     weight_decay: float = setting(0.01, least=0)
     seed: int = setting(0, least=0)
     logging_steps: int = setting(50, least=1)

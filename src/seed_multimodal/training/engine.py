@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.checkpoint import OPTIMIZER, read_tree
+from seed_multimodal.training.checkpoint import OPTIMIZER
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import Task
+from seed_multimodal.weights import read_file
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -89,35 +90,25 @@ class Engine:
         self.scaler.unscale_(self.optimizer)
         return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
-    def update(self, rate: float) -> float | None:
-        """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns the
-        gradients' norm if it is known only now."""
+    def update(self, rate: float) -> dict[str, float]:
+        """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns
+        numbers of the step that are known only now: fp16's `loss_scale`, DeepSpeed's `grad`."""
         self.set_rate(rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return None
+        return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
     def set_rate(self, rate: float) -> None:
         """Give all groups their learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
-    def loss_scale(self) -> float | None:
-        """fp16's scale of the loss; None in other precisions."""
-        return self.scaler.get_scale() if self.scaler.is_enabled() else None
-
-    @property
-    def reads_numbers(self) -> bool:
-        """Whether a step waits for the device anyway: fp16 looks for overflows, DeepSpeed reads the gradients' norm."""
-        return self.sharded or self.scaler.is_enabled()
-
     def problem(self, norm: float | None) -> str:
-        """What is wrong with the gradients ("": nothing)."""
-        if self.scaler.is_enabled():
-            return "" if self.scaler.get_scale() > _SMALLEST_SCALE else (
-                "The fp16 gradients overflow at any loss scale (use bf16 or fp32)")
-        finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"  # DeepSpeed skips such steps
+        """What is wrong with the gradients ("": nothing); an fp16 step whose gradients overflow is skipped."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() <= _SMALLEST_SCALE:
+            return "The fp16 gradients overflow at any loss scale (use bf16 or fp32)"
+        finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"
         return "" if finite else f"The gradient norm became {norm}"
 
     # ------------------------------------------------------------------------------------------------------- states
@@ -132,13 +123,12 @@ class Engine:
         Raises:
             CheckpointError: a state of another optimiser.
         """
-        state = read_tree(folder / OPTIMIZER)
+        state: Any = read_file(folder / OPTIMIZER)
         with keeping_hyperparameters(self.optimizer):
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except (ValueError, KeyError) as error:
                 raise CheckpointError(f"{folder}: holds the state of another optimiser ({error}).") from error
-            _restore_strides(self.optimizer)
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
@@ -188,26 +178,6 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
         group.update(given)
 
 
-def _restore_strides(optimizer: Any) -> None:
-    """Give an optimiser's loaded moments the memory layout of their parameters (channels last), as before saving: loops
-    over another layout round differently."""
-    for part in getattr(optimizer, "parts", {"": optimizer}).values():
-        for parameter, state in part.state.items():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and (
-                        value.stride() != parameter.stride()):
-                    state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """`torch.manual_seed` for the CPU and `device` only: for others it records the call stack each time (0.4 ms)."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.manual_seed_all(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-
-
 # ------------------------------------------------------------------------------------------------------- DeepSpeed
 
 
@@ -252,22 +222,7 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
     left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
     if left:
         raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
-    remarks.append(use_offload_threads(filled))
-    return filled, [remark for remark in remarks if remark]
-
-
-def use_offload_threads(config: Mapping[str, Any]) -> str:
-    """Give this process its share of the node's cores if its optimiser's states are offloaded; returns a remark.
-
-    torchrun sets OMP_NUM_THREADS=1 where there are several processes; any other value is the user's and stays.
-    """
-    offload = config["zero_optimization"].get("offload_optimizer") or {}
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    if offload.get("device") not in ("cpu", "nvme") or processes < 2 or os.environ.get("OMP_NUM_THREADS", "1") != "1":
-        return ""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    torch.set_num_threads(threads)
-    return f"offloaded optimiser states: {threads} CPU threads in each of this node's {processes} processes"
+    return filled, remarks
 
 
 class ZeroEngine(Engine):
@@ -319,12 +274,11 @@ class ZeroEngine(Engine):
         """DeepSpeed clips inside its step."""
         return
 
-    def update(self, rate: float) -> float:
+    def update(self, rate: float) -> dict[str, float]:
         """Update the weights at a learning rate; returns the gradient norm before clipping."""
         self.set_rate(rate)
         self.model.step()
-        norm = self.model.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 
     def weights(self) -> dict[str, Tensor] | None:
         """The trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""

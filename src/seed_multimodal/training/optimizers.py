@@ -1,11 +1,4 @@
-"""Optimisers: AdamW by groups, the original's AdamW, and Muon with AdamW; which one, and its rate, by settings.
-
-The original's weight decay reaches everything that is trained, RMSNorm gains and embeddings included, so there is one
-group by default. Its `adamw_hf` was removed from transformers and is here again.
-
-Muon (Jordan 2024; `torch.optim.Muon`) orthogonalises the momentum of each hidden matrix; `OUTER_PARTS`, norms and
-biases stay with AdamW. Its steps are scaled to AdamW's size, so both parts take one learning rate.
-"""
+"""Optimisers: AdamW, the original's AdamW, and Muon with AdamW; which one, and its rate, by settings."""
 
 from __future__ import annotations
 
@@ -18,22 +11,21 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest, setting
-from seed_multimodal.training.schedules import KINDS, scheduled_rate, warmup_count
+from seed_multimodal.training.config import SCHEDULES
+from seed_multimodal.training.schedules import scheduled_rate, warmup_count
 
 OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")  # their matrices do not map between hidden spaces
 
 
 @dataclass
 class OptimSettings:
-    """The optimiser and its rate; the defaults are the published pretraining recipe.
+    """The optimiser and its rate; the defaults are the published pretraining recipe, whose weight decay reaches
+    everything that is trained, norms and embeddings included.
 
     Attributes:
-        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (matrices by Muon, the rest by AdamW;
-            not with DeepSpeed; its AdamW part has betas 0.9 and 0.99 and spares norms).
+        name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
         part_rates: highest rate of parameters whose names begin so, where it is not `learning_rate` (names as in
             `Task.module`; LaVIT: `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon.
-        decay: `all`: weight decay on everything trained, as the originals; `matrices`: not on norms and biases.
-        lr_scheduler_type: a name of transformers' `SchedulerType`, see `schedules`; lr_scheduler_kwargs: its options.
         warmup_steps: used instead of `warmup_ratio` (rounded up) if above 0.
         min_lr_ratio: the last step's rate over the highest.
         schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
@@ -46,9 +38,7 @@ class OptimSettings:
     adam_beta2: float = setting(0.95, least=0, below=1)
     adam_epsilon: float = setting(1e-5, least=0, most=1)
     weight_decay: float = setting(0.05, least=0)
-    decay: str = setting("all", choices=("all", "matrices"))
-    lr_scheduler_type: str = setting("cosine", choices=KINDS)
-    lr_scheduler_kwargs: dict[str, Any] = setting(factory=dict)
+    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
     warmup_ratio: float = setting(0.03, least=0, most=1)
     warmup_steps: int = setting(0, least=0)
     min_lr_ratio: float = setting(0.05, least=0, most=1)
@@ -66,7 +56,7 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
     return scheduled_rate(
         settings.lr_scheduler_type, step, settings.learning_rate, max_steps, floor=settings.min_lr_ratio,
         warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps), clamp=not by_micro_batch,
-        micro_batches=accumulate if by_micro_batch else 1, options=settings.lr_scheduler_kwargs)
+        micro_batches=accumulate if by_micro_batch else 1)
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -96,9 +86,7 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
         if part and not own:
             raise ConfigError(f"optim: part_rates: nothing that is trained is called {part}{nearest(part, trained)}.")
         scale = {"lr_scale": rate / settings.learning_rate} if part else {}
-        by_decay = _by_decay(own, settings.weight_decay) if settings.decay == "matrices" else [
-            {"params": own, "weight_decay": settings.weight_decay}]
-        groups += [{**group, **scale} for group in by_decay if group["params"]]
+        groups += [{"params": own, "weight_decay": settings.weight_decay, **scale}] if own else []
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)
@@ -137,7 +125,8 @@ class AdamWHf(torch.optim.Optimizer):
 
 
 class MuonWithAdamW:
-    """Behaves as a `torch.optim.Optimizer` towards training loops: `param_groups`, `step`, `zero_grad`, states."""
+    """Muon (Jordan 2024; `torch.optim.Muon`) for hidden matrices, AdamW for `OUTER_PARTS`, norms and biases. Muon's
+    steps are scaled to AdamW's size, so both take one learning rate."""
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]

@@ -17,7 +17,7 @@ from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.schedules import check_kind, learning_rate
+from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
 WEIGHTS = "model.safetensors"
@@ -95,11 +95,6 @@ class Task:
         time of a call that returns some is left out of the speed."""
         return None
 
-    def acts_after(self, step: int) -> bool:
-        """Whether `after_step` of this step does anything. Until it does, and between log lines and checkpoints, the
-        numbers of steps stay on the device, unchecked, so that no step waits for them."""
-        return True
-
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """As `after_step`, once, after the last step of a run that was not stopped."""
         return None
@@ -165,8 +160,6 @@ class StageTask(Task):
     def __init__(self, name: str, module: nn.Module, settings: StageConfig, *, optimizer: Any = None,
                  parallel: bool = True) -> None:
         check_settings(settings, f"[{name}]")
-        check_kind(settings.lr_scheduler_type, settings.lr_scheduler_kwargs)
-        learning_rate(settings.max_steps - 1, settings)  # impossible options of a schedule end here
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99))

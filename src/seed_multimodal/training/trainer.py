@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
@@ -41,8 +41,8 @@ from seed_multimodal.training.distributed import (
     wait_limit,
 )
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, ZeroEngine, seed_generators, stop_accelerate
-from seed_multimodal.training.metrics import RunLog, StepNumbers
+from seed_multimodal.training.engine import Engine, ZeroEngine, stop_accelerate
+from seed_multimodal.training.metrics import RunLog
 from seed_multimodal.training.task import StageTask, Task
 from seed_multimodal.weights import some_weights
 
@@ -118,8 +118,7 @@ class Trainer:
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.get("global_step", 0))
         stack.callback(self.log.close)
-        self.evaluation: dict[str, float] = saved.get("evaluation", {})
-        self._unread: list[tuple[int, StepNumbers]] = []  # numbers of steps that are still on the device
+        self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the last one
         task.prepared(self)
 
     def train(self) -> dict[str, Any]:
@@ -131,40 +130,25 @@ class Trainer:
             stopped = ended = False
             while self.step < self.settings.max_steps and not stopped and not ended:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
-                    try:
-                        ended = not self._make_step()
-                    except RuntimeError as error:
-                        # A signal to the whole process group ends data workers, too; the weights are unchanged.
-                        if not stop.is_set() or self.group.world > 1:
-                            raise
-                        self.log_line(f"step {self.step} was abandoned: {first_line(error)}")
-                        ended = stopped = True
-                    broken = self.store.problem is not None or self.log.problem is not None
+                    ended = not self._make_step()
+                    self.store.check()
                     due = self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-                    broken, stop_now, save = self.group.agree(broken, stop.is_set(), due)
-                    stopped = stopped or stop_now
-                    if broken:
-                        self.store.join()
-                        raise self.store.problem or self.log.problem or TrainingError(
-                            f"Another process could not write its files; {self.store.description()}.")
+                    stopped, save = self.group.agree(stop.is_set(), due)
                     if not ended:
                         self._after_step(save)
-            ended = ended and not stopped
             with translate_errors(f"the end (step {self.step})", self.store.description()):
-                self._end(stopped, ended)
+                self._end(stopped, ended and not stopped)
                 if self.group.agree(stopped or stop.is_set())[0]:
                     self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
                                   f"command resumes from {self.store.home / f'checkpoint-{self.step}'}.")
                     raise SystemExit(STOPPED)
-                self.log.close()
-                if self.log.problem is not None:
-                    raise self.log.problem
                 return self._record()
 
     def _make_step(self) -> bool:
         """One optimiser step of all processes; False: the data of all processes have ended.
 
-        Gradients are averaged, so one that is not finite anywhere makes the norm so in every process.
+        Raises:
+            TrainingError: a loss or a gradient norm that is not finite, in any process.
         """
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
@@ -175,59 +159,27 @@ class Trainer:
         for micro in range(count):
             number, last = self.step * count + micro, micro == count - 1
             # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
-            seed_generators(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2, engine.device)
+            torch.manual_seed(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2)
             with engine.accumulating(last):
                 with engine.autocast():
                     loss, numbers = task.micro_step(engine.model, number)
                 engine.backward(loss / count if task.averages and count > 1 else loss, last)
             found.append({"loss": loss.detach(), **numbers})
-        norm = engine.clip()
-        self._unread.append((self.step, task.meter.combine(found, norm, rate)))
-        # A step whose numbers are looked at anyway is checked before the weights move.
-        if norm is not None and self._is_read_after(self.step + 1):
-            self._read_numbers()
-        moved = engine.update(rate)
-        if self._unread and self._is_read_after(self.step + 1):
-            self._read_numbers(moved)
+        numbers = task.meter.combine(found, engine.clip(), rate)
+        problem = "" if math.isfinite(numbers["loss"]) else f"The loss became {numbers['loss']}"
+        problem = problem or engine.problem(numbers.get("grad"))
+        failed, *sums = self.group.sum([bool(problem), *task.meter.shared(numbers)])
+        if not failed:
+            numbers |= engine.update(rate)
+            problem = engine.problem(numbers["grad"])
+        if failed or problem:
+            self.store.join()
+            raise TrainingError(f"{problem or 'Another process met a number that is not finite'} at step "
+                                f"{self.step + 1}; {self.store.description()}.")
+        task.meter.add(numbers, sums)
         if self.average is not None:
             self.average.update(task.module, self.step)
         return True
-
-    def _is_read_after(self, done: int) -> bool:
-        """Whether the numbers are read in the step that is the `done`-th. The steps between leave theirs on the device,
-        since reading waits for it; nothing is saved before they are checked."""
-        settings = self.settings
-        return (self.engine.reads_numbers or done % settings.logging_steps == 0 or done >= settings.max_steps
-                or bool(settings.save_steps) and done % settings.save_steps == 0
-                or self.task.acts_after(done))
-
-    def _read_numbers(self, moved: float | None = None) -> None:
-        """Read and check what is left on the device, and give it to the meter; every process calls it. `moved`: norm of
-        the last step's gradients, where the engine knows it only after the update.
-
-        Raises:
-            TrainingError: a loss or a norm that is not finite.
-        """
-        meter, read, problem = self.task.meter, [], ""
-        for step, unread in self._unread:
-            numbers = unread.read()
-            if moved is not None and step == self._unread[-1][0]:
-                numbers["grad"] = moved
-            if (scale := self.engine.loss_scale()) is not None:
-                numbers["loss_scale"] = scale
-            found = "" if math.isfinite(numbers["loss"]) else f"The loss became {numbers['loss']}"
-            found = found or self.engine.problem(numbers.get("grad"))
-            problem = problem or (found and f"{found} at step {step + 1}")
-            read.append(numbers)
-        self._unread = []
-        failed, *sums = self.group.sum([bool(problem), *(value for one in read for value in meter.shared(one))])
-        if failed:
-            self.store.join()
-            raise TrainingError(f"{problem or 'Another process met a number that is not finite'}; "
-                                f"{self.store.description()}.")
-        each = len(sums) // max(1, len(read))
-        for place, numbers in enumerate(read):
-            meter.add(numbers, sums[place * each:(place + 1) * each])
 
     def _after_step(self, save: bool) -> None:
         self.step += 1
@@ -244,7 +196,6 @@ class Trainer:
             self.log.pause(time.monotonic() - begun)
 
     def _save(self) -> None:
-        self._read_numbers()
         state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
                  "begun": self.begun, **self._frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
@@ -254,7 +205,6 @@ class Trainer:
 
     def _end(self, stopped: bool, ended: bool) -> None:
         """The last evaluation and checkpoint."""
-        self._read_numbers()
         if ended and not self.step:
             raise TrainingError("No source gave a single sequence to learn from (skipped records are named above), "
                                 "so nothing was trained; see `seed data check`.")
@@ -265,8 +215,8 @@ class Trainer:
             numbers = self.task.after_last_step(self.step)
             if numbers:
                 self.evaluation = {"step": self.step, **numbers}
-                self.log.write(self.step, self.evaluation)
-        self.store.finish()  # in all processes, so that they agree on what is saved
+                self.log.write(self.evaluation)
+        self.store.finish()
         if self.store.saved != self.step and (self.step or stopped):
             self._save()
         self.store.finish()
@@ -341,7 +291,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
     Returns:
         The run's record, also `output_dir/summary.json`.
     """
-    quiet_libraries(libraries=("transformers", "diffusers", "DeepSpeed", "accelerate"))
+    quiet_libraries()
     clean = False
     try:
         with translate_errors("the start", "nothing was trained yet"):

@@ -142,8 +142,7 @@ def test_half_precision(place: Path, family: str) -> None:
 @pytest.mark.parametrize(("settings", "sentence"), [
     ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
     ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
-    ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)"),
-    ({"guidance_scale": float("nan")}, "guidance_scale must be a finite number")])
+    ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)")])
 def test_settings_are_checked_without_drawing(case: Case, settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         case.model.check_settings(**settings)

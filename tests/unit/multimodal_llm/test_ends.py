@@ -195,7 +195,6 @@ def test_what_machines_do_becomes_a_sentence():
     (("data.sources=[]",), "at least one source"),
     (("model.lora={r: 0}",), "lora: .*positive integer"),
     (("optim.learning_rat=1",), "did you mean 'learning_rate'"),
-    (("optim.lr_scheduler_type=polynomial", "optim.lr_scheduler_kwargs={power: two}"), "'polynomial' with .*two"),
 ])
 def test_refusals_before_the_first_step(train, more, words):
     import importlib.util

@@ -92,7 +92,7 @@ def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Pat
     assert torch.equal(loaded.encode(images), model.encode(images))
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
     if layout is _released:
-        assert "temp (1)" in lines[0] and "visual_encoder (13)" in lines[0] and "eva_vit_g.pth" in lines[0]
+        assert "eva_vit_g.pth" in lines[0]
 
 
 def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
@@ -129,7 +129,7 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
     ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer"),
-    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "1 tensor that the model does not know was left out")])
+    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "does not know, and leaves out, 1 tensor")])
 def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
     seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
 ) -> None:
@@ -189,7 +189,7 @@ def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Ten
     assert set(report.loaded) == set(blip2) - {"itm_head.weight", "itm_head.bias"}
     assert all(torch.equal(model.state_dict()[name], blip2[name]) for name in report.loaded)
     assert all(torch.equal(value, model.visual_encoder.state_dict()[name]) for name, value in vision.items())
-    assert len(lines) == 1 and "itm_head (2)" in lines[0]
+    assert len(lines) == 1 and "2 in the file ignored" in lines[0]
 
 
 def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: Path) -> None:

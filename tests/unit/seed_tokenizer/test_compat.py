@@ -32,7 +32,7 @@ def test_register_in_a_fresh_process(start):
     assert found["models"] == "blip2_casual blip2_codebook_all_image lavit_tokenizer seed1_codebook_text"
     assert found["tasks"] == "image_gen_pretrain image_text_pretrain"
     assert found["runners"] == "runner_base runner_iter runner_seed"
-    assert {"linear_warmup_cosine_lr", "linear_warmup_cosine_steps", "polynomial"} <= set(found["schedules"].split())
+    assert {"linear_warmup_cosine_lr", "linear_warmup_cosine_steps", "linear"} <= set(found["schedules"].split())
     assert found["processors"] == "blip2_image_train blip_caption blip_image_eval"
     assert found["sets"] == "coco_caption conceptual_caption_3m laion_400m laion_coco nano pictures unsplash"
     assert found["parents"] == "lavis.runners.runner_base lavis.models.base_model lavis.common.config"

@@ -236,12 +236,6 @@ def test_batches_walk_every_sample_once_an_epoch() -> None:
     assert not torch.equal(seen[:30], seen[30:60])
 
 
-@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)])
-def test_learning_rate(step: int, expected: float) -> None:
-    settings = StageConfig(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
-    assert learning_rate(step, settings) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize(("key", "value"), [
     ("precision", "float32"), ("gradient_accumulation_steps", 0), ("batch_size", 0), ("logging_steps", 0),
     ("ema", 1.0), ("ema", math.nan), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan)])

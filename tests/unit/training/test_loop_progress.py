@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.progress import duration
 from seed_multimodal.training import metrics, trainer
 from seed_multimodal.training.checkpoint import checkpoints
-from seed_multimodal.training.metrics import drop_lines_after, peak_memory_mib
+from seed_multimodal.training.metrics import peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -73,12 +72,12 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
 
     toy.train(tmp_path / "with", pause=0.1, evaluate=evaluate, max_steps=8)
     toy.train(tmp_path / "without", max_steps=8)
-    lines = {line["step"]: line for line in lines_of(tmp_path / "with")}
-    assert list(lines) == [3, 4, 6, 8]
-    assert [line.get("valid/loss") for line in lines.values()] == [3.0, None, 6.0, None]
-    assert [line["seconds_per_step"] for line in lines.values()] == pytest.approx([0.1] * 4)
-    for line in lines_of(tmp_path / "without"):
-        assert lines[line["step"]]["loss"] == line["loss"]
+    lines = lines_of(tmp_path / "with")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert [line for line in lines if line["step"] % 3 == 0] == [{"step": step, "valid/loss": step} for step in (3, 6)]
+    trained = [line for line in lines if line["step"] % 3]
+    assert [line["seconds_per_step"] for line in trained] == pytest.approx([0.1] * 2)
+    assert [line["loss"] for line in trained] == [line["loss"] for line in lines_of(tmp_path / "without")]
 
 
 def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
@@ -90,13 +89,6 @@ def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_pat
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # a run that was killed while it wrote
     toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
-    before = log.stat().st_mtime_ns
-    drop_lines_after(12, log)
-    assert log.stat().st_mtime_ns == before
-    drop_lines_after(3, log)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-    drop_lines_after(0, log)
-    assert not log.exists() and len((tmp_path / "toy.log.old.jsonl").read_text().splitlines()) == 3
 
 
 def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: ModuleType, tmp_path: Path) -> None:
@@ -126,13 +118,6 @@ def test_a_tensorboard_folder_that_cannot_be_written_is_one_sentence(toy: Module
     with pytest.raises(CheckpointError, match=r"tensorboard/toy: cannot be written \(Not a directory\)"):
         toy.train(tmp_path, report_to=["tensorboard"])
     assert not checkpoints(tmp_path / "toy.checkpoints")
-
-
-@pytest.mark.parametrize(("seconds", "words"), [
-    (0, "0 s"), (59.4, "59 s"), (61, "1.0 min"), (3590, "59.8 min"), (3600, "1 h 0 min"), (18720, "5 h 12 min"),
-    (183_600, "2 d 3 h")])
-def test_duration(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
 
 
 def test_peak_memory_grows_with_what_is_used() -> None:

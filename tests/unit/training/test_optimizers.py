@@ -1,14 +1,128 @@
-"""Muon and AdamW as one optimiser: who trains what, equal learning rates, a state that resumes exactly."""
+"""Optimisers and schedules: the original's AdamW number by number, Muon beside AdamW, rates of the released runs."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
 
-from seed_multimodal.training.optimizers import MuonWithAdamW
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, OptimSettings, build_optimizer, schedule
+from seed_multimodal.training.schedules import learning_rate, scheduled_rate
+
+
+def toy() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(6, 4), nn.Linear(4, 4), nn.RMSNorm(4), nn.Linear(4, 2))
+    model[3].weight.requires_grad_(False)
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW, steps: int) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(steps):
+        ids = torch.randint(0, 6, (8,), generator=generator)
+        optimizer.zero_grad()
+        model(ids).square().sum().backward()
+        optimizer.step()
+
+
+def by_hand(values: list[float], gradients: list[list[float]], lr: float, betas: tuple[float, float], eps: float,
+            decay: float) -> list[float]:
+    """The published update in plain Python, one number after the other."""
+    first, second = [0.0] * len(values), [0.0] * len(values)
+    for t, now in enumerate(gradients, start=1):
+        for i, g in enumerate(now):
+            first[i] = betas[0] * first[i] + (1 - betas[0]) * g
+            second[i] = betas[1] * second[i] + (1 - betas[1]) * g * g
+            size = lr * math.sqrt(1 - betas[1]**t) / (1 - betas[0]**t)
+            values[i] -= size * first[i] / (math.sqrt(second[i]) + eps)
+            values[i] -= lr * decay * values[i]
+    return values
+
+
+def test_adamw_hf_is_the_published_update() -> None:
+    gradients = [[0.3, -2.0, 1e-6, 0.0], [-0.1, -1.0, 2e-6, 0.0], [0.5, 3.0, -1e-6, 0.0]]
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))
+    other = nn.Parameter(parameter.detach().float())
+    optimizer = AdamWHf([parameter, other], lr=0.1, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.05)
+    for now in gradients:
+        parameter.grad, other.grad = torch.tensor(now, dtype=torch.float64), torch.tensor(now)
+        optimizer.step()
+    wanted = by_hand([1.0, -2.0, 0.5, 3.0], gradients, 0.1, (0.9, 0.95), 1e-5, 0.05)
+    assert parameter.tolist() == pytest.approx(wanted, rel=1e-12)
+    assert other.tolist() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
+def test_states_go_on_exactly(name: str) -> None:
+    settings = OptimSettings(name=name, learning_rate=1e-2)
+    whole, broken = toy(), toy()
+    kept, first = build_optimizer(whole, settings), build_optimizer(broken, settings)
+    train(whole, kept, 3)
+    train(broken, first, 3)
+    again = build_optimizer(broken, settings)
+    again.load_state_dict(copy.deepcopy(first.state_dict()))
+    train(whole, kept, 2)
+    train(broken, again, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
+
+
+def test_weight_decay_reaches_norms_as_released() -> None:
+    model = toy()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    released = build_optimizer(model, OptimSettings()).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in released] == [(len(trained), 0.05)]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing to train"):
+        build_optimizer(model, OptimSettings())
+
+
+def test_schedules() -> None:
+    settings = OptimSettings(learning_rate=2.0, warmup_ratio=0.1, min_lr_ratio=0.25)
+    assert [schedule(t, settings, 20) for t in (0, 1, 2)] == [0.0, 1.0, 2.0]
+    assert schedule(20, settings, 20) == schedule(200, settings, 20) == pytest.approx(0.5)
+    assert scheduled_rate("linear", 10, 2.0, 20, floor=0.5) == pytest.approx(1.5)
+    assert scheduled_rate("constant", 0, 2.0, 20, warmup=5) == 2.0
+    assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
+
+
+def test_released_run_to_all_printed_digits() -> None:
+    """`trainer_state.json` of the released 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
+    settings = OptimSettings(learning_rate=3e-5, warmup_ratio=0.03, min_lr_ratio=0.05)
+    logged = {1: 5.0000000000000004e-08, 600: 3e-05, 631: 2.9999820442467018e-05, 761: 2.9995157068734853e-05,
+              19989: 1.5000226082220341e-06, 20000: 1.5e-06}
+    for step, rate in logged.items():
+        assert schedule(step, settings, 20000) == pytest.approx(rate, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
+def test_schedules_are_those_of_transformers(kind: str) -> None:
+    """Without a floor; a stage's first step has a rate already (its cosine is counted in another way)."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    stepped, wanted = get_scheduler(kind, optimizer, 4, 20), []
+    for _ in range(20):
+        wanted.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        stepped.step()
+    settings = OptimSettings(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
+    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    stage = StageConfig(max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
+    if kind != "cosine":
+        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(wanted[1:], rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)])
+def test_learning_rate_of_a_stage(step: int, expected: float) -> None:
+    settings = StageConfig(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
+    assert learning_rate(step, settings) == pytest.approx(expected)
 
 
 class Toy(nn.Module):
@@ -22,7 +136,7 @@ class Toy(nn.Module):
         return self.lm_head(torch.relu(self.inner(self.embed(ids))))
 
 
-def _train(model: nn.Module, optimizer: MuonWithAdamW, steps: range) -> list[float]:
+def losses_of(model: nn.Module, optimizer: MuonWithAdamW, steps: range) -> list[float]:
     losses = []
     for step in steps:
         ids = torch.randint(11, (32,), generator=torch.Generator().manual_seed(step))
@@ -46,21 +160,15 @@ def test_only_hidden_matrices_go_to_muon() -> None:
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = copy.deepcopy(model.state_dict())
-    _train(model, optimizer, range(1))
+    losses_of(model, optimizer, range(1))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_learns_and_resumes_with_the_same_numbers() -> None:
+def test_muon_learns() -> None:
     torch.manual_seed(0)
     model = Toy()
-    optimizer = MuonWithAdamW(model, lr=0.02, weight_decay=0.0)
-    first = _train(model, optimizer, range(60))
-    assert first[-1] < 0.2 * first[0]
-    other = Toy()
-    other.load_state_dict(model.state_dict())
-    again = MuonWithAdamW(other, lr=0.02, weight_decay=0.0)
-    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert _train(model, optimizer, range(60, 70)) == _train(other, again, range(60, 70))
+    losses = losses_of(model, MuonWithAdamW(model, lr=0.02, weight_decay=0.0), range(60))
+    assert losses[-1] < 0.2 * losses[0]
 
 
 def test_another_optimisers_state_is_refused() -> None:

@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.decoders import DECODERS
-from seed_multimodal.data.stream.released import is_released, released_data_config
+from seed_multimodal.data.stream.released import is_released, mapping, released_data_config
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import read_settings, setting
@@ -32,7 +32,7 @@ class SourceSettings:
     """One source of sequences.
 
     `weight`: share of the draws, relative to the other sources'. A draw is a padded micro-batch, as in the original, or
-    with packing one sequence; there the weight counts `batch_size`-fold if the sources have one.
+    with packing one sequence, and then the weight counts `batch_size`-fold.
     """
 
     name: str
@@ -52,8 +52,8 @@ class SourceSettings:
 class LlmDataSettings:
     """The mixture, and how sequences become batches.
 
-    `too_long`: treatment of a packed sequence longer than `length`: `skip`, `truncate`, or `split` (documents of
-    `pretrain.text` become several pieces; others are skipped). Padded ones are cut. Each is counted and named.
+    `too_long`: a packed sequence longer than `length` is skipped, cut, or split (of `pretrain.text` alone, others are
+    skipped); padded ones are cut. Each is counted and named.
     """
 
     sources: list[SourceSettings]
@@ -70,9 +70,7 @@ class LlmDataSettings:
 
     def draw_weights(self) -> list[float]:
         """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""
-        sized = self.packing and all(source.batch_size is not None for source in self.sources)
-        most = max(source.weight for source in self.sources)  # sums of huge weights would be infinite
-        weights = [source.weight / most * (source.batch_size or 1 if sized else 1) for source in self.sources]
+        weights = [source.weight * (source.batch_size or 1 if self.packing else 1) for source in self.sources]
         return [weight / sum(weights) for weight in weights]
 
     def padded_shape(self, source: int) -> tuple[int, int]:
@@ -86,22 +84,12 @@ class LlmDataSettings:
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
-    """Settings out of a mapping (ours, or an original data file). Raises ConfigError: unknown, missing or contradictory
-    keys; it names the key, and the nearest known one."""
+    """Settings out of a mapping (ours, or an original data file). Raises ConfigError: an unknown or missing key."""
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    given = _mapping(plain, where)
+    given = mapping(plain, where)
     if is_released(given):
         given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
-    if given.get("packing") in ("on", "off"):  # overrides leave YAML's true and false as texts
-        given["packing"] = given["packing"] == "on"
     settings = read_settings(LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where)
-    endless = next((source.name for source in settings.sources[:-1] if source.cycles is None), None)
-    if settings.concat_type == "concat" and endless is not None:
-        raise ConfigError(f"{where}: with concat_type concat source {endless!r} needs cycles: without end it would "
-                          f"leave no turn to the sources after it.")
-    if settings.packing and len({source.batch_size is None for source in settings.sources}) > 1:
-        raise ConfigError(f"{where}: some sources have a batch_size and some have none; with packing the weights count "
-                          "batch sizes, so give all or none.")
     return with_template(settings, settings.template)
 
 
@@ -122,26 +110,19 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
 
 
 def _sources(given: Any, where: str) -> list[SourceSettings]:
+    """The sources; one without a name gets that of its first file or folder."""
     if isinstance(given, Mapping):
-        given = [{"name": str(name), **_mapping(source, f"{where}: sources.{name}")} for name, source in given.items()
-                 if source is not None]
-    if isinstance(given, str) or not isinstance(given, Sequence) or not given:
+        given = [{"name": str(name), **source} for name, source in given.items() if source is not None]
+    if not isinstance(given, list) or not given:
         raise ConfigError(f"{where}: sources must list at least one source of sequences.")
-    sources: list[SourceSettings] = []
+    sources: dict[str, SourceSettings] = {}
     for number, one in enumerate(given):
-        source = {key: value for key, value in _mapping(one, f"{where}: sources[{number}]").items()
-                  if value or key not in ("name", "files", "decoder")}
-        files, name, taken = source.get("files", ""), source.get("name"), [other.name for other in sources]
-        if name in taken:
+        source = mapping(one, f"{where}: sources[{number}]")
+        files = source.get("files") or "source"
+        stem = Path(files if isinstance(files, str) else files[0]).name
+        others = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
+        name = str(source.get("name") or (f"{stem}-{others + 1}" if others else stem))
+        if name in sources:
             raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
-        stem = Path(files[0] if isinstance(files, list) and files else str(files)).name or "source"
-        free = next(one for one in (stem, *(f"{stem}-{more}" for more in range(2, number + 3))) if one not in taken)
-        source["name"] = str(name or free)
-        sources.append(read_settings(SourceSettings, source, f"{where}: sources[{number}] ({source['name']})"))
-    return sources
-
-
-def _mapping(value: Any, where: str) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: must be a mapping of keys to values, not a {type(value).__name__}.")
-    return {str(key): item for key, item in value.items()}
+        sources[name] = read_settings(SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})")
+    return list(sources.values())

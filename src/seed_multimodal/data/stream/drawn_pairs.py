@@ -25,7 +25,7 @@ from seed_multimodal.data.stream.pairs_dataset import SourceDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
-from seed_multimodal.images.transforms import INTERPOLATIONS, ImageTransform, plain_rgb, resize_passes, to_bytes
+from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.settings import check_settings, setting
 
 Size = tuple[int, int]  # height and width in pixels
@@ -49,44 +49,37 @@ class DrawnView:
 
     def size_of(self, picture: Image.Image, key: str = "") -> Size:
         """The size in which a picture is drawn."""
-        if not self.sizes:
-            return self.resolution, self.resolution
+        sizes = self.sizes or ((self.resolution, self.resolution),)
         if not self.keep_ratio:
-            return self.sizes[zlib.crc32(key.encode()) % len(self.sizes)]
+            return sizes[zlib.crc32(key.encode()) % len(sizes)]
         wanted = math.log(picture.width / picture.height)
-        return min(self.sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
+        return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
 
-    def drawn(self, picture: Image.Image, size: Size | None = None) -> Tensor:
+    def drawn(self, picture: Image.Image, size: Size) -> Tensor:
         """uint8 `[3, H, W]`, in a size of `size_of`."""
-        if self.sizes:
-            return _part(picture, size or self.size_of(picture), size or self.size_of(picture), self.keep_ratio)
-        return to_bytes(ImageTransform(self.resolution, self.keep_ratio, "bicubic").resize(picture))
+        return self._part(picture, size, size, "bicubic")
 
-    def seen(self, picture: Image.Image, size: Size | None = None) -> Tensor:
+    def seen(self, picture: Image.Image, size: Size) -> Tensor:
         """uint8 `[3, S, S]`: of the part that is drawn in a size of `size_of`."""
-        if self.sizes:
-            side = self.tower_size
-            return _part(picture, size or self.size_of(picture), (side, side), self.keep_ratio, self.seen_by)
-        return to_bytes(ImageTransform(self.tower_size, self.keep_ratio, self.seen_by).resize(picture))
+        return self._part(picture, size, (self.tower_size, self.tower_size), self.seen_by)
 
-    def time_ids(self, picture: Size, size: Size | None = None) -> Tensor:
+    def time_ids(self, picture: Size, size: Size) -> Tensor:
         """SDXL's size conditions `[6]` of a picture of (width, height): of the file, of the cut, of the drawing."""
-        (width, height), (tall, wide) = picture, size or (self.resolution, self.resolution)
+        (width, height), (tall, wide) = picture, size
         across, down = int(tall * width / height) - wide, int(wide * height / width) - tall
         crop = (0, 0) if not self.keep_ratio else (0, round(across / 2)) if across >= 0 else (round(down / 2), 0)
-        return size_ids((tall, wide), original=(height, width), crop=crop)[0]
+        return size_ids(size, original=(height, width), crop=crop)[0]
 
-
-def _part(picture: Image.Image, ratio: Size, size: Size, cut: bool, by: str = "bicubic") -> Tensor:
-    """The largest centred part of a ratio (`cut`), or all, resized to a (height, width): uint8 `[3, H, W]`."""
-    picture = plain_rgb(picture)
-    (width, height), (tall, wide) = picture.size, ratio
-    if cut and width * tall != height * wide:
-        kept = min(width, height * wide / tall), min(height, width * tall / wide)
-        left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
-        box = (left, top, left + kept[0], top + kept[1])
-        return to_bytes(picture.resize((size[1], size[0]), INTERPOLATIONS[by], box=box))
-    return to_bytes(resize_passes(picture, (size[1], size[0]), INTERPOLATIONS[by]))
+    def _part(self, picture: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
+        """The largest centred part of a ratio, or without `keep_ratio` all, resized: uint8 `[3, H, W]`."""
+        picture = plain_rgb(picture)
+        (width, height), (tall, wide) = picture.size, ratio
+        if self.keep_ratio and width * tall != height * wide:
+            kept = min(width, height * wide / tall), min(height, width * tall / wide)
+            left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
+            box = (left, top, left + kept[0], top + kept[1])
+            return to_bytes(picture.resize(size[::-1], INTERPOLATIONS[by], box=box))
+        return to_bytes(resize_passes(picture, size[::-1], INTERPOLATIONS[by]))
 
 
 class DrawnPairs(SourceDataset):

@@ -1,11 +1,13 @@
 """From stored pairs to training samples: the image opened and transformed, one caption chosen and cleaned.
 
-What is random about a sample (which of its captions, which crop) is a function of (seed, epoch, index). A sample that
-cannot be used is named once, counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
+What is random about a sample is a function of (seed, epoch, index). A sample that cannot be used is named once,
+counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
 """
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +22,20 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.images.io import open_image
 
 
-class BadSamples:
-    """Unreadable samples: `bad` has (key, reason) of each, once; `log` gets one line each, but not in data workers,
-    whose finds `StepBatches` adds to the training process's."""
+class SourceDataset:
+    """Training samples by (index, epoch), of anything that is read by number; a subclass has `sample`.
 
-    def __init__(self, log: Callable[[str], None] | None) -> None:
-        self.log = log
+    `source`: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it. Where it
+    has shards, `shard_sizes` (int64) are those, and `shuffle_block` samples are shuffled among each other. `bad` has
+    (key, reason) of each unusable sample, once; `log` gets one line each, but not in data workers, whose finds
+    `StepBatches` adds to the training process's.
+    """
+
+    def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
+                 log: Callable[[str], None] | None = print) -> None:
+        self.source, self.seed, self.max_bad_in_a_row, self.log = source, seed, max_bad_in_a_row, log
+        self.shard_sizes: np.ndarray | None = getattr(source, "shard_sizes", None)
+        self.shuffle_block = max(10, min(SHUFFLE_BLOCK, getattr(source, "shuffle_block", None) or SHUFFLE_BLOCK))
         self.bad: dict[tuple[str, str], None] = {}
 
     def note_bad(self, key: str, reason: str) -> None:
@@ -42,28 +52,6 @@ class BadSamples:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Add the bad samples of an earlier run, without logging them again."""
         self.bad.update(dict.fromkeys((key, reason) for key, reason in state["bad"]))
-
-
-class SourceDataset(BadSamples):
-    """Training samples by (index, epoch), of anything that is read by number; a subclass has `sample`.
-
-    `source`: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it.
-    """
-
-    def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
-                 log: Callable[[str], None] | None = print) -> None:
-        super().__init__(log)
-        self.source, self.seed, self.max_bad_in_a_row = source, seed, max_bad_in_a_row
-
-    @property
-    def shard_sizes(self) -> np.ndarray | None:
-        """Samples per shard, int64 [shards], where the source has shards."""
-        return getattr(self.source, "shard_sizes", None)
-
-    @property
-    def shuffle_block(self) -> int:
-        """Samples that are shuffled among each other, where there are shards."""
-        return max(10, min(SHUFFLE_BLOCK, getattr(self.source, "shuffle_block", None) or SHUFFLE_BLOCK))
 
     def __len__(self) -> int:
         return len(self.source)
@@ -116,31 +104,26 @@ class PairDataset(SourceDataset):
                 "key": read.key}
 
 
-class JoinedPairs(BadSamples):
+class JoinedPairs(SourceDataset):
     """Data sets one after the other, with one list of bad samples."""
 
     def __init__(self, parts: Sequence[SourceDataset]) -> None:
-        super().__init__(parts[0].log)
-        self.parts = list(parts)
-        for part in self.parts:
+        super().__init__(None, log=parts[0].log)
+        self.parts, self._ends = parts, list(itertools.accumulate(map(len, parts)))
+        for part in parts:
             part.bad = self.bad
-        self._ends = np.cumsum([len(part) for part in self.parts])
-        self.shuffle_block = min(part.shuffle_block for part in self.parts)
+        self.shuffle_block = min(part.shuffle_block for part in parts)
+        if any(part.shard_sizes is not None for part in parts):  # a set without shards counts as one
+            self.shard_sizes = np.concatenate(
+                [[len(part)] if part.shard_sizes is None else part.shard_sizes for part in parts])
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return self._ends[-1]
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
         """As `SourceDataset.get`."""
-        number = int(np.searchsorted(self._ends, index, side="right"))
-        return self.parts[number].get(index - (int(self._ends[number - 1]) if number else 0), epoch)
-
-    @property
-    def shard_sizes(self) -> np.ndarray | None:
-        """Samples per shard, if any set has shards (one without counts as one shard)."""
-        sizes = [part.shard_sizes for part in self.parts]
-        return None if all(size is None for size in sizes) else np.concatenate([
-            [len(part)] if size is None else size for part, size in zip(self.parts, sizes, strict=True)])
+        number = bisect.bisect_right(self._ends, index)
+        return self.parts[number].get(index - self._ends[number] + len(self.parts[number]), epoch)
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

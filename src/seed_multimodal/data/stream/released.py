@@ -1,7 +1,6 @@
 """The original data files (`_target_: src.data.torchdata_train.build_...`) read as ours, without importing anything.
 
-Keys that the original code accepted and never read are dropped. Besides the original keys a file may hold ours
-(`packing`, `length`, `rows`, `too_long`, `seed`, ...).
+Keys that the original code never read are dropped. A file may also hold our keys (`packing`, `length`, `rows`, ...).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def is_released(config: Mapping[str, Any]) -> bool:
 
 def released_data_config(config: Mapping[str, Any], settings: Sequence[str], where: str = "data") -> dict[str, Any]:
     """An original data file (a mixture, or one source alone) as a mapping of ours, whose keys are `settings`. Raises
-    ConfigError: an unknown target (the nearest is named), an unknown key, weights that do not fit the sources."""
+    ConfigError: an unknown target or key (the nearest is named), not a weight for each source."""
     own = [key for key in settings if key != "sources"]
     target = config.get("_target_", MIXERS[0])
     if target in BUILDERS:
@@ -61,21 +60,23 @@ def released_data_config(config: Mapping[str, Any], settings: Sequence[str], whe
     if target not in MIXERS:
         raise _unknown(target, where)
     check_keys(config, ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own], where)
-    pipes = config.get("datapipes")
-    if not isinstance(pipes, Sequence) or isinstance(pipes, str) or not pipes:
-        raise ConfigError(f"{where}: datapipes must list at least one source.")
+    pipes = config.get("datapipes") or []
     weights = config.get("sample_weights") or [1.0] * len(pipes)
-    if not isinstance(weights, Sequence) or len(weights) != len(pipes):
-        raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes, not "
-                          f"{weights!r}.")
-    sources = [_source(pipe, weight, f"{where}: datapipes[{number}]")
+    if len(weights) != len(pipes):
+        raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes.")
+    sources = [_source(mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
                for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
     return {"sources": sources, **{key: config[key] for key in own if key in config}}
 
 
-def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
-    if not isinstance(pipe, Mapping):
-        raise ConfigError(f"{where}: must be a mapping with a _target_, not a {type(pipe).__name__}.")
+def mapping(value: Any, where: str) -> dict[str, Any]:
+    """The value, if it is a mapping; raises ConfigError if it is not."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of keys to values, not a {type(value).__name__}.")
+    return {str(key): item for key, item in value.items()}
+
+
+def _source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[str, Any]:
     target = pipe.get("_target_")
     if target not in BUILDERS:
         raise _unknown(target, where)
@@ -91,8 +92,8 @@ def _source(pipe: Any, weight: Any, where: str) -> dict[str, Any]:
     if not pipe.get("recursive", True):
         folders = [folders] if isinstance(folders, str) else folders
         folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
-    source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight}
-    source["options"] = {key: pipe[key] for key in options if pipe.get(key) is not None}
+    source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight,
+                              "options": {key: pipe[key] for key in options if pipe.get(key) is not None}}
     names = {"name": "dataset_name", "image_dir": "image_dir", "cycles": "cycle_count", "max_length": "max_length",
              "batch_size": "batch_size"}
     return {**source, **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None}}

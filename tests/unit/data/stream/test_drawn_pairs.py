@@ -14,7 +14,7 @@ from PIL import Image
 from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, by_size, open_pictures
 from seed_multimodal.errors import DataError, ImageError
 
-VIEW = DrawnView(resolution=16, tower_size=8)
+VIEW, SIZE = DrawnView(resolution=16, tower_size=8), (16, 16)
 
 
 def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -28,10 +28,11 @@ def test_both_views_are_of_the_same_part() -> None:
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
     for make in (VIEW.drawn, VIEW.seen):
-        assert (make(wide)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
+        assert (make(wide, SIZE)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
     squashed = DrawnView(resolution=16, tower_size=8, keep_ratio=False)
     for make in (squashed.drawn, squashed.seen):
-        assert make(wide)[0, 0, 0] > 200 > 50 > make(wide)[0, 0, make(wide).shape[2] // 2]
+        made = make(wide, SIZE)
+        assert made[0, 0, 0] > 200 > 50 > made[0, 0, made.shape[2] // 2]
 
 
 @pytest.mark.parametrize(("size", "keep_ratio", "ids"), [
@@ -39,7 +40,7 @@ def test_both_views_are_of_the_same_part() -> None:
     ((16, 16), True, [16, 16, 0, 0, 16, 16]), ((48, 32), False, [32, 48, 0, 0, 16, 16])])
 def test_size_conditions(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
     """Of the file, of the cut in the resized picture, of the drawing; heights first."""
-    assert DrawnView(16, 8, keep_ratio).time_ids(size).tolist() == ids
+    assert DrawnView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
 
 def test_pictures_need_no_captions(tmp_path: Path) -> None:
@@ -74,8 +75,8 @@ def test_edits_bring_the_picture_before(tmp_path: Path) -> None:
     source = open_pictures({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
                             "condition_key": "source_image"})
     made = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
-    assert made["conditioned"] and torch.equal(made["condition"], VIEW.drawn(half("red", "blue")))
-    assert torch.equal(made["image"], VIEW.drawn(half("blue", "red")))
+    assert made["conditioned"] and torch.equal(made["condition"], VIEW.drawn(half("red", "blue"), SIZE))
+    assert torch.equal(made["image"], VIEW.drawn(half("blue", "red"), SIZE))
     with pytest.raises(DataError, match="line 2: has no picture: nothing under key 'source_image'"):
         source.read(1)
     with pytest.raises(ImageError, match=r"line 3: the picture gone\.png is not there"):
@@ -101,8 +102,9 @@ def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int
     across, down = (width - kept[0]) / 2, (height - kept[1]) / 2
     picture.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
     assert view.size_of(picture) == drawn and view.time_ids(size, drawn).tolist() == ids
-    assert view.drawn(picture).shape == (3, *drawn) and view.seen(picture).shape == (3, 8, 8)
-    for made in (view.drawn(picture), view.seen(picture)):
+    pair = view.drawn(picture, drawn), view.seen(picture, drawn)
+    assert [made.shape for made in pair] == [(3, *drawn), (3, 8, 8)]
+    for made in pair:
         assert (made[2, 2:-2, 2:-2] > 240).all() and (made[0, 2:-2, 2:-2] < 15).all()
 
 

@@ -124,11 +124,9 @@ def test_draws_follow_the_weights(mixed: Callable, words) -> None:
     ({"lenght": 4}, {}, "did you mean 'length'"),
     ({"too_long": "splitt"}, {}, "did you mean 'split'"),
     ({"sources": []}, {}, "at least one source"),
-    ({"concat_type": "concat"}, {}, "source 'captions' needs cycles"),
     ({}, {"wieght": 1}, "did you mean 'weight'"),
     ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
-    ({}, {"name": "texts"}, "two sources named 'texts'"),
-    ({}, {"batch_size": 4}, "some sources have a batch_size and some have none")])
+    ({}, {"name": "texts"}, "two sources named 'texts'")])
 def test_read_data_settings_refuses(mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
                                     ) -> None:
     config = mixed(**change)
