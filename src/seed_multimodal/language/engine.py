@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seed_multimodal.device import free_memory
 from seed_multimodal.language.generation import (
     GenerationSettings,
     HiddenStates,
@@ -180,8 +179,9 @@ class Engine:
             seeds = [random_seed() if unknown else settings.seed or 0 for _ in prompts]
         prompts = [prompt for prompt in prompts for _ in range(count)]
         seeds = [(seed + number) % 2**63 for seed in seeds for number in range(count)]
-        requests = [Request(self, prompt, settings, seed=seeds[row], states=states and (states, row), **how)
-                    for row, prompt in enumerate(prompts)]
+        sinks = [None if states is None else (states, row) for row in range(len(prompts))]
+        requests = [Request(self, prompt, settings, seed=seed, states=sink, **how)
+                    for prompt, seed, sink in zip(prompts, seeds, sinks, strict=True)]
         self._begin(requests)
         try:
             return [[*request.answered, *request] for request in requests]
@@ -227,7 +227,7 @@ class Engine:
         place = self.device if working else torch.device("cpu")
         if self.device is not None and self.llm.device != place:
             self.llm.to(place)
-            free_memory(self.device)
+            torch.cuda.empty_cache()
 
     def _admit(self) -> None:
         """Give waiting requests a row each, and read their prompts in one pass."""
