@@ -23,6 +23,7 @@ from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
     checkpoints,
+    frozen_state,
     load_average,
     load_task,
     read_states,
@@ -44,7 +45,6 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, ZeroEngine, stop_accelerate
 from seed_multimodal.training.metrics import RunLog
 from seed_multimodal.training.task import StageTask, Task
-from seed_multimodal.weights import some_weights
 
 
 def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: ProcessGroup | None = None,
@@ -82,20 +82,24 @@ class Trainer:
         Raises as `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
         self.store = CheckpointStore(home / task.checkpoint_folder, group, settings)
-        stack.callback(self.store.join)
-        folder = self.store.find()
+        stack.callback(self.store.finish)
         self.identity = task.identity(group.world)
-        saved, states = self._read(folder) if folder is not None else ({}, [])
+        saved, states = self.store.find()
+        folder = self.store.place
+        if folder is not None:
+            remarks = [*task.check_resume(folder, saved, self.identity),
+                       settings_remark(saved["config"], task.config, task.quiet_keys)]
+            for remark in filter(None, remarks):
+                self.log_line(f"{remark}.")
         self.step = int(saved.get("global_step", task.first_step))
-        self.begun = int(saved.get("begun", 0)) if saved else task.first_step
+        self.begun = int(saved.get("begun", task.first_step))
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if folder is not None:
                 load_task(folder, saved, task)
             elif settings.start:
                 self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
-            self._frozen = {"frozen_models": dict(task.frozen_models()),
-                            "frozen": None if settings.save_frozen else some_weights(task.module, frozen=True)}
+            self.frozen = frozen_state(task, settings.save_frozen)
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
             deepspeed = task.deepspeed_config(group.world)
@@ -173,7 +177,7 @@ class Trainer:
             numbers |= engine.update(rate)
             problem = engine.problem(numbers["grad"])
         if failed or problem:
-            self.store.join()
+            self.store.finish()
             raise TrainingError(f"{problem or 'Another process met a number that is not finite'} at step "
                                 f"{self.step + 1}; {self.store.description()}.")
         task.meter.add(numbers, sums)
@@ -197,7 +201,8 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
-                 "begun": self.begun, **self._frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
+                 "begun": self.begun, "frozen": self.frozen, "evaluation": self.evaluation,
+                 **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
         with translate_errors(f"saving step {self.step}", self.store.description()):
             self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
@@ -241,16 +246,6 @@ class Trainer:
                 self.log_line(line)
         return self.group.gather(record)[0]
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """States of the checkpoint to resume from, if this run may."""
-        saved, states = read_states(folder)
-        remarks = self.task.check_resume(folder, saved, self.identity)
-        if saved.get("config") and self.task.config:
-            remarks.append(settings_remark(saved["config"], self.task.config, self.task.quiet_keys))
-        for remark in filter(None, remarks):
-            self.log_line(f"{remark}.")
-        return saved, states
-
     def log_line(self, text: str) -> None:
         """Log a line of text, in the first process only."""
         if self.group.first:
@@ -274,8 +269,8 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
         return train(task, settings, home, group=group)
     if group.first:
         print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
-        before = read_states(saved[0][1])[0].get("config") if saved else None
-        if before and task.config and (remark := settings_remark(before, task.config, task.quiet_keys)):
+        before = read_states(saved[0][1])[0]["config"] if saved else None
+        if remark := settings_remark(before, task.config, task.quiet_keys):
             print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it again.",
                   flush=True)
     return record

@@ -167,9 +167,8 @@ def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     from seed_multimodal.training.distributed import ProcessGroup
 
     saver = CheckpointStore(tmp_path, ProcessGroup(), TrainerConfig())
-    saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
     with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
-        saver.finish()
+        saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
     assert saver.saved is None and not list(tmp_path.iterdir())
 
 
