@@ -24,8 +24,7 @@ OF_RUN = ("num_workers", "seed", "amp", "precision", "train_splits", "valid_spli
 def summary(runner: Any, record: dict[str, Any]) -> list[str]:
     """Lines for the end of a run."""
     stage, steps = runner.model.stage, record["steps"]
-    images = ((steps - record.get("begun", 0)) * record["batch_size"] * record.get("accumulate", 1)
-              * record.get("processes", 1))  # without steps of another run, before its checkpoint
+    images = steps * record["batch_size"] * record.get("accumulate", 1) * record.get("processes", 1)
     numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items()
                         if name.startswith("loss") and isinstance(value, float))
     commands = (shlex.join(command) for command in next_commands(runner, record["checkpoint"]))

@@ -1,7 +1,6 @@
 """The processes of a run: joining, sums over all of them, requests to stop (SIGTERM), failures as one sentence.
 
-Gradients travel through the engine. Everything else (is a stop asked for, is a checkpoint due, numbers for the log)
-goes over a gloo group of its own, so that none of it waits for a GPU.
+Gradients travel through the engine, everything else over a gloo group of its own, which waits for no GPU.
 """
 
 from __future__ import annotations
@@ -118,19 +117,25 @@ def environment_place() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def leave_processes(clean: bool) -> None:
-    """End the process group; after a failure without waiting, because the others may never reach this point."""
-    if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
-        dist.destroy_process_group()
+@contextmanager
+def leaving_processes() -> Iterator[None]:
+    """End the process group at the end; after a failure not, because the others may never reach this point."""
+    clean = False
+    try:
+        yield
+        clean = True
+    except SystemExit:  # stopped by SIGTERM, and saved
+        clean = True
+        raise
+    finally:
+        if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
+            dist.destroy_process_group()
 
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
     """While active, SIGTERM only sets the event: the loop then finishes its step and saves."""
     requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield requested
-        return
     before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
     try:
         yield requested
@@ -140,8 +145,8 @@ def stop_request() -> Iterator[threading.Event]:
 
 @contextmanager
 def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Turns running out of memory, the loss of another process, and DeepSpeed's overflow into TrainingErrors; `where`:
-    what was being done (`"step 12"`), `saved`: what is on the disk."""
+    """Turns running out of memory and the loss of another process into TrainingErrors; `where`: what was being done
+    (`"step 12"`), `saved`: what is on the disk."""
     try:
         yield
     except SeedError:
@@ -155,7 +160,4 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
             raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
                                 "the same command resumes from there.") from error
-        if "loss scale already at minimum" in text:  # DeepSpeed raises no class of its own
-            raise TrainingError(f"The fp16 gradients overflow at any loss scale at {where} (use bf16 or fp32); {saved}."
-                                ) from error
         raise

@@ -36,13 +36,13 @@ from seed_multimodal.training.distributed import (
     ProcessGroup,
     TrainingError,
     join_processes,
-    leave_processes,
+    leaving_processes,
     stop_request,
     translate_errors,
     wait_limit,
 )
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, ZeroEngine, stop_accelerate
+from seed_multimodal.training.engine import Engine, ZeroEngine
 from seed_multimodal.training.metrics import RunLog
 from seed_multimodal.training.task import StageTask, Task
 
@@ -52,10 +52,8 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
     Under torchrun every process calls it, with a folder that all of them see. `group` is by default torch.distributed's
-    default group, or this process alone; `device` that of the task's module.
-
-    Returns:
-        The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
+    default group, or this process alone; `device` that of the task's module. Returns the run's record, also
+    `folder/task.record_file`: steps, seconds and the task's own measures.
 
     Raises:
         ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run.
@@ -69,7 +67,6 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
         if group.first:
             stack.enter_context(folder_lock(Path(folder) / task.checkpoint_folder, CheckpointError,
                                             "using this output folder", 3.0, ".run.lock"))
-        stack.callback(stop_accelerate)
         return Trainer(task, settings, Path(folder), group, device, stack).train()
 
 
@@ -92,7 +89,6 @@ class Trainer:
             for remark in filter(None, remarks):
                 self.log_line(f"{remark}.")
         self.step = int(saved.get("global_step", task.first_step))
-        self.begun = int(saved.get("begun", task.first_step))
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if folder is not None:
@@ -201,8 +197,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
-                 "begun": self.begun, "frozen": self.frozen, "evaluation": self.evaluation,
-                 **self.task.meter.state_dict(),
+                 "frozen": self.frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
         with translate_errors(f"saving step {self.step}", self.store.description()):
             self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
@@ -231,8 +226,7 @@ class Trainer:
         if self.average is not None:
             self.average.copy_to(self.task.module)
         self.task.module.eval()
-        record: dict[str, Any] = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
-                                  "seconds": round(time.monotonic() - self.started, 1),
+        record: dict[str, Any] = {"steps": self.step, "seconds": round(time.monotonic() - self.started, 1),
                                   **self.task.finish(self.group)}
         if self.group.first:
             file = self.home / self.task.record_file
@@ -277,29 +271,15 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
 
 
 def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
-    """Train by checked settings; under torchrun every process calls it.
-
-    Args:
-        run: the settings, with the sections `trainer` and `deepspeed`, and `output_dir`.
-        kind: makes a `Task` of them that also has `settings` and `close()`.
-
-    Returns:
-        The run's record, also `output_dir/summary.json`.
+    """Train by the settings `run` (`trainer`, `deepspeed`, `output_dir`); `kind` makes a `Task` of them that also has
+    `settings` and `close()`. Under torchrun every process calls it. Returns the record, also `output_dir/summary.json`.
     """
     quiet_libraries()
-    clean = False
-    try:
+    with leaving_processes():
         with translate_errors("the start", "nothing was trained yet"):
             minutes = run.trainer.timeout_minutes
             device = join_processes(run.trainer.device, minutes, group_of_one=run.deepspeed is not None)
             group = ProcessGroup(wait_limit(minutes))
             task = kind(run, group, device)
         with contextlib.closing(task):
-            record = train(task, task.settings, run.output_dir, group=group, device=device)
-        clean = True
-        return record
-    except SystemExit:
-        clean = True
-        raise
-    finally:
-        leave_processes(clean)
+            return train(task, task.settings, run.output_dir, group=group, device=device)
