@@ -68,11 +68,8 @@ class CheckpointStore:
             _clean(home)
 
     def find(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The states (as `read_states`) of the checkpoint to resume from by the settings; empty: there is none.
-
-        Raises:
-            CheckpointError: `never` but there are checkpoints, or this process does not see what the first one sees.
-        """
+        """The states (as `read_states`) of the checkpoint to resume from by the settings; empty: there is none. Raises
+        CheckpointError: `never` but there are checkpoints, or this process does not see what the first one sees."""
         newest, resume = next((str(path) for _, path in checkpoints(self.home)), ""), self.settings.resume
         if resume == "never" and newest:
             raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
@@ -91,11 +88,8 @@ class CheckpointStore:
 
     def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it.
-
-        Raises:
-            TrainingError: it, or the one before, could not be written; earlier checkpoints are intact.
-        """
+        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it. Raises
+        TrainingError: it, or the one before, could not be written; earlier checkpoints are intact."""
         self.finish()
         texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
         if engine.sharded:
@@ -209,12 +203,8 @@ def settings_remark(before: Mapping[str, Any] | None, now: Mapping[str, Any] | N
 
 
 def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
-    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those that were left out must be
-    in place already.
-
-    Raises:
-        CheckpointError: weights of another model, or other frozen weights or models than it was trained with.
-    """
+    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those left out must be in place.
+    Raises CheckpointError: weights of another model, or other frozen weights or models than it was trained with."""
     _load_weights(folder, saved, task)
     now = frozen_state(task, save_frozen=False)
     for name, before in saved["frozen"].items():
@@ -246,11 +236,8 @@ def load_average(folder: Path, average: Ema) -> None:
 
 
 def warm_start(place: Path, task: Task) -> int:
-    """Load the (averaged) weights of another run's checkpoint, or of the newest in a folder; returns its step.
-
-    Raises:
-        CheckpointError: no checkpoint there, or weights of another model.
-    """
+    """Load the (averaged) weights of another run's checkpoint, or of the newest in a folder; returns its step. Raises
+    CheckpointError: no checkpoint there, or weights of another model."""
     folder = next((path for _, path in checkpoints(place)), place)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{place}: there is no such checkpoint to start from.")

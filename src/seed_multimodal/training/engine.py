@@ -33,9 +33,7 @@ _GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group
 
 class Engine:
     """A task's module and optimiser in one process, or in each of several (DDP); a task's `micro_step` calls `model`.
-
-    `sharded`: every process writes its own part of a checkpoint (`save_shards`).
-    """
+    `sharded`: every process writes its own part of a checkpoint (`save_shards`)."""
 
     kind, sharded = "plain", False
 
@@ -46,11 +44,8 @@ class Engine:
                               "would train a model of its own.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
         self.module, self.optimizer = task.wrapped_part, task.optimizer
-        wanted = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.trained = [p for p in task.module.parameters() if id(p) in wanted]
-        if len(self.trained) < len(wanted):
-            raise ConfigError(f"[{task.name}] the optimiser trains {len(wanted) - len(self.trained)} tensors that are "
-                              "not in the trained modules, so they would not be saved.")
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = [p for p in task.module.parameters() if id(p) in trained]
         self.accelerator = self._accelerator()
         self.model = self._prepare()
         self.scaler = torch.amp.GradScaler(  # DeepSpeed scales by itself
@@ -91,10 +86,9 @@ class Engine:
         self.scaler.unscale_(self.optimizer)
         return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
-    def update(self, rate: float) -> dict[str, float]:
+    def update(self) -> dict[str, float]:
         """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns
         numbers of the step that are known only now: fp16's `loss_scale`, DeepSpeed's `grad`."""
-        self.set_rate(rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -238,9 +232,8 @@ class ZeroEngine(Engine):
         """DeepSpeed clips inside its step."""
         return
 
-    def update(self, rate: float) -> dict[str, float]:
-        """Update the weights at a learning rate; returns the gradient norm before clipping."""
-        self.set_rate(rate)
+    def update(self) -> dict[str, float]:
+        """Update the weights; returns the gradient norm before clipping."""
         self.model.step()
         return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 

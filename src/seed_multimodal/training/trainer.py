@@ -1,8 +1,5 @@
-"""The one restartable training loop: from a nano stage on one core to a language model on many nodes.
-
-Every number of a step follows from (seed, step, process), so a run killed at any step and started again continues with
-bit-equal losses (on a CPU). With bf16, the default, products are computed under autocast with fp32 master weights.
-"""
+"""The one restartable training loop: every number of a step follows from (seed, step, process), so a run killed at any
+step and started again continues with bit-equal losses (on a CPU)."""
 
 from __future__ import annotations
 
@@ -39,7 +36,6 @@ from seed_multimodal.training.distributed import (
     leaving_processes,
     stop_request,
     translate_errors,
-    wait_limit,
 )
 from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.engine import Engine, ZeroEngine
@@ -58,12 +54,11 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
     Raises:
         ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run.
         TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
-            Checkpoints stay as they were.
         SystemExit: 143 after SIGTERM: the step was finished and saved.
     """
     check_settings(settings, task.name)
     with contextlib.ExitStack() as stack:
-        group = group or stack.enter_context(ProcessGroup(wait_limit(settings.timeout_minutes)))
+        group = group or ProcessGroup(settings.timeout_minutes)
         if group.first:
             stack.enter_context(folder_lock(Path(folder) / task.checkpoint_folder, CheckpointError,
                                             "using this output folder", 3.0, ".run.lock"))
@@ -145,11 +140,8 @@ class Trainer:
                 return self._record()
 
     def _make_step(self) -> bool:
-        """One optimiser step of all processes; False: the data of all processes have ended.
-
-        Raises:
-            TrainingError: a loss or a gradient norm that is not finite, in any process.
-        """
+        """One optimiser step of all processes; False: the data of all processes have ended. Raises TrainingError: a
+        loss or a gradient norm that is not finite, in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
         engine.set_rate(rate)
@@ -170,7 +162,7 @@ class Trainer:
         problem = problem or engine.problem(numbers.get("grad"))
         failed, *sums = self.group.sum([bool(problem), *task.meter.shared(numbers)])
         if not failed:
-            numbers |= engine.update(rate)
+            numbers |= engine.update()
             problem = engine.problem(numbers["grad"])
         if failed or problem:
             self.store.finish()
@@ -252,14 +244,10 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
     A done stage continues only if `further` is set, more steps are asked for and there is a checkpoint.
     """
     home, settings = Path(folder), task.settings
-    if group is None:
-        with ProcessGroup(wait_limit(settings.timeout_minutes)) as own:
-            return train_stage(task, home, own)
-    done = home / task.record_file
-    if not group.agree(done.is_file())[0]:
-        return train(task, settings, home, group=group)
-    record, saved = read_json_object(done), checkpoints(home / task.checkpoint_folder)
-    if settings.further and int(record.get("steps", 0)) < settings.max_steps and saved:
+    group = group or ProcessGroup(settings.timeout_minutes)
+    done, saved = home / task.record_file, checkpoints(home / task.checkpoint_folder)
+    record = read_json_object(done) if group.agree(done.is_file())[0] else {}
+    if not record or (settings.further and record["steps"] < settings.max_steps and saved):
         return train(task, settings, home, group=group)
     if group.first:
         print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
@@ -279,7 +267,7 @@ def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -
         with translate_errors("the start", "nothing was trained yet"):
             minutes = run.trainer.timeout_minutes
             device = join_processes(run.trainer.device, minutes, group_of_one=run.deepspeed is not None)
-            group = ProcessGroup(wait_limit(minutes))
+            group = ProcessGroup(minutes)
             task = kind(run, group, device)
         with contextlib.closing(task):
             return train(task, task.settings, run.output_dir, group=group, device=device)
