@@ -129,7 +129,7 @@ def test_build_datasets_of_tables_folders_and_nano(tmp_path, pictures):
     ({"storage": "/nowhere/*.tar"}, {}, r"/nowhere/\*\.tar.*datasets.unsplash.build_info"),
     ({"annotations": {"train": {"storage": None}}}, {}, "names no files"),
     ({"storage": "x.tar"}, {"vis_processr": {}}, "did you mean 'vis_processor'"),
-    ({"format": "tar", "storage": "x.tar"}, {}, "format must be auto")])
+    ({"format": "webdataset", "storage": "x.tar"}, {}, "format must be auto")])
 def test_build_datasets_with_a_wrong_section(info, more, sentence):
     with pytest.raises((ConfigError, DataError), match=sentence):
         build("unsplash", info, **more)
