@@ -29,8 +29,7 @@ from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
-from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
-from seed_multimodal.data.decoders.seed_x import PictureDecoder, metadata_of
+from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence, UsedPicture, metadata_of
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records

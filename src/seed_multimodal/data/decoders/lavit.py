@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
-from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting

@@ -15,7 +15,7 @@ import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws, TokenSequence
-from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long

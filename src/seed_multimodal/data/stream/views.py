@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_picture, text_member
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to

@@ -9,7 +9,7 @@ from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
-from seed_multimodal.data.decoders.opened import PictureSequence
+from seed_multimodal.data.decoders.seed_x import PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.lavit.processing import LavitTokenizer
 

@@ -9,8 +9,7 @@ import pytest
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
-from seed_multimodal.data.decoders.opened import PictureSequence
-from seed_multimodal.data.decoders.seed_x import PictureDecoder
+from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
