@@ -19,20 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders import phrases
-from seed_multimodal.data.decoders.base import (
-    IGNORED,
-    Decoder,
-    DecoderOptions,
-    Draft,
-    SeededDraws,
-    Segment,
-    TokenSequence,
-    metadata_of,
-)
+from PIL import Image
+
+from seed_multimodal.data.decoders import base, phrases
+from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment, metadata_of
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
-from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_words
@@ -57,17 +49,17 @@ class UsedPicture:
     @property
     def views(self) -> int:
         """The parts and the whole."""
-        return 1 if self.grid is None else self.grid[0] * self.grid[1] + 1
+        return len(self.positions)
 
     @property
     def positions(self) -> list[list[float]]:
         """The centre (x, y) of each view."""
         found: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
-        return found[-self.views:]
+        return found if self.grid else found[-1:]
 
 
 @dataclass
-class PictureSequence(TokenSequence):
+class PictureSequence(base.TokenSequence):
     """A sequence with its images, and the indices of their words in `ids`."""
 
     pictures: list[UsedPicture] = field(default_factory=list)
@@ -76,14 +68,14 @@ class PictureSequence(TokenSequence):
 
 
 @dataclass(frozen=True)
-class OpenedOptions(DecoderOptions):
+class OpenedOptions(base.DecoderOptions):
     base_resolution: int = setting(224, least=1)  # side of a view in pixels
 
 
-class OpenedDecoder(Decoder):
+class OpenedDecoder(base.Decoder):
     """Base of these decoders; `interpolation` is that of an image seen as a whole."""
 
-    Options: ClassVar[type[DecoderOptions]] = OpenedOptions
+    Options: ClassVar[type[base.DecoderOptions]] = OpenedOptions
     interpolation: ClassVar[str] = "bilinear"
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
 
@@ -91,13 +83,6 @@ class OpenedDecoder(Decoder):
         """The fields with their images opened by `open_picture(value, name)`."""
         return {**fields, **{name: open_picture(fields[name], name) for name in self.image_fields
                              if fields.get(name, "") not in NO_IMAGE}}
-
-    def opened_image(self, fields: Mapping[str, Any], name: str) -> Any:
-        """The opened image of a field."""
-        image: Any = self.need(fields, name, object)
-        if not hasattr(image, "size"):
-            raise BadRecord("wrong type", f"{name}: must be an opened image, not {shorten(image)}.")
-        return image
 
     def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> PictureSequence:
         """As of `Decoder`, but images are never cut."""
@@ -142,8 +127,7 @@ class OpenedDecoder(Decoder):
 @dataclass(frozen=True)
 class PictureOptions(OpenedOptions):
     """The original options. `num_img_in_tokens`, `num_img_out_tokens`: words of a view that is read, of an image that
-    is written; 0: the tokenizer's number. `multi_resolution`: images are cut into parts on one of `resolution_grids`.
-    `turn_sep`: before every further question."""
+    is written; 0: the tokenizer's number. `multi_resolution`: images are cut on one of `resolution_grids`."""
 
     num_img_in_tokens: int = setting(0, least=0)
     num_img_out_tokens: int = setting(0, least=0)
@@ -157,8 +141,6 @@ class PictureOptions(OpenedOptions):
 
 @dataclass(frozen=True)
 class FilterOptions(PictureOptions):
-    """Images outside these limits are left out."""
-
     min_resolution: int = setting(0, least=0)
     min_aspect_ratio: float = setting(0.0, least=0, most=1)
 
@@ -175,7 +157,7 @@ class PictureDecoder(OpenedDecoder):
 
     def use(self, fields: Mapping[str, Any], name: str, written: bool = False) -> UsedPicture:
         """The opened image of a field on the grid that suits it."""
-        image, side = self.opened_image(fields, name), self.options.base_resolution
+        image, side = self.need(fields, name, Image.Image), self.options.base_resolution
         grid = choose_grid(image.size, self.grids, side) if self.options.multi_resolution else None
         return UsedPicture(image, grid, written)
 
@@ -319,15 +301,11 @@ class Caption(PictureDecoder):
 class Chat(PictureDecoder):
     """Any conversation with images on both sides: `messages` as `formats.conversations.with_messages` makes them.
 
-    An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it
-    (`show_drawn`), so that several edits follow each other as single ones do.
+    An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it, so
+    that several edits follow each other as single ones do.
     """
 
     name = "seed_x.chat"
-
-    @dataclass(frozen=True)
-    class Options(PictureOptions):
-        show_drawn: bool = True
 
     def opened(self, fields: Mapping[str, Any], open_picture: Any) -> dict[str, Any]:
         """The fields with the images of the messages opened."""
@@ -343,7 +321,7 @@ class Chat(PictureDecoder):
         for place, message in enumerate(self.need(fields, "messages", list)):
             written, content = bool(place % 2), message["content"]
             images = [part for part in content if not isinstance(part, str)]
-            if not written and drawn and not images and self.options.show_drawn:
+            if not written and drawn and not images:
                 content = [drawn, *content]
             parts = [part if isinstance(part, str) else self.use(part, "image", written) for part in content]
             segments.append(Segment(parts) if written else self.instruct(parts, place == 0))

@@ -85,7 +85,7 @@ class DrawOrder:
         counts = list(self.counts)
         while True:
             starts = [self.start(source, count, self.rank) for source, count in enumerate(counts)]
-            alive = [limit is None or start < limit for start, limit in zip(starts, self.mixture.limits, strict=True)]
+            alive = [start < limit for start, limit in zip(starts, self.mixture.limits, strict=True)]
             number = (sum(self.firsts) + sum(counts)) * self.world + self.rank
             source = self.mixture.choice(counts, alive, number)
             if source is None:
@@ -116,7 +116,7 @@ class DrawOrder:
             most = max(state["counts"][source] for state in states)
             starts = [before.start(source, count, rank) for rank, state in enumerate(states)
                       for count in range(state["counts"][source], most)]
-            pending += [Draw(source, start) for start in starts if limit is None or start < limit]
+            pending += [Draw(source, start) for start in starts if start < limit]
             self.firsts[source] = before.start(source, most, 0)
         self.left = sorted(pending, key=lambda draw: draw[:2])[self.rank::self.world]
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS
-from seed_multimodal.data.decoders.lavit import LavitOptions
+from seed_multimodal.data.decoders.seed_x import OpenedOptions
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
@@ -132,7 +132,7 @@ class PretrainTask(LlmTask):
                                   f"tokenizer {run.tokenizer} are for {here}.")
         for where, given in (("data", run.data), ("eval_data", run.eval_data or {})):
             for source in read_data_settings(given, where).sources if given else []:
-                side = source.options.get("base_resolution", LavitOptions.base_resolution)
+                side = source.options.get("base_resolution", OpenedOptions.base_resolution)
                 if source.decoder in FEATURE_DECODERS and side != sizes.vit.image_size:
                     raise ConfigError(f"{where}: base_resolution of the source {source.name} is {side}, but the vision "
                                       f"encoder reads images of {sizes.vit.image_size} pixels a side.")
