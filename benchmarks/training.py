@@ -32,15 +32,15 @@ from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.seed.training import Stage2Model
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.training.llm.config import LlmModelSettings
-from seed_multimodal.training.llm.loss import packed_loss
+from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.metrics import token_flops
 from seed_multimodal.training.llm.model import build_llm
 
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "max_position_embeddings": 2048}
 PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
-# Activation checkpointing of the language model's variants.
-CHECKPOINTING = {"plain": True, "packed": True, "compiled": True, "selective": "selective", "kept": False}
+# Of the language model; `kept` keeps activations, the others compute them again.
+VARIANTS = ("plain", "packed", "compiled", "kept")
 
 
 def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config]:
@@ -103,7 +103,7 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
     batch = {name: tensor.to(runtime.device) for name, tensor in tensors.items()}
     settings = LlmModelSettings(
         sizes=sizes, dtype="fp32" if runtime.dtype == torch.float32 else "bf16", lora={"lora_dropout": 0.05},
-        attention="auto" if packing else "sdpa", gradient_checkpointing=CHECKPOINTING[variant],
+        attention="auto" if packing else "sdpa", gradient_checkpointing=variant != "kept",
         compile=variant not in ("plain", "packed"))
     with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
         model: Any = build_llm(settings, SimpleNamespace(vocabulary=words), runtime.device)
@@ -111,7 +111,7 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: 
     def loss() -> Tensor:
         if not packing:
             return model(**{**batch, "position_ids": None}, attention_mask=mask, use_cache=False).loss
-        return packed_loss(model, SimpleNamespace(**batch, attention_mask=None)).mean
+        return LossModule(model)(**batch).mean
 
     step = training_step(model, loss, runtime)
     tokens, first = int(lengths.sum()), float(step())
@@ -147,7 +147,7 @@ def run(options: argparse.Namespace) -> None:
     """Time both trainings."""
     runtime = choose_device(options.device, options.dtype, log=None)
     cuda = runtime.device.type == "cuda"
-    parts = {"llm": (llm_step, "useful_tokens", [*CHECKPOINTING] if cuda else ["plain", "packed"],
+    parts = {"llm": (llm_step, "useful_tokens", [*VARIANTS] if cuda else ["plain", "packed"],
                      8 if options.model == "original" else 16),
              "tokenizer": (tokenizer_step, "images", ["plain", "compiled"] if cuda else ["plain"], 64)}
     for part in options.parts:

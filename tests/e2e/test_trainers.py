@@ -107,10 +107,9 @@ def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weigh
     from seed_multimodal.seed_x.modeling import load_agent
     from seed_multimodal.training.distributed import ProcessGroup
     from seed_multimodal.training.llm.cli import compose
-    from seed_multimodal.training.llm.config import read_run
     from seed_multimodal.training.seed_x.tuning import TuningTask
 
-    settings = read_run(compose(given, LLM / "configs", "train_seed_x_sft"))
+    settings = TuningTask.read(compose(given, LLM / "configs", "train_seed_x_sft"))
     task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))
     task.prepare()
     kinds = {"one": {}, "shards": {"max_shard_size": "40KB"}, "safe": {"safe_serialization": True}}

@@ -118,8 +118,11 @@ def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
 
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
-    """The lines of a run's log by step."""
-    return {int(line["step"]): line for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl")}
+    """The numbers of a run's log by step; an evaluation has a line of its own."""
+    found: dict[int, dict[str, float]] = {}
+    for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl"):
+        found.setdefault(int(line["step"]), {}).update(line)
+    return found
 
 
 def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:

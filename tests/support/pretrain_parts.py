@@ -68,7 +68,8 @@ def data_of(home: Path, **changes: Any) -> dict[str, Any]:
 def config_of(home: Path, output: Path, **changes: Any) -> dict[str, Any]:
     """A whole configuration; mappings in `changes` are merged into its groups."""
     return merged({
-        "output_dir": str(output), "tokenizer": str(home / "words"), "data": data_of(home),
+        "output_dir": str(output), "tokenizer": {"pretrained_model_name_or_path": str(home / "words")},
+        "data": data_of(home),
         "model": {"path": str(home / "llm"), "dtype": "fp32"}, "trainer": {**TRAINER, "max_steps": 6},
         "optim": {"learning_rate": 5.0e-3, "part_rates": VISUAL_RATES, "warmup_ratio": 0.1, "min_lr_ratio": 0.1},
         "visual_encoder": {"path": str(home / "visual")}}, changes)

@@ -100,7 +100,8 @@ def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> li
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
         (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
-    return [f"tokenizer={config['tokenizer']}", *(f"{group}={folder / group}.yaml" for group in groups)]
+    words = config["tokenizer"]["pretrained_model_name_or_path"]
+    return [f"tokenizer={words}", *(f"{group}={folder / group}.yaml" for group in groups)]
 
 
 def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:

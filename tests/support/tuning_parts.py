@@ -93,6 +93,7 @@ def config_of(home: Path, output: Path, *, data: dict[str, Any] | None = None, l
     model = {"path": str(home / "llm"), "lora": LORA, "train_embeddings": True} if lora else {
         "sizes": dict(LLAMA), "dtype": "fp32"}
     return merged({
-        "output_dir": str(output), "tokenizer": str(home / "tokenizer"), "data": data or data_of(home), "model": model,
+        "output_dir": str(output), "tokenizer": {"pretrained_model_name_or_path": str(home / "tokenizer")},
+        "data": data or data_of(home), "model": model,
         "trainer": TRAINER, "agent": RESAMPLERS, "visual_encoder": {"path": str(home / "tower")},
         "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}}, changes)

@@ -78,7 +78,7 @@ class LavitStage1(nn.Module):
     """A dynamic tokenizer and its decoder, with the loss of stage 1; encoder, projector and U-Net heads are frozen.
 
     The tokenizer's quantizer is replaced by one with moving averages. `freeze_selector` keeps the token selector as it
-    is once codes are used. `use_codes`, `codes` and `features` are those of `training.codebook.CodedModel`.
+    is once codes are used. `use_codes`, `codes` and `features` are those that `training.codebook.CodebookTask` needs.
     """
 
     def __init__(self, tokenizer: DynamicTokenizer, decoder: CodeDecoder, *, weights: LavitStage1Weights | None = None,

@@ -102,9 +102,7 @@ class CheckpointStore:
         Raises:
             TrainingError: it could not be written; the checkpoints before it are intact.
         """
-        self.join()
-        if self.problem is not None:
-            raise self.problem
+        self.finish()
         texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
         if engine.sharded:
             self._save_shards(step, task, engine, texts)
@@ -137,11 +135,15 @@ class CheckpointStore:
             self._thread.join()
             self._thread = None
 
+    def check(self) -> None:
+        """Raises TrainingError: a checkpoint could not be written. The other processes end with this one."""
+        if self.problem is not None:
+            raise self.problem
+
     def finish(self) -> None:
-        """As `join`, in all processes. Raises TrainingError: it could not be written."""
+        """As `join`, then `check`."""
         self.join()
-        if self.group.agree(self.problem is not None)[0]:
-            raise self.problem or TrainingError("The first process could not write its checkpoint.")
+        self.check()
 
     def _write(self, step: int, fill: Callable[[Path], None], texts: Mapping[str, Any]) -> None:
         """Fill and publish a folder (first process alone)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,17 +15,14 @@ from seed_multimodal.weights import some_weights
 class FrozenFeatures:
     """uint8 pixels `[N, 3, S, S]` on the CPU → features `[N, ...]` on the device, without gradients.
 
-    A subclass has `compute`; `at_once` images share a forward pass.
+    `compute` makes them of pixels on the device by the model, `at_once` images in a forward pass.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, at_once: int = 16) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, compute: Callable[[Tensor], Tensor], at_once: int = 16
+                 ) -> None:
         self.model: Any = model.requires_grad_(False).eval().to(device)
-        self.device, self.at_once, self.dtype = device, at_once, next(model.parameters()).dtype
+        self.device, self.compute, self.at_once = device, compute, at_once
         self.some_weights = some_weights(model)
-
-    def compute(self, pixels: Tensor) -> Tensor:
-        """uint8 `[B, 3, S, S]` on the device → features `[B, ...]`."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from seed_multimodal.disk import disk_reason, replace_text, writing
+from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerConfig
-from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.training.distributed import ProcessGroup
 
 _EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
 
@@ -27,15 +27,12 @@ class Meter:
     """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
     `llm.metrics.TokenMeter` overrides it with sums over all tokens of a line's steps."""
 
-    own_evaluation_line = False  # whether numbers of an evaluation get a line of their own
-
     def __init__(self, samples: int) -> None:
         """`samples`: of one step in one process."""
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
-                ) -> dict[str, float]:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
         """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` (if the gradients' norm
         is known already) and `lr`."""
         count = len(found)
@@ -94,11 +91,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 class RunLog:
-    """Writes the numbers of steps every `logging_steps` steps; every process calls it for every step.
-
-    Attributes:
-        problem: why a log could not be written (a full disk), as a sentence.
-    """
+    """Writes the numbers of steps every `logging_steps` steps; every process calls it for every step."""
 
     def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
                  device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int) -> None:
@@ -107,10 +100,9 @@ class RunLog:
         Raises:
             ConfigError: wandb is asked for and not installed. CheckpointError: the disk.
         """
-        self.name, self.settings, self.home = name, settings, home
+        self.name, self.settings, self.file = name, settings, home / f"{name}.log.jsonl"
         self.group, self.device, self.meter, self.status = group, device, meter, status
-        self.problem: TrainingError | None = None
-        self.mark_step, self.waiting, self.mark = step, False, time.monotonic()
+        self.mark_step, self.mark = step, time.monotonic()
         self.waited = status().get("wait_seconds")
         self.board: Any = None
         self.wandb: Any = None
@@ -125,47 +117,52 @@ class RunLog:
             if "wandb" in settings.report_to:
                 self.wandb = _open_wandb(settings, home)
 
-    @property
-    def file(self) -> Path:
-        """The JSON lines."""
-        return self.home / f"{self.name}.log.jsonl"
+    def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
+        """Write a line about the steps since the last one if it is due, and the numbers of an evaluation.
 
-    def add(self, step: int, more: Mapping[str, float] | None = None) -> None:
-        """Count a step that the meter already holds and write a line if one is due. `more` (an evaluation's numbers) is
-        always written: in this step's line, or in one of its own."""
-        merged = {} if self.meter.own_evaluation_line else dict(more or {})
-        self.waiting = bool(step % self.settings.logging_steps and step != self.settings.max_steps and not merged)
-        if not self.waiting:
-            self._write_line(step, merged)
-        if more and self.meter.own_evaluation_line:
-            self.write(step, {"step": step, **more})
+        Raises:
+            CheckpointError: the disk.
+        """
+        if step % self.settings.logging_steps == 0 or step == self.settings.max_steps:
+            self.finish(step)
+        if evaluation:
+            self.write({"step": step, **evaluation})
 
     def finish(self, step: int) -> None:
-        """End of the run: write a line for the steps since the last one."""
-        if self.waiting:
-            self.waiting = False
-            self._write_line(step, {})
+        """Write a line about the steps since the last one, if there are any."""
+        if step == self.mark_step:
+            return
+        now, status = time.monotonic(), dict(self.status())
+        seconds, steps = max(1e-6, now - self.mark), step - self.mark_step
+        own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
+        if self.waited is not None:
+            waited = status.pop("wait_seconds")
+            own["wait_share"] = min(1.0, max(0.0, waited - self.waited) / seconds)
+            self.waited = waited
+        merged = merge(self.group.gather({**own, **self.meter.numbers(), **status}))
+        self.mark, self.mark_step = now, step
+        self.write({"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
+                    "seconds_per_step": seconds / steps,
+                    "eta_seconds": (self.settings.max_steps - step) * seconds / steps, **merged})
 
-    def write(self, step: int, line: Mapping[str, float]) -> None:
-        """Put a line into all logs; a full disk becomes `problem`."""
+    def write(self, line: Mapping[str, float]) -> None:
+        """Put a line into all logs; the first process. Raises CheckpointError: the disk."""
         if not self.group.first:
             return
+        step = int(line["step"])
         filled = int(20 * step / max(1, self.settings.max_steps))
-        try:
-            print(f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} "
-                  f"{self._text(line)}", flush=True)
+        print(f"[{self.name}] {'#' * filled}{'.' * (20 - filled)} {step}/{self.settings.max_steps} {self._text(line)}",
+              flush=True)
+        values = {key: value for key, value in line.items() if key != "step"}
+        with writing(self.file):
             with open(self.file, "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            values = {key: value for key, value in line.items() if key != "step"}
             if self.board is not None:
                 for key, value in values.items():
                     self.board.add_scalar(key, value, step)
                 self.board.flush()
-            if self.wandb is not None:
-                self.wandb.log(values, step=step)
-        except OSError as error:
-            self.problem = TrainingError(f"{self.home}: the log of step {step} cannot be written: "
-                                         f"{disk_reason(error)}.")
+        if self.wandb is not None:
+            self.wandb.log(values, step=step)
 
     def pause(self, seconds: float) -> None:
         """Leave time spent outside of steps (saving, an evaluation) out of the rates."""
@@ -178,28 +175,12 @@ class RunLog:
         return self.group.gather(found)[0]
 
     def close(self) -> None:
-        """Finish TensorBoard's and wandb's files; a failure to write becomes `problem`."""
-        try:
-            if self.board is not None:
+        """Finish TensorBoard's and wandb's files."""
+        if self.board is not None:
+            with writing(self.file):
                 self.board.close()
-        except OSError as error:
-            self.problem = self.problem or TrainingError(f"{self.home}: cannot be written ({disk_reason(error)}).")
         if self.wandb is not None:
             self.wandb.finish()
-
-    def _write_line(self, step: int, more: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        status = dict(self.status())
-        waited = status.pop("wait_seconds", None)
-        seconds, steps = max(1e-6, now - self.mark), max(1, step - self.mark_step)
-        own: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
-        if waited is not None:
-            own["wait_share"] = min(1.0, max(0.0, waited - (self.waited or 0.0)) / seconds)
-        merged = merge(self.group.gather({**own, **self.meter.numbers(), **status, **more}))
-        self.mark, self.mark_step, self.waited = now, step, waited
-        self.write(step, {"step": step, **self.meter.rates(step, steps, seconds, self.group.world),
-                          "seconds_per_step": seconds / steps,
-                          "eta_seconds": (self.settings.max_steps - step) * seconds / steps, **merged})
 
     def _text(self, line: Mapping[str, float]) -> str:
         if "seconds_per_step" not in line:
@@ -213,26 +194,12 @@ class RunLog:
 
 
 def drop_lines_after(step: int, log: Path) -> None:
-    """Drop log lines of steps that a killed run made after its last save, and a torn line. A log of which nothing would
-    remain is renamed to `NAME.log.old.jsonl`. Raises CheckpointError: the log cannot be replaced."""
-    if not log.is_file():
-        return
-    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if _step_of(line) <= step]
-    if len(kept) == len(lines):
-        return
-    with writing(log):
-        if kept:
+    """Drop log lines of steps that a killed run made after its last save, and a torn line. Raises CheckpointError."""
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
+    kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
+    if len(kept) < len(lines):
+        with writing(log):
             replace_text(log, "".join(kept))
-        else:
-            log.replace(log.with_name(f"{log.stem}.old.jsonl"))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _open_wandb(settings: TrainerConfig, home: Path) -> Any:

@@ -118,7 +118,7 @@ class Trainer:
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.get("global_step", 0))
         stack.callback(self.log.close)
-        self.evaluation: dict[str, float] = saved.get("evaluation", {})
+        self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the last one
         task.prepared(self)
 
     def train(self) -> dict[str, Any]:
@@ -131,26 +131,17 @@ class Trainer:
             while self.step < self.settings.max_steps and not stopped and not ended:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
                     ended = not self._make_step()
-                    broken = self.store.problem is not None or self.log.problem is not None
+                    self.store.check()
                     due = self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-                    broken, stop_now, save = self.group.agree(broken, stop.is_set(), due)
-                    stopped = stopped or stop_now
-                    if broken:
-                        self.store.join()
-                        raise self.store.problem or self.log.problem or TrainingError(
-                            f"Another process could not write its files; {self.store.description()}.")
+                    stopped, save = self.group.agree(stop.is_set(), due)
                     if not ended:
                         self._after_step(save)
-            ended = ended and not stopped
             with translate_errors(f"the end (step {self.step})", self.store.description()):
-                self._end(stopped, ended)
+                self._end(stopped, ended and not stopped)
                 if self.group.agree(stopped or stop.is_set())[0]:
                     self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
                                   f"command resumes from {self.store.home / f'checkpoint-{self.step}'}.")
                     raise SystemExit(STOPPED)
-                self.log.close()
-                if self.log.problem is not None:
-                    raise self.log.problem
                 return self._record()
 
     def _make_step(self) -> bool:
@@ -224,8 +215,8 @@ class Trainer:
             numbers = self.task.after_last_step(self.step)
             if numbers:
                 self.evaluation = {"step": self.step, **numbers}
-                self.log.write(self.step, self.evaluation)
-        self.store.finish()  # in all processes, so that they agree on what is saved
+                self.log.write(self.evaluation)
+        self.store.finish()
         if self.store.saved != self.step and (self.step or stopped):
             self._save()
         self.store.finish()

@@ -1,4 +1,5 @@
-"""nano's SEED-2 tokenizer: its sizes, the join of both LAVIS stages, codes of scenes, records of codes for the LLM."""
+"""nano's SEED-2 tokenizer: its sizes, the join of both LAVIS stages, codes of scenes, records of codes and a start for
+the LLM."""
 
 from __future__ import annotations
 
@@ -13,10 +14,15 @@ from torch import Tensor
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.transforms import normalise
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.seed.export import export_tokenizer
 from seed_multimodal.seed.modeling import Seed2Tokenizer
+from seed_multimodal.training.llm.config import LlmModelSettings
+from seed_multimodal.training.llm.model import build_llm, save_trained
+from seed_multimodal.weights import load_state_dict
 from seed_nano.train.task import map_scenes
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.records import Record, record_at, scenes_of, with_pictures
@@ -62,11 +68,39 @@ def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
 
 
 def records(space: Workspace) -> dict[str, Any]:
-    """Stage `records`: the shards; returns how many training records each kind has."""
+    """Stage `records`: the shards, and the language model that starts to learn them; returns how many training records
+    each kind has."""
     config = space.config
+    write_start(space)
     return write_records(space, lambda scenes: space.cached(
         "record_codes", "tokenizer", lambda: encode_scenes(space, scenes), held_out_scenes=config.held_out_scenes,
         **asdict(config.records)))
+
+
+def write_start(space: Workspace) -> None:
+    """Write `work/llm_start`: a LLaMA of random weights with the embeddings of `start_from_codebook`."""
+    sizes, words = space.config.llm, MultimodalTokenizer.from_pretrained(space.words_folder)
+    llama: Any = build_llm(LlmModelSettings(sizes={
+        "hidden_size": sizes.width, "intermediate_size": sizes.ffn, "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads, "max_position_embeddings": sizes.positions, "tie_word_embeddings": True,
+        "rms_norm_eps": 1.0e-5}, seed=space.config.seed + 5), words, "cpu")
+    codebook = load_state_dict(space.words_folder / "model.safetensors")["quantize.embedding.weight"]
+    sections = Seed2Tokenizer.read_config(space.words_folder / "config.json").codebook_sections
+    start_from_codebook(llama, codebook, sections, words.vocabulary)
+    save_trained(llama, space.work / "llm_start")
+
+
+@torch.no_grad()
+def start_from_codebook(llama: Any, codebook: Tensor, sections: int, words: ImageVocabulary) -> None:
+    """Give codes that are neighbours in the codebook neighbouring word embeddings: a fixed random projection, at the
+    size of the random start. Each section has its own, because directions mean something else in each."""
+    rows = llama.model.embed_tokens.weight
+    parts = codebook.float().reshape(sections, -1, codebook.shape[1])
+    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
+    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
+    if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
+        scaled = projected * (rows[:words.n_text].std().float().cpu() / spread)
+        rows[words.n_text:words.n_text + words.n_codes] = scaled.to(rows)
 
 
 def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor]) -> dict[str, int]:

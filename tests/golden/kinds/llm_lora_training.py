@@ -22,13 +22,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from llm_losses import packed_loss
 from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
 from torch import Tensor
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.lora import MODULES_TO_SAVE, TARGET_MODULES, adapter_state, save_adapter
-from seed_multimodal.training.llm.loss import LossModule, packed_loss
+from seed_multimodal.training.llm.loss import LossModule
 from seed_multimodal.training.llm.model import build_llm
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 
@@ -77,7 +78,7 @@ def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
     batch = SimpleNamespace(position_ids=None, **{k: given[k] for k in ("input_ids", "labels", "attention_mask")})
     for mode in ("train", "eval"):
         out, real = forward(model, given, mode == "train")
-        losses = [out.loss, *(packed_loss(model, batch, kind=kind).mean.detach() for kind in ("plain", "chunked"))]
+        losses = [out.loss, *(packed_loss(model, batch, chunked=chunked).mean.detach() for chunked in (False, True))]
         assert_close(out.logits[real], want[f"{mode}.logits"][real], *LOGITS, f"{mode}.logits")
         assert_close(torch.stack(losses), want[f"{mode}.loss"].expand(3), *LOGITS, f"{mode}.loss")
 
@@ -119,7 +120,7 @@ def check_groups(model: Any, meta: dict[str, Any]) -> Any:
 def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
     optimizer, parameters = check_groups(model, meta), dict(model.named_parameters())
     model.train()
-    module = LossModule(model, kind="chunked")
+    module = LossModule(model, chunked=True)
     for number, (loss, norm) in enumerate(meta["two_steps_loss_and_norm_before_clipping"]):
         parts = module(given["input_ids"], given["labels"], None, given["attention_mask"])
         parts.mean.backward()

@@ -1,4 +1,4 @@
-"""Instruction tuning asks in the prompts of the model that is trained, and says where something else asks otherwise."""
+"""Instruction tuning asks in the prompts of the model that is trained."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import pytest
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of, with_prompts
+from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of
+from seed_multimodal.training.llm.task import LlmTask
 
 
 @pytest.fixture
@@ -37,23 +37,15 @@ def test_the_template_is_that_of_the_model(runs, tmp_path):
     assert template_of(LlmModelSettings(sizes={"hidden_size": 5120}, template="vicuna")) == "vicuna"
 
 
-def test_what_asks_otherwise_is_said(questions, runs, tmp_path):
-    fourteen = LlmModelSettings(sizes={"hidden_size": 5120})
-    data, said = with_prompts(read_data_settings(questions), fourteen, tmp_path)
-    assert said == ["questions and answers are in the prompts of llama2."]
+def test_questions_are_asked_in_the_prompts_of_the_model(questions, runs, tmp_path):
+    fourteen = {**runs.SIZES, "hidden_size": 5120}
+    given = {"output_dir": "x", "optim": {"learning_rate": 1e-4}, "trainer": {"device": "cpu"},
+             "model": {"sizes": fourteen}, "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)}}
+    data = LlmTask.read({**given, "data": questions}).data
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     batches = LlmBatches(data, words)
     assert any("[INST]" in words.decode(batch.input_ids[0].tolist()) for batch in itertools.islice(batches, 4))
-
-    _, said = with_prompts(read_data_settings(questions), fourteen, runs.TOKENIZER)  # nano's system asks as Vicuna
-    assert "system.json asks with the template vicuna, and this run tunes with llama2" in said[1]
-    given = read_data_settings({**questions, "template": "vicuna"})
-    data, said = with_prompts(given, fourteen, tmp_path)
-    assert data.sources[0].options == {"template": "vicuna"}
-    assert said[1] == ("warning: the source qa has the template vicuna, but the model that is trained has llama2 "
-                       "(model.template).")
-    questions["sources"][0]["options"] = {"template": "llama2"}
-    assert len(with_prompts(read_data_settings(questions), fourteen, tmp_path)[1]) == 1
-    captions = read_data_settings({**questions, "sources": questions["sources"][1:]})
-    assert with_prompts(captions, fourteen, runs.TOKENIZER)[1] == []
+    own = {**questions["sources"][0], "options": {"template": "vicuna"}}
+    for other in ({"template": "vicuna"}, {"sources": [own]}):
+        assert LlmTask.read({**given, "data": {**questions, **other}}).data.sources[0].options["template"] == "vicuna"

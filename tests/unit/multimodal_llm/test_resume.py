@@ -28,7 +28,7 @@ def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
     assert {"config.json", "model.safetensors", "tokenizer.model", "added_tokens.json", "special_tokens_map.json",
             "tokenizer_config.json", "trainer_state.json"} <= released
     state = json.loads((out / "checkpoint-8" / "trainer_state.json").read_text())
-    assert state["global_step"] == state["max_steps"] == 8 and len(state["log_history"]) == 8
+    assert state["global_step"] == state["max_steps"] == 8
 
     (out / ".checkpoint-9.tmp").mkdir()  # of a run that was killed while it saved
     shutil.rmtree(out / "checkpoint-8")

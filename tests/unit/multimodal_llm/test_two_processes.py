@@ -46,7 +46,7 @@ def test_two_nodes_train_and_one_process_resumes(runs, tmp_path, train):
     assert [process.returncode for process in started] == [0, 0], said
     lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
     before = runs.losses(two)
-    assert list(before) == [1, 2, 3, 4] and "x 2 processes" in said[0][0] and said[1][0].strip() == ""
+    assert list(before) == [1, 2, 3, 4] and "processes: 2" in said[0][0] and said[1][0].strip() == ""
 
     # One process resumes where two stopped (plain engine): pending draws are its own now.
     again = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", **lora)

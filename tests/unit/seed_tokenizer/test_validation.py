@@ -31,13 +31,9 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
     assert list(without) == [3, 6, 9, 12] and list(with_it) == [3, 4, 6, 8, 9, 12]  # lines of their own
     for step, line in without.items():
         assert all(with_it[step][key] == line[key] for key in ("loss", "last_loss", "grad", "loss_embed"))
-    logged = {step: {key: value for key, value in line.items() if key.startswith("valid/")}
-              for step, line in with_it.items()}
-    assert [bool(numbers) for numbers in logged.values()] == [False, True, False, True, False, True]
-    last = logged[12]
+    last = with_it[12]
     assert {"valid/val/loss", "valid/val/loss_embed", "valid/val/codebook_used", "valid/val/perplexity"} <= set(last)
     assert 0 < last["valid/val/codebook_used"] <= 1 <= last["valid/val/perplexity"] <= 64
-    assert logged[4]["valid/val/loss"] != last["valid/val/loss"]
     assert [line["valid_epoch"] for line in held_out_lines(tmp_path / "valid")] == [0, 1, 2]
 
     capsys.readouterr()
@@ -46,15 +42,6 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
     assert evaluate.main(yaml("stage2", *saved, "run.test_splits=[val]", name="eval")) == 0
     means = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
     assert means["samples"] == 24 and means["loss"] > 0 and 0 < means["codebook_used"] <= 1
-    assert evaluate.main(yaml("stage2", *saved, name="eval2")) == 2
-    assert "run.test_splits" in capsys.readouterr().err
-
-
-def test_validation_every_other_epoch_on_a_part_of_the_split(yaml, run, tmp_path):
-    run(yaml("stage1", "run.max_epoch=3", "run.valid_splits=[val]", "run.valid_every_epochs=2", "run.valid_batches=2",
-             "run.iters_per_epoch=1"))
-    (line,) = held_out_lines(tmp_path / "stage1")
-    assert (line["valid_epoch"], line["valid_samples"]) == (1, 8) and line["valid_loss_itc"] > 0
 
 
 @pytest.mark.process
@@ -69,12 +56,10 @@ def test_two_processes_share_the_split_and_have_one_codebook(yaml, run, start, t
     assert len(keys) >= 5 and [two[key] for key in keys] == pytest.approx([one[key] for key in keys], rel=1e-3)
 
 
-@pytest.mark.parametrize(("total", "batch", "world", "most", "expected"), [
-    (24, 16, 1, 0, (12, 2)), (1001, 64, 1, 0, (62, 16)), (1001, 64, 4, 0, (62, 4)), (1001, 64, 4, 2, (62, 2)),
-    (5, 64, 4, 0, (1, 1)), (7, 3, 1, 0, (2, 3)), (5, 1, 2, 0, (1, 2)), (1, 1, 1, 0, (1, 1))])
-def test_share_out_leaves_little_over(total, batch, world, most, expected):
+@pytest.mark.parametrize(("total", "batch", "world", "expected"), [
+    (24, 16, 1, (12, 2)), (1001, 64, 4, (62, 4)), (5, 64, 4, (1, 1)), (7, 3, 1, (2, 3)), (5, 1, 2, (1, 2))])
+def test_share_out_leaves_little_over(total, batch, world, expected):
     from seed_lavis.task import share_out
 
-    size, count = share_out(total, batch, world, most)
-    assert (size, count) == expected and size <= batch
-    assert most or 0 <= total - size * count * world < count * world
+    size, count = share_out(total, batch, world)
+    assert (size, count) == expected and size <= batch and 0 <= total - size * count * world < count * world

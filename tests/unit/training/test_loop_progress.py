@@ -14,7 +14,7 @@ import torch
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training import metrics, trainer
 from seed_multimodal.training.checkpoint import checkpoints
-from seed_multimodal.training.metrics import drop_lines_after, peak_memory_mib
+from seed_multimodal.training.metrics import peak_memory_mib
 
 
 def lines_of(folder: Path) -> list[dict[str, float]]:
@@ -72,12 +72,12 @@ def test_numbers_of_a_step_are_logged_at_once_and_their_time_is_no_training(
 
     toy.train(tmp_path / "with", pause=0.1, evaluate=evaluate, max_steps=8)
     toy.train(tmp_path / "without", max_steps=8)
-    lines = {line["step"]: line for line in lines_of(tmp_path / "with")}
-    assert list(lines) == [3, 4, 6, 8]
-    assert [line.get("valid/loss") for line in lines.values()] == [3.0, None, 6.0, None]
-    assert [line["seconds_per_step"] for line in lines.values()] == pytest.approx([0.1] * 4)
-    for line in lines_of(tmp_path / "without"):
-        assert lines[line["step"]]["loss"] == line["loss"]
+    lines = lines_of(tmp_path / "with")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    assert [line for line in lines if line["step"] % 3 == 0] == [{"step": step, "valid/loss": step} for step in (3, 6)]
+    trained = [line for line in lines if line["step"] % 3]
+    assert [line["seconds_per_step"] for line in trained] == pytest.approx([0.1] * 2)
+    assert [line["loss"] for line in trained] == [line["loss"] for line in lines_of(tmp_path / "without")]
 
 
 def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_path: Path) -> None:
@@ -89,13 +89,6 @@ def test_lines_of_steps_that_are_made_again_are_dropped(toy: ModuleType, tmp_pat
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # a run that was killed while it wrote
     toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 13))
-    before = log.stat().st_mtime_ns
-    drop_lines_after(12, log)
-    assert log.stat().st_mtime_ns == before
-    drop_lines_after(3, log)
-    assert [line["step"] for line in lines_of(tmp_path)] == [1, 2, 3]
-    drop_lines_after(0, log)
-    assert not log.exists() and len((tmp_path / "toy.log.old.jsonl").read_text().splitlines()) == 3
 
 
 def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: ModuleType, tmp_path: Path) -> None:

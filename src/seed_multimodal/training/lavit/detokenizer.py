@@ -31,7 +31,8 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import find_folder
-from seed_multimodal.training.pixel_decoder.task import ImageData, PixelRun, PixelTask
+from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
+from seed_multimodal.training.run import Run
 
 DECODER = "decoder"  # in the result's folder
 KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder
@@ -79,27 +80,19 @@ class LavitImages(ImageData):
     seen_by: ClassVar[str] = "bicubic"
 
 
-class ImageCodes(FrozenFeatures):
+def image_codes(tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0) -> Tensor:
     """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
 
     `selection`: of patches, as of `DynamicTokenizer.select`; what is drawn follows from the image and `seed`, so that
     an image always has the same codes.
     """
-
-    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, selection: Mode = "draw", seed: int = 0
-                 ) -> None:
-        super().__init__(tokenizer, device)
-        self.selection, self.seed, self.places = selection, seed, tokenizer.config.patches
-
-    def compute(self, pixels: Tensor) -> Tensor:
-        """See `FrozenFeatures`."""
-        generators = [torch.Generator().manual_seed(sample_seed(self.seed, 0, zlib.crc32(one.numpy().tobytes())))
-                      for one in pixels.cpu()] if self.selection == "draw" else None
-        found = self.model.encode(normalise(pixels), mode=self.selection, generator=generators)
-        codes = torch.full((len(found), self.places), -1, dtype=torch.int32, device=self.device)
-        for row, one in zip(codes, found, strict=True):
-            row[:len(one)] = one
-        return codes
+    generators = [torch.Generator().manual_seed(sample_seed(seed, 0, zlib.crc32(one.numpy().tobytes())))
+                  for one in pixels.cpu()] if selection == "draw" else None
+    found = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
+    codes = torch.full((len(found), tokenizer.config.patches), -1, dtype=torch.int32, device=pixels.device)
+    for row, one in zip(codes, found, strict=True):
+        row[:len(one)] = one
+    return codes
 
 
 class LavitPixelTask(PixelTask):
@@ -110,7 +103,7 @@ class LavitPixelTask(PixelTask):
     same = ("trained", "selection", "start")
     module: TrainedPixels
 
-    def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.loss = LavitPixelLoss(self.model.dropout)
 
@@ -121,7 +114,8 @@ class LavitPixelTask(PixelTask):
                                            dtype=DTYPES[self.settings.precision])
         self.check_side(tokenizer.config.vit.image_size)
         self.codebook = tokenizer.quantize
-        return ImageCodes(tokenizer, self.device, model.selection, model.selection_seed)
+        return FrozenFeatures(tokenizer, self.device,
+                              lambda pixels: image_codes(tokenizer, pixels, model.selection, model.selection_seed))
 
     def build(self) -> TrainedPixels:
         """U-Net and code decoder."""
@@ -140,7 +134,6 @@ class LavitPixelTask(PixelTask):
 
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
-        """See `PixelTask`."""
         return self.loss(model, self.schedule, latents, self.embeds(features["seen"]), time_ids, generator=generator)
 
     def embeds(self, seen: Tensor) -> list[Tensor]:
@@ -148,7 +141,6 @@ class LavitPixelTask(PixelTask):
         return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in seen]
 
     def detokenizer(self, scheduler: Any) -> LavitDetokenizer:
-        """See `PixelTask`."""
         module = self.module
         return LavitDetokenizer(module.unet, self.features.moments.model, scheduler, decoder=module.decoder,
                                 null_embeds=module.null_embeds)

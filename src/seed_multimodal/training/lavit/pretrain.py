@@ -4,11 +4,10 @@
     [text, image]   the frozen tokenizer's codes are learned, and image end
     text            as ever
 
-The data workers give images as pixels. On the device the frozen vision encoder and token selector see them; which
-patches are kept is a function of (seed, sample), so that a run resumes exactly. Codes are made by stage 1's merger,
-which stays as it was, and what the language model reads by the trained one. In log lines `text_loss` is that of text,
-`image_loss` that of codes and image end. A checkpoint is a `language_model` folder of a released LaVIT: LLaMA (or an
-adapter) and `visual_weight.safetensors`. Source: specification §5.3.
+The frozen vision encoder and token selector see images on the device; which patches are kept is a function of (seed,
+sample). Codes are made by stage 1's merger, which stays as it was, and what the language model reads by the trained
+one. In log lines `text_loss` is that of text, `image_loss` that of codes and image end. A checkpoint is a
+`language_model` folder of a released LaVIT. Source: specification §5.3.
 """
 
 from __future__ import annotations
@@ -21,25 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders import FEATURE_DECODERS
 from seed_multimodal.data.decoders.seed_x import OpenedOptions
-from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
-from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer, TokenMerger, kept_rows
+from seed_multimodal.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
-from seed_multimodal.training.llm.config import RunSettings, find_folder
+from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 from seed_multimodal.training.llm.task import LlmTask
+from seed_multimodal.training.run import Run
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")
@@ -65,18 +63,6 @@ class VisualModel:
     seed: int = setting(0, least=0)
 
 
-class PatchFeatures(FrozenFeatures):
-    """Images → the frozen vision encoder's features `[N, patches, D]`, fp32."""
-
-    def __init__(self, tokenizer: DynamicTokenizer, device: torch.device, at_once: int) -> None:
-        self.tokenizer = tokenizer
-        super().__init__(tokenizer.encoder, device, at_once)
-
-    def compute(self, pixels: Tensor) -> Tensor:
-        """See `FrozenFeatures`."""
-        return self.tokenizer.patch_features(normalise(pixels))
-
-
 class UnifiedLoss(LossModule):
     """`LossModule` with features in places of the rows. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
 
@@ -84,9 +70,8 @@ class UnifiedLoss(LossModule):
     processes compute gradients of the same parameters, and ZeRO-3 gathers them in one order.
     """
 
-    def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, *, kind: str = "auto",
-                 weights: LossWeights | None = None) -> None:
-        super().__init__(llm, kind=kind, weights=weights)
+    def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights) -> None:
+        super().__init__(llm, weights)
         self.causal_encoder, self.vit_proj = merger, projector
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
@@ -117,12 +102,9 @@ class PretrainTask(LlmTask):
     tokenizer_kind = LavitTokenizer
     kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizers. Raises as `train_llm`; ConfigError for parts that do not belong together."""
-        if run.visual_encoder is None:
-            raise ConfigError("configuration: visual_encoder is needed for LaVIT: choose one of its files.")
-        self.visual_settings = read_settings(VisualModel, run.visual_encoder, "visual_encoder")
-        self.visual = load_dynamic_tokenizer(find_folder(self.visual_settings.path))
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizers. Raises as `RunTask.train`; ConfigError for parts that do not belong together."""
+        self.visual = load_dynamic_tokenizer(find_folder(run.visual_encoder.path))
         super().__init__(run, group, device)
         sizes, words = self.visual.config, self.tokenizer.vocabulary
         for name, there, here in (("codes", sizes.codebook_size, words.n_codes),
@@ -130,18 +112,13 @@ class PretrainTask(LlmTask):
             if there != here:
                 raise ConfigError(f"visual_encoder: the visual tokenizer has {there} {name}, but the words of the "
                                   f"tokenizer {run.tokenizer} are for {here}.")
-        for where, given in (("data", run.data), ("eval_data", run.eval_data or {})):
-            for source in read_data_settings(given, where).sources if given else []:
-                side = source.options.get("base_resolution", OpenedOptions.base_resolution)
-                if source.decoder in FEATURE_DECODERS and side != sizes.vit.image_size:
-                    raise ConfigError(f"{where}: base_resolution of the source {source.name} is {side}, but the vision "
-                                      f"encoder reads images of {sizes.vit.image_size} pixels a side.")
+        self.check_views(sizes.vit.image_size, OpenedOptions.base_resolution)
 
     # ------------------------------------------------------------------------------------------------- the training
 
     def make_module(self) -> nn.Module:
         """Merger and projector, in fp32, beside the language model; the frozen tokenizer moves to the device."""
-        visual, settings = self.visual, self.visual_settings
+        visual, settings = self.visual, self.run.visual_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             merger = TokenMerger(visual.config)
@@ -150,13 +127,14 @@ class PretrainTask(LlmTask):
             merger.load_state_dict(visual.causal_encoder.state_dict())
         else:
             load_visual({"causal_encoder": merger, "vit_proj": projector}, find_folder(settings.start))
-        if self.model_settings.gradient_checkpointing:
+        if self.run.model.gradient_checkpointing:
             checkpoint_layers(merger)
         visual.vit_proj = None
         cast_layers(visual, DTYPES[self.settings.precision])
-        self.features = PatchFeatures(visual.to(self.device), self.device, settings.at_once)
-        return UnifiedLoss(self.llm, merger.to(self.device), projector.to(self.device), kind=self.settings.loss_kernel,
-                           weights=self.loss_weights)
+        visual.to(self.device)
+        self.features = FrozenFeatures(visual.encoder, self.device,
+                                       lambda pixels: visual.patch_features(normalise(pixels)), settings.at_once)
+        return UnifiedLoss(self.llm, merger.to(self.device), projector.to(self.device), self.loss_weights)
 
     @torch.no_grad()
     def ready(self, batch: LlmBatch) -> ReadyBatch:
@@ -166,7 +144,7 @@ class PretrainTask(LlmTask):
             return ReadyBatch(**vars(batch))
         features = self.features(views.pixels)
         generators = [torch.Generator().manual_seed(seed) for seed in views.seeds]
-        keep = self.visual.select(features, mode=self.visual_settings.selection, generator=generators).keep_BN
+        keep = self.visual.select(features, mode=self.run.visual_encoder.selection, generator=generators).keep_BN
         on_cpu = keep.cpu() > 0.5
         written, read = views.written.nonzero().flatten(), (~views.written).nonzero().flatten()
         codes: list[list[int] | None] = [None] * len(on_cpu)
@@ -182,14 +160,13 @@ class PretrainTask(LlmTask):
 
     def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
         """Features `[n, N, D]` and what is kept of them `[n, N]` → the codes of each image."""
-        at_once, codes = self.visual_settings.at_once, list[list[int]]()
+        at_once, codes = self.run.visual_encoder.at_once, list[list[int]]()
         for some, kept in zip(features.split(at_once), keep.split(at_once), strict=True) if len(features) else ():
             rows, counts = kept_rows(self.visual.merge(some, kept), kept)
             codes += [one.tolist() for one in self.visual.quantize_rows(rows)[0].split(counts.tolist())]
         return codes
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
-        """See `LlmTask`."""
         batch = batch.to(self.device)
         assert isinstance(batch, ReadyBatch)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, batch.features,
@@ -215,7 +192,6 @@ class PretrainTask(LlmTask):
         save_state_dict(visual, folder / VISUAL[0])
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Inverse of `save_files`."""
         super().load_weights(folder, allow_missing)
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 

@@ -41,11 +41,9 @@ class LavitTokenizerTask(CodebookTask):
         self.latest: dict[str, Tensor] = {}
 
     def batch(self, micro_step: int) -> Tensor:
-        """See `CodebookTask`."""
         return self.batches(micro_step)
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Mapping[str, Any]]:
-        """See `CodebookTask`."""
         output = model(batch)
         self.latest = output.numbers()
         return output.loss, self.latest

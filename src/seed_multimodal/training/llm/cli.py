@@ -29,8 +29,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import guarded, run_and_exit
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import describe_settings, nearest
-from seed_multimodal.training.llm.config import GROUPS, find_folder
-from seed_multimodal.training.trainer import run_task
+from seed_multimodal.training.llm.config import find_folder
 
 # Program -> its configuration below `configs`, and its task below `training`.
 PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
@@ -38,24 +37,45 @@ PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
             "train_lavit": ("train_lavit", "lavit.pretrain:PretrainTask"),
             "train_seed_x_detokenizer": ("seed_x_detokenizer/train", "seed_x.detokenizer:DetokenizerTask"),
             "train_lavit_detokenizer": ("lavit_detokenizer/train", "lavit.detokenizer:LavitPixelTask")}
+GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", "visual_encoder", "agent")
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
 _SUFFIXES = (".yaml", ".yml", ".json")
 
-# Flag -> the group whose file it names, or the key that it sets.
-FILES = {"model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
-         "deepspeed": "deepspeed", "llm_model": "model", "train_dataset": "data", "deepspeed_plugin": "deepspeed",
-         "agent_model": "agent", "visual_encoder": "visual_encoder"}
-TEXTS = {"output_dir": "output_dir", "run_name": "trainer.run_name", "expr_name": "trainer.run_name",
-         "resume": "trainer.resume", "resume_from_checkpoint": "trainer.resume", "device": "trainer.device",
-         "lr_scheduler_type": "optim.lr_scheduler_type"}
-VALUES = {**{name: f"trainer.{name}" for name in (
-              "max_steps", "gradient_accumulation_steps", "max_grad_norm", "seed", "dataloader_num_workers",
-              "logging_steps", "save_steps", "save_total_limit", "eval_steps", "gradient_checkpointing")},
-          **{name: f"optim.{name}" for name in (
-              "learning_rate", "min_lr_ratio", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1",
-              "adam_beta2", "adam_epsilon")}, "torch_compile": "trainer.compile"}
-SPECIAL = ("bf16", "fp16", "mixed_precision", "use_cpu", "no_cuda", "report_to", "evaluation_strategy",
-           "eval_strategy", "save_strategy", "optim", "num_train_epochs")
+def _boolean(value: str) -> dict[str, str | None]:
+    """What the ways to write true and false mean: a value, or none."""
+    return {**dict.fromkeys(("true", "t", "yes", "y", "1"), value), **dict.fromkeys(("false", "f", "no", "n", "0"))}
+
+
+# Flag -> override; `{value}` as it is typed, `{text}` in quotes.
+FLAGS = {
+    **{flag: f"{group}={{value}}" for flag, group in {  # a group's file
+        "model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
+        "deepspeed": "deepspeed", "llm_model": "model", "train_dataset": "data", "deepspeed_plugin": "deepspeed",
+        "agent_model": "agent", "visual_encoder": "visual_encoder"}.items()},
+    "output_dir": "++output_dir={text}", "run_name": "++trainer.run_name={text}",
+    "expr_name": "++trainer.run_name={text}", "resume": "++trainer.resume={text}",
+    "resume_from_checkpoint": "++trainer.resume={text}", "device": "++trainer.device={text}",
+    "lr_scheduler_type": "++optim.lr_scheduler_type={text}",
+    **{flag: f"++trainer.{flag}={{value}}" for flag in (
+        "max_steps", "gradient_accumulation_steps", "max_grad_norm", "seed", "dataloader_num_workers",
+        "logging_steps", "save_steps", "save_total_limit", "eval_steps", "gradient_checkpointing")},
+    **{flag: f"++optim.{flag}={{value}}" for flag in (
+        "learning_rate", "min_lr_ratio", "warmup_ratio", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2",
+        "adam_epsilon")},
+    "torch_compile": "++trainer.compile={value}", "optim": "++optim.name={value}",
+    "report_to": "++trainer.report_to=[{value}]", "mixed_precision": "++trainer.precision={value}",
+    "bf16": "++trainer.precision={value}", "fp16": "++trainer.precision={value}",
+    "use_cpu": "++trainer.device={value}", "no_cuda": "++trainer.device={value}",
+    "evaluation_strategy": "++trainer.eval_steps={value}", "eval_strategy": "++trainer.eval_steps={value}",
+    "save_strategy": "++trainer.save_steps={value}"}
+# Flag -> what typed values mean (None: no override): no others are known, or others stay as they are.
+_EVALUATE = {"no": "0", "steps": "${trainer.logging_steps}"}
+ONLY: dict[str, Mapping[str, str | None]] = {
+    "bf16": _boolean("bf16"), "fp16": _boolean("fp16"), "use_cpu": _boolean("cpu"), "no_cuda": _boolean("cpu"),
+    "evaluation_strategy": _EVALUATE, "eval_strategy": _EVALUATE, "save_strategy": {"no": "0", "steps": None}}
+ALSO = {"resume_from_checkpoint": {"True": "auto"}, "mixed_precision": {"no": "fp32"},
+        "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
+        "report_to": {"none": "", "all": "tensorboard"}}
 REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
 # Accepted without effect: the data configuration sets micro-batches and views, the engine most of the rest.
 IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
@@ -66,13 +86,14 @@ IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_s
            "ddp_find_unused_parameters", "ddp_backend", "ddp_timeout", "ddp_bucket_cap_mb", "local_rank",
            "full_determinism", "tf32", "bf16_full_eval", "fp16_full_eval", "fp16_opt_level", "half_precision_backend",
            "overwrite_output_dir", "do_train", "do_eval", "save_safetensors", "prediction_loss_only", "past_index",
-           "save_on_each_node", "include_inputs_for_metrics", "eval_accumulation_steps", "eval_delay")
+           "save_on_each_node", "include_inputs_for_metrics", "eval_accumulation_steps", "eval_delay",
+           "num_train_epochs")
 OPTIONS = {"cp": "config_path", "cd": "config_path", "config_path": "config_path", "config_dir": "config_path",
            "cn": "config_name", "config_name": "config_name", "c": "cfg", "cfg": "cfg", "h": "help", "help": "help",
            "debug": "debug"}
 _BARE = ("bf16", "fp16", "use_cpu", "no_cuda", "gradient_checkpointing", "torch_compile", *REFUSED, *IGNORED,
          "c", "cfg", "h", "help", "debug")  # may stand without a value
-_KNOWN = (*FILES, *TEXTS, *VALUES, *SPECIAL, *REFUSED, *IGNORED, *OPTIONS)
+_KNOWN = (*FLAGS, *REFUSED, *IGNORED, *OPTIONS)
 _OWN = ("resume", "device")  # flags of ours: they do not bring the original's defaults
 
 
@@ -105,7 +126,7 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
         return 0
     if given.ignored and os.environ.get("RANK", "0") == "0":
         print(f"[train] without effect: {', '.join(given.ignored)}.", flush=True)
-    run_task(task.read(config), task)
+    task.train(config)
     return 0
 
 
@@ -137,113 +158,79 @@ class Translated(NamedTuple):
 
 
 def translate(arguments: Sequence[str]) -> Translated:
-    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides.
-
-    Raises:
-        ConfigError: an unknown flag (the nearest is named), no value, or what cannot be done.
-    """
-    typed = _split(arguments)
-    flags = {name: values[-1] if values else "True" for name, values in typed}  # of equal flags the last
-    overrides, options, ignored, made = list[str](), dict[str, str](), list[str](), set[str]()
-    for name, values in typed:
-        if not values and name not in _BARE:
-            raise ConfigError(f"--{name}: needs a value.")
-        if not name:
-            group = values[0].partition("=")[0]
+    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides. Raises
+    ConfigError: an unknown flag (the nearest is named), a wrong value, or what cannot be done."""
+    flags, made = dict[str, str](), set[str]()
+    overrides, options, ignored, words = list[str](), dict[str, str](), list[str](), list(arguments)
+    while words:
+        word = words.pop(0)
+        if not _is_flag(word):
+            group = word.partition("=")[0]
             overrides = [one for one in overrides if one not in made or not one.startswith(f"++{group}.")]
-            overrides.append(values[0])
-        elif name in OPTIONS:
-            options[OPTIONS[name]] = flags[name]
-        elif name in IGNORED:
-            ignored.append(f"--{name}")
-        elif override := _override(name, values, flags):
+            overrides.append(word)
+            continue
+        flag, value = _read_flag(word, words)
+        flags[flag] = value
+        if flag in OPTIONS:
+            options[OPTIONS[flag]] = value
+        elif flag in IGNORED:
+            ignored.append(f"--{flag}")
+        elif flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
+            raise ConfigError(f"--{flag}: is not built in; leave it out.")
+        elif override := _override(flag, value):
             made.add(override)
             overrides.append(override)
-    return Translated(overrides, options, ignored, any(name and name not in (*OPTIONS, *_OWN) for name in flags))
+    if "num_train_epochs" in flags and "max_steps" not in flags:
+        raise ConfigError("--num_train_epochs: is not built in; use --max_steps.")
+    if "eval_steps" in flags:
+        overrides = [one for one in overrides if not one.endswith(_EVALUATE["steps"])]
+    return Translated(overrides, options, ignored, any(flag not in (*OPTIONS, *_OWN) for flag in flags))
 
 
-def _split(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Flags with the values that follow them, in their order; overrides have the flag "".
-
-    An override after a flag that needs no value is not its value."""
-    found: list[tuple[str, list[str]]] = []
-    for word in arguments:
-        last, values = found[-1] if found else ("", [""])
-        if word.startswith("-") and not word[1:2].isdigit():
-            name, equals, value = word.lstrip("-").partition("=")
-            name = name.replace("-", "_")
-            if name not in _KNOWN and name.removeprefix("no_") in _BARE:
-                name, equals, value = name.removeprefix("no_"), "=", "False"
-            if name not in _KNOWN:
-                near = nearest(f"--{name}", [f"--{known}" for known in _KNOWN])
-                raise ConfigError(f"--{name}: unknown option{near}.")
-            found.append((name, [value] if equals else []))
-        elif last and (not values or last == "report_to") and not (
-                ("=" in word or word.startswith("~")) and (values or last in _BARE)):
-            values.append(word)
-        else:
-            found.append(("", [word]))
-    return found
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not word[1:2].isdigit()
 
 
-def _override(flag: str, values: Sequence[str], flags: Mapping[str, str]) -> str:
-    """The override that a flag means beside the others; "": none."""
-    value = values[-1] if values else "True"
-    if flag in FILES:
-        return f"{FILES[flag]}={value}"
-    if flag in TEXTS:
-        text = "auto" if (flag, value) == ("resume_from_checkpoint", "True") else value
-        return f"++{TEXTS[flag]}={json.dumps(text, ensure_ascii=False)}"
-    if flag in VALUES:
-        return f"++{VALUES[flag]}={value}"
-    match flag:
-        case "bf16" | "fp16":
-            on = [name for name in ("bf16", "fp16") if _is_true(name, flags.get(name, "False"))]
-            if len(on) > 1:
-                raise ConfigError("--bf16 and --fp16 exclude each other.")
-            return f"++trainer.precision={on[0] if on else 'fp32'}"
-        case "mixed_precision":
-            return f"++trainer.precision={'fp32' if value == 'no' else value}"
-        case "use_cpu" | "no_cuda":
-            return "++trainer.device=cpu" if _is_true(flag, value) else ""
-        case "report_to":
-            names = [name for text in values for name in text.split(",") if name != "none"]
-            return f"++trainer.report_to=[{','.join(names).replace('all', 'tensorboard')}]"
-        case "evaluation_strategy" | "eval_strategy" | "save_strategy" if value not in ("no", "steps"):
-            raise ConfigError(f"--{flag}: saving and evaluation go by steps here; use 'no' or 'steps'.")
-        case "save_strategy":
-            return "++trainer.save_steps=0" if value == "no" else ""
-        case "evaluation_strategy" | "eval_strategy":
-            return "++trainer.eval_steps=0" if value == "no" else (
-                "" if "eval_steps" in flags else "++trainer.eval_steps=${trainer.logging_steps}")
-        case "optim":
-            return f"++optim.name={'adamw' if value.startswith('adamw_torch') else value}"
-        case "num_train_epochs" if "max_steps" not in flags:
-            raise ConfigError(f"--{flag}: is not built in; use --max_steps.")
-    if flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
-        raise ConfigError(f"--{flag}: is not built in; leave it out.")
-    return ""
+def _read_flag(word: str, words: list[str]) -> tuple[str, str]:
+    """A flag's name and value, which is taken from the words after it. An override after a flag that needs no value is
+    not its value."""
+    flag, equals, value = word.lstrip("-").partition("=")
+    flag = flag.replace("-", "_")
+    if flag not in _KNOWN and flag.removeprefix("no_") in _BARE:
+        return flag.removeprefix("no_"), "False"
+    if flag not in _KNOWN:
+        raise ConfigError(f"--{flag}: unknown option{nearest(f'--{flag}', [f'--{known}' for known in _KNOWN])}.")
+    if equals:
+        return flag, value
+    values: list[str] = []
+    while words and not _is_flag(words[0]) and (not values or flag == "report_to"):
+        if ("=" in words[0] or words[0].startswith("~")) and (values or flag in _BARE):
+            break
+        values.append(words.pop(0))
+    if not values and flag not in _BARE:
+        raise ConfigError(f"--{flag}: needs a value.")
+    return flag, ",".join(values) if values else "True"
 
 
-def _is_true(flag: str, value: str) -> bool:
-    if value.lower() not in ("true", "t", "yes", "y", "1", "false", "f", "no", "n", "0"):
-        raise ConfigError(f"--{flag}: needs True or False, not {value!r}.")
-    return value.lower()[0] in "ty1"
+def _override(flag: str, typed: str) -> str:
+    """The override that a flag means; "": none."""
+    value: str | None = ALSO.get(flag, {}).get(typed, typed)
+    if known := ONLY.get(flag):
+        if typed.lower() not in known:
+            raise ConfigError(f"--{flag}: must be one of {', '.join(known)}, not {typed!r}.")
+        value = known[typed.lower()]
+    if flag not in FLAGS or value is None:
+        return ""
+    return FLAGS[flag].format(value=value, text=json.dumps(value, ensure_ascii=False))
 
 
 # ----------------------------------------------------------------------------------------- overrides -> configuration
 
 
 def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> dict[str, Any]:
-    """Flags and overrides → the resolved configuration. Hydra applies the overrides and does nothing else.
-
-    Args:
-        folder: holds `NAME.yaml`, whose `defaults` or `files` choose groups, and a folder per group.
-        whole: every value must be there; else one that is needed and not given stays `???`.
-
-    Raises:
-        ConfigError: an unknown flag, group, configuration or override, or a file that cannot be read.
-    """
+    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files` choose groups. Hydra
+    applies the overrides and does nothing else. If not `whole`, a needed value may be missing (`???`). Raises
+    ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize
     from hydra.core.config_store import ConfigStore

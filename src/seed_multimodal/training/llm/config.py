@@ -1,42 +1,34 @@
 """Settings of a language model's run: the model, the trainer, and the prompts that it is tuned with.
 
-A model's YAML is ours, or one of the original's, which nests a base and a peft configuration under `_target_` names: a
-table maps each name to its meaning, and nothing is imported by a name in a file.
+A model's YAML is ours, or one of the original's, which nests a base and a peft configuration under `_target_` names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from seed_multimodal.config import project_root
-from seed_multimodal.data.stream.config import LlmDataSettings, prompted_sources, with_template
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import QUANTIZATIONS
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
-from seed_multimodal.settings import check_keys, check_settings, check_value, nearest, read_settings, setting
+from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
-from seed_multimodal.training.optimizers import OptimSettings
 
-GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", "visual_encoder", "agent")
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
-PEFT, BASE, LORA = "peft", "base", "lora"
 SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
-TARGETS = {  # the original's dotted names -> what they stand for
-    "src.model.peft_model.get_peft_model_with_resize_embedding": PEFT,
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
-    "transformers.LlamaForCausalLM.from_pretrained": BASE,
-    "transformers.AutoModelForCausalLM.from_pretrained": BASE,
-    "src.model.model_tools.get_pretrained_llama_causal_model": BASE,
-    "models.model_tools.get_pretrained_llama_causal_model": BASE,
-    "peft.LoraConfig": LORA,
-    SEED_X_PEFT: PEFT,
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": BASE,
-}
+# The original's dotted names: of peft around a base, of a base, of peft's configuration.
+PEFT_TARGETS = ("src.model.peft_model.get_peft_model_with_resize_embedding", SEED_X_PEFT)
+BASE_TARGETS = (
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained", "transformers.LlamaForCausalLM.from_pretrained",
+    "transformers.AutoModelForCausalLM.from_pretrained", "models.model_tools.get_pretrained_llama_causal_model",
+    "src.model.model_tools.get_pretrained_llama_causal_model",
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained")
+LORA_TARGETS = ("peft.LoraConfig",)
 _META = ("_target_", "_convert_", "_recursive_", "_partial_")
 _PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
 _BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage", "load_in_8bit", "load_in_4bit")
@@ -49,7 +41,7 @@ class LlmModelSettings:
 
     path: str | None = None  # folder of the base model, or
     sizes: dict[str, Any] | None = None  # a `LlamaConfig` to start from random weights, with the tokenizer's vocabulary
-    dtype: str | None = setting(None, choices=(*DTYPES, "auto"))  # auto: bf16 on CUDA, else fp32
+    dtype: str | None = setting(None, choices=tuple(DTYPES))
     quantization: str | None = setting(None, choices=QUANTIZATIONS)  # of the frozen base, by bitsandbytes (QLoRA)
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
@@ -58,9 +50,8 @@ class LlmModelSettings:
     adapter: str | None = None  # folder of a trained adapter (or of trained weights) to start from
     seed: int = 0  # of new weights: random start, rows of new words, LoRA
     template: str | None = setting(None, choices=TUNED_TEMPLATES)  # None: by the model's width, as at inference
-    gradient_checkpointing: bool | Literal["selective"] = False  # selective: every other layer
+    gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
-    codebook_start: str | None = None  # tokenizer folder whose codebook the new image words start from
 
 
 @dataclass(kw_only=True)
@@ -70,52 +61,26 @@ class TrainerSettings(TrainerConfig):
     # tokens: the mean over all learned tokens of a step (by default for packed data); batch: the mean of the
     # micro-batches' means, as released
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
-    loss_kernel: str = setting("auto", choices=("auto", "plain", "chunked"))  # see `LossModule`
     text_weight: float = setting(1.0, least=0)
     image_weight: float = setting(1.0, least=0)
     eval_steps: int = setting(0, least=0)  # 0 never evaluates
     eval_batches: int = setting(16, least=1)  # micro-batches of the evaluation mixture per process
     peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; known devices need none
-    gradient_checkpointing: bool | Literal["selective"] | None = None  # overrides the model's, as `compile`
+    gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`
     compile: bool | None = None
 
 
-KINDS: dict[str, type] = {"model": LlmModelSettings, "data": LlmDataSettings, "optim": OptimSettings,
-                          "trainer": TrainerSettings}  # of each group, for `--help`
-
-
 @dataclass
-class RunSettings:
-    """A whole run; `plain` is its resolved configuration. `visual_encoder` is SEED-X's or LaVIT's, `agent` SEED-X's."""
+class TokenizerSettings:
+    """The tokenizer's folder."""
 
-    output_dir: Path
-    tokenizer: Path
-    model: dict[str, Any]
-    data: dict[str, Any]
-    optim: dict[str, Any]
-    trainer: TrainerSettings
-    deepspeed: dict[str, Any] | None
-    eval_data: dict[str, Any] | None
-    plain: dict[str, Any]
-    visual_encoder: dict[str, Any] | None = None
-    agent: dict[str, Any] | None = None
+    pretrained_model_name_or_path: str
 
 
-def read_run(config: Mapping[str, Any]) -> RunSettings:
-    """Check a resolved configuration. Raises ConfigError."""
-    check_keys(config, ("output_dir", *GROUPS), "configuration")
-    missing = next((key for key in ("output_dir", "model", "data", "optim", "tokenizer") if not config.get(key)), None)
-    if missing:
-        raise ConfigError(f"configuration: {missing} is needed.")
-    groups: Any = {key: check_value(dict[str, Any] | None, config.get(key) or None, f"configuration: {key}")
-                   for key in GROUPS if key not in ("trainer", "tokenizer")}
-    words = config["tokenizer"]
-    folder = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
-    if not folder:
-        raise ConfigError("tokenizer: pretrained_model_name_or_path is needed: the tokenizer's folder.")
-    return RunSettings(output_dir=Path(str(config["output_dir"])), tokenizer=find_folder(folder), plain=dict(config),
-                       trainer=read_settings(TrainerSettings, config.get("trainer") or {}, "trainer"),
-                       **groups)
+def read_tokenizer(config: Mapping[str, Any], where: str = "tokenizer") -> Path:
+    """The folder of a mapping, ours or the original's. Raises ConfigError: none is given."""
+    given = {key: value for key, value in config.items() if key in TokenizerSettings.__dataclass_fields__ and value}
+    return find_folder(read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path)
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
@@ -138,16 +103,15 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
     return settings
 
 
-def for_run(config: Mapping[str, Any], trainer: TrainerSettings, deepspeed: bool) -> LlmModelSettings:
-    """The settings of a mapping, adapted to the trainer and the engine; without autocast (fp32) all factors of a
-    product must be of one type. Raises ConfigError."""
-    found = read_model_settings(config)
-    if deepspeed and found.quantization is not None:
+def for_run(model: LlmModelSettings, trainer: TrainerSettings, deepspeed: bool) -> LlmModelSettings:
+    """The settings adapted to the trainer and the engine; without autocast (fp32) all factors of a product must be of
+    one type. Raises ConfigError."""
+    if deepspeed and model.quantization is not None:
         raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
     changes = {key: value for key in ("gradient_checkpointing", "compile")
                if (value := getattr(trainer, key)) is not None}
-    dtype = "fp32" if trainer.precision == "fp32" else found.dtype or trainer.precision
-    return replace(found, dtype=dtype, **changes)
+    dtype = "fp32" if trainer.precision == "fp32" else model.dtype or trainer.precision
+    return replace(model, dtype=dtype, **changes)
 
 
 def find_folder(path: str | Path) -> Path:
@@ -164,41 +128,16 @@ def template_of(model: LlmModelSettings) -> str:
     return model.template or template_for(sizes.get("hidden_size"))
 
 
-def with_prompts(data: LlmDataSettings, model: LlmModelSettings, tokenizer: Path) -> tuple[LlmDataSettings, list[str]]:
-    """The data's settings with the model's template where they leave it open, and remarks: which prompts are learned,
-    and where the model or the `system.json` beside the tokenizer asks with others."""
-    own = template_of(model)
-    data = with_template(data, own)
-    used = {source.name: source.options["template"] for source in prompted_sources(data)}
-    if not used:
-        return data, []
-    tuned = " and ".join(sorted(set(used.values())))
-    remarks = [f"questions and answers are in the prompts of {tuned}."]
-    remarks += [f"warning: the source {name} has the template {one}, but the model that is trained has {own} "
-                "(model.template)." for name, one in used.items() if one != own]
-    file = next((place / "system.json" for place in (tokenizer, tokenizer.parent) if (place / "system.json").is_file()),
-                None)
-    asked = read_json_object(file, ConfigError).get("template", "vicuna") if file else tuned
-    if asked != tuned:
-        remarks.append(f"warning: the tokenizer's system {file} asks with the template {asked}, and this run tunes "
-                       f"with {tuned}; give the tuned model's system the same template.")
-    return data, remarks
-
-
-def _original(node: dict[str, Any], where: str) -> dict[str, Any]:
+def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings that a file of the original's means: a base, or peft around one."""
-    kind = _kind(node, where)
-    if kind == BASE:
+    if node["_target_"] not in PEFT_TARGETS:
         return _base(node, where)
-    base, peft, adapter = node.get("model"), node.get("peft_config"), node.get("model_id")
-    if kind != PEFT or not isinstance(base, Mapping) or _kind(base, f"{where}.model") != BASE:
-        raise ConfigError(f"{where}: _target_ {node['_target_']!r} is not a language model, or has none as its model.")
     check_keys(node, (*_META, *_PEFT_KEYS), where)
-    values = {"dtype": node.get("torch_dtype"), **_base(base, f"{where}.model"),
+    base, peft, adapter = (node.get(key) for key in ("model", "peft_config", "model_id"))
+    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model"),
               "train_embeddings": node["_target_"] == SEED_X_PEFT}
-    if isinstance(peft, Mapping):
-        if _kind(peft, f"{where}.peft_config") != LORA:
-            raise ConfigError(f"{where}.peft_config: _target_ must be peft.LoraConfig.")
+    if peft:
+        check_target(peft, LORA_TARGETS, f"{where}.peft_config")
         values["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
     elif "model_id" not in node:
         raise ConfigError(f"{where}: needs peft_config (to train) or model_id (a trained adapter).")
@@ -206,6 +145,7 @@ def _original(node: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
+    check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), where)
     check_keys(node, (*_META, *_BASE_KEYS), where)
     path = node.get("pretrained_model_name_or_path")
     if path in (None, "", "???"):  # ???: still missing
@@ -215,9 +155,8 @@ def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {"path": str(path), **{key: value for key, value in given.items() if value}}
 
 
-def _kind(node: Mapping[str, Any], where: str) -> str:
-    name = node.get("_target_")
-    if name not in TARGETS:
-        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), TARGETS)}; known are "
-                          f"{', '.join(TARGETS)}.")
-    return TARGETS[name]
+def check_target(node: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a `_target_` that is not one of `known`, because nothing is imported by a name in a file."""
+    if (name := node.get("_target_")) not in known:
+        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), known)}; known are "
+                          f"{', '.join(known)}.")

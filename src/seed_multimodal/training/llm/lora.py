@@ -35,7 +35,7 @@ MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention
 
 def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
     """A `PeftModel` around a LLaMA, which is changed in place. `fields` of `peft.LoraConfig` that are left out are as
-    released. Raises ConfigError: an unknown field, or a module that the model does not have."""
+    released. Raises ConfigError: an unknown field, or what peft refuses."""
     from peft import LoraConfig, get_peft_model
 
     given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
@@ -43,11 +43,6 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
     values: dict[str, Any] = {
         "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
         "target_modules": list(TARGET_MODULES), "modules_to_save": list(MODULES_TO_SAVE), **given}
-    names = [name for name, _ in llama.named_modules()]
-    for key in ("target_modules", "modules_to_save"):
-        for wanted in values[key] if isinstance(values[key], list) else ():
-            if not any(name == wanted or name.endswith(f".{wanted}") for name in names):
-                raise ConfigError(f"lora: {key} names {wanted!r}, which the model does not have.")
     saved = list(values["modules_to_save"] or ())
     tied = bool(llama.config.tie_word_embeddings and {"embed_tokens", "lm_head"} & {*saved})
     values["ensure_weight_tying"] = tied
@@ -102,11 +97,8 @@ def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | N
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too).
-
-    Raises:
-        CheckpointError: no adapter there, another rank or scale, tensors missing, unknown or of another size.
-    """
+    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too). Raises CheckpointError: none is
+    there, or one of another model, rank or scale."""
     file = first_file(folder, ADAPTER_FILES)
     if file is None:
         raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")

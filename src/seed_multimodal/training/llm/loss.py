@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
-LARGEST_LOGITS = 2**26  # entries that may exist at once: 256 MiB in fp32
+LARGEST_LOGITS = 2**26  # 256 MiB in fp32
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class LossWeights:
         targets = learned_targets(labels, position_ids)
         learned, images = int((targets != IGNORED).sum()), int((targets >= self.first_code).sum())
         return self.text * (learned - images) + self.image * images
+
+
+ALL_TEXT = LossWeights(2**31)
 
 
 class LossParts(NamedTuple):
@@ -58,35 +61,25 @@ class LossModule(nn.Module):
     DeepSpeed). Parameter names gain the prefix `llm.`.
 
     Args:
-        kind: plain (all logits at once), chunked (never more than `LARGEST_LOGITS` of them, made again in the backward
-            pass), or auto (by size).
-        weights: by kind of token; None: all 1, and every token counts as text.
+        weights: by kind of token.
+        largest: entries of logits that may exist at once; more are made in chunks, and again in the backward pass.
     """
 
-    def __init__(self, llm: nn.Module, *, kind: str = "auto", weights: LossWeights | None = None) -> None:
+    def __init__(self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS) -> None:
         super().__init__()
-        self.llm, self.kind, self.weights = llm, kind, weights
+        self.llm, self.weights, self.largest = llm, weights, largest
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
         """Of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
         llama = find_llama(self.llm)
         hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
-        return _parts(targets, _losses(llama, hidden, targets, self.kind), self.weights)
-
-
-def packed_loss(model: nn.Module, batch: Any, *, kind: str = "auto", weights: LossWeights | None = None) -> LossParts:
-    """The loss of a `LossModule` for a batch (`LlmBatch`, or anything with its four tensors)."""
-    return LossModule(model, kind=kind, weights=weights)(batch.input_ids, batch.labels, batch.position_ids,
-                                                         batch.attention_mask)
+        return _parts(targets, _losses(llama, hidden, targets, self.largest), self.weights)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
-    """Keep the residual stream of a half-precision base in half precision, as in a model that is so throughout.
-
-    Embeddings trained in fp32 would otherwise make every activation between layers fp32, twice the memory: they are
-    rounded where they leave their table. Models of fp32 weights stay as they are.
-    """
+    """Round embeddings trained in fp32 where they leave their table, beside a half-precision base: they would make
+    every activation between layers fp32, twice the memory."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if half is None or not any(p.dtype == half and not p.requires_grad for p in module.parameters()):
         return
@@ -117,7 +110,7 @@ def find_llama(model: nn.Module) -> Any:
 
 
 def use_attention(llama: Any, packed: bool) -> None:
-    """Attention for packed or padded rows, if the model has two kinds (`model.set_attention`). It stays until the next
+    """Attention for packed or padded rows, if the model has two kinds (`model.build_llm`). It stays until the next
     forward pass, because activation checkpointing computes in the backward pass again."""
     wanted = getattr(llama, "attentions", {}).get(packed)
     if wanted is not None and wanted != llama.config._attn_implementation:
@@ -126,8 +119,7 @@ def use_attention(llama: Any, packed: bool) -> None:
 
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
              embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Last hidden states that have something to predict `[T, width]`, and what `[T]`. `embeds`: of the ids, where some
-    are features."""
+    """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
     if mask is not None:
         positions = None
         mask = mask if (mask[:, 1:] > mask[:, :-1]).any() else None  # padded on the right: causal attention hides it
@@ -144,22 +136,21 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
     return hidden.index_select(0, learned), targets.index_select(0, learned)
 
 
-def _parts(targets: Tensor, values: Tensor, weights: LossWeights | None) -> LossParts:
+def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
     """Sums by kind of token from the losses `[T]` of the learned tokens `[T]`."""
-    image = targets >= weights.first_code if weights is not None else torch.zeros_like(targets, dtype=torch.bool)
-    text_weight, image_weight = (weights.text, weights.image) if weights is not None else (1.0, 1.0)
+    image = targets >= weights.first_code
     text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
     image_count = image.sum().float()
     text_count = targets.numel() - image_count
     return LossParts(
-        text_weight * text_sum + image_weight * image_sum, text_weight * text_count + image_weight * image_count,
+        weights.text * text_sum + weights.image * image_sum, weights.text * text_count + weights.image * image_count,
         text_sum.detach(), text_count, image_sum.detach(), image_count)
 
 
-def _losses(llama: Any, hidden: Tensor, targets: Tensor, kind: str) -> Tensor:
+def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor:
     """Cross-entropy of every row `[T]`, fp32."""
-    head, size = llama.lm_head, max(64, LARGEST_LOGITS // int(llama.config.vocab_size))
-    if kind == "plain" or (kind == "auto" and len(targets) <= size) or not len(targets):
+    head, size = llama.lm_head, max(64, largest // int(llama.config.vocab_size))
+    if len(targets) <= size:
         return _head_losses(head, hidden, targets)
     return torch.cat([
         checkpoint(_head_losses, head, hidden[at:at + size], targets[at:at + size], use_reentrant=False)

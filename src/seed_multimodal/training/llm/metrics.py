@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import add_counts
-from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter
 
@@ -29,8 +27,6 @@ class TokenMeter(Meter):
     A token attends within its own sequence, so the FLOP of attention go by the sum of the squares of the lengths.
     """
 
-    own_evaluation_line = True
-
     def __init__(self) -> None:
         super().__init__(samples=0)
         self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # `token_flops` of sequences of length 1
@@ -38,16 +34,12 @@ class TokenMeter(Meter):
         self.divisor = 1.0  # of the loss summed over all processes; set before each step
         self.total = {"tokens": 0.0, "positions": 0.0}  # over the run
         self.timed = dict.fromkeys(_SUMS, 0.0)  # since the line before, as this process timed it
-        self.history: list[dict[str, float]] = []  # the last thousand lines
         self.last: dict[str, float] = {}
 
-    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float
-                ) -> dict[str, float]:
+    def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
         """Sums over the micro-steps; `divisor` as it is for this step."""
-        numbered = {f"{key} {number}": one[key] for number, one in enumerate(found) for key in _SUMS}
-        known = super().combine([{"loss": found[0]["loss"], **numbered}], norm, rate)
-        sums = {key: sum(known[f"{key} {number}"] for number in range(len(found))) for key in _SUMS}
-        return {**{key: known[key] for key in ("lr", "grad") if key in known}, "divisor": self.divisor, **sums}
+        sums = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in _SUMS}
+        return super().combine([{**sums, "divisor": self.divisor}], norm, rate)
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
         """All sums."""
@@ -57,7 +49,7 @@ class TokenMeter(Meter):
         """Fold in a step."""
         step = dict(zip(_SUMS, sums, strict=True))
         step["loss"] /= max(numbers["divisor"], 1e-8)
-        self.last = {"learning_rate": numbers["lr"], "grad_norm": numbers.get("grad", math.nan)}
+        self.last |= {"learning_rate": numbers["lr"], "grad_norm": numbers.get("grad", math.nan)}
         for key, value in {**step, "steps": 1.0}.items():
             self.smooth[key] = self.smooth.get(key, 0.0) + value
         for sums_of in (self.total, self.timed):
@@ -71,15 +63,15 @@ class TokenMeter(Meter):
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
         """The line of the steps since the last one."""
         sums, timed, (body, head, attention) = self.smooth, self.timed, self.flops
-        line = {"loss": sums["loss"] / sums["steps"]}
+        self.last["loss"] = sums["loss"] / sums["steps"]
+        line = dict(self.last)
         for kind in ("text", "image"):
             if sums[f"{kind}_count"] and sums["image_count"]:
                 line[f"{kind}_loss"] = sums[f"{kind}_sum"] / sums[f"{kind}_count"]
         work = (timed["tokens"] * body + timed["squares"] * attention
                 + (timed["text_count"] + timed["image_count"]) * head)
         tflops = work / seconds / world / 1e12  # of one process
-        self.history = [*self.history[-999:], {"step": step, "loss": line["loss"], **self.last}]
-        line |= {**self.last, "tokens_per_s": timed["positions"] / seconds,
+        line |= {"tokens_per_s": timed["positions"] / seconds,
                  "useful_tokens_per_s": timed["tokens"] / seconds, "tflops": tflops,
                  "fill": sums["tokens"] / max(1.0, sums["positions"]), "tokens": self.total["tokens"]}
         self.smooth.clear()
@@ -94,18 +86,17 @@ class TokenMeter(Meter):
                                  f"fill {100 * line['fill']:.1f} %")
 
     def state_dict(self) -> dict[str, Any]:
-        """Sums since the last log line and of the run, and the last lines."""
-        return {**super().state_dict(), "total": dict(self.total), "log_history": self.history}
+        """Sums since the last log line and of the run, and the last loss."""
+        return {**super().state_dict(), "total": dict(self.total), "last": self.last}
 
     def own_state(self) -> dict[str, Any]:
         """Nothing: sums are of all processes."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`."""
         super().load_state_dict(state)
         self.total.update(state.get("total", {}))
-        self.history.extend(state.get("log_history", []))
+        self.last.update(state.get("last", {}))
 
 
 def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
@@ -126,15 +117,6 @@ def _numbers(parameter: nn.Parameter) -> int:
     """Numbers in a matrix, 0 for vectors; bitsandbytes packs two 4-bit ones into a byte and keeps the true shape."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or parameter.shape
     return shape[0] * shape[1] if len(shape) == 2 else 0
-
-
-def save_config(home: Path, config: Mapping[str, Any]) -> None:
-    """Write the resolved configuration into the output folder. Raises CheckpointError."""
-    from omegaconf import OmegaConf
-
-    with writing(home):
-        home.mkdir(parents=True, exist_ok=True)
-        replace_text(home / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(dict(config))))
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

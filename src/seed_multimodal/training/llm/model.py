@@ -16,11 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import first_file
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
-from seed_multimodal.nn.pretrained import WEIGHTS
 from seed_multimodal.settings import check_keys
 from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, find_folder
 from seed_multimodal.training.llm.lora import (
@@ -46,18 +43,15 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
-        whole = {"path": source, "sizes": None, "codebook_start": None, "adapter": None}
+        whole = {"path": source, "sizes": None, "adapter": None}
         settings = check(replace(settings, **({"lora": fields} if fields is not None else whole)))
     llama = _base(settings, tokenizer, place)
     rows = int(llama.config.vocab_size)
     force_special_ids(llama)
-    fitted = fit_vocabulary(llama, tokenizer, settings.seed)
-    if settings.codebook_start is not None:
-        if not fitted and settings.sizes is None:
-            raise ConfigError(f"codebook_start would overwrite the trained image words of {settings.path}.")
-        start_from_codebook(llama, find_folder(settings.codebook_start), words)
-    try:
-        set_attention(llama, settings.attention, place)
+    fit_vocabulary(llama, tokenizer, settings.seed)
+    llama.attentions = {packed: attention_kind(settings.attention, place, packed) for packed in (True, False)}
+    try:  # where packed and padded rows differ, `loss.use_attention` changes it by the batch
+        llama.set_attn_implementation(llama.attentions[True])
     except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
         raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
@@ -75,7 +69,9 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     for parameter in model.parameters():
         if parameter.requires_grad:  # in place: tied embeddings stay one parameter
             parameter.data = parameter.data.float()
-    set_checkpointing(llama, settings.gradient_checkpointing)
+    if settings.gradient_checkpointing:
+        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     if settings.quantization is None:
         model.to(place)
     if settings.compile:
@@ -112,12 +108,12 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
     return Path(folder)
 
 
-def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
-    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range). Returns whether
-    rows were added. Raises ConfigError: a model of another vocabulary."""
+def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
+    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range). Raises
+    ConfigError: a model of another vocabulary."""
     words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
     if rows == words.size:
-        return False
+        return
     if not words.n_text <= rows < words.size:
         raise ConfigError(f"The model has {rows} words, but the tokenizer has {words.n_text} text pieces and "
                           f"{words.size} words in all; they do not belong together.")
@@ -126,39 +122,6 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> bool:
     for end in {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}.values():
         new = torch.empty(words.size - rows, end.shape[1]).normal_(0.0, spread, generator=generator)
         end.data[rows:] = new.to(end)
-    return True
-
-
-@torch.no_grad()
-def start_from_codebook(llama: Any, folder: Path, words: Any) -> None:
-    """Give codes that are neighbours in a tokenizer's codebook neighbouring word embeddings: a fixed random projection,
-    at the size of the random start. Each section has its own, because directions mean something else in each.
-
-    Raises:
-        CheckpointError: no codebook in the folder, or one of another size.
-    """
-    file = first_file(folder, (WEIGHTS, "seed_quantizer.safetensors", "seed_quantizer.pt")) or folder / WEIGHTS
-    codebook, config = load_state_dict(file).get("quantize.embedding.weight", torch.zeros(0)), folder / "config.json"
-    if len(codebook) != words.n_codes:
-        raise CheckpointError(f"{file}: holds a codebook of {len(codebook)} codes, but the tokenizer's vocabulary has "
-                              f"{words.n_codes}.")
-    sections = int(read_json_object(config).get("codebook_sections", 1)) if config.is_file() else 1
-    rows = llama.model.embed_tokens.weight
-    parts = codebook.float().reshape(sections, -1, codebook.shape[1])
-    turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
-    projected = ((parts - parts.mean(1, keepdim=True)) @ turn).flatten(0, 1)
-    if (spread := projected.std()) > 0:  # sections of a single code have no neighbours
-        scaled = projected * (rows[:words.n_text].std().float().cpu() / spread)
-        rows[words.n_text:words.n_text + words.n_codes] = scaled.to(rows)
-
-
-def set_attention(llama: Any, name: str, device: torch.device) -> None:
-    """Give a LLaMA its attention; where it differs for packed and padded rows, `loss.use_attention` changes it by the
-    batch. Raises ImportError or ValueError where it cannot run."""
-    if name == "flex" and device.type == "cpu":
-        raise ValueError("it has no backward pass on a CPU; use auto, sdpa or eager.")
-    llama.attentions = {packed: attention_kind(name, device, packed) for packed in (True, False)}
-    llama.set_attn_implementation(llama.attentions[True])
 
 
 def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
@@ -173,19 +136,9 @@ def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
     return ATTENTIONS["flash" if is_flash_attn_2_available() else "flex"]
 
 
-def set_checkpointing(llama: Any, mode: bool | str) -> None:
-    """Recompute activations in the backward pass: of no layer, of all (True) or of every other one (selective)."""
-    if mode:
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        for number, layer in enumerate(llama.model.layers):
-            layer.gradient_checkpointing = mode is True or number % 2 == 0
-
-
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
     """The LLaMA without its adapters; all in fp32 if all of it is trained."""
-    name = "fp32" if settings.lora is None else settings.dtype or "bf16"
-    dtype = DTYPES[name] if name != "auto" else torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
@@ -201,10 +154,10 @@ def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:
 
     given = {str(key): value for key, value in sizes.items() if key != "vocab_size"}
     check_keys(given, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return LlamaForCausalLM(LlamaConfig(**{**given, "vocab_size": words, "bos_token_id": BOS,
-                                                   "eos_token_id": EOS, "pad_token_id": PAD}))
+            return LlamaForCausalLM(LlamaConfig(**{**given, **ids, "vocab_size": words}))
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error

@@ -38,27 +38,18 @@ from seed_multimodal.disk import making_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.settings import check_keys, read_settings, setting
+from seed_multimodal.settings import setting
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import fill_config, full_weights
+from seed_multimodal.training.engine import full_weights
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.metrics import save_config
 from seed_multimodal.training.metrics import Meter
-from seed_multimodal.training.optimizers import OptimSettings, build_optimizer, schedule
-from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents
-from seed_multimodal.training.task import Task, other_numbers, refuse_other
+from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
+from seed_multimodal.training.run import Run, RunTask
 
-GROUPS = ("model", "data", "optim", "trainer")
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # of a diffusers folder on the hub
 SMALL = 256  # side of images of which the autoencoder takes one at a time; of smaller ones it takes several
 SAMPLES, SAMPLE_STEPS = 4, 20  # images drawn during a training, and denoising steps of each
-# Settings that change no number of the training, or are reported elsewhere (`PixelTask.check_resume`).
-_QUIET = ("output_dir", "data.batch_size", "data.held_out", "model.gradient_checkpointing", "deepspeed", *(
-    f"trainer.{name}" for name in (
-        "resume", "logging_steps", "save_steps", "save_total_limit", "async_save", "report_to", "run_name",
-        "dataloader_num_workers", "device", "timeout_minutes", "gradient_accumulation_steps", "save_frozen",
-        "sample_steps")))
 
 
 @dataclass
@@ -126,64 +117,31 @@ class PixelTrainer(TrainerConfig):
     sample_steps: int | None = setting(None, least=0)
 
 
-@dataclass
-class PixelRun:
-    """A whole run; `plain` is the resolved configuration, `deepspeed` a block of `engine.fill_config`."""
-
-    output_dir: Path
-    model: Any
-    data: ImageData
-    optim: OptimSettings
-    trainer: PixelTrainer
-    plain: dict[str, Any]
-    deepspeed: dict[str, Any] | None = None
-
-    @property
-    def zero_stage(self) -> int:
-        """0 without DeepSpeed."""
-        return int(((self.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
-
-
-class PixelTask(Task):
+class PixelTask(RunTask):
     """One run in one process; a subclass has what follows here without a value."""
 
-    name, record_file, checkpoint_folder = "train", "summary.json", ""
-    quiet_keys = _QUIET
     start_hint = "model.start"
-    kinds: ClassVar[Mapping[str, type]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
+    kinds: ClassVar[Mapping[str, Any]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
     reads_condition = False  # whether samples hold a condition image
     result: ClassVar[str]  # folder of what is trained in the run's
     kind: ClassVar[type[Detokenizer]]  # what draws with it
     frozen: ClassVar[str]  # name of the model of the conditions
     diffusion: ClassVar[str]  # field of the model's settings: the diffusers folder of VAE and noise schedule
     same: ClassVar[tuple[str, ...]]  # its fields that must be the same for a resume
-    width: int  # of the conditions, for DeepSpeed's `auto` values; after `build`
     conditions: Callable[[], FrozenFeatures]  # makes what is learned from of `seen` pixels
     build: Callable[[], Any]  # what training begins with, on the CPU, with what is trained switched on; has a `unet`
     losses: Callable[..., Mapping[str, Tensor]]  # `total_loss` and `mse` of samples of one size, see `micro_step`
     save_result: Callable[[Any, Path], None]  # writes what was trained, whole
     detokenizer: Callable[[Any], Detokenizer]  # draws with the trained modules and a scheduler
 
-    @classmethod
-    def read(cls, config: Mapping[str, Any]) -> PixelRun:
-        """Check a resolved configuration, its groups by `kinds`. Raises ConfigError."""
-        check_keys(config, ("output_dir", *GROUPS, "deepspeed"), "configuration")
-        missing = [name for name in ("output_dir", *GROUPS) if not config.get(name)]
-        if missing:
-            raise ConfigError(f"configuration: {missing[0]} is needed.")
-        read: dict[str, Any] = {name: read_settings(kind, config[name], name) for name, kind in cls.kinds.items()}
-        run = PixelRun(Path(str(config["output_dir"])), **read, plain=dict(config),
-                       deepspeed=config.get("deepspeed") or None)
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+        """Open the sources. Raises as `RunTask.train`."""
+        super().__init__(run, group, device)
         if not run.data.sources:
             raise ConfigError("data: sources must list at least one source of images.")
-        if run.deepspeed and (run.trainer.ema or run.zero_stage not in (1, 2)):
+        if run.deepspeed and (run.trainer.ema or self.zero_stage not in (1, 2)):
             raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema.")
-        return run
-
-    def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
-        """Open the sources. Raises as `run_task`."""
-        self.run, self.settings, self.group, self.device = run, run.trainer, group, device
-        self.model, self.config = run.model, run.plain
+        self.model, self.rows = run.model, run.data.batch_size
         self.folder = find_folder(getattr(run.model, self.diffusion), NEEDED, self.kind.where)
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
@@ -196,10 +154,9 @@ class PixelTask(Task):
         return seen.float()
 
     def prepare(self) -> None:
-        """Write the configuration into the output folder; build data, models and optimiser."""
+        """Build data, models and optimiser."""
+        super().prepare()
         run, data = self.run, self.run.data
-        if self.group.first:
-            save_config(run.output_dir, run.plain)
         self.schedule = DDPMScheduler.from_config(self.kind.load_part(self.folder, "scheduler").config)
         parts: list[SourceDataset] = [self._drawn(source) for source in self.sources]
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
@@ -212,7 +169,7 @@ class PixelTask(Task):
         vae = self.kind.load_part(self.folder, "vae")
         self.scaling = float(vae.config.scaling_factor)
         largest = max(height * width for height, width in data.sizes or [(data.resolution,) * 2])
-        moments = LatentMoments(vae, self.device, at_once=max(1, SMALL**2 // largest))
+        moments = latent_moments(vae, self.device, max(1, SMALL**2 // largest))
         self.features = ImageFeatures(self.conditions(), moments)
         self.module = self.build().to(self.device)
         self.optimizer = build_optimizer(self.module, run.optim)
@@ -231,24 +188,8 @@ class PixelTask(Task):
     def prepared(self, run: Any) -> None:
         """Log what is trained."""
         self.board = run.log.board
-        sizes = [(p.numel(), p.requires_grad) for p in self.module.parameters()]
-        trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
-        self._log(f"{self.result}: {trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
-                  f"processes: {self.group.world} on {self.device.type}; {sum(map(len, self.sources)):,} images, "
-                  f"{self._samples(self.group.world)} a step; output in {self.run.output_dir}.")
-
-    def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
-        """The configuration's DeepSpeed block, filled."""
-        if self.run.deepspeed is None:
-            return None
-        config, remarks = fill_config(self.run.deepspeed, self.settings, world=world,
-                                      rows=self.run.data.batch_size, hidden_size=self.width)
-        self._log(*remarks)
-        return config
-
-    def learning_rate(self, step: int) -> float:
-        """By `OptimSettings`."""
-        return schedule(step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
+        self.log_sizes(f"{self.result}: {sum(map(len, self.sources)):,} images, {self._samples(self.group.world)} a "
+                       "step; ")
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss of a batch, size by size; what is random follows from the batch's place in the order, however many
@@ -330,37 +271,56 @@ class PixelTask(Task):
         return {self.frozen: self.features.seen.some_weights, "autoencoder": self.features.moments.some_weights}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """What is trained, and samples of a step over all processes, from which their order follows."""
+        """See `RunTask`; the order of samples follows from how many a step takes over all processes."""
         model = asdict(self.model)
-        return {"model": {name: model[name] for name in self.same}, "optimizer": self.run.optim.name,
-                "processes": world, "engine": "plain" if self.run.deepspeed is None else "deepspeed",
-                "zero_stage": self.run.zero_stage, "max_steps": self.settings.max_steps,
+        return {**super().identity(world), "model": {name: model[name] for name in self.same},
                 "samples_per_step": self._samples(world)}
-
-    def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another model, optimiser or engine, and another number of samples per step."""
-        refuse_other(folder, saved, now, {
-            "model": "model", "optimizer": "optimiser", "engine": "engine", "zero_stage": "ZeRO stage",
-            **({"processes": "processes"} if self.run.deepspeed else {}), "samples_per_step": "samples per step",
-        }, self.start_hint)
-        return other_numbers(saved, now, {"processes": "processes",
-                                          "max_steps": "steps in all (the schedule follows)"})
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """The bad samples that this process found."""
         return self.account.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Inverse of `state_dict`."""
         for state in states[rank::self.group.world]:  # there may have been more processes, or fewer
             self.account.load_state_dict(state)
 
     def _samples(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
 
-    def _log(self, *texts: str) -> None:
-        for text in filter(None, texts if self.group.first else ()):
-            print(f"[{self.name}] {text}", flush=True)
+
+def latent_moments(vae: Any, device: torch.device, at_once: int = 16) -> FrozenFeatures:
+    """Images → mean and logarithm of the variance of their latents `[N, 2 C, h, w]`, not scaled; in float32 whatever
+    the run's precision, because SDXL's autoencoder overflows in float16."""
+    return FrozenFeatures(vae, device, lambda pixels: vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters,
+                          at_once)
+
+
+class ImageFeatures:
+    """Conditions and latents of a batch of `DrawnPairs` of one size, on the device; of frozen models."""
+
+    def __init__(self, seen: FrozenFeatures, moments: FrozenFeatures) -> None:
+        self.seen, self.moments, self.device = seen, moments, moments.device
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`seen`; `moments`; with condition images `condition` `[B, C, h, w]`, the means of their latents, zeros where
+        a sample has none."""
+        with torch.autocast(self.device.type, enabled=False):
+            made = {"seen": self.seen(batch["seen"]), "moments": self.moments(batch["image"])}
+            if "condition" in batch:
+                channels = made["moments"].shape[1] // 2
+                made["condition"] = torch.zeros_like(made["moments"][:, :channels])
+                rows = batch["conditioned"].nonzero().flatten()
+                if len(rows):
+                    made["condition"][rows.to(self.device)] = self.moments(batch["condition"][rows])[:, :channels]
+        return made
+
+
+def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:
+    """Latents `[B, C, h, w]` of their distributions, times the autoencoder's factor; `generator` on the CPU."""
+    mean, log_variance = moments.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+    return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling
 
 
 def _image(pixels: Tensor) -> Image.Image:

@@ -16,10 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.layout import pooled_tokens
 from seed_multimodal.diffusion.training import Noised, Trained
 from seed_multimodal.disk import replace_text
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_WHERE
 from seed_multimodal.hub import find_folder as find_parts
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes, SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
@@ -28,8 +31,8 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import find_folder
-from seed_multimodal.training.pixel_decoder.task import PixelRun, PixelTask
-from seed_multimodal.training.seed_x.vision_features import VisionFeatures
+from seed_multimodal.training.pixel_decoder.task import PixelTask
+from seed_multimodal.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class DetokenizerTask(PixelTask):
     same = ("stage", "trained", "resampler", "start")
     module: SDXLAdapter
 
-    def __init__(self, run: PixelRun, group: ProcessGroup, device: torch.device) -> None:
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         super().__init__(run, group, device)
         self.reads_condition = self.model.stage == 2
 
@@ -101,24 +104,22 @@ class DetokenizerTask(PixelTask):
                                           dtype=DTYPES[self.settings.precision])
         side = encoder.config.image_size
         self.check_side(side)
-        made = VisionFeatures(encoder, self.device, tokens=model.tokens)
         with torch.autocast(self.device.type, enabled=False):
-            self.empty = made.see(torch.zeros(1, 3, side, side, device=self.device)).float()
-        return made
+            self.empty = pooled_features(encoder, torch.zeros(1, 3, side, side, device=self.device), model.tokens
+                                         ).float()
+        return FrozenFeatures(encoder, self.device, lambda pixels: pooled_features(encoder, normalise(pixels),
+                                                                                   model.tokens))
 
     def build(self) -> SDXLAdapter:
-        """See `build_adapter`."""
         adapter = build_adapter(self.model)
         self.width = adapter.resampler.sizes.embedding_dim
         return adapter
 
     def detokenizer(self, scheduler: Any) -> SdxlDetokenizer:
-        """See `PixelTask`."""
         return SdxlDetokenizer(self.module, self.features.moments.model, scheduler, null_embeds=self.empty)
 
     def losses(self, model: nn.Module, latents: Tensor, features: Mapping[str, Tensor], time_ids: Tensor,
                generator: torch.Generator) -> Mapping[str, Tensor]:
-        """See `PixelTask`."""
         return adapter_losses(model, self.schedule, latents, features["seen"].float(), time_ids,
                               dropout=self.model.dropout, empty_features=self.empty,
                               condition_latents=features.get("condition"), generator=generator)
@@ -131,6 +132,17 @@ class DetokenizerTask(PixelTask):
         """As the base's, with the resampler's sizes: a checkpoint that holds frozen weights is an adapter, too."""
         super().save_files(folder, weights)
         replace_text(folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n")
+
+
+@torch.no_grad()
+def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
+    """Normalised pixels → features `[N, tokens, K]`, of neighbours pooled; `tokens` 0: no pooling. Raises ConfigError:
+    they cannot be pooled to so many."""
+    dtype = next(encoder.parameters()).dtype
+    seen = encoder(pixels.to(dtype)).to(dtype)
+    if tokens and seen.shape[1] % tokens:
+        raise ConfigError(f"The encoder's {seen.shape[1]} embeddings cannot be pooled to {tokens}.")
+    return pooled_tokens(seen, tokens or seen.shape[1])
 
 
 def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,

@@ -1,13 +1,10 @@
 """Instruction tuning of SEED-X as a task of the trainer: the language model's, with images as features on both sides.
 
-The data workers give views as pixels; the frozen vision encoder turns those that are read or written into features on
-the device; `ContinuousLVLM` gives both losses. What is trained: the language model (a LoRA, its embeddings and norms,
-or all of it), both resamplers and the vectors of a view's place. A checkpoint's `model.safetensors` holds exactly that,
-by the released names, and `load_agent` reads it. In log lines `text_loss` is that of words and `image_loss` the
-distance of written features; their weighted sum is `loss`.
-
-Padded micro-batches: the mean of the micro-batches' means, as released. Packed ones: each learned word of a step weighs
-the same, and each written image.
+The frozen vision encoder turns views into features on the device; `ContinuousLVLM` gives both losses. Trained are the
+language model (a LoRA, its embeddings and norms, or all of it), both resamplers and the vectors of a view's place: a
+checkpoint's `model.safetensors`, by the released names, for `load_agent`. In log lines `text_loss` is that of words and
+`image_loss` the distance of written features; `loss` is their weighted sum, padded micro-batches' means as released, in
+packed ones each learned word and each written image of a step weighing the same.
 """
 
 from __future__ import annotations
@@ -22,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders.seed_x import PictureOptions
-from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.lora import AGENT_CONFIG
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
 from seed_multimodal.seed_x.processing import seed_x_words
@@ -39,13 +36,14 @@ from seed_multimodal.seed_x.vision import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.settings import nearest, read_settings, setting
+from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.config import RunSettings, find_folder
+from seed_multimodal.training.frozen_features import FrozenFeatures
+from seed_multimodal.training.llm.config import check_target, find_folder
 from seed_multimodal.training.llm.lora import RECORDED, adapter_settings, copy_weights, is_lora, refuse_other_scale
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmTask
-from seed_multimodal.training.seed_x.vision_features import VisionFeatures
+from seed_multimodal.training.run import Run
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -87,7 +85,8 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
     """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
-        _check_target(given.pop("_target_"), AGENT_TARGETS, where)
+        check_target(given, AGENT_TARGETS, where)
+        del given["_target_"]
         losses = {one.name: given.pop(one.name) for one in fields(AgentSettings) if one.name in given}
         path = given.pop(_PATH, None)
         parts = {name: {key: value for key, value in given[name].items() if not key.startswith("_")}
@@ -107,7 +106,7 @@ def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> En
     (the released file has one with a stray quotation mark). Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
-        _check_target(given["_target_"], ENCODER_TARGETS, where)
+        check_target(given, ENCODER_TARGETS, where)
         sizes = {one.name: given[one.name] for one in fields(QwenVitConfig) if one.name in given}
         given = {"path": given.get(_PATH), "sizes": sizes,
                  **{key: value for key, value in given.items() if key == "at_once"}}
@@ -122,17 +121,13 @@ class TuningTask(LlmTask):
     module: ContinuousLVLM
     start_hint = "agent.path"
     kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
+    readers = {**LlmTask.readers, "visual_encoder": read_encoder, "agent": read_agent}
     words_per_image = 1.0  # learned words to written images of this step, in all processes
 
-    def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizer. Raises as `train_llm`; ConfigError for a tokenizer of another system."""
-        for name in ("visual_encoder", "agent"):
-            if getattr(run, name) is None:
-                raise ConfigError(f"configuration: {name} is needed for SEED-X: choose one of its files.")
+    def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
+        """Open data and tokenizer. Raises as `RunTask.train`; ConfigError for a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
             raise ConfigError("trainer: SEED-X's losses are weighed by agent.losses.lm_loss_scale and rec_loss_scale.")
-        assert run.agent is not None and run.visual_encoder is not None
-        self.agent_settings, self.encoder_settings = read_agent(run.agent), read_encoder(run.visual_encoder)
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
 
@@ -140,22 +135,22 @@ class TuningTask(LlmTask):
 
     def make_module(self) -> nn.Module:
         """The agent around the language model; opens the vision encoder, too."""
-        settings = self.encoder_settings
+        settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
         encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
-                                          dtype=DTYPES[self.settings.precision], log=self._log)
-        self.encoder = VisionFeatures(encoder, self.device, settings.at_once)
-        for name, found in (("input_resampler.kv_dim", self.agent_settings.input_resampler.kv_dim),
-                            ("output_resampler.embed_dim", self.agent_settings.output_resampler.embed_dim)):
-            if found not in (None, encoder.config.output_dim):
-                raise ConfigError(f"agent: {name} is {found}, but the vision encoder's features have "
-                                  f"{encoder.config.output_dim} numbers.")
-        for where, given in (("data", self.run.data), ("eval_data", self.run.eval_data or {})):
-            for source in read_data_settings(given, where).sources if given else []:
-                side = source.options.get("base_resolution", PictureOptions.base_resolution)
-                if side != encoder.config.image_size:
-                    raise ConfigError(f"{where}: base_resolution of the source {source.name} is {side}, but the vision "
-                                      f"encoder reads views of {encoder.config.image_size} pixels a side.")
-        return build_agent(self.llm, self.agent_settings).to(self.device)
+                                          dtype=dtype, log=self._log)
+        self.encoder = FrozenFeatures(
+            encoder, self.device, lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype), settings.at_once)
+        self.check_views(encoder.config.image_size, PictureOptions.base_resolution)
+        agent, seen = self.run.agent, encoder.config.output_dim
+        read, written = agent.input_resampler, agent.output_resampler
+        for name, found, needed in (("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),
+                                    ("input_resampler.embed_dim", read.embed_dim, self.width),
+                                    ("output_resampler.kv_dim", written.kv_dim or written.embed_dim, self.width),
+                                    ("output_resampler.embed_dim", written.embed_dim, seen)):
+            if found != needed:
+                raise ConfigError(f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
+                                  f"wide, the vision encoder's features {seen}.")
+        return build_agent(self.llm, agent).to(self.device)
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches and count their learned words and written images."""
@@ -165,9 +160,8 @@ class TuningTask(LlmTask):
         return more
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> LossParts:
-        """See `LlmTask`."""
         found = model(**self.inputs(batch))
-        words, images, scales = found["lm_loss"], found["rec_loss"], self.agent_settings.losses
+        words, images, scales = found["lm_loss"], found["rec_loss"], self.run.agent.losses
         learned, written = (words.new_tensor(float(count), dtype=torch.float32)
                             for count in (batch.learned, _written(batch)))
         shares = (learned, written * self.words_per_image) if self.by_tokens else (1.0, 1.0)
@@ -197,7 +191,7 @@ class TuningTask(LlmTask):
                         image_count: float) -> dict[str, float]:
         """As `LlmTask`, with both means weighed as in training."""
         found = super().evaluation_line(total, count, text, text_count, image, image_count)
-        scales = self.agent_settings.losses
+        scales = self.run.agent.losses
         mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
         return {**found, "eval_loss": mean} if found else {}
 
@@ -210,7 +204,7 @@ class TuningTask(LlmTask):
     def identity(self, world: int) -> dict[str, Any]:
         """As the language model's, with the resamplers' sizes."""
         found = super().identity(world)
-        sizes = {name: asdict(getattr(self.agent_settings, name)) for name in _RESAMPLERS}
+        sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
         return {**found, "model": {**found["model"], **sizes}}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -222,14 +216,13 @@ class TuningTask(LlmTask):
         save_state_dict(weights, folder / WEIGHTS)
         lora = None if not is_lora(self.llm) else {
             key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
-        about = {**asdict(self.agent_settings), "base": self.model_settings.path, "lora": lora,
-                 "train_embeddings": self.model_settings.train_embeddings,
+        about = {**asdict(self.run.agent), "base": self.run.model.path, "lora": lora,
+                 "train_embeddings": self.run.model.train_embeddings,
                  "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
         replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
         self.tokenizer.save_pretrained(folder)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Inverse of `save_files`."""
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
         copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
@@ -239,18 +232,12 @@ class TuningTask(LlmTask):
 
 
 def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
-    """New resamplers around a language model, or those of `settings.path`.
-
-    Raises:
-        ConfigError: sizes that do not fit each other. CheckpointError: as `load_agent`; another scale of a LoRA.
-    """
-    width, one, other = int(find_llama(llm).config.hidden_size), settings.input_resampler, settings.output_resampler
-    for name, given in (("input_resampler.embed_dim", one.embed_dim), ("output_resampler.kv_dim", other.kv_dim)):
-        if (given or other.embed_dim) != width:
-            raise ConfigError(f"agent: {name} is {given}, but the language model is {width} wide.")
+    """New resamplers around a language model, or those of `settings.path`. Raises CheckpointError: as `load_agent`;
+    another scale of a LoRA."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        agent = ContinuousLVLM(llm, Resampler(one), Resampler(other), settings.losses)
+        agent = ContinuousLVLM(llm, Resampler(settings.input_resampler), Resampler(settings.output_resampler),
+                               settings.losses)
     if settings.path is not None:
         file = _beside(settings)
         recorded = read_json_object(file) if file is not None else {}
@@ -267,12 +254,6 @@ def _beside(settings: AgentModel) -> Path | None:
     place = find_folder(settings.path)
     file = (place if place.is_dir() else place.parent) / AGENT_CONFIG
     return file if file.is_file() else None
-
-
-def _check_target(target: Any, known: tuple[str, ...], where: str) -> None:
-    if target not in known:
-        raise ConfigError(f"{where}: _target_ {target!r} is not allowed{nearest(str(target), known)}; known are "
-                          f"{', '.join(known)}.")
 
 
 def _written(batch: LlmBatch) -> int:

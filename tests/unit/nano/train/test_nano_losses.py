@@ -17,7 +17,7 @@ from safetensors import safe_open
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.assemble import install_llm
 from seed_nano.train.pipeline import render
-from seed_nano.train.tokenizer import write_records
+from seed_nano.train.tokenizer import write_records, write_start
 from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.records import KINDS
 
@@ -40,6 +40,7 @@ def prepared(folder: Path) -> Workspace:
     generator = torch.Generator().manual_seed(7)
     places = torch.arange(32) * 32
     write_records(space, lambda scenes: places + torch.randint(32, (len(scenes), 32), generator=generator))
+    write_start(space)
     for name, settings in STAGES.items():
         render(space, name, settings)
     return space

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
+from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
+from seed_nano.train.tokenizer import start_from_codebook
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
 from seed_nano.world.splits import scene_at
@@ -93,3 +96,14 @@ def test_cached_computes_again_what_no_longer_fits(tmp_path: Path) -> None:
     later = file.stat().st_mtime_ns + 10**9
     os.utime(record, ns=(later, later))
     assert value(seed=3) == 5
+
+
+def test_start_from_codebook_makes_neighbours_of_neighbours() -> None:
+    codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+    codebook[1] = codebook[0]
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=80, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                         num_attention_heads=2))
+    start_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
+    rows = llama.model.embed_tokens.weight.detach()
+    assert torch.equal(rows[70], rows[71]) and not torch.equal(rows[70], rows[72])
+    assert rows[70:78].std() == pytest.approx(rows[:70].std().item(), rel=1e-3)

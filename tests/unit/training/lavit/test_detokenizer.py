@@ -19,20 +19,13 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.training import HEADS, LavitPixelLoss, TrainedPixels
-from seed_multimodal.training.lavit.detokenizer import (
-    ImageCodes,
-    LavitPixelTask,
-)
+from seed_multimodal.training.lavit.detokenizer import LavitPixelTask, image_codes
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.trainer import run_task
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CPU = torch.device("cpu")
 SHORT = {"max_steps": 2, "save_steps": 0}
-
-
-def train(settings: dict[str, Any]) -> dict[str, Any]:
-    return run_task(LavitPixelTask.read(settings), LavitPixelTask)
+train = LavitPixelTask.train
 
 
 @pytest.fixture(scope="module")
@@ -131,14 +124,14 @@ def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path,
 def test_a_pictures_codes_are_its_own() -> None:
     """Drawn patches follow from the image, in any batch; another seed or rule has other codes."""
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
-    codes = ImageCodes(tiny_tokenizer(), CPU)
-    made = codes(pixels)
+    tokenizer = tiny_tokenizer()
+    made = image_codes(tokenizer, pixels)
     assert made.shape == (5, 16) and made.dtype == torch.int32
     kept = (made >= 0).sum(1)
     assert 1 <= kept.min() < kept.max() and all((row[:n] >= 0).all() for row, n in zip(made, kept, strict=True))
-    assert torch.equal(codes(pixels.flip(0)).flip(0), made)
-    for other in (ImageCodes(tiny_tokenizer(), CPU, seed=1), ImageCodes(tiny_tokenizer(), CPU, "threshold")):
-        assert not torch.equal(other(pixels), made)
+    assert torch.equal(image_codes(tokenizer, pixels.flip(0)).flip(0), made)
+    for other in (image_codes(tokenizer, pixels, seed=1), image_codes(tokenizer, pixels, "threshold")):
+        assert not torch.equal(other, made)
 
 
 # ---- the program

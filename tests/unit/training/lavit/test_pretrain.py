@@ -17,21 +17,15 @@ from transformers import LlamaForCausalLM
 
 from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
-from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.lavit.checkpoints import load_both, load_dynamic_tokenizer, save_dynamic_tokenizer, with_merger
 from seed_multimodal.lavit.modeling import DynamicTokenizer
 from seed_multimodal.lavit.pipeline import Lavit
-from seed_multimodal.settings import read_settings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.lavit.pretrain import PretrainTask, VisualModel
+from seed_multimodal.training.lavit.pretrain import PretrainTask
 from seed_multimodal.training.llm.cli import compose
-from seed_multimodal.training.llm.config import read_run
-from seed_multimodal.training.llm.task import train_llm
-from seed_multimodal.training.optimizers import OptimSettings
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -44,7 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def task_of(config: dict[str, Any]) -> PretrainTask:
-    return PretrainTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+    return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
 def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_path: Path) -> None:
@@ -124,13 +118,13 @@ def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, hom
             **CASES[case].get("trainer", {}), "save_steps": 3, "eval_steps": 6, "gradient_accumulation_steps": 2}})
         return {**found, "eval_data": parts.data_of(home, seed=9)}
 
-    record = train_llm(config(out), PretrainTask)
+    record = PretrainTask.train(config(out))
     whole = parts.losses(out)
     assert min(whole.values()) < 0.95 * whole[1] and record["evaluation"]["eval_image_loss"] > 0
     drawn = {name: one["sequences"] for name, one in record["data"]["sources"].items()}
     assert drawn["words"] > 1.2 * (drawn["captions"] + drawn["codes"]) > 0
     shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-6", "summary.json"))
-    train_llm(config(again), PretrainTask)
+    PretrainTask.train(config(again))
     assert "resumes from" in capsys.readouterr().out and parts.losses(again) == whole
     for name in ("visual_weight", "adapter_model" if case == "lora" else "model"):
         ends = [load_state_dict(folder / "checkpoint-6" / f"{name}.safetensors") for folder in (out, again)]
@@ -143,8 +137,8 @@ def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tm
     shutil.copytree(home / "visual", tmp_path / "visual")
 
     def train(steps: int, place: Path) -> Any:
-        return train_llm(parts.config_of(home, tmp_path / "run", trainer={"max_steps": steps},
-                                         visual_encoder={"path": str(place)}), PretrainTask)
+        return PretrainTask.train(parts.config_of(home, tmp_path / "run", trainer={"max_steps": steps},
+                                         visual_encoder={"path": str(place)}))
 
     train(1, tmp_path / "visual")
     assert train(2, home / "visual")["steps"] == 2
@@ -156,7 +150,7 @@ def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tm
 
 def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Beside the visual tokenizer of stage 1 it is a LaVIT: another merger for reading, the same for codes."""
-    train_llm(parts.config_of(home, tmp_path / "out", trainer={"max_steps": 2}), PretrainTask)
+    PretrainTask.train(parts.config_of(home, tmp_path / "out", trainer={"max_steps": 2}))
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(home / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
@@ -181,8 +175,8 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
 @pytest.mark.slow
 def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Merged by the tool, and put beside the visual tokenizer of stage 1 as `language_model`."""
-    train_llm(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
-                              trainer={"max_steps": 2}), PretrainTask)
+    PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
+                              trainer={"max_steps": 2}))
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
     (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
     system = tmp_path / "system"
@@ -205,8 +199,8 @@ def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_p
     shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
               "pretrained_model_name_or_path": str(home / "visual")}
     for name in ("one", "other"):
-        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), EncoderSettings(
-            shards, device="cpu"), workers=0, batch_size=3 if name == "one" else 1)) == 0
+        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), shards,
+                               device="cpu", workers=0, batch_size=3 if name == "one" else 1)) == 0
     opened = [open_records(str(tmp_path / name)) for name in ("one", "other")]
     found = [[records.read(number).fields for number in range(len(records))] for records in opened]
     codes = [fields["image_ids"] for fields in found[0]]
@@ -246,16 +240,16 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
     data = parts.data_of(home)
     sources = [{**data["sources"][1], "files": str(bad), "name": "bad", "cycles": 1, "options": {
         "text_dropout": 0.0, "base_resolution": parts.SIDE}}]
-    record = train_llm(parts.config_of(home, tmp_path / "out", data={"sources": sources}, trainer={"max_steps": 3}),
-                       PretrainTask)
+    record = PretrainTask.train(parts.config_of(home, tmp_path / "out", data={"sources": sources},
+                                                trainer={"max_steps": 3}))
     left = record["data"]["sources"]["bad"]
     reasons = {reason: entry["count"] for reason, entry in left["skipped"].items()}
     assert left["sequences"] == 1 and sorted(reasons.values()) == [1, 1, 1], left
     assert {"codes out of range", "empty text"} < set(reasons)
     assert any("do not fit" in reason for reason in reasons)
     for changes, sentence in (
-            ({"visual_encoder": None}, "visual_encoder is needed for LaVIT"),
-            ({"tokenizer": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")},
+            ({"visual_encoder": None}, "visual_encoder is needed"),
+            ({"tokenizer": {"pretrained_model_name_or_path": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")}},
              "has 8 codes, but the words"),
             ({"visual_encoder": {"selection": "top"}}, "selection"),
             ({"model": {"quantization": "8bit"}}, "cannot be trained itself; give lora")):
@@ -263,18 +257,17 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
         with pytest.raises(ConfigError, match=sentence):
             task_of({key: value for key, value in config.items() if changes.get(key, "") is not None})
     data["sources"][0]["options"] = {}
-    with pytest.raises(ConfigError, match="captions is 224, but the vision encoder reads images of 16"):
+    with pytest.raises(ConfigError, match="captions is 224, but the vision encoder reads views of 16"):
         task_of(parts.config_of(home, tmp_path, data={"sources": data["sources"][:1]}))
 
 
 def test_the_recipe_is_read() -> None:
     given = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
-    settings = read_run(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
-    assert settings.visual_encoder is not None and settings.agent is None and settings.deepspeed is not None
-    assert read_settings(VisualModel, settings.visual_encoder, "visual_encoder").selection == "draw"
-    optim = read_settings(OptimSettings, settings.optim, "optim")
+    settings = PretrainTask.read(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
+    assert settings.visual_encoder.selection == "draw" and settings.agent is None and settings.deepspeed is not None
+    optim = settings.optim
     assert optim.learning_rate == 1e-5 and set(optim.part_rates.values()) == {1e-4}
-    data = read_data_settings(settings.data)
+    data = settings.data
     weights = {source.name: source.weight for source in data.sources}
     assert weights["text"] == 2 * (weights["read"] + weights["drawn"])
     ratios = {source.name: source.options.get("img_first_ratio") for source in data.sources}

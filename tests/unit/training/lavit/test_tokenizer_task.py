@@ -15,8 +15,9 @@ import torch
 import warm_python
 
 from seed_multimodal.lavit.training import LavitStage1, LavitStage1Output
-from seed_multimodal.training.codebook import CodebookHealth, CodebookMaintenance, codebook_use, evaluation_mode
-from seed_multimodal.training.lavit.tokenizer_task import stage1_groups
+from seed_multimodal.training.codebook import CodebookHealth, codebook_use, evaluation_mode
+from seed_multimodal.training.config import StageConfig
+from seed_multimodal.training.lavit.tokenizer_task import LavitTokenizerTask, stage1_groups
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -67,10 +68,11 @@ def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(
 def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
     data, _ = toy.pictures(128)
     model = toy.stage1()
-    maintenance = CodebookMaintenance(model, CodebookHealth(kmeans_start=True, kmeans_images=128),
-                                      lambda step: data[16 * step:16 * step + 16], steps=5, images_per_batch=16)
+    task = LavitTokenizerTask("codes", model, StageConfig(max_steps=5, batch_size=16),
+                              lambda step: data[16 * step:16 * step + 16],
+                              CodebookHealth(kmeans_start=True, kmeans_images=128))
     at_random = codebook_use(measure(model, data).codes_T.bincount(minlength=toy.CODES))
-    maintenance.before(0, True)
+    task.start_codes()
     at_centres = codebook_use(measure(model, data).codes_T.bincount(minlength=toy.CODES))
     assert at_centres["codebook_used"] == 1 > at_random["codebook_used"]
     assert at_centres["perplexity"] > 1.5 * at_random["perplexity"]

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llm_losses import packed_loss
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.training.llm.lora import add_lora
-from seed_multimodal.training.llm.loss import packed_loss
 from seed_multimodal.training.llm.metrics import TokenMeter, token_flops
 
 LENGTH = 40
@@ -29,7 +29,7 @@ def test_counted_as_torch_counts(lora: bool) -> None:
     ids = torch.randint(3, 96, (2, LENGTH))
     batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
     with FlopCounterMode(display=False) as counter:
-        packed_loss(model, batch, kind="plain").sum.backward()
+        packed_loss(model, batch).sum.backward()
     body, head, attention = token_flops(model, LENGTH)
     tokens, learned = ids.numel(), ids.numel() - 2
     # Eager attention computes the half that the mask hides, too; rotary frequencies are a tiny product of their own.
@@ -45,7 +45,7 @@ def test_the_log_counts_sequences_of_several_lengths_and_no_padding() -> None:
         ids = torch.randint(3, 96, (1, length))
         batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
         with FlopCounterMode(display=False) as counter:
-            packed_loss(model, batch, kind="plain").sum.backward()
+            packed_loss(model, batch).sum.backward()
         counted += counter.get_total_flops()
     meter = TokenMeter()
     meter.flops = token_flops(model, 1.0)

@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from llm_losses import packed_loss
 from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.training.llm import loss as loss_module
 from seed_multimodal.training.llm.lora import add_lora
-from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama, packed_loss
+from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
 
 WORDS, LENGTHS = 70, (7, 5, 9, 1, 10)
 
@@ -79,7 +80,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor], atol: flo
 
 
 def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]:
-    parts = [packed_loss(model, s, kind="plain") for s in sequences()]
+    parts = [packed_loss(model, s) for s in sequences()]
     return times * sum(p.sum for p in parts), times * int(sum(p.count for p in parts))
 
 
@@ -90,14 +91,14 @@ def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
     find_llama(model).set_attn_implementation(attention)
     wanted, count = separate(model, rows)
     wanted_gradients = gradients(model, wanted)
-    for kind in ("plain", "chunked"):
-        parts = packed_loss(model, packed(rows), kind=kind)
+    for chunked in (False, True):
+        parts = packed_loss(model, packed(rows), chunked=chunked)
         assert int(parts.count) == count
         torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
         same(gradients(model, parts.sum), wanted_gradients, 1e-4)
     leaking = packed(rows)
     leaking.position_ids = torch.arange(leaking.input_ids.shape[1]).expand_as(leaking.input_ids)
-    assert abs(packed_loss(model, leaking, kind="plain").mean - wanted / count) > 1e-3
+    assert abs(packed_loss(model, leaking).mean - wanted / count) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag", "ignore:flex_attention called without torch.compile")
@@ -106,7 +107,7 @@ def test_flex_attention_keeps_sequences_apart() -> None:
     wanted, count = separate(model)
     model.set_attn_implementation("flex_attention")
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the same mask, without a compiler's minute
-        parts = packed_loss(model.eval(), packed(), kind="plain")
+        parts = packed_loss(model.eval(), packed())
     assert int(parts.count) == count
     torch.testing.assert_close(parts.sum, wanted.detach(), atol=1e-3, rtol=1e-4)
 
@@ -119,7 +120,7 @@ def test_packed_and_padded_rows_have_an_attention_each() -> None:
     wanted, count = separate(model)
     assert llama.config._attn_implementation == "sdpa"
     for batch, attention in ((packed(), "eager"), (padded(), "sdpa"), (packed(), "eager")):
-        parts = packed_loss(model, batch, kind="plain")
+        parts = packed_loss(model, batch)
         assert llama.config._attn_implementation == attention and int(parts.count) == count
         torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
 
@@ -140,32 +141,29 @@ def test_rows_are_laid_end_to_end_for_flash_attention() -> None:
     model = build()
     wanted, _ = separate(model, 2)
     model.config._attn_implementation = "flash_for_tests"
-    torch.testing.assert_close(packed_loss(model, packed(2), kind="plain").sum, wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(packed_loss(model, packed(2)).sum, wanted, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunks_are_exact_and_never_hold_all_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(tied=tied, lora=True), packed(3)
-    whole = packed_loss(model, batch, kind="plain")
+    whole = packed_loss(model, batch)
     wanted = gradients(model, whole.sum)
     assert any("lm_head" in name for name in wanted) != tied  # the tied head goes by the embedding's name
-    monkeypatch.setattr(loss_module, "LARGEST_LOGITS", 1)  # chunks of the smallest size, 64
     seen: list[int] = []
     find_llama(model).lm_head.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
-    parts = packed_loss(model, batch, kind="chunked")
+    parts = packed_loss(model, batch, chunked=True)
     assert len(seen) == -(-int(parts.count) // 64) > 1
     torch.testing.assert_close(parts.sum, whole.sum, atol=1e-5, rtol=1e-6)
     same(gradients(model, parts.sum), wanted)
     assert len(seen) == 2 * (-(-int(parts.count) // 64)) and max(seen) <= 64
-    auto = packed_loss(model, batch)
-    assert torch.equal(auto.sum, parts.sum)
 
 
 def test_padding_on_either_side_is_invisible() -> None:
     model = build()
     wanted, count = separate(model)
     right = padded()
-    parts = packed_loss(model, right, kind="plain")
+    parts = packed_loss(model, right)
     torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
     assert int(parts.count) == count
     stock = model(input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels).loss
@@ -176,7 +174,7 @@ def test_padding_on_either_side_is_invisible() -> None:
     left.labels[:, 0] = left.labels[:, 0].where(left.attention_mask[:, 0] == 1, -100)
     first = torch.tensor([[max(LENGTHS) - n] for n in LENGTHS])
     left.labels.scatter_(1, first, -100)  # the position before it is padding
-    torch.testing.assert_close(packed_loss(model, left, kind="plain").sum, wanted, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(packed_loss(model, left).sum, wanted, atol=2e-3, rtol=1e-4)
 
 
 def test_weights_by_kind() -> None:
@@ -194,7 +192,7 @@ def test_weights_by_kind() -> None:
 
 
 def test_a_batch_that_teaches_nothing_gives_zero_gradients() -> None:
-    module = LossModule(build(), kind="auto", weights=LossWeights(50))
+    module = LossModule(build(), LossWeights(50))
     batch = packed()
     parts = module(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)
     assert float(parts.count) == 0.0 and parts.mean.item() == 0.0

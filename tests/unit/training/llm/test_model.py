@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from llm_losses import packed_loss
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -23,13 +24,12 @@ from seed_multimodal.training.llm.lora import (
     copy_weights,
     load_adapter,
 )
-from seed_multimodal.training.llm.loss import find_llama, packed_loss
+from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model import (
     attention_kind,
     build_llm,
     load_trained,
     save_trained,
-    set_attention,
     trained_state,
 )
 
@@ -66,8 +66,7 @@ def test_attention_goes_by_the_rows() -> None:
     assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
     assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
         "flash_attention_2", "eager"}  # as asked
-    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}))
-    set_attention(llama, "eager", cpu)
+    llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}, attention="eager"))
     assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
 
 
@@ -161,7 +160,6 @@ def without(folder: Path, key: str) -> Path:
 
 
 @pytest.mark.parametrize(("settings", "sentence"), [
-    ({"attention": "flex"}, "attention flex: it has no backward pass on a CPU"),
     ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
     ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"),
     ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
@@ -227,17 +225,16 @@ def test_full_fine_tuning_saves_a_plain_model(bases: dict[str, Path], tmp_path: 
     assert torch.equal(other.lm_head.weight, model.lm_head.weight)
 
 
-@pytest.mark.parametrize(("mode", "layers"), [(True, [True] * 4), ("selective", [True, False] * 2)])
-def test_checkpointing_changes_no_gradient(bases: dict[str, Path], mode: bool | str, layers: list[bool]) -> None:
+def test_checkpointing_changes_no_gradient(bases: dict[str, Path]) -> None:
     found = []
-    for chosen in (False, mode):
+    for chosen in (False, True):
         model = build(bases["all"], lora=LORA, gradient_checkpointing=chosen)
         passes: list[int] = []
         for layer in find_llama(model).model.layers:
             layer.mlp.register_forward_pre_hook(lambda *_, seen=passes: seen.append(1))
         packed_loss(model, batch()).mean.backward()
         found.append(({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(passes)))
-    assert found[1][1] == found[0][1] + sum(layers)
+    assert found[1][1] == found[0][1] + 4
     assert found[0][0].keys() == found[1][0].keys()
     assert all(torch.equal(found[0][0][name], found[1][0][name]) for name in found[0][0])
 
@@ -260,30 +257,13 @@ def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Pa
         build(bases["all"], quantization=quantization, adapter=bases["all"])
 
 
-def test_image_words_start_as_the_codebook_lies(bases: dict[str, Path], tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    codebook = torch.randn(CODES, 6, generator=torch.Generator().manual_seed(0))
-    codebook[1] = codebook[0]
-    save_file({"quantize.embedding.weight": codebook}, tmp_path / "model.safetensors")
-    model = build(bases["text"], codebook_start=str(tmp_path))
-    rows = model.model.embed_tokens.weight.detach()
-    assert torch.equal(rows[TEXT], rows[TEXT + 1]) and not torch.equal(rows[TEXT], rows[TEXT + 2])
-    assert rows[TEXT:TEXT + CODES].std() == pytest.approx(rows[:TEXT].std().item(), rel=1e-3)
-    with pytest.raises(ConfigError, match="would overwrite the trained image words"):
-        build(bases["all"], codebook_start=str(tmp_path))
-    save_file({"quantize.embedding.weight": codebook[:4]}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="a codebook of 4 codes, but the tokenizer's vocabulary has 8"):
-        build(bases["text"], codebook_start=str(tmp_path))
-
-
 def test_a_foreign_vocabulary_is_refused(bases: dict[str, Path]) -> None:
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
     with pytest.raises(ConfigError, match="The model has 70 words, but the tokenizer has 80 text pieces"):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
     with pytest.raises(ConfigError, match="gets new words, but embed_tokens is not trained"):
         build(bases["text"], lora={**LORA, "modules_to_save": ["norm"]})
-    with pytest.raises(ConfigError, match="target_modules names 'qproj'"):
+    with pytest.raises(ConfigError, match="lora: .*mismatched target modules"):
         build(bases["all"], lora={"target_modules": ["qproj"]})
     with pytest.raises(ConfigError, match="did you mean 'lora_alpha'"):
         build(bases["all"], lora={"lora_alfa": 1})
@@ -317,7 +297,7 @@ def test_released_files_are_read() -> None:
     ({"path": "x", "sizes": {}}, "give either path"),
     ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing"),
     ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
-    ({"_target_": "peft.LoraConfig", "r": 1}, "is not a language model"),
+    ({"_target_": "peft.LoraConfig", "r": 1}, "'peft.LoraConfig' is not allowed"),
     ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},
      "pretrained_model_name_or_path is needed")])
 def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:

@@ -13,22 +13,18 @@ from PIL import Image
 from tiny_detokenizer import CONFIGS, config, losses, write_parts
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.images.transforms import normalise
 from seed_multimodal.seed_x.adapter import SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
+from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.cli import compose, main
-from seed_multimodal.training.pixel_decoder.features import ImageFeatures, LatentMoments, drawn_latents
-from seed_multimodal.training.pixel_decoder.task import GROUPS
-from seed_multimodal.training.seed_x.detokenizer import DetokenizerTask, build_adapter
-from seed_multimodal.training.seed_x.vision_features import VisionFeatures
-from seed_multimodal.training.trainer import run_task
+from seed_multimodal.training.pixel_decoder.task import ImageFeatures, drawn_latents, latent_moments
+from seed_multimodal.training.seed_x.detokenizer import DetokenizerTask, build_adapter, pooled_features
 from seed_multimodal.weights import load_state_dict
 
 CPU = torch.device("cpu")
-
-
-def train(settings: dict[str, Any]) -> dict[str, Any]:
-    return run_task(DetokenizerTask.read(settings), DetokenizerTask)
+train = DetokenizerTask.train
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +114,8 @@ def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
     """Under autocast: the autoencoder stays in float32, and a condition's latents are its means, not scaled."""
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
     tower = QwenVit.from_pretrained(parts / "tower")
-    features = ImageFeatures(VisionFeatures(tower, CPU, tokens=4), LatentMoments(vae, CPU))
+    seen = FrozenFeatures(tower, CPU, lambda pixels: pooled_features(tower, normalise(pixels), 4))
+    features = ImageFeatures(seen, latent_moments(vae, CPU))
     batch = {"seen": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "image": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
              "condition": torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8),
@@ -235,7 +232,7 @@ def test_the_published_configurations_are_read(stage: int) -> None:
     assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"
     assert any(source.condition_key for source in run.data.sources) == (stage == 2)
-    assert {path.name for path in CONFIGS.iterdir()} == {"train.yaml", *GROUPS}
+    assert {path.name for path in CONFIGS.iterdir()} == {"train.yaml", "model", "data", "optim", "trainer"}
 
 
 def test_what_the_program_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

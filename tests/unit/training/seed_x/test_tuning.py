@@ -15,8 +15,6 @@ import torch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.config import read_run
-from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.seed_x.tuning import TuningTask, read_agent, read_encoder
 from seed_multimodal.weights import load_state_dict
 
@@ -40,12 +38,12 @@ def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer
 def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, home: Path, tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    record = train_llm(configured(parts, home, out, case), TuningTask)
+    record = TuningTask.train(configured(parts, home, out, case))
     whole = parts.losses(out)
     assert list(whole) == list(range(1, 9)) and min(whole.values()) < 0.9 * whole[1]
     assert set(record["data"]["sources"]) == {"conversation", "caption", "edit", "chat"}
     shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-8", "summary.json"))
-    train_llm(configured(parts, home, again, case), TuningTask)
+    TuningTask.train(configured(parts, home, again, case))
     assert "resumes from" in capsys.readouterr().out and parts.losses(again) == whole
     ends = [load_state_dict(folder / "checkpoint-8" / "model.safetensors") for folder in (out, again)]
     assert ends[0].keys() == ends[1].keys()
@@ -57,7 +55,7 @@ def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, hom
 def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """What is trained beside a LoRA, by the released names; the loader of agents takes it, a new run starts from it."""
     config = configured(parts, home, tmp_path / "out", "lora", max_steps=2)
-    train_llm(config, TuningTask)
+    TuningTask.train(config)
     folder = tmp_path / "out" / "checkpoint-2"
     saved = load_state_dict(folder / "model.safetensors")
     stem = "llm.base_model.model.model."
@@ -71,22 +69,22 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     about = json.loads((folder / "agent.json").read_text())
     assert parts.LORA.items() <= about["lora"].items() and "q_proj" in about["lora"]["target_modules"]
     assert about["llm"] is None and about["input_resampler"]["embed_dim"] == 48 and about["train_embeddings"]
-    run = read_run(configured(parts, home, tmp_path / "new", "lora"))
+    run = TuningTask.read(configured(parts, home, tmp_path / "new", "lora"))
     task = TuningTask(run, ProcessGroup(), torch.device("cpu"))
     task.prepare()
     load_agent(task.module, folder)
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items())
     new = parts.config_of(home, tmp_path / "new", lora=True, agent={"path": str(folder)}, trainer={"max_steps": 2})
-    train_llm(new, TuningTask)
+    TuningTask.train(new)
     assert parts.losses(tmp_path / "new")[1] < parts.losses(tmp_path / "out")[1] + 1
     given = {"agent": {"path": str(folder)}, "model": {"lora": {**parts.LORA, "lora_alpha": 16}}}
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
-        train_llm(parts.config_of(home, tmp_path / "no", lora=True, **given), TuningTask)
+        TuningTask.train(parts.config_of(home, tmp_path / "no", lora=True, **given))
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
     found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
     assert found.output_resampler.num_heads == 4
     with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
-        train_llm(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True), TuningTask)
+        TuningTask.train(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True))
 
 
 @pytest.mark.slow
@@ -94,7 +92,7 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
 def test_train_llm_on_a_quantised_base(parts: ModuleType, home: Path, tmp_path: Path, quantization: str) -> None:
     config = parts.config_of(home, tmp_path / "out", lora=True, model={"quantization": quantization},
                              trainer={"max_steps": 3})
-    record = train_llm(config, TuningTask)
+    record = TuningTask.train(config)
     assert record["steps"] == 3 and len(set(parts.losses(tmp_path / "out"))) == 3
     assert (tmp_path / "out" / "checkpoint-3" / "agent.json").is_file()
 
@@ -102,7 +100,7 @@ def test_train_llm_on_a_quantised_base(parts: ModuleType, home: Path, tmp_path: 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Each sequence alone, weighted by its words and pictures, gives what the packed row gives: features stand at their
     words, and no sequence sees another."""
-    task = TuningTask(read_run(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
+    task = TuningTask(TuningTask.read(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
     task.prepare()
     batch = next(task.data)
     assert batch.views is not None and batch.sequences > 3 and 0 < int(batch.views.written.sum())
@@ -140,7 +138,7 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
 
     def run(name: str, **changes: Any) -> list[dict[str, Any]]:
         given = {"max_steps": 4, "save_steps": 2, "eval_batches": 3, **changes.pop("trainer", {})}
-        train_llm(parts.config_of(home, tmp_path / name, data=data, lora=True, trainer=given, **changes), TuningTask)
+        TuningTask.train(parts.config_of(home, tmp_path / name, data=data, lora=True, trainer=given, **changes))
         return [json.loads(line) for line in (tmp_path / name / "train.log.jsonl").read_text().splitlines()]
 
     plain = run("plain")
@@ -148,7 +146,7 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
     assert [line["loss"] for line in plain if "loss" in line] == [line["loss"] for line in measured if "loss" in line]
     lines = [line for line in measured if "eval_loss" in line]
     assert [line["step"] for line in lines] == [2, 4] and lines[1]["eval_loss"] < lines[0]["eval_loss"]
-    task = TuningTask(read_run(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
+    task = TuningTask(TuningTask.read(parts.config_of(home, tmp_path / "x", lora=True, data=parts.data_of(
         home, packing=packing, seed=9))), ProcessGroup(), torch.device("cpu"))
     task.prepare()
     batches = list(itertools.islice(task.data, 3))
@@ -173,7 +171,7 @@ def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Pat
     for legacy in (False, True):
         config = parts.config_of(home, tmp_path, optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
                                  trainer={"gradient_accumulation_steps": 2, "max_steps": 100})
-        task = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+        task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
         rates[legacy] = [task.learning_rate(step) for step in (0, 49, 99)]
     assert rates[False][0] > rates[False][1] > rates[False][2] == pytest.approx(1e-3, rel=0.01)
     assert rates[True][1] == pytest.approx(1e-3, rel=0.01) and rates[True][2] > 0.95e-2
@@ -204,10 +202,10 @@ def test_the_original_files_are_read() -> None:
 
 
 @pytest.mark.parametrize("changes, sentence", [
-    ({"agent": {"embed_dim": 40, "kv_dim": 16}}, "embed_dim is 40, but the language model is 48"),
-    ({"agent": {"kv_dim": 20}}, "input_resampler.kv_dim is 20, but the vision encoder's features"),
+    ({"agent": {"embed_dim": 40, "kv_dim": 16}}, "embed_dim is 40, but must be 48: the language model"),
+    ({"agent": {"kv_dim": 20}}, "input_resampler.kv_dim is 20, but must be 16"),
     ({"trainer": {"image_weight": 2.0}}, "are weighed by agent.losses"),
-    ({"tokenizer": "pretrained/nano/seed_tokenizer"}, "not SEED-X's"),
+    ({"tokenizer": {"pretrained_model_name_or_path": "pretrained/nano/seed_tokenizer"}}, "not SEED-X's"),
     ({"data": 3}, "^data: base_resolution of the source chat is 448, but the vision encoder"),
     ({"agent": None}, "agent is needed")])
 def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
@@ -221,5 +219,5 @@ def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, ch
         given["agent"] = {"input_resampler": {**parts.RESAMPLERS["input_resampler"], **given["agent"]}}
     config = parts.config_of(home, tmp_path, **{key: value for key, value in given.items() if value is not None})
     with pytest.raises(ConfigError, match=sentence):
-        TuningTask(read_run({key: value for key, value in config.items() if given.get(key, "") is not None}),
+        TuningTask(TuningTask.read({key: value for key, value in config.items() if given.get(key, "") is not None}),
                    ProcessGroup(), torch.device("cpu")).prepare()

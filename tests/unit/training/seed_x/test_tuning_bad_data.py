@@ -15,7 +15,6 @@ import pytest
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.training.llm.metrics import summary_lines
-from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.seed_x.tuning import TuningTask
 
 LONG = "red " * 90
@@ -91,7 +90,7 @@ def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
 def test_what_cannot_be_used_is_counted_and_named(packing: bool, parts: ModuleType, home: Path, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     data = write_bad(parts, home, tmp_path) | {"packing": packing}
-    record = train_llm(parts.config_of(home, tmp_path / "out", data=data, trainer={"max_steps": 40}), TuningTask)
+    record = TuningTask.train(parts.config_of(home, tmp_path / "out", data=data, trainer={"max_steps": 40}))
     sources = record["data"]["sources"]
     lines = summary_lines(record)
     said = capsys.readouterr().out
@@ -122,4 +121,4 @@ def test_too_much_of_it_ends_the_run(parts: ModuleType, home: Path, tmp_path: Pa
     data["sources"][0] |= {"batch_size": 1, "cycles": None}
     (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "is not there"))
     with pytest.raises(DataError, match=r"Source conversation: no record can be used .*talks.jsonl: line"):
-        train_llm(parts.config_of(home, tmp_path / "out", data=data), TuningTask)
+        TuningTask.train(parts.config_of(home, tmp_path / "out", data=data))

@@ -17,8 +17,6 @@ from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.llm.config import read_run
-from seed_multimodal.training.llm.task import train_llm
 from seed_multimodal.training.seed_x.tuning import TuningTask
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -29,8 +27,8 @@ STEPS = 3
 def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
     """A run and its checkpoint, loaded; every number of the LoRA has moved."""
     config = parts.config_of(home, output, lora=lora, trainer={"max_steps": STEPS})
-    train_llm(config, TuningTask)
-    task = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+    TuningTask.train(config)
+    task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     task.prepare()
     task.load_weights(output / f"checkpoint-{STEPS}")
     task.module.eval()
@@ -127,7 +125,7 @@ def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: Modu
     merged = tmp_path / "merged"
     config = parts.config_of(home, tmp_path / "again", lora=True, model={"path": str(merged / "llm")},
                              agent={"path": str(merged / "agent")}, trainer={"max_steps": 1})
-    again = TuningTask(read_run(config), ProcessGroup(), torch.device("cpu"))
+    again = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     again.prepare()
     again.module.eval()
     inputs = task.inputs(task.batches[1])

@@ -13,11 +13,9 @@ import yaml
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import read_settings
 from seed_multimodal.training.llm.cli import compose, translate
-from seed_multimodal.training.llm.config import read_model_settings, read_run
-from seed_multimodal.training.optimizers import OptimSettings, schedule
-from seed_multimodal.training.seed_x.tuning import AgentModel, read_agent, read_encoder
+from seed_multimodal.training.optimizers import schedule
+from seed_multimodal.training.seed_x.tuning import AgentModel, TuningTask
 
 APPLICATION = Path(__file__).resolve().parents[4] / "MultiModalLLM"
 CONFIGS, NAME = APPLICATION / "configs", "train_seed_x_sft"
@@ -33,7 +31,7 @@ def arguments(parts: ModuleType, home: Path, folder: Path, output: Path, *more: 
     for group in flags.values():
         (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
     (folder / "words.yaml").write_text(yaml.safe_dump({"_target_": "transformers.LlamaTokenizer.from_pretrained",
-                                                       "pretrained_model_name_or_path": config["tokenizer"]}))
+                                                       **config["tokenizer"]}))
     given = [word for flag, group in flags.items() for word in (f"--{flag}", str(folder / f"{group}.yaml"))]
     return [*given, "--tokenizer", str(folder / "words.yaml"), "--output_dir", str(output), "--learning_rate", "1e-2",
             "--max_steps", "8", "--batch_size", "50", "--dataloader_num_workers", "0", "--device", "cpu",
@@ -42,14 +40,13 @@ def arguments(parts: ModuleType, home: Path, folder: Path, output: Path, *more: 
 
 def test_the_published_recipe_is_the_default() -> None:
     composed = compose(["output_dir=log/x"], CONFIGS, NAME)
-    given = read_run(composed)
-    model = read_model_settings(given.model)
+    given = TuningTask.read(composed)
+    model = given.model
     assert model.path == "pretrained/seed_x/llm" and model.lora is not None and model.lora["r"] == 32
     assert model.train_embeddings and "norm" in model.lora["modules_to_save"]
-    assert given.agent is not None and given.visual_encoder is not None
-    assert read_agent(given.agent) == AgentModel(path="pretrained/seed_x/agent/pytorch_model.bin")
-    assert read_encoder(given.visual_encoder).path == "pretrained/QwenViT/qwen_vit_G.pt"
-    data = read_data_settings(given.data)
+    assert given.agent == AgentModel(path="pretrained/seed_x/agent/pytorch_model.bin")
+    assert given.visual_encoder.path == "pretrained/QwenViT/qwen_vit_G.pt"
+    data = given.data
     assert [(source.name, source.decoder, source.weight, source.max_length, source.batch_size, source.cycles)
             for source in data.sources] == [("shareGPT4V", "seed_x.conversation", 0.6, 880, 2, 20),
                                             ("unsplash", "seed_x.caption", 0.2, 260, 8, 12)]
@@ -57,7 +54,7 @@ def test_the_published_recipe_is_the_default() -> None:
     edits = read_data_settings(compose(["output_dir=x", "data=sft_edit"], CONFIGS, NAME)["data"])
     assert [(source.decoder, source.max_length, source.batch_size) for source in edits.sources] == [
         ("seed_x.edit", 320, 6)] * 2
-    optim = read_settings(OptimSettings, given.optim, "optim")
+    optim = given.optim
     assert schedule(500, optim, 20000, 2) == pytest.approx(1e-4) and schedule(19999, optim, 20000, 2) < 5.1e-6
     legacy = replace(optim, schedule_per_micro_batch=True)  # the released loop's rate, which rises again
     found = {step: schedule(step, legacy, 20000, 2) / 1e-4 for step in (250, 5000, 10000, 15000, 19999)}
@@ -69,10 +66,10 @@ def test_the_scripts_flags_give_the_recipe(script: str) -> None:
     """Those of the shell script, which name the files above."""
     text = (APPLICATION / "scripts" / script).read_text().split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     flags = shlex.split(text.replace("\\\n", " "))[1:]
-    given = read_run(compose(flags, CONFIGS, NAME))
-    default = read_run(compose(["output_dir=log/x"], CONFIGS, NAME))
+    given = TuningTask.read(compose(flags, CONFIGS, NAME))
+    default = TuningTask.read(compose(["output_dir=log/x"], CONFIGS, NAME))
     assert given.model == default.model and given.agent == default.agent
-    assert read_settings(OptimSettings, given.optim, "optim") == read_settings(OptimSettings, default.optim, "optim")
+    assert given.optim == default.optim
     assert given.trainer.max_steps == 20000 and given.trainer.precision == "bf16"
     assert given.trainer.gradient_accumulation_steps == 2
     assert given.deepspeed is not None and given.deepspeed["zero_optimization"]["stage"] == 3
@@ -80,8 +77,8 @@ def test_the_scripts_flags_give_the_recipe(script: str) -> None:
 
 
 def test_what_the_command_line_leaves_out_is_as_in_the_original() -> None:
-    given = read_run(compose(["--max_steps", "10", "--output_dir", "x"], CONFIGS, NAME))
-    optim = read_settings(OptimSettings, given.optim, "optim")
+    given = TuningTask.read(compose(["--max_steps", "10", "--output_dir", "x"], CONFIGS, NAME))
+    optim = given.optim
     assert (optim.learning_rate, optim.weight_decay, optim.adam_beta2, optim.min_lr_ratio) == (5e-5, 0.0, 0.999, 0.01)
     assert given.trainer.precision == "fp32" and given.trainer.save_steps == 10000
 
