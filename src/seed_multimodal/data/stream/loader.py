@@ -32,10 +32,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
     """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
-
-    Raises:
-        SeedError: as `fetch` does. DataError: a worker was killed.
-    """
+    Raises SeedError: as `fetch` does; DataError: a worker was killed."""
     if not workers:
         yield from map(fetch, jobs)
         return
@@ -95,9 +92,8 @@ def _enter(worker: int) -> None:
 class StepBatches(AbstractContextManager["StepBatches"]):
     """Batches of one rank by step number; two ranks together have what one process with a double batch has.
 
-    `dataset`: `get(index, epoch)` gives a sample, `len` their number; optional: `shard_sizes`, `shuffle_block`, `bad`
-    and `note_bad` as of `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker. `order`: instead of
-    that of the set's epochs.
+    `dataset`: as `pairs_dataset.SourceDataset`, of which it needs `get` and `len`. `collate`: samples -> batch, in the
+    worker. `order`: instead of that of the set's epochs.
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,

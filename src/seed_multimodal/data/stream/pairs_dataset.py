@@ -1,5 +1,4 @@
-"""From stored pairs to training samples: the image opened and transformed, one caption chosen and cleaned; or what a
-pixel decoder learns from: its pixels, the vision encoder's view of the same part, its size conditions.
+"""From stored pairs to training samples: an image with one of its captions, or what a pixel decoder learns from.
 
 What is random about a sample is a function of (seed, epoch, index). A sample that cannot be used is named once,
 counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
@@ -25,7 +24,7 @@ from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, Pairs, open_
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
 
@@ -72,12 +71,11 @@ class SourceDataset:
         tries = min(self.max_bad_in_a_row, len(self.source))
         for place in ((index + more) % len(self.source) for more in range(tries)):
             try:
-                sample = self.sample(self.source.read(place), torch.Generator().manual_seed(number), number)
+                return {**self.sample(self.source.read(place), torch.Generator().manual_seed(number), number),
+                        "index": place}
             except SAMPLE_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 last = error
-            else:
-                return {**sample, "index": place}
         raise DataError(f"{tries} samples in a row, from number {index} on, cannot be used; the last is {last}"
                         ) from last
 
@@ -158,6 +156,10 @@ class DrawnView:
     keep_ratio: bool = True
     sizes: tuple[Size, ...] = ()
     seen_by: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if any(min(size) < 8 for size in self.sizes):
+            raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}.")
 
     def size_of(self, picture: Image.Image, key: str = "") -> Size:
         """The size in which a picture is drawn."""

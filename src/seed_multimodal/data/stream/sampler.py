@@ -55,8 +55,7 @@ class EpochOrder:
 
 
 class _Blocks:
-    """An epoch that is shuffled in blocks, computed when they are read: the order of 100 million samples would take
-    0.8 GB in every data worker."""
+    """An epoch that is shuffled in blocks, computed when they are read: an array would take GBs in each data worker."""
 
     def __init__(self, sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
         self.block, self.total, self._generator = block, int(sizes.sum()), generator
@@ -96,11 +95,8 @@ class _Blocks:
 
 
 class MixedOrder:
-    """An endless order over sets that lie one after the other, each in its own endless order.
-
-    Positions are shared out by rounding: among any n positions in a row set i has n · weight_i of them, give or take
-    two. `sizes`: for each set the samples of its shards, or None; `block`: of the sets with shards.
-    """
+    """An endless order over sets that lie one after the other, each in its own endless order: among any n positions in
+    a row set i has n · weight_i of them, give or take two. `sizes`: of each set, as `block`, see `EpochOrder`."""
 
     def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
                  sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
@@ -112,10 +108,8 @@ class MixedOrder:
             for number, (total, size) in enumerate(zip(totals, sizes or [None] * len(totals), strict=True))]
 
     def draw_counts(self, positions: np.ndarray) -> np.ndarray:
-        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`.
-
-        The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
-        """
+        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`."""
+        # The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
         counts, rest = [], positions
         for number in range(len(self._upto) - 1, 0, -1):
             part, whole = self._upto[number - 1], self._upto[number]

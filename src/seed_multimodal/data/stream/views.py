@@ -29,8 +29,8 @@ T = TypeVar("T")
 @dataclass
 class SequenceViews:
     """The views of a sequence, in the order of their tokens: uint8 pixels [n, 3, S, S], the centre (x, y) of each in
-    its image, written (the others are read), the images' seeds; READ and WRITTEN at the tokens of views, int8 [tokens];
-    tokens of each view, where all of the sequence have as many."""
+    its image, whether it is written (else read), READ and WRITTEN at the tokens of views (int8 [tokens]), the images'
+    seeds, and the tokens of each view."""
 
     pixels: Tensor
     positions: list[list[float]]
