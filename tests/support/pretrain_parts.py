@@ -16,6 +16,7 @@ from seed_multimodal.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.eva import EvaConfig
+from seed_nano.train.words import train_words
 
 SIDE, CODES, PATCHES = 16, 8, 16
 SIZES = LavitTokenizerConfig(
@@ -38,7 +39,7 @@ def picture(colour: tuple[int, int, int], number: int = 0) -> bytes:
 
 def write_parts(home: Path) -> None:
     """Tokenizers, language model and data below `home`."""
-    words = LavitTokenizer.train(TEXTS, home / "words", vocab_size=300, n_codes=CODES, tokens_per_image=PATCHES)
+    words = train_words(LavitTokenizer, TEXTS, home / "words", vocab_size=300, n_codes=CODES, tokens_per_image=PATCHES)
     torch.manual_seed(0)
     model = DynamicTokenizer(SIZES)
     for one in model.parameters():

@@ -16,6 +16,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
 from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_nano.train.words import train_words
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the language model
@@ -124,8 +125,8 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
 
 
 def write_tokenizer(folder: Path) -> MultimodalTokenizer:
-    return MultimodalTokenizer.train(SENTENCES, folder, vocab_size=330, n_codes=6, tokens_per_image=WORDS,
-                                     n_locations=GRID)
+    return train_words(MultimodalTokenizer, SENTENCES, folder, vocab_size=330, n_codes=6, tokens_per_image=WORDS,
+                       n_locations=GRID)
 
 
 def write_llm(folder: Path, words: int, seed: int = 0, context: int = 512, **options: Any) -> None:

@@ -25,10 +25,12 @@ CROSS = 16
 def build(folder: str | Path, *, seed: int = 0) -> Path:
     """Write the whole system into `folder` and return it."""
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_nano.train.words import train_words
 
     home = Path(folder)
     torch.manual_seed(seed)
-    tokenizer = MultimodalTokenizer.train(SENTENCES * 4, home / "seed_tokenizer", vocab_size=340, n_codes=N_CODES)
+    tokenizer = train_words(MultimodalTokenizer, SENTENCES * 4, home / "seed_tokenizer", vocab_size=340,
+                            n_codes=N_CODES)
     _write_image_tokenizer(home / "seed_tokenizer")
     _write_llm(home / "seed_llama", len(tokenizer))
     write_detokenizer(home / "seed_tokenizer" / "diffusion_model")

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.vision import QwenVit, QwenVitConfig
+from seed_nano.train.words import train_words
 
 SIDE, K = 28, 16
 SIZES = QwenVitConfig(image_size=SIDE, patch_size=14, width=32, layers=1, heads=2, mlp_ratio=2.0, output_dim=K,
@@ -39,8 +40,8 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
 
 def write_parts(home: Path) -> None:
     """Tokenizer, tower, language model and data below `home`."""
-    words = MultimodalTokenizer.train(TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
-                                      n_locations=16)
+    words = train_words(MultimodalTokenizer, TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
+                        n_locations=16)
     torch.manual_seed(0)
     QwenVit(SIZES).save_pretrained(home / "tower")
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))

@@ -9,6 +9,7 @@ import torch
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_nano.train.words import train_words
 
 TEXTS = ["USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.", "Please draw a red apple, a blue house.",
          "Here is the picture.", "Hello, hello there! 12 345", "[INST] x [/INST]"] * 20
@@ -17,7 +18,7 @@ TEXTS = ["USER: What is this animal?\nASSISTANT:It is a cat. It is a dog.", "Ple
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
-    MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5)
+    train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=24, tokens_per_image=5)
     return folder
 
 
@@ -48,10 +49,12 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """SEED-X's words: 4 of 6 image words a picture, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
-    return MultimodalTokenizer.train(TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4, n_locations=16)
+    return train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4,
+                       n_locations=16)
 
 
 @pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
     """LaVIT's words: 330 text pieces, 24 codes, at most 6 a picture."""
-    return LavitTokenizer.train(TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24, tokens_per_image=6)
+    return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24,
+                       tokens_per_image=6)

@@ -10,6 +10,7 @@ negative (always with beams).
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from seed_multimodal.settings import SEEDS, check_settings, setting
 
 # Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
+BEAMS, SAMPLING = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"), (
+    "temperature", "top_p", "top_k")
 
 
 class Stopped(Exception):  # noqa: N818 (a signal, not an error)
@@ -82,72 +85,75 @@ class Prompt:
 
 class HiddenStates:
     """The language model's last states (after its final norm) at the words of answers (with beams, the chosen):
-    give it to `generate`, then `at(row, places)`; also while the answer is made."""
+    give it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
-        self.steps: list[Tensor] = []  # of each pass the state at its last token, [rows, D]
-        self.beams: Tensor | None = None  # [answers, n]: the row of each pass that led to each answer's tokens
+        self.rows = defaultdict[int, list[Tensor]](list)  # of each answer a state [D] for each pass
         self.first = 0  # the answer's word that the first pass ends at
-
-    def recording(self, llm: Any, first: int) -> Any:
-        """A context in which every pass of the language model is kept."""
-        self.steps, self.first = [], first
-        return llm.get_decoder().register_forward_hook(
-            lambda module, arguments, output: self.steps.append(output.last_hidden_state[:, -1].clone()))
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
         """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
         `GenerationError`: a word that nothing follows)."""
         steps = [place - self.first for place in places]
-        if steps and not 0 <= min(steps) <= max(steps) < len(self.steps):
+        if steps and not 0 <= min(steps) <= max(steps) < len(self.rows[row]):
             raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
-        rows = [row if self.beams is None else int(self.beams[row, step]) for step in steps]
-        return torch.stack([self.steps[step][number] for step, number in zip(steps, rows, strict=True)])
+        return torch.stack([self.rows[row][step] for step in steps])
 
 
 @torch.inference_mode()
 def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings, *,
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
-             original: bool = False, streamer: Any = None, should_stop: Callable[[], bool] | None = None
-             ) -> list[list[int]]:
-    """`num_return_sequences` answers to each prompt: ids up to and including the end, `prompt.answered` and a forced
-    `<img>` first. Raises `GenerationError` for a prompt too long for the model, no room for a forced image, and scores
-    that are not numbers.
+             original: bool = False, should_stop: Callable[[], bool] | None = None) -> list[list[int]]:
+    """Answers by transformers' `generate`, for beams (without them `Engine` gives the same, faster): ids up to and
+    including the end, `prompt.answered` and a forced `<img>` first. Raises `GenerationError` for a prompt too long for
+    the model, no room for a forced image, and scores that are not numbers.
 
     Args:
-        seeds: one for each prompt; None: `settings.seed` for all. ends: tokens that end an answer; None: `</s>`.
+        seeds: the first is that of all; None: `settings.seed`. ends: tokens that end an answer; None: `</s>`.
         original: only the rules for images of the original code (see `ImageSpans`).
-        streamer: a transformers streamer, for a single prompt without beams.
         should_stop: called before each token; true raises `Stopped`.
     """
-    words, count = tokenizer.vocabulary, settings.num_return_sequences
+    from transformers import GenerationConfig, LogitsProcessorList
+
     if not prompts:
         return []
-    if settings.samples and seeds is None:
-        seeds = [random_seed() if settings.seed is None else settings.seed for _ in prompts]
-    if count > 1 and settings.num_beams == 1:
-        prompts = [prompt for prompt in prompts for _ in range(count)]
-        seeds = [(seed + number) % 2**63 for seed in seeds or () for number in range(count)]
+    words, seed = tokenizer.vocabulary, settings.seed if seeds is None else seeds[0]
     forced = [words.boi_id] if settings.force_image else []
     embed = llm.get_input_embeddings()
-    embeds, mask = pad_left([_embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
-    budget = _budget(embeds.shape[1], settings, llm, words)
+    embeds, mask = pad_left([embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
+    budget, device = room_for(embeds.shape[1], settings, llm, words), embeds.device
     answered = [[*prompt.answered, *forced] for prompt in prompts]
     end = [tokenizer.eos_id] if ends is None else list(ends)
-    processors, config = _how(llm, tokenizer, prompts, settings, seeds, budget, end,
-                              answered[0][-1:] == [words.boi_id], original, should_stop)
-    recording = nullcontext() if states is None else states.recording(llm, len(answered[0]) - 1)
-    device, beam_sampling = embeds.device, settings.samples and settings.num_beams > 1
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=beam_sampling), recording:
-        if beam_sampling:  # transformers draws from the global generator
-            torch.manual_seed((seeds or [0])[0])
+
+    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
+        if should_stop is not None and should_stop():
+            raise Stopped
+        check_finite(bool(torch.isfinite(scores.amax(dim=-1)).all()))
+        return scores
+
+    processors = LogitsProcessorList([check, *row_processors(settings, None, end, device)])
+    if settings.constrain:
+        opened = answered[0][-1:] == [words.boi_id]
+        processors.insert(1, ImageSpans(words, opened, None if original else budget, original))
+    config = GenerationConfig(
+        max_new_tokens=budget, use_cache=True, return_dict_in_generate=True, bos_token_id=tokenizer.bos_id,
+        eos_token_id=end, pad_token_id=tokenizer.pad_id, do_sample=settings.samples,
+        **{name: getattr(settings, name) for name in (*BEAMS, *(SAMPLING if settings.samples else ()))})
+    passes: list[Tensor] = []
+    recording = nullcontext() if states is None else llm.get_decoder().register_forward_hook(
+        lambda module, given, output: passes.append(output.last_hidden_state[:, -1].clone()))
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=settings.samples), recording:
+        if settings.samples:  # transformers draws from the global generator
+            torch.manual_seed(random_seed() if seed is None else seed)
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
-                              logits_processor=processors, streamer=streamer)
+                              logits_processor=processors)
     if states is not None:
-        states.beams = getattr(output, "beam_indices", None)
-    beams = count if settings.num_beams > 1 else 1
-    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in output.sequences.tolist()]
-    return [[*answered[row // beams], *ids[:lengths[row]]] for row, ids in enumerate(output.sequences.tolist())]
+        states.first, chosen = len(answered[0]) - 1, getattr(output, "beam_indices", None)
+        states.rows.update((row, [step[row if chosen is None else chosen[row, number]]
+                                  for number, step in enumerate(passes)]) for row in range(len(output.sequences)))
+    answers = output.sequences.tolist()
+    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in answers]
+    return [[*answered[row // settings.num_return_sequences], *ids[:lengths[row]]] for row, ids in enumerate(answers)]
 
 
 def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, Tensor]:
@@ -176,8 +182,12 @@ class ImageSpans:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Generated `input_ids [B, n]`, `scores [B, V]` → scores with forbidden tokens at -inf."""
-        words, length = self.words, input_ids.shape[1]
-        inside, done = self.span_state(input_ids)
+        left = None if self.budget is None else torch.tensor(self.budget - input_ids.shape[1], device=scores.device)
+        return self.masked(scores, *self.span_state(input_ids), left)
+
+    def masked(self, scores: Tensor, inside: Tensor, done: Tensor, left: Tensor | None) -> Tensor:
+        """The same by the state of each row: inside an image, with so many words of it, and new tokens left."""
+        words = self.words
         needs_code = inside & (done < words.tokens_per_image)
         forbidden = inside[:, None].repeat(1, scores.shape[1])
         forbidden[:, :words.free_inside] = False
@@ -189,7 +199,7 @@ class ImageSpans:
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.original:
             forbidden[:, words.patches:words.patches + 2] = True
-        no_room = self.budget is not None and self.budget - length < words.image_length
+        no_room = inside if left is None else left < words.image_length
         forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
         forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
         forbidden[:, words.size:] = True  # padding rows of a larger output layer
@@ -210,40 +220,38 @@ class ImageSpans:
 
 
 class SeededDraw:
-    """The last logits processor of sampling: draws one token a row from the row's generator, as a plain `generate`
-    after `torch.manual_seed(seed)` would for a single prompt, and forbids all others."""
+    """The last logits processor of sampling: draws one token from a generator of its own, as transformers' `generate`
+    after `torch.manual_seed(seed)` would, and forbids all others."""
 
-    def __init__(self, seeds: Sequence[int], settings: GenerationSettings) -> None:
+    def __init__(self, seed: int, settings: GenerationSettings, device: torch.device) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-        self.seeds, self.generators = seeds, list[torch.Generator]()
+        self.generator = torch.Generator(device).manual_seed(seed)
         warpers = (TemperatureLogitsWarper(float(settings.temperature)) if settings.temperature != 1 else None,
                    TopKLogitsWarper(settings.top_k) if settings.top_k else None,
                    TopPLogitsWarper(float(settings.top_p)) if settings.top_p < 1 else None)
         self.warpers = list(filter(None, warpers))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores [B, V]` → 0 for the drawn token, -inf for the others."""
-        self.generators = self.generators or [torch.Generator(scores.device).manual_seed(seed) for seed in self.seeds]
+        """`scores [1, V]` → 0 for the drawn token, -inf for the others."""
         narrowed = scores
         for warp in self.warpers:
             narrowed = warp(input_ids, narrowed)
-        drawn = torch.cat([torch.multinomial(row[None], 1, generator=generator) for row, generator in
-                           zip(narrowed.softmax(-1), self.generators, strict=True)])
+        drawn = torch.multinomial(narrowed.softmax(-1), 1, generator=self.generator)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
 # ---- inside
 
 
-def _embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
+def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     """Embeddings [L, D] of a prompt, a forced `<img>` last."""
     words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
     rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
     return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
-def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
+def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
     """New tokens there is room for; a forced image needs its codes and `</img>`."""
     context = int(llm.config.max_position_embeddings)
     if length >= context:
@@ -257,51 +265,20 @@ def _budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVoc
     return budget
 
 
-def _how(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings,
-         seeds: Sequence[int] | None, budget: int, end: list[int], opened: bool, original: bool,
-         should_stop: Callable[[], bool] | None) -> tuple[Any, Any]:
-    """Logits processors and configuration of one call of transformers' `generate`."""
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        MinNewTokensLengthLogitsProcessor,
-        RepetitionPenaltyLogitsProcessor,
-        UnbatchedClassifierFreeGuidanceLogitsProcessor,
-    )
+def row_processors(settings: GenerationSettings, seed: int | None, end: list[int], device: torch.device) -> list[Any]:
+    """The logits processors after the rules for images; with a `seed` the last one draws."""
+    from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
-    words = tokenizer.vocabulary
-    processors, device = LogitsProcessorList([_check(should_stop)]), llm.get_input_embeddings().weight.device
-    if settings.guidance != 1:
-        negative = torch.tensor([list(prompt.negative or [words.boi_id]) for prompt in prompts], device=device)
-        processors.append(UnbatchedClassifierFreeGuidanceLogitsProcessor(settings.guidance, llm, negative))
-    if settings.constrain:
-        processors.append(ImageSpans(words, opened, None if original else budget, original))
+    processors: list[Any] = []
     if settings.min_new_tokens:
         processors.append(MinNewTokensLengthLogitsProcessor(0, settings.min_new_tokens, end, device=device))
     if settings.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(settings.repetition_penalty))
-    beams = settings.num_beams > 1
-    sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-    if settings.samples and beams:
-        sampling = {name: getattr(settings, name) for name in sampling}
-    elif settings.samples:
-        processors.append(SeededDraw(seeds or (), settings))
-    return processors, GenerationConfig(
-        max_new_tokens=budget, num_beams=settings.num_beams, do_sample=settings.samples and beams, use_cache=True,
-        num_return_sequences=settings.num_return_sequences if beams else 1, bos_token_id=tokenizer.bos_id,
-        eos_token_id=end, pad_token_id=tokenizer.pad_id, repetition_penalty=1.0, return_dict_in_generate=True,
-        length_penalty=settings.length_penalty if beams else 1.0, early_stopping=beams and settings.early_stopping,
-        **sampling)
+    return [*processors, *([] if seed is None else [SeededDraw(seed, settings, device)])]
 
 
-def _check(should_stop: Callable[[], bool] | None) -> Callable[[Tensor, Tensor], Tensor]:
-    """The first logits processor: scores must be numbers (NaN would end a CUDA process), and somebody must wait."""
-    def check(input_ids: Tensor, scores: Tensor) -> Tensor:
-        if should_stop is not None and should_stop():
-            raise Stopped
-        if not bool(torch.isfinite(scores.amax(dim=-1)).all()):
-            raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
-                                  "dtype too narrow (try --dtype float32).")
-        return scores
-
-    return check
+def check_finite(is_finite: bool) -> None:
+    """Scores must be numbers: NaN would end a CUDA process. Raises `GenerationError`."""
+    if not is_finite:
+        raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
+                              "dtype too narrow (try --dtype float32).")

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,9 +17,10 @@ from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.answer import ImagePart, split_answer
-from seed_multimodal.language.generation import GenerationSettings, Prompt, Stopped, generate
+from seed_multimodal.language.engine import Engine
+from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
 from seed_multimodal.language.messages import Answer, DrawnPart
-from seed_multimodal.language.streaming import AnswerReader, Event, TokenStreamer, tokens_from_thread
+from seed_multimodal.language.streaming import AnswerReader, Event
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
@@ -28,15 +29,14 @@ Draw = Callable[[dict[str, Any]], Image.Image | None]  # the event of an image, 
 
 
 class Generator:
-    """Generates answers, for one thread at a time; a subclass says what its settings are and where its answers end."""
+    """Generates answers, for any number of threads; a subclass says what its settings are and where its answers end."""
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
     drawing_settings: tuple[str, ...] = ()  # options that are no generation settings
     answer_after = ""  # see `TaskPrompts`
-    llm_device: torch.device | None = None  # where an off-loaded language model computes
 
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
-        self.tokenizer, self.llm, self._turn = tokenizer, llm, threading.Lock()
+        self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
 
     def __getstate__(self) -> Any:
         raise TypeError("A system cannot be pickled or copied; use save_pretrained and from_pretrained.")
@@ -87,9 +87,13 @@ class Generator:
 
     def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
                  **how: Any) -> list[list[int]]:
-        """The ids of each answer; `how`: further arguments of `language.generation.generate`."""
-        with self._turn, on_device(self.llm, self.llm_device):
-            return generate(self.llm, self.tokenizer, prompts, settings, ends=self.ends(task), **how)
+        """The ids of each answer; `how`: `seeds`, `states`, `should_stop` of `language.generation.generate`."""
+        how["ends"] = self.ends(task)
+        if settings.num_beams == 1:
+            return self.engine.generate(prompts, settings, **how)
+        with_beams = partial(generate, self.llm, self.tokenizer, prompts, settings, **how)
+        answers: list[list[int]] = self.engine.run(with_beams)
+        return answers
 
     def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
         """The parts of an answer, cut at its end."""
@@ -113,8 +117,8 @@ class Generator:
                 yield event
 
         with contextlib.suppress(Stopped):
-            tokens = self._tokens(prompt, settings, task, should_stop=should_stop, **how)
-            with contextlib.closing(tokens):  # leaving early ends the thread
+            tokens: Any = self._tokens(prompt, settings, task, should_stop=should_stop, **how)
+            with contextlib.closing(tokens):  # leaving early ends the answer
                 for token in tokens:
                     yield from show(reader.read(token))
                     if reader.finished:
@@ -126,16 +130,16 @@ class Generator:
                  for part in answer.parts]
         yield {"type": "done", "answer": replace(answer, parts=tuple(parts))}
 
-    def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, **how: Any) -> Any:
+    def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
+                should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
         """Tokens of one answer as they come; with beams all at the end, when the best one is known."""
-        def produce(streamer: TokenStreamer | None) -> list[list[int]]:
-            return self.generate([prompt], settings, task, streamer=streamer, **how)
-
         if settings.num_beams > 1:
-            yield from produce(None)[0]
+            yield from self.generate([prompt], settings, task, states=states, should_stop=should_stop)[0]
         else:
-            yield from [*prompt.answered, *([self.tokenizer.vocabulary.boi_id] if settings.force_image else [])]
-            yield from tokens_from_thread(produce)
+            request = self.engine.submit(prompt, settings, ends=self.ends(task), should_stop=should_stop,
+                                         states=None if states is None else (states, 0))
+            yield from request.answered
+            yield from request
 
 
 @contextlib.contextmanager

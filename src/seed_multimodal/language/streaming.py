@@ -1,4 +1,4 @@
-"""An answer while it is generated: tokens out of a thread, and events out of tokens.
+"""An answer while it is generated: events out of tokens.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
 `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
@@ -7,17 +7,10 @@ Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "i
 
 from __future__ import annotations
 
-import contextlib
-import queue
-import threading
-from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from seed_multimodal.language.answer import AnswerPart, ImagePart, TextPart, split_answer
-from seed_multimodal.language.generation import Stopped
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 Event = dict[str, Any]
@@ -145,37 +138,3 @@ def _event(part: AnswerPart, start: int) -> Event:
 def _overlap(text: str, stop: str) -> int:
     """The longest beginning of `stop` that `text` ends with."""
     return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class TokenStreamer:
-    """A transformers streamer that puts every new token into `queue`, and stops generation once `left` is set."""
-
-    def __init__(self) -> None:
-        self.queue: queue.Queue[Any] = queue.Queue()
-        self.left = threading.Event()
-        self._seen_prompt = False
-
-    def put(self, value: Tensor) -> None:
-        for token in value.flatten().tolist() if self._seen_prompt else ():
-            self.queue.put(token)
-        self._seen_prompt = True  # the first call brings it
-        if self.left.is_set():
-            raise Stopped
-
-    def end(self) -> None:
-        self.queue.put(None)
-
-
-def tokens_from_thread(produce: Callable[[TokenStreamer], Any]) -> Generator[int, None, None]:
-    """Run `produce(streamer)` in a thread, which does not wait for its tokens to be read, and yield its tokens. Leaving
-    the iterator early ends the generation; an exception in the thread is raised here."""
-    streamer = TokenStreamer()
-    with ThreadPoolExecutor(1, "seed-generate") as pool:
-        result = pool.submit(produce, streamer)
-        result.add_done_callback(lambda _: streamer.end())  # also after an error
-        try:
-            yield from iter(streamer.queue.get, None)
-            with contextlib.suppress(Stopped):
-                result.result()
-        finally:
-            streamer.left.set()

@@ -16,8 +16,6 @@ A tokenizer folder holds `tokenizer.model` (SentencePiece), `added_tokens.json` 
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -27,7 +25,7 @@ from typing import Any, Self
 
 import sentencepiece as spm
 
-from seed_multimodal.disk import read_json_object, replace_text, replacing
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
@@ -36,7 +34,7 @@ MODEL, ADDED, CONFIG, SPECIAL = (
 Part = str | Sequence[int]
 _CODE_WORD = re.compile(r"<img_[0-9]{5,}>")
 _NUMBERED_WORD = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
-_DEFAULTS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 
 @dataclass
@@ -74,22 +72,6 @@ class MultimodalTokenizer:
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Read a folder; raises `CheckpointError` if a file is missing or damaged or numbers the words otherwise."""
         return cls(read_files(Path(folder)))
-
-    @classmethod
-    def train(cls, texts: Iterable[str], folder: str | Path, vocab_size: int, n_codes: int, tokens_per_image: int = 32,
-              n_locations: int = 0) -> Self:
-        """Learn a byte-fallback BPE model with LLaMA's settings from `texts` and write a tokenizer folder: `vocab_size`
-        text pieces (those of bytes and control words included), `n_codes` image words on top, and, with `n_locations`
-        places on a side of the grid of boxes, SEED-X's words."""
-        model = io.BytesIO()
-        spm.SentencePieceTrainer.Train(
-            sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()), model_writer=model,
-            model_type="bpe", vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9999, unk_id=0, bos_id=1,
-            eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
-            normalization_rule_name="identity", split_digits=True, allow_whitespace_only_pieces=True, num_threads=1,
-            minloglevel=2, max_sentence_length=1 << 16)
-        write_files(Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, cls.spelled)
-        return cls.from_pretrained(folder)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the folder as it was read."""
@@ -261,32 +243,7 @@ def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
     """Special word → whether white space is dropped before and after it: as a dictionary entry says; on both sides of
     a plain string (as in transformers 4.30.2); on no side of LLaMA's own three."""
     values = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
-    words = dict.fromkeys(_DEFAULTS.values(), (False, False))
+    words = dict.fromkeys(NAMES.values(), (False, False))
     words |= {entry: (True, True) for entry in values if isinstance(entry, str)}
     return words | {entry["content"]: (bool(entry.get("lstrip")), bool(entry.get("rstrip")))
                     for entry in reversed(values) if isinstance(entry, dict) and "content" in entry}
-
-
-def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int, n_locations: int = 0,
-                spelled: bool = True) -> None:
-    """Write a tokenizer folder around a SentencePiece model (with locations, of SEED-X's words), readable by
-    transformers' LlamaTokenizer, too; without `spelled` the image words have no names (LaVIT)."""
-    processor = spm.SentencePieceProcessor()
-    processor.LoadFromSerializedProto(model)
-    n_text = processor.GetPieceSize()
-    vocabulary = SeedXVocabulary.after(n_text, tokens_per_image, n_codes, n_locations) if n_locations else (
-        ImageVocabulary(n_text, n_codes, tokens_per_image))
-    special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-               for key, text in _DEFAULTS.items()}
-    config = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False,
-        "clean_up_tokenization_spaces": False, "pad_token": None, "legacy": True, "sp_model_kwargs": {},
-        "tokens_per_image": tokens_per_image, **({} if spelled else {"image_codes": n_codes}),
-        **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
-    }
-    files = {**({ADDED: vocabulary.words} if spelled else {}), SPECIAL: special, CONFIG: config}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in files.items():
-        replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    with replacing(folder / MODEL) as handle:  # last: a folder that has it is complete
-        handle.write(model)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from seed_multimodal.errors import CodesError, RequestError
+from seed_multimodal.errors import CodesError
 
 BOI, EOI = "<img>", "</img>"
 PLACEHOLDER = "<image>"  # stands for an image in texts shown to people; never a word of the vocabulary
@@ -132,13 +132,6 @@ class SeedXVocabulary(ImageVocabulary):
     in_order: ClassVar[bool] = True
 
     @classmethod
-    def after(cls, n_text: int, tokens_per_image: int, n_codes: int = 100, n_locations: int = 224) -> SeedXVocabulary:
-        """The words behind `n_text` text pieces, in the released order."""
-        brackets = n_text + n_codes
-        return cls(n_text, n_codes, tokens_per_image, n_locations, n_text, brackets, brackets + 2, brackets + 4,
-                   brackets + 4 + n_locations)
-
-    @classmethod
     def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
         """The vocabulary of a tokenizer's added words, in any order; `KeyError`: the first of a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
@@ -176,19 +169,6 @@ class SeedXVocabulary(ImageVocabulary):
         last; `tokens`: words of one view, 0: as many as an image has."""
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
-
-    def box_parts(self, text: str) -> list[str | Ids]:
-        """A text as the parts of a prompt, its words of boxes as ids; raises `RequestError` for a location outside the
-        grid."""
-        parts: list[str | Ids] = []
-        done, known = 0, self.words if BOX_WORDS.search(text) else {}
-        for match in BOX_WORDS.finditer(text):
-            names = re.findall("<[^>]+>", match[0])
-            if wrong := [name for name in names if name not in known]:
-                raise RequestError(f"{wrong[0]} lies outside the grid of {self.n_locations} places.")
-            parts += [text[done:match.start()], Ids(known[name] for name in names)]
-            done = match.end()
-        return [part for part in [*parts, text[done:]] if part]
 
     def places(self, ids: Sequence[int]) -> list[int]:
         """Indices of the placeholders, where features are put."""

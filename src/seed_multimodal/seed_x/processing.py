@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.prompts import Part, get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import BOX, BOX_END, PLACEHOLDER, Ids, SeedXVocabulary
+from seed_multimodal.language.vocabulary import BOX, BOX_END, BOX_WORDS, PLACEHOLDER, Ids, SeedXVocabulary
 
 GRID = SeedXVocabulary.n_locations
 _NUMBER = re.compile(r"<loc-(\d+)>")
@@ -87,10 +87,24 @@ class SeedXPrompts:
                 problems = read_boxes(part, grid=self.vocabulary.n_locations)[1] if asked else []
                 if problems:
                     raise RequestError(problems[0])
-                yield from self.vocabulary.box_parts(part)
+                yield from box_parts(part, self.vocabulary)
             else:
                 yield Ids(self.vocabulary.run()) if isinstance(part, WrittenImage) else (
                     self.vocabulary.read_ids(part.views))
+
+
+def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
+    """A text as the parts of a prompt, its words of boxes as ids; raises `RequestError` for a location outside the
+    grid."""
+    parts: list[str | Ids] = []
+    done, known = 0, vocabulary.words if BOX_WORDS.search(text) else {}
+    for match in BOX_WORDS.finditer(text):
+        names = re.findall("<[^>]+>", match[0])
+        if wrong := [name for name in names if name not in known]:
+            raise RequestError(f"{wrong[0]} lies outside the grid of {vocabulary.n_locations} places.")
+        parts += [text[done:match.start()], Ids(known[name] for name in names)]
+        done = match.end()
+    return [part for part in [*parts, text[done:]] if part]
 
 
 def seed_x_words(tokenizer: MultimodalTokenizer) -> SeedXVocabulary:

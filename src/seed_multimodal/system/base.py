@@ -89,7 +89,7 @@ class MultimodalSystem(Generator):
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
-        system.llm_device = llm.device if "llm" in parked else None
+        system.engine.device = llm.device if "llm" in parked else None
         system._log_note(config.notice)
         return system
 

@@ -26,6 +26,7 @@ from seed_multimodal.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import StageConfig
 from seed_multimodal.weights import save_state_dict
+from seed_nano.train.words import train_words
 from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
@@ -131,8 +132,8 @@ class Workspace:
 
     def train_words(self) -> None:
         """Train the text tokenizer on the sentences of nano's scenes."""
-        MultimodalTokenizer.train(sentences(), self.words_folder, self.config.llm.text_vocabulary,
-                                  self.config.tokenizer.codes)
+        train_words(MultimodalTokenizer, sentences(), self.words_folder, self.config.llm.text_vocabulary,
+                    self.config.tokenizer.codes)
 
     def cached(self, name: str, stage: str, make: Callable[[], Tensor], **facts: object) -> Tensor:
         """The tensor `work/NAME.safetensors`; computed by `make` if it is absent, damaged, older than the record of
@@ -192,8 +193,8 @@ class XWorkspace(SuccessorWorkspace):
                  for message in x_record_at(kind, 0, number)["messages"] for part in message["content"]
                  if isinstance(part, str) and "<" not in part]
         sizes, tokens = self.config.llm, self.config.tower.grid**2
-        MultimodalTokenizer.train([*sentences(), *texts], self.words_folder, vocab_size=sizes.text_vocabulary,
-                                  n_codes=tokens, tokens_per_image=tokens, n_locations=sizes.locations)
+        train_words(MultimodalTokenizer, [*sentences(), *texts], self.words_folder, vocab_size=sizes.text_vocabulary,
+                    n_codes=tokens, tokens_per_image=tokens, n_locations=sizes.locations)
 
 
 class LavitWorkspace(SuccessorWorkspace):
@@ -208,5 +209,5 @@ class LavitWorkspace(SuccessorWorkspace):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
             texts += [str(records.locate(row).fields[name]) for row in range(LAVIT_TEXTS) for name in fields]
         patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid**2
-        LavitTokenizer.train(texts, self.words_folder, self.config.llm.text_vocabulary, self.config.tokenizer.codes,
-                             patches)
+        train_words(LavitTokenizer, texts, self.words_folder, self.config.llm.text_vocabulary,
+                    self.config.tokenizer.codes, patches)

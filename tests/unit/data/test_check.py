@@ -53,11 +53,12 @@ def test_check_files_with_bad_records(codes: Callable, lines: Callable, tmp_path
 def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     """A decoder that opens images reads them as in training; one that is missing is broken."""
     from seed_multimodal.lavit.processing import LavitTokenizer
+    from seed_nano.train.words import train_words
 
     (tmp_path / "0.jpg").write_bytes(jpeg(0))
     (tmp_path / "a.jsonl").write_text("".join(
         json.dumps({"image": f"{number}.jpg", "text": "a red cat"}) + "\n" for number in range(2)))
-    LavitTokenizer.train(["a red cat"] * 30, tmp_path / "words", vocab_size=270, n_codes=8, tokens_per_image=16)
+    train_words(LavitTokenizer, ["a red cat"] * 30, tmp_path / "words", vocab_size=270, n_codes=8, tokens_per_image=16)
     settings = read_data_settings({"sources": [{"files": str(tmp_path / "a.jsonl"), "decoder": "lavit.caption"}]})
     report, = check_sources(settings, str(tmp_path / "words"))
     assert report.records == 2 and len(report.lengths) == 1 and report.broken == 1

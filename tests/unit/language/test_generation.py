@@ -35,13 +35,9 @@ def test_generate_is_transformers_generate(tiny: Any) -> None:
 
 def test_rows_of_a_batch_are_those_alone(tiny: Any) -> None:
     prompts = [prompt(tiny, text) for text in ("a", "What is this animal?", "Please draw a fish.")]
-    for settings in (GenerationSettings(max_new_tokens=40, **GREEDY), GenerationSettings(max_new_tokens=40, **WILD)):
-        together = run(tiny, prompts, settings, seeds=[1, 2, 3])
-        alone = [run(tiny, [one], settings, seeds=[seed])[0] for one, seed in zip(prompts, (1, 2, 3), strict=True)]
-        assert together == alone
-    several = GenerationSettings(max_new_tokens=20, num_return_sequences=3, seed=4, **WILD)
-    assert run(tiny, prompts[:1], several)[2] == run(tiny, prompts[:1], GenerationSettings(
-        max_new_tokens=20, seed=6, **WILD))[0]
+    for beams in (1, 3):
+        settings = GenerationSettings(max_new_tokens=40, num_beams=beams, **GREEDY)
+        assert run(tiny, prompts, settings) == [run(tiny, [one], settings)[0] for one in prompts]
 
 
 @pytest.mark.parametrize("how", [WILD, {"num_beams": 3, **GREEDY}, {"num_beams": 2, **WILD}])
@@ -85,18 +81,6 @@ def test_states_are_those_of_a_plain_pass(tiny: Any) -> None:
         with torch.inference_mode():
             whole = tiny.llm.model(torch.tensor([[*one.ids, *ids]])).last_hidden_state[0, len(one.ids):]
         torch.testing.assert_close(states.at(0, range(1, 33)), whole[1:33], rtol=1e-4, atol=1e-5)
-
-
-def test_guidance_steers_from_the_negative_prompt(tiny_lavit: Any) -> None:
-    words = tiny_lavit.tokenizer
-    settings = {"max_new_tokens": 12, "force_image": True, **GREEDY}
-
-    def written(guidance: float, negative: str | None = None) -> list[int]:
-        against = None if negative is None else [*words.text_ids(negative), words.vocabulary.boi_id]
-        return run(tiny_lavit, [Prompt(words.text_ids("a red apple"), negative=against)],
-                   GenerationSettings(guidance=guidance, **settings), ends=[words.vocabulary.eoi_id])[0]
-
-    assert written(1.0) != written(6.0) != written(6.0, "a blue fish")
 
 
 def test_scores_that_are_not_numbers_are_refused(tiny: Any) -> None:

@@ -8,8 +8,9 @@ from itertools import groupby
 import pytest
 
 from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
-from seed_multimodal.language.streaming import AnswerReader, tokens_from_thread
+from seed_multimodal.language.streaming import AnswerReader
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_nano.train.words import train_words
 
 MARKER = "\nUSER:"
 
@@ -17,7 +18,7 @@ MARKER = "\nUSER:"
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     texts = ["USER: What is this?\nASSISTANT: a red apple on the table.", "Here is the picture of a blue fish."] * 5
-    return MultimodalTokenizer.train(texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
+    return train_words(MultimodalTokenizer, texts, tmp_path_factory.mktemp("words"), vocab_size=320, n_codes=16)
 
 
 def read_all(words: MultimodalTokenizer, ids: list[int], *stops: str, after: str = "") -> tuple[AnswerReader, list]:
@@ -88,14 +89,6 @@ def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
             [event.get("codes") or event["reason"] for event in group])]
         assert read == [part.text.strip() if isinstance(part, TextPart) else part.codes if isinstance(part, ImagePart)
                         else part.reason for part in split_answer(ids, words)], ids
-
-
-def test_an_error_in_the_thread_is_raised_here() -> None:
-    def produce(streamer: object) -> None:
-        raise ValueError("inside")
-
-    with pytest.raises(ValueError, match="inside"):
-        list(tokens_from_thread(produce))
 
 
 def test_a_verdict_before_the_answer_is_not_given_out(words: MultimodalTokenizer) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_nano.train.words import train_words
 
 CODES = [3, 0, 23, 7, 7]
 
@@ -32,7 +33,7 @@ def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str)
 def test_train_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
-        MultimodalTokenizer.train(iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
+        train_words(MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4)
     assert (tmp_path / "a/tokenizer.model").read_bytes() == (tmp_path / "b/tokenizer.model").read_bytes()
     again = MultimodalTokenizer.from_pretrained(tmp_path / "a")
     assert again.vocabulary.tokens_per_image == 32

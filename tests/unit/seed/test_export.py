@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.language.tokenizer import MODEL, write_files
+from seed_multimodal.language.tokenizer import MODEL
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.seed.configuration import Seed2Config, TokenizerConfig
 from seed_multimodal.seed.export import Export, export_tokenizer
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.seed.training import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.weights import load_state_dict
+from seed_nano.train.words import write_files
 
 NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 

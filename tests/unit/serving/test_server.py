@@ -70,7 +70,7 @@ class Gate:
 
     def __init__(self, llm: Any) -> None:
         self.open, self.passes = threading.Event(), 0
-        self.hook = llm.register_forward_pre_hook(lambda *_: self.hold())
+        self.hook = llm.get_decoder().register_forward_pre_hook(lambda *_: self.hold())
 
     def hold(self) -> None:
         self.passes += 1

@@ -12,6 +12,7 @@ from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
 from seed_multimodal.data.decoders.seed_x import PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.lavit.processing import LavitTokenizer
+from seed_nano.train.words import train_words
 
 TEXTS = ["a red cat Question: What is it? Answer: a dog make it blue"] * 30
 PICTURE = Image.new("RGB", (20, 10))
@@ -19,7 +20,8 @@ PICTURE = Image.new("RGB", (20, 10))
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
-    return LavitTokenizer.train(TEXTS, tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=8, tokens_per_image=16)
+    return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=8,
+                       tokens_per_image=16)
 
 
 def make(words: LavitTokenizer, name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 1,

@@ -13,6 +13,7 @@ from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
+from seed_nano.train.words import train_words
 
 TEXTS = ["[INST] What is this? [/INST]\n", "It is a red cat.", "Here is a picture. Generate an image: blue"] * 20
 
@@ -25,8 +26,8 @@ EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    return MultimodalTokenizer.train(TEXTS, tmp_path_factory.mktemp("words"), vocab_size=300, n_codes=6,
-                                     tokens_per_image=4, n_locations=16)
+    return train_words(MultimodalTokenizer, TEXTS, tmp_path_factory.mktemp("words"), vocab_size=300, n_codes=6,
+                       tokens_per_image=4, n_locations=16)
 
 
 def make(words: MultimodalTokenizer, name: str, **options: Any) -> PictureDecoder:

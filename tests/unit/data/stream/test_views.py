@@ -17,6 +17,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_nano.train.words import train_words
 
 SIDE = 28
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
@@ -25,9 +26,8 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     """A tokenizer with pictures of 4 words."""
-    return MultimodalTokenizer.train(["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
-                                     tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4,
-                                     n_locations=16)
+    return train_words(MultimodalTokenizer, ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
+                       tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4, n_locations=16)
 
 
 def picture(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
