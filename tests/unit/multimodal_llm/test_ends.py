@@ -154,25 +154,6 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
 
 
-def test_evaluation_data_are_read_before_the_first_step(runs, train, tmp_path):
-    with pytest.raises(SeedError, match="nowhere"):
-        train("out", "trainer.eval_steps=8", "++eval_data.sources=[{name: a, files: nowhere.jsonl, decoder: chat}]")
-    assert not runs.losses(tmp_path / "out")
-
-
-def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
-    """An error that is not the disk's: what cannot be kept in a state."""
-    from seed_multimodal.training.checkpoint import CheckpointStore
-    from seed_multimodal.training.config import TrainerConfig
-    from seed_multimodal.training.distributed import ProcessGroup
-
-    saver = CheckpointStore(tmp_path, ProcessGroup(), TrainerConfig())
-    saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
-    with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
-        saver.finish()
-    assert saver.saved is None and not list(tmp_path.iterdir())
-
-
 def test_what_machines_do_becomes_a_sentence():
     import torch
 
