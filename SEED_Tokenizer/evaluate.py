@@ -8,30 +8,19 @@ Retrieval, reconstruction and contact sheets of an exported tokenizer: `seed eva
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import json
 import sys
 from collections.abc import Sequence
 
-from train import build, parser
+from train import parser, train
 
 from seed_multimodal.entry import guarded
-
-
-def evaluate(args: argparse.Namespace) -> int:
-    """Print the mean losses of each split; exit code 0."""
-    args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
-    with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
-        result = build(args).evaluate()
-    print(json.dumps(result))
-    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
-    return guarded("evaluate.py", args.debug, lambda: evaluate(args))
+    args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
+    return guarded("evaluate.py", args.debug, lambda: train(args))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,4 @@
-"""Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder, numbers for
-the log.
+"""Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder.
 
 A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
 `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
@@ -26,18 +25,13 @@ from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.seed.checkpoints import VISION, VISION_URL, load_blip2, load_clip_vision, load_vision
 from seed_multimodal.seed.configuration import QFormerConfig
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.checkpoint import frozen_names
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
 class SeedModel(BaseModel):
-    """Mixed in before the library's class. `stage` names the log and checkpoint files of its training.
-
-    Attributes:
-        latest: numbers of the last `forward` for the log, detached.
-        companions: names of frozen modules that are used beside the model and are not in its checkpoints.
-        vision_file: where the vision encoder was read from; empty if it is in a checkpoint, or random.
-        shares_encoder: the vision encoder is that of the target CLIP, which is then computed once.
-    """
+    """Mixed in before the library's class. `stage` names the files of its training; `latest` holds the numbers of the
+    last `forward`; `companions` are frozen modules outside of the model."""
 
     PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": str(APPLICATION / "lavis/configs/models/blip2/blip2_pretrain.yaml")}
     stage = ""
@@ -46,8 +40,8 @@ class SeedModel(BaseModel):
     latest: Mapping[str, Tensor] = MappingProxyType({})
     companions: tuple[str, ...] = ()
     reads_captions = True
-    vision_file = ""
-    shares_encoder = False
+    vision_file = ""  # empty: the vision encoder is in a checkpoint, or random
+    shares_encoder = False  # with the target CLIP: computed once
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:
@@ -152,12 +146,8 @@ def qformer_sizes(options: ModelOptions) -> QFormerConfig:
 
 
 def load_initial(model: Any) -> None:
-    """Load the files that a model's options name: BLIP-2's Q-Former or a stage-1 checkpoint (`pretrained`), the vision
-    encoder (`vit_weights`) where that holds none, a checkpoint of the same stage (`finetuned`).
-
-    Raises:
-        CheckpointError: a file that is missing, damaged, of another model or size. ConfigError: none is named.
-    """
+    """Load BLIP-2's Q-Former or a stage-1 checkpoint (`pretrained`), the vision encoder (`vit_weights`) where that has
+    none, and a checkpoint of the same stage (`finetuned`)."""
     options, has_vision = model.options, False
     if not options.load_pretrained:
         log(f"model.load_pretrained is false: {model.stage} starts at random weights.")
@@ -179,15 +169,10 @@ def load_initial(model: Any) -> None:
                           f"{VISION_URL}), or start at random with model.load_pretrained=False.")
     if options.load_finetuned:
         file = locate(str(options.finetuned))
-        log(str(assign_strictly(model, load_state_dict(file), file, allow_missing=sorted(frozen_names(model)),
-                                foreign=True)))
+        log(assign_strictly(model, load_state_dict(file), file, allow_missing=frozen_names(model),
+                            foreign=True).describe())
     clip = getattr(model, "clip", None) or getattr(model, "clip_model", None)
     model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
-
-
-def frozen_names(model: nn.Module) -> set[str]:
-    """Parameters that are not trained, so not part of a training checkpoint."""
-    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
 
 
 def is_encoder_of(vision: nn.Module, clip: Any) -> bool:
@@ -205,8 +190,7 @@ def clip_target(source: str | None, precision: str, width: int | None) -> Any:
         raise ConfigError("The target embedding needs a CLIP folder: give it as model.clip_model.")
     clip = load_clip_vision(locate(source), dtype=frozen_dtype(precision), log=log)
     if width not in (None, clip.config.projection_dim):
-        raise ConfigError(f"The YAML says that image embeddings are {width} wide (model.image_features_dim, or "
-                          f"embedding_dim in stage 1), but those of {source} are {clip.config.projection_dim} wide.")
+        raise ConfigError(f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not {width}.")
     return clip
 
 

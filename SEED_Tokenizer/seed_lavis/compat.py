@@ -1,12 +1,10 @@
 """The only module that adapts salesforce-lavis 1.0.2 to today's transformers and to machines without CUDA.
 
-Import LAVIS names from here, never from `lavis` directly. LAVIS's registry, `Config`, tasks, builders, processors,
-learning-rate schedules and runner are used as installed. Obstacles and workarounds:
+Import LAVIS names from here, never from `lavis` directly:
 
 * `import lavis` loads its whole model zoo, which needs an old transformers: six packages are put into `sys.modules`
   bare, with LAVIS's own folders as their path, so that only the submodules asked for are read;
-* timm's hub, torchvision's and iopath's downloads, pandas (csv files) and decord (video) are imported at the top of
-  modules we need but not used by us: stand-ins take their places while LAVIS is imported;
+* packages that are imported by modules we need but not used by us are replaced by stand-ins while LAVIS is imported;
 * `registry` needs paths and constants that `lavis/__init__` registers.
 """
 

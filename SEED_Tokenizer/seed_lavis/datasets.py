@@ -40,8 +40,7 @@ class PairBuilder(BaseDatasetBuilder):
     train_dataset_cls = eval_dataset_cls = PairDataset
 
     def build_datasets(self) -> dict[str, PairDataset]:
-        """`SPLIT` → its samples for training, `SPLIT:eval` → those for evaluation, of the splits that the run uses.
-        Raises ConfigError or DataError."""
+        """`SPLIT` → its samples for training, `SPLIT:eval` → those for evaluation, of the splits that the run uses."""
         configuration, built = registry.get("configuration"), {}
         run, captioned = configuration.run_cfg, registry.get_model_class(configuration.model_cfg.arch).reads_captions
         train = run.get("train_splits", ())
@@ -114,8 +113,7 @@ def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[
 
 def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str],
                 ratios: Mapping[str, float], seed: int) -> MixedOrder | None:
-    """The order in which `split_of(datasets, names)` is drawn with `ratios`, a data set's shared by its splits in
-    proportion to their sizes; None without them or for a single set."""
+    """The order in which `split_of(datasets, names)` is drawn with `ratios`; None without them or for a single set."""
     parts = [(owner, splits[name]) for owner, splits in datasets.items() for name in names if name in splits]
     if not ratios or len(parts) < 2:
         return None

@@ -1,8 +1,5 @@
-"""The trained models by their LAVIS names: SEED-2's stages `blip2_casual` (sic) and `blip2_codebook_all_image`,
-SEED-1's stage 2 `seed1_codebook_text` and LaVIT's stage 1 `lavit_tokenizer`.
-
-The models themselves, their losses included, are in `seed_multimodal.seed.training` and `lavit.training`.
-"""
+"""The trained models by their LAVIS names; networks and losses are in `seed_multimodal.seed.training` and
+`lavit.training`."""
 
 from __future__ import annotations
 
@@ -51,8 +48,8 @@ from seed_multimodal.weights import load_state_dict, some_weights
 
 @registry.register_model("blip2_casual")
 class Blip2Casual(SeedModel, Stage1Model):
-    """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, and `caption` (texts) or ready `input_ids` with
-    `attention_mask` `[B, T]`; `target` `[B, E]` if the image embedding is regressed without a `clip_model`."""
+    """Stage 1, the causal Q-Former. `samples`: `image` `[B, 3, S, S]`, `caption` (texts) or `input_ids` with
+    `attention_mask` `[B, T]`, and optionally `target` `[B, E]`."""
 
     stage, companions = "stage1", ("clip",)
     options_type = Stage1Options
@@ -112,8 +109,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
                              use_qformer_image=options.use_qformer_image, recon_s=options.recon_s)
         Stage2Model.__init__(
             self, config, weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
-            clip_model=clip, readout_weight=readout,
-            **stage2_training(options))
+            clip_model=clip, readout_weight=readout, **stage2_training(options))
         if options.scaled_start:
             self.scale_start()
         self.options = options
@@ -175,18 +171,13 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
 
 
 def text_encoder(options: Seed1Options) -> tuple[Any, Any]:
-    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder or a folder with both.
-    Raises CheckpointError: not there, or not complete."""
+    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder. Raises CheckpointError."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    place = Path(locate(str(options.text_encoder)))
-    parts = [place / name if (place / name).is_dir() else place for name in ("text_encoder", "tokenizer")]
+    place, kind = Path(locate(str(options.text_encoder))), frozen_dtype(options.clip_precision)
     try:
-        encoder, loaded = CLIPTextModel.from_pretrained(parts[0], dtype=frozen_dtype(options.clip_precision),
-                                                        local_files_only=True, output_loading_info=True)
-        words = CLIPTokenizer.from_pretrained(parts[1], local_files_only=True)
-        if missing := [name for name in loaded["missing_keys"] if not name.endswith("position_ids")]:
-            raise ValueError(f"{missing[0]!r} is missing")
+        encoder = CLIPTextModel.from_pretrained(place / "text_encoder", dtype=kind, local_files_only=True)
+        words = CLIPTokenizer.from_pretrained(place / "tokenizer", local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{place}: no complete text encoder and tokenizer ({first_line(error)}); download text_encoder and "
@@ -253,8 +244,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
 
 
 def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
-    """Sizes of tokenizer and decoder; sections of the YAML override single ones. The released vision encoder has 40
-    blocks (SEED's models leave out the last)."""
+    """Sizes of tokenizer and decoder; the original vision encoder has 40 blocks (SEED's models omit the last)."""
     vit = vit_sizes(replace(options, vit={"depth": 40, **options.vit}))
     tokenizer = read_settings(LavitTokenizerConfig, {
         "codebook_size": options.n_embed, "codebook_dim": options.codebook_embed_dim, "vit_head": 0, **options.merger},

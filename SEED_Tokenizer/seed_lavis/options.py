@@ -6,7 +6,6 @@ Defaults are the released training's; keys that the original did not have are ma
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,14 +165,12 @@ class RunOptions:
     distributed: bool = True
     train_dataset_ratios: dict[str, float] = setting(factory=dict)
     # ours
-    valid_every_epochs: int = setting(1, least=1)
-    valid_batches: int = setting(0, least=0)
     iters_per_epoch: int = setting(5000, least=1)
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
-    clip_grad: float = setting(0.0, least=0, most=math.inf)
+    clip_grad: float = setting(0.0, least=0)
     ema: float = setting(0.0, least=0, most=0.999999)
     tensorboard: bool = False
-    save_seconds: float = setting(300.0, least=0, most=math.inf)
+    save_seconds: float = setting(300.0, least=0)
     save_every_steps: int = setting(0, least=0)
     keep_checkpoints: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
@@ -181,8 +178,7 @@ class RunOptions:
 
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:
-    """The checked configuration of a run; `run.output_dir` is absolute in it, `run.device` is a device that exists.
-    Raises ConfigError."""
+    """The checked configuration of a run. Raises ConfigError."""
     from seed_lavis.compat import Config, registry
 
     file = Path(locate(cfg_path))

@@ -40,8 +40,7 @@ class Processor(BaseProcessor):
         return Processor(cls.make(**keys))
 
     def read(self, source: ImageSource, *, name: str | None = None, generator: torch.Generator | None = None) -> Tensor:
-        """A stored image → uint8 `[3, S, S]`, what the data workers hand over; a training view draws from `generator`,
-        so that it is a function of (seed, epoch, index)."""
+        """A stored image → uint8 `[3, S, S]`, what the data workers hand over; views are drawn with `generator`."""
         return self.transform.read(source, name=name, generator=generator)
 
     def __call__(self, item: Image.Image | str, generator: torch.Generator | None = None) -> Any:
@@ -55,7 +54,6 @@ for _name, _make in (("blip2_image_train", TrainTransform), ("blip_caption", Bli
 
 
 def caption_words(source: str, max_length: int) -> BertWords | PieceWords:
-    """The tokenizer in a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`.
-    Raises CheckpointError: nothing there."""
+    """The tokenizer of a folder, also one in `pretrained/`, or of a hub id, for captions padded to `max_length`."""
     place, below = locate(source), locate(f"pretrained/{source}")
     return open_words(below if not Path(place).exists() and Path(below).is_dir() else place, max_length)

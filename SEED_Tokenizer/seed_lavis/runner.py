@@ -6,6 +6,7 @@ next stage, an export or another LAVIS reads it. A killed run resumes from the t
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from tqdm import tqdm
 
 from seed_lavis import log
-from seed_lavis.base import frozen_names
 from seed_lavis.compat import RunnerBase, registry
 from seed_lavis.datasets import mixed_order, split_of
-from seed_lavis.options import RunOptions, locate
-from seed_lavis.report import summary
+from seed_lavis.options import APPLICATION, RunOptions, locate
 from seed_lavis.task import TokenizerTask, mean_losses
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.checkpoint import checkpoints, frozen_names
 from seed_multimodal.training.config import SCHEDULES, StageConfig
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
@@ -84,7 +84,7 @@ class RunnerSeed(RunnerBase):
         """Train to the end, from the newest checkpoint in the output folder if there is one; returns the record."""
         options, data = self.options, split_of(self.datasets, self.options.train_splits)
         for split in options.valid_splits:
-            split_of(self.datasets, [f"{split}:eval"])  # refused now, not after the first epoch
+            split_of(self.datasets, [f"{split}:eval"])  # a wrong name is an error now, not after the first epoch
         order = mixed_order(self.datasets, options.train_splits, options.train_dataset_ratios, options.seed)
         with StepBatches(data, options.batch_size_train, seed=options.seed, rank=self.rank, world=self.world,
                          workers=options.num_workers, order=order) as self.batches:
@@ -92,9 +92,22 @@ class RunnerSeed(RunnerBase):
             if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
                 task.first_step = self.steps_per_epoch * self._resume(Path(locate(options.resume_ckpt_path)))
             record = train_stage(task, self.folder)
-        for line in summary(self, record):
-            log(line)
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss"))
+        log(f"{self.model.stage}: {record['steps']:,} steps in {tqdm.format_interval(record['seconds'])}; at the end "
+            f"{numbers}; {record['bad_samples']} bad samples were replaced.\nNext: "
+            f"{shlex.join(self.next_command(record['checkpoint']))}")
         return record
+
+    def next_command(self, checkpoint: str) -> list[str]:
+        """Stage 2 after stage 1, the export after the others; from any folder."""
+        if self.model.stage == "stage1":
+            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), "--options", f"model.pretrained={checkpoint}"]
+        stages = ["--lavit", checkpoint]
+        if self.model.stage != "lavit-stage1":
+            stage1 = Path(locate(str(self.model.options.pretrained))).absolute()
+            stages = ["--stage1", str(stage1), "--stage2", checkpoint]
+        vision = ["--vision", str(Path(self.model.vision_file).absolute())] if self.model.vision_file else []
+        return ["seed", "export-tokenizer", *stages, *vision, "--out", str(self.folder / "tokenizer")]
 
     def evaluate(self, cur_epoch: str | int = "best", skip_reload: bool = False) -> dict[str, dict[str, float]]:
         """Mean losses over each of `run.test_splits`, one process; stage 2 also reports its codes."""
@@ -103,9 +116,8 @@ class RunnerSeed(RunnerBase):
         return {split: mean_losses(self, split) for split in self.options.test_splits}
 
     def save_epoch(self, epoch: int) -> None:
-        """Write `checkpoint_{epoch}.pth`, whole or not at all; all but the first and the newest `run.keep_checkpoints`
-        ones are removed. Raises CheckpointError on a full disk."""
-        frozen, keep = frozen_names(self.model), self.options.keep_checkpoints
+        """Write `checkpoint_{epoch}.pth`; all but the first and the newest `run.keep_checkpoints` ones are removed."""
+        frozen, keep = set(frozen_names(self.model)), self.options.keep_checkpoints
         weights = {name: value for name, value in self.model.state_dict().items() if name not in frozen}
         with writing(file := self.folder / f"checkpoint_{epoch}.pth"):
             save_torch({"model": weights, "optimizer": self.optimizer.state_dict(), "config": self.config.to_dict(),
@@ -116,11 +128,10 @@ class RunnerSeed(RunnerBase):
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
 
     def _resume(self, file: Path) -> int:
-        """Fill model and optimiser from `run.resume_ckpt_path`, also the original's; returns the finished epochs.
-        Raises CheckpointError: missing, damaged or unsafe file, or another model's."""
+        """Fill model and optimiser from `run.resume_ckpt_path`, also the original's; returns the finished epochs."""
         content = read_file(file)
         try:
-            assign_strictly(self.model, content["model"], file, allow_missing=sorted(frozen_names(self.model)))
+            assign_strictly(self.model, content["model"], file, allow_missing=frozen_names(self.model))
             self.optimizer.load_state_dict(content["optimizer"])
             epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
         except (TypeError, ValueError, KeyError) as error:

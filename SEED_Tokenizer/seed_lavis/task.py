@@ -28,10 +28,8 @@ from seed_multimodal.training.distributed import ProcessGroup
 # Settings that change no number of the training: not reported when they differ at a resume.
 QUIET = tuple(f"run.{key}" for key in (
     "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints", "num_workers",
-    "tensorboard", "valid_splits", "valid_every_epochs", "valid_batches", "test_splits", "evaluate", "batch_size_eval",
-    "timeout_minutes", "device", "world_size", "distributed", "dist_url"))
-
-
+    "tensorboard", "valid_splits", "test_splits", "evaluate", "batch_size_eval", "timeout_minutes", "device",
+    "world_size", "distributed", "dist_url"))
 REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on the models
 
 
@@ -92,8 +90,8 @@ class TokenizerTask(CodebookTask):
             self.runner.save_epoch(epochs - 1)
             self._note("train", epochs, {name: float(value) for name, value in self.runner.model.latest.items()})
         numbers: dict[str, float] = {}
-        for split in self.options.valid_splits if epochs % self.options.valid_every_epochs == 0 else ():
-            means = mean_losses(self.runner, split, self.options.valid_batches)
+        for split in self.options.valid_splits:
+            means = mean_losses(self.runner, split)
             self._note("valid", epochs, {"split": split, **means})
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
         return numbers
@@ -132,22 +130,20 @@ class TokenizerTask(CodebookTask):
 # ---- held-out losses
 
 
-def share_out(total: int, batch_size: int, world: int = 1, most: int = 0) -> tuple[int, int]:
-    """Size and number of each process's batches: equal ones of at most `batch_size`, at most `most` (0: any number).
-
-    Fewer images are left over than there are batches. Equal, because a contrast depends on how many are compared.
-    """
+def share_out(total: int, batch_size: int, world: int = 1) -> tuple[int, int]:
+    """Size and number of each process's batches: equal, because a contrast depends on how many are compared; fewer
+    images are left over than there are batches."""
     count = max(1, min(-(-total // (batch_size * world)), total // world))  # a batch has at least one image
-    return total // (count * world), min(count, most) if most else count
+    return total // (count * world), count
 
 
-def mean_losses(runner: Any, split: str, most: int = 0) -> dict[str, float]:
-    """Mean of every loss over `samples` images of a split, and `codebook_used` and `perplexity` of all their codes.
-    All processes call it, for at most `most` batches each (0: all), and get the same result."""
+def mean_losses(runner: Any, split: str) -> dict[str, float]:
+    """Mean of every loss over `samples` images of a split, and `codebook_used` and `perplexity` of all their codes; the
+    same in all processes, which call it together."""
     data, model, options = split_of(runner.datasets, [f"{split}:eval"]), runner.model, runner.options
     if len(data) < runner.world:
         raise ConfigError(f"Split {split!r} has {len(data)} images, too few for {runner.world} processes.")
-    size, count = share_out(len(data), options.batch_size_eval, runner.world, most)
+    size, count = share_out(len(data), options.batch_size_eval, runner.world)
     dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
     found: list[dict[str, torch.Tensor]] = []
     codes = torch.zeros(model.quantize.size if hasattr(model, "quantize") else 0, dtype=torch.long,

@@ -29,7 +29,6 @@ if TYPE_CHECKING:  # for type checkers and editors
 
 __version__ = "0.1.0"
 
-# A program started without the environment: said here, before some other package is missed somewhere else.
 if importlib.util.find_spec("torch") is None:
     raise ModuleNotFoundError(f"torch is not installed for {sys.executable}; bash install.sh installs what is needed, "
                               "and source .venv/bin/activate makes its Python yours.", name="torch")

@@ -49,14 +49,8 @@ class Runtime:
         return f"{self.device} in {str(self.dtype).removeprefix('torch.')}"
 
 
-def choose_device(
-    device: str | torch.device = "auto",
-    dtype: str | torch.dtype = "auto",
-    log: Callable[[str], None] | None = print,
-    *,
-    fp16: str = "",
-    doing: str = "Running",
-) -> Runtime:
+def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
+                  log: Callable[[str], None] | None = print, *, fp16: str = "", doing: str = "Running") -> Runtime:
     """Resolve `auto` (CUDA, then MPS, then CPU) and log the result, with reasons for what was `auto`.
 
     `fp16`: why `auto` means float16 on CUDA; "": it means bfloat16 where there is that. Raises ConfigError: an unknown

@@ -162,13 +162,6 @@ def making_folder(target: Path, shown: str | Path, kind: type[SeedError] = Check
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def set_default_mode(file: str | Path) -> None:
-    """The permissions that any new file has here; safetensors makes files that only their owner may read."""
-    mask = os.umask(0o022)  # can only be read by setting it
-    os.umask(mask)
-    os.chmod(file, 0o666 & ~mask)
-
-
 def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice: str = "") -> dict[str, Any]:
     """A JSON file that holds an object; raises `kind` if it is missing (with `advice`) or holds something else."""
     try:

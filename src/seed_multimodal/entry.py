@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import logging
 import multiprocessing
@@ -33,7 +32,8 @@ def log_line(text: str) -> None:
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors become their sentence and `REFUSED` unless `debug`."""
-    warnings.formatwarning = functools.partial(_warning_line, program)
+    warnings.formatwarning = lambda message, category, *place: (
+        f"{program}: warning: {message}\n" if issubclass(category, SeedWarning) else _PLAIN(message, category, *place))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # whole lines, into files and pipes too
     try:
@@ -83,13 +83,6 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(code if isinstance(code, int) else 1)
-
-
-def _warning_line(program: str, message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-    """How a program shows warnings: a `SeedWarning` is its sentence, without the line of code it comes from."""
-    if issubclass(category, SeedWarning):
-        return f"{program}: warning: {message}\n"
-    return _PLAIN(message, category, *place, **more)
 
 
 def end_with_parent() -> None:

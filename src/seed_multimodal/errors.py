@@ -55,11 +55,7 @@ class SeedWarning(UserWarning):
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
-    """Message of another library's error, for use inside a sentence: its first line without the full stop.
-
-    Returns:
-        At most `longest` letters; the error's type if it has no message.
-    """
+    """The first line of another library's error without its full stop, or the error's type."""
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".")[:longest] if lines else type(error).__name__
 

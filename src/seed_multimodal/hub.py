@@ -7,6 +7,7 @@ Nothing is downloaded here while `HF_HUB_OFFLINE` is set (the default): a hub na
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -60,9 +61,8 @@ PARTS = {
 
 def is_hub_name(name: str | Path) -> bool:
     """Whether `name` has the form `owner/name` and `owner` is no folder here; `pretrained/…` is always a folder."""
-    owner, _, rest = str(name).partition("/")
-    local = owner in ("", ".", "..", "~", "pretrained") or os.path.exists(owner)
-    return bool(rest) and "/" not in rest and not owner.startswith(".") and not local
+    owner = re.fullmatch(r"([^./~][^/]*)/[^/]+", str(name))
+    return owner is not None and owner[1] != "pretrained" and not os.path.exists(owner[1])
 
 
 def locate(path: str | Path) -> Path | None:
@@ -82,11 +82,10 @@ def released_folder(name: str | Path) -> str:
     return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
 
 
-def local_folder(name: str | Path, *, cache: bool = True) -> Path | None:
-    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else (`cache`) its snapshot
-    of the hub, else None."""
+def local_folder(name: str | Path) -> Path | None:
+    """`name` as a folder here or below the repository root (hub names: in `pretrained/`), else its hub snapshot."""
     found = locate(name) or locate(released_folder(name))
-    if found is not None or not (cache and is_hub_name(name)):
+    if found is not None or not is_hub_name(name):
         return found
     return fetched(str(name), next((part.files for part in PARTS.values() if part.hub == str(name)), WEIGHTS))
 

@@ -8,8 +8,6 @@
         files: list[str] = setting(factory=list)
 
     read_settings(Example, {"steps": 100, "lr": 3e-4}, "trainer")
-
-An unknown key is an error that names the nearest one; so is a value of another type or outside its range.
 """
 
 from __future__ import annotations
@@ -37,10 +35,7 @@ _COMPARISONS = {"least": ("at least", operator.ge), "most": ("at most", operator
 def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
             above: float | None = None, most: float | None = None, below: float | None = None,
             choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with limits: `least <= value <= most`, `above < value < below`, one of `choices`.
-
-    Limits hold for each item of a list; None is never compared.
-    """
+    """A dataclass field with limits, which hold for each item of a list but not for None."""
     limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
                                               ("choices", choices)) if limit is not None}
     if factory is not None:
@@ -89,7 +84,7 @@ def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """pydantic's reader of a type; its nested dataclasses take no other keys."""
+    """pydantic's reader of a type; dataclasses in it take no other keys."""
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)

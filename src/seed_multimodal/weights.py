@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replacing_path, set_default_mode
+from seed_multimodal.disk import replacing_path
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -65,19 +65,14 @@ def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tens
     return tensors
 
 
-def weight_files(source: str | Path) -> list[Path]:
-    """Weights files of a checkpoint: the file itself, or those of a folder. Raises CheckpointError: there are none."""
+def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: there are none."""
     source = Path(source)
     single = [file for file in (source, *(source / name for name in SINGLE)) if file.is_file()][:1]
     files = single or sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
         raise CheckpointError(f"{source}: there are no weights (*.safetensors or *.bin).")
-    return files
-
-
-def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, or of a folder with one or several."""
-    return {name: value for file in weight_files(source) for name, value in load_state_dict(file, mapped=True).items()}
+    return {name: value for file in files for name, value in load_state_dict(file, mapped=True).items()}
 
 
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
@@ -106,7 +101,9 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: M
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(errno.EIO, first_line(error)) from error
-        set_default_mode(scratch)
+        mask = os.umask(0o022)  # can only be read by setting it
+        os.umask(mask)
+        scratch.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
     return file
 
 
@@ -119,16 +116,9 @@ def save_torch(content: object, path: str | Path) -> None:
             raise OSError(errno.EIO, first_line(error)) from error
 
 
-def assign_strictly(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    source: str | Path,
-    allow_missing: Iterable[str] = (),
-    allow_unexpected: Iterable[str] = (),
-    *,
-    foreign: bool = False,
-    device: str | torch.device = "cpu",
-) -> LoadReport:
+def assign_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path,
+                    allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = (), *, foreign: bool = False,
+                    device: str | torch.device = "cpu") -> LoadReport:
     """Put `state` into `module` and account for every name. A module on the meta device takes the tensors themselves,
     moved to `device` in its precision; any other copies them.
 
@@ -169,9 +159,8 @@ def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path)
     """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers."""
     unlisted = _outside(names, known)
     if unlisted:
-        warnings.warn(f"{source}: {counted(len(unlisted), 'tensor')} that the model does not know "
-                      f"{'was' if len(unlisted) == 1 else 'were'} left out: {_listed(unlisted)}.", SeedWarning,
-                      stacklevel=3)
+        warnings.warn(f"{source}: the model does not know, and leaves out, {counted(len(unlisted), 'tensor')}: "
+                      f"{_listed(unlisted)}.", SeedWarning, stacklevel=3)
 
 
 def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:

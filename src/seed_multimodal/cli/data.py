@@ -131,13 +131,12 @@ def extraction_parser(program: str, description: str) -> argparse.ArgumentParser
 
 
 def _pretokenize(kind: str, args: argparse.Namespace) -> int:
-    from seed_multimodal.data.pretokenize.encode import EncoderSettings
     from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
 
     settings = RunSettings(
         kind=kind, data=args.data, save_dir=args.save_dir,
-        encoder=EncoderSettings(args.tokenizer, args.device, args.dtype, args.compile),
+        tokenizer=args.tokenizer, device=args.device, dtype=args.dtype, compile=args.compile,
         fields=parse_fields(args.fields), shard=args.shard, batch_size=args.batch_size, workers=args.num_workers,
         image_transform=args.image_transform or args.image_processor, views=args.views, seed=args.seed,
         block=args.block, max_bad=args.max_bad)

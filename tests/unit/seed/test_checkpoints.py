@@ -129,7 +129,7 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
     ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer"),
-    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "1 tensor that the model does not know was left out")])
+    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "does not know, and leaves out, 1 tensor")])
 def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
     seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
 ) -> None:

@@ -61,17 +61,12 @@ def test_load_config_reads_every_project_and_data_set():
 
 @pytest.mark.parametrize("options, sentence", [
     (["run.max_epok=1"], r"run: unknown key 'max_epok' \(did you mean 'max_epoch'\?\)"),
-    (["rum.max_epoch=1"], "takes KEY=VALUE with a key of model, datasets or run"),
     (["run.max_epoch"], "takes KEY=VALUE"),
     (["run.max_epoch=0"], "max_epoch must be at least 1"),
     (["run.iters_per_epoch=5", "run.accum_grad_iters=2"], "multiple of run.accum_grad_iters"),
-    (["run.precision=int8"], "run: precision must be one of auto, fp16, bf16, fp32"),
     (["run.train_dataset_ratios={nanu: 1}"], r"train_dataset_ratios: unknown key 'nanu' \(did you mean 'nano'\?\)"),
     (["run.task=image_text_pretain"], "did you mean 'image_text_pretrain'"),
-    (["run.lr_sched=linear_warmup_cosine"], "did you mean 'linear_warmup_cosine_lr'"),
-    (["run.runner=runner_base"], "run: runner must be one of runner_seed"),
     (["model.arch=blip2_causal"], "did you mean 'blip2_casual'"),
-    (["datasets.nan.data_type=images"], "did you mean 'nano'"),
     (["datasets.nano.vis_processor.train.name=blip2_image_trian"], "did you mean 'blip2_image_train'"),
 ])
 def test_load_config_with_a_wrong_option(options, sentence):

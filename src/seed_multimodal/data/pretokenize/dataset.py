@@ -1,7 +1,5 @@
-"""Decoding of samples in the workers of a DataLoader: records → resized images as bytes, which keep a GPU fed.
-
-A task holds the positions of its records, so workers need no indexes. Errors of a sample are returned as a sentence.
-"""
+"""Decoding of samples in the workers of a DataLoader: records → resized images as bytes. A task holds the positions of
+its records, so workers need no indexes."""
 
 from __future__ import annotations
 
@@ -18,10 +16,12 @@ from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
-from seed_multimodal.data.pretokenize.kinds import Kind
-from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample, view
+from seed_multimodal.data.pretokenize.kinds import Dropped, Kind, Picture, Sample
+from seed_multimodal.data.pretokenize.pictures import view
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
+
+Rows = dict[tuple[str, bool], list[int]]  # of the views of images, by their keys
 
 
 @dataclass
@@ -55,23 +55,25 @@ class TaskDataset(Dataset[Task]):
     def __init__(self, kind: Kind, settings: InputSettings, transform: ImageTransform, views: int = 1, seed: int = 0
                  ) -> None:
         self.kind, self.settings, self.transform = kind, settings, transform
-        self.views, self.seed, self._keys = views, seed, kind.keys(settings.fields)
+        self.views, self.seed = views if kind.views else 1, seed
+        self._keys = kind.keys(settings.fields)
         self._files = OpenFiles(rows=0)  # they are read in order
 
     def __getitem__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []
-        rows: dict[tuple[str, bool], list[int]] = {}  # of the views of images, by their keys
+        rows: Rows = {}
         samples = [self._decode(task.first + place, record, pixels, rows) for place, record in enumerate(task.records)]
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
 
-    def _decode(self, number: int, record: Record, pixels: list[np.ndarray], rows: dict[tuple[str, bool], list[int]]
-                ) -> DecodedSample:
+    def _decode(self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows) -> DecodedSample:
         made = DecodedSample(number)
         try:
             sample = Sample(record, self._files, self.settings, self._keys)
             made.fields, pictures = self.kind.read(sample)
-            self._check_similarity(made.fields.get("metadata", sample.fields), record.where)
+            metadata = made.fields.get("metadata", sample.fields)
+            if reason := dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr):
+                raise Dropped(reason)
             for place, picture in enumerate(pictures):
                 try:
                     made.rows.append(self._views(picture, f"{record.where} {place}", pixels, rows))
@@ -87,23 +89,15 @@ class TaskDataset(Dataset[Task]):
             return DecodedSample(number, dropped=str(reason))
         except (ImageError, DataError) as error:
             return DecodedSample(number, bad=str(error))
+        except (TypeError, ValueError) as error:  # a similarity that is no number
+            return DecodedSample(number, bad=f"{record.where}: {error}.")
 
-    def _check_similarity(self, metadata: Any, where: str) -> None:
-        try:
-            reason = dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{where}: its metadata holds no number for the filters ({error}).") from None
-        if reason:
-            raise Dropped(reason)
-
-    def _views(self, picture: Picture, place: str, pixels: list[np.ndarray], rows: dict[tuple[str, bool], list[int]]
-               ) -> list[int]:
+    def _views(self, picture: Picture, place: str, pixels: list[np.ndarray], rows: Rows) -> list[int]:
         """The rows of an image's views, which are added to `pixels` unless they are there."""
         name = picture.key or place
         if (name, picture.read) not in rows:
-            image = picture.load()
-            reason = bad_shape(image.size, self.settings.min_resolution, self.settings.min_aspect_ratio)
-            if reason:
+            image = picture.load(self.settings.image_root)
+            if reason := bad_shape(image.size, self.settings.min_resolution, self.settings.min_aspect_ratio):
                 raise Dropped(reason)
             image, first = self.transform.resize(image), len(pixels)
             for number in range(self.views if picture.read else 1):
@@ -113,18 +107,10 @@ class TaskDataset(Dataset[Task]):
 
 
 def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int) -> Iterator[Task]:
-    """The decoded tasks of shards, in order, of at most `size` samples each; each shard has at least one.
-
-    Raises:
-        DataError: a file cannot be opened, or a worker was killed.
-    """
+    """The decoded tasks of shards, in order, of at most `size` samples each; each shard has at least one. Raises
+    DataError: a file cannot be opened."""
     tasks: Any = _tasks(shards, size)
-    try:
-        yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(f"{str(error).splitlines()[0]} Often memory ran out: try fewer --num_workers.") from error
+    yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
 
 
 def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:

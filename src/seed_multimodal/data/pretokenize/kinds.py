@@ -11,28 +11,100 @@
 | chat | `messages` |
 
 With several views of an image, caption and qa records also have `views`, whose first is the image itself; in chats
-only images of the user have them. A kind is two functions: `read` takes the fields and images of a sample, in a decode
-worker; `record` makes the record of these fields and the images' codes.
+only images of the user have them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.formats.images import nothing_under
-from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.pretokenize.samples import Dropped, Picture, Sample
+from seed_multimodal.data.formats.images import (
+    IMAGE_KEYS,
+    captions,
+    image_field,
+    in_tar,
+    no_picture,
+    nothing_under,
+    stored_picture,
+    text_member,
+)
+from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image, shorten
+from seed_multimodal.data.pretokenize.inputs import InputSettings
+from seed_multimodal.data.pretokenize.pictures import Frame
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.io import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.settings import check_keys, nearest
 
 Fields = dict[str, Any]
-Read = tuple[Fields, list[Picture]]
 Codes = Sequence[list[list[int]] | None]  # of each image its views; None: an optional one that cannot be read
+
+
+class Dropped(Exception):
+    """A sample that is not wanted (a filter, nothing to learn from); `str` is the reason it is counted under."""
+
+
+@dataclass
+class Picture:
+    """An image to encode: what `images.stored_picture` reads, of a record."""
+
+    value: Any
+    record: Record
+    read: bool = True  # by a model, so that it may have several views; else it is drawn
+    optional: bool = False  # a sample without it is still worth keeping
+
+    @property
+    def key(self) -> str:
+        """The same for equal images of neighbouring records; "": not known."""
+        return self.value if isinstance(self.value, str) else repr(self.value) if callable(self.value) else ""
+
+    def load(self, root: str | None) -> Image.Image:
+        """Read the image, of a path below `root`. Raises BadRecord, ImageError."""
+        found, where = stored_picture(self.value, self.record, root), self.record.where
+        if isinstance(found, Path) and where != self.record.file:  # else the record is the image's file
+            where = f"{where}: {found}"
+        return open_image(found, name=where)
+
+
+class Sample:
+    """A record while a kind reads it; `keys`: of its fields by what they hold. Its methods raise BadRecord."""
+
+    def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
+        self.record, self.files, self.settings, self.keys = record.parsed(files), files, settings, keys
+        self.where, self.fields = record.where, self.record.fields
+
+    def image(self, name: str = "image") -> Any:
+        """What names an image: the member's bytes, else the value under a key."""
+        found: Any = self.record.member(*IMAGE_KEYS, files=self.files)
+        found = image_field(self.fields, self.keys[name]) if found is None else found
+        if found is None:
+            raise no_picture(self.record, self.keys[name])
+        return found
+
+    def text(self, name: str, *, required: bool = True) -> str | None:
+        """The text under a key: also a number (NaN, like blanks, is nothing), of a list of texts the commonest one."""
+        key = self.keys[name]
+        value = self.fields.get(key)
+        if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
+            value = max(value, key=value.count)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value) if value == value else None  # NaN: an empty field of a table
+        if value is None or isinstance(value, str) and not value.strip():
+            if required:
+                raise BadRecord("missing key", f"{self.where}: {nothing_under(key, self.fields)}.")
+            return None
+        if not isinstance(value, str):
+            raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not a text.")
+        return value
+
+
+Read = tuple[Fields, list[Picture]]
 
 
 def joined_record(fields: Fields, codes: Codes) -> Fields:
@@ -44,19 +116,19 @@ def joined_record(fields: Fields, codes: Codes) -> Fields:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of records."""
+    """One kind of records: `read` takes the fields and images of a sample, in a decode worker; `record` makes the
+    record of these fields and the images' codes."""
 
     name: str
     read: Callable[[Sample], Read]
     fields: dict[str, str]  # keys by what they hold; `ask`: a fixed question, `suffix`: put behind each question
-    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})  # other such mappings by name
-    default: str = "plain"  # the preset used where nothing is given
+    presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})  # the first is the default
     views: bool = False
     record: Callable[[Fields, Codes], Fields] = joined_record
 
     def keys(self, given: str | Mapping[str, str]) -> dict[str, str]:
         """The keys used: a preset by name, or a mapping over the kind's own. Raises ConfigError: an unknown name."""
-        given = given or self.default
+        given = given or next(iter(self.presets))
         if isinstance(given, Mapping):
             check_keys(given, self.fields, "fields")
         elif given not in self.presets:
@@ -69,17 +141,18 @@ class Kind:
 
 
 def _read_caption(sample: Sample) -> Read:
-    settings, in_tar = sample.settings, sample.picture_member() is not None
-    value = sample.image(sample.keys["image"])
-    named = settings.use_caption_in_metadata
-    text = sample.caption(settings.caption_key_in_metadata if named else sample.keys["caption"], member=not named)
-    metadata = sample.fields if in_tar else {key: sample.fields[key] for key in ("image_id", "id")
-                                             if key in sample.fields}
-    return {"text": text, "metadata": metadata}, [sample.picture(value)]
+    settings, named = sample.settings, sample.settings.use_caption_in_metadata
+    text = None if named else text_member(sample.record, sample.files)
+    key = settings.caption_key_in_metadata if named else sample.keys["caption"]
+    found = captions(sample.fields, key, sample.where) if text is None else [text]
+    metadata = sample.fields if in_tar(sample.record) else {
+        key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
+    fields = {"text": found if len(found) > 1 else found[0], "metadata": metadata}
+    return fields, [Picture(sample.image(), sample.record)]
 
 
 def _question(sample: Sample, *, required: bool = True) -> Fields:
-    question = sample.keys["ask"] or sample.text(sample.keys["question"], required=required)
+    question = sample.keys["ask"] or sample.text("question", required=required)
     suffix = "" if sample.keys["ask"] else sample.keys["suffix"]
     if question is not None and suffix and not question.endswith(suffix.strip()):
         question = question.rstrip() + suffix
@@ -87,35 +160,30 @@ def _question(sample: Sample, *, required: bool = True) -> Fields:
 
 
 def _read_qa(sample: Sample) -> Read:
-    fields = {**_question(sample), "answer": sample.text(sample.keys["answer"])}
-    value = sample.image(sample.keys["image"])
+    fields = {**_question(sample), "answer": sample.text("answer")}
+    value = sample.image()
     several = value if isinstance(value, list) else [value]
-    return fields, [sample.picture(one, read=len(several) == 1) for one in several]
+    return fields, [Picture(one, sample.record, read=len(several) == 1) for one in several]
 
 
 def _read_video(sample: Sample) -> Read:
-    answer = sample.text(sample.keys["answer"])
-    frames = sample.frames(str(sample.text(sample.keys["video"])))
-    return {**_question(sample, required=False), "answer": answer}, frames
+    count, name = sample.settings.num_frames, str(sample.text("video"))
+    path = find_image(name, sample.settings.image_root, sample.record.file)
+    if path is None:
+        raise BadRecord("missing picture", f"{sample.where}: there is no video {name}.")
+    return {**_question(sample, required=False), "answer": sample.text("answer")}, [
+        Picture(Frame(str(path), count, number), sample.record) for number in range(count)]
 
 
 def _read_story(sample: Sample) -> Read:
     limit = sample.settings.num_images
-    pictures, captions = (_listed(sample, sample.keys[name]) for name in ("images", "captions"))
+    pictures, captions = (sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions"))
     wanted = limit if limit is not None else max(2, len(pictures))
     if not len(pictures) == len(captions) == wanted or not all(isinstance(one, str) and one for one in captions):
         raise BadRecord("images and captions", f"{sample.where}: has {len(pictures)} images and {len(captions)} "
                         f"captions where {wanted} of each belong.")
     return {f"caption{number}": text for number, text in enumerate(captions)}, [
-        sample.picture(picture) for picture in pictures]
-
-
-def _listed(sample: Sample, key: str) -> list[Any]:
-    """The list under a key, or what stands under key0, key1, … (with the plural's s left out)."""
-    if isinstance(sample.fields.get(key), list):
-        return list(sample.fields[key])
-    names = (f"{key.removesuffix('s')}{number}" for number in itertools.count())
-    return [sample.fields[name] for name in itertools.takewhile(sample.fields.__contains__, names)]
+        Picture(picture, sample.record) for picture in pictures]
 
 
 # ---- edit, interleaved, chat
@@ -123,13 +191,13 @@ def _listed(sample: Sample, key: str) -> list[Any]:
 
 def _read_edit(sample: Sample) -> Read:
     keys = sample.keys
-    texts = {name: sample.text(keys[name], required=False) for name in ("instruction", "instruction_gpt", "response")}
+    texts = {name: sample.text(name, required=False) for name in ("instruction", "instruction_gpt", "response")}
     fields = {name: text for name, text in texts.items() if text is not None}
     if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
         raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
                         f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return fields, [sample.picture(sample.image(keys["source"])),
-                    sample.picture(sample.image(keys["target"]), read=False)]
+    return fields, [Picture(sample.image("source"), sample.record),
+                    Picture(sample.image("target"), sample.record, read=False)]
 
 
 def _edit_record(fields: Fields, codes: Codes) -> Fields:
@@ -145,7 +213,7 @@ def _read_interleaved(sample: Sample) -> Read:
             for image, text in zip(images, texts, strict=True)):
         raise BadRecord("images and texts", f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
                         "must be lists of one length, with None where the other stands.")
-    pictures = [sample.picture(image, optional=True) for image in images if image is not None]
+    pictures = [Picture(image, sample.record, optional=True) for image in images if image is not None]
     if not pictures:
         raise Dropped("no image")
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, pictures
@@ -160,18 +228,17 @@ def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
 
 
 def _read_chat(sample: Sample) -> Read:
-    data = sample.picture_member()  # of a tar of images with their conversation
+    data = sample.record.member(*IMAGE_KEYS, files=sample.files)  # of a tar of images with their conversation
     found = with_messages(sample.fields if data is None else {**sample.fields, "image": data}, sample.where)
     if "messages" not in found:
-        raise BadRecord("missing key", f"{sample.where}: is no conversation: "
-                        f"{nothing_under('messages', sample.fields)}.")
+        raise BadRecord("missing key", f"{sample.where}: is no conversation.")
     pictures: list[Picture] = []
     messages = []
     for message in found["messages"]:
         content: list[Any] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                pictures.append(sample.picture(part["image"], read=message["role"] == "user"))
+                pictures.append(Picture(part["image"], sample.record, read=message["role"] == "user"))
                 part = None
             content.append(part)
         messages.append({"role": message["role"], "content": content})
@@ -186,15 +253,14 @@ def _chat_record(fields: Fields, codes: Codes) -> Fields:
         for message in fields["messages"]]}
 
 
-_QA = {"image": "image", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
-_VIDEO = {"video": "video", "question": "question", "answer": "answer", "ask": "", "suffix": ""}
+_TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
 KINDS = {kind.name: kind for kind in (
-    Kind("caption", _read_caption, {"image": "image", "caption": "caption"}, views=True),
+    Kind("caption", _read_caption, {"image": "", "caption": ""}, views=True),
     # The original tool reads JourneyDB as it stands; its other variants were comments in the source.
-    Kind("qa", _read_qa, _QA, {
+    Kind("qa", _read_qa, {"image": "", **_TEXTS}, {
         "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"}, "describe": {"ask": DESCRIBE_PROMPT},
-        "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, default="journeydb", views=True),
-    Kind("video", _read_video, _VIDEO, {
+        "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, views=True),
+    Kind("video", _read_video, {"video": "video", **_TEXTS}, {
         "plain": {}, "caption": {"question": "", "answer": "caption"}, "qa": {"suffix": QA_SUFFIX},
         "describe": {"ask": DESCRIBE_VIDEO_PROMPT, "answer": "caption"}}),
     Kind("edit", _read_edit, {

@@ -20,33 +20,22 @@ from seed_multimodal.hub import locate
 from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.lavit.modeling import MODES, DynamicTokenizer
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.settings import check_value
-
-NONE = -1
 
 
 class DynamicCodes(nn.Module):
-    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, patches]`, `NONE` behind those of a picture."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.tokenizer.device
+    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, N]`, -1 behind those of an image."""
 
     def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
         super().__init__()
         self.tokenizer, self.selection, self.seed = tokenizer, selection, seed
-        sizes = tokenizer.config
+        self.device = tokenizer.device
         # Part of the encoder's fingerprint: another draw makes other shards.
         self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
-        self.config: Any = SimpleNamespace(vit=sizes.vit, codebook_size=sizes.codebook_size, num_query=sizes.patches)
 
-    def to(self, *arguments: Any, **named: Any) -> Self:
-        """As torch's; a precision is that of the layers, the rest stays fp32."""
-        if len(arguments) == 1 and isinstance(arguments[0], torch.dtype) and not named:
-            cast_layers(self.tokenizer, arguments[0])
-            return self
-        return super().to(*arguments, **named)
+    def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
+        """Convert the layers to a precision; the rest stays fp32."""
+        cast_layers(self.tokenizer, dtype)
+        return self
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -54,15 +43,12 @@ class DynamicCodes(nn.Module):
         generators = [torch.Generator().manual_seed(zlib.crc32(one.numpy().tobytes(), self.seed))
                       for one in pixels.cpu().contiguous()]
         found = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
-        codes = nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=NONE)
-        return nn.functional.pad(codes, [0, self.config.num_query - codes.shape[1]], value=NONE)
+        return nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=-1)
 
 
 def lavit_codes(pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
                 ) -> Any:
-    """What `encode.Encoder` takes: `model` and `transform`. Raises CheckpointError: as `load_dynamic_tokenizer`;
-    ConfigError: another selection."""
-    check_value(str, selection, "selection", choices=MODES)
+    """What `encode.Encoder` takes: `model` and `transform`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
     folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
     tokenizer = load_dynamic_tokenizer(folder, device=device)
     return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False)

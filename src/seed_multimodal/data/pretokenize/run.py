@@ -11,7 +11,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,15 @@ import torch
 
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.dataset import Task, TaskDataset, decode_shards
-from seed_multimodal.data.pretokenize.encode import Encoder, EncoderSettings, read_transform
+from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard, list_shards, read_input_settings
 from seed_multimodal.data.pretokenize.kinds import KINDS, Kind
+from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, counted
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings, check_settings, setting
-
-ORIGINAL_BATCH, CPU_BATCH = 256, 32
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,10 @@ class RunSettings:
     kind: str  # of records, see `kinds.py`
     data: str | Mapping[str, Any]  # the input: a YAML file or a mapping
     save_dir: str
-    encoder: EncoderSettings
+    tokenizer: str | Mapping[str, Any]  # as the other three of `encode.Encoder`
+    device: str = "auto"
+    dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
+    compile: bool = False  # takes minutes before the first image
     fields: str | dict[str, str] | None = None  # wins over that of the data
     shard: tuple[int, int] = (0, 1)  # (number, count): only every count-th shard, from `number` on
     image_transform: str | None = None  # its YAML; None: squashed to the tokenizer's size, or as its system does
@@ -51,10 +53,11 @@ class RunSettings:
 
 
 def run(settings: RunSettings) -> int:
-    """Make this process's share of the shards; the exit code is 1 if all are there and hold no record. Raises
-    ConfigError, DataError: wrong settings, another run's folder, too many broken samples in a row."""
+    """Make this process's share of the shards; returns 1 if all are there and hold no record. Raises SeedError."""
     check_settings(settings, "extraction")
-    rank, world, device = _process(settings.encoder.device)
+    rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), settings.device
+    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     name = f"[{rank} of {world}] " if world > 1 else ""
     kind, source = read_input(settings)
     save_dir = writable_folder(settings.save_dir, DataError)
@@ -65,23 +68,20 @@ def run(settings: RunSettings) -> int:
     log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
              f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
     if left:
-        encoder = Encoder(replace(settings.encoder, device=device))
-        transform = read_transform(settings.image_transform, encoder.transform, encoder.image_size)
+        encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
+        transform = read_transform(settings.image_transform, encoder.transform)
         dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
         _agree(save_dir, {
             "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
             "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
             "transform": asdict(transform), "tokenizer": encoder.fingerprint})
-        batch = settings.batch_size or (CPU_BATCH if encoder.device.type == "cpu" else ORIGINAL_BATCH)
+        batch = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)  # 256 as in the original
         tasks = decode_shards(left, dataset, batch, settings.workers)
         with Progress(f"{name}extraction", len(left), "shard") as progress:
             progress.unit_scale = True  # parts of shards are shown with two digits
             extractor = _Extractor(kind, encoder, batch, settings.max_bad, progress)
             for shard in left:
                 extractor.make(save_dir / f"{shard.name}.tar", tasks)
-            log_line(f"{name}{counted(len(left), 'shard')}, {extractor.speed()}")
-    if rank and not left:
-        return DONE
     if all((save_dir / f"{shard.name}.tar").exists() for shard in shards):
         return _summarise(save_dir, shards)
     log_line(f"{name}{save_dir}: this share is finished, others are not.")
@@ -94,20 +94,9 @@ def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
     number, count = settings.shard
     if not 0 <= number < count:
         raise ConfigError(f"--shard {number}/{count}: must be I/N with I from 0 to N-1.")
-    if settings.views > 1 and not kind.views:
-        raise ConfigError(f"--views: {kind.name} records hold one view of each image; only caption, qa and chat "
-                          "records hold several.")
-    source = read_input_settings(settings.data, kind.name, settings.fields)
+    source = read_input_settings(settings.data, settings.fields)
     kind.keys(source.fields)
     return kind, source
-
-
-def _process(device: str) -> tuple[int, int, str]:
-    """Number of this process and of all, and its device: under torchrun a GPU for each process of a machine."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    return rank, world, device
 
 
 class _Extractor:
@@ -124,15 +113,11 @@ class _Extractor:
         with open_shard(path) as writer:
             for decoded in tasks:
                 self._write(decoded, writer, counts)
-                self.progress.update(decoded.share, done=self.speed())
+                speed = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
+                self.progress.update(decoded.share, done=f"{counted(self.images, 'image')} ({speed:,.0f}/s)")
                 if decoded.last:
                     break
-            _write_json(path.with_name(f"{path.stem}.counts.json"), counts)
-
-    def speed(self) -> str:
-        """Images so far, and per second."""
-        rate = self.images / max(self.progress.format_dict["elapsed"], 1e-9)
-        return f"{counted(self.images, 'image')} ({rate:,.0f}/s)"
+            replace_text(path.with_name(f"{path.stem}.counts.json"), json.dumps(counts))
 
     def _write(self, decoded: Task, writer: ShardWriter, counts: Counter[str]) -> None:
         codes: list[list[int]] = []
@@ -162,7 +147,7 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings of the folder, or check that they are the same. Raises DataError: another one, named."""
     file = save_dir / "settings.json"
     if not file.exists():
-        _write_json(file, settings)
+        replace_text(file, json.dumps(settings, indent=1))
     changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
         raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes)}); choose another --save_dir, "
@@ -171,24 +156,14 @@ def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
 
 def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     """Write and log the counts of all shards."""
-    total = Counter[str]()
+    total = Counter(shards=len(shards))
     for shard in shards:
-        found = read_json_object(save_dir / f"{shard.name}.counts.json", DataError)
-        total.update({key: value for key, value in found.items() if isinstance(value, int)})
-    _write_json(save_dir / "counts.json", {"shards": len(shards), **total})
-    others = "".join(f"; {key} {number:,}" for key, number in sorted(total.items())
-                     if number and key not in ("samples", "images", "read"))
-    log_line(f"{save_dir}: {counted(total['samples'], 'record')} with {counted(total['images'], 'image')} in "
-             f"{counted(len(shards), 'shard')}, of {counted(total['read'], 'sample')} read{others}.")
-    if total["samples"]:
-        return DONE
-    log_line(f"{save_dir}: not one record was written. Delete this folder before the next run, which would skip its "
-             "shards.")
-    return SOME_FAILED
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    replace_text(path, json.dumps(value, indent=1) + "\n")
+        total.update(read_json_object(save_dir / f"{shard.name}.counts.json", DataError))
+    replace_text(save_dir / "counts.json", json.dumps(total, indent=1))
+    log_line(f"{save_dir}: {', '.join(f'{key} {number:,}' for key, number in total.items())}.")
+    if not total["samples"]:
+        log_line(f"{save_dir}: not one record was written; delete this folder, whose shards the next run would skip.")
+    return DONE if total["samples"] else SOME_FAILED
 
 
 def _strict_json(value: Mapping[str, Any]) -> bytes:
@@ -197,4 +172,4 @@ def _strict_json(value: Mapping[str, Any]) -> bytes:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:
         return _strict_json(json.loads(json.dumps(value), parse_constant=lambda name: None))
-    return text.encode()
+    return text.encode("utf-8", "replace")

@@ -17,7 +17,6 @@ from transformers import LlamaForCausalLM
 
 from seed_multimodal.cli.tools import merge_script
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.pretokenize.encode import EncoderSettings
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import normalise
@@ -170,8 +169,8 @@ def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_p
     shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
               "pretrained_model_name_or_path": str(home / "visual")}
     for name in ("one", "other"):
-        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), EncoderSettings(
-            shards, device="cpu"), workers=0, batch_size=3 if name == "one" else 1)) == 0
+        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), shards,
+                               device="cpu", workers=0, batch_size=3 if name == "one" else 1)) == 0
     opened = [open_records(str(tmp_path / name)) for name in ("one", "other")]
     found = [[records.read(number).fields for number in range(len(records))] for records in opened]
     codes = [fields["image_ids"] for fields in found[0]]
