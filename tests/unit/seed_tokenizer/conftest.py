@@ -18,7 +18,7 @@ for place in (ROOT / "SEED_Tokenizer", ROOT / "tests" / "golden"):
         sys.path.append(str(place))
 
 import lavis_runs  # noqa: E402
-from lavis_runs import APPLICATION, environment, log_of  # noqa: E402
+from lavis_runs import APPLICATION, environment  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -76,9 +76,3 @@ def start() -> Callable[..., subprocess.Popen[str]]:
                                 stderr=subprocess.PIPE)
 
     return do
-
-
-@pytest.fixture
-def losses() -> Callable[[Path, str], dict[int, float]]:
-    """folder, stage → the (unsmoothed) loss of each step."""
-    return lambda folder, stage: {step: line["last_loss"] for step, line in log_of(folder, stage).items()}

@@ -18,7 +18,6 @@ for kind in ("models", "tasks", "runners", "processors"):
     print(kind, *sorted(getattr(compat.registry, f"list_{kind}")()))
 print("schedules", *sorted(compat.registry.list_lr_schedulers()))
 print("sets", *sorted(compat.registry.mapping["builder_name_mapping"]))
-print("parents", compat.RunnerBase.__module__, compat.BaseModel.__module__, compat.Config.__module__)
 """
 
 
@@ -35,7 +34,6 @@ def test_register_in_a_fresh_process(start):
     assert {"linear_warmup_cosine_lr", "linear_warmup_cosine_steps", "linear"} <= set(found["schedules"].split())
     assert found["processors"] == "blip2_image_train blip_caption blip_image_eval"
     assert found["sets"] == "coco_caption conceptual_caption_3m laion_400m laion_coco nano pictures unsplash"
-    assert found["parents"] == "lavis.runners.runner_base lavis.models.base_model lavis.common.config"
 
 
 @pytest.mark.process

@@ -1,4 +1,4 @@
-"""The models LAVIS builds give the originals' recorded losses and gradients (fixtures of tests/golden)."""
+"""The models LAVIS builds give the originals' recorded losses (fixtures of tests/golden, which compare gradients)."""
 
 from __future__ import annotations
 
@@ -56,14 +56,8 @@ def test_stage1():
     assign_strictly(model, weights, "the fixture")
     assert [name for name, p in model.named_parameters() if p.requires_grad] == meta["trainable"]
     output = model(inputs)  # image, input_ids, attention_mask
-    output["loss"].backward()
     assert_close(output["loss"].detach(), want["nodist.loss"], 1e-5, 1e-4, "loss")
     assert_close(output["loss_itc"], want["nodist.loss_itc"], 1e-5, 1e-4, "loss_itc")
-    own = dict(model.named_parameters())
-    names = [name for name in want if name.startswith("nodist.grad.")]
-    assert names
-    for name in names:
-        assert_close(own[name.removeprefix("nodist.grad.")].grad, want[name], 1e-6, 1e-3, name)
 
 
 @pytest.mark.slow
@@ -91,13 +85,6 @@ def test_stage2(kind, tmp_path):
                     allow_unexpected=["clip_model.*.position_ids"])
     assert sorted(name for name, p in model.named_parameters() if p.requires_grad) == sorted(meta["trainable"])
     output = model({"image": inputs["image"], "caption": [""] * len(inputs["image"])})
-    output["loss"].backward()
     assert torch.equal(model.codes, want["indices"])
     for name in ("loss", "loss_embed", "loss_recon_s", "loss_distil_image"):
         assert_close(output[name].detach(), want[name], 1e-5, 1e-4, name)
-    own = dict(model.named_parameters())
-    names = [name for name in want if name.startswith("grad.")]
-    assert names
-    for name in names:
-        gradient = own[name.removeprefix("grad.")].grad
-        assert_close(gradient[:near] if name.startswith("grad.quantize") else gradient, want[name], 1e-6, 1e-3, name)

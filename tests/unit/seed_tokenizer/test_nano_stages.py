@@ -9,7 +9,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.pipeline import render
@@ -58,8 +57,6 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
 
 
 def test_render_starts_a_stage_from_an_earlier_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train_stage2.start: .*nothing.pth does not exist"):
-        lavis(tmp_path, "train_stage2.start=nothing.pth")
     earlier = tmp_path / "checkpoint_0.pth"
     earlier.write_bytes(b"weights")
     two = lavis(tmp_path, f"train_stage2.start={earlier}")[2]

@@ -54,17 +54,12 @@ def test_load_config_reads_every_project_and_data_set():
         assert load_config(str(file), []).model_cfg.arch in registry.list_models()
     for name, builder in registry.mapping["builder_name_mapping"].items():
         assert builder().config.build_info and builder.default_config_path().startswith(str(APPLICATION)), name
-    lavit = load_config("lavis/projects/lavit/train/pretrain_tokenizer.yaml", []).run_cfg
-    assert lavit.batch_size_train * lavit.accum_grad_iters * 8 == 2048  # eight processes
-    assert lavit.max_epoch * lavit.iters_per_epoch // lavit.accum_grad_iters == 50_000
 
 
 @pytest.mark.parametrize("options, sentence", [
     (["run.max_epok=1"], r"run: unknown key 'max_epok' \(did you mean 'max_epoch'\?\)"),
     (["run.max_epoch"], "takes KEY=VALUE"),
-    (["run.max_epoch=0"], "max_epoch must be at least 1"),
     (["run.iters_per_epoch=5", "run.accum_grad_iters=2"], "multiple of run.accum_grad_iters"),
-    (["run.train_dataset_ratios={nanu: 1}"], r"train_dataset_ratios: unknown key 'nanu' \(did you mean 'nano'\?\)"),
     (["run.task=image_text_pretain"], "did you mean 'image_text_pretrain'"),
     (["model.arch=blip2_causal"], "did you mean 'blip2_casual'"),
     (["datasets.nano.vis_processor.train.name=blip2_image_trian"], "did you mean 'blip2_image_train'"),
@@ -78,8 +73,6 @@ def test_load_config_with_a_wrong_option(options, sentence):
 
 
 @pytest.mark.parametrize("key, sentence", [
-    ("gather_gradiant: true", "did you mean 'gather_gradient'"),
-    ("vit: {widht: 3}", r"model\.vit: unknown key 'widht' \(did you mean 'width'\?\)"),
     ("pretrained: nothing.pth", r"nothing\.pth.*blip2_pretrained\.pth"),
     ("text_tokenizer: /nowhere/bert", "bert-base-uncased"),
     ("embedding_weight: 1.0", "model.clip_model"),

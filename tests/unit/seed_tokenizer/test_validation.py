@@ -31,13 +31,9 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
     assert list(without) == [3, 6, 9, 12] and list(with_it) == [3, 4, 6, 8, 9, 12]  # lines of their own
     for step, line in without.items():
         assert all(with_it[step][key] == line[key] for key in ("loss", "last_loss", "grad", "loss_embed"))
-    logged = {step: {key: value for key, value in line.items() if key.startswith("valid/")}
-              for step, line in with_it.items()}
-    assert [bool(numbers) for numbers in logged.values()] == [False, True, False, True, False, True]
-    last = logged[12]
+    last = with_it[12]
     assert {"valid/val/loss", "valid/val/loss_embed", "valid/val/codebook_used", "valid/val/perplexity"} <= set(last)
     assert 0 < last["valid/val/codebook_used"] <= 1 <= last["valid/val/perplexity"] <= 64
-    assert logged[4]["valid/val/loss"] != last["valid/val/loss"]
     assert [line["valid_epoch"] for line in held_out_lines(tmp_path / "valid")] == [0, 1, 2]
 
     capsys.readouterr()
@@ -46,8 +42,6 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
     assert evaluate.main(yaml("stage2", *saved, "run.test_splits=[val]", name="eval")) == 0
     means = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
     assert means["samples"] == 24 and means["loss"] > 0 and 0 < means["codebook_used"] <= 1
-    assert evaluate.main(yaml("stage2", *saved, name="eval2")) == 2
-    assert "run.test_splits" in capsys.readouterr().err
 
 
 @pytest.mark.process
