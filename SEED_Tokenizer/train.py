@@ -51,23 +51,16 @@ def build(args: argparse.Namespace) -> Any:
 
 def train(args: argparse.Namespace) -> int:
     """Build and train, or (`run.evaluate`) print the held-out losses; exit code 0."""
-    from seed_multimodal.training.distributed import leave_processes, translate_errors
+    from seed_multimodal.training.distributed import leaving_processes, translate_errors
 
-    clean = False
-    try:
-        with translate_errors("the start", "checkpoints of earlier runs are intact"):  # the trainer has its own
-            if "run.evaluate=True" in args.options:
-                with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
-                    found = build(args).evaluate()
-                print(json.dumps(found))
-            else:
-                build(args).train()
-        clean = True
-    except SystemExit:  # stopped by SIGTERM, and saved
-        clean = True
-        raise
-    finally:
-        leave_processes(clean)
+    # The trainer translates errors of its own.
+    with leaving_processes(), translate_errors("the start", "checkpoints of earlier runs are intact"):
+        if "run.evaluate=True" in args.options:
+            with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
+                found = build(args).evaluate()
+            print(json.dumps(found))
+        else:
+            build(args).train()
     return 0
 
 

@@ -174,7 +174,7 @@ class RunOptions:
     save_every_steps: int = setting(0, least=0)
     keep_checkpoints: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
-    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
+    timeout_minutes: float = setting(WAIT_MINUTES, above=0)
 
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:

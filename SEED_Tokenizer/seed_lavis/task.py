@@ -118,6 +118,7 @@ class TokenizerTask(CodebookTask):
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Inverse of `state_dict`; there may have been more processes, or fewer."""
+        super().load_state_dict(states, rank)
         for state in states[rank::self.runner.world]:
             self.batches.dataset.load_state_dict(state)
 

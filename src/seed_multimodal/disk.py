@@ -25,15 +25,16 @@ def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: fl
                 ) -> Iterator[None]:
     """Hold the lock of a folder (file `name` in it), which is made if need be; where the file system has no locks, do
     without. `timeout`: seconds to wait, negative: without end. Raises `kind`: another run, `busy` there, holds it."""
+    held = filelock.FileLock(folder / name)
     with writing(folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
-    held = filelock.FileLock(folder / name)
-    try:
-        held.acquire(timeout=timeout)
-    except TimeoutError:
-        raise kind(f"{folder}: another run is {busy}; let it end first.") from None
-    except (OSError, NotImplementedError):
-        pass
+        try:
+            held.acquire(timeout=timeout)
+        except TimeoutError:
+            raise kind(f"{folder}: another run is {busy}; let it end first.") from None
+        except (OSError, NotImplementedError) as error:
+            if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
     try:
         yield
     finally:

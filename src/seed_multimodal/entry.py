@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 import warnings
 from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsContainer
 from collections.abc import Callable, Iterator, Sequence
@@ -63,20 +64,21 @@ def _machine_sentence(error: Exception) -> str:
     from seed_multimodal.device import is_out_of_memory  # loads torch
 
     if is_out_of_memory(error):
-        return (f"memory does not suffice ({first_line(error).rstrip('.')}). Less is needed with --offload, "
-                f"--quantization, smaller batches or smaller images, where the program has them, or with "
-                f"--device cpu.")
+        return (f"memory does not suffice ({first_line(error)}). Less is needed with --offload, --quantization, "
+                "smaller batches or smaller images, where the program has them, or with --device cpu.")
     return ""
 
 
 def run_and_exit(work: Callable[[], int]) -> NoReturn:
     """End the program with the exit code of `work`; one of several processes ends without Python's tear-down, which
     after a run over gloo may abort in C++ (torch 2.13), so that torchrun would report a failure."""
-    code: object
+    code: object = 1
     try:
         code = work()
     except SystemExit as stopped:
         code = stopped.code
+    except Exception:  # noqa: BLE001 (a bug; torchrun must see this process end)
+        traceback.print_exc()
     if os.environ.get("WORLD_SIZE") in (None, "", "0", "1"):
         sys.exit(code)  # type: ignore[arg-type]
     logging.shutdown()

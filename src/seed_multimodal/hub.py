@@ -16,7 +16,6 @@ from seed_multimodal.errors import CheckpointError, first_line
 
 SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
-OFFLINE = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
 SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
@@ -148,7 +147,7 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
         if below and first_file(folder, SAFE) is None:
             snapshot_download(hub_id, allow_patterns=list(files), ignore_patterns=below)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = OFFLINE if os.environ.get("HF_HUB_OFFLINE") == "1" else first_line(error)
-        raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); "
-                              f"{advice}.") from error
+        offline = os.environ.get("HF_HUB_OFFLINE") == "1" and "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
+        raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub "
+                              f"({offline or first_line(error)}); {advice}.") from error
     return folder

@@ -18,8 +18,8 @@ import json
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ from seed_multimodal.weights import (
 
 TRAINER_STATE, DATA_STATE = "trainer_state.json", "data_state.json"
 OPTIMIZER, AVERAGE = "optimizer.pt", "ema.safetensors"
+FROZEN = "set of frozen weights"
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -54,42 +55,32 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 class CheckpointStore:
-    """The checkpoints of one run.
-
-    Attributes:
-        saved, place: step and folder of the last complete one (this run's, or the one it resumed from).
-        problem: why the last one could not be written, if so.
-    """
+    """The checkpoints of one run; `saved`, `place`: step and folder of the last complete one (this run's, or the one it
+    resumed from)."""
 
     def __init__(self, home: Path, group: ProcessGroup, settings: TrainerConfig) -> None:
         self.home, self.group, self.settings = home, group, settings
         self.saved: int | None = None
         self.place: Path | None = None
-        self.problem: TrainingError | None = None
-        self._thread: threading.Thread | None = None
+        self._pool = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
         if group.first:
             _clean(home)
 
-    def find(self) -> Path | None:
-        """The checkpoint to resume from by the settings; None: there is none.
-
-        Raises:
-            CheckpointError: `never` but there are checkpoints, or the processes see different ones.
-        """
-        present, resume = checkpoints(self.home), self.settings.resume
-        if resume not in ("auto", "never"):
-            self.saved, self.place = int(read_states(Path(resume))[0]["global_step"]), Path(resume)
-            return self.place
-        if resume == "never" and present:
+    def find(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The states (as `read_states`) of the checkpoint to resume from by the settings; empty: there is none. Raises
+        CheckpointError: `never` but there are checkpoints, or this process does not see what the first one sees."""
+        newest, resume = next((str(path) for _, path in checkpoints(self.home)), ""), self.settings.resume
+        if resume == "never" and newest:
             raise CheckpointError(f"{self.home}: holds checkpoints of an earlier run (the newest is "
-                                  f"{present[0][1].name}); resume from them (resume=auto) or use another folder.")
-        listed = [answer["steps"] for answer in self.group.gather({"steps": [step for step, _ in present]})]
-        if any(steps != listed[0] for steps in listed):
-            raise CheckpointError(f"{self.home}: the processes see different checkpoints in it; the output folder must "
-                                  "be on a disk that all of them share.")
-        if present:
-            self.saved, self.place = present[0]
-        return self.place
+                                  f"{Path(newest).name}); resume from them (resume=auto) or use another folder.")
+        chosen = self.group.gather({"folder": newest if resume in ("auto", "never") else resume})[0]["folder"]
+        if not chosen:
+            return {}, []
+        self.place = Path(chosen)
+        saved, states = read_states(self.place)
+        self.saved = int(saved["global_step"])
+        return saved, states
 
     def description(self) -> str:
         """The last checkpoint in words, for sentences about failures."""
@@ -97,90 +88,71 @@ class CheckpointStore:
 
     def save(self, step: int, task: Task, engine: Any, average: Ema | None, state: Mapping[str, Any],
              own: Mapping[str, Any]) -> None:
-        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it.
-
-        Raises:
-            TrainingError: it could not be written; the checkpoints before it are intact.
-        """
+        """Write the checkpoint of a step, `state` of the run and `own` of this process; all processes call it. Raises
+        TrainingError: it, or the one before, could not be written; earlier checkpoints are intact."""
         self.finish()
         texts = {DATA_STATE: self.group.gather(own), TRAINER_STATE: dict(state)}
         if engine.sharded:
-            self._save_shards(step, task, engine, texts)
+            self._write(step, lambda folder: self._fill_shards(folder, step, task, engine), texts)
             return
-        if self.group.first:
-            left_out = set() if self.settings.save_frozen else set(frozen_names(task.module))
-            # Copies: a thread may write while the next steps change the weights.
-            weights = {name: value.detach().to("cpu", copy=True) for name, value in task.weights().items()
-                       if name not in left_out}
-            shadow = {name: value.to("cpu", copy=True) for name, value in average.shadow.items()} if average else {}
-            optimizer = pytree.tree_map_only(
-                Tensor, lambda value: value.detach().to("cpu", copy=True), engine.state_dict())
+        if not self.group.first:
+            self.saved, self.place = step, self.home / f"checkpoint-{step}"
+            return
+        left_out = set() if self.settings.save_frozen else set(frozen_names(task.module))
+        weights = {name: value for name, value in task.weights().items() if name not in left_out}
+        # Copies: a thread may write while the next steps change the weights.
+        weights, shadow, optimizer = pytree.tree_map_only(
+            Tensor, lambda value: value.detach().to("cpu", copy=True),
+            (weights, average.shadow if average else {}, engine.state_dict()))
 
-            def fill(folder: Path) -> None:
-                task.save_files(folder, weights)
-                if shadow:
-                    save_state_dict(shadow, folder / AVERAGE)
-                save_torch(optimizer, folder / OPTIMIZER)
+        def fill(folder: Path) -> None:
+            task.save_files(folder, weights)
+            if shadow:
+                save_state_dict(shadow, folder / AVERAGE)
+            save_torch(optimizer, folder / OPTIMIZER)
 
-            self._thread = threading.Thread(target=self._write, args=(step, fill, texts), name="checkpoint")
-            self._thread.start()
-        else:
-            self._is_saved(step)
+        self._pending = self._pool.submit(self._write, step, fill, texts)
         if not self.settings.async_save:
             self.finish()
 
-    def join(self) -> None:
-        """Wait until the checkpoint being written is on the disk (or has failed: `problem`)."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def finish(self) -> None:
+        """Wait until the checkpoint being written is on the disk. Raises TrainingError: it could not be written."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def check(self) -> None:
-        """Raises TrainingError: a checkpoint could not be written. The other processes end with this one."""
-        if self.problem is not None:
-            raise self.problem
-
-    def finish(self) -> None:
-        """As `join`, then `check`."""
-        self.join()
-        self.check()
+        """As `finish`, without waiting."""
+        if self._pending is not None and self._pending.done():
+            self.finish()
 
     def _write(self, step: int, fill: Callable[[Path], None], texts: Mapping[str, Any]) -> None:
-        """Fill and publish a folder (first process alone)."""
-        try:
-            folder = self._temporary(step)
-            fill(folder)
-            self._publish(folder, step, texts)
-            self._is_saved(step)
-        except Exception as error:  # noqa: BLE001 (an exception in a thread would be lost)
-            self.problem = self._unwritable(step, error)
-            _clean(self.home)
-
-    def _save_shards(self, step: int, task: Task, engine: Any, texts: Mapping[str, Any]) -> None:
+        """Fill a folder, give it its name; by all processes if the engine is sharded, else by the first."""
         folder = self.home / f".checkpoint-{step}.tmp"
         try:
             if self.group.first:
-                self._temporary(step)
-            self.group.agree(False)  # the folder is there
-            engine.save_shards(folder, step)
-            weights = engine.weights()
-            if self.group.first:
-                task.save_files(folder, task.weights(weights))
-            self.group.agree(False)  # everything is written
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+            fill(folder)
             if self.group.first:
                 self._publish(folder, step, texts)
-            self.group.agree(False)  # it has its name
-        except (OSError, RuntimeError) as error:  # torch.save reports only that its file writer failed
+        except Exception as error:
             if isinstance(error, RuntimeError) and "write" not in str(error) and "inline_container" not in str(error):
                 raise
-            raise self._unwritable(step, error) from error
-        self._is_saved(step)
+            reason = disk_reason(error) if isinstance(error, OSError) else first_line(error)
+            free = shutil.disk_usage(self.home).free / 2**20  # torch.save does not say that the disk is full
+            shutil.rmtree(folder, ignore_errors=True)
+            raise TrainingError(f"The checkpoint of step {step} cannot be written: {reason} ({free:,.0f} MiB of the "
+                                f"disk are free); {self.description()}.") from error
+        self.saved, self.place = step, self.home / f"checkpoint-{step}"
 
-    def _temporary(self, step: int) -> Path:
-        place = self.home / f".checkpoint-{step}.tmp"
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
-        return place
+    def _fill_shards(self, folder: Path, step: int, task: Task, engine: Any) -> None:
+        self.group.agree(False)  # the folder is there
+        engine.save_shards(folder, step)
+        weights = engine.weights()
+        if self.group.first:
+            task.save_files(folder, task.weights(weights))
+        self.group.agree(False)  # everything is written
 
     def _publish(self, folder: Path, step: int, texts: Mapping[str, Any]) -> None:
         """Flush a complete folder, give it its name, and remove the oldest."""
@@ -196,15 +168,6 @@ class CheckpointStore:
             aside = path.with_name(f".{path.name}.old")
             os.replace(path, aside)  # so that nothing half removed looks like a checkpoint
             shutil.rmtree(aside, ignore_errors=True)
-
-    def _unwritable(self, step: int, error: Exception) -> TrainingError:
-        reason = disk_reason(error) if isinstance(error, OSError) else first_line(error)
-        free = shutil.disk_usage(self.home).free / 2**20  # torch.save does not say that the disk is full
-        return TrainingError(f"The checkpoint of step {step} cannot be written: {reason} ({free:,.0f} MiB of the disk "
-                             f"are free); {self.description()}.")
-
-    def _is_saved(self, step: int) -> None:
-        self.saved, self.place = step, self.home / f"checkpoint-{step}"
 
 
 def _clean(folder: Path) -> None:
@@ -232,35 +195,32 @@ def read_states(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return found[0], found[1]
 
 
-def settings_remark(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str]) -> str:
+def settings_remark(before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, silent: Sequence[str]) -> str:
     """One sentence without full stop on the differences that `changed_settings` finds ("": nothing)."""
-    changes = changed_settings(before, now, silent)
+    changes = changed_settings(before, now, silent) if before and now else []
     shown = changes[:8] + ([f"{len(changes) - 8} more"] if len(changes) > 8 else [])
     return f"other settings than in the run that saved its state: {'; '.join(shown)}" if changes else ""
 
 
 def load_task(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
-    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those that were left out must be
-    in place already.
-
-    Raises:
-        CheckpointError: weights of another model, or other frozen weights or models than it was trained with.
-    """
-    before = saved.get("frozen_models", {})
-    other = next((name for name, now in task.frozen_models().items()
-                  if not same_weights(before.get(name, now), now)), None)
-    if other is not None:
-        raise CheckpointError(f"{folder}: was trained with another {other} than this run has; give the same one, or "
-                              f"start from its weights in a new folder ({task.start_hint}).")
+    """Fill a task's module, before an engine takes it, with a checkpoint's weights; those left out must be in place.
+    Raises CheckpointError: weights of another model, or other frozen weights or models than it was trained with."""
     _load_weights(folder, saved, task)
-    if saved.get("frozen") is not None and not same_weights(saved["frozen"], some_weights(task.module, frozen=True)):
-        raise CheckpointError(f"{folder}: the frozen weights are not those that it was trained with; start from the "
-                              "same initial weights, or in a new folder.")
+    now = frozen_state(task, save_frozen=False)
+    for name, before in saved["frozen"].items():
+        if name in now and not same_weights(before, now[name]):
+            raise CheckpointError(f"{folder}: was trained with another {name} than this run has; give the same one, or "
+                                  f"start from its weights in a new folder ({task.start_hint}).")
+
+
+def frozen_state(task: Task, save_frozen: bool) -> dict[str, Any]:
+    """By name some weights of what a run uses and its checkpoints do not hold."""
+    return {**task.frozen_models(), **({} if save_frozen else {FROZEN: some_weights(task.module, frozen=True)})}
 
 
 def _load_weights(folder: Path, saved: Mapping[str, Any], task: Task) -> None:
-    without = saved.get("frozen") is not None
-    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if without else [])
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)] if FROZEN in saved["frozen"]
+                      else [])
 
 
 def load_average(folder: Path, average: Ema) -> None:
@@ -276,11 +236,8 @@ def load_average(folder: Path, average: Ema) -> None:
 
 
 def warm_start(place: Path, task: Task) -> int:
-    """Load the (averaged) weights of another run's checkpoint, or of the newest in a folder; returns its step.
-
-    Raises:
-        CheckpointError: no checkpoint there, or weights of another model.
-    """
+    """Load the (averaged) weights of another run's checkpoint, or of the newest in a folder; returns its step. Raises
+    CheckpointError: no checkpoint there, or weights of another model."""
     folder = next((path for _, path in checkpoints(place)), place)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{place}: there is no such checkpoint to start from.")

@@ -38,19 +38,6 @@ class CodebookHealth:
     restart_until: float = setting(0.8, least=0, most=1)
 
 
-class CodeCounts(nn.Module):
-    """The model and, beside it in the saved state, how often each code was chosen since the last restart of dead
-    codes, over all processes."""
-
-    since_restart: Tensor
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        device = next(model.parameters()).device
-        self.register_buffer("since_restart", torch.zeros(model.quantize.size, dtype=torch.long, device=device))
-
-
 class CodebookTask(StageTask):
     """A stage of a model that may have a codebook, kept healthy by `health`, a `CodebookHealth` or settings with its
     fields.
@@ -63,24 +50,20 @@ class CodebookTask(StageTask):
                  ) -> None:
         self.model: Any = model
         self.health = health
-        self.counts = CodeCounts(model) if hasattr(model, "codebook_points") else None
-        if self.counts is not None:
+        self.since_restart: Tensor | None = None  # how often each code was chosen, over all processes
+        if hasattr(model, "codebook_points"):
             if health.codebook_warmup and not health.kmeans_start:
                 raise ConfigError("codebook_warmup trains without codes first, so it needs kmeans_start: true.")
             if health.codebook_warmup >= settings.max_steps:
                 raise ConfigError(f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
                                   f"{settings.max_steps} steps for training with codes.")
-            self.since_log = torch.zeros_like(self.counts.since_restart)
-            self.uncounted = torch.zeros_like(self.counts.since_restart)  # this process's
-        super().__init__(name, self.counts or model, settings, optimizer=optimizer)
+            self.since_restart = torch.zeros(self.model.quantize.size, dtype=torch.long,
+                                             device=next(model.parameters()).device)
+            self.since_log, self.uncounted = self.since_restart.clone(), self.since_restart.clone()
+        super().__init__(name, model, settings, optimizer=optimizer)
         # Buffers are equal by construction, or (code counts) each process's own.
         self.ddp_options = {"broadcast_buffers": False,
                             "find_unused_parameters": getattr(model, "skips_parameters", False)}
-
-    @property
-    def wrapped_part(self) -> nn.Module:
-        """The model; `module` may hold code counts beside it."""
-        return self.model
 
     def batch(self, micro_step: int) -> Any:
         """This process's batch on the model's device, a function of its argument alone."""
@@ -93,12 +76,12 @@ class CodebookTask(StageTask):
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
         """The loss; codes are counted, and used from the end of the warm-up on, when they start by k-means."""
         step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
-        if self.counts is not None and not inside:
+        if self.since_restart is not None and not inside:
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
         found = self.loss(model, self.batch(micro_step))
-        if self.counts is not None and self.model.codes is not None:
+        if self.since_restart is not None and self.model.codes is not None:
             add_counts(self.uncounted, self.model.codes)
         return found
 
@@ -111,27 +94,27 @@ class CodebookTask(StageTask):
 
     def add_up(self) -> None:
         """Add the processes' counts; all must call it: before a log line, a checkpoint, a restart of codes."""
-        if self.counts is not None:
+        if self.since_restart is not None:
             if dist.is_initialized():
                 dist.all_reduce(self.uncounted)
-            self.counts.since_restart += self.uncounted
+            self.since_restart += self.uncounted
             self.since_log += self.uncounted
             self.uncounted.zero_()
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Dead codes move onto features of the last batch, when due."""
-        if self.counts is None or not self.health.restart_every:
+        if self.since_restart is None or not self.health.restart_every:
             return None
         past, last = step - self.health.codebook_warmup, self.health.restart_until * self.settings.max_steps
         if past > 0 and past % self.health.restart_every == 0 and step <= last:
             self.add_up()
-            self.model.quantize.restart(self.counts.since_restart < 1, self.model.features)
-            self.counts.since_restart.zero_()
+            self.model.quantize.restart(self.since_restart < 1, self.model.features)
+            self.since_restart.zero_()
         return None
 
     def status(self) -> dict[str, float]:
         """The use of codes since the last log line."""
-        if self.counts is None:
+        if self.since_restart is None:
             return {}
         self.add_up()
         use = codebook_use(self.since_log)
@@ -139,9 +122,14 @@ class CodebookTask(StageTask):
         return use
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Nothing of its own; the counts of codes, which are saved with the module, are added up."""
+        """How often each code was chosen since the last restart of dead codes."""
         self.add_up()
-        return {}
+        return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
+
+    def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
+        """Inverse of `state_dict`."""
+        if self.since_restart is not None:
+            self.since_restart.copy_(torch.tensor(states[0]["since_restart"]))
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:

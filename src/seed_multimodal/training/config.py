@@ -31,7 +31,7 @@ class TrainerConfig:
         async_save: write checkpoints in a thread, during the next steps (not with DeepSpeed).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
         start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
-        timeout_minutes: how long a step, and any exchange, waits for another process; 0 waits for ever.
+        timeout_minutes: how long a step, and any exchange, waits for another process.
     """
 
     max_steps: int = setting(1000, least=1)
@@ -53,7 +53,7 @@ class TrainerConfig:
     async_save: bool = True
     resume: str = "auto"
     start: str = ""
-    timeout_minutes: float = setting(WAIT_MINUTES, least=0)
+    timeout_minutes: float = setting(WAIT_MINUTES, above=0)
 
 
 @dataclass(kw_only=True)

@@ -1,7 +1,6 @@
 """The processes of a run: joining, sums over all of them, requests to stop (SIGTERM), failures as one sentence.
 
-Gradients travel through the engine. Everything else (is a stop asked for, is a checkpoint due, numbers for the log)
-goes over a gloo group of its own, so that none of it waits for a GPU.
+Gradients travel through the engine, everything else over a gloo group of its own, which waits for no GPU.
 """
 
 from __future__ import annotations
@@ -37,20 +36,14 @@ class ProcessGroup:
     Methods are collective: every process must call them in the same order. `first`: writes files and prints.
     """
 
-    def __init__(self, timeout: timedelta = timedelta(minutes=WAIT_MINUTES)) -> None:
+    def __init__(self, timeout_minutes: float = WAIT_MINUTES) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.world = dist.get_world_size() if ready else 1
         self.rank = dist.get_rank() if self.world > 1 else 0
         self.first = self.rank == 0
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
-
-    def __enter__(self) -> ProcessGroup:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # After a failure the others may never close the group together with this process; its end closes it.
-        if self._group is not None and kind is None:
-            dist.destroy_process_group(self._group)
+        self._group: Any = None
+        if self.world > 1:
+            self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     def agree(self, *flags: bool) -> list[bool]:
         """For each flag: has any process raised it?"""
@@ -78,17 +71,12 @@ class ProcessGroup:
         return [json.loads(bytes(text[:int(size)].tolist())) for text, size in zip(texts, sizes, strict=True)]
 
 
-def wait_limit(timeout_minutes: float) -> timedelta:
-    """How long a collective waits; 0 minutes: for ever (30 days)."""
-    return timedelta(minutes=min(timeout_minutes or 43_200, 43_200))
-
-
 def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> torch.device:
     """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes; returns this
     process's device. `group_of_one`: make a process group for a single process, too (DeepSpeed needs one).
 
     Raises:
-        ConfigError: more processes on this node than GPUs. TrainingError: the others did not join in time.
+        ConfigError: more processes on this node than GPUs.
     """
     world, local = int(os.environ.get("WORLD_SIZE") or 1), int(os.environ.get("LOCAL_RANK") or 0)
     place = choose_device(device, log=None).device
@@ -100,14 +88,9 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
         torch.cuda.set_device(place)
     elif place.type == "cpu":  # DeepSpeed, which transformers imports to save a model, warns of no GPU else
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    timeout, backend = wait_limit(timeout_minutes), "nccl" if place.type == "cuda" else "gloo"
+    timeout, backend = timedelta(minutes=timeout_minutes), "nccl" if place.type == "cuda" else "gloo"
     if not dist.is_initialized() and world > 1:
-        try:
-            dist.init_process_group(backend, timeout=timeout)
-        except (dist.DistError, ValueError) as error:
-            raise TrainingError(f"Process {os.environ.get('RANK')} of {world} did not meet the others at MASTER_ADDR "
-                                f"{os.environ.get('MASTER_ADDR')}, MASTER_PORT {os.environ.get('MASTER_PORT')} "
-                                f"({first_line(error)}); start all processes with torchrun.") from error
+        dist.init_process_group(backend, timeout=timeout)
     elif not dist.is_initialized() and group_of_one:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     return place
@@ -118,19 +101,25 @@ def environment_place() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def leave_processes(clean: bool) -> None:
-    """End the process group; after a failure without waiting, because the others may never reach this point."""
-    if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
-        dist.destroy_process_group()
+@contextmanager
+def leaving_processes() -> Iterator[None]:
+    """End the process group at the end; after a failure not, because the others may never reach this point."""
+    clean = False
+    try:
+        yield
+        clean = True
+    except SystemExit:  # stopped by SIGTERM, and saved
+        clean = True
+        raise
+    finally:
+        if dist.is_available() and dist.is_initialized() and (clean or dist.get_world_size() == 1):
+            dist.destroy_process_group()
 
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
     """While active, SIGTERM only sets the event: the loop then finishes its step and saves."""
     requested = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield requested
-        return
     before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
     try:
         yield requested
@@ -140,8 +129,8 @@ def stop_request() -> Iterator[threading.Event]:
 
 @contextmanager
 def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Turns running out of memory, the loss of another process, and DeepSpeed's overflow into TrainingErrors; `where`:
-    what was being done (`"step 12"`), `saved`: what is on the disk."""
+    """Turns running out of memory and the loss of another process into TrainingErrors; `where`: what was being done
+    (`"step 12"`), `saved`: what is on the disk."""
     try:
         yield
     except SeedError:
@@ -155,7 +144,4 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
             raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
                                 "the same command resumes from there.") from error
-        if "loss scale already at minimum" in text:  # DeepSpeed raises no class of its own
-            raise TrainingError(f"The fp16 gradients overflow at any loss scale at {where} (use bf16 or fp32); {saved}."
-                                ) from error
         raise

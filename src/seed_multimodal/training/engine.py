@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.training.checkpoint import OPTIMIZER
 from seed_multimodal.training.config import TrainerConfig
@@ -26,56 +27,51 @@ from seed_multimodal.weights import read_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 _SMALLEST_SCALE = 2.0**-20  # 36 overflows in a row from GradScaler's first value: not a passing one
 _GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group; its rate is set at each step
 
 
 class Engine:
     """A task's module and optimiser in one process, or in each of several (DDP); a task's `micro_step` calls `model`.
-
-    `sharded`: every process writes its own part of a checkpoint (`save_shards`).
-    """
+    `sharded`: every process writes its own part of a checkpoint (`save_shards`)."""
 
     kind, sharded = "plain", False
 
     def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device) -> None:
-        """Wrap a task's module. Raises ConfigError: several processes for a task that supports one only, or a precision
-        that the device does not have."""
+        """Wrap a task's module. Raises ConfigError: several processes for a task that supports one only."""
         if group.world > 1 and not task.parallel:
             raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
                               "would train a model of its own.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
         self.module, self.optimizer = task.wrapped_part, task.optimizer
-        wanted = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        self.trained = [p for p in task.module.parameters() if id(p) in wanted]
-        if len(self.trained) < len(wanted):
-            raise ConfigError(f"[{task.name}] the optimiser trains {len(wanted) - len(self.trained)} tensors that are "
-                              "not in the trained modules, so they would not be saved.")
+        trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        self.trained = [p for p in task.module.parameters() if id(p) in trained]
         self.accelerator = self._accelerator()
         self.model = self._prepare()
-        self.scaler: torch.amp.GradScaler = self.accelerator.scaler or torch.amp.GradScaler(
-            device.type, enabled=settings.precision == "fp16" and not self.sharded)  # DeepSpeed scales by itself
+        self.scaler = torch.amp.GradScaler(  # DeepSpeed scales by itself
+            device.type, enabled=settings.precision == "fp16" and not self.sharded)
 
-    def _accelerator(self) -> Accelerator:
+    def _accelerator(self, **options: Any) -> Accelerator:
+        """`PartialState` is made first: an `Accelerator` for DeepSpeed must not get `cpu=True`, and without it and
+        without a GPU would count every process as number 0 of 1."""
+        from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedDataParallelKwargs
 
-        options = {"gradient_as_bucket_view": True, **self.task.ddp_options}
-        return start_accelerate(self.device, self.group, self.settings.precision,
-                                kwargs_handlers=[DistributedDataParallelKwargs(**options)])
+        _reset_accelerate()
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
+        PartialState(cpu=self.device.type == "cpu")
+        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, **self.task.ddp_options)
+        return Accelerator(kwargs_handlers=[ddp], **options)
 
     def _prepare(self) -> nn.Module:
         if self.group.world == 1:
             return self.module
         return self.accelerator.prepare_model(self.module, device_placement=False)
 
-    # ------------------------------------------------------------------------------------------------------- a step
-
     def autocast(self) -> AbstractContextManager[Any]:
         """Products in the run's precision."""
-        if self.settings.precision == "fp16" and self.device.type == "cpu":  # accelerate computes in fp32 there
-            return torch.autocast("cpu", torch.float16)
-        return self.accelerator.autocast()
+        precision = self.settings.precision
+        return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of a micro-step: gradients are exchanged after the last one of a step only."""
@@ -83,17 +79,16 @@ class Engine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Add the gradients of a micro-step."""
-        self.accelerator.backward(loss if self.accelerator.scaler is not None else self.scaler.scale(loss))
+        self.accelerator.backward(self.scaler.scale(loss))
 
     def clip(self) -> Tensor | None:
         """Norm of the step's gradients before clipping; clips them. None: known after `update` only."""
         self.scaler.unscale_(self.optimizer)
         return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
-    def update(self, rate: float) -> dict[str, float]:
+    def update(self) -> dict[str, float]:
         """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns
         numbers of the step that are known only now: fp16's `loss_scale`, DeepSpeed's `grad`."""
-        self.set_rate(rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -111,18 +106,13 @@ class Engine:
         finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"
         return "" if finite else f"The gradient norm became {norm}"
 
-    # ------------------------------------------------------------------------------------------------------- states
-
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and loss scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, step: int) -> None:
         """Fill the optimiser from a checkpoint; hyperparameters (weight decay, betas) stay as this run has set them.
-
-        Raises:
-            CheckpointError: a state of another optimiser.
-        """
+        Raises CheckpointError: a state of another optimiser."""
         state: Any = read_file(folder / OPTIMIZER)
         with keeping_hyperparameters(self.optimizer):
             try:
@@ -133,33 +123,11 @@ class Engine:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Take off the autocast that accelerate put around the module's forward pass."""
-        self.module.__dict__.pop("forward", None)
-        self.module.__dict__.pop("_original_forward", None)
+        """Leave nothing behind for a second run in this process."""
+        _reset_accelerate()
 
 
-def start_accelerate(device: torch.device, group: ProcessGroup, precision: str, **options: Any) -> Accelerator:
-    """An `Accelerator` for `device` that counts the processes of `group`.
-
-    Accelerate keeps one state per process, which a second run of the process must drop. `PartialState` is made first:
-    an `Accelerator` for DeepSpeed must not get `cpu=True`, and without it and without a GPU would count every process
-    as number 0 of 1.
-
-    Raises:
-        ConfigError: a precision that the device does not have.
-    """
-    from accelerate import Accelerator, PartialState
-
-    stop_accelerate()
-    os.environ["ACCELERATE_TORCH_DEVICE"] = str(device)
-    PartialState(cpu=device.type == "cpu")
-    try:
-        return Accelerator(mixed_precision=_MIXED[precision], **options)
-    except ValueError as error:
-        raise ConfigError(f"precision {precision}: {first_line(error)}.") from error
-
-
-def stop_accelerate() -> None:
+def _reset_accelerate() -> None:
     """Reset accelerate's state of this process (by its own function, which has no public name)."""
     from accelerate.state import AcceleratorState, GradientState
 
@@ -183,11 +151,8 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 
 def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
                 ) -> tuple[dict[str, Any], list[str]]:
-    """A DeepSpeed configuration without "auto", and remarks.
-
-    Args:
-        rows: sequences of a micro-batch; DeepSpeed uses it for its own log only.
-        hidden_size: of the model; buckets of ZeRO-3 follow from it, as in transformers.
+    """A DeepSpeed configuration without "auto", and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's log,
+    `hidden_size`: of the model, from which buckets follow as in transformers.
 
     Raises:
         ConfigError: no ZeRO stage, or a value that contradicts the run's.
@@ -200,28 +165,19 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
     remarks = [f"the {key} of the DeepSpeed configuration is left out: optim has it" for key in
                ("optimizer", "scheduler") if filled.pop(key, None) is not None]
     micro_steps, rows_key = settings.gradient_accumulation_steps, "train_micro_batch_size_per_gpu"
-    wanted = {"gradient_accumulation_steps": micro_steps, "gradient_clipping": settings.max_grad_norm}
+    wanted = {"gradient_accumulation_steps": micro_steps, "gradient_clipping": settings.max_grad_norm,
+              **{kind: settings.precision == kind for kind in ("bf16", "fp16")}}
     for key, value in wanted.items():
-        if filled.get(key, "auto") not in ("auto", value):
-            raise ConfigError(f"deepspeed: {key} is {filled[key]} there, but {value} in trainer; make them equal.")
-    for kind in ("bf16", "fp16"):
-        block, chosen = filled.get(kind), settings.precision == kind
-        if chosen and not isinstance(block, dict):
-            raise ConfigError(f"deepspeed: the configuration has no {kind} block, but trainer.precision is {kind}.")
-        if isinstance(block, dict) and block.get("enabled") not in ("auto", chosen):
-            raise ConfigError(f"deepspeed: {kind} is {block.get('enabled')} there, but trainer.precision is "
-                              f"{settings.precision!r}.")
-        if isinstance(block, dict):
-            block["enabled"] = chosen
+        block, name = (filled.setdefault(key, {}), "enabled") if isinstance(value, bool) else (filled, key)
+        if block.get(name, "auto") not in ("auto", value):
+            raise ConfigError(f"deepspeed: {key} is {block[name]} there, but {value} in trainer; make them equal.")
+        block[name] = value
     filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
-    filled |= {**wanted, "train_batch_size": filled[rows_key] * micro_steps * world,
-               "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+    filled |= {"train_batch_size": filled[rows_key] * micro_steps * world, "zero_allow_untested_optimizer": True,
+               "zero_force_ds_cpu_optimizer": False}
     by_size = {"reduce_bucket_size": hidden_size**2, "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
                "stage3_param_persistence_threshold": 10 * hidden_size}
     zero.update({key: value for key, value in by_size.items() if zero.get(key) == "auto"})
-    left = [key for key, value in [*filled.items(), *zero.items()] if value == "auto"]
-    if left:
-        raise ConfigError(f"deepspeed: {left[0]} cannot be 'auto'.")
     return filled, remarks
 
 
@@ -240,16 +196,18 @@ class ZeroEngine(Engine):
         self.config, self.stage = config, int(config["zero_optimization"]["stage"])
         super().__init__(task, settings, group, device)
 
-    def _accelerator(self) -> Accelerator:
+    def _accelerator(self, **options: Any) -> Accelerator:
         from accelerate import DeepSpeedPlugin
 
         if self.device.type == "cpu":
             _prepare_deepspeed_for_cpu()
         self._lone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
-        plugin = DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False)
-        return start_accelerate(self.device, self.group, self.settings.precision, deepspeed_plugin=plugin,
-                                gradient_accumulation_steps=self.settings.gradient_accumulation_steps)
+        precision = self.settings.precision
+        return super()._accelerator(
+            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False),
+            mixed_precision="no" if precision == "fp32" else precision,
+            gradient_accumulation_steps=self.settings.gradient_accumulation_steps)
 
     def _prepare(self) -> nn.Module:
         model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
@@ -274,9 +232,8 @@ class ZeroEngine(Engine):
         """DeepSpeed clips inside its step."""
         return
 
-    def update(self, rate: float) -> dict[str, float]:
-        """Update the weights at a learning rate; returns the gradient norm before clipping."""
-        self.set_rate(rate)
+    def update(self) -> dict[str, float]:
+        """Update the weights; returns the gradient norm before clipping."""
         self.model.step()
         return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 
@@ -335,13 +292,9 @@ def _weights_only() -> Iterator[None]:
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
 
-    before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     try:
         with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
             yield
     finally:
-        if before is None:
-            del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]
-        else:
-            os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = before
+        del os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"]

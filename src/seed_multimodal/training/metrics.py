@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import math
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -95,11 +96,7 @@ class RunLog:
 
     def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
                  device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int) -> None:
-        """Open the logs; lines of steps after `kept`, of a killed run, are dropped.
-
-        Raises:
-            ConfigError: wandb is asked for and not installed. CheckpointError: the disk.
-        """
+        """Open the logs; lines of steps after `kept`, of a killed run, are dropped. Raises ConfigError: no wandb."""
         self.name, self.settings, self.file = name, settings, home / f"{name}.log.jsonl"
         self.group, self.device, self.meter, self.status = group, device, meter, status
         self.mark_step, self.mark = step, time.monotonic()
@@ -118,11 +115,7 @@ class RunLog:
                 self.wandb = _open_wandb(settings, home)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
-        """Write a line about the steps since the last one if it is due, and the numbers of an evaluation.
-
-        Raises:
-            CheckpointError: the disk.
-        """
+        """Write a line about the steps since the last one if it is due, and the numbers of an evaluation."""
         if step % self.settings.logging_steps == 0 or step == self.settings.max_steps:
             self.finish(step)
         if evaluation:
@@ -203,11 +196,9 @@ def drop_lines_after(step: int, log: Path) -> None:
 
 
 def _open_wandb(settings: TrainerConfig, home: Path) -> Any:
-    try:
-        wandb = importlib.import_module("wandb")  # not a dependency: used only where installed
-    except ImportError as error:
-        raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb."
-                          ) from error
+    if importlib.util.find_spec("wandb") is None:
+        raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb.")
+    wandb = importlib.import_module("wandb")  # not a dependency
     return wandb.init(project="seed-multimodal", name=settings.run_name or home.name, dir=str(home), resume="allow")
 
 
@@ -227,8 +218,4 @@ def peak_memory_mib(device: torch.device) -> float:
     """Most memory in use so far, in MiB: allocated on the GPU, or resident in this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if sys.platform == "win32":
-        return 0.0
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

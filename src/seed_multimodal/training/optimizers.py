@@ -44,11 +44,6 @@ class OptimSettings:
     min_lr_ratio: float = setting(0.05, least=0, most=1)
     schedule_per_micro_batch: bool = False
 
-    def __post_init__(self) -> None:
-        rates = self.part_rates.values()
-        if rates and (self.name == "muon" or not self.learning_rate or min(rates) < 0):
-            raise ConfigError("optim: part_rates must be 0 or more, need a learning_rate and cannot be used with muon.")
-
 
 def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
     """Learning rate of optimiser step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
@@ -70,11 +65,7 @@ def _by_decay(trained: Sequence[Tensor], weight_decay: float) -> list[dict[str, 
 
 
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer | MuonWithAdamW:
-    """The optimiser of everything in `module` that is trained.
-
-    Raises:
-        ConfigError: nothing is trained, or nothing of a part of `part_rates`.
-    """
+    """The optimiser of what is trained. Raises ConfigError: nothing is, or nothing of a part of `part_rates`."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("There is nothing to train: every parameter is frozen.")
@@ -156,8 +147,6 @@ class MuonWithAdamW:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; another optimiser's state is a `ValueError`."""
-        if set(state) != set(self.parts):
-            raise ValueError(f"it holds {', '.join(state)} instead of {', '.join(self.parts)}")
+        """Inverse of `state_dict`; another optimiser's state is a `KeyError`."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

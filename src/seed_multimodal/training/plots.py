@@ -37,7 +37,11 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
         ConfigError: `out` has an ending that matplotlib does not know.
     """
     out = Path(out)
-    logs = list(dict.fromkeys(log for run in runs for log in find_logs(Path(run))))
+    logs: list[Path] = []
+    for run in map(Path, runs):
+        logs += [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
+        if not logs:
+            raise DataError(f"{run}: there is no log of a training run (NAME{SUFFIX}).")
     figure = _figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs})
     with writing(out, DataError):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -46,14 +50,6 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
                 figure.savefig(handle, format=out.suffix[1:].lower())
         except ValueError as error:
             raise ConfigError(f"{out}: {first_line(error)}.") from error
-    return logs
-
-
-def find_logs(run: Path) -> list[Path]:
-    """The log itself, or those of a folder. Raises DataError: there is none."""
-    logs = [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
-    if not logs:
-        raise DataError(f"{run}: there is no log of a training run (NAME{SUFFIX}).")
     return logs
 
 

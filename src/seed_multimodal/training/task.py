@@ -64,8 +64,6 @@ class Task:
         """Where in the run's folder the checkpoints are ("": in the folder itself)."""
         return f"{self.name}.checkpoints"
 
-    # ------------------------------------------------------------------------------------------------- the training
-
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called when it is certain that the run may begin or resume."""
 
@@ -91,8 +89,8 @@ class Task:
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """After each optimiser step, with the number of steps made, in every process; may change weights if it leaves
-        all processes' equal. Numbers (of an evaluation: the same keys in every process) are logged at once, and the
-        time of a call that returns some is left out of the speed."""
+        all processes' equal. Numbers (of an evaluation) are logged, and the time of the call is left out of the speed.
+        """
         return None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
@@ -111,8 +109,6 @@ class Task:
     def summary(self, record: Mapping[str, Any]) -> list[str]:
         """Lines that summarise the run at its end."""
         return [f"done: {json.dumps(record)}"]
-
-    # ---------------------------------------------------------------------------------------------- the checkpoints
 
     def identity(self, world: int) -> dict[str, Any]:
         """What trainer_state.json records of the run, for `check_resume`."""

@@ -1,8 +1,6 @@
-"""torchrun with one sentence in place of its traceback: how both applications start several processes.
+"""torchrun with one sentence in place of its traceback; takes torchrun's own arguments, the script and its arguments.
 
     python -m seed_multimodal.training.torchrun --standalone --nproc-per-node=2 src/train/train.py ARGUMENTS…
-
-The arguments are torchrun's own, the script and its arguments.
 """
 
 from __future__ import annotations
@@ -35,10 +33,5 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     return 0
 
 
-def main(arguments: Sequence[str]) -> int:
-    """`run_torchrun` as a program."""
-    return guarded("torchrun", "--debug" in arguments, lambda: run_torchrun(arguments))
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(guarded("torchrun", "--debug" in sys.argv, lambda: run_torchrun(sys.argv[1:])))

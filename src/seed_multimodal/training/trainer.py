@@ -1,8 +1,5 @@
-"""The one restartable training loop: from a nano stage on one core to a language model on many nodes.
-
-Every number of a step follows from (seed, step, process), so a run killed at any step and started again continues with
-bit-equal losses (on a CPU). With bf16, the default, products are computed under autocast with fp32 master weights.
-"""
+"""The one restartable training loop: every number of a step follows from (seed, step, process), so a run killed at any
+step and started again continues with bit-equal losses (on a CPU)."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
     checkpoints,
+    frozen_state,
     load_average,
     load_task,
     read_states,
@@ -35,16 +33,14 @@ from seed_multimodal.training.distributed import (
     ProcessGroup,
     TrainingError,
     join_processes,
-    leave_processes,
+    leaving_processes,
     stop_request,
     translate_errors,
-    wait_limit,
 )
 from seed_multimodal.training.ema import Ema
-from seed_multimodal.training.engine import Engine, ZeroEngine, stop_accelerate
+from seed_multimodal.training.engine import Engine, ZeroEngine
 from seed_multimodal.training.metrics import RunLog
 from seed_multimodal.training.task import StageTask, Task
-from seed_multimodal.weights import some_weights
 
 
 def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: ProcessGroup | None = None,
@@ -52,24 +48,20 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
     Under torchrun every process calls it, with a folder that all of them see. `group` is by default torch.distributed's
-    default group, or this process alone; `device` that of the task's module.
-
-    Returns:
-        The run's record, also `folder/task.record_file`: steps, seconds and the task's own measures.
+    default group, or this process alone; `device` that of the task's module. Returns the run's record, also
+    `folder/task.record_file`: steps, seconds and the task's own measures.
 
     Raises:
         ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run.
         TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
-            Checkpoints stay as they were.
         SystemExit: 143 after SIGTERM: the step was finished and saved.
     """
     check_settings(settings, task.name)
     with contextlib.ExitStack() as stack:
-        group = group or stack.enter_context(ProcessGroup(wait_limit(settings.timeout_minutes)))
+        group = group or ProcessGroup(settings.timeout_minutes)
         if group.first:
             stack.enter_context(folder_lock(Path(folder) / task.checkpoint_folder, CheckpointError,
                                             "using this output folder", 3.0, ".run.lock"))
-        stack.callback(stop_accelerate)
         return Trainer(task, settings, Path(folder), group, device, stack).train()
 
 
@@ -82,20 +74,23 @@ class Trainer:
         Raises as `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
         self.store = CheckpointStore(home / task.checkpoint_folder, group, settings)
-        stack.callback(self.store.join)
-        folder = self.store.find()
+        stack.callback(self.store.finish)
         self.identity = task.identity(group.world)
-        saved, states = self._read(folder) if folder is not None else ({}, [])
+        saved, states = self.store.find()
+        folder = self.store.place
+        if folder is not None:
+            remarks = [*task.check_resume(folder, saved, self.identity),
+                       settings_remark(saved["config"], task.config, task.quiet_keys)]
+            for remark in filter(None, remarks):
+                self.log_line(f"{remark}.")
         self.step = int(saved.get("global_step", task.first_step))
-        self.begun = int(saved.get("begun", 0)) if saved else task.first_step
         with translate_errors("the start", self.store.description()):
             task.prepare()
             if folder is not None:
                 load_task(folder, saved, task)
             elif settings.start:
                 self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
-            self._frozen = {"frozen_models": dict(task.frozen_models()),
-                            "frozen": None if settings.save_frozen else some_weights(task.module, frozen=True)}
+            self.frozen = frozen_state(task, settings.save_frozen)
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
             deepspeed = task.deepspeed_config(group.world)
@@ -145,11 +140,8 @@ class Trainer:
                 return self._record()
 
     def _make_step(self) -> bool:
-        """One optimiser step of all processes; False: the data of all processes have ended.
-
-        Raises:
-            TrainingError: a loss or a gradient norm that is not finite, in any process.
-        """
+        """One optimiser step of all processes; False: the data of all processes have ended. Raises TrainingError: a
+        loss or a gradient norm that is not finite, in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
         engine.set_rate(rate)
@@ -170,10 +162,10 @@ class Trainer:
         problem = problem or engine.problem(numbers.get("grad"))
         failed, *sums = self.group.sum([bool(problem), *task.meter.shared(numbers)])
         if not failed:
-            numbers |= engine.update(rate)
+            numbers |= engine.update()
             problem = engine.problem(numbers["grad"])
         if failed or problem:
-            self.store.join()
+            self.store.finish()
             raise TrainingError(f"{problem or 'Another process met a number that is not finite'} at step "
                                 f"{self.step + 1}; {self.store.description()}.")
         task.meter.add(numbers, sums)
@@ -197,7 +189,7 @@ class Trainer:
 
     def _save(self) -> None:
         state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
-                 "begun": self.begun, **self._frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
+                 "frozen": self.frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
         with translate_errors(f"saving step {self.step}", self.store.description()):
             self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
@@ -226,8 +218,7 @@ class Trainer:
         if self.average is not None:
             self.average.copy_to(self.task.module)
         self.task.module.eval()
-        record: dict[str, Any] = {"steps": self.step, **({"begun": self.begun} if self.begun else {}),
-                                  "seconds": round(time.monotonic() - self.started, 1),
+        record: dict[str, Any] = {"steps": self.step, "seconds": round(time.monotonic() - self.started, 1),
                                   **self.task.finish(self.group)}
         if self.group.first:
             file = self.home / self.task.record_file
@@ -241,16 +232,6 @@ class Trainer:
                 self.log_line(line)
         return self.group.gather(record)[0]
 
-    def _read(self, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """States of the checkpoint to resume from, if this run may."""
-        saved, states = read_states(folder)
-        remarks = self.task.check_resume(folder, saved, self.identity)
-        if saved.get("config") and self.task.config:
-            remarks.append(settings_remark(saved["config"], self.task.config, self.task.quiet_keys))
-        for remark in filter(None, remarks):
-            self.log_line(f"{remark}.")
-        return saved, states
-
     def log_line(self, text: str) -> None:
         """Log a line of text, in the first process only."""
         if self.group.first:
@@ -263,48 +244,30 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
     A done stage continues only if `further` is set, more steps are asked for and there is a checkpoint.
     """
     home, settings = Path(folder), task.settings
-    if group is None:
-        with ProcessGroup(wait_limit(settings.timeout_minutes)) as own:
-            return train_stage(task, home, own)
-    done = home / task.record_file
-    if not group.agree(done.is_file())[0]:
-        return train(task, settings, home, group=group)
-    record, saved = read_json_object(done), checkpoints(home / task.checkpoint_folder)
-    if settings.further and int(record.get("steps", 0)) < settings.max_steps and saved:
+    group = group or ProcessGroup(settings.timeout_minutes)
+    done, saved = home / task.record_file, checkpoints(home / task.checkpoint_folder)
+    record = read_json_object(done) if group.agree(done.is_file())[0] else {}
+    if not record or (settings.further and record["steps"] < settings.max_steps and saved):
         return train(task, settings, home, group=group)
     if group.first:
         print(f"[{task.name}] already done ({record.get('seconds', 0):.0f} s): {done}", flush=True)
-        before = read_states(saved[0][1])[0].get("config") if saved else None
-        if before and task.config and (remark := settings_remark(before, task.config, task.quiet_keys)):
+        before = read_states(saved[0][1])[0]["config"] if saved else None
+        if remark := settings_remark(before, task.config, task.quiet_keys):
             print(f"[{task.name}] {remark}; remove {done} and {home / task.checkpoint_folder} to train it again.",
                   flush=True)
     return record
 
 
 def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
-    """Train by checked settings; under torchrun every process calls it.
-
-    Args:
-        run: the settings, with the sections `trainer` and `deepspeed`, and `output_dir`.
-        kind: makes a `Task` of them that also has `settings` and `close()`.
-
-    Returns:
-        The run's record, also `output_dir/summary.json`.
+    """Train by the settings `run` (`trainer`, `deepspeed`, `output_dir`); `kind` makes a `Task` of them that also has
+    `settings` and `close()`. Under torchrun every process calls it. Returns the record, also `output_dir/summary.json`.
     """
     quiet_libraries()
-    clean = False
-    try:
+    with leaving_processes():
         with translate_errors("the start", "nothing was trained yet"):
             minutes = run.trainer.timeout_minutes
             device = join_processes(run.trainer.device, minutes, group_of_one=run.deepspeed is not None)
-            group = ProcessGroup(wait_limit(minutes))
+            group = ProcessGroup(minutes)
             task = kind(run, group, device)
         with contextlib.closing(task):
-            record = train(task, task.settings, run.output_dir, group=group, device=device)
-        clean = True
-        return record
-    except SystemExit:
-        clean = True
-        raise
-    finally:
-        leave_processes(clean)
+            return train(task, task.settings, run.output_dir, group=group, device=device)

@@ -85,7 +85,7 @@ def write_pairs(folder: Path) -> dict[str, Any]:
         (folder / f"{n:02d}.png").write_bytes(picture(n))
     (folder / "pairs.json").write_text(json.dumps(
         [{"image": f"{n:02d}.png", "caption": captions[n]} for n in range(40)]))
-    return {"tar": {"format": "webdataset", "pattern": str(folder / "tars" / "*.tar")},
+    return {"tar": {"format": "tar", "files": str(folder / "tars" / "*.tar")},
             "json": {"format": "json", "files": str(folder / "pairs.json"), "image_root": str(folder)},
             "nano": Captions()}
 

@@ -96,8 +96,8 @@ def test_data_spec(tmp_path):
     assert spec("nano") == {"format": "nano", "split": "val"}
     assert spec("a/{0..3}.tar", caption_key="top_caption") == {
         "format": "auto", "files": "a/{0..3}.tar", "caption_key": "top_caption"}
-    (tmp_path / "data.yaml").write_text("format: webdataset\npattern: x/*.tar\n")
-    assert spec(str(tmp_path / "data.yaml")) == {"format": "webdataset", "pattern": "x/*.tar"}
+    (tmp_path / "data.yaml").write_text("format: tar\nfiles: x/*.tar\n")
+    assert spec(str(tmp_path / "data.yaml")) == {"format": "tar", "files": "x/*.tar"}
 
 
 def run(stages, data: Path | str, out: Path, *more: str) -> int:

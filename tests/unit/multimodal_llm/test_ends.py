@@ -120,25 +120,6 @@ def test_the_scripts_name_the_variable_that_is_no_count(name, value, runs):
     assert done.returncode == 2 and f"{wanted} must be a number from 1 on, not '{value}'." in done.stderr
 
 
-@pytest.mark.parametrize(("values", "words"), [
-    ({}, r"Process 0 of 2 did not meet .* at MASTER_ADDR 127.0.0.1, MASTER_PORT \d+ \(.+\); start all"),
-    ({"MASTER_ADDR": ""}, "MASTER_ADDR expected, but not set")])
-def test_processes_that_never_meet_end_with_a_sentence(values, words, monkeypatch):
-    """As started by hand, without torchrun."""
-    import socket
-
-    from seed_multimodal.training.distributed import join_processes
-
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = str(place.getsockname()[1])
-    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
-                        "MASTER_PORT": port, **values}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(TrainingError, match=words):
-        join_processes("cpu", 0.005)
-
-
 def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     files = runs.write_files(tmp_path)
     lora = {"model": {"lora": runs.LORA}}
@@ -152,6 +133,18 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert {"text_loss", "image_loss", "learning_rate", "grad_norm", "tokens_per_s", "useful_tokens_per_s", "tflops",
             "fill", "wait_share", "peak_memory_mib", "eta_seconds"} <= line.keys() and "mfu" not in line
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
+
+
+def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
+    """An error that is not the disk's: what cannot be kept in a state."""
+    from seed_multimodal.training.checkpoint import CheckpointStore
+    from seed_multimodal.training.config import TrainerConfig
+    from seed_multimodal.training.distributed import ProcessGroup
+
+    saver = CheckpointStore(tmp_path, ProcessGroup(), TrainerConfig())
+    with pytest.raises(TrainingError, match="The checkpoint of step 3 cannot be written: .*not JSON serializable"):
+        saver._write(3, lambda folder: None, {"trainer_state.json": {"no": {1, 2}}})
+    assert saver.saved is None and not list(tmp_path.iterdir())
 
 
 def test_what_machines_do_becomes_a_sentence():

@@ -90,7 +90,7 @@ def test_build_datasets_of_a_folder_and_of_nano(tmp_path):
     ({"storage": "x.tar", "imges": {}}, {}, "did you mean 'images'"),
     ({"storage": "/nowhere/*.tar"}, {}, r"/nowhere/\*\.tar.*datasets.unsplash.build_info"),
     ({"storage": "x.tar"}, {"vis_processr": {}}, "did you mean 'vis_processor'"),
-    ({"format": "tar", "storage": "x.tar"}, {}, "format must be auto")])
+    ({"format": "webdataset", "storage": "x.tar"}, {}, "format must be auto")])
 def test_build_datasets_with_a_wrong_section(info, more, sentence):
     with pytest.raises((ConfigError, DataError), match=sentence):
         build("unsplash", info, **more)

@@ -136,10 +136,6 @@ def test_given_optimiser_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
               StageConfig(max_steps=2, max_grad_norm=0, precision="fp32"), tmp_path,
               optimizer=torch.optim.SGD(groups, lr=9.0), methods={"learning_rate": lambda step: 0.1 * (step + 1)})
     torch.testing.assert_close(model.weight.detach(), torch.full((2, 3), 1.0 - 0.05 - 0.1))
-    other = torch.optim.SGD([*model.parameters(), nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ConfigError, match="trains 1 tensors that are not in the trained modules"):
-        toy.run_stage("other", model, lambda step: (model.weight.sum(), {}), StageConfig(max_steps=2), tmp_path,
-                  optimizer=other)
 
 
 @pytest.mark.parametrize(("failure", "sentence"), [
@@ -225,7 +221,7 @@ def test_frozen_weights_may_stay_out_of_the_state(toy: ModuleType, tmp_path: Pat
         shutil.copytree(tmp_path / "thaw3.checkpoints", tmp_path / f"thaw{steps}.checkpoints")
     run(model(), 5, save_frozen=True)
     assert "0.weight" in toy.saved(tmp_path, "thaw5")["model"]
-    with pytest.raises(CheckpointError, match="frozen weights are not those"):
+    with pytest.raises(CheckpointError, match="another set of frozen weights"):
         run(model(seed=7), 6, save_frozen=False)
 
 

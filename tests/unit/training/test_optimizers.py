@@ -169,10 +169,3 @@ def test_muon_learns() -> None:
     model = Toy()
     losses = losses_of(model, MuonWithAdamW(model, lr=0.02, weight_decay=0.0), range(60))
     assert losses[-1] < 0.2 * losses[0]
-
-
-def test_another_optimisers_state_is_refused() -> None:
-    model = Toy()
-    state = torch.optim.AdamW(model.parameters()).state_dict()
-    with pytest.raises(ValueError, match="instead of muon, adamw"):
-        MuonWithAdamW(model, lr=0.01, weight_decay=0.0).load_state_dict(state)

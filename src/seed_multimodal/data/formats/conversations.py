@@ -25,7 +25,6 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "model": "assistant",
          "chatgpt": "assistant", "bot": "assistant", "system": "system"}
 NO_IMAGE = (None, "", "none", "None", "null")
-_KEYS = ("messages", "conversations", "data", "source_image")  # of which a conversation has one
 Part = str | dict[str, Any]
 
 
@@ -33,7 +32,7 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The fields of a record, with `messages` when it is a conversation. Raises BadRecord: a turn lacks author or text,
     authors do not alternate, or there are more or fewer `<image>` placeholders than images."""
     fields = dict(item)
-    if fields.keys().isdisjoint(_KEYS):
+    if fields.keys().isdisjoint(("messages", "conversations", "data", "source_image")):
         return fields
     for key in ("messages", "conversations", "data"):
         # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
@@ -73,12 +72,8 @@ def _turns(value: Any, key: str, where: str) -> list[tuple[str, list[Part]]]:
         raise BadRecord("wrong type", f"{where}: {key!r} must be a list of turns, not {shorten(value)}.")
     turns = []
     for number, turn in enumerate(value, 1):
-        name = f"{where}: turn {number} of {key!r}"
-        author, content = (next((turn[one] for one in names if turn.get(one) is not None), None)
-                           for names in (("role", "from"), ("content", "value")))
-        if author is None or content is None:
-            missing = "role or from" if author is None else "content or value"
-            raise BadRecord("missing key", f"{name}: has no {missing}.")
+        name, author = f"{where}: turn {number} of {key!r}", turn.get("role") or turn.get("from")
+        content = turn.get("value") if turn.get("content") is None else turn["content"]
         role = ROLES.get(str(author).lower())
         if role is None:
             raise BadRecord("wrong role", f"{name}: its author is {shorten(author)}, not one of {', '.join(ROLES)}.")
@@ -110,9 +105,6 @@ def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
     instruction = fields["instruction_new"] if given else fields.get("instruction")
     if not isinstance(instruction, str):
         raise BadRecord("missing key", f"{where}: 'instruction' must be a text, not {shorten(instruction)}.")
-    for key in ("source_image", "target_image"):
-        if fields[key] in NO_IMAGE:
-            raise BadRecord("missing key", f"{where}: {key!r} is empty.")
     response = [fields["response"]] if given and fields["response"] else []
     return [{"role": "user", "content": [{"image": fields["source_image"]}, instruction]},
             {"role": "assistant", "content": [*response, {"image": fields["target_image"]}]}]

@@ -47,11 +47,8 @@ def nothing_under(key: str, item: Mapping[str, Any]) -> str:
 
 def stored_picture(value: Any, record: Record, root: str | Path | None = None) -> StoredPicture:
     """The image that a field names, as bytes, base64 text, a path, `{"bytes": …, "path": …}` (Hugging Face's tables) or
-    the function that draws it; paths are relative to `root`, else to the record's file, then the current folder.
-
-    Raises:
-        BadRecord: none of these. ImageError: there is no such file, or no base64.
-    """
+    the function that draws it; paths are relative to `root`, else to the record's file, then the current folder. Raises
+    BadRecord: none of these; ImageError: there is no such file, or no base64."""
     if callable(value):
         drawn: Drawing = value
         return drawn

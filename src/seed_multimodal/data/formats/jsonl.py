@@ -54,31 +54,30 @@ class JsonList:
         self.path = str(path)
 
     @cached_property
-    def _items(self) -> tuple[bytes, np.ndarray] | JsonLines:
+    def _items(self) -> tuple[bytes, np.ndarray]:
         """The items, and where each begins and the last ends."""
         content = read_all(self.path)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
-            if getattr(error, "msg", "") == "Extra data" and content.lstrip().startswith(b"{"):
-                return JsonLines(self.path)
-            raise BadRecord("malformed json", f"{self.path}: is not json ({first_line(error)}).") from None
-        if isinstance(value, dict):  # as COCO's captions; or a file of one line
-            value = value.get("annotations", None if b"\n" in content.strip() else [value])
-        if not isinstance(value, list):
-            raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
-        written = [json.dumps(item).encode() for item in value]
+            if getattr(error, "msg", "") != "Extra data" or not content.lstrip().startswith(b"{"):
+                raise BadRecord("malformed json", f"{self.path}: is not json ({first_line(error)}).") from None
+            written = [line for line in content.splitlines() if line.strip()]
+        else:
+            if isinstance(value, dict):  # as COCO's captions; or a file of one line
+                value = value.get("annotations", None if b"\n" in content.strip() else [value])
+            if not isinstance(value, list):
+                raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
+            written = [json.dumps(item).encode() for item in value]
         return b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
 
     @property
     def sizes(self) -> Sequence[int]:
         """All records are one piece."""
-        return self._items.sizes if isinstance(self._items, JsonLines) else [len(self._items[1]) - 1]
+        return [len(self._items[1]) - 1]
 
     def locate(self, row: int) -> Record:
         """A record."""
-        if isinstance(self._items, JsonLines):
-            return self._items.locate(row)
         data, ends = self._items
         members: dict[str, bytes | Place] = {"json": data[ends[row]:ends[row + 1]]}
         return Record(f"item {row}", f"{self.path}: item {row}", {}, members, self.path)

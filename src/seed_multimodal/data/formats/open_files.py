@@ -13,11 +13,8 @@ from seed_multimodal.errors import DataError
 
 
 class OpenFiles:
-    """Reads pieces of files, and rows of parquet files; each process (a forked worker) opens its own.
-
-    `limit`: files that stay open; `rows`: bytes of parquet's row groups that are kept; `cache`: folder for copies of
-    remote files, which are read by ranges without it.
-    """
+    """Reads pieces of files, and rows of parquet files; each process (a forked worker) opens its own. `limit`: files
+    that stay open; `rows`: bytes of row groups that are kept; `cache`: folder for copies of remote files."""
 
     def __init__(self, limit: int = 64, rows: int = KEPT, cache: str | None = None) -> None:
         self.limit, self.cache = limit, cache

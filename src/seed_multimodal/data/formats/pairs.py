@@ -1,8 +1,5 @@
 """Image-caption pairs by number, as a view of records: shards, lists, tables, image folders, registered formats.
 
-    source = open_pairs({"format": "webdataset", "pattern": "cc3m/{00000..00331}.tar"})
-    source.read(17)                # Pair(key, name, image, captions)
-
 Nothing is decoded here. A sample that cannot be used raises one of `SAMPLE_FAULTS` when it is read.
 """
 
@@ -29,11 +26,10 @@ from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
 from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.sources import open_records, registered
 from seed_multimodal.data.formats.tar import TarFile
-from seed_multimodal.errors import ConfigError, DataError, ImageError
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.settings import check_keys
 
 SAMPLE_FAULTS = (ImageError, DataError)  # what a sample that cannot be used raises: named, skipped and counted
-FORMATS = ("auto", "json", "jsonl", "parquet", "folder", "webdataset")
 PROBED = 20  # samples that are looked at before a source is refused
 
 
@@ -68,8 +64,7 @@ class PairKeys:
 
 
 class Pairs:
-    """Pairs of files of any kind: `files`, `format`, `cache` and `options` as of `sources.open_records`; `keys`: of
-    `PairKeys`.
+    """Pairs of files of any kind; arguments as of `sources.open_records`, and `keys` of `PairKeys`.
 
     tar                     KEY.jpg with its caption in KEY.json, else in KEY.txt
     json, jsonl, parquet    an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption
@@ -137,18 +132,11 @@ class Pairs:
 
 
 def open_pairs(spec: Mapping[str, Any]) -> Pairs:
-    """The source a configuration describes: `format`, `files` (of webdataset also `pattern`), `cache` and those of
-    `PairKeys`, or options of a registered format. Raises ConfigError, DataError."""
+    """The source a configuration describes: `format`, `files`, `cache` and those of `PairKeys`, or options of a
+    registered format. Raises ConfigError, DataError."""
     options: Any = OmegaConf.to_container(spec, resolve=True) if isinstance(spec, DictConfig) else dict(spec)
-    kind = options.pop("format", None)
+    kind = options.pop("format", "auto")
     if kind in registered():
         return Pairs(options.pop("files", None), kind, options=options)
-    if kind not in FORMATS:
-        known = (*FORMATS, *registered())
-        raise ConfigError(f"data: format must be {', '.join(known)}, not {kind!r}{nearest(str(kind), known)}.")
-    named = "pattern" if kind == "webdataset" and "files" not in options else "files"
-    check_keys(options, [named, "cache", *(one.name for one in fields(PairKeys))], f"data of format {kind}")
-    files = options.pop(named, None)
-    if not files:
-        raise ConfigError(f"data of format {kind}: {named} is not given.")
-    return Pairs(files, "tar" if kind == "webdataset" else kind, **options)
+    check_keys(options, ["files", "cache", *(one.name for one in fields(PairKeys))], f"data of format {kind}")
+    return Pairs(options.pop("files", None), kind, **options)

@@ -2,10 +2,8 @@
 
 A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
 stand-ins that only collect numbers, and every other name is refused before it is looked up. Tuples and integer arrays
-become lists, UTF-8 bytes texts. Read are pickles of protocol 3 and later, which Python 3 writes.
-
-Each shard is written whole or not at all; shards that are there are skipped, so that the same command resumes. This is
-the one file of the project that may import `pickle`, and it takes `Unpickler` alone.
+become lists, UTF-8 bytes texts. Read are pickles of protocol 3 and later. This is the one file of the project that may
+import `pickle`, and it takes `Unpickler` alone.
 """
 
 from __future__ import annotations
@@ -43,15 +41,17 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if "PUT" in opcode.name and int(argument or 0) > count + 256:  # it would allocate a huge list at once
                 raise ValueError(f"it numbers an object {argument}")
-        return _plain_dict(_Plain(io.BytesIO(data)).load())
+        value: dict[str, Any] = _plain(_PlainUnpickler(io.BytesIO(data)).load(), "", [0])
+        if type(value) is not dict:
+            raise BadRecord("wrong type", f"holds a {type(value).__name__}, not a dict.")
+        return value
     except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
     except _BROKEN as error:
-        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)})."
-                        ) from None
+        raise BadRecord("damaged pickle", f"{where}: cannot be read as a pickle ({first_line(error)}).") from None
 
 
-class _Plain(Unpickler):
+class _PlainUnpickler(Unpickler):
     """An unpickler that resolves names to the stand-ins below only."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -123,41 +123,31 @@ STAND_INS: dict[tuple[str, str], _StandIn] = {
     ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer)}
 
 
-def _plain_dict(value: Any) -> dict[str, Any]:
-    """The value in json's types, with a count of what it holds."""
-    nodes = 0
-
-    def convert(value: Any, path: str) -> Any:
-        nonlocal nodes
-        nodes += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
-                      value.size if isinstance(value, _Array) else 0)
-        if nodes > MAX_NODES:
-            raise BadRecord("wrong type", f"is larger than {MAX_NODES:,} values.")
-        kind = type(value)
-        if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
-            return value
-        if kind is float:
-            return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
-        if kind is list or kind is tuple:
-            return [convert(one, f"{path}[{place}]") for place, one in enumerate(value)]
-        if kind is dict and all(type(key) is str for key in value):
-            return {key: convert(one, f"{path}.{key}") for key, one in value.items()}
-        if kind is _Array:
-            return value.value
-        if kind is bytes:
-            return value.decode("utf-8")
-        raise BadRecord("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
-
-    plain: Any = convert(value, "")
-    if type(plain) is not dict:
-        raise BadRecord("wrong type", f"holds a {type(plain).__name__}, not a dict.")
-    return plain
+def _plain(value: Any, path: str, seen: list[int]) -> Any:
+    """The value in json's types; `seen`: how many values that makes so far."""
+    seen[0] += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
+                    value.size if isinstance(value, _Array) else 0)
+    if seen[0] > MAX_NODES:
+        raise BadRecord("wrong type", f"is larger than {MAX_NODES:,} values.")
+    kind = type(value)
+    if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
+    if kind is list or kind is tuple:
+        return [_plain(one, f"{path}[{place}]", seen) for place, one in enumerate(value)]
+    if kind is dict and all(type(key) is str for key in value):
+        return {key: _plain(one, f"{path}.{key}", seen) for key, one in value.items()}
+    if kind is _Array:
+        return value.value
+    if kind is bytes:
+        return value.decode("utf-8")
+    raise BadRecord("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
 
 
 @dataclass
 class ConvertReport:
-    """Shards converted now and already there, samples converted now; shards refused and samples left out (a sentence
-    each)."""
+    """Shards converted now and already there, samples converted now; a sentence for each shard or sample left out."""
 
     converted: int = 0
     kept: int = 0
@@ -168,7 +158,7 @@ class ConvertReport:
 
 def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1) -> ConvertReport:
     """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; those that are there
-    are skipped. Raises DataError: no such tars, or a process was killed."""
+    are skipped. Raises DataError."""
     out = writable_folder(Path(out).absolute(), DataError)
     paths = [path for name, _ in find_files(tars, "tar") if not (path := Path(name).absolute()).is_relative_to(out)]
     if not paths:
@@ -178,7 +168,7 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1
     jobs = [(path, out / path.relative_to(base)) for path in paths]
     left = [(path, target) for path, target in jobs if not target.is_file()]
     report = ConvertReport(kept=len(jobs) - len(left))
-    for samples, skipped, refusal in in_processes(_convert, left, workers, "convert", "shard"):
+    for samples, skipped, refusal in in_processes(_convert, left, workers, "convert"):
         report.converted += not refusal
         report.samples += samples
         report.skipped += skipped
@@ -221,8 +211,5 @@ def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
     if len(pickles) != 1 or "json" in members:
         raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; one .pkl member was expected.")
     value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")
-    try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError:
-        raise BadRecord("wrong type", f"{where}: a text holds half of a surrogate pair.") from None
-    return {"json": text, **members}
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return {"json": text.encode("utf-8", "replace"), **members}

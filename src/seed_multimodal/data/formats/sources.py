@@ -1,8 +1,5 @@
 """Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, images, registered formats.
 
-    source = open_records("dataset/part-{0000..0031}/*.tar")      # or a folder, a .jsonl, a URL, a list of them
-    source.read(17)                                               # Record(key, where, fields)
-
 Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
 
 Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
@@ -11,7 +8,6 @@ a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are t
 
 from __future__ import annotations
 
-import difflib
 import glob
 import inspect
 import multiprocessing
@@ -25,7 +21,7 @@ from functools import cache, cached_property
 from importlib.metadata import EntryPoint, entry_points
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from braceexpand import braceexpand
@@ -44,35 +40,28 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
-GROUP = "seed_multimodal.formats"
 SUFFIXES = {"tar": (".tar",), "jsonl": (".jsonl", ".ndjson"), "json": (".json",), "parquet": (".parquet",)}
 REMOTE_THREADS = 16
-T = TypeVar("T")
 _WILD = re.compile(r"[*?\[]")
-_COMPARED = 2000  # names: to compare a million, as a folder of images may hold, would take minutes
 
 
 @cache
 def registered() -> dict[str, EntryPoint]:
     """The formats of other packages."""
-    return {entry.name: entry for entry in entry_points(group=GROUP)}
+    return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
 
 
-def open_registered(name: str, path: Any, options: Mapping[str, Any]) -> RecordFile:
-    """The records of a registered format. Raises ConfigError: an option that its opener does not have."""
-    opener = registered()[name].load()
-    check_keys(options, list(inspect.signature(opener).parameters)[1:], f"options of format {name}")
-    file: RecordFile = opener(path, **options)
-    return file
-
-
-def open_file(path: str | Path, format: str, *, needs_json: bool = True) -> RecordFile:
-    """The records of one tar, jsonl, json, parquet or folder, unread. `needs_json`: without it tars may lack .json."""
+def open_file(path: Any, format: str, *, needs_json: bool = True, options: Mapping[str, Any] | None = None
+              ) -> RecordFile:
+    """The records of one file or folder, unread. `needs_json`: without it tars may lack .json; `options`: of registered
+    formats. Raises ConfigError: an option that the format does not have."""
     if format == "tar":
         return JsonTar(path, needs_json)
     kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
                                                    "folder": PictureFolder}
-    return kinds[format](path)
+    opener, given = kinds[format] if format in kinds else registered()[format].load(), options or {}
+    check_keys(given, list(inspect.signature(opener).parameters)[1:], f"options of format {format}")
+    return opener(path, **given)
 
 
 def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
@@ -80,19 +69,14 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
                  options: Mapping[str, Any] | None = None) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
 
-    Args:
-        format: tar, jsonl, json or parquet; auto goes by each file's suffix, and by the kind of file a folder holds;
-            `folder`: images with their captions in .txt files beside them; or a registered one, with its `options`.
-        name: of the source in logs and counts; default: what was given as `files`.
-        cache: folder into which remote files are copied; None: they are read by ranges.
-        needs_json, pictures: as of `open_file` and `find_files`.
+    `format`: as of `find_files`, or a registered one, with its `options`; `name`: of the source in logs and counts;
+    `cache`: folder into which remote files are copied (None: they are read by ranges); `needs_json`: as of `open_file`.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
-    if format in registered():
-        return FileRecords([open_registered(format, one, options or {}) for one in given or (None,)], name or format)
-    parts = [open_file(path, kind, needs_json=needs_json)
-             for path, kind in find_files(given, format, pictures=pictures or format == "folder")]
-    return FileRecords(parts, name or ", ".join(map(str, given)), cache)
+    found = [(one, format) for one in given or (None,)] if format in registered() else \
+        find_files(given, format, pictures=pictures or format == "folder")
+    parts = [open_file(path, kind, needs_json=needs_json, options=options) for path, kind in found]
+    return FileRecords(parts, name or ", ".join(map(str, given)) or format, cache)
 
 
 class FileRecords:
@@ -143,16 +127,14 @@ class FileRecords:
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
     """Write the indexes beside all shards and files of lines; returns how many there are."""
     files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
-    if not files:
-        raise DataError(f"{', '.join(map(str, given))}: holds no .tar or .jsonl; other files need no index.")
-    return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index", "file"))
+    return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index"))
 
 
-def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, name: str, unit: str) -> Iterator[T]:
+def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str) -> Iterator[Any]:
     """The results of jobs, in order, with a progress bar. Raises DataError: a process was killed."""
     context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool, \
-            Progress(name, len(jobs), unit, log=log_line) as bar:
+            Progress(name, len(jobs), "file", log=log_line) as bar:
         try:
             for result in (pool.map if processes > 1 else map)(work, jobs):
                 bar.update()
@@ -162,9 +144,9 @@ def in_processes(work: Callable[[Any], T], jobs: Sequence[Any], processes: int, 
 
 
 def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False) -> list[tuple[str, str]]:
-    """(file, its format) of each file behind the patterns and folders, each once. `pictures`: a folder of images, which
-    has no lists or tables, is an input of format `folder`. Raises ConfigError: an unknown format; DataError: nothing
-    matches, or a folder holds several kinds of files."""
+    """(file, its format) of each file behind the patterns and folders, each once; auto goes by suffixes. `pictures`: a
+    folder of images, which has no lists or tables, is an input of format `folder`. Raises ConfigError: an unknown
+    format; DataError: nothing matches, or a folder holds several kinds of files."""
     known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
@@ -198,11 +180,9 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean data/nano?)`: the most similar name in the folder of a path that is not there."""
+    """` (did you mean 'nano'?)`: the most similar name in the folder of a path that is not there."""
     folder, name = os.path.split(path)
-    names = os.listdir(folder or ".") if os.path.isdir(folder or ".") else []
-    close = difflib.get_close_matches(name, names[:_COMPARED], n=1)
-    return f" (did you mean {os.path.join(folder, close[0])}?)" if close else ""
+    return nearest(name, os.listdir(folder or ".")[:2000]) if os.path.isdir(folder or ".") else ""
 
 
 def _matches(name: str) -> list[str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import tarfile
 from array import array
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import BadRecord, Place, Record
+from seed_multimodal.data.formats.record import Place, Record
 from seed_multimodal.data.formats.storage import open_binary, read_errors
 
 PICKLED = ("pkl", "pickle")
@@ -27,13 +26,9 @@ class TarFile(IndexedFile):
     kind = "tar"
 
     def scan(self) -> Arrays:
-        """The index, by the headers of all members.
-
-        Returns:
-            keys: bytes [N] of the whole samples. first: int64 [N + 1], number of each sample's first member.
-            extension: of each member the number in `extensions`. offset, size: of each member, int64 [M].
-            damage: a sentence about where the tar is torn, without its name; empty: it is whole.
-        """
+        """The index, by the headers of all members: `keys` bytes [N] of the whole samples; `first` int64 [N + 1], the
+        number of each sample's first member; `extension` of each member, the number in `extensions`; `offset` and
+        `size` of each member, int64 [M]; `damage`: a sentence about where the tar is torn, empty if it is whole."""
         keys: list[bytes] = []
         numbers: dict[str, int] = {}
         first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
@@ -87,15 +82,11 @@ class TarFile(IndexedFile):
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
         for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
-            extension = self._extensions[arrays["extension"].item(member)]
+            extension = arrays["extensions"].item(arrays["extension"].item(member))
             if extension in record.members:
                 record.problem = "duplicate id", f"{record.where} has two .{extension} members."
             record.members[extension] = Place(path, arrays["offset"].item(member), arrays["size"].item(member))
         return record
-
-    @cached_property
-    def _extensions(self) -> list[str]:
-        return list(self.arrays["extensions"].tolist())
 
 
 class JsonTar(TarFile):
@@ -106,14 +97,14 @@ class JsonTar(TarFile):
         self.needs_json = needs_json
 
     def locate(self, row: int) -> Record:
-        """A sample, unread. Raises BadRecord: it has no .json, or a pickle in its place."""
+        """A sample, unread; it has a `problem` without a .json, or with a pickle in its place."""
         record = super().locate(row)
         if record.problem is None and "json" not in record.members:
             if not record.members.keys().isdisjoint(PICKLED):
-                raise BadRecord("pickled", f"{record.where} is a pickle, which may hold code; convert the shards once: "
-                                f"seed data convert {self.path} --out FOLDER.")
-            if self.needs_json:
-                raise BadRecord("missing member", f"{record.where}: has no .json member.")
+                record.problem = "pickled", (f"{record.where} is a pickle, which may hold code; convert the shards "
+                                             f"once: seed data convert {self.path} --out FOLDER.")
+            elif self.needs_json:
+                record.problem = "missing member", f"{record.where}: has no .json member."
         return record
 
 

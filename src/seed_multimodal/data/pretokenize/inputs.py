@@ -13,8 +13,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.record import RecordFile
-from seed_multimodal.data.formats.sources import find_files, open_file, open_registered, registered
-from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.formats.sources import find_files, open_file, registered
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
 
@@ -91,7 +90,8 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in found])
     shards = []
     for path, format in found:
-        name, file = os.path.relpath(path, base).replace(":", "-"), _open(path, format, settings)
+        name = os.path.relpath(path, base).replace(":", "-")
+        file = open_file(path, format, needs_json=False, options=settings.format_options)
         if format == "tar":
             shards.append(Shard(os.path.splitext(name)[0], file))
         else:
@@ -107,11 +107,6 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
     """Files (or folders of images) with their format. Raises DataError: nothing matches, or several formats."""
     given = [settings.files] if isinstance(settings.files, str) else settings.files or []
     if settings.format in registered():
-        return [(str(_open(one, settings.format, settings).path), settings.format) for one in given or (None,)]
+        return [(str(open_file(one, settings.format, options=settings.format_options).path), settings.format)
+                for one in given or (None,)]
     return find_files(given, settings.format, pictures=True)
-
-
-def _open(path: str | None, format: str, settings: InputSettings) -> RecordFile:
-    if format in registered():
-        return open_registered(format, path, settings.format_options)
-    return TarFile(str(path)) if format == "tar" else open_file(str(path), format)

@@ -89,16 +89,12 @@ def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: st
 
 
 def test_open_pairs(tmp_path: Path, shards: Path):
-    pairs = open_pairs({"format": "webdataset", "pattern": f"{shards}/*.tar"})
-    assert isinstance(pairs, Pairs) and pairs.read(0).captions == ["Picture 0."]
-    spec = OmegaConf.create({"format": "webdataset", "pattern": [f"{shards}/s-001.tar"]})
-    assert len(open_pairs(spec)) == 7
+    assert open_pairs({"files": f"{shards}/*.tar"}).read(0).captions == ["Picture 0."]
+    assert len(open_pairs(OmegaConf.create({"format": "tar", "files": [f"{shards}/s-001.tar"]}))) == 7
     (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
     spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}
     assert isinstance(open_pairs(spec), Pairs)
-    for spec, words in (({"format": "tar"}, "must be auto, json, jsonl, parquet, folder, webdataset, nano"),
-                        ({}, "not None"),
-                        ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'"),
-                        ({"format": "webdataset"}, "pattern is not given")):
+    for spec, words in (({"format": "tarr", "files": "x"}, "must be auto, tar, jsonl, json, parquet, folder, nano"),
+                        ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'")):
         with pytest.raises(ConfigError, match=words):
             open_pairs(spec)

@@ -195,10 +195,8 @@ def test_rates_of_both_groups(parts: ModuleType, home: Path, tmp_path: Path) -> 
                      frozenset({"llm"}): 1.0}
     new = task.llm.get_input_embeddings().weight[300:].detach()
     assert len(new) == 10 and float(new.std()) == pytest.approx(0.02, rel=0.15)  # as LLaMA's own words
-    for optim, sentence in (({"part_rates": {"vit_prj": 1e-4}}, "called vit_prj"), ({"name": "muon"}, "with muon"),
-                            ({"part_rates": {"vit_proj": -1.0}}, "must be 0 or more")):
-        with pytest.raises(ConfigError, match=f"optim: part_rates.*{sentence}"):
-            task_of(parts.config_of(home, tmp_path, optim=optim)).prepare()
+    with pytest.raises(ConfigError, match="optim: part_rates.*called vit_prj"):
+        task_of(parts.config_of(home, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
 
 
 def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> None:
