@@ -1,8 +1,7 @@
-"""`seed data check`: the sources of a training read by the training's own reader, before the training.
+"""`seed data check`: N records of each source, evenly over its files, decoded as in training.
 
-Of each source N records, evenly over its files, are decoded as in training: counted are sequences, their tokens,
-samples that are dropped or broken, and control words written out in texts (`</s>`, `<img>`). These are no errors: most
-decoders make real tokens of them, as the original does, but each ends a text or opens an image.
+Control words written out in texts (`</s>`, `<img>`) are counted, too: most decoders make real tokens of them, as the
+original does, but each ends a text or opens an image.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class SourceReport:
 
     name: str
     size: int
-    records: int = 0
+    records: int
     too_long: int = 0  # sequences that are longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
@@ -47,30 +46,24 @@ class SourceReport:
         """How many records cannot be read or decoded."""
         return sum(count for (kind, _), count in self.skipped.items() if kind == BROKEN)
 
-    def length_at(self, share: float) -> int:
-        """The length that this share (0..1) of the sequences does not exceed."""
-        return int(np.quantile(self.lengths, share, method="inverted_cdf")) if self.lengths else 0
-
-    def note(self, skipped: SkippedSample) -> None:
-        """Count a skipped sample; the first of each reason are named."""
-        key = skipped.kind, skipped.reason
-        self.skipped[key] += 1
-        if self.skipped[key] <= SHOWN:
-            self.first.append(f"{skipped.reason}: {skipped.where}")
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Lengths that 5, 50, 95, 99 and 100 % of the sequences do not exceed."""
+        return {f"p{share}": int(np.quantile(self.lengths or [0], share / 100, method="inverted_cdf"))
+                for share in (5, 50, 95, 99, 100)}
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for `--json`."""
-        tokens = {f"p{share}": self.length_at(share / 100) for share in (5, 50, 95, 99, 100)}
         return {"name": self.name, "size": self.size, "records": self.records, "sequences": len(self.lengths),
-                "tokens": tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
+                "tokens": self.tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
                 "skipped": [{"kind": kind, "reason": reason, "count": count}
                             for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control)}
 
     def lines(self) -> list[str]:
         """The report in words."""
-        tokens = ", ".join(f"{share} % {self.length_at(share / 100):,}" for share in (5, 50, 95, 99))
+        tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
         found = [f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
-                 f"  tokens: {tokens}, longest {max(self.lengths, default=0):,}; too long: {self.too_long:,}"]
+                 f"  tokens: {tokens}; too long: {self.too_long:,}"]
         found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
         found += [f"    {sentence}" for sentence in self.first]
         words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
@@ -88,11 +81,7 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
 
 
 def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:
-    """Decode so many records of each source as the training does.
-
-    Raises:
-        ConfigError: an unknown decoder or option. DataError: no files, or files that cannot be indexed.
-    """
+    """Decode so many records of each source as the training does. Raises as `Mixture`."""
     decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
     kinds = {decoder.Words for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
     words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
@@ -101,29 +90,27 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000
     for number, source in enumerate(settings.sources):
         size = len(mixture.records[number])
         count = min(size, records)
-        report = SourceReport(source.name, size)
-        longest = settings.shape(number)[1]
+        report = SourceReport(source.name, size, count)
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
             for place in range(count):
-                _check_record(mixture, number, place * size // count, words, longest, report)
+                _check_record(mixture, number, place * size // count, words, report)
                 bar.update()
         reports.append(report)
     return reports
 
 
-def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, longest: int,
-                  report: SourceReport) -> None:
-    records, decoder = mixture.records[source], mixture.decoders[source]
-    draws = SeededDraws(mixture.settings.seed, source, index)
-    report.records += 1
-    found = mixture.decode(source, index, draws)
+def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport) -> None:
+    found = mixture.decode(source, index, SeededDraws(mixture.settings.seed, source, index))
     if isinstance(found, SkippedSample):
-        report.note(found)
+        key = found.kind, found.reason
+        report.skipped[key] += 1
+        if report.skipped[key] <= SHOWN:
+            report.first.append(f"{found.reason}: {found.where}")
         return
     report.lengths.append(len(found[0]))
-    report.too_long += len(found[0]) > longest
-    if decoder.name not in LETTERS:
-        for text in _texts(records.read(index).fields):
+    report.too_long += len(found[0]) > mixture.settings.shape(source)[1]
+    if mixture.decoders[source].name not in LETTERS:
+        for text in _texts(mixture.records[source].read(index).fields):
             report.control.update("<img_…>" if word.startswith("<img_") else word for word in words.control_words(text))
 
 

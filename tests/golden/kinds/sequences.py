@@ -20,17 +20,16 @@ import random
 import tarfile
 import tempfile
 from collections.abc import Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kinds.seed_x_agent import seedx_tokenizer
+from PIL import Image
 from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
-from seed_multimodal.data.decoders.opened import PictureSequence, UsedPicture
-from seed_multimodal.data.decoders.seed_x import PictureDecoder, metadata_of
+from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence, UsedPicture, metadata_of
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
@@ -244,11 +243,9 @@ def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: Multimodal
 # ---- SEED-X
 
 
-@dataclass
-class Opened:
-    """Stands for an opened image."""
-
-    size: tuple[int, int]
+def opened_image(size: Sequence[int]) -> Image.Image:
+    """An image of a size."""
+    return Image.new("1", tuple(size))
 
 
 class SeedXReplay(Replay):
@@ -317,7 +314,7 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
         nonlocal missing
         size = sizes.get(value.lstrip("/"))
         missing = missing or size is None and "null" not in value
-        return value if size is None else Opened(tuple(size))
+        return value if size is None else opened_image(size)
 
     fields = made.opened(fields, open_image)
     if missing:  # the loader's matter
@@ -396,7 +393,7 @@ def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: M
 def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],
                   tokenizer: MultimodalTokenizer, name: str) -> None:
     """An image of some views and its caption."""
-    max_length, fields = kwargs.pop("max_length"), {"image": Opened((500, 450)), "text": caption}
+    max_length, fields = kwargs.pop("max_length"), {"image": opened_image((500, 450)), "text": caption}
     options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
     compare(make("seed_x.caption", tokenizer, options), fields, case, max_length, name)
 
@@ -410,7 +407,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
         options = {k: options[k] for k in ("min_resolution", "min_aspect_ratio", "multi_resolution", "base_resolution",
                                            "resolution_grids") if k in options}
         decoder = make("seed_x.caption", tokenizer, options)
-        used = decoder.use({"image": Opened(tuple(data["image_size"]))}, "image")
+        used = decoder.use({"image": opened_image(data["image_size"])}, "image")
         assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: kept")
         return
     metadata = kwargs.get("use_caption_in_metadata", False)
@@ -418,7 +415,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
         return  # members that the pipe passes by, or whose length depends on an image of another member
     learn_wording(case)
     kwargs.pop("assure_text", None)
-    fields = {"image": Opened((500, 450)), **({"metadata": data} if metadata else {"text": data})}
+    fields = {"image": opened_image((500, 450)), **({"metadata": data} if metadata else {"text": data})}
     decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False})
     compare(decoder, fields, case, max_length, name)
 

@@ -135,12 +135,6 @@ def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"] and 0.5 < line["fill"] <= 1
 
 
-def test_evaluation_data_are_read_before_the_first_step(runs, train, tmp_path):
-    with pytest.raises(SeedError, match="nowhere"):
-        train("out", "trainer.eval_steps=8", "++eval_data.sources=[{name: a, files: nowhere.jsonl, decoder: chat}]")
-    assert not runs.losses(tmp_path / "out")
-
-
 def test_whatever_stops_the_writing_thread_ends_the_run(tmp_path):
     """An error that is not the disk's: what cannot be kept in a state."""
     from seed_multimodal.training.checkpoint import CheckpointStore

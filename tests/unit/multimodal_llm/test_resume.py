@@ -13,12 +13,6 @@ from safetensors.torch import load_file
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.checkpoint import checkpoints
 
-# (overrides, model): all weights, padded micro-batches, accumulation; LoRA with dropout, packed, with a data worker.
-CASES = {
-    "plain": (("data.packing=false", "trainer.gradient_accumulation_steps=2"), {}),
-    "lora": (("trainer.dataloader_num_workers=1", "trainer.precision=bf16", "model.dtype=bf16"), {"lora": True}),
-}
-
 
 def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
     out = train("out", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.save_total_limit=3")

@@ -1,8 +1,8 @@
-"""Records → training sequences: the sequence, seeded random draws, checked fields, segments joined into ids and labels.
+"""Records → training sequences: seeded random draws, checked fields, segments joined into ids and labels.
 
-A decoder turns a record's fields into segments of text and images, of which ids and labels are made exactly as the
-original data code did: each segment is encoded on its own; `<s>` and segments with `learned=False` have the label -100.
-Decoders with `whole` learn every token but `<unk>`, which the original takes for padding.
+Ids and labels are made as the original data code did: each segment of texts and images is encoded on its own; `<s>`
+and segments with `learned=False` have the label -100. Decoders with `whole` learn every token but `<unk>`, which the
+original takes for padding.
 """
 
 from __future__ import annotations

@@ -21,33 +21,23 @@ from seed_multimodal.settings import setting
 
 class Chat(Decoder):
     """A conversation of texts and images: `messages` as `formats.conversations.with_messages` makes them, and `system`,
-    which stands before everything.
-
-    `answers`: which are learned: "every" one; the "last" one; or "one" that is drawn, where the dialogue ends.
-    `system_message`: put before everything in records without `system`.
-    """
+    which stands before everything."""
 
     name = "chat"
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
         template: str = setting("vicuna", choices=tuple(TEMPLATES))
-        answers: str = setting("every", choices=("every", "last", "one"))
-        system_message: str = ""
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:  # its segments have one part each
         turns = [(message["role"], message["content"]) for message in self.need(fields, "messages", list)]
-        answers = range(1, len(turns), 2)
-        if self.options.answers == "one":
-            turns = turns[:draws.choice(answers) + 1]
-        learned = set(answers) if self.options.answers == "every" else {len(turns) - 1}
         rendered = [(role, [self._part(part, f"messages[{place}].content[{number}]", draws)
                             for number, part in enumerate(content)]) for place, (role, content) in enumerate(turns)]
-        template, system = get_template(self.options.template), fields.get("system") or self.options.system_message
+        template, system = get_template(self.options.template), fields.get("system") or ""
         segments: list[Segment] = []
         for place in range(len(rendered)):  # a shorter dialogue's parts begin a longer one's
             parts = template.render(rendered[:place + 1], system)
-            segments += [Segment([part], learned=place in learned) for part in parts[len(segments):]]
+            segments += [Segment([part], learned=place % 2 == 1) for part in parts[len(segments):]]
         return Draft(segments)
 
     def _join(self, draft: Draft) -> tuple[list[int], list[int]]:  # behind an answer the next turn's marker is learned

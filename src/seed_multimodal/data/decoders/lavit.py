@@ -7,8 +7,8 @@
     lavit.compose    codes instruction[ codes ]                 an image and words to an image; the last codes and ]
 
 [ and ] are image start and end. An image is read as features and written as codes, as many as the token selector keeps:
-that is known on the device only, so `image_tokens` places are planned for it here (`training.lavit.rows` puts in the
-kept ones). There is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
+that is known on the device only, so places are planned for it here (`training.lavit.rows` puts in the kept ones). There
+is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
+
 from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
-from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
@@ -27,17 +29,9 @@ _SEEDS = 2**62
 Codes = list[int]
 
 
-@dataclass(frozen=True)
-class LavitOptions(OpenedOptions):
-    """`image_tokens`: places that are planned for an image; 0: 3/8 of its patches (the selector aims at a third)."""
-
-    image_tokens: int = setting(0, least=0)
-
-
 class LavitDecoder(OpenedDecoder):
-    """Base of these decoders."""
+    """Base of these decoders; for an image 3/8 of its patches are planned (the selector aims at a third)."""
 
-    Options = LavitOptions
     Words = LavitTokenizer
     interpolation = "bicubic"
 
@@ -46,7 +40,7 @@ class LavitDecoder(OpenedDecoder):
         self.start, self.end = self.vocabulary.boi_id, self.vocabulary.eoi_id
         patches = self.vocabulary.tokens_per_image
         self.code_counts = list(range(1, patches + 1))
-        self.places = min(patches, self.options.image_tokens or -(-patches * 3 // 8))
+        self.places = -(-patches * 3 // 8)
 
     def text(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> str:
         """A text of the record; of a list, one of them."""
@@ -55,7 +49,7 @@ class LavitDecoder(OpenedDecoder):
 
     def seen(self, fields: Mapping[str, Any], name: str, draws: SeededDraws, written: bool) -> UsedPicture:
         """The opened image of a field; which of its patches are kept depends on a seed of its own."""
-        return UsedPicture(self.opened_image(fields, name), None, written, draws.randint(0, _SEEDS))
+        return UsedPicture(self.need(fields, name, Image.Image), None, written, draws.randint(0, _SEEDS))
 
     def drawn(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> UsedPicture | Codes:
         """An image as codes: those of the record under `NAME_ids`, else to be made from the image."""
@@ -93,7 +87,7 @@ class Caption(LavitDecoder):
     image_fields = ("image",)
 
     @dataclass(frozen=True)
-    class Options(LavitOptions):
+    class Options(OpenedOptions):
         img_first_ratio: float = setting(0.5, least=0, most=1)
         text_dropout: float = setting(0.1, least=0, most=1)
 
@@ -115,7 +109,7 @@ class Question(LavitDecoder):
     image_fields = ("image",)
 
     @dataclass(frozen=True)
-    class Options(LavitOptions):
+    class Options(OpenedOptions):
         prompt: str = QUESTION
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
@@ -134,7 +128,7 @@ class Compose(LavitDecoder):
     image_fields = ("source_image", "target_image")
 
     @dataclass(frozen=True)
-    class Options(LavitOptions):
+    class Options(OpenedOptions):
         text_dropout: float = setting(0.1, least=0, most=1)
 
     def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:

@@ -36,8 +36,6 @@ class Prompted(DecoderOptions):
 
 @dataclass(frozen=True)
 class Reversible(Prompted):
-    """Options of decoders that have two directions."""
-
     reverse_ratio: float = setting(0.0, least=-1, most=1)
 
 

@@ -15,29 +15,119 @@ Source: SEED-X's original code (`sft_clm.py`, `image_text_pairs_clm.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
-from seed_multimodal.data.decoders import phrases
+from PIL import Image
+
+from seed_multimodal.data.decoders import base, phrases
 from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment, metadata_of
-from seed_multimodal.data.decoders.opened import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.processing import seed_x_words
-from seed_multimodal.seed_x.views import RELEASED_GRIDS, choose_grid, read_grids
+from seed_multimodal.seed_x.views import RELEASED_GRIDS, Grid, choose_grid, patch_positions, read_grids
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
 
 
+# ---- images that are opened with their record: for LaVIT's decoders, too
+
+
+@dataclass(frozen=True)
+class UsedPicture:
+    """An opened image, its grid of parts (None: the whole alone), and the `seed` of random choices at its encoding."""
+
+    picture: Any
+    grid: Grid | None
+    written: bool = False
+    seed: int = 0
+
+    @property
+    def views(self) -> int:
+        """The parts and the whole."""
+        return len(self.positions)
+
+    @property
+    def positions(self) -> list[list[float]]:
+        """The centre (x, y) of each view."""
+        found: list[list[float]] = patch_positions(self.grid or (1, 1)).tolist()
+        return found if self.grid else found[-1:]
+
+
+@dataclass
+class PictureSequence(base.TokenSequence):
+    """A sequence with its images, and the indices of their words in `ids`."""
+
+    pictures: list[UsedPicture] = field(default_factory=list)
+    read: list[int] = field(default_factory=list)
+    written: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class OpenedOptions(base.DecoderOptions):
+    base_resolution: int = setting(224, least=1)  # side of a view in pixels
+
+
+class OpenedDecoder(base.Decoder):
+    """Base of these decoders; `interpolation` is that of an image seen as a whole."""
+
+    Options: ClassVar[type[base.DecoderOptions]] = OpenedOptions
+    interpolation: ClassVar[str] = "bilinear"
+    image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
+
+    def opened(self, fields: Mapping[str, Any], open_picture: Callable[[Any, str], Any]) -> dict[str, Any]:
+        """The fields with their images opened by `open_picture(value, name)`."""
+        return {**fields, **{name: open_picture(fields[name], name) for name in self.image_fields
+                             if fields.get(name, "") not in NO_IMAGE}}
+
+    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> PictureSequence:
+        """As of `Decoder`, but images are never cut."""
+        draft = self._draft(fields, draws)
+        sequence = PictureSequence([], [], draft.extra, draft.dropped or self._nothing_learned(draft))
+        if not sequence.dropped:
+            self._fill(sequence, draft)
+            self._limit(sequence, max_length)
+        if not sequence.dropped and set(sequence.labels) == {IGNORED}:
+            sequence.dropped = f"there is nothing to learn within {max_length} tokens"
+        return sequence
+
+    def _fill(self, sequence: PictureSequence, draft: Draft) -> None:
+        """Put the ids and labels of the segments into the sequence."""
+        raise NotImplementedError
+
+    def add(self, sequence: PictureSequence, ids: Sequence[int], labels: Sequence[int], image: UsedPicture | None = None
+            ) -> None:
+        """Add a text, or the words of an image."""
+        if image is not None:
+            places = sequence.written if image.written else sequence.read
+            places += [len(sequence) + place for place, id in enumerate(ids) if self.vocabulary.is_code_id(id)]
+            sequence.pictures.append(image)
+        sequence.ids += ids
+        sequence.labels += labels
+
+    def _limit(self, sequence: PictureSequence, max_length: int | None) -> None:
+        """Cut an over-long sequence on the right; it is dropped where that would cut an image, or ends in one."""
+        if max_length is None or len(sequence) <= max_length:
+            return
+        last = max([*sequence.read, *sequence.written], default=-2) + 1  # its closing bracket
+        if last >= max_length or self.vocabulary.eoi_id in sequence.ids[-2:]:
+            sequence.dropped = f"its images do not fit into {max_length} tokens"
+            return
+        sequence.cut = len(sequence) - max_length
+        sequence.ids, sequence.labels = sequence.ids[:max_length], sequence.labels[:max_length]
+
+
+# ---- SEED-X
+
+
 @dataclass(frozen=True)
 class PictureOptions(OpenedOptions):
     """The original options. `num_img_in_tokens`, `num_img_out_tokens`: words of a view that is read, of an image that
-    is written; 0: the tokenizer's number. `multi_resolution`: images are cut into parts on one of `resolution_grids`.
-    `turn_sep`: before every further question."""
+    is written; 0: the tokenizer's number. `multi_resolution`: images are cut on one of `resolution_grids`."""
 
     num_img_in_tokens: int = setting(0, least=0)
     num_img_out_tokens: int = setting(0, least=0)
@@ -51,8 +141,6 @@ class PictureOptions(OpenedOptions):
 
 @dataclass(frozen=True)
 class FilterOptions(PictureOptions):
-    """Images outside these limits are left out."""
-
     min_resolution: int = setting(0, least=0)
     min_aspect_ratio: float = setting(0.0, least=0, most=1)
 
@@ -69,7 +157,7 @@ class PictureDecoder(OpenedDecoder):
 
     def use(self, fields: Mapping[str, Any], name: str, written: bool = False) -> UsedPicture:
         """The opened image of a field on the grid that suits it."""
-        image, side = self.opened_image(fields, name), self.options.base_resolution
+        image, side = self.need(fields, name, Image.Image), self.options.base_resolution
         grid = choose_grid(image.size, self.grids, side) if self.options.multi_resolution else None
         return UsedPicture(image, grid, written)
 
@@ -213,15 +301,11 @@ class Caption(PictureDecoder):
 class Chat(PictureDecoder):
     """Any conversation with images on both sides: `messages` as `formats.conversations.with_messages` makes them.
 
-    An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it
-    (`show_drawn`), so that several edits follow each other as single ones do.
+    An image of an answer is drawn. Where the next message has none, the drawn one is shown again in front of it, so
+    that several edits follow each other as single ones do.
     """
 
     name = "seed_x.chat"
-
-    @dataclass(frozen=True)
-    class Options(PictureOptions):
-        show_drawn: bool = True
 
     def opened(self, fields: Mapping[str, Any], open_picture: Any) -> dict[str, Any]:
         """The fields with the images of the messages opened."""
@@ -237,7 +321,7 @@ class Chat(PictureDecoder):
         for place, message in enumerate(self.need(fields, "messages", list)):
             written, content = bool(place % 2), message["content"]
             images = [part for part in content if not isinstance(part, str)]
-            if not written and drawn and not images and self.options.show_drawn:
+            if not written and drawn and not images:
                 content = [drawn, *content]
             parts = [part if isinstance(part, str) else self.use(part, "image", written) for part in content]
             segments.append(Segment(parts) if written else self.instruct(parts, place == 0))

@@ -1,4 +1,4 @@
-"""Typed settings of an LLM's training data, read from YAML: our keys, or an original data file (`released.py`).
+"""Typed settings of an LLM's training data, read from YAML: our keys, or an original data file.
 
     sources:                       # a list, or a mapping name -> source
       - name: captions
@@ -9,6 +9,9 @@
     packing: true
     length: 2048
     rows: 4
+
+The original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything; keys that
+the original code never read are dropped, and ours may stand beside the others.
 """
 
 from __future__ import annotations
@@ -20,11 +23,41 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from seed_multimodal.data.decoders import DECODERS
-from seed_multimodal.data.stream.released import is_released, mapping, released_data_config
+from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
+
+_TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
+_SEED_X = "src.data.sft_clm.build_"
+BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and the files it reads
+    _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
+    _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+    _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
+    _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
+    _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
+    _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
+    _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
+    _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),
+    _SFT + "edit_datapipes_for_llm": ("sft.edit", "tar"),
+    _SFT + "edit_multi_datapipes_for_llm": ("sft.multi_edit", "tar"),
+    _SFT + "story_datapipes_for_llm": ("sft.story", "tar"),
+    _SFT + "difference_datapipes_for_llm": ("sft.difference", "tar"),
+    _SFT + "conversation_datapipes_for_llm": ("sft.conversation", "tar"),
+    _SFT + "video_datapipes_for_llm": ("sft.video", "tar"),
+    _SFT + "video_conversation_datapipes_for_llm": ("sft.video_conversation", "tar"),
+    _SFT + "visual_question_datapipes_for_llm": ("sft.visual_question", "tar"),
+    _SFT + "interleaved_datapipes_for_llm": ("sft.interleaved", "tar"),
+    _SFT + "text_conversation_datapipes_for_llm": ("sft.text_conversation", "jsonl"),
+    _SEED_X + "llava_jsonl_datapipes": ("seed_x.conversation", "jsonl"),
+    _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
+    "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
+}
+MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
+_HYDRA = ("_target_", "_recursive_", "_convert_")
+_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
+_NEVER_READ = ("caption_prompt", "reverse_ratio", "assure_text", "min_resolution", "min_aspect_ratio", "tokenizer",
+               "image_processor", "image_transform")
 
 
 @dataclass
@@ -86,9 +119,9 @@ class LlmDataSettings:
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
     """Settings out of a mapping (ours, or an original data file). Raises ConfigError: an unknown or missing key."""
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
-    given = mapping(plain, where)
-    if is_released(given):
-        given = released_data_config(given, [one.name for one in fields(LlmDataSettings)], where)
+    given = _mapping(plain, where)
+    if "datapipes" in given or "_target_" in given:
+        given = _released(given, where)
     settings = read_settings(LlmDataSettings, {**given, "sources": _sources(given.get("sources"), where)}, where)
     return with_template(settings, settings.template)
 
@@ -117,7 +150,7 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
         raise ConfigError(f"{where}: sources must list at least one source of sequences.")
     sources: dict[str, SourceSettings] = {}
     for number, one in enumerate(given):
-        source = mapping(one, f"{where}: sources[{number}]")
+        source = _mapping(one, f"{where}: sources[{number}]")
         files = source.get("files") or "source"
         stem = Path(files if isinstance(files, str) else files[0]).name
         others = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
@@ -126,3 +159,59 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
             raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
         sources[name] = read_settings(SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})")
     return list(sources.values())
+
+
+# ---- the original data files
+
+
+def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An original data file (a mixture, or one source alone) as a mapping of ours."""
+    own = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
+    target = config.get("_target_", MIXERS[0])
+    if target in BUILDERS:
+        alone = {key: value for key, value in config.items() if key not in own}
+        return {"sources": [_released_source(alone, 1.0, where)], **{key: config[key] for key in own if key in config}}
+    if target not in MIXERS:
+        raise _unknown(target, where)
+    check_keys(config, ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own], where)
+    pipes = config.get("datapipes") or []
+    weights = config.get("sample_weights") or [1.0] * len(pipes)
+    if len(weights) != len(pipes):
+        raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes.")
+    sources = [_released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
+               for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
+    return {"sources": sources, **{key: config[key] for key in own if key in config}}
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: must be a mapping of keys to values, not a {type(value).__name__}.")
+    return {str(key): item for key, item in value.items()}
+
+
+def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[str, Any]:
+    target = pipe.get("_target_")
+    if target not in BUILDERS:
+        raise _unknown(target, where)
+    name, format = BUILDERS[target]
+    decoder = (DECODERS | FEATURE_DECODERS)[name]
+    options = decoder.option_names()
+    dropped = [key for key in _NEVER_READ if key not in options]
+    own = ["image_dir", "dataset_name"] if name in FEATURE_DECODERS else []
+    check_keys(pipe, [*_SOURCE_KEYS, *options, *dropped, *own], where)
+    folders = pipe.get("data_dir")
+    if not folders:
+        raise ConfigError(f"{where}: needs a value for 'data_dir'.")
+    if not pipe.get("recursive", True):
+        folders = [folders] if isinstance(folders, str) else folders
+        folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
+    source: dict[str, Any] = {"files": folders, "decoder": name, "format": format, "weight": weight,
+                              "options": {key: pipe[key] for key in options if pipe.get(key) is not None}}
+    names = {"name": "dataset_name", "image_dir": "image_dir", "cycles": "cycle_count", "max_length": "max_length",
+             "batch_size": "batch_size"}
+    return {**source, **{ours: pipe[theirs] for ours, theirs in names.items() if pipe.get(theirs) is not None}}
+
+
+def _unknown(target: Any, where: str) -> ConfigError:
+    return ConfigError(f"{where}: _target_ {target!r} is none of the released data builders"
+                       f"{nearest(str(target), [*BUILDERS, *MIXERS])}.")

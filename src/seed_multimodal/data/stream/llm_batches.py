@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import BROKEN, TOO_LONG, Mixture, Piece, Read, add_counts, add_skipped
-from seed_multimodal.data.stream.packing import best_fit, make_row, pad_rows
+from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -43,8 +44,8 @@ State = Mapping[str, Any]
 
 @dataclass
 class LlmBatch:
-    """A rank's micro-batch: int64 [B, L]. Label -100 is not learned; labels stand at their own token, as transformers'
-    models expect them (they shift), with -100 at the first token of packed sequences."""
+    """A rank's micro-batch: int64 [B, L]. Labels stand at their own token, as transformers' models expect them; -100 is
+    not learned."""
 
     input_ids: Tensor
     labels: Tensor
@@ -70,11 +71,8 @@ class Draw(NamedTuple):
 
 
 class DrawOrder:
-    """The draws of one rank, one after the other.
-
-    `counts`: draws of this rank from each source; `firsts`: position at which this number of processes began, of each
-    source; `left`: draws to make before new ones, dealt from an earlier number of processes.
-    """
+    """The draws of one rank: `counts` of each source so far; `firsts`: the position of each at which this number of
+    processes began; `left`: draws to make before new ones, dealt from an earlier number of processes."""
 
     def __init__(self, mixture: Mixture, rank: int, world: int, firsts: Sequence[int] = ()) -> None:
         self.mixture, self.rank, self.world = mixture, rank, world
@@ -87,7 +85,7 @@ class DrawOrder:
         counts = list(self.counts)
         while True:
             starts = [self.start(source, count, self.rank) for source, count in enumerate(counts)]
-            alive = [limit is None or start < limit for start, limit in zip(starts, self.mixture.limits, strict=True)]
+            alive = [start < limit for start, limit in zip(starts, self.mixture.limits, strict=True)]
             number = (sum(self.firsts) + sum(counts)) * self.world + self.rank
             source = self.mixture.choice(counts, alive, number)
             if source is None:
@@ -107,8 +105,8 @@ class DrawOrder:
         return self.firsts[source] + (count * self.world + rank) * self.mixture.settings.shape(source)[0]
 
     def deal(self, states: Sequence[State]) -> None:
-        """Continue from the states of another number of processes: what one of them has not drawn yet before the
-        furthest draw of all, and what waits for a row, is dealt to the ranks of now."""
+        """Continue from the states of another number of processes: what waits for a row, and what one of them has not
+        drawn yet before the furthest draw of all, is dealt to the ranks."""
         before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
         pending = [Draw(*one) for state in states for one in state["left"]]
         places = sorted(tuple(one) for state in states for one in state["waiting"])
@@ -118,17 +116,17 @@ class DrawOrder:
             most = max(state["counts"][source] for state in states)
             starts = [before.start(source, count, rank) for rank, state in enumerate(states)
                       for count in range(state["counts"][source], most)]
-            pending += [Draw(source, start) for start in starts if limit is None or start < limit]
+            pending += [Draw(source, start) for start in starts if start < limit]
             self.firsts[source] = before.start(source, most, 0)
         self.left = sorted(pending, key=lambda draw: draw[:2])[self.rank::self.world]
 
 
 def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
-    """What the workers do: draws -> what is read at each position of each."""
+    """What a worker does: draws -> what is read at each position of each."""
     return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
 
 
-class LlmBatches(Iterator[LlmBatch]):
+class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     """Micro-batches of one rank until every source is used up; the same for any number of `workers` (0: none). `log`
     gets one sentence for each of the first few records skipped for a reason. Raises as `Mixture`."""
 
@@ -149,9 +147,8 @@ class LlmBatches(Iterator[LlmBatch]):
 
     def _open(self) -> None:
         """Begin to load the draws that are not taken yet."""
-        following, together = self.draws.following(), 1
-        if self.settings.packing:
-            together = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER
+        packed, following = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER, self.draws.following()
+        together = packed if self.settings.packing else 1
         self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
@@ -160,7 +157,13 @@ class LlmBatches(Iterator[LlmBatch]):
         """The next batch; ranks may end some steps apart. Raises DataError: too many broken records in a row, or a
         worker that was killed."""
         started = time.perf_counter()
-        batch = self._packed() if self.settings.packing else self._padded()
+        if self.settings.packing:
+            rows = [self._row() for _ in range(self.settings.rows)]
+        else:  # a draw without any sequence is passed over
+            rows = [[one] for one in next(filter(None, iter(self._next_draw, None)), ())]
+        if not any(rows):
+            raise StopIteration
+        batch = self._batch(rows)
         self.wait_seconds += time.perf_counter() - started
         return batch
 
@@ -169,13 +172,8 @@ class LlmBatches(Iterator[LlmBatch]):
         self._loaded.close()
         self._open()
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    # ---------------------------------------------------------------------------------------------------- the batches
 
     def _next_draw(self) -> list[Piece] | None:
         """The sequences of the next draw, counted; None when everything is used up."""
@@ -190,15 +188,6 @@ class LlmBatches(Iterator[LlmBatch]):
             if one.views is not None:  # out of the memory shared with a worker: each tensor there holds a file open
                 one.views.pixels = one.views.pixels.clone()
         return found
-
-    def _packed(self) -> LlmBatch:
-        """Rows of `length`, filled from the look-ahead."""
-        length, rows = self.settings.length, [self._row() for _ in range(self.settings.rows)]
-        if not any(rows):
-            raise StopIteration
-        made = [make_row([(one.ids, one.labels) for one in row], length, self.pad_id) for row in rows]
-        ids, labels, positions = map(np.stack, zip(*made, strict=True))
-        return self._batch(rows, ids, labels, positions, None)
 
     def _row(self) -> list[Piece]:
         """The sequences of the next row, the oldest first; none at the end of the data."""
@@ -216,31 +205,23 @@ class LlmBatches(Iterator[LlmBatch]):
         self.waiting = [one for index, one in enumerate(self.waiting) if index not in chosen]
         return row
 
-    def _padded(self) -> LlmBatch:
-        """The sequences of one draw, each in a row of its own; a draw without any is passed over."""
-        row: list[Piece] | None = []
-        while row is not None and not row:
-            row = self._next_draw()
-        if row is None:
-            raise StopIteration
-        length = self.settings.padded_shape(row[0].source)[1]
-        ids, labels = pad_rows([(one.ids, one.labels) for one in row], length, self.pad_id)
-        positions = np.arange(length)[None].repeat(len(row), 0)
-        mask = positions < np.array([len(one) for one in row])[:, None]
-        return self._batch([[one] for one in row], ids, labels, positions, torch.from_numpy(mask).long())
-
-    def _batch(self, rows: list[list[Piece]], ids: np.ndarray, labels: np.ndarray, positions: np.ndarray,
-               mask: Tensor | None) -> LlmBatch:
-        used = [one for row in rows for one in row]
+    def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
+        """The batch of some rows, each with several sequences if they are packed."""
+        used, length = [one for row in rows for one in row], self.settings.shape(rows[0][0].source)[1]
         for one in used:
             self.sources[one.source]["sequences"] += 1
             self.sources[one.source]["tokens"] += len(one)
-        self.positions += ids.size
-        words, learned, places = (torch.from_numpy(array).long() for array in (ids, labels, positions))
-        return LlmBatch(words, learned, places, mask,
+        made = [make_row([(one.ids, one.labels) for one in row], length, self.pad_id, self.settings.packing)
+                for row in rows]
+        ids, labels, positions = (torch.from_numpy(np.stack(arrays)).long() for arrays in zip(*made, strict=True))
+        mask = None
+        if not self.settings.packing:
+            mask = (positions < torch.tensor([len(one) for one in used])[:, None]).long()
+        self.positions += ids.numel()
+        return LlmBatch(ids, labels, positions, mask,
                         tokens=sum(map(len, used)), learned=int((labels[:, 1:] != IGNORED).sum()), sequences=len(used),
                         squares=sum(len(one) ** 2 for one in used),
-                        views=join_views([[(one.views, len(one)) for one in row] for row in rows], ids.shape[1]))
+                        views=join_views([[(one.views, len(one)) for one in row] for row in rows], length))
 
     def _count(self, source: int, read: Read) -> None:
         """Count what a position gave; raises DataError after too many broken records in a row."""
@@ -264,8 +245,6 @@ class LlmBatches(Iterator[LlmBatch]):
                    in zip(self.settings.sources, self.sources, self.mixture.sizes, strict=True)}
         return {"positions": self.positions, "tokens": sum(one["tokens"] for one in self.sources), "sources": sources}
 
-    # ------------------------------------------------------------------------------------------------------ the state
-
     def state(self) -> dict[str, Any]:
         """State for `restore`, after the last batch; each rank saves its own (json-able)."""
         return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
@@ -274,17 +253,17 @@ class LlmBatches(Iterator[LlmBatch]):
                 "broken": list(self.broken), "positions": self.positions, "sources": deepcopy(self.sources)}
 
     def restore(self, states: Sequence[State]) -> None:
-        """Continue from the saved states of all ranks, in any order; this run may have another number of ranks, rows
-        or workers. Raises ConfigError: not the states of all ranks, or of other data or settings."""
+        """Continue from the saved states of all ranks; this run may have another number of ranks, rows or workers.
+        Raises ConfigError: not the states of all ranks, or of other data or settings."""
         states = sorted(states, key=lambda state: int(state["rank"]))
         if len(states) != states[0]["world"]:
             raise ConfigError(f"The data's state needs those of {states[0]['world']} ranks, not of {len(states)}.")
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
             raise ConfigError(f"The data cannot be resumed; what changed since then: {'; '.join(changes)}.")
-        counted = [] if self.rank else states  # the first rank counts on for all
+        counted = states[self.rank::self.world]
         if len(states) == self.world:
-            mine, counted = states[self.rank], [states[self.rank]]
+            mine = states[self.rank]
             self.draws.counts, self.draws.firsts = list(mine["counts"]), list(mine["firsts"])
             self.draws.left = [Draw(*one) for one in mine["left"]]
             self.broken = list(mine["broken"])
@@ -300,8 +279,7 @@ class LlmBatches(Iterator[LlmBatch]):
         self.close()
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Settings that must not change between save and resume: with other values it would be other data. Other
-        weights are allowed: later draws follow them."""
+        """Settings with which it would be other data; weights may change, later draws follow them."""
         keys = ("packing", "seed", "concat_type", *(("length", "too_long") if self.settings.packing else ()))
         return {**{key: getattr(self.settings, key) for key in keys}, **{
             f"source {source.name}": {

@@ -4,8 +4,7 @@
         for step in range(start, steps):
             batch = batches.at(step)       # consecutive steps are loaded ahead; a jump restarts the workers
 
-The same batch for (seed, step, rank), however the run was started. The caller keeps the position, because a loader's
-own state does not survive another number of workers.
+The same batch for (seed, step, rank), however the run was started; the caller keeps the position.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch.utils.data import default_collate
@@ -32,10 +32,7 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
     """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
-
-    Raises:
-        SeedError: as `fetch` does. DataError: a worker was killed.
-    """
+    Raises SeedError: as `fetch` does; DataError: a worker was killed."""
     if not workers:
         yield from map(fetch, jobs)
         return
@@ -92,12 +89,11 @@ def _enter(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
-class StepBatches:
+class StepBatches(AbstractContextManager["StepBatches"]):
     """Batches of one rank by step number; two ranks together have what one process with a double batch has.
 
-    `dataset`: `get(index, epoch)` gives a sample, `len` their number; optional: `shard_sizes`, `shuffle_block`, `bad`
-    and `note_bad` as of `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker. `order`: instead of
-    that of the set's epochs.
+    `dataset`: as `pairs_dataset.SourceDataset`, of which it needs `get` and `len`. `collate`: samples -> batch, in the
+    worker. `order`: instead of that of the set's epochs.
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,
@@ -105,9 +101,9 @@ class StepBatches:
                  order: EpochOrder | MixedOrder | None = None) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
-        sizes = getattr(dataset, "shard_sizes", None)
-        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, sizes=sizes,
-                                         block=0 if sizes is None else dataset.shuffle_block)
+        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle,
+                                         sizes=getattr(dataset, "shard_sizes", None),
+                                         block=getattr(dataset, "shuffle_block", 0))
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
         self.workers, self._fetch = workers, partial(_batch, dataset, collate)
         self.wait_seconds = 0.0  # spent inside `at`
@@ -141,15 +137,13 @@ class StepBatches:
             self._loaded.close()
         self._following = -1
 
-    def __enter__(self) -> Self:
-        return self
-
     def __exit__(self, *error: object) -> None:
         self.close()
 
 
 def _batch(dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
     """One step's batch, and the samples found bad on the way."""
-    known = len(getattr(dataset, "bad", ()))
+    bad: Any = getattr(dataset, "bad", ())
+    known = len(bad)
     batch = collate([dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])
-    return batch, list(getattr(dataset, "bad", ()))[known:]
+    return batch, list(bad)[known:]

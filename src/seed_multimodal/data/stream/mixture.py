@@ -1,7 +1,7 @@
 """The sources of an LLM's training data: which one a draw reads, and what is at a position of one.
 
-Positions count through a source's epochs without end: an epoch is a permutation of the source (`sampler.EpochOrder`)
-and what is random in decoding is a function of (seed, source, position).
+Positions count through a source's epochs without end; what is random in decoding is a function of (seed, source,
+position).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws, TokenSequence
-from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
@@ -24,7 +24,7 @@ from seed_multimodal.data.stream.views import PictureReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-USABLE_WITHIN = 100
+USABLE_WITHIN, ENDLESS = 100, 2**62
 SPLIT_DECODERS = ("pretrain.text",)
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 NAMED = 5  # records named for each reason of a skip
@@ -78,7 +78,7 @@ class Mixture:
                         if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
         self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
-        self.limits = [None if source.cycles is None else source.cycles * size
+        self.limits = [(source.cycles or ENDLESS) * size
                        for source, size in zip(self.sources, self.sizes, strict=True)]
         self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
         self.orders = [EpochOrder(len(records), seed, sizes=records.shard_sizes,
@@ -87,8 +87,7 @@ class Mixture:
 
     def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
-        """(the sequence of a record, cut as the original decoder cuts; where it lies), or why there is none: for
-        training and for `seed data check`."""
+        """(the sequence of a record, cut as the original decoder cuts; where it lies), or why there is none."""
         where, reader = "", self.readers[source]
         try:
             record = self.records[source].read(index)
@@ -113,8 +112,8 @@ class Mixture:
 
     def read_draw(self, source: int, start: int) -> list[Read]:
         """What the positions of a draw give; they are fewer at the end of a source's cycles."""
-        end, limit = start + self.settings.shape(source)[0], self.limits[source]
-        return [self.read(source, position) for position in range(start, end if limit is None else min(end, limit))]
+        end = min(start + self.settings.shape(source)[0], self.limits[source])
+        return [self.read(source, position) for position in range(start, end)]
 
     def read(self, source: int, position: int) -> Read:
         """The sequence at a position as pieces that fit the rows."""
@@ -145,10 +144,8 @@ class Mixture:
     def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
         """The source of draw `number`, after `counts` from each, among those `alive` (not used up); None: all are."""
         left = [index for index, there in enumerate(alive) if there]
-        if not left:
-            return None
-        if self.settings.concat_type == "concat":
-            return left[0]
+        if not left or self.settings.concat_type == "concat":
+            return left[0] if left else None
         if self.settings.concat_type == "mux_longest":
             return min(left, key=lambda index: counts[index])  # the first of those drawn least
         place = uniform(self.settings.seed, number) * sum(self.weights[index] for index in left)
@@ -161,18 +158,14 @@ class Mixture:
     def check_usable(self) -> None:
         """Raise a DataError if training can use none of the first records of a source, in its order."""
         for source, size in enumerate(self.sizes):
-            first: SkippedSample | None = None
             count = min(size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
-            for position in range(count):
-                read = self.read(source, position)
-                if read.pieces:
-                    break
-                first = first or read.note
-            else:
-                assert first is not None
-                raise DataError(f"Source {self.sources[source].name}: no record can be used "
-                                f"({counted(count, 'record')} tried); the first: {first.where}"
-                                + ("" if first.kind == BROKEN else f": {first.reason}."))
+            if any(self.read(source, position).pieces for position in range(count)):
+                continue
+            first = self.read(source, 0).note
+            assert first is not None
+            raise DataError(f"Source {self.sources[source].name}: no record can be used "
+                            f"({counted(count, 'record')} tried); the first: {first.where}"
+                            + ("" if first.kind == BROKEN else f": {first.reason}."))
 
 
 def uniform(seed: int, number: int) -> float:
@@ -195,8 +188,7 @@ def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
 
 def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
     """Count records skipped for a reason and name the first few; whether one of them is newly named."""
-    entry = group.setdefault(reason, {"count": 0, "first": []})
-    known = len(entry["first"])
-    entry["count"] += count
-    entry["first"] = [*dict.fromkeys([*entry["first"], *places])][:NAMED]
-    return len(entry["first"]) > known
+    before = group.get(reason, {"count": 0, "first": []})
+    group[reason] = {"count": before["count"] + count,
+                     "first": [*dict.fromkeys([*before["first"], *places])][:NAMED]}
+    return len(group[reason]["first"]) > len(before["first"])

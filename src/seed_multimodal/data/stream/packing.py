@@ -32,11 +32,12 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
     return [0, *reversed(chosen)]
 
 
-def make_row(sequences: Sequence[Arrays], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
+             ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels and positions, int32 [length] each, of sequences that are together at most `length` long.
 
-    The first label of each sequence becomes -100: models predict a token from the place before it, which here belongs
-    to another sequence. Padding: `pad_id`, label -100, positions as if a sequence of its own.
+    Packed, the first label of each becomes -100, since models predict a token from the place before it, and positions
+    begin anew, in the padding, too; else they go on, as in the original's padded rows of one sequence.
     """
     input_ids = np.full(length, pad_id, np.int32)
     labels = np.full(length, IGNORED, np.int32)
@@ -45,19 +46,11 @@ def make_row(sequences: Sequence[Arrays], length: int, pad_id: int) -> tuple[np.
     for ids, own in sequences:
         end = start + len(ids)
         input_ids[start:end], labels[start:end] = ids, own
-        labels[start] = IGNORED
-        positions[end:] -= len(ids)
+        if packed:
+            labels[start] = IGNORED
+            positions[end:] -= len(ids)
         start = end
     return input_ids, labels, positions
-
-
-def pad_rows(sequences: Sequence[Arrays], length: int, pad_id: int) -> Arrays:
-    """One sequence a row, as in the original: `input_ids` and `labels`, int32 [n, length]."""
-    input_ids = np.full((len(sequences), length), pad_id, np.int32)
-    labels = np.full((len(sequences), length), IGNORED, np.int32)
-    for row, (ids, own) in enumerate(sequences):
-        input_ids[row, :len(ids)], labels[row, :len(own)] = ids, own
-    return input_ids, labels
 
 
 def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:

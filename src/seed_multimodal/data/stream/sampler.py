@@ -3,9 +3,8 @@
     EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
-Epoch e of a set is a seeded permutation of it. Sets of shards are shuffled in blocks, as by the shuffle buffer of the
-original loader: pieces of a tenth of a block are permuted over all shards, then samples inside each block, so reads
-stay near each other on disk.
+An epoch is a seeded permutation. Sets of shards are shuffled in blocks, so that reads stay near each other on disk:
+pieces of a tenth of a block are permuted over all shards, then samples inside each block.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to t
 
 
 class EpochOrder:
-    """An endless order of `range(total)`, epoch after epoch; `block` of the samples of shards (`sizes`: of each) are
-    shuffled among each other, or with 0 all."""
+    """An endless order of `range(total)`, epoch after epoch. Of shards (`sizes`) `block` samples are shuffled among
+    each other; without shards, or with 0, all."""
 
     def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sizes = None, block: int = 0) -> None:
-        self.total, self.seed, self.shuffle, self.block = total, seed, shuffle, block
-        self.sizes = np.asarray([total] if sizes is None else sizes, np.int64)
+        self.total, self.seed, self.shuffle = total, seed, shuffle
+        self.block, self.sizes = (0, np.zeros(0)) if sizes is None else (block, np.asarray(sizes, np.int64))
         self._kept: dict[int, np.ndarray | _Blocks] = {}
 
     def parts(self, start: int, count: int) -> list[Part]:
@@ -56,8 +55,7 @@ class EpochOrder:
 
 
 class _Blocks:
-    """An epoch that is shuffled in blocks, computed when they are read: the order of 100 million samples would take
-    0.8 GB in every data worker."""
+    """An epoch that is shuffled in blocks, computed when they are read: an array would take GBs in each data worker."""
 
     def __init__(self, sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
         self.block, self.total, self._generator = block, int(sizes.sum()), generator
@@ -97,11 +95,8 @@ class _Blocks:
 
 
 class MixedOrder:
-    """An endless order over sets that lie one after the other, each in its own endless order.
-
-    Positions are shared out by rounding: among any n positions in a row set i has n · weight_i of them, give or take
-    two. `sizes`: for each set the samples of its shards, or None; `block`: of the sets with shards.
-    """
+    """An endless order over sets that lie one after the other, each in its own endless order: among any n positions in
+    a row set i has n · weight_i of them, give or take two. `sizes`: of each set, as `block`, see `EpochOrder`."""
 
     def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
                  sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
@@ -109,15 +104,12 @@ class MixedOrder:
         self._upto = np.cumsum(shares)
         self._firsts = np.cumsum([0, *totals[:-1]])
         self._orders = [
-            EpochOrder(total, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), sizes=size,
-                       block=0 if size is None else block)
+            EpochOrder(total, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]), sizes=size, block=block)
             for number, (total, size) in enumerate(zip(totals, sizes or [None] * len(totals), strict=True))]
 
     def draw_counts(self, positions: np.ndarray) -> np.ndarray:
-        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`.
-
-        The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
-        """
+        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`."""
+        # The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
         counts, rest = [], positions
         for number in range(len(self._upto) - 1, 0, -1):
             part, whole = self._upto[number - 1], self._upto[number]

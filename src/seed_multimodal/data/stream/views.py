@@ -1,7 +1,7 @@
 """Images of training sequences as pixels: opened with their record, cut into views, joined for a batch.
 
-Only views that the model reads or writes are returned: of an image to be written the whole alone. The frozen vision
-encoder runs on the training device, so pixels (uint8) and not features leave the data workers.
+Of an image to be written there is the whole alone. The frozen vision encoder runs on the training device, so pixels
+(uint8) and not features leave the data workers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.opened import OpenedDecoder, PictureSequence
+from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
 from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_picture, text_member
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to
@@ -29,8 +29,8 @@ T = TypeVar("T")
 @dataclass
 class SequenceViews:
     """The views of a sequence, in the order of their tokens: uint8 pixels [n, 3, S, S], the centre (x, y) of each in
-    its image, written (the others are read), the images' seeds; READ and WRITTEN at the tokens of views, int8 [tokens];
-    tokens of each view, where all of the sequence have as many."""
+    its image, whether it is written (else read), READ and WRITTEN at the tokens of views (int8 [tokens]), the images'
+    seeds, and the tokens of each view."""
 
     pixels: Tensor
     positions: list[list[float]]
@@ -75,11 +75,8 @@ class PictureReader:
         self._cutter = AnyResolution(side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",))))
 
     def fields(self, record: Record) -> dict[str, Any]:
-        """The fields of a record with its images opened; of a tar also `image` and `text` out of its members.
-
-        Raises:
-            BadRecord, ImageError: an image that is not there or damaged; a caption that is no text.
-        """
+        """The fields of a record with its images opened; of a tar also `image` and `text` out of its members. Raises
+        BadRecord, ImageError: an image that is not there or damaged; a caption that is no text."""
         found = dict(record.fields)
         text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
         if text is not None:
@@ -92,6 +89,8 @@ class PictureReader:
 
     def cut(self, sequence: PictureSequence) -> SequenceViews | None:
         """The views of a sequence; None without any."""
+        if not sequence.pictures:
+            return None
         pixels, positions, written, seeds = [], [], [], []
         for used in sequence.pictures:
             shown = self._whole.read(used.picture)[None] if used.grid is None else self._cutter.cut(used.picture)
@@ -100,8 +99,6 @@ class PictureReader:
             positions += used.positions[kept]
             written += [used.written] * len(pixels[-1])
             seeds += [used.seed] * len(pixels[-1])
-        if not pixels:
-            return None
         marks = np.zeros(len(sequence), np.int8)
         marks[sequence.read], marks[sequence.written] = READ, WRITTEN
         return SequenceViews(torch.cat(pixels), positions, written, marks, seeds,
@@ -113,14 +110,11 @@ def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], lengt
     found = [views for row in rows for views, _ in row if views is not None]
     if not found:
         return None
-    marks = torch.zeros(len(rows), length, dtype=torch.int8)
+    marks = np.zeros((len(rows), length), np.int8)
     for line, row in zip(marks, rows, strict=True):
-        start = 0
-        for views, size in row:
-            if views is not None:
-                line[start:start + size] = torch.from_numpy(views.marks[:size])
-            start += size
+        parts = [np.zeros(size, np.int8) if views is None else views.marks for views, size in row]
+        line[:sum(size for _, size in row)] = np.concatenate([line[:0], *parts])
     return BatchViews(torch.cat([one.pixels for one in found]),
                       torch.tensor([place for one in found for place in one.positions]),
-                      torch.tensor([written for one in found for written in one.written]), marks,
+                      torch.tensor([written for one in found for written in one.written]), torch.from_numpy(marks),
                       [seed for one in found for seed in one.seeds], [one.words for one in found for _ in one.seeds])

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders.lavit import LavitOptions
+from seed_multimodal.data.decoders.seed_x import OpenedOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -112,7 +112,7 @@ class PretrainTask(LlmTask):
             if there != here:
                 raise ConfigError(f"visual_encoder: the visual tokenizer has {there} {name}, but the words of the "
                                   f"tokenizer {run.tokenizer} are for {here}.")
-        self.check_views(sizes.vit.image_size, LavitOptions.base_resolution)
+        self.check_views(sizes.vit.image_size, OpenedOptions.base_resolution)
 
     # ------------------------------------------------------------------------------------------------- the training
 

@@ -101,8 +101,7 @@ class TokenMeter(Meter):
 
 def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
     """FLOP of training on one token, a multiply-add as two: in the layers' matrices, in the head (learned tokens), and
-    in attention over a sequence of `length`, its causal half.
-    Not counted, as usual: norms, softmax, lookups, and products made again by checkpointing or the chunked loss."""
+    in attention over a sequence of `length`, its causal half; products that are made again do not count."""
     llama = find_llama(model)
     config = llama.config
     body = sum((TRAINED if parameter.requires_grad else FROZEN) * _numbers(parameter)

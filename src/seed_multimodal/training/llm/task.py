@@ -18,7 +18,7 @@ from seed_multimodal.data.decoders import FEATURE_DECODERS
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, known_peak
-from seed_multimodal.errors import ConfigError, counted
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
@@ -114,13 +114,9 @@ class LlmTask(RunTask):
         self.loop = run
         # The last evaluation may be younger than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
-        data, steps = self.run.data, self.settings.gradient_accumulation_steps
-        positions = self.rows * data.length * steps * self.group.world
-        self.log_sizes(f"{run.engine.kind}: ")
-        self._log(f"a step: {counted(steps, 'micro-step')} of "
-                  + (f"{counted(self.rows, 'packed row')}, {positions:,} positions in all processes" if data.packing
-                     else "padded rows")
-                  + f"; the loss is a mean over {'tokens' if self.by_tokens else 'micro-batches'}.")
+        what = f"{self.rows} packed rows of {self.run.data.length:,}" if self.run.data.packing else "padded rows"
+        self.log_sizes(f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
+                       f"{'tokens' if self.by_tokens else 'micro-batches'}; ")
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, Size, by_size, open_pictures
 from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, SourceDataset, sample_seed
+from seed_multimodal.data.stream.pairs_dataset import (
+    DrawnPairs,
+    DrawnView,
+    JoinedPairs,
+    Size,
+    SourceDataset,
+    by_size,
+    open_pictures,
+    sample_seed,
+)
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
@@ -74,7 +82,7 @@ class ImageData:
     """The images of a run; `batch_size`: of a micro-step in each process.
 
     Attributes:
-        resolution, sizes, keep_ratio, tower_size: see `drawn_pairs.DrawnView`.
+        resolution, sizes, keep_ratio, tower_size: see `pairs_dataset.DrawnView`.
         max_bad_in_a_row: this many unusable images one after another end the run.
         held_out: a source whose first images are drawn during the training; None: the first source's.
     """

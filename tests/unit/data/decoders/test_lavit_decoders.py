@@ -9,7 +9,7 @@ from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
-from seed_multimodal.data.decoders.opened import PictureSequence
+from seed_multimodal.data.decoders.seed_x import PictureSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
@@ -54,13 +54,13 @@ def test_a_caption_either_way(words: LavitTokenizer):
 
 def test_questions_and_composition(words: LavitTokenizer):
     asked, answer = words.text_ids("Question: What is it? Answer:"), words.text_ids("a dog")
-    found = make(words, "question", {"image": PICTURE, "question": "What is it?", "answer": "a dog"}, image_tokens=2)
-    assert found.ids == [290, 292, 292, 291, *asked, *answer, 2] and learned(found) == [*answer, 2]
+    found = make(words, "question", {"image": PICTURE, "question": "What is it?", "answer": "a dog"})
+    assert found.ids == [290, *[292] * 6, 291, *asked, *answer, 2] and learned(found) == [*answer, 2]
     fields = {"source_image_ids": [1, 2], "target_image": PICTURE, "instruction": "make it blue"}
-    both = make(words, "compose", fields, image_tokens=3, text_dropout=0.0)
+    both = make(words, "compose", fields, text_dropout=0.0)
     before = [293, 294, *words.text_ids("make it blue"), 290]
-    assert both.ids == [*before, 292, 292, 292, 291] and learned(both) == [292, 292, 292, 291]
-    assert both.written == list(range(len(before), len(before) + 3)) and len(both.pictures) == 1
+    assert both.ids == [*before, *[292] * 6, 291] and learned(both) == [*[292] * 6, 291]
+    assert both.written == list(range(len(before), len(before) + 6)) and len(both.pictures) == 1
     seen = make(words, "compose", {**fields, "source_image_ids": None, "source_image": PICTURE}, text_dropout=0.0)
     assert len(seen.pictures) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
 
@@ -76,7 +76,7 @@ def test_too_long(words: LavitTokenizer):
 
 @pytest.mark.parametrize(("name", "fields", "sentence"), [
     ("caption", {"image": PICTURE, "text": " . "}, "text: is empty"),
-    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be an opened image"),
+    ("caption", {"image": "cat.jpg", "text": "a cat"}, "image: must be a Image"),
     ("caption", {"image_ids": [1, 8], "text": "a cat"}, "image codes are 0 to 7"),
     ("caption", {"image_ids": [1] * 17, "text": "a cat"}, "an image has 1 to 16 codes, not 17")])
 def test_decode_broken_records(words: LavitTokenizer, name: str, fields: dict[str, Any], sentence: str):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.data.stream.drawn_pairs import DrawnPairs, DrawnView, by_size, open_pictures
+from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_pictures
 from seed_multimodal.errors import DataError, ImageError
 
 VIEW, SIZE = DrawnView(resolution=16, tower_size=8), (16, 16)

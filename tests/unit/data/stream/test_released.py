@@ -11,9 +11,8 @@ import yaml
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
-from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.released import BUILDERS
 from seed_multimodal.errors import ConfigError, DataError
 
 DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"

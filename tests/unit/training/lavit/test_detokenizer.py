@@ -141,11 +141,6 @@ def test_a_pictures_codes_are_its_own() -> None:
     ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
     ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer sees 16 pixels a side"),
     ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
-    ({"model": {"start": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
-    ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere/.*there is no such folder"),
-    ({"model": {"decoder": "/nowhere"}}, CheckpointError, "/nowhere: there is no such"),
-    ({"model": {"selection": "all"}}, ConfigError, "selection: input should be 'draw' or 'threshold'"),
-    ({"model": {"dropout": 2.0}}, ConfigError, "dropout must be at most 1"),
 ])
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],
                                  said: str) -> None:

@@ -30,11 +30,6 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ROOT = Path(__file__).resolve().parents[4]
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
-CASES: dict[str, dict[str, Any]] = {
-    "whole": {},
-    "lora": {"model": {"lora": LORA}, "trainer": {"precision": "bf16", "gradient_checkpointing": True},
-             "data": {"packing": False}},
-}
 
 
 def task_of(config: dict[str, Any]) -> PretrainTask:
@@ -105,31 +100,6 @@ def reference(task: PretrainTask, ready: Any, pictures: list[Tensor], written: l
 
 def same(codes: Tensor, pictures: list[Tensor]) -> bool:
     return bool(pictures) and pictures[0].ndim == 1 and codes.tolist() == pictures[0].tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, home: Path, tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
-    out, again = tmp_path / "out", tmp_path / "again"
-
-    def config(output: Path) -> dict[str, Any]:
-        found = parts.config_of(home, output, **{**CASES[case], "trainer": {
-            **CASES[case].get("trainer", {}), "save_steps": 3, "eval_steps": 6, "gradient_accumulation_steps": 2}})
-        return {**found, "eval_data": parts.data_of(home, seed=9)}
-
-    record = PretrainTask.train(config(out))
-    whole = parts.losses(out)
-    assert min(whole.values()) < 0.95 * whole[1] and record["evaluation"]["eval_image_loss"] > 0
-    drawn = {name: one["sequences"] for name, one in record["data"]["sources"].items()}
-    assert drawn["words"] > 1.2 * (drawn["captions"] + drawn["codes"]) > 0
-    shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-6", "summary.json"))
-    PretrainTask.train(config(again))
-    assert "resumes from" in capsys.readouterr().out and parts.losses(again) == whole
-    for name in ("visual_weight", "adapter_model" if case == "lora" else "model"):
-        ends = [load_state_dict(folder / "checkpoint-6" / f"{name}.safetensors") for folder in (out, again)]
-        assert ends[0].keys() == ends[1].keys() and ends[0]
-        assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
 
 
 def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:

@@ -159,16 +159,6 @@ def without(folder: Path, key: str) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("settings", "sentence"), [
-    ({"lora": {"r": 0}}, "lora: `r` should be a positive"), ({"lora": {"bias": "x"}}, "lora: Requested bias"),
-    ({"lora": {"target_modules": "nothing"}}, "lora: No modules were targeted"),
-    ({"sizes": {**SIZES, "num_attention_heads": 5}}, "sizes: .*not a multiple of the number of attention heads"),
-    ({"sizes": {**SIZES, "hidden_size": 0}}, "sizes: ")])
-def test_what_the_libraries_refuse_is_one_sentence(settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        build(None, **{"sizes": SIZES, **settings})
-
-
 def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["all"], lora=LORA)
     step(model)

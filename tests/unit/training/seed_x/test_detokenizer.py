@@ -18,7 +18,7 @@ from seed_multimodal.seed_x.adapter import SDXLAdapter
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.seed_x.vision import QwenVit
 from seed_multimodal.training.frozen_features import FrozenFeatures
-from seed_multimodal.training.llm.cli import compose, main
+from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.training.pixel_decoder.task import ImageFeatures, drawn_latents, latent_moments
 from seed_multimodal.training.seed_x.detokenizer import DetokenizerTask, build_adapter, pooled_features
 from seed_multimodal.weights import load_state_dict
@@ -51,33 +51,6 @@ def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, s
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_from_its_checkpoint_with_the_same_losses(parts: Path, tmp_path: Path) -> None:
-    """With averaged weights, condition dropout, several micro-steps and gradient checkpointing on one side only: a run
-    stopped in the middle ends with the weights of one that was not."""
-    changes: dict[str, Any] = {"trainer": {"ema": 0.9, "gradient_accumulation_steps": 2}, "model": {}}
-    train(config(parts, tmp_path / "whole", 2, **changes))
-    changes["model"]["gradient_checkpointing"] = True
-    changes["trainer"]["save_total_limit"] = 1
-    train(config(parts, tmp_path / "parts", 2, **changes))
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    adapters = [(tmp_path / run / "adapter" / "model.safetensors").read_bytes() for run in ("parts", "whole")]
-    assert adapters[0] == adapters[1]
-    names = {path.name for path in (tmp_path / "whole" / "checkpoint-2").iterdir()}
-    assert {"model.safetensors", "ema.safetensors", "optimizer.pt", "resampler.json"} <= names
-    for file in (tmp_path / "whole" / "checkpoint-4", tmp_path / "whole" / "adapter"):
-        for path in file.iterdir():
-            path.unlink()
-        file.rmdir()
-    (tmp_path / "whole" / "summary.json").unlink()
-    train(config(parts, tmp_path / "whole", 2, **changes))
-    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
-    assert (tmp_path / "whole" / "adapter" / "model.safetensors").read_bytes() == adapters[0]
-    smaller = config(parts, tmp_path / "whole", 2, **changes, data={"batch_size": 2})
-    with pytest.raises(CheckpointError, match="saved by a run with 8 as its samples per step, this one has 4"):
-        train(smaller)
-
-
-@pytest.mark.slow
 def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None:
     """The adapter of stage 1 goes on with eight input channels; its resampler's sizes come with it."""
     train(config(parts, tmp_path / "one", trainer={"max_steps": 1}))
@@ -94,12 +67,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(("stage", "changes", "error", "said"), [
     (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder sees 16 pixels a side"),
     (1, {"data": {"sources": []}}, ConfigError, "sources must list at least one source"),
-    (1, {"data": {"sources": [{"name": "a", "files": "/nowhere/x"}]}}, DataError, "/nowhere/x"),
-    (1, {"data": {"sources": [{"name": "a", "fils": "x"}]}}, ConfigError, "unknown key 'fils' .did you mean 'files'"),
     (1, {"model": {"tokens": 5}}, ConfigError, "The encoder's 16 embeddings cannot be pooled to 5"),
-    (1, {"model": {"stage": 3}}, ConfigError, "stage: input should be 1 or 2, not 3"),
-    (1, {"model": {"trained": "some"}}, ConfigError, "trained: input should be 'key_value' or 'all'"),
-    (1, {"model": {"dropout": {"embeds": 2.0}}}, ConfigError, "embeds must be at most 1, not 2.0"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
 ])
@@ -151,10 +119,7 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("line", [
-    {"source_image": "before/0.png"}, {"target_image": "after/0.png"}, {"source_image": None, "target_image": "x"},
-    {"source_image": "before/none.png", "target_image": "after/0.png"},
-    {"source_image": "edits.jsonl", "target_image": "after/0.png"}, {"source_image": 3, "target_image": 4}])
+@pytest.mark.parametrize("line", [{"source_image": "before/0.png"}, {"target_image": "after/0.png"}])
 def test_a_pair_with_one_side_missing(line: dict[str, Any], parts: Path, tmp_path: Path,
                                       capsys: pytest.CaptureFixture[str]) -> None:
     """Among good ones it is named, counted and replaced; it is never an edit from nothing. Where the first line is such
@@ -171,18 +136,6 @@ def test_a_pair_with_one_side_missing(line: dict[str, Any], parts: Path, tmp_pat
     (tmp_path / "edits.jsonl").write_text(lines[-1] * 3)
     with pytest.raises(DataError, match="samples in a row|has no picture: nothing under key|is 4, not a path"):
         train({**given, "output_dir": str(tmp_path / "none")})
-
-
-@pytest.mark.slow
-def test_dropout_of_everything_leaves_nothing_to_learn_about_pictures(parts: Path, tmp_path: Path) -> None:
-    """Always without embeddings and condition: another tower changes no loss but through its empty picture."""
-    never, always = ({"dropout": {"embeds": 0.0, "picture": 0.0, "both": share}} for share in (0.0, 1.0))
-    for name, model in (("never", never), ("always", always)):
-        train(config(parts, tmp_path / name, 2, model={**model, "trained": "all"}))
-    blind, seeing = (SDXLAdapter.from_pretrained(tmp_path / name / "adapter", parts / "sdxl")
-                     for name in ("always", "never"))
-    assert not blind.unet.conv_in.weight[:, 4:].any(), "channels of a condition that is never there stay zero"
-    assert seeing.unet.conv_in.weight[:, 4:].any()
 
 
 @pytest.mark.slow
@@ -233,17 +186,3 @@ def test_the_published_configurations_are_read(stage: int) -> None:
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"
     assert any(source.condition_key for source in run.data.sources) == (stage == 2)
     assert {path.name for path in CONFIGS.iterdir()} == {"train.yaml", "model", "data", "optim", "trainer"}
-
-
-def test_what_the_program_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for given, said in ((["model=stage3"], "there is no such file and no such configuration in"),
-                        (["trainer.eval_steps=3"], "trainer: unknown key 'eval_steps'"),
-                        (["tokenizer.x=1"], "configuration: unknown key 'tokenizer'"), (["nothing"], "is neither")):
-        assert main("train_seed_x_detokenizer", CONFIGS.parent, [*given, f"output_dir={tmp_path / 'run'}"]) == 2
-        written = capsys.readouterr().err
-        assert said in written and written.startswith("train_seed_x_detokenizer.py: ") and written.count("\n") == 1
-    assert not (tmp_path / "run").exists()
-    assert main("train_seed_x_detokenizer", CONFIGS.parent, ["--help"]) == 0
-    assert "data: stage1, stage2, tiny, tiny_edits" in (said := capsys.readouterr().out) and "stage2_bf16" in said
-
-

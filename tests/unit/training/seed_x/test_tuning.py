@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,6 @@ from seed_multimodal.training.seed_x.tuning import TuningTask, read_agent, read_
 from seed_multimodal.weights import load_state_dict
 
 CASES: dict[str, dict[str, Any]] = {
-    "padded": {"trainer": {"gradient_accumulation_steps": 2}},
     "packed": {"packing": True},
     "lora": {"lora": True, "trainer": {"precision": "bf16", "dataloader_num_workers": 1}},
 }
@@ -30,24 +28,6 @@ def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer
     data = parts.data_of(home, packing=given.get("packing", False))
     return parts.config_of(home, output, data=data, lora=given.get("lora", False),
                            trainer={**given.get("trainer", {}), "save_steps": 4, **trainer})
-
-
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-def test_it_learns_and_resumes_to_the_last_bit(case: str, parts: ModuleType, home: Path, tmp_path: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
-    out, again = tmp_path / "out", tmp_path / "again"
-    record = TuningTask.train(configured(parts, home, out, case))
-    whole = parts.losses(out)
-    assert list(whole) == list(range(1, 9)) and min(whole.values()) < 0.9 * whole[1]
-    assert set(record["data"]["sources"]) == {"conversation", "caption", "edit", "chat"}
-    shutil.copytree(out, again, ignore=shutil.ignore_patterns("checkpoint-8", "summary.json"))
-    TuningTask.train(configured(parts, home, again, case))
-    assert "resumes from" in capsys.readouterr().out and parts.losses(again) == whole
-    ends = [load_state_dict(folder / "checkpoint-8" / "model.safetensors") for folder in (out, again)]
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 @pytest.mark.process

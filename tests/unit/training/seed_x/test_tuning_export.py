@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,6 @@ from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.seed_x.tuning import TuningTask
-from seed_multimodal.weights import load_state_dict, save_state_dict
 
 pytestmark = pytest.mark.slow
 STEPS = 3
@@ -97,23 +95,6 @@ def test_a_model_that_was_trained_whole_needs_no_base(parts: ModuleType, home: P
     assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
     check_same(task, home, tmp_path / "files" / "merged")
-
-
-def test_what_cannot_be_merged(run: tuple[TuningTask, Path], home: Path, tmp_path: Path,
-                               capsys: pytest.CaptureFixture[str]) -> None:
-    """One sentence each, and no folder."""
-    _, checkpoint = run
-    about = json.loads((checkpoint / "agent.json").read_text())
-    bare = tmp_path / "bare"
-    bare.mkdir()
-    shutil.copy(checkpoint / "model.safetensors", bare)
-    state = load_state_dict(checkpoint / "model.safetensors")
-    gone = next(name for name in state if name.endswith("lora_B.default.weight"))
-    save_state_dict({name: value for name, value in state.items() if name != gone}, bare / "model.safetensors")
-    (bare / "agent.json").write_text(json.dumps(about))
-    assert merge(home, tmp_path, bare) == 2
-    assert "not a complete adapter of this model" in (said := capsys.readouterr().err)
-    assert "Traceback" not in said and not (tmp_path / "merged").exists()
 
 
 def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path
