@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -151,3 +152,18 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
         raise CheckpointError(f"{hub_id}: neither a local folder nor reachable on the hub "
                               f"({offline or first_line(error)}); {advice}.") from error
     return folder
+
+
+class HubUpload:
+    """Gives a class with `save_pretrained` its `push_to_hub`."""
+
+    save_pretrained: Callable[..., Path]
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload what `save_pretrained` writes to a repository of the hub, made if it is new; returns its address."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as place:
+            address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+            HfApi().upload_folder(repo_id=repo_id, folder_path=self.save_pretrained(Path(place) / "model"))
+        return str(address)

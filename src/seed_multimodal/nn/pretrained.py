@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
 
 CONFIG, WEIGHTS, SHARED = "config.json", "model.safetensors", "tower.json"
 
 
-class PretrainedNetwork(nn.Module):
+class PretrainedNetwork(nn.Module, HubUpload):
     """Base of networks that are built as `cls(config)`, an instance of the dataclass `config_class`."""
 
     config_class: ClassVar[Any]

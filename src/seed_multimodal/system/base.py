@@ -3,8 +3,7 @@
     messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
     system = MultimodalSystem.from_pretrained("nano")
-    system.describe("cat.png")                     # a text; of a list of images a list of texts
-    system.describe([["cat.png", "dog.png"]])      # two images in one prompt
+    system.describe([["cat.png", "dog.png"]])      # two images in one prompt; of one image a text
 
 A family says how conversations become prompts (`requests`) and what images are drawn from (`values`).
 """
@@ -20,6 +19,7 @@ from PIL import Image
 
 from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
 from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
@@ -54,7 +54,7 @@ class Written:
     request: Prompt
 
 
-class MultimodalSystem(Generator):
+class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
     (`num_inference_steps`, …) as keywords. Threads use its language model and its codec one at a time."""
 

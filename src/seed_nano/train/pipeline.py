@@ -6,6 +6,7 @@ not changed since. Finished trainings are never repeated: a warning lists what c
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -196,6 +197,10 @@ class Pipeline:
             finally:
                 for process in self.processes:
                     process.terminate()
+                for process in self.processes:  # an interruption inside an import can be lost
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        process.wait(30)
+                    process.kill()
 
     def _run(self, stage: Stage) -> None:
         space, name, started = self.space, stage.name, time.monotonic()

@@ -115,3 +115,8 @@ def test_read_config_wrong_values_are_named(tmp_path: Path, changes: dict[str, o
         Seed2Tokenizer.read_config(tmp_path / "config.json")
     if "sections" not in message:
         assert "config.json" in str(caught.value)
+
+
+def test_push_to_hub_stays_offline(model: SeedTokenizer) -> None:
+    with pytest.raises(OSError, match="offline"):
+        model.push_to_hub("owner/name")
