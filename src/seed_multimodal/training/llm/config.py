@@ -65,6 +65,7 @@ class TrainerSettings(TrainerConfig):
     image_weight: float = setting(1.0, least=0)
     eval_steps: int = setting(0, least=0)  # 0 never evaluates
     eval_batches: int = setting(16, least=1)  # micro-batches of the evaluation mixture per process
+    sample_steps: int | None = setting(None, least=0)  # answers go to `samples/` (0: never; None: `save_steps`)
     peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; known devices need none
     gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`
     compile: bool | None = None

@@ -34,6 +34,7 @@ from seed_multimodal.training.llm.lora import is_lora
 from seed_multimodal.training.llm.loss import IGNORED, LossModule, LossWeights, find_llama, round_residual
 from seed_multimodal.training.llm.metrics import TokenMeter, join_reports, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
+from seed_multimodal.training.llm.samples import read_by, write_samples
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 from seed_multimodal.training.run import Run, RunTask
 from seed_multimodal.training.trainer import Trainer
@@ -84,6 +85,9 @@ class LlmTask(RunTask):
         self.llm: Any
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
+        every = self.settings.sample_steps
+        self.sample_steps = 0 if self.zero_stage == 3 else self.settings.save_steps if every is None else every
+        self.sampled: LlmBatch | None = None
 
     def prepare(self) -> None:
         """Build the model and its optimiser."""
@@ -152,12 +156,10 @@ class LlmTask(RunTask):
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Evaluate when it is due."""
-        return self._evaluate() if self.acts_after(step) else None
-
-    def acts_after(self, step: int) -> bool:
-        """At evaluations."""
-        return bool(self.evaluation) and step % self.settings.eval_steps == 0
+        """Write samples and evaluate when it is due."""
+        if self.sample_steps and step % self.sample_steps == 0 and self.group.first:
+            self._write_samples(step)
+        return self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
         """Evaluate if that was not done after this step."""
@@ -206,6 +208,21 @@ class LlmTask(RunTask):
                     sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
             model.train()
             return self.evaluation_line(*self.group.sum(sums.tolist()))
+
+    @torch.no_grad()
+    def _write_samples(self, step: int) -> None:
+        """Answers to the beginnings of the same sequences every time, in `samples/` and TensorBoard."""
+        if self.sampled is None:
+            self.sampled = self.ready(self.evaluation[0]) if self.evaluation else self.batches[0]
+        llama, file = find_llama(self.llm), self.run.output_dir / "samples" / f"step-{step}.txt"
+        self.module.eval()
+        with self.loop.engine.autocast():
+            with read_by(llama) as embeds:
+                self.losses(self.module, self.sampled)
+            text = write_samples(file, llama, self.tokenizer, self.sampled, embeds[0])
+        self.module.train()
+        if self.loop.log.board is not None:
+            self.loop.log.board.add_text("samples", text, step)
 
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:

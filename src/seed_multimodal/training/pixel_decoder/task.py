@@ -209,14 +209,10 @@ class PixelTask(RunTask):
                 loss, mse = loss + share * made["total_loss"], mse + share * made["mse"]
         return loss, {"mse": mse}
 
-    def acts_after(self, step: int) -> bool:
-        """At steps whose samples are drawn."""
-        return self.sample_steps > 0 and step % self.sample_steps == 0
-
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Draw held-out images from their own conditions, beside the originals, with the same noise every time."""
-        if not (self.acts_after(step) and self.group.first):
+        if not (self.sample_steps > 0 and step % self.sample_steps == 0 and self.group.first):
             return
         if not self.held_out:
             data = self._drawn(self.run.data.held_out.open() if self.run.data.held_out else self.sources[0])

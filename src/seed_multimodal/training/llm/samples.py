@@ -1,0 +1,69 @@
+"""Answers during a training: what the model writes after the beginnings of a few sequences, beside what it learns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from seed_multimodal.data.stream.llm_batches import LlmBatch
+from seed_multimodal.disk import replace_text
+from seed_multimodal.language.answer import TextPart, split_answer
+from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.training.llm.loss import use_attention
+
+COUNT, GREEDY = 4, GenerationSettings(max_new_tokens=48, do_sample=False)
+
+
+def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor) -> str:
+    """Write and return, for the first sequences of a batch, the beginning, the model's answer and the learned one;
+    `embeds` `[B, L, D]`: what the model reads of the batch, images included."""
+    ids, rows = batch.input_ids.flatten().tolist(), embeds.flatten(0, -2)
+    use_attention(llama, packed=False)
+    blocks: list[str] = []
+    for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
+        answer = generate(llama, tokenizer, [Prompt(embeds=rows[start:first])], GREEDY)[0]
+        asked, made, learned = (shown(part, tokenizer) for part in (ids[start:first], answer, ids[first:end]))
+        blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
+    file.parent.mkdir(exist_ok=True)
+    replace_text(file, "\n".join(blocks))
+    return "\n".join(blocks)
+
+
+def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:
+    """Of each sequence that learns something, as places in the flattened batch: its start, the first learned word
+    (where it begins with an image, that after the image), its end."""
+    words, found = tokenizer.vocabulary, list[tuple[int, int, int]]()
+    ids, labels, positions = (one.flatten().tolist() for one in (batch.input_ids, batch.labels, batch.position_ids))
+    starts = [place for place, position in enumerate(positions) if position == 0]
+    for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
+        learned = [place for place in range(start + 1, end) if labels[place] >= 0]
+        first = learned[0] if learned else end
+        while first < end and (words.is_image_word(ids[first]) and words.boi_id in ids[start:start + 3]):
+            first += 1
+        if first <= max(learned, default=-1):
+            found.append((start, first, learned[-1] + 1))
+    return found
+
+
+def shown(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> str:
+    """Words as text, images as `<image>`."""
+    return " ".join(part.text.strip() if isinstance(part, TextPart) else PLACEHOLDER
+                    for part in split_answer(ids, tokenizer))
+
+
+@contextmanager
+def read_by(llama: Any) -> Iterator[list[Tensor]]:
+    """What the decoder reads inside, `[B, L, D]` of each pass."""
+    def keep(module: Any, arguments: Any, given: dict[str, Any]) -> None:
+        embeds = given.get("inputs_embeds")
+        found.append(module.embed_tokens(given["input_ids"]) if embeds is None else embeds)
+
+    found = list[Tensor]()
+    with llama.model.register_forward_pre_hook(keep, with_kwargs=True):
+        yield found
