@@ -27,7 +27,8 @@ class EpochOrder:
 
     def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sizes = None, block: int = 0) -> None:
         self.total, self.seed, self.shuffle = total, seed, shuffle
-        self.block, self.sizes = (0, np.zeros(0)) if sizes is None else (block, np.asarray(sizes, np.int64))
+        self.block = 0 if sizes is None else block
+        self.sizes = np.asarray(() if sizes is None else sizes, np.int64)
         self._kept: dict[int, np.ndarray | _Blocks] = {}
 
     def parts(self, start: int, count: int) -> list[Part]:
