@@ -20,9 +20,9 @@ class Ema:
         for name, average in self.shadow.items():
             average.lerp_(own[name].detach().float(), 1.0 - decay)
 
+    @torch.no_grad()
     def copy_to(self, modules: nn.Module) -> None:
         """Overwrite the module's parameters with the averages."""
         own = dict(modules.named_parameters())
-        with torch.no_grad():
-            for name, average in self.shadow.items():
-                own[name].copy_(average)
+        for name, average in self.shadow.items():
+            own[name].copy_(average)

@@ -166,11 +166,9 @@ class LlmTask(RunTask):
         return self._evaluate() if self.evaluation and self.loop.evaluation.get("step") != step else None
 
     def status(self) -> Mapping[str, float]:
-        """Seconds spent waiting for data."""
         return {"wait_seconds": self.data.wait_seconds}
 
     def close(self) -> None:
-        """End what reads data."""
         self.data.close()
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
@@ -181,7 +179,6 @@ class LlmTask(RunTask):
                 "checkpoint": str(self.loop.store.place)}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
-        """Steps, tokens, sources, skipped records."""
         return summary_lines(record)
 
     def _held_out(self) -> list[LlmBatch]:
@@ -237,15 +234,12 @@ class LlmTask(RunTask):
                 "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The position in the data."""
         return dict(self.data.state())
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Restore the position in the data; the number of processes may have changed."""
         self.data.restore(states)
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The adapter, or all weights."""
         if gathered is None:
             return trained_state(self.llm)
         found = {name.removeprefix("llm."): value for name, value in gathered.items()}

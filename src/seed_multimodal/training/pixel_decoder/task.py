@@ -242,11 +242,9 @@ class PixelTask(RunTask):
             self.batches.close()
 
     def status(self) -> Mapping[str, float]:
-        """Seconds spent waiting for data, and bad samples."""
         return {"wait_seconds": self.batches.wait_seconds, "bad_samples": len(self.batches.bad_samples())}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """Write the result."""
         folder, module = self.run.output_dir / self.result, self.module
         if self.run.deepspeed is not None:  # its weights are in half precision; what is trained is kept in fp32, spread
             trained = full_weights(module)
