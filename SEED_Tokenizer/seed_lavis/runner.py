@@ -101,7 +101,10 @@ class RunnerSeed(RunnerBase):
     def next_command(self, checkpoint: str) -> list[str]:
         """Stage 2 after stage 1, the export after the others; from any folder."""
         if self.model.stage == "stage1":
-            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), "--options", f"model.pretrained={checkpoint}"]
+            beside = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
+            config = ["--cfg-path", str(beside)] if beside.is_file() else []
+            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), *config,
+                    "--options", f"model.pretrained={checkpoint}"]
         stages = ["--lavit", checkpoint]
         if self.model.stage != "lavit-stage1":
             stage1 = Path(locate(str(self.model.options.pretrained))).absolute()

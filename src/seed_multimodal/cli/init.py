@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from seed_multimodal.cli.common import add_json, emit
-from seed_multimodal.disk import making_folder, output_folder
+from seed_multimodal.disk import making_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
@@ -28,7 +28,6 @@ def add_command(commands: Any) -> None:
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--like", required=True, choices=KINDS, help="what will be trained")
     command.add_argument("--size", default="tiny", choices=("tiny",), help="default: %(default)s")
-    command.add_argument("--force", action="store_true", help="replace the folder if it is not empty")
     add_json(command)
     command.set_defaults(work=init)
 
@@ -38,7 +37,8 @@ def init(args: argparse.Namespace) -> int:
     kind = KINDS[args.like]
     if (shipped := locate_system(kind["system"])) is None:
         raise ConfigError(f"{kind['system']}: not found; run from the repository, which has it in pretrained/.")
-    out = output_folder(args.out, force=args.force, what="the model")
+    if (out := Path(args.out).resolve()).exists():
+        raise ConfigError(f"{args.out}: exists already; choose another folder.")
     with making_folder(out, args.out, ConfigError) as folder:
         for source, target in kind["copied"].items():
             shutil.copytree(shipped / source, folder / target)
@@ -51,7 +51,7 @@ def init(args: argparse.Namespace) -> int:
     files = " ".join(f"{name}={out}/{name}.yaml" for name in kind["groups"])
     command = f"python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run"
     emit(args, {"folder": str(out), "command": command},
-         f"{out}: name your data in {out}/data.yaml, then train:\ncd MultiModalLLM && {command}")
+         f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n{command}")
     return DONE
 
 

@@ -21,6 +21,7 @@ from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settin
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 
@@ -76,8 +77,9 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     words = tokenizer or config.get("tokenizer")
     words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not words:
-        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR.")
-    return read_data_settings(config.get("data") or config, str(path)), str(words)
+        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR (data of images alone, which have none, "
+                          "are checked when training starts).")
+    return read_data_settings(config.get("data") or config, str(path)), str(locate(str(words)) or words)
 
 
 def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:

@@ -67,14 +67,16 @@ def run(settings: RunSettings) -> int:
     left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
     log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
              f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
+    encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
+    transform = read_transform(settings.image_transform, encoder.transform)
+    dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
+    lists = {str(shard.file.path) for shard in shards if shard.stop is not None}  # an edited list has another size
+    _agree(save_dir, {
+        "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
+        "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
+        "bytes": {os.path.basename(path): os.path.getsize(path) for path in sorted(lists) if os.path.isfile(path)},
+        "transform": asdict(transform), "tokenizer": encoder.fingerprint})
     if left:
-        encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
-        transform = read_transform(settings.image_transform, encoder.transform)
-        dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
-        _agree(save_dir, {
-            "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
-            "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
-            "transform": asdict(transform), "tokenizer": encoder.fingerprint})
         batch = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)  # 256 as in the original
         tasks = decode_shards(left, dataset, batch, settings.workers)
         with Progress(f"{name}extraction", len(left), "shard") as progress:
