@@ -4,7 +4,7 @@
     python benchmarks/generation.py --device cuda --model original    random weights of LLaMA-7B
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so many at once, of
-different lengths, in `Engine`; `compiled` (CUDA): the same with compiled decoding. Then descriptions of new images.
+different lengths, in `Engine`; `compiled`: the same with compiled decoding. Then descriptions of new images.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def run(options: argparse.Namespace) -> None:
         made = Engine(llm, WORDS, batch, options.prompt + options.new, compiled=compiled)
         return Timed(lambda: made.generate(prompts, how), batch * options.new)
 
-    variants = {"plain": plain, "engine": engine}
-    if runtime.device.type == "cuda":
-        variants["compiled"] = lambda batch: engine(batch, compiled=True)
+    variants = {"plain": plain, "engine": engine, "compiled": lambda batch: engine(batch, compiled=True)}
     settings = {"prompt_tokens": options.prompt, "new_tokens": options.new}
     compare("generation", "tokens", variants, options, runtime, settings)
     if system is not None:

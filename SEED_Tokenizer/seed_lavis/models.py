@@ -126,6 +126,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             target = target_embeddings(self.clip_model, images, vit if self.shares_encoder else None)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
+        self.matched = None if self.training else (out.embeds.float(), out.target.float())
         labels = None if self.label_heads is None else label_divergence(self.label_heads, out.embeds, out.target).mean()
         loss = out.loss if labels is None else out.loss + self.options.label_weight * labels
         return self.with_log(loss, loss_embed=out.loss_embed, loss_recon_s=out.loss_recon_s,

@@ -21,6 +21,7 @@ from seed_lavis.datasets import split_of, to_device
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.evaluation.tokenizer import save_neighbours
 from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageConfig
 from seed_multimodal.training.distributed import ProcessGroup
@@ -81,7 +82,7 @@ class TokenizerTask(CodebookTask):
         return loss, self.runner.model.latest
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Codebook restarts; after each epoch its checkpoint and the held-out losses (`valid/SPLIT/NAME`)."""
+        """Codebook restarts; after each epoch its checkpoint, the held-out losses (`valid/SPLIT/NAME`) and samples."""
         super().after_step(step)
         epochs, inside = divmod(step, self.runner.steps_per_epoch)
         if inside:
@@ -92,6 +93,8 @@ class TokenizerTask(CodebookTask):
         numbers: dict[str, float] = {}
         for split in self.options.valid_splits:
             means = mean_losses(self.runner, split)
+            if self.runner.rank == 0:
+                save_neighbours(self.runner.folder / "samples" / f"{split}-{epochs - 1}.png", *self.runner.shown)
             self._note("valid", epochs, {"split": split, **means})
             numbers |= {f"valid/{split}/{name}": value for name, value in means.items() if isinstance(value, float)}
         return numbers
@@ -123,7 +126,6 @@ class TokenizerTask(CodebookTask):
             self.batches.dataset.load_state_dict(state)
 
     def _note(self, kind: str, epochs: int, numbers: Mapping[str, Any]) -> None:
-        """A line of LAVIS's log.txt, by the first process."""
         with writing(self.runner.folder):
             self.runner.log_stats({"epoch": epochs - 1, **numbers}, kind)
 
@@ -155,7 +157,9 @@ def mean_losses(runner: Any, split: str) -> dict[str, float]:
                       workers=min(options.num_workers, count), shuffle=False) as batches):
         for step in range(count):
             with torch.autocast(runner.device.type, dtype, enabled=runner.precision != "fp32"):
-                found.append(model(to_device(batches.at(step), runner.device)))
+                found.append(model(samples := to_device(batches.at(step), runner.device)))
+            if step == 0:
+                runner.shown = samples["image"], getattr(model, "matched", None)
             if getattr(model, "codes", None) is not None:
                 codes += torch.bincount(model.codes.flatten(), minlength=len(codes))
         bad = len(batches.bad_samples())

@@ -28,7 +28,7 @@ from seed_multimodal.evaluation.retrieval import TextEncoder, clip_texts, load_s
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.images.transforms import denormalise, get_transform
 from seed_multimodal.seed.checkpoints import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.seed.training import Stage1Model
@@ -280,6 +280,18 @@ def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
     return {"n": len(found), "gallery": count, "cosine": bootstrap(own.cpu().numpy()),
             "cosine_to_others": bootstrap(others.cpu().numpy()),
             **{f"image_r{k}": bootstrap(order < k) for k in (1, 5)}}
+
+
+def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None) -> None:
+    """A sheet of held-out images, normalised pixels `[B, 3, S, S]`, above those whose embeddings are nearest to what
+    their codes say; `matched`: the embeddings of the codes and of the images, `[B, E]` each; None: no sheet."""
+    if matched is None:
+        return
+    found, real = (F.normalize(one.detach(), dim=-1) for one in matched)
+    nearest = (found @ real.T).argmax(1).tolist()[:COLUMNS]
+    own, near = ([Cell(denormalise(images[place])) for place in places] for places in (range(len(nearest)), nearest))
+    file.parent.mkdir(parents=True, exist_ok=True)
+    contact_sheet([Row("image", own), Row("nearest to its codes", near)], file.stem, CELL, COLUMNS).save(file)
 
 
 def _sheet(source: Pairs, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:

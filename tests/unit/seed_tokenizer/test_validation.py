@@ -34,6 +34,8 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
     last = with_it[12]
     assert {"valid/val/loss", "valid/val/loss_embed", "valid/val/codebook_used", "valid/val/perplexity"} <= set(last)
     assert 0 < last["valid/val/codebook_used"] <= 1 <= last["valid/val/perplexity"] <= 64
+    assert sorted(file.name for file in (tmp_path / "valid" / "samples").iterdir()) == [
+        "val-0.png", "val-1.png", "val-2.png"]
     assert [line["valid_epoch"] for line in held_out_lines(tmp_path / "valid")] == [0, 1, 2]
 
     capsys.readouterr()
