@@ -148,9 +148,11 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors)
     if states is not None:
-        states.first, chosen = len(answered[0]) - 1, getattr(output, "beam_indices", None)
-        states.rows.update((row, [step[row if chosen is None else chosen[row, number]]
-                                  for number, step in enumerate(passes)]) for row in range(len(output.sequences)))
+        states.first, count = len(answered[0]) - 1, len(output.sequences)
+        alone = torch.arange(count)[:, None].expand(-1, len(passes))  # the row of each pass that led to each answer
+        chosen: Any = output.beam_indices if settings.num_beams > 1 else alone
+        states.rows.update((row, [step[place] for step, place in zip(passes, chosen[row].tolist(), strict=False)])
+                           for row in range(count))
     answers = output.sequences.tolist()
     lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in answers]
     return [[*answered[row // settings.num_return_sequences], *ids[:lengths[row]]] for row, ids in enumerate(answers)]

@@ -13,6 +13,7 @@ Left out: the blanks in texts, the prompt of a forced image (ours ends as in tun
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,15 +70,12 @@ class RecordedSystem(SeedLlama):
                          SimpleNamespace(config=sizes), RecordedImages(tokenizer.vocabulary))
         self.new_ids, self.calls = new_ids, list[dict[str, Any]]()
 
-    def generate(self, prompts: Any, settings: Any, task: Any = "chat", **how: Any) -> list[list[int]]:
+    def _tokens(self, prompt: Any, settings: Any, task: Any, **how: Any) -> Iterator[int]:
         forced = [self.tokenizer.vocabulary.boi_id] if settings.force_image else []
-        self.calls.append({"input_ids": [[*prompts[0].ids, *forced]], "generation_config": {
+        self.calls.append({"input_ids": [[*prompt.ids, *forced]], "generation_config": {
             "temperature": settings.temperature, "num_beams": settings.num_beams, "top_p": settings.top_p,
             "max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}})
-        if streamer := how.get("streamer"):
-            for ids in ([0], *([id] for id in self.new_ids)):  # the prompt comes first
-                streamer.put(torch.tensor(ids))
-        return [[*prompts[0].answered, *forced, *self.new_ids]]
+        yield from [*prompt.answered, *forced, *self.new_ids]
 
 
 def check(folder: Path) -> None:

@@ -146,13 +146,7 @@ def test_export_missing_parts_are_named(trained: Trained, tmp_path: Path) -> Non
         export_tokenizer(trained.stage1, out, stage1=trained.stage2, vision=trained.vision, config=trained.config)
     with pytest.raises(CheckpointError, match=r"stage2\.pth: a stage-2 checkpoint of seed2; export it as seed2"):
         trained.export(out, kind="seed1")
-    state = load_state_dict(trained.stage2)
-    trained.stage2 = tmp_path / "other.pth"
-    state["encode_task_layer.0.weight"][0, 0] = float("nan")
-    torch.save({"model": state}, trained.stage2)
-    with pytest.raises(CheckpointError, match=r"other\.pth: 'encode_task_layer.0.weight' holds numbers that are not"):
-        trained.export(out)
-    assert not out.exists() and sorted(path.name for path in tmp_path.iterdir()) == ["other.pth", "run"]
+    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
