@@ -181,7 +181,7 @@ def test_server_withstands_hostile_traffic(tiny_folder) -> None:
          "--half-sent", "40", "--stall-seconds", "3"], capture_output=True, text=True, timeout=280)
     results = json.loads(done.stdout)["results"]
     assert done.returncode == 0, done.stderr
-    assert results["faults"] == [] and results["requests"] > 200
+    assert results["faults"] == [] and results["requests"] > 100
     assert results["peak_mb_above_idle"] < 600
 
 

@@ -37,7 +37,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER, TOGETHER_WITH_PIXELS = 32, 8  # packed draws that a worker decodes at a time
+TOGETHER, TOGETHER_WITH_PIXELS = {True: 128, False: 8}, {True: 8, False: 1}  # packed or not: draws decoded at a time
 LOOK_AHEAD = 2  # rows of tokens from which packing chooses
 State = Mapping[str, Any]
 
@@ -147,8 +147,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _open(self) -> None:
         """Begin to load the draws that are not taken yet."""
-        packed, following = TOGETHER_WITH_PIXELS if any(self.mixture.readers) else TOGETHER, self.draws.following()
-        together = packed if self.settings.packing else 1
+        following, pixels = self.draws.following(), any(self.mixture.readers)
+        together = (TOGETHER_WITH_PIXELS if pixels else TOGETHER)[self.settings.packing]
         self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
                             self.workers)
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
