@@ -143,7 +143,7 @@ def output_folder(out: str | Path, *, force: bool, what: str, read: Iterable[str
         raise ConfigError(f"{out}: is a file; {what} needs a folder.")
     if target.is_dir() and any(target.iterdir()):
         if not force:
-            raise ConfigError(f"{out}: exists already and is not empty (--force replaces it).")
+            raise ConfigError(f"{out}: exists already and is not empty (--force, where there is one, replaces it).")
         lost = next((one for one in (*read, Path.cwd()) if one and Path(one).resolve().is_relative_to(target)), None)
         if lost is not None:
             raise ConfigError(f"{out}: holds {lost}, which is used here and would be gone; choose another folder.")

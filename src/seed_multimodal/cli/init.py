@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from seed_multimodal.cli.common import add_json, emit
-from seed_multimodal.disk import making_folder
+from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
@@ -37,8 +37,7 @@ def init(args: argparse.Namespace) -> int:
     kind = KINDS[args.like]
     if (shipped := locate_system(kind["system"])) is None:
         raise ConfigError(f"{kind['system']}: not found; run from the repository, which has it in pretrained/.")
-    if (out := Path(args.out).resolve()).exists():
-        raise ConfigError(f"{args.out}: exists already; choose another folder.")
+    out = output_folder(args.out, force=False, what="the model")
     with making_folder(out, args.out, ConfigError) as folder:
         for source, target in kind["copied"].items():
             shutil.copytree(shipped / source, folder / target)

@@ -313,9 +313,9 @@ class Engine:
             inside, done, left = (torch.tensor([getattr(requests[row], name) for row in spans], device=scores.device)
                                   for name in ("inside", "done", "left"))
             scores[spans] = self.spans.masked(scores[spans], inside, done, left)
-        for row in leaders:
+        for row in (row for row in leaders if requests[row].processors):
+            ids = torch.tensor([requests[row].ids], dtype=torch.long, device=scores.device)
             for process in requests[row].processors:
-                ids = torch.tensor([requests[row].ids], dtype=torch.long, device=scores.device)
                 scores[row] = process(ids, scores[row:row + 1])[0]
         chosen = scores.argmax(-1).tolist()
         for row in leaders:

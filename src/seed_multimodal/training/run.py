@@ -106,6 +106,12 @@ class RunTask(Task):
         self._log(*remarks)
         return config
 
+    def samples_due(self, step: int) -> bool:
+        """Whether this process writes samples after a step: the first one, every `sample_steps` or `save_steps`."""
+        every = self.settings.sample_steps
+        every = self.settings.save_steps or self.settings.max_steps if every is None else every
+        return self.group.first and every > 0 and step % every == 0
+
     def log_sizes(self, what: str) -> None:
         """Say how much of the module is trained, and where."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.wrapped_part.parameters()]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
-from seed_multimodal.language.answer import TextPart, split_answer
+from seed_multimodal.language.answer import split_answer
 from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
+from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.training.llm.loss import use_attention
 
 COUNT, GREEDY = 4, GenerationSettings(max_new_tokens=48, do_sample=False)
@@ -28,7 +28,8 @@ def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch:
     blocks: list[str] = []
     for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
         answer = generate(llama, tokenizer, [Prompt(embeds=rows[start:first])], GREEDY)[0]
-        asked, made, learned = (shown(part, tokenizer) for part in (ids[start:first], answer, ids[first:end]))
+        asked, made, learned = (Answer(split_answer(part, tokenizer))
+                                for part in (ids[start:first], answer, ids[first:end]))
         blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
     file.parent.mkdir(exist_ok=True)
     replace_text(file, "\n".join(blocks))
@@ -49,12 +50,6 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
         if first <= max(learned, default=-1):
             found.append((start, first, learned[-1] + 1))
     return found
-
-
-def shown(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> str:
-    """Words as text, images as `<image>`."""
-    return " ".join(part.text.strip() if isinstance(part, TextPart) else PLACEHOLDER
-                    for part in split_answer(ids, tokenizer))
 
 
 @contextmanager

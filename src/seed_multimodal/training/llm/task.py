@@ -85,8 +85,6 @@ class LlmTask(RunTask):
         self.llm: Any
         self.batches: list[LlmBatch] = []
         self.share = self.each = 1.0
-        every = self.settings.sample_steps
-        self.sample_steps = 0 if self.zero_stage == 3 else self.settings.save_steps if every is None else every
         self.sampled: LlmBatch | None = None
 
     def prepare(self) -> None:
@@ -157,7 +155,7 @@ class LlmTask(RunTask):
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
         """Write samples and evaluate when it is due."""
-        if self.sample_steps and step % self.sample_steps == 0 and self.group.first:
+        if self.zero_stage < 3 and self.samples_due(step):
             self._write_samples(step)
         return self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
 

@@ -145,8 +145,6 @@ class PixelTask(RunTask):
         self.folder = find_folder(getattr(run.model, self.diffusion), NEEDED, self.kind.where)
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
-        every = self.settings.sample_steps
-        self.sample_steps = self.settings.save_steps or self.settings.max_steps if every is None else every
         self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
     def embeds(self, seen: Tensor) -> Any:
@@ -212,7 +210,7 @@ class PixelTask(RunTask):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Draw held-out images from their own conditions, beside the originals, with the same noise every time."""
-        if not (self.sample_steps > 0 and step % self.sample_steps == 0 and self.group.first):
+        if not self.samples_due(step):
             return
         if not self.held_out:
             data = self._drawn(self.run.data.held_out.open() if self.run.data.held_out else self.sources[0])
