@@ -12,10 +12,11 @@ EXTRAS = {
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
+    "harness": ("lmms_eval",),
 }
 # The packages of modules that are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-            "werkzeug": "flask"}
+            "lmms_eval": "lmms-eval", "werkzeug": "flask"}
 
 
 class SeedError(Exception):
