@@ -12,10 +12,11 @@ EXTRAS = {
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
+    "harness": ("lmms_eval",),
 }
 # The packages of modules that are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-            "prometheus_client": "prometheus-client", "werkzeug": "flask"}
+            "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client", "werkzeug": "flask"}
 
 
 class SeedError(Exception):
