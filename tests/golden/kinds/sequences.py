@@ -52,7 +52,7 @@ LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original;
 # which only </s> or a full stop would be learned, a direction that the original cannot draw, captions that are too long
 # to draw from, paths with "null" in them.
 STRICTER = ("codes, not", "num_frames", "nothing to learn", "is empty", "no dialogue", "reverse_ratio must be",
-            "do not fit into", "'nullable.png'", "instruction: is missing")
+            "do not fit into", "'nullable.png'", "instruction: missing")
 TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
 BATCH = ("input_ids", "attention_mask", "labels")
 GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views

@@ -71,7 +71,7 @@ def test_decode_missing_field(words, records, name):
 
 
 def test_get_decoder_wrong_name_or_option(words):
-    with pytest.raises(ConfigError, match=r"unknown decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"):
+    with pytest.raises(ConfigError, match=r"decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"):
         get_decoder("pretrain.captions", words)
     with pytest.raises(ConfigError, match=r"decoder sft\.qa: unknown key 'templat' \(did you mean 'template'\?\)"):
         get_decoder("sft.qa", words, {"templat": "vicuna"})
