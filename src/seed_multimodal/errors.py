@@ -12,9 +12,10 @@ EXTRAS = {
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
+    "laptop": ("llama_cpp", "gguf"),
 }
 # The packages of modules that are called otherwise.
-PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
+PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "llama_cpp": "llama-cpp-python", "torch_fidelity": "torch-fidelity",
             "werkzeug": "flask"}
 
 

@@ -56,6 +56,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if language:
         entry.add_quantization(parser)
         entry.add_offload(parser)
+        entry.add_engine(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)
         parser.add_argument("--temperature", type=float, help="0: greedy")
@@ -100,7 +101,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization") | options)
+        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization", "engine", "url", "gguf") | options)
         limit_threads(system.llm, system.images.model)
     return system
 

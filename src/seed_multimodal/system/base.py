@@ -71,24 +71,31 @@ class MultimodalSystem(Generator, HubUpload):
     def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
-                        load_decoder: bool = True, **parts: Any) -> Self:
+                        load_decoder: bool = True, engine: str = "torch", url: str | None = None,
+                        gguf: str | Path | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
         `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
         part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
-        a system that never draws; `parts`: keys of `SystemConfig`, folders or hub names.
+        a system that never draws; `engine`: what computes SEED-LLaMA's language model: "torch", "llama.cpp" (the file
+        `gguf`, or the only one in its folder) or "openai" (the completion server `url`); `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
         if not issubclass(kind, cls):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
-        config.require("llm", "tokenizer")
+        if engine != "torch" and config.system != "seed_llama":
+            raise ConfigError(f"The engine {engine} takes prompts of ids only, which are SEED-LLaMA's; leave --engine "
+                              f"out for {config.name}.")
+        config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
-        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
-        system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
+        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization or engine != "torch"
+                                                                               else set())
+        system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder, engine, url, gguf),
+                           log)
         system.engine.device = llm.device if "llm" in parked else None
         system._log_note(config.notice)
         return system

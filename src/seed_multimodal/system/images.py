@@ -39,6 +39,9 @@ class Runtimes:
     quantization: str | None = None
     offload: Collection[str] = ()
     load_decoder: bool = True
+    engine: str = "torch"  # or llama.cpp with the file `gguf`, or openai with the server `url`
+    url: str | None = None
+    gguf: str | Path | None = None
 
     @property
     def llm_home(self) -> torch.device:
