@@ -13,10 +13,11 @@ EXTRAS = {
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
     "laptop": ("llama_cpp", "gguf"),
+    "harness": ("lmms_eval",),
 }
 # The packages of modules that are called otherwise.
-PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "llama_cpp": "llama-cpp-python", "torch_fidelity": "torch-fidelity",
-            "werkzeug": "flask"}
+PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
+            "llama_cpp": "llama-cpp-python", "lmms_eval": "lmms-eval", "werkzeug": "flask"}
 
 
 class SeedError(Exception):
