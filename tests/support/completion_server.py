@@ -39,7 +39,7 @@ class CompletionServer(ThreadingHTTPServer):
             with self.lock:
                 output = self.llm(input_ids=ids, past_key_values=cache, use_cache=True)
             scores, cache = output.logits[0, -1].float(), output.past_key_values
-            for id, bias in body.get("logit_bias", {}).items():
+            for id, bias in (body.get("logit_bias") or {}).items():
                 scores[int(id)] += bias
             if "allowed_token_ids" in body:
                 allowed = torch.full_like(scores, float("-inf"))

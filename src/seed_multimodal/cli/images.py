@@ -19,8 +19,7 @@ from seed_multimodal.errors import ConfigError, DataError
 
 
 def tokenize(args: argparse.Namespace) -> int:
-    """Print (and with `--out` write) the codes of each image; with `--save-plot` draw them."""
-    plot = common.Outputs(args.save_plot) if args.save_plot else None
+    """Print (and with `--out` write) the codes of each image."""
     codec = common.load_images(args)
     _require_codes(args, codec)
     records: list[dict[str, Any]] = []
@@ -32,13 +31,6 @@ def tokenize(args: argparse.Namespace) -> int:
     code = common.run_batches(args, args.images, show, lambda names: codec.encode(names), args.batch_size)
     if args.out:
         common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
-    if plot and records:
-        from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
-
-        rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
-        title = "Images and their codes: equal colours in the same place are equal codes"
-        plot.save(contact_sheet(rows, title, cell=110), "codes")
     return code
 
 

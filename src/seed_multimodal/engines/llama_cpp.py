@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from seed_multimodal.engines.outside import OutsideEngine, StandIn
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
-from seed_multimodal.language.engine import Request
 from seed_multimodal.language.llama import llama_config
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -28,7 +26,6 @@ class Sequences:
     def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.long)  # the sequence of each row
         self.rows: Tensor | slice = slice(0)
-        self.positions, self.used = torch.zeros(0), 0
 
     def grow(self, slots: int, length: int) -> None:
         self.ids = torch.cat([self.ids, torch.arange(len(self.ids), slots)])
@@ -52,72 +49,50 @@ class LlamaCppEngine(OutsideEngine):
 
     def __init__(self, tokenizer: MultimodalTokenizer, folder: str | Path, gguf: str | Path | None = None,
                  slots: int = 0) -> None:
-        config = llama_config(folder, tokenizer.vocabulary)
-        length, heads = config.max_position_embeddings, config.num_key_value_heads
-        row_bytes = 4 * length * heads * config.head_dim * config.num_hidden_layers  # keys and values in 16 bits
-        slots = slots or min(16, max(1, CACHE_BYTES // row_bytes))
-        super().__init__(StandIn(config), tokenizer, slots)
-        self.slots, self.cache = slots, Sequences()  # type: ignore[assignment]
-        self._open(find_gguf(folder, gguf), slots, length)
-
-    def _open(self, file: Path, slots: int, length: int) -> None:
         import llama_cpp
 
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-        llama_cpp.llama_backend_init()
+        config, file = llama_config(folder, tokenizer.vocabulary), find_gguf(folder, gguf)
+        length, width = config.max_position_embeddings, config.num_key_value_heads * config.head_dim
+        slots = slots or min(16, max(1, CACHE_BYTES // (4 * length * width * config.num_hidden_layers)))
+        super().__init__(StandIn(config), tokenizer, slots)
+        self.slots, self.cache = slots, Sequences()  # type: ignore[assignment]
         model = llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())
         if not model:
             raise CheckpointError(f"{file}: llama.cpp cannot read it.")
-        sizes = (self.tokenizer.vocabulary.size, self.llm.config.hidden_size, self.llm.config.num_hidden_layers)
-        found = (llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)),
+        sizes = (llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)),
                  llama_cpp.llama_model_n_embd(model), llama_cpp.llama_model_n_layer(model))
-        if found != sizes:
-            raise CheckpointError(f"{file}: has words, width and layers {found}, but the language model has {sizes}.")
+        if sizes != (config.vocab_size, config.hidden_size, config.num_hidden_layers):
+            raise CheckpointError(f"{file}: its words, width and layers {sizes} are not those of {folder}.")
         settings = llama_cpp.llama_context_default_params()
         settings.n_ctx, settings.n_seq_max, settings.kv_unified = slots * length, slots, False
         settings.n_batch = settings.n_ubatch = BATCH
         settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
-        self._context = llama_cpp.llama_init_from_model(model, settings)
+        self._context, self._batch = llama_cpp.llama_init_from_model(model, settings), llama_cpp.llama_batch_init(
+            BATCH, 0, 1)
         if not self._context:
             raise CheckpointError(f"{file}: memory does not suffice for {slots} conversations of {length} tokens.")
-        weakref.finalize(self, _free, llama_cpp, self._context, model)
-        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        self._library = llama_cpp
-
-    def _begin(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.guide is not None and self.slots < 2:
-                raise ConfigError("Guidance needs two rows, but the memory for keys and values holds one.")
-        super()._begin(requests)
+        weakref.finalize(self, lambda context: (llama_cpp.llama_free(context), llama_cpp.llama_model_free(model)),
+                         self._context)
 
     def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """As of `Engine`; the states are empty."""
+        import llama_cpp
+
         tokens: list[tuple[int, int, int, bool]] = []  # id, position, sequence, whether its scores are needed
-        memory = self._library.llama_get_memory(self._context)
+        memory, batch, scores = llama_cpp.llama_get_memory(self._context), self._batch, list[Any]()
         for row, sequence in enumerate(self.cache.ids[self.cache.rows].tolist()):
             count, start = int(last[row]) + 1, int(positions[row, 0])
-            self._library.llama_memory_seq_rm(memory, sequence, start, -1)
-            ids = embeds[row, :count, 0].int().tolist()
-            tokens += [(id, start + place, sequence, place == count - 1) for place, id in enumerate(ids)]
-        scores: list[Tensor] = []
-        for start in range(0, len(tokens), BATCH):
-            scores += self._computed(tokens[start:start + BATCH])
-        return torch.stack(scores), embeds.new_zeros(len(last), 0)
-
-    def _computed(self, tokens: list[tuple[int, int, int, bool]]) -> list[Tensor]:
-        """The scores at those tokens that ask for them."""
-        batch, size = self._batch, self.llm.config.vocab_size
-        batch.n_tokens = len(tokens)
-        for place, (id, position, sequence, wanted) in enumerate(tokens):
-            batch.token[place], batch.pos[place], batch.logits[place] = id, position, wanted
-            batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
-        if code := self._library.llama_decode(self._context, batch):
-            raise GenerationError(f"llama.cpp could not compute the next tokens (code {code}).")
-        rows = [self._library.llama_get_logits_ith(self._context, place)
-                for place, token in enumerate(tokens) if token[3]]
-        return [torch.from_numpy(np.ctypeslib.as_array(row, (size,)).copy()) for row in rows]
-
-
-def _free(library: Any, context: Any, model: Any) -> None:
-    library.llama_free(context)
-    library.llama_model_free(model)
+            llama_cpp.llama_memory_seq_rm(memory, sequence, start, -1)
+            tokens += [(id, start + place, sequence, place == count - 1)
+                       for place, id in enumerate(embeds[row, :count, 0].int().tolist())]
+        for part in (tokens[start:start + BATCH] for start in range(0, len(tokens), BATCH)):
+            batch.n_tokens = len(part)
+            for place, (id, position, sequence, wanted) in enumerate(part):
+                batch.token[place], batch.pos[place], batch.logits[place] = id, position, wanted
+                batch.n_seq_id[place], batch.seq_id[place][0] = 1, sequence
+            if code := llama_cpp.llama_decode(self._context, batch):
+                raise GenerationError(f"llama.cpp could not compute the next tokens (code {code}).")
+            rows = [llama_cpp.llama_get_logits_ith(self._context, place) for place, one in enumerate(part) if one[3]]
+            scores += [np.ctypeslib.as_array(row, (self.llm.config.vocab_size,)).copy() for row in rows]
+        return torch.from_numpy(np.stack(scores)), embeds.new_zeros(len(last), 0)

@@ -2,8 +2,6 @@
 
     text:   prompt ids, stop_token_ids [<img>, </s>]                       ─► ids up to <img>
     image:  prompt + answer, allowed_token_ids codes, min = max_tokens 32  ─► 32 codes, then </img>; and text again
-
-The server's prefix cache makes the second prompt cheap.
 """
 
 from __future__ import annotations
@@ -21,35 +19,30 @@ from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.engine import Request
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-CONNECT_SECONDS, SILENCE_SECONDS = 5.0, 600.0
-CONTEXT = 2048  # of a server that does not tell its own
+SECONDS, CONTEXT = (5.0, 600.0), 2048  # to connect and of silence; of a server that does not tell its own
 
 
 class OpenAIEngine(OutsideEngine):
-    """Answers by `{url}/v1/completions`, `slots` at once; `model`: the server's name of it (default: its first).
-    The environment's OPENAI_API_KEY is sent as the bearer."""
+    """Answers by `{url}/v1/completions`, `slots` at once; the environment's OPENAI_API_KEY is sent as the bearer."""
 
-    def __init__(self, tokenizer: MultimodalTokenizer, url: str | None, slots: int = 16, model: str = "") -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, url: str | None, slots: int = 16) -> None:
         if not url:
             raise ConfigError("The engine openai needs the server's address: --url http://127.0.0.1:8000.")
-        key = os.environ.get("OPENAI_API_KEY")
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.url, key = url.rstrip("/").removesuffix("/v1") + "/v1", os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         with self._called("get", "models") as response:
-            models = _json(response.content, self.url).get("data") or [{}]
-        card = next((one for one in models if one.get("id") == model), models[0])
-        self.model = model or str(card.get("id"))
-        words = tokenizer.vocabulary
+            card = json.loads(response.content)["data"][0]
+        words, self.model = tokenizer.vocabulary, card["id"]
         super().__init__(StandIn(SimpleNamespace(vocab_size=words.size, max_position_embeddings=int(
             card.get("max_model_len") or CONTEXT))), tokenizer, slots)
         self._codes = list(range(words.code_start, words.code_start + words.n_codes))
         self._workers = ThreadPoolExecutor(self.slots, "seed-openai")
 
-    def _begin(self, requests: Sequence[Request]) -> None:
-        if any(request.guide is not None for request in requests):
-            raise ConfigError("Guidance needs --engine torch; leave it at 1 with the engine openai.")
-        for request in requests:
-            self._workers.submit(self._answer, request)
+    def _advance(self) -> None:
+        with self._lock:
+            self._busy = False
+            while self._waiting:
+                self._workers.submit(self._answer, self._waiting.popleft())
 
     def _answer(self, request: Request) -> None:
         """All pieces of an answer."""
@@ -64,8 +57,8 @@ class OpenAIEngine(OutsideEngine):
                     continue
                 least = min(max(settings.min_new_tokens - len(request.ids), 0), request.left)
                 no_room = settings.constrain and request.left < words.image_length
-                bias = {"logit_bias": {str(words.boi_id): -100}} if no_room else {}
-                self._read(request, stops, min_tokens=least, max_tokens=request.left, **bias)
+                self._read(request, stops, min_tokens=least, max_tokens=request.left,
+                           logit_bias={str(words.boi_id): -100} if no_room else None)
         except Exception as error:  # noqa: BLE001 of this answer alone
             request.end(error)
 
@@ -73,16 +66,17 @@ class OpenAIEngine(OutsideEngine):
         """One piece of an answer, as its tokens come."""
         settings, count, choice = request.settings, len(request.ids), dict[str, Any]()
         body = {"model": self.model, "prompt": [*request.prompt.ids, *request.forced, *request.ids], "stream": True,
-                "return_token_ids": True, "stop_token_ids": [*stops], "temperature": 0.0, **limits}
+                "return_token_ids": True, "stop_token_ids": [*stops], "temperature": 0.0,
+                "repetition_penalty": settings.repetition_penalty, **limits}
         if request.seed is not None:
             body |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or -1,
                      "seed": (request.seed + count) % 2**63}
-        if settings.repetition_penalty != 1:
-            body["repetition_penalty"] = settings.repetition_penalty
         with self._called("post", "completions", body) as response:
-            for choice in _choices(response, self.url):
-                for token in choice["token_ids"] or ():
-                    self._take(request, token)
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    for choice in json.loads(line[5:]).get("choices", ()):
+                        for token in choice["token_ids"] or ():
+                            self._take(request, token)
                 if request.finished:
                     return
         if choice.get("finish_reason") is None:
@@ -98,39 +92,18 @@ class OpenAIEngine(OutsideEngine):
 
     @contextlib.contextmanager
     def _called(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
-        """The server's answer to a request, a refusal or failure as one sentence."""
+        """The server's answer to a request; a refusal or failure is one sentence."""
         import requests
 
         url = f"{self.url}/{path}"
         try:
-            with requests.request(method, url, json=body, headers=self._headers, stream=True,
-                                  timeout=(CONNECT_SECONDS, SILENCE_SECONDS)) as response:
-                if response.status_code != 200:
-                    raise RequestError(f"{url} answered with status {response.status_code}: {response.text[:300]}")
-                yield response
-        except (requests.exceptions.MissingSchema, requests.exceptions.InvalidURL,
-                requests.exceptions.InvalidSchema) as error:
-            raise ConfigError(f"{self.url!r} is not an address; it looks like http://127.0.0.1:8000.") from error
+            with requests.request(method, url, json=body, headers=self._headers, stream=True, timeout=SECONDS) as told:
+                if told.status_code != 200:
+                    raise RequestError(f"{url} answered with status {told.status_code}: {told.text[:300]}")
+                yield told
+        except (ValueError, LookupError, TypeError) as error:  # no address, no JSON, no ids
+            raise RequestError(f"{url} is not the address of a completion server that returns token ids, such as "
+                               "http://127.0.0.1:8000 of vLLM or SGLang.") from error
         except requests.exceptions.RequestException as error:
             raise RequestError(f"No completion server answers at {url}: start it (docs/scale-out.md) and try again."
                                ) from error
-
-
-def _choices(response: Any, url: str) -> Iterator[dict[str, Any]]:
-    """The choices of a streamed answer."""
-    for line in response.iter_lines():
-        if line.startswith(b"data:") and not line.endswith(b"[DONE]"):
-            event = _json(line.removeprefix(b"data:"), url)
-            if "error" in event:
-                raise RequestError(f"{url} broke off its answer: {event['error']}")
-            for choice in event.get("choices", ()):
-                if "token_ids" not in choice:
-                    raise RequestError(f"{url} returns no token ids (return_token_ids); use vLLM or SGLang.")
-                yield choice
-
-
-def _json(text: bytes, url: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"{url} answered with no JSON; is it the address of a completion server?") from error

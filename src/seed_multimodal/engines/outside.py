@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.engine import Engine
+from seed_multimodal.language.engine import Engine, Request
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-ENGINES = {"llama.cpp": "llama_cpp:LlamaCppEngine", "openai": "openai:OpenAIEngine"}
 
-
+@dataclass
 class StandIn:
-    """In place of the language model: its sizes, and as the embedding of an id the id itself (float32 holds them
-    exactly), so that rows of the engine are compared as with embeddings."""
+    """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
 
-    device = torch.device("cpu")
-    weight = torch.zeros(0)
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
+    config: Any
+    device: ClassVar = torch.device("cpu")
+    weight: ClassVar = torch.zeros(0)
 
     def get_input_embeddings(self) -> StandIn:
         return self
@@ -41,16 +38,19 @@ class StandIn:
 class OutsideEngine(Engine):
     """An engine without torch weights."""
 
+    def _begin(self, requests: Sequence[Request]) -> None:
+        if any(request.guide is not None for request in requests):
+            raise ConfigError("Guidance needs --engine torch; leave it at 1 with another engine.")
+        super()._begin(requests)
+
     def run(self, work: Callable[[], Any]) -> Any:
         raise ConfigError("Beams need --engine torch; leave num_beams at 1 with another engine.")
 
 
-def open_engine(name: str, words: MultimodalTokenizer, folder: str | Path, *, url: str | None = None,
+def open_engine(name: str, words: MultimodalTokenizer, folder: Any, *, url: str | None = None,
                 gguf: str | Path | None = None) -> OutsideEngine:
     """The engine "llama.cpp" (`gguf`, or the only such file in the language model's `folder`) or "openai" (`url`)."""
-    if name not in ENGINES:
-        raise ConfigError(f"Unknown engine {name!r}: use torch, {', '.join(ENGINES)}.")
-    module, _, kind = ENGINES[name].partition(":")
-    made: OutsideEngine = getattr(importlib.import_module(f"seed_multimodal.engines.{module}"), kind)(
-        words, folder if name == "llama.cpp" else url, *([gguf] if name == "llama.cpp" else []))
-    return made
+    module: Any = importlib.import_module(f"seed_multimodal.engines.{name.replace('.', '_')}")
+    engine: OutsideEngine = module.OpenAIEngine(words, url) if name == "openai" else module.LlamaCppEngine(
+        words, folder, gguf)
+    return engine

@@ -124,8 +124,6 @@ def test_long_prompts_and_one_row_are_computed_in_pieces(nano: Any, gguf: dict[s
     assert engine.generate(long, settings) == nano.engine.generate(long, settings)
     alone = LlamaCppEngine(nano.tokenizer, LLM, gguf["f16"], slots=1)
     assert alone.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
-    with pytest.raises(ConfigError, match="Guidance needs two rows"):
-        alone.submit(prompts(nano)[0], replace(GREEDY, guidance=2.0))
 
 
 @pytest.mark.process
@@ -212,11 +210,12 @@ def test_a_server_that_breaks_off_or_is_gone_is_one_sentence(nano: Any, server: 
     server.server_close()
     with pytest.raises(RequestError, match="No completion server answers at"):
         remote.engine.generate(prompts(nano), GREEDY)
+    with pytest.raises(RequestError, match="is not the address of a completion server"):
+        MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, engine="openai", url="localhost")
 
 
 @pytest.mark.parametrize("name, options, said", [
-    ("nano", {"engine": "openai"}, "--url"), ("nano", {"engine": "openai", "url": "localhost"}, "is not an address"),
-    ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA"), ("nano", {"engine": "vllm"}, "Unknown engine 'vllm'")])
+    ("nano", {"engine": "openai"}, "--url"), ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA")])
 def test_wrong_choices_are_one_sentence(name: str, options: dict[str, str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
