@@ -74,5 +74,5 @@ def quiet_libraries(debug: bool = False) -> None:
         own = importlib.import_module(f"{library}.utils.logging")
         own.disable_progress_bar()
         own.set_verbosity_error()
-    for library in ("DeepSpeed", "accelerate", "torchao", "torch.utils._pytree"):
+    for library in ("DeepSpeed", "accelerate"):
         logging.getLogger(library).setLevel(logging.ERROR)
