@@ -1,4 +1,4 @@
-"""A completion server on loopback that answers by a language model, with vLLM's fields for prompts and answers of ids."""
+"""A completion server on loopback that answers by a language model, with vLLM's fields for ids."""
 
 from __future__ import annotations
 

@@ -175,11 +175,8 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
 
 
 class Outputs:
-    """Files for results: in a folder, or the one image file that was asked for.
-
-    Raises:
-        ConfigError: one file for several images; a folder that cannot be written.
-    """
+    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for several
+    images, a folder that cannot be written."""
 
     def __init__(self, out: str, count: int = 1) -> None:
         self.path, self._used = Path(out), Counter[str]()

@@ -121,10 +121,7 @@ def draw(args: argparse.Namespace) -> int:
 
 def read_codes(path: str) -> dict[str, list[int]]:
     """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
-
-    Raises:
-        DataError: no such file, no codes in it, or a line that is neither.
-    """
+    Raises DataError: no such file, or a line that is neither."""
     rows: dict[str, list[int]] = {}
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file.")

@@ -1,6 +1,4 @@
-"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py` and `reload_qwen_vit.py`: old weights,
-trained stages, system folders, and curves.
-"""
+"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py`, `reload_qwen_vit.py`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from seed_multimodal.language.tokenizer import read_files
 from seed_multimodal.progress import Progress
 from seed_multimodal.weights import load_checkpoint, refuse_tensors
 
-QUANTS = ("q4_k_m", "q8_0", "f16")
 loggers: list[Any] = []  # llama.cpp keeps calling the last
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 IN_BLOCK = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",

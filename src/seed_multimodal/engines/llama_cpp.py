@@ -57,8 +57,7 @@ class LlamaCppEngine(OutsideEngine):
         slots = slots or min(16, max(1, CACHE_BYTES // (4 * length * width * config.num_hidden_layers)))
         super().__init__(StandIn(config), tokenizer, slots)
         self.slots, self.cache = slots, Sequences()  # type: ignore[assignment]
-        model = llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())
-        if not model:
+        if not (model := llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())):
             raise CheckpointError(f"{file}: llama.cpp cannot read it.")
         sizes = (llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)),
                  llama_cpp.llama_model_n_embd(model), llama_cpp.llama_model_n_layer(model))

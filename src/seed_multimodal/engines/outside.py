@@ -48,9 +48,7 @@ class OutsideEngine(Engine):
 
 
 def open_engine(name: str, words: MultimodalTokenizer, folder: Any, *, url: str | None = None,
-                gguf: str | Path | None = None) -> OutsideEngine:
+                gguf: str | Path | None = None) -> Any:
     """The engine "llama.cpp" (`gguf`, or the only such file in the language model's `folder`) or "openai" (`url`)."""
     module: Any = importlib.import_module(f"seed_multimodal.engines.{name.replace('.', '_')}")
-    engine: OutsideEngine = module.OpenAIEngine(words, url) if name == "openai" else module.LlamaCppEngine(
-        words, folder, gguf)
-    return engine
+    return module.OpenAIEngine(words, url) if name == "openai" else module.LlamaCppEngine(words, folder, gguf)

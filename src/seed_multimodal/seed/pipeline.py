@@ -141,13 +141,14 @@ class SeedLlama(MultimodalSystem):
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
-        parts: Any = config.require("tokenizer", *(() if runtimes.engine == "openai" else ("llm",)))
+        name, url, gguf = runtimes.engine
+        parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
         words, engine = MultimodalTokenizer.from_pretrained(parts.tokenizer), None
-        if runtimes.engine == "torch":
+        if name == "torch":
             llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
                            quantization=runtimes.quantization, vocabulary=words.vocabulary)
         else:
-            engine = open_engine(runtimes.engine, words, parts.llm, url=runtimes.url, gguf=runtimes.gguf)
+            engine = open_engine(name, words, parts.llm, url=url, gguf=gguf)
             llm = engine.llm
         images = load_images(config, runtimes)
         sizes = images.model.config

@@ -39,9 +39,7 @@ class Runtimes:
     quantization: str | None = None
     offload: Collection[str] = ()
     load_decoder: bool = True
-    engine: str = "torch"  # or llama.cpp with the file `gguf`, or openai with the server `url`
-    url: str | None = None
-    gguf: str | Path | None = None
+    engine: tuple[str, str | None, Any] = ("torch", None, None)  # of the language model, with its `url` and `gguf`
 
     @property
     def llm_home(self) -> torch.device:
