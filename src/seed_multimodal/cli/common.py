@@ -175,7 +175,7 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
 
 
 class Outputs:
-    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for several
+    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for many
     images, a folder that cannot be written."""
 
     def __init__(self, out: str, count: int = 1) -> None:

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ class StandIn:
     """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
 
     config: Any
-    device: ClassVar = torch.device("cpu")
-    weight: ClassVar = torch.zeros(0)
+    device, dtype, weight = torch.device("cpu"), "of the engine", torch.zeros(0)
 
     def get_input_embeddings(self) -> StandIn:
         return self
