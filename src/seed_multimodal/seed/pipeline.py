@@ -151,13 +151,10 @@ class SeedLlama(MultimodalSystem):
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
         name, url, gguf = runtimes.engine
         parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
-        words, engine = MultimodalTokenizer.from_pretrained(parts.tokenizer), None
-        if name == "torch":
-            llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                           quantization=runtimes.quantization, vocabulary=words.vocabulary)
-        else:
-            engine = open_engine(name, words, parts.llm, url=url, gguf=gguf)
-            llm = engine.llm
+        words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
+        engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
+        llm = engine.llm if engine else load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                                                 quantization=runtimes.quantization, vocabulary=words.vocabulary)
         images = load_images(config, runtimes)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
