@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
     python benchmarks/generation.py --device cuda --model original    random weights of LLaMA-7B
-    python benchmarks/generation.py --model laptop --dtype bfloat16   random weights, 1.24 B: torch and llama.cpp's Q4_K_M
+    python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights; `llama.cpp`: Q4_K_M
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so many at once, of
 different lengths, in `Engine`; `compiled`: the same with compiled decoding.
