@@ -12,12 +12,9 @@ one client.
 from __future__ import annotations
 
 import argparse
-import base64
 import collections
-import io
 import itertools
 import json
-import re
 import subprocess
 import sys
 import threading
@@ -30,28 +27,25 @@ from typing import Any
 from shared import ROOT, base_parser, input_images, print_line, rounded, start, system_folder
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.images.io import image_to_base64
 
 Times = tuple[float, float] | None  # seconds to the first piece and to the last; None: an error
 
 
 class Server:
-    """`gradio_demo/seed_llama_flask.py` as a process; use it as a context manager."""
+    """The server as a process; use it as a context manager."""
 
     def __init__(self, model: str, device: str, *flags: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", str(system_folder(model)),
              "--port", "0", "--llm_device", device, "--tokenizer_device", device, *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-        assert self.process.stdout is not None
-        self.log = collections.deque[str](maxlen=200)
-        for line in self.process.stdout:
-            self.log.append(line)
-            if address := re.search(r"answering at http://127\.0\.0\.1:(\d+)", line):
-                self.port = int(address[1])
-                break
-        else:
-            raise SystemExit("The server did not start:\n" + "".join(self.log))
-        threading.Thread(target=self.log.extend, args=(self.process.stdout,), daemon=True).start()  # empties the pipe
+            stdout=subprocess.PIPE, text=True, bufsize=1)
+        lines: Any = self.process.stdout
+        address = next((line for line in lines if "answering at" in line), "")
+        if not address:
+            raise SystemExit("The server did not start.")
+        self.port = int(address.split(":")[2].partition("/")[0])
+        threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()  # empties the pipe
 
     def __enter__(self) -> Server:
         return self
@@ -77,9 +71,7 @@ class Client:
         if kind == "draw":
             return {"messages": [{"role": "user", "content": "Please draw a fish."}], "force_image": True,
                     "seed": next(self.numbers), "max_tokens": 40}
-        file = io.BytesIO()
-        next(self.images).rotate(next(self.numbers) % 360).save(file, "PNG")
-        url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+        url = f"data:image/png;base64,{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
         content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the image."}]
         return {"messages": [{"role": "user", "content": content}], "max_tokens": 32}
 
@@ -87,42 +79,39 @@ class Client:
         """Ask, and read the stream to its end."""
         request = urllib.request.Request(self.address, json.dumps({**body, "stream": True}).encode(),
                                          {"Content-Type": "application/json"})
-        first, begin = 0.0, time.perf_counter()
+        begin = time.perf_counter()
         try:
             with urllib.request.urlopen(request, timeout=600) as answer:
-                for line in answer:
-                    first = first or time.perf_counter() - begin
-                    if b'"error"' in line[:20]:
-                        return None
+                line, first = answer.readline(), time.perf_counter() - begin
+                rest = answer.read()
         except OSError:
             return None
-        return first, time.perf_counter() - begin
+        return (first, time.perf_counter() - begin) if b'{"error"' not in line + rest else None
 
-    def send_all(self, bodies: list[dict[str, Any]], clients: int) -> list[Times]:
+    def send_all(self, kind: str, count: int, clients: int) -> dict[str, Any]:
+        bodies = [self.body(kind) for _ in range(count)]
+        begin = time.perf_counter()
         with ThreadPoolExecutor(clients) as pool:
-            return [*pool.map(self.send, bodies)]
-
-
-def share(values: list[float], part: float) -> float:
-    """The value that `part` of all do not exceed."""
-    return rounded(sorted(values)[min(int(part * len(values)), len(values) - 1)]) if values else 0.0
+            times = [*pool.map(self.send, bodies)]
+        return figures(times, time.perf_counter() - begin)
 
 
 def figures(times: list[Times], seconds: float) -> dict[str, Any]:
-    """Rate, percentiles, errors."""
-    good = [one for one in times if one is not None]
-    whole = [one[1] for one in good]
-    return {"requests_per_second": rounded(len(good) / seconds), "first_p50": share([one[0] for one in good], 0.5),
-            **{f"p{part}": share(whole, part / 100) for part in (50, 95, 99)}, "errors": len(times) - len(good)}
+    """Rate, percentiles in seconds, errors."""
+    good = sorted(one[1] for one in times if one is not None)
+    first = sorted(one[0] for one in times if one is not None)
+    return {"requests_per_second": rounded(len(good) / seconds), "first_p50": rounded(first[len(first) // 2]),
+            **{f"p{part}": rounded(good[len(good) * part // 100]) for part in (50, 95, 99)},
+            "errors": len(times) - len(good)}
 
 
 def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[str, Any]:
     """Both kinds of requests, one after another from each client, for so many minutes."""
-    until, begin = time.perf_counter() + 60 * minutes, time.perf_counter()
+    begin = time.perf_counter()
 
     def visit(number: int) -> list[Times]:
         times: list[Times] = []
-        while time.perf_counter() < until:
+        while time.perf_counter() < begin + 60 * minutes:
             times.append(client.send(client.body(("describe", "draw")[(len(times) + number) % 2])))
         return times
 
@@ -142,18 +131,14 @@ def run(options: argparse.Namespace) -> None:
     with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
         client = Client(server)
         if options.minutes:
-            for clients in options.clients:
-                print_line("serving", runtime.device, {"variant": "soak", "clients": clients, **settings},
-                           soak(server, client, clients, options.minutes))
+            print_line("serving", runtime.device, {"variant": "soak", "clients": options.clients[-1], **settings},
+                       soak(server, client, options.clients[-1], options.minutes))
             return
         for kind in ("describe", "draw"):
             plain = 0.0
             for clients in options.clients:
-                client.send_all([client.body(kind) for _ in range(clients)], clients)  # warm-up
-                bodies = [client.body(kind) for _ in range(max(options.requests, 4 * clients))]
-                begin = time.perf_counter()
-                times = client.send_all(bodies, clients)
-                results = figures(times, time.perf_counter() - begin)
+                client.send_all(kind, clients, clients)  # warm-up
+                results = client.send_all(kind, max(options.requests, 4 * clients), clients)
                 plain = plain or results["requests_per_second"]
                 print_line("serving", runtime.device, {
                     "variant": "plain" if clients == options.clients[0] else "clients", "request": kind,
