@@ -98,10 +98,8 @@ class Traffic:
                     sock.sendall(request)
                 while len(answer) < 12 and (piece := sock.recv(1 << 16)):
                     answer += piece
-        except TimeoutError:
-            status = "hang"
-        except OSError:
-            pass  # reset by the server
+        except OSError as error:  # reset by the server, or
+            status = "hang" if isinstance(error, TimeoutError) else "closed"
         if code := re.match(rb"HTTP/1\.[01] (\d{3})", answer):
             status = code[1].decode()
         self.statuses[status] += 1

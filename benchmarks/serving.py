@@ -4,9 +4,8 @@
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
     python benchmarks/serving.py --minutes 10 --clients 32              a soak: errors, and memory at start and end
 
-Starts `gradio_demo/seed_llama_flask.py` on a free port of the loopback address and asks `/v1/chat/completions` for
-streams: `describe` sends an image that was not sent before, `draw` a text that is answered with an image. `plain` is
-one client.
+Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` sends an image that was not sent
+before, `draw` a text that is answered with an image.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from shared import ROOT, base_parser, input_images, print_line, rounded, start, 
 from seed_multimodal.device import choose_device
 from seed_multimodal.images.io import image_to_base64
 
-Times = tuple[float, float] | None  # seconds to the first piece and to the last; None: an error
+Times = tuple[float, float] | None  # seconds to the first piece and the last; None: an error
 
 
 class Server:
