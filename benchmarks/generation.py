@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     def engine(batch: int, compiled: bool = False) -> Timed:
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
         how = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
-        made = Engine(llm, WORDS, batch, options.prompt + options.new, compiled=compiled)
+        made = Engine(llm, WORDS, batch, compiled=compiled)
         return Timed(lambda: made.generate(prompts, how), batch * options.new)
 
     variants = {"plain": plain, "engine": engine, "compiled": lambda batch: engine(batch, compiled=True)}

@@ -22,7 +22,7 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.lora import merge_into
+from seed_multimodal.language.lora import merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
     DrawnPart,
@@ -345,7 +345,7 @@ def load_agent_model(config: SystemConfig, words: MultimodalTokenizer, runtimes:
     llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtime.dtype, quantization=runtimes.quantization,
                    vocabulary=vocabulary)
     if lora is not None:
-        merge_into(llm, parts.agent, lora)
+        merge_into(llm, read_trained(parts.agent, lora))
     agent = ContinuousLVLM(llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings)
     load_agent(agent, parts.agent, language=lora is None)
     for part in (agent.input_resampler, agent.output_resampler):

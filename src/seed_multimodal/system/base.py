@@ -181,7 +181,7 @@ class MultimodalSystem(Generator, HubUpload):
              **options: Any) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
-        `stream`: yield events (see `language.streaming`) while the answer is made; `force_image`: answer with an image;
+        `stream`: yield events (see `language.answer`) while the answer is made; `force_image`: answer with an image;
         `previews`: after how many codes a stream shows what there is of an image, None: as `system.json` says;
         `should_stop`: called before each token and each drawing, true ends the answer there.
         """

@@ -15,11 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
+from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device, on_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generation import random_seed
-from seed_multimodal.language.generator import on_device
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
