@@ -54,7 +54,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if batch_size:
         parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s")
     if language:
-        entry.add_quantization(parser)
+        entry.add_language_model(parser)
         entry.add_offload(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)
@@ -100,7 +100,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization") | options)
+        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization", "compiled") | options)
         limit_threads(system.llm, system.images.model)
     return system
 

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
+import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
@@ -34,6 +35,11 @@ class Generator:
 
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
         self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
+
+    def set_engine(self, compiled: bool, device: torch.device | None) -> None:
+        """`compiled`: of `Engine`; `device`: where a language model computes that is on the CPU while it rests."""
+        self.engine = Engine(self.llm, self.tokenizer, compiled=compiled)
+        self.engine.device = device
 
     # ---- a subclass defines
 
@@ -121,7 +127,8 @@ class Generator:
         rest = iter(images)
         parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
                  for part in reader.parts]
-        yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after)}
+        yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after,
+                                                len(prompt))}
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
                 should_stop: Callable[[], bool] | None = None) -> Iterator[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ ANSWER_KEYS = {"text": str, "images": list, "images_ids": list, "error_msg": lis
 
 def follow_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0) -> Iterator[dict[str, Any]]:
     """POST `body` to `address` (`http://127.0.0.1:7890/generate`) and give what comes: last the checked answer, and
-    before it, if `body` asks for `previews`, each of them as `schema.Preview` writes it.
+    before it, if `body` asks for `previews`, each of them: `picture`, `codes` and `preview`.
 
     Raises:
         RequestError: no server there, a timeout, a refusal by the server (with its own sentence), or an answer of
@@ -25,7 +26,7 @@ def follow_generate(address: str, body: Mapping[str, Any], timeout: float = 600.
     import requests
 
     try:
-        with requests.post(address, json=dict(body), headers={"User-Agent": USER_AGENT}, stream=True,
+        with requests.post(address, json=dict(body), headers=_headers(), stream=True,
                            timeout=(CONNECT_SECONDS, timeout)) as response:
             in_pieces = response.headers.get("Content-Type", "").startswith(JSON_LINES)
             for line in response.iter_lines() if in_pieces else (response.content,):
@@ -44,6 +45,12 @@ def follow_generate(address: str, body: Mapping[str, Any], timeout: float = 600.
     except requests.exceptions.RequestException as error:
         raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) and "
                            f"try again.") from error
+
+
+def _headers() -> dict[str, str]:
+    """What a request says about its client; a server with a password gets that of `SEED_TOKEN`."""
+    token = os.environ.get("SEED_TOKEN", "").strip()
+    return {"User-Agent": USER_AGENT, **({"Authorization": f"Bearer {token}"} if token else {})}
 
 
 def _piece(line: bytes, address: str, status: int) -> Any:

@@ -71,11 +71,11 @@ class MultimodalSystem(Generator, HubUpload):
     def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
-                        load_decoder: bool = True, **parts: Any) -> Self:
+                        load_decoder: bool = True, compiled: bool = False, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
-        `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
+        `device`, `dtype`: see `choose_device`; `quantization`, `compiled`: of `load_llm` and `Engine`; `offload`: each
         part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
         a system that never draws; `parts`: keys of `SystemConfig`, folders or hub names.
         """
@@ -89,7 +89,7 @@ class MultimodalSystem(Generator, HubUpload):
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
-        system.engine.device = llm.device if "llm" in parked else None
+        system.set_engine(compiled, llm.device if "llm" in parked else None)
         system._log_note(config.notice)
         return system
 

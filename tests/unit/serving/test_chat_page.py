@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.chat_page import KINDS, ChatPage, kind_of
 from seed_multimodal.serving.client import follow_generate
-from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.serving.gradio_app import build_demo
 
 ASKED = {"max_turns": 3, "force_boi": False, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -17,10 +16,10 @@ from PIL import Image
 from served import ask, body, noise, read, serving
 
 from seed_multimodal.lavit.pipeline import Lavit
-from seed_multimodal.serving.backend import Backend
+from seed_multimodal.serving.app import create_app
+from seed_multimodal.serving.backend import Backend, Refused, Watch
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
-from seed_multimodal.serving.flask_app import create_app
-from seed_multimodal.serving.waiting import Vanished
+from seed_multimodal.serving.schema import GenerateRequest
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = {"max_turns": 1, "num_beams": 3, "max_new_tokens": 64, "temperature": 1.0, "top_p": 0.5}
@@ -93,8 +92,9 @@ def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, imag
         calls.append(1)
         return len(calls) >= 3
 
-    with pytest.raises(Vanished):
-        next(Backend(tiny_lavit).handle(json.dumps(body(text, *images, force_boi=force)).encode(), disconnected))
+    asked = GenerateRequest.model_validate(body(text, *images, force_boi=force))
+    with pytest.raises(Refused):
+        next(Backend(tiny_lavit).generate(asked, Watch(disconnected, 600)))
     assert len(calls) <= 6
 
 

@@ -15,8 +15,8 @@ from served import noise, read
 from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
+from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.chat_page import KINDS, ChatPage
-from seed_multimodal.serving.flask_app import create_app
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
 PAGE = {"max_turns": 3, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
