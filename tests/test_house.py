@@ -65,6 +65,8 @@ NOT_IMPORTED = {
     "s3fs": "fsspec reads s3:// with it",
     "moto": "a command: the S3 server of the tests",
     "mypy": "a command: types",
+    "mkdocs-material": "a command: the documentation (mkdocs.yml)",
+    "mkdocstrings": "a plug-in of mkdocs: Python's reference",
 }
 
 
@@ -271,12 +273,12 @@ def test_the_origin_of_every_demo_picture_is_told():
 
 
 def test_links_in_documents_lead_somewhere():
-    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "images").glob("*.md"),
-                 *(ROOT / "pretrained").glob("*.md")]
+    documents = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "images").glob("*.md"),
+                 *(ROOT / "pretrained").glob("*.md"), *ROOT.glob("*/README.md")]
     broken = []
     for document in documents:
         for link in re.findall(r"\]\(([^)#\s]+)", document.read_text(encoding="utf-8")):
-            if "://" not in link and not (document.parent / link).exists():
+            if "://" not in link and "reference/" not in link and not (document.parent / link).exists():
                 broken.append(f"{document.name}: {link}")
     assert not broken
 
@@ -445,17 +447,26 @@ def test_public_functions_have_a_return_type():
     assert [name for source in SOURCES for name in untyped(source)] == []
 
 
-def test_the_table_of_ideas_names_files_that_are_there():
-    """`docs/architecture.md`: idea → the file that holds it."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    rows = [line for line in text.split("## One of each")[1].split("\n## ")[0].splitlines() if line.startswith("| ")]
-    assert len(rows) > 30
+# ---- documentation
+
+DOCS_LINES = 2000  # of Markdown written by hand; pages of reference/ are generated
+
+
+def test_documentation_keeps_its_budget():
+    lines = {page: page.read_text(encoding="utf-8").count("\n") for page in (ROOT / "docs").rglob("*.md")}
+    assert sum(lines.values()) <= DOCS_LINES
+    assert not [page.name for page in lines if "experiments" in page.parts and lines[page] > 40]
+    for name, most in {"README.md": 180, "CONTRIBUTING.md": 60}.items():
+        assert (ROOT / name).read_text(encoding="utf-8").count("\n") <= most
+
+
+def test_paths_of_the_documentation_exist():
+    """Files below folders of the repository that pages name, whole or by their beginning."""
+    folders = ("src", "scripts", "tests", "configs", "MultiModalLLM", "SEED_Tokenizer", "benchmarks", "docs", "data")
     missing = []
-    for row in rows[2:]:
-        folder = Path()
-        for name in re.findall(r"`([\w/]+(?:\.py|/))`", row):
-            place = Path(name) if "/" in name else folder / name  # `tar.py`, after `data/formats/x.py`
-            folder = place.parent if name.endswith(".py") else place
-            if not any((root / place).exists() for root in (PACKAGE, ROOT)):
-                missing.append(str(place))
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+        for path in re.findall(rf"(?<![\w/.])(?:{'|'.join(folders)})/[\w./-]+", page.read_text(encoding="utf-8")):
+            places = (ROOT, ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer", page.parent)
+            if "PROGRAM" not in path and not any(any(place.glob(f"{path.rstrip('.')}*")) for place in places):
+                missing.append(f"{page.name}: {path}")
     assert not missing

@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # of one image or text; others end the command
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "guidance",  # of generation; of drawing
-            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width")
+            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width", "preset")
 
 
 # ---- flags
@@ -64,6 +64,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if drawing:
         parser.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps")
         parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
+        parser.add_argument("--preset", choices=("original", "fast"), help="scheduler of the drawing")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,7 @@ class Written:
 
 class MultimodalSystem(Generator, HubUpload):
     """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
-    (`num_inference_steps`, …) as keywords. Threads use its language model and its codec one at a time."""
+    (`num_inference_steps`, …) as keywords. What several threads ask for is computed in common batches."""
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
                  log: Log = None) -> None:
