@@ -216,16 +216,20 @@ class Engine:
     def _place(self, request: Request) -> None:
         """Give a request a row, with as many positions of its prompt as any row holds."""
         request.processors = row_processors(request.settings, request.seed, request.ends, request.embeds.device)
-        shared = [row.common(request.embeds) for row in self.rows]
+        copies = self.cache.copies
+        shared = [row.common(request.embeds) if copies or number >= self.active else 0
+                  for number, row in enumerate(self.rows)]
         request.start = start = max(shared, default=0)
         place = shared.index(start) if start else 0
-        if not start or place < self.active or len(self.rows[place].held) > 2 * start:  # type: ignore[arg-type]
+        held = self.rows[place].held if start else None
+        if held is None or place < self.active or (copies and len(held) > 2 * start):
             source = place  # another conversation, which goes on: a copy of what it shares
             if self.active == len(self.rows) or len(self.rows) < min(KEPT, self.slots):
                 self.rows.append(Row())
                 self.cache.grow(len(self.rows), 0)
             place = min(range(self.active, len(self.rows)), key=lambda number: self.rows[number].freed)
-            self.cache.copy(source, place, start)
+            if start:
+                self.cache.copy(source, place, start)
         self._swap(self.active, place)
         self.rows[self.active].request, self.rows[self.active].held = request, None
         self.active += 1
