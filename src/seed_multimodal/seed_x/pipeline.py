@@ -243,7 +243,8 @@ class SeedX(MultimodalSystem):
             with torch.inference_mode():
                 embeds = self.agent.embed(torch.tensor([ids], device=device), mask.to(device),
                                           torch.cat([one.features for one in seen]).to(device),
-                                          torch.cat([one.positions for one in seen]).to(device))[0]
+                                          torch.cat([one.positions for one in seen]).to(device),
+                                          [len(one.features) for one in seen])[0]
         return Prompt(ids, embeds, answered=end, source=sources[-1] if sources else None)
 
     def _spans(self, message: Message, views: list[int]) -> list[Content]:
