@@ -41,6 +41,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 NO_DRAWS = GenerationSettings(do_sample=False)
 KEPT = 4  # conversations whose keys and values are held at least
+TAIL = 16  # positions at the end of a conversation that its next turn may replace (its stop, a verdict)
 
 
 class Request:
@@ -222,7 +223,7 @@ class Engine:
         request.start = start = max(shared, default=0)
         place = shared.index(start) if start else 0
         held = self.rows[place].held if start else None
-        if held is None or place < self.active or (copies and len(held) > 2 * start):
+        if held is None or place < self.active or (copies and len(held) > start + TAIL):
             source = place  # another conversation, which goes on: a copy of what it shares
             if self.active == len(self.rows) or len(self.rows) < min(KEPT, self.slots):
                 self.rows.append(Row())

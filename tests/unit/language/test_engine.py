@@ -145,7 +145,8 @@ def test_a_beginning_is_copied_from_another_conversation(tiny: Any) -> None:
     assert answer == generate(tiny.llm, words, [longer], GREEDY)
     first_read, *others = [length for length in read if length > 1]
     news = [*(len(ids) - len(system) for ids in asked[1:]), len(longer) - len(asked[0]) - len(wanted[0]) + 1]
-    assert first_read == len(asked[0]) and all(length <= new for length, new in zip(others, news, strict=False))
+    assert first_read == len(asked[0])
+    assert all(length <= new for length, new in zip(others, news, strict=False)), (others, news)
 
 
 @pytest.mark.slow
