@@ -150,6 +150,7 @@ def test_a_beginning_is_copied_from_another_conversation(tiny: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.process
 def test_compiled_answers_are_those_of_eager_passes(tiny: Any) -> None:
     """Any number of rows and positions, of few graphs."""
     torch.compiler.reset()
