@@ -23,11 +23,9 @@ BATCH = 512  # tokens of a call
 class Sequences:
     """llama.cpp's cache as `SlotCache`: rows are its sequences, which change places without being moved."""
 
-    copies = False  # llama.cpp copies whole sequences only
-
     def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.long)  # the sequence of each row
-        self.first = self.length = 0
+        self.first, self.length, self.copies = 0, 0, False  # llama.cpp copies whole sequences only
 
     def grow(self, slots: int, length: int) -> None:
         self.length = max(self.length, length)

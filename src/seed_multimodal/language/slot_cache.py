@@ -13,7 +13,7 @@ STEP = 128  # the cache grows in multiples of so many positions
 class SlotCache:
     """Keys and values of every layer, `[slots, H, length, d]` each; every row is written at its own positions."""
 
-    copies = True
+    copies = True  # parts of rows
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
