@@ -73,6 +73,7 @@ class ImageCodec:
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
     own_settings: ClassVar[tuple[str, ...]] = ()  # of these, what the de-tokenizer does not know
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
+    compiled = False
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
     encode_batch: Callable[[Any, Sequence[Any]], Sequence[Any]]
@@ -101,6 +102,9 @@ class ImageCodec:
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
                 self.offload(self._offload)
+                if self.compiled:
+                    self._decoder.unet.fuse_qkv_projections()
+                    self._decoder.unet.compile_repeated_blocks()
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
@@ -110,6 +114,13 @@ class ImageCodec:
         if self._decoder is not None:
             place = self._decoder.enable_cpu_offload if "decoder" in parts else self._decoder.to
             place(self.drawing_device)
+
+    def compile(self) -> None:
+        """Compile the blocks of the encoder, and of the de-tokenizer when it is loaded; once for each kind of batch."""
+        self.compiled = True
+        for blocks in [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]:
+            for block in blocks:
+                block.compile()
 
     def check_drawing(self, **settings: Any) -> None:
         """Raise for unknown settings of `draw` and a missing de-tokenizer before the language model works for it."""
