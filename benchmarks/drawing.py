@@ -1,7 +1,6 @@
 """Time drawing: images from text, edits, images drawn again. One JSON line per task, variant and batch size.
 
-    python benchmarks/drawing.py                                   pretrained/nano
-    python benchmarks/drawing.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
+    python benchmarks/drawing.py --model pretrained/nano-x         any system (default: pretrained/nano)
     python benchmarks/drawing.py --device cuda --model original    random weights of SD-2.1-unCLIP, 768 pixels, 20 steps
 
 `plain`: one image after another; `batch`: so many in one call; `clients`: so many threads, one image each; of images

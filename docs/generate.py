@@ -53,13 +53,14 @@ OPTIONS = {
     "system-json": ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to "
                     "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.tasks:TaskPrompts"}),
 }
+# Public classes, and their members that users call (none: all).
 PYTHON = {
-    "seed_multimodal.system.base": ["MultimodalSystem"], "seed_multimodal.seed.pipeline": ["SeedLlama"],
-    "seed_multimodal.seed_x.pipeline": ["SeedX"], "seed_multimodal.lavit.pipeline": ["Lavit"],
-    "seed_multimodal.language.messages": ["Answer"], "seed_multimodal.language.engine": ["Engine"],
-    "seed_multimodal.seed.original": ["SeedLlamaTokenizer", "Seed1"],
-    "seed_multimodal.seed.modeling": ["Seed2Tokenizer"],
-    "seed_multimodal.seed.diffusion": ["UnclipDetokenizer", "StableDiffusionDetokenizer"]}
+    "system.base.MultimodalSystem":
+        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
+    "language.messages.Answer": "", "seed.pipeline.SeedLlama": "from_pretrained",
+    "seed_x.pipeline.SeedX": "detect reconstruct", "lavit.pipeline.Lavit": "compose",
+    "seed.original.SeedLlamaTokenizer": "", "seed.original.Seed1": "", "seed.modeling.Seed2Tokenizer": "",
+    "seed.diffusion.UnclipDetokenizer": "", "seed.diffusion.StableDiffusionDetokenizer": ""}
 PROGRAMS = ("scripts", "gradio_demo", ".", "src/inference", "src/tools", "src/lavit", "SEED_Tokenizer",
             "SEED_Tokenizer/eval", "MultiModalLLM/src/train", "MultiModalLLM/src/tools", "MultiModalLLM/eval",
             "benchmarks")
@@ -87,8 +88,9 @@ def pages() -> Iterator[tuple[str, str]]:
             _table(key, kind, first if issubclass(kind, first) and kind is not first else None)
             for key, kind in kinds.items())])
     yield "http", _http()
-    yield "python", "\n\n".join(["# Python", *(f"::: {module}.{name}" for module, names in PYTHON.items()
-                                              for name in names)])
+    yield "python", "\n\n".join(["# Python", *(
+        f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
+        for name, members in PYTHON.items())])
 
 
 def _commands() -> str:

@@ -65,6 +65,7 @@ NOT_IMPORTED = {
     "s3fs": "fsspec reads s3:// with it",
     "moto": "a command: the S3 server of the tests",
     "mypy": "a command: types",
+    "setuptools": "tests build the sdist and the wheel with it",
     "mkdocs-material": "a command: the documentation (mkdocs.yml)",
     "mkdocstrings": "a plug-in of mkdocs: Python's reference",
 }
