@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     master = load(options.model, runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
-    pixels = torch.stack([transform(image) for image in input_images(max(COMPARED, *options.batches))]).to(runtime.device)
+    pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(runtime.device)
     exact = master.encode(pixels, batch_size=32)
     pixels = pixels.to(runtime.dtype)
 
