@@ -21,8 +21,7 @@ class StandIn:
     """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
 
     config: Any
-    device, dtype, weight = torch.device("cpu"), "of the engine", torch.zeros(0)
-    parameters = tuple  # called, it gives none
+    device, dtype, weight, parameters = torch.device("cpu"), "of the engine", torch.zeros(0), tuple
 
     def get_input_embeddings(self) -> StandIn:
         return self
