@@ -282,6 +282,16 @@ def test_offloaded_parts_compute_the_same(system: Any) -> None:
     assert same(moved.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
 
 
+@pytest.mark.process
+@pytest.mark.slow
+def test_compiled_images_are_the_same(tiny: Any) -> None:
+    system = MultimodalSystem.from_pretrained(tiny.config, device="cpu", log=None)
+    system.images.compile()
+    assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
+    assert same(system.draw("a fish", 1, **FEW), tiny.draw("a fish", 1, **FEW))
+    assert hasattr(system.images.decoder.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv")
+
+
 def test_save_pretrained_writes_a_system_that_answers_the_same(system: Any, tmp_path: Path) -> None:
     folder = system.save_pretrained(tmp_path / "mine")
     again = MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
