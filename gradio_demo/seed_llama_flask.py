@@ -32,7 +32,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--image_transform", help="YAML of the image transform (of a folder as --tokenizer: its own)")
     parser.add_argument("--tokenizer", help="YAML of the SEED tokenizer, or a folder that seed export-tokenizer made")
     parser.add_argument("--model", help="YAML of the language model, or its folder")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 shows it to other machines")
+    parser.add_argument("--host", default="127.0.0.1",
+                        help="address to listen on; 0.0.0.0 shows it to other machines, and needs a token")
+    parser.add_argument("--token-file", "--token_file", type=Path,
+                        help="file with a password that clients send as a bearer token (default: $SEED_TOKEN)")
+    parser.add_argument("--allow-host", "--allow_host", action="append", default=[],
+                        help="a host whose http(s) addresses may be given as images; may be repeated (default: none)")
     parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
@@ -47,8 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
                         help="keep SEED-X's or LaVIT's language model on the CPU while it does not generate")
     parser.add_argument("--max_megapixels", type=whole_number(1), default=32,
                         help="millions of pixels of all images of a request (default: 32)")
+    parser.add_argument("--max_running", type=whole_number(1), default=16,
+                        help="requests that are answered at once (default: 16)")
     parser.add_argument("--max_waiting", type=whole_number(1), default=16,
-                        help="requests that wait while one is answered, before others get 429 (default: 16)")
+                        help="requests that wait beside them, before others get 429 (default: 16)")
+    parser.add_argument("--max_seconds", type=whole_number(1), default=600,
+                        help="after which an answer is cut off (default: 600)")
     return parser
 
 
@@ -57,11 +66,12 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.configured import system_from_configs
     from seed_multimodal.device import limit_threads
     from seed_multimodal.progress import quiet_libraries
-    from seed_multimodal.serving.flask_app import check_address, create_app, serve
+    from seed_multimodal.serving.app import check_address, create_app, serve
     from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem
 
-    check_address(args.host, args.port)
+    token = (args.token_file.read_text() if args.token_file else os.environ.get("SEED_TOKEN", "")).strip()
+    check_address(args.host, args.port, token)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
     loading = {"dtype": args.dtype, "quantization": args.quantization}
@@ -86,8 +96,9 @@ def run(args: argparse.Namespace) -> int:
         if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
             raise
         print(f"{error} Images are read and described.")
-    limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_waiting=args.max_waiting)
-    serve(create_app(system, limits=limits), host=args.host, port=args.port)
+    limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_running=args.max_running,
+                    max_waiting=args.max_waiting, seconds=args.max_seconds, hosts=tuple(args.allow_host))
+    serve(create_app(system, limits=limits, token=token), host=args.host, port=args.port)
     return 0
 
 

@@ -52,7 +52,8 @@ def test_requirements_are_packages_of_pyproject():
 
 # Packages whose module has another name.
 DISTRIBUTIONS = {"pil": "pillow", "yaml": "pyyaml", "huggingface_hub": "transformers", "werkzeug": "flask",
-                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity"}
+                 "cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
+                 "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client"}
 # What is required although no file here imports it, and why.
 NOT_IMPORTED = {
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",
@@ -108,8 +109,9 @@ def test_every_optional_import_names_its_extra():
 
 
 def test_what_an_extra_brings_is_not_imported_with_a_module():
-    """So that a program starts without it, and `entry.guarded` says which extra it needs."""
-    optional = {package_of(module) for modules in EXTRAS.values() for module in modules}
+    """So that a program starts without it, and `entry.guarded` says which extra it needs; lmms-eval imports its own
+    plug-in."""
+    optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {"lmms-eval"}
     at_once = {f"{path.relative_to(PACKAGE)}: {package_of(name)}" for path in SOURCES
                for node in ast.parse(path.read_text()).body for name in names_of(node)
                if package_of(name) in optional}
@@ -125,7 +127,7 @@ def test_the_extra_demo_brings_what_the_backends_import():
         if source not in reached:
             reached.add(source)
             waiting += [paths[name] for name in imported(source) if name in paths]
-    assert {PACKAGE / "serving" / "flask_app.py", PACKAGE / "language" / "llama.py"} <= reached
+    assert {PACKAGE / "serving" / "app.py", PACKAGE / "language" / "llama.py"} <= reached
     there = {name_of(r) for r in [*project()["dependencies"], *project()["optional-dependencies"]["demo"]]}
     assert not {name: file for name, file in distributions(reached).items() if name not in there}
     for file in (ROOT / "configs" / "llm").glob("*_8bit.yaml"):
@@ -298,7 +300,7 @@ LINES = {
     "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
-        "evaluation": 1620, "serving": 1200, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
+        "evaluation": 1620, "serving": 1650, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
         "data/pretokenize": 900, "data": 5200, "training": 4700,
         "language": 2070}.items()},  # not at its budget (1,900 with the engine) yet
     "SEED_Tokenizer": 1500}

@@ -36,8 +36,10 @@ if importlib.util.find_spec("torch") is None:
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Where bitsandbytes is installed, transformers and diffusers import it, and it warns of a kernel it cannot download.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Where bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings of kernels that
+# are not there.
+for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+    logging.getLogger(_library).setLevel(logging.ERROR)
 
 _LAZY = {
     "MultimodalSystem": "seed_multimodal.system.base",

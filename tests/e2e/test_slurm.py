@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm_python
 from llm_runs import environment
 from real_processes import free_port
 
@@ -35,7 +35,7 @@ def sbatch(tmp_path: Path):
         done = subprocess.run(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
             timeout=170, env=environment(
-                PATH=f"{tools}:{os.environ['PATH']}", VIRTUAL_ENV=sys.prefix, SLURM_JOB_NUM_NODES="2",
+                PATH=f"{tools}:{os.environ['PATH']}", VIRTUAL_ENV=warm_python.ENVIRONMENT, SLURM_JOB_NUM_NODES="2",
                 SLURM_JOB_NODELIST="a,b", SLURM_JOB_ID=str(port), MASTER_PORT=str(port), **more))
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         return done.stdout

@@ -6,18 +6,25 @@ import base64
 import contextlib
 import io
 import json
+import socket
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import requests
 import warm_python
 from PIL import Image
 
 from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.serving.app import create_app, serve
+from seed_multimodal.serving.schema import Limits
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "gradio_demo" / "seed_llama_flask.py")
+CHAT = "USER: hi\nASSISTANT:"
 ON_CPU = ("--port", "0", "--llm_device", "cpu", "--tokenizer_device", "cpu")
 
 
@@ -39,6 +46,42 @@ def ask(client: Any, text: str, *images: Any, **settings: Any) -> dict[str, Any]
     """The JSON of an answer, and its `status`."""
     response = client.post("/generate", json=body(text, *images, **settings))
     return {"status": response.status_code, **json.loads(response.get_data(as_text=True))}
+
+
+class Running:
+    """A server in a thread of this process."""
+
+    def __init__(self, system: Any, token: str = "", **limits: int) -> None:
+        said: list[str] = []
+        app = create_app(system, limits=Limits(**limits), token=token)
+        threading.Thread(target=serve, args=(app,), kwargs={"port": 0, "log": said.append}, daemon=True).start()
+        self.wait_until(lambda: said)
+        self.address = said[-1].split("answering at ")[1].split()[0]
+        self.port = int(self.address.split(":")[2].split("/")[0])
+        self.root, self.headers = self.address.removesuffix("/generate"), {"Authorization": f"Bearer {token}"}
+
+    def ask(self, text: str = CHAT, **more: Any) -> requests.Response:
+        return requests.post(self.address, json={"text": text, "images": [], "max_new_tokens": 4, **more}, timeout=60)
+
+    def health(self) -> dict[str, Any]:
+        return requests.get(self.address.replace("generate", "health"), timeout=10).json()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def send_and_leave(self) -> None:
+        long = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
+        body = json.dumps({"text": CHAT, "images": [], **long}).encode()
+        with self.connect() as sock:
+            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                         b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
+            time.sleep(0.1)
+
+    def wait_until(self, condition: Any) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager

@@ -39,11 +39,12 @@ _DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Limits checked before decoding: pixels (width × height), bytes of the file, pixels of one side."""
+    """Limits checked before decoding: pixels (width × height), bytes of the file, pixels of one side, formats."""
 
     max_pixels: int = 100_000_000
     max_bytes: int = 200 << 20
     max_side: int = 30_000
+    formats: tuple[str, ...] = FORMATS
 
     def check_size(self, size: tuple[int, int], name: str) -> None:
         """Raise ImageError for an image of `size` (width, height) outside the limits."""
@@ -78,7 +79,7 @@ class StoredImage:
         else:
             data = _read(source, self.name, limits)
             try:
-                image = Image.open(io.BytesIO(data), formats=_formats())
+                image = Image.open(io.BytesIO(data), formats=_readable(limits.formats))
             except Exception as error:
                 raise ImageError(f"{self.name}: not a picture in a known format, or its header is damaged or claims "
                                  "too many pixels.") from error
@@ -181,10 +182,10 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
-    """The formats this build of Pillow can read, of `FORMATS`."""
+def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
+    """Those that this build of Pillow can read."""
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
 def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:

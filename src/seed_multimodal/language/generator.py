@@ -128,7 +128,7 @@ class Generator:
         answer = self.read_answer(reader.ids, task, prompt.note)
         parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
                  for part in answer.parts]
-        yield {"type": "done", "answer": replace(answer, parts=tuple(parts))}
+        yield {"type": "done", "answer": replace(answer, parts=tuple(parts), prompt_tokens=len(prompt))}
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
                 should_stop: Callable[[], bool] | None = None) -> Iterator[int]:

@@ -61,6 +61,7 @@ class Answer:
     ids: Sequence[int] = ()  # the generated tokens
     note: str = ""  # a sentence about unknown words, or turns that were left out
     answer_after: str = ""  # of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not
+    prompt_tokens: int = field(default=0, compare=False)  # of `chat`
 
     @property
     def text(self) -> str:

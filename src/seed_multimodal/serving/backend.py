@@ -1,167 +1,292 @@
-"""One system behind the server: a request becomes messages, `MultimodalSystem.chat` answers them.
+"""One system behind the server: a bounded queue, limits checked before work, and requests as calls of the system.
 
-A text in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is read as that conversation, any other
-text is continued as it is. LaVIT has no template: its text is one message. Requests are answered one at a time.
+A text of `/generate` in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is read as that
+conversation, any other text is continued as it is. LaVIT has no template: its messages stand alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from PIL import Image
 
-from seed_multimodal.errors import RequestError
+from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
 from seed_multimodal.language.answer import BrokenImagePart, TextPart
+from seed_multimodal.language.generation import random_seed
 from seed_multimodal.language.messages import Answer, DrawnPart, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.vocabulary import BOX, PLACEHOLDER
-from seed_multimodal.serving.schema import FoundBox, GenerateRequest, GenerateResponse, Limits, Preview, read_request
-from seed_multimodal.serving.waiting import Queue, Vanished
+from seed_multimodal.serving.schema import (
+    ChatRequest,
+    GenerateRequest,
+    GenerateResponse,
+    ImagesRequest,
+    ImageUrl,
+    Limits,
+    TokensRequest,
+)
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
 SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
+FORMATS = ("PNG", "JPEG", "WEBP")
+LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
+LARGE_BODY, LARGE_IMAGES = 4 << 20, 4_000_000  # bytes, pixels; such requests are read one at a time
+
+
+class Refused(SeedError):
+    """A request that is not answered, with its HTTP status; `seconds`: after which a client may try again."""
+
+    def __init__(self, sentence: str, status: int = 503, seconds: int = 0) -> None:
+        self.status, self.seconds = status, seconds
+        super().__init__(sentence)
+
+
+class Watch:
+    """Whether an answer must end: its client has left, the server stops, or its time is over."""
+
+    def __init__(self, gone: Callable[[], bool], seconds: float) -> None:
+        self.gone, self.until = gone, time.monotonic() + seconds
+
+    def late(self) -> bool:
+        return time.monotonic() > self.until
+
+    def __call__(self) -> bool:
+        return self.late() or self.gone()
+
+    def check(self) -> None:
+        if self.gone():
+            raise Refused("The connection was closed before the answer was ready.")
+
+    @contextlib.contextmanager
+    def holding(self, lock: Any) -> Iterator[None]:
+        """Wait for a lock or semaphore as long as there is somebody to answer, and hold it inside."""
+        while not lock.acquire(timeout=LOOK_SECONDS):
+            self.check()
+        try:
+            yield
+        finally:
+            lock.release()
 
 
 class Backend:
-    """Answers requests with one system; `stopping` ends all that wait."""
+    """Answers requests with one system; `stopping` ends all answers."""
 
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
         self.system: Any = system
         self.limits = limits or Limits()
         self.words = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
-        self.queue, self.stopping = Queue(self.limits.max_waiting), threading.Event()
-        self._started = time.monotonic()
+        self.stopping, self._started, self._seconds = threading.Event(), time.monotonic(), 1.0
+        self.name, self.created, self.admitted, self.answered = system.config.name, int(time.time()), 0, 0
+        self._counting, self._large = threading.Lock(), threading.RLock()
+        self._slots = threading.Semaphore(self.limits.max_running)
+        self.metrics = CollectorRegistry()
+        self.requests = Counter("seed_requests", "Answers", ["route", "status"], registry=self.metrics)
+        self.seconds = Histogram("seed_request_seconds", "Time of an answer", ["route"], registry=self.metrics)
+        self.first = Histogram("seed_first_token_seconds", "Time to the first event", registry=self.metrics)
+        self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.metrics)
+        self.images = Counter("seed_images", "Images", ["kind"], registry=self.metrics)
+        Gauge("seed_running", "Requests running", registry=self.metrics).set_function(lambda: self.running)
+        Gauge("seed_waiting", "Requests waiting", registry=self.metrics).set_function(lambda: self.waiting)
+
+    @property
+    def running(self) -> int:
+        return min(self.admitted, self.limits.max_running)
+
+    @property
+    def waiting(self) -> int:
+        return self.admitted - self.running
 
     def health(self) -> dict[str, object]:
         """Answer of `GET /health`; never waits for the model."""
-        busy = self.queue.busy
-        return {"status": "ok", "busy": busy, "waiting": max(0, self.queue.admitted - busy),
-                "answered": self.queue.answered, "seconds_up": round(time.monotonic() - self._started, 1),
+        return {"status": "ok", "busy": self.running > 0, "running": self.running, "waiting": self.waiting,
+                "answered": self.answered, "seconds_up": round(time.monotonic() - self._started, 1),
                 "codes": self.words.n_codes, "tokens_per_image": self.words.tokens_per_image}
 
-    def handle(self, body: bytes, disconnected: Callable[[], bool] = lambda: False
-               ) -> Iterator[Preview | GenerateResponse]:
-        """Answer the JSON of a request: previews of images if they are asked for, and last the answer.
+    @contextlib.contextmanager
+    def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
+        """A place among the running requests, for one of `size` bytes; raises `Refused` where too many wait."""
+        limits = self.limits
+        watch = Watch(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
+        with self._counting:
+            if self.admitted >= limits.max_running + limits.max_waiting:
+                wait = min(max(math.ceil(self._seconds * self.admitted / limits.max_running), 1), 600)
+                raise Refused(f"The model is busy and {limits.max_waiting} requests wait already; try again in {wait} "
+                              f"seconds.", 429, wait)
+            self.admitted += 1
+        try:
+            with watch.holding(self._slots), self._alone(size > LARGE_BODY, watch):
+                start = time.monotonic()
+                yield watch
+                self.answered += 1
+                self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
+                self.seconds.labels(route).observe(time.monotonic() - start)
+        finally:
+            with self._counting:
+                self.admitted -= 1
+
+    def _alone(self, large: bool, watch: Watch) -> contextlib.AbstractContextManager[None]:
+        """Large requests are read one at a time, so that memory suffices."""
+        return watch.holding(self._large) if large else contextlib.nullcontext()
+
+    # ---- images
+
+    def read_images(self, items: Sequence[Any], names: str, watch: Watch) -> list[Any]:
+        """The images of a request, opened; of a system that reads codes, their codes. `items`: text (base64 or an
+        address), an `ImageUrl`, the bytes of a file, or codes, which stay; `names`: for errors, with their number.
 
         Raises:
-            Busy, Vanished; SeedError: a request that cannot be answered.
+            RequestError: codes that are none, or too many pixels in all.
         """
-        def left() -> bool:
-            return self.stopping.is_set() or disconnected()
-
-        with self.queue.admission():
-            request = read_request(body)
-            images = self._images(request)
-            with self.queue.turn(left):
-                response = yield from self._answer(request, images, left)
-            yield response
-
-    # ---- requests
-
-    def _images(self, request: GenerateRequest) -> list[bytes | list[int] | None]:
-        """Each image of a request: its file, within the limits as far as its header says; its codes; or None."""
-        limits = ImageLimits(max_bytes=self.limits.max_image_bytes, max_pixels=self.limits.max_pixels)
-        images, pixels = list[bytes | list[int] | None](), 0
-        for number, item in enumerate(request.images):
+        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=FORMATS)
+        read, pixels = list[Any](), 0
+        for number, item in enumerate(items):
+            name = names.format(number)
             if isinstance(item, list):
-                images.append(self._codes(number, item))
+                read.append(self._codes(item, name))
                 continue
-            name = f"images[{number}]"
-            images.append(file := bytes_from_base64(item, name, limits))
+            text = item.url if isinstance(item, ImageUrl) else item
+            read.append(file := text if isinstance(text, bytes) else self._file(text, name, limits, watch))
             pixels += math.prod(image_size(file, name=name, limits=limits))
             if pixels > self.limits.max_pixels:
                 raise RequestError(f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
                                    f"{self.limits.max_pixels / 1e6:g}.")
-        return images
+        with self._alone(pixels > LARGE_IMAGES, watch):
+            places = [place for place, item in enumerate(read) if isinstance(item, bytes)]
+            self.images.labels("read").inc(len(places))
+            opened: Any = [open_image(read[place], name=names.format(place), limits=limits,
+                                      at_least=self.system.images.at_least) for place in places]
+            if opened and self.reads_codes:
+                opened = self.system.images.encode(opened).tolist()
+        for place, image in zip(places, opened, strict=True):
+            read[place] = image
+        return read
 
-    def _codes(self, number: int, codes: list[int]) -> list[int] | None:
+    def _whole(self, items: Sequence[Any], watch: Watch) -> list[Any]:
+        """As `read_images`; an image that broke off is refused."""
+        read = self.read_images(items, "image {}", watch)
+        if None in read:
+            raise RequestError(f"image {read.index(None)} has fewer than {self.words.least_codes} codes.")
+        return read
+
+    @property
+    def reads_codes(self) -> bool:
+        """Whether the language model reads images as codes (SEED-LLaMA)."""
+        return self.template is not None and not self.words.in_order
+
+    def _file(self, text: str, name: str, limits: ImageLimits, watch: Watch) -> bytes:
+        """The file in a base64 text, or at an address on one of the allowed hosts."""
+        if "://" not in text[:12]:
+            return bytes_from_base64(text, name, limits)
+        import requests
+
+        try:
+            if urlsplit(text).scheme not in ("http", "https") or urlsplit(text).hostname not in self.limits.hosts:
+                raise RequestError(f"{name}: nothing is fetched but from hosts that --allow-host names; send the image "
+                                   f"itself, as data:image/png;base64,….")
+            with requests.get(text, timeout=10, stream=True, allow_redirects=False) as answer:
+                if answer.status_code != 200:
+                    raise ValueError
+                file = b""
+                for piece in answer.iter_content(1 << 16):
+                    file += piece
+                    if len(file) > limits.max_bytes or watch():
+                        break
+        except (requests.RequestException, ValueError) as error:
+            raise RequestError(f"{name}: nothing came from this address.") from error
+        limits.check_bytes(len(file), name)
+        return file
+
+    def _codes(self, codes: list[int], name: str) -> list[int] | None:
         """The codes of an image; None where they are fewer than an image has."""
         words = self.words
         if words.in_order and codes != list(range(min(len(codes), words.tokens_per_image))):
-            raise RequestError(f"images[{number}] holds codes, but the images of this model have none; send the image "
-                               f"itself.")
+            raise RequestError(f"{name} holds codes, but the images of this model have none; send the image itself.")
         if len(codes) > words.tokens_per_image:
-            raise RequestError(f"images[{number}] has {len(codes)} codes; an image has {words.tokens_per_image}.")
+            raise RequestError(f"{name} has {len(codes)} codes; an image has {words.tokens_per_image}.")
         wrong = next((code for code in codes if not 0 <= code < words.n_codes), None)
         if wrong is not None:
-            raise RequestError(f"images[{number}] holds code {wrong:.6g}; codes lie between 0 and {words.n_codes - 1}.")
+            raise RequestError(f"{name} holds code {wrong:.6g}; codes lie between 0 and {words.n_codes - 1}.")
         return codes if len(codes) >= words.least_codes else None
 
-    def _messages(self, request: GenerateRequest, images: Sequence[Any]) -> list[Message]:
+    def _said(self, role: str, parts: Sequence[Any]) -> list[Any]:
+        """Content of a message; an image of an answer as the model wrote it, where it has no codes."""
+        return [DrawnPart(list(range(self.words.tokens_per_image)), part)
+                if role == "assistant" and self.words.in_order and isinstance(part, Image.Image) else part
+                for part in parts if part is not None and part != ""]
+
+    # ---- POST /generate
+
+    def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
+        """Words and previews of images if they are asked for, and last the answer."""
+        images = self.read_images(asked.images, "images[{}]", watch)
+        number, stream = -1, asked.words or asked.previews and self.system.images.progressive
+        options = {"force_image": asked.force_boi, **self._options(asked)}
+        for event in self._chat(self._messages(asked, images), watch, stream, options):
+            number += event["type"] == "image_start"
+            if event["type"] == "text" and asked.words:
+                yield {"words": event["text"]}
+            if event["type"] == "image_preview" and asked.previews:
+                yield {"picture": number, "codes": len(event["codes"]), "preview": image_to_base64(event["image"])}
+        answer = event["answer"]
+        response = self._render(answer, [sent if isinstance(sent, list) else image if isinstance(image, list) else None
+                                         for sent, image in zip(asked.images, images, strict=True)])
+        response.error_msg += [f"images[{place}] broke off after {len(item)} of {self.words.tokens_per_image} codes "
+                               f"and was left out." for place, item in enumerate(asked.images)
+                               if images[place] is None]
+        response.boxes, notes = self._notes(answer, images, watch, asked.text)
+        response.error_msg += notes
+        yield response.to_json()
+
+    def _chat(self, messages: Sequence[Any], watch: Watch, stream: bool, options: dict[str, Any]
+              ) -> Iterator[dict[str, Any]]:
+        """Events of an answer, which are counted; without `stream` the last one alone."""
+        start, chat = time.monotonic(), self.system.chat(messages, stream=stream, should_stop=watch, **options)
+        for number, event in enumerate(chat if stream else [{"type": "done", "answer": chat}]):
+            if number == 0:
+                self.first.observe(time.monotonic() - start)
+            if event["type"] == "done":
+                watch.check()
+                self.tokens.labels("prompt").inc(event["answer"].prompt_tokens)
+                self.tokens.labels("completion").inc(len(event["answer"].ids))
+                self.images.labels("drawn").inc(len(event["answer"].images))
+            yield event
+
+    def _messages(self, asked: GenerateRequest, images: Sequence[Any]) -> list[Message]:
         """The conversation in a request's text; `images`: opened images, codes, or None for what is left out."""
         rest = iter(images)
 
         def content(role: str, text: str) -> tuple[Any, ...]:
             first, *texts = text.split(PLACEHOLDER)
-            items: list[Any] = [first]
-            for after in texts:
-                image = next(rest)
-                if role == "assistant" and self.words.in_order and isinstance(image, Image.Image):
-                    image = DrawnPart(list(range(self.words.tokens_per_image)), image)  # as the model wrote it
-                items += [image, after]
-            return tuple(item for item in items if item is not None and item != "")
+            return tuple(self._said(role, [first, *(item for after in texts for item in (next(rest), after))]))
 
-        text = request.text
+        text = asked.text
         if self.template is None:
             return [Message("user", tuple(item.strip() if isinstance(item, str) else item
                                           for item in content("user", text)))]
         if turns := read_turns(text, self.template) if self.system.config.tuned else []:
             return [Message(role, content(role, said)) for role, said in turns]
-        return [Message("raw", content("raw", text.rstrip() if request.force_boi else text))]
+        return [Message("raw", content("raw", text.rstrip() if asked.force_boi else text))]
 
-    def _options(self, request: GenerateRequest) -> dict[str, Any]:
+    def _options(self, asked: GenerateRequest) -> dict[str, Any]:
         """Generation settings; LaVIT keeps its own where the client names none."""
-        named = SETTINGS if self.template is not None else request.model_fields_set & set(SETTINGS)
-        options = {name: getattr(request, name) for name in named}
-        if request.force_boi and "max_new_tokens" in options:
+        named = SETTINGS if self.template is not None else asked.model_fields_set & set(SETTINGS)
+        options = {name: getattr(asked, name) for name in named}
+        if asked.force_boi and "max_new_tokens" in options:
             options["max_new_tokens"] = max(options["max_new_tokens"], self.words.least_codes + 1)
-        return {**options, "seed": request.seed, **({"ratio": request.ratio} if request.ratio else {})}
-
-    # ---- answers
-
-    def _answer(self, request: GenerateRequest, images: list[Any],
-                left: Callable[[], bool]) -> Generator[Preview, None, GenerateResponse]:
-        for number, item in enumerate(images):
-            if isinstance(item, bytes):
-                images[number] = open_image(item, name=f"images[{number}]", at_least=self.system.images.at_least)
-        ids = self._image_ids(request, images)
-        chat = {"force_image": request.force_boi, "should_stop": left, **self._options(request)}
-        messages, answer = self._messages(request, images), None
-        if request.previews and self.system.images.progressive:
-            number = -1
-            for event in self.system.chat(messages, stream=True, **chat):
-                number += event["type"] == "image_start"
-                if event["type"] == "image_preview":
-                    yield Preview(picture=number, codes=len(event["codes"]), preview=image_to_base64(event["image"]))
-                answer = event.get("answer")
-        else:
-            answer = self.system.chat(messages, **chat)
-        if left() or answer is None:
-            raise Vanished
-        response = self._render(answer, ids)
-        response.error_msg += [f"images[{number}] broke off after {len(item)} of {self.words.tokens_per_image} codes "
-                               f"and was left out." for number, item in enumerate(request.images)
-                               if images[number] is None]
-        response.error_msg += [answer.note] if answer.note else []
-        if hasattr(self.system, "detection"):
-            self._add_boxes(response, request, images, answer)
-        return response
-
-    def _image_ids(self, request: GenerateRequest, images: Sequence[Any]) -> list[list[int] | None]:
-        """The codes of the request's images, for `images_ids`; None for those that the model reads as features."""
-        opened = [image for image in images if isinstance(image, Image.Image)]
-        reads_codes = self.template is not None and not self.words.in_order
-        codes = iter(self.system.images.encode(opened).tolist() if reads_codes else [None] * len(opened))
-        return [item if isinstance(item, list) else next(codes) for item in request.images]
+        return {**options, "seed": asked.seed, **({"ratio": asked.ratio} if asked.ratio else {})}
 
     def _render(self, answer: Answer, images_ids: list[list[int] | None]) -> GenerateResponse:
         """An answer as text and images in order; `images_ids`: of the request."""
@@ -184,19 +309,84 @@ class Backend:
         response.text = answer_in(text, answer.answer_after) if self.template is None else text
         return response
 
-    def _add_boxes(self, response: GenerateResponse, request: GenerateRequest, images: Sequence[Any],
-                   answer: Answer) -> None:
-        """The boxes of an answer on the last image before it, and a sentence about each that is malformed."""
-        opened = [image for image in images if isinstance(image, Image.Image)]
-        found = self.system.detection(opened[-1] if opened else Image.new("RGB", (1, 1)), answer.ids,
-                                      opened=request.text.rstrip().endswith(BOX))
-        grid = self.system.prompts.vocabulary.n_locations
-        if found.grid and not images:
-            response.error_msg.append("The answer holds boxes, but there is no image that they could lie on.")
+    def _notes(self, answer: Answer, images: Sequence[Any], watch: Watch, prompt: str = ""
+               ) -> tuple[list[dict[str, Any]], list[str]]:
+        """The boxes of an answer on the last image before it, and sentences about the answer."""
+        notes, boxes = [answer.note] if answer.note else [], list[dict[str, Any]]()
+        if watch.late():
+            notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
+        if hasattr(self.system, "detection"):
+            opened = [image for image in images if isinstance(image, Image.Image)]
+            found = self.system.detection(opened[-1] if opened else Image.new("RGB", (1, 1)), answer.ids,
+                                          opened=prompt.rstrip().endswith(BOX))
+            if found.grid and not images:
+                notes.append("The answer holds boxes, but there is no image that they could lie on.")
+            for box in found.grid if images else ():
+                corners = box.corners((10**6, 10**6), self.system.prompts.vocabulary.n_locations)
+                boxes.append({"image": len(images) - 1, "box": tuple(edge / 1e6 for edge in corners)})
+            notes += found.problems
+        return boxes, notes
+
+    # ---- /v1
+
+    def chat(self, asked: ChatRequest, watch: Watch) -> Iterator[dict[str, Any]]:
+        """Changes of an OpenAI message (`content`, `images`, `boxes`, `notes`), and last `usage` and
+        `finish_reason`."""
+        said = asked.messages if self.template is not None else asked.messages[-1:]
+        sent = [part for one in said for part in one.parts if not isinstance(part, str)]
+        images = self._whole(sent, watch)
+        rest = iter(images)
+        messages = [{"role": one.role.replace("developer", "system"), "content": self._said(
+            one.role, [part if isinstance(part, str) else next(rest) for part in one.parts])} for one in said]
+        index, length = -1, 0
+        for event in self._chat(messages, watch, True, {"previews": None if asked.previews else (), **asked.settings}):
+            kind = event["type"]
+            index += kind == "image_start"
+            if kind == "text":
+                text = event["text"] if length else event["text"].lstrip()
+                length += len(text)
+                yield {"content": text}
+            elif kind in ("image", "image_preview") and event["image"] is not None:
+                codes = None if self.words.in_order else event["codes"]
+                yield {"images": [{"type": "image_url", "image_url": {"url": data_url(event["image"])}, "index": index,
+                                   "offset": length, "codes": codes, "preview": kind == "image_preview"}]}
+            elif kind in ("image", "image_broken"):
+                yield {"notes": [event.get("reason", "This system cannot draw.")]}
+        answer = event["answer"]
+        boxes, notes = self._notes(answer, images, watch)
+        yield {"boxes": boxes, "notes": notes}
+        used, most = len(answer.ids), asked.settings.get("max_new_tokens", math.inf)
+        yield {"finish_reason": "length" if used >= most or watch.late() else "stop", "usage": {
+            "prompt_tokens": answer.prompt_tokens, "completion_tokens": used,
+            "total_tokens": answer.prompt_tokens + used}}
+
+    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> list[Image.Image]:
+        """Images of a text, or of `files` changed as it says."""
+        seed = random_seed() if asked.seed is None else asked.seed
+        options = {"num_images": asked.n, **({"ratio": asked.ratio} if asked.ratio else {})}
+        if files:
+            images = self._whole(files, watch)
+            drawn: list[Image.Image] = self.system.edit([images], [asked.prompt], seed, **options)
         else:
-            edges = [box.corners((10**6, 10**6), grid) for box in found.grid]  # millionths of the image
-            response.boxes = [FoundBox(image=len(images) - 1, box=tuple(edge / 1e6 for edge in one)) for one in edges]
-        response.error_msg += found.problems
+            drawn = self.system.draw([asked.prompt], seed, **options)
+        self.images.labels("drawn").inc(len(drawn))
+        return drawn
+
+    def tokenize(self, asked: TokensRequest, watch: Watch) -> list[list[int]] | list[Image.Image]:
+        """The codes of images, or the images of codes."""
+        if self.words.in_order:
+            raise RequestError("The images of this model have no codes.")
+        items: Sequence[Any] = asked.images or asked.codes
+        read = self._whole(items, watch)
+        if asked.codes:
+            first = {"codes": asked.first} if asked.first else {}
+            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed, **first)
+            return drawn
+        return [[int(code) for code in row] for row in (read if self.reads_codes else self.system.tokenize(read))]
+
+
+def data_url(image: Image.Image) -> str:
+    return f"data:image/png;base64,{image_to_base64(image)}"
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
@@ -211,4 +401,3 @@ def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
             return []
         turns += [("user", said.strip()), ("assistant", answer.strip())]
     return turns[:-1] if not turns[-1][1] else []
-

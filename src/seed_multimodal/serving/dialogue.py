@@ -1,4 +1,4 @@
-"""What the chat page knows of models and conversations, and how it asks their backends; no Gradio, no torch.
+"""What the chat page knows of models and conversations; no Gradio, no torch.
 
 A conversation is a list of turns, the user's first; a turn is texts and images in order. It is posted as the original
 front-end did: one text in the model's template with an `<image>` for each image, beside the images or their codes.
@@ -6,9 +6,7 @@ front-end did: one text in the model's template with an `<image>` for each image
 
 from __future__ import annotations
 
-import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,10 +22,8 @@ from seed_multimodal.language.tasks import (
 )
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.lavit.ratios import RATIOS
-from seed_multimodal.serving.schema import JSON_LINES
+from seed_multimodal.serving.client import Client
 
-USER_AGENT = "SEED Multimodal page"
-CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 
@@ -170,10 +166,9 @@ def receive(style: str, turns: Sequence[Turn], answer: Mapping[str, Any], save: 
 
 
 @dataclass
-class Model:
-    """One backend; `address`: of its `/generate`."""
+class Model(Client):
+    """A backend and what is known of its model."""
 
-    address: str
     kind: Kind
 
     async def learn(self) -> str:
@@ -185,83 +180,3 @@ class Model:
         except SeedError as error:
             return str(error)
         return ""
-
-    async def generate(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """What `POST /generate` answers: words and previews, and last the answer. Leaving it cancels the request.
-
-        Raises:
-            RequestError: no server there, a time-out, a refusal (the server's sentence), or another kind of server.
-        """
-        async for piece in self._ask("POST", self.address, json={**body, "previews": True}):
-            if not {"preview", "words", "text"} & set(piece):
-                raise RequestError(f"{self.address} answered with something else than text and images; is it a SEED "
-                                   f"backend?")
-            yield piece
-
-    async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of another route of the backend (`body`: as of httpx, `json` or `files` and `data`). Raises as
-        `generate`."""
-        address = self.address.removesuffix("/generate").rstrip("/") + route
-        async for piece in self._ask("POST" if body else "GET", address, **body):
-            yield piece
-
-    async def _ask(self, method: str, address: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        import httpx
-
-        seconds = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
-        try:
-            async with (httpx.AsyncClient(timeout=seconds, headers={"User-Agent": USER_AGENT}) as client,
-                        client.stream(method, address, **body) as response):
-                in_lines = response.headers.get("Content-Type", "").startswith(JSON_LINES)
-                async for line in response.aiter_lines() if in_lines else whole(response):
-                    yield read_piece(line, address, response.status_code)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise RequestError(f"{address!r} is not an address; it looks like http://127.0.0.1:7890/generate."
-                               ) from error
-        except httpx.ReadTimeout as error:
-            raise RequestError(f"The model at {address} did not answer within {ANSWER_SECONDS:g} seconds.") from error
-        except httpx.HTTPError as error:
-            raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
-                               f"and try again.") from error
-
-
-async def whole(response: Any) -> AsyncIterator[bytes]:
-    yield await response.aread()
-
-
-def read_piece(line: str | bytes, address: str, status: int) -> dict[str, Any]:
-    """A line of an answer; raises `RequestError` for an error."""
-    try:
-        piece = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{address} answered with status {status} and no JSON; is it the address of a SEED backend?"
-                           ) from error
-    said = piece.get("error") if isinstance(piece, dict) else None
-    if said or status != 200 or not isinstance(piece, dict):
-        said = said.get("message") if isinstance(said, dict) else said
-        raise RequestError(str(said) if said else f"The backend refused the request (status {status}).")
-    return piece
-
-
-async def together(streams: Sequence[AsyncIterator[Any]], running: set[asyncio.Task[None]]
-                   ) -> AsyncIterator[tuple[int, Any]]:
-    """Number and piece of each stream as it comes, or its `SeedError`; cancelling the tasks in `running` ends them."""
-    queue = asyncio.Queue[tuple[int, Any] | None]()
-
-    async def read(number: int, stream: AsyncIterator[Any]) -> None:
-        try:
-            async for piece in stream:
-                queue.put_nowait((number, piece))
-        except SeedError as error:
-            queue.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(read(number, stream)) for number, stream in enumerate(streams)]
-    running.update(tasks)
-    asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: queue.put_nowait(None))
-    try:
-        while (found := await queue.get()) is not None:
-            yield found
-    finally:
-        for task in tasks:
-            task.cancel()
-        running.difference_update(tasks)

@@ -30,7 +30,8 @@ from seed_multimodal.images.io import (
 )
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.vocabulary import BOX_WORDS
-from seed_multimodal.serving.dialogue import Kind, Model, Shown, Turn, check_rounds, message, receive, request, together
+from seed_multimodal.serving.client import together
+from seed_multimodal.serving.dialogue import Kind, Model, Shown, Turn, check_rounds, message, receive, request
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = ImageLimits(max_bytes=64 << 20)
@@ -283,8 +284,8 @@ class Page:
 
     async def on_first(self, visit: Visit, count: float) -> AsyncIterator[tuple[Any, Any]]:
         """The first image after its first codes."""
-        rows = [visit.codes["first"][:int(count)]] if "first" in visit.codes else []
-        async for update in self.images(visit, self.drawn(visit, rows), [f"after {int(count)} codes"]):
+        streams = self.drawn(visit, [visit.codes["first"]], first=int(count)) if "first" in visit.codes else []
+        async for update in self.images(visit, streams, [f"after {int(count)} codes"]):
             yield update
 
     async def on_swap(self, visit: Visit, start: float, end: float) -> AsyncIterator[tuple[Any, Any]]:
@@ -295,8 +296,8 @@ class Page:
         async for update in self.images(visit, self.drawn(visit, rows[:len(rows) // 2 * 2]), ["first", "second"]):
             yield update
 
-    def drawn(self, visit: Visit, rows: Sequence[Sequence[int]]) -> list[AsyncIterator[dict[str, Any]]]:
-        return [self.model(visit).ask("/v1/images/tokens", json={"codes": [row]}) for row in rows]
+    def drawn(self, visit: Visit, rows: Sequence[Sequence[int]], **how: int) -> list[AsyncIterator[Any]]:
+        return [self.model(visit).ask("/v1/images/tokens", json={"codes": [row], **how}) for row in rows]
 
     async def images(self, visit: Visit, streams: Sequence[AsyncIterator[Any]], titles: Sequence[str]
                      ) -> AsyncIterator[tuple[Any, Any]]:

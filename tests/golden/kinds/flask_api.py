@@ -29,7 +29,7 @@ from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.tasks import RELEASED_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages, SeedLlama
-from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.serving.app import create_app
 from seed_multimodal.system.config import SystemConfig
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}

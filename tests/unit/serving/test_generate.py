@@ -17,8 +17,8 @@ from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import read_turns
-from seed_multimodal.serving.flask_app import create_app
 from seed_multimodal.serving.schema import JSON_LINES, Limits
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -74,6 +74,9 @@ def test_generate_sends_previews_before_the_answer(client, tiny) -> None:
         assert one["preview"] == image_to_base64(preview) != plain["images"][0]
     status, answer = ask(client, text="USER: Hi\nASSISTANT:", images=[], max_new_tokens=2, temperature=0, previews=True)
     assert status == 200 and set(answer) == KEYS  # nothing to preview
+    response = client.post("/generate", json={**body, "force_boi": False, "max_new_tokens": 8, "words": True})
+    *words, answer = map(json.loads, response.get_data(as_text=True).splitlines())
+    assert len(words) > 1 and "".join(one["words"] for one in words).split() == answer["text"].split()
     assert ask(client, text="<image>", images=[[99]], previews=True)[0] == 400
 
 
@@ -177,7 +180,7 @@ def test_read_turns_gives_the_turns_of_a_rendered_conversation(template) -> None
     ({"text": "x", "images": [], "ratio": "3:2"}, "Unknown option 'ratio'"),
     ({"text": "x" * 40_000, "images": []}, "'text': String should have at most 32000 characters."),
     ({"text": "<image>" * 17, "images": [[0] * 32] * 17}, "'images': List should have at most 16 items"),
-    ([1], "The request body must be a JSON object with 'text' and 'images'."),
+    ([1], "The request body must be a JSON object with the fields"),
 ])
 def test_generate_refuses_with_one_sentence(client, body, sentence) -> None:
     response = client.post("/generate", json=body)

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.serving.dialogue import KINDS, Model, Shown, Turn, kind_of, receive, request, together
-from seed_multimodal.serving.flask_app import create_app
+from seed_multimodal.serving.app import create_app
+from seed_multimodal.serving.client import Client, together
+from seed_multimodal.serving.dialogue import KINDS, Model, Shown, Turn, kind_of, receive, request
 from seed_multimodal.serving.page import build
 from seed_multimodal.serving.visits import STILL, STOPPED, Page, Visit, shown, strip
 
@@ -172,13 +173,16 @@ def test_stop_and_clear_end_an_answer(page: Page, stop: Any) -> None:
         updates = []
         async for update in page.on_submit(visit, {"text": "Please draw a fish.", "files": []}, *FORCED):
             updates.append(update)
-            if len(updates) == 2:  # a preview
-                assert STILL in [one async for one in page.on_submit(visit, {"text": "x", "files": []}, *PLAIN)][0][1]
+            if len(updates) == 2:  # the first words
+                refused = [one async for one in page.on_submit(visit, {"text": "x", "files": []}, *PLAIN)]
+                assert STILL in refused[0][1]
                 stop(visit)
         return updates
 
     last = asyncio.run(stopped())[-1]
-    assert last[0] == [] == visit.turns and STOPPED in last[1] and not visit.running and not visit.busy
+    assert last[0] == shown(visit.turns) and not visit.running and not visit.busy and not last[2]["stop_btn"]
+    assert [turn.below for turn in visit.turns] == ([[], [STOPPED]] if stop is Visit.stop else [])
+    visit.forget()
     send(page, visit, "Hello")
     assert len(visit.turns) == 2
 
@@ -209,13 +213,13 @@ def test_together_gives_pieces_and_errors_of_all_streams() -> None:
     assert [(number, str(error)) for number, error in found if isinstance(error, RequestError)] == [(1, "broken")]
 
 
-def test_model_names_what_is_wrong(address: str) -> None:
+def test_client_names_what_is_wrong(address: str) -> None:
     for wrong, sentence in ((address.replace("generate", "elsewhere"), "nothing at this address"),
                             ("127.0.0.1", "is not an address")):
         with pytest.raises(RequestError, match=sentence):
-            all_of(Model(wrong, KINDS["nano"]).generate({"text": "x", "images": []}))
+            all_of(Client(wrong).generate({"text": "x", "images": []}))
     with pytest.raises(RequestError, match="lacks 'images'"):
-        all_of(Model(address, KINDS["nano"]).generate({"text": "x"}))
+        all_of(Client(address).generate({"text": "x"}))
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

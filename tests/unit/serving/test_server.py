@@ -6,7 +6,6 @@ import json
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -18,51 +17,15 @@ from typing import Any
 import pytest
 import requests
 import warm_python
-from served import ON_CPU, PROGRAM
+from served import ON_CPU, PROGRAM, Running
 
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.serving.flask_app import check_address, create_app, serve
-from seed_multimodal.serving.schema import Limits
+from seed_multimodal.serving.app import check_address
 
 ROOT = Path(__file__).resolve().parents[3]
 HI = "USER: hi\nASSISTANT:"
 pytestmark = pytest.mark.process
-
-
-class Running:
-    """A server in a thread of this process."""
-
-    def __init__(self, system: Any, **limits: int) -> None:
-        said: list[str] = []
-        app = create_app(system, limits=Limits(**limits))
-        threading.Thread(target=serve, args=(app,), kwargs={"port": 0, "log": said.append}, daemon=True).start()
-        self.wait_until(lambda: said)
-        self.address = said[-1].split("answering at ")[1].split()[0]
-        self.port = int(self.address.split(":")[2].split("/")[0])
-        self.backend = app.extensions["seed_backend"]
-
-    def ask(self, text: str = HI, **more: Any) -> requests.Response:
-        return requests.post(self.address, json={"text": text, "images": [], "max_new_tokens": 4, **more}, timeout=60)
-
-    def health(self) -> dict[str, Any]:
-        return requests.get(self.address.replace("generate", "health"), timeout=10).json()
-
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
-
-    def send_and_leave(self) -> None:
-        body = json.dumps({"text": HI, "images": [], "max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}).encode()
-        with self.connect() as sock:
-            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                         b"Content-Length: %d\r\n\r\n%s" % (len(body), body))
-            time.sleep(0.1)
-
-    def wait_until(self, condition: Any) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
 
 class Gate:
@@ -86,7 +49,7 @@ def gate(tiny) -> Iterator[Gate]:
 
 
 def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
-    running = Running(tiny, max_waiting=3)
+    running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask)
         running.wait_until(lambda: gate.passes == 1)
@@ -107,15 +70,16 @@ def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
 
 
 def test_serve_refuses_too_many_requests(tiny, gate: Gate) -> None:
-    running = Running(tiny, max_waiting=3)
+    running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
         running.wait_until(lambda: running.health()["waiting"] == 3)
         away = running.ask()
         assert away.status_code == 429 and int(away.headers["Retry-After"]) >= 1
         assert "3 requests wait already" in away.json()["error"]
-        assert running.health() | {"seconds_up": 0} == {"status": "ok", "busy": True, "waiting": 3, "answered": 0,
-                                                        "seconds_up": 0, "codes": 16, "tokens_per_image": 32}
+        assert running.health() | {"seconds_up": 0} == {
+            "status": "ok", "busy": True, "running": 1, "waiting": 3, "answered": 0, "seconds_up": 0, "codes": 16,
+            "tokens_per_image": 32}
         gate.open.set()
         assert [one.result().status_code for one in waiting] == [200] * 4
 
@@ -148,12 +112,18 @@ def test_check_address_refuses_where_nothing_can_listen(tiny) -> None:
     port = Running(tiny).port
     for host, number in (("127.0.0.1", port), ("127.0.0.1", 65536), ("192.0.2.1", 0), ("no.such.host.invalid", 0)):
         with pytest.raises(ConfigError, match=f"{host}:{number}"):
-            check_address(host, number)
+            check_address(host, number, "token")
     started = subprocess.run([warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
                              capture_output=True, text=True, timeout=120)
     assert started.returncode == 2  # the port is checked before the model, which is not there either
     assert started.stderr == (f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
                               "choose another with --port.\n")
+
+
+def test_check_address_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="0.0.0.0 is reachable from other machines"):
+        check_address("0.0.0.0", 0)
+    check_address("0.0.0.0", 0, "secret")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import warm_python
 from PIL import Image
 from safetensors import safe_open
 
@@ -31,6 +32,7 @@ from seed_nano.world.wide import render_wide, wide_at
 
 ROOT = Path(__file__).resolve().parents[4]
 NANO = ROOT / "pretrained" / "nano"
+PYTHON = sys.executable
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -42,7 +44,7 @@ def arguments(system: str, work: Path, *words: str) -> list[str]:
 def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str,
                        *words: str) -> None:
     """Kill a run, but not its child, as soon as a checkpoint is there, and run it to its end."""
-    run = subprocess.Popen([sys.executable, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
+    run = subprocess.Popen([PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
                            env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
     while time.monotonic() < end and run.poll() is None and not list(work.glob(checkpoint)):
@@ -52,6 +54,12 @@ def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str
     run.wait()
     assert main(arguments(system, work, *words)) == 0
     assert "resumes from" in capfd.readouterr().out
+
+
+@pytest.fixture(autouse=True)
+def warm_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages of runs inside this process start at once."""
+    monkeypatch.setattr(sys, "executable", warm_python.PYTHON)
 
 
 def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
@@ -150,7 +158,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.
 def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
     """clip cannot save, vae would train for hours: both have ended when the pipe is closed."""
     (tmp_path / "clip.checkpoints").write_text("in the way")
-    run = subprocess.run([sys.executable, "-m", "seed_nano.train", *arguments(
+    run = subprocess.run([PYTHON, "-m", "seed_nano.train", *arguments(
         "nano", tmp_path, "--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000")], env=ENVIRONMENT, cwd=ROOT,
         timeout=300, capture_output=True, text=True)
     assert run.returncode == 2 and "cannot be written" in run.stderr and not (tmp_path / "vae.done.json").exists()

@@ -1,0 +1,225 @@
+"""Routes below `/v1`, by the official client and curl against a real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from served import Running, noise, read
+
+from seed_multimodal.images.io import image_to_base64, image_to_bytes
+from seed_multimodal.language.messages import DrawnPart
+from seed_multimodal.serving.app import create_app
+from seed_multimodal.serving.backend import data_url
+from seed_multimodal.serving.schema import Limits
+
+TOKEN = "a secret of nobody"
+pytestmark = pytest.mark.process  # the client asks the system what it runs on
+
+
+@pytest.fixture(scope="module")
+def running(tiny) -> Running:
+    return Running(tiny, token=TOKEN)
+
+
+@pytest.fixture(scope="module")
+def openai(running: Running) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"{running.root}/v1", api_key=TOKEN, max_retries=0)
+
+
+def part(image: Image.Image) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+
+
+def shown(url: str) -> Image.Image:
+    return read(url.partition("base64,")[2])
+
+
+def test_models_lists_the_system(openai, tiny) -> None:
+    assert [model.id for model in openai.models.list().data] == [tiny.config.name]
+
+
+def test_chat_answers_as_the_library(openai, tiny, picture) -> None:
+    """Text and images in; the same text whole and streamed, with its usage."""
+    asked: Any = {"model": "any", "max_tokens": 8, "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(picture)]}]}
+    expected = tiny.chat([{"role": "user", "content": ["What is it?", picture]}], max_new_tokens=8)
+    answer = openai.chat.completions.create(**asked)
+    assert answer.choices[0].message.content.strip() == expected.text.strip()
+    assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
+    assert answer.usage.completion_tokens == len(expected.ids) and answer.choices[0].finish_reason in ("stop", "length")
+    chunks = [*openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})]
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
+    assert chunks[-1].usage == answer.usage
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    assert said == answer.choices[0].message.content
+
+
+def test_chat_sends_images_and_previews(openai, tiny) -> None:
+    """The second turn sends the first answer back as it came: its codes, where its text had them."""
+    messages: Any = [{"role": "user", "content": "Please draw a fish."}]
+    asked: Any = {"model": "", "max_tokens": 33, "temperature": 0, "seed": 1}
+    answer = openai.chat.completions.create(**asked, messages=messages, modalities=["image"]).choices[0].message
+    expected = tiny.chat(messages, force_image=True, max_new_tokens=33, temperature=0.0, seed=1)
+    (image,) = answer.model_extra["images"]
+    assert np.array_equal(shown(image["image_url"]["url"]), expected.images[0])
+    assert [image["codes"]] == expected.codes and image["offset"] == len("Here is the picture.") == len(answer.content)
+
+    chunks = openai.chat.completions.create(**asked, messages=messages, stream=True,
+                                            extra_body={"force_image": True, "previews": True})
+    deltas = [one for chunk in chunks for one in (chunk.choices[0].delta.model_extra or {}).get("images", [])]
+    assert [(len(one["codes"]), one["preview"]) for one in deltas] == [(8, True), (16, True), (32, False)]
+    assert deltas[-1]["image_url"] == image["image_url"]
+
+    messages += [answer.model_dump(exclude_none=True), {"role": "user", "content": "What is it?"}]
+    again = openai.chat.completions.create(model="", max_tokens=6, messages=messages).choices[0].message.content
+    wanted = tiny.chat([{"role": "user", "content": "Please draw a fish."},
+                        {"role": "assistant", "content": ["Here is the picture.", expected.codes[0]]},
+                        {"role": "user", "content": "What is it?"}], max_new_tokens=6)
+    assert again.strip() == wanted.text.strip()
+    by_codes = [{"role": "user", "content": [{"type": "image_codes", "codes": expected.codes[0]},
+                                             {"type": "text", "text": "What is it?"}]}]
+    assert openai.chat.completions.create(model="", max_tokens=6, messages=by_codes).choices[0].message.content
+
+
+def test_images_are_drawn_and_edited(openai, tiny, picture) -> None:
+    drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}).data
+    expected = tiny.draw(["a fish"], 3, num_images=2)
+    assert all(np.array_equal(read(one.b64_json), image) for one, image in zip(drawn, expected, strict=True))
+    edited = openai.images.edit(image=("a.png", image_to_bytes(picture), "image/png"), prompt="Make it green.",
+                                extra_body={"seed": 3}).data
+    assert np.array_equal(read(edited[0].b64_json), tiny.edit([picture], ["Make it green."], 3)[0])
+    two = openai.images.edit(image=[image_to_bytes(picture), image_to_bytes(noise(1))], prompt="Mix them.",
+                             response_format="url").data
+    assert shown(two[0].url).size == (16, 16)
+
+
+def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture) -> None:
+    def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
+        headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
+        done = subprocess.run(["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
+                              input=json.dumps(body), text=True, capture_output=True, check=True)
+        return json.loads(done.stdout)["data"]
+
+    codes = [one["codes"] for one in curl({"images": [image_to_base64(picture), data_url(noise(1))]})]
+    assert codes == tiny.tokenize([picture, noise(1)]).tolist()
+    drawn = curl({"codes": codes, "seed": 5})
+    assert all(np.array_equal(read(one["b64_json"]), image)
+               for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True))
+
+
+@pytest.mark.parametrize(("route", "body", "field", "sentence"), [
+    ("chat/completions", {}, "messages", "The request lacks 'messages'."),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "Input should be"),
+    ("chat/completions", {"messages": [{"role": "user", "content": ""}]}, None, "Message 0 is empty."),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "", "characters"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_codes", "codes": [1]}] * 17}]}, "",
+     "17 images"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "lacks"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_codes", "codes": [99] * 32}]}]},
+     None, "image 0 holds code 99"),
+    ("images/generations", {"prompt": "x", "n": 99}, "n", "less than or equal to 8"),
+    ("images/tokens", {}, "", "Send either 'images' or 'codes'."),
+    ("images/tokens", {"codes": [[1, 2]]}, None, "fewer than 32 codes"),
+    ("images/tokens", {"images": ["file:///etc/passwd"]}, None, "nothing is fetched"),
+    ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, None, "nothing is fetched")])
+def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body: Any, field: str | None,
+                                          sentence: str) -> None:
+    answer = requests.post(f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and sentence in error["message"] and error["type"] == "invalid_request_error"
+    assert field is None or error["param"] == field
+
+
+def test_every_route_but_health_needs_the_token(running: Running, openai) -> None:
+    from openai import AuthenticationError, OpenAI
+
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=f"{running.root}/v1", api_key="wrong").models.list()
+    for path in ("generate", "ready", "metrics", "openapi.json", "v1/models", "elsewhere"):
+        assert requests.get(f"{running.root}/{path}", timeout=10).status_code == 401
+    assert requests.get(f"{running.root}/health", timeout=10).status_code == 200
+    assert requests.get(f"{running.root}/ready", timeout=10, headers=running.headers).json() == {"ready": True}
+
+
+def test_metrics_count_what_was_done(running: Running, openai) -> None:
+    def figures() -> dict[str, float]:
+        text = requests.get(f"{running.root}/metrics", timeout=10, headers=running.headers).text
+        return {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines()
+                                                          if line[0] != "#")}
+
+    before = figures()
+    openai.images.generate(prompt="a fish", n=2)
+    openai.chat.completions.create(model="", max_tokens=3, messages=[{"role": "user", "content": "hi"}])
+    after = figures()
+    changed = {name: value - before.get(name, 0) for name, value in after.items()}
+    assert changed['seed_images_total{kind="drawn"}'] == 2 and changed['seed_tokens_total{kind="completion"}'] == 3
+    assert changed['seed_request_seconds_count{route="/v1/chat/completions"}'] == 1
+    assert changed['seed_requests_total{route="/v1/chat/completions",status="200"}'] == 1 and after["seed_running"] == 0
+
+
+def test_an_image_is_fetched_from_an_allowed_host(tiny, picture) -> None:
+    class Files(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(302 if self.path == "/moved" else 200)
+            self.send_header("Location", "/a.png")
+            self.end_headers()
+            self.wfile.write(image_to_bytes(picture, "GIF" if self.path == "/a.gif" else "PNG"))
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Files)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    client = create_app(tiny, limits=Limits(hosts=("127.0.0.1",))).test_client()
+    answers = [client.post("/v1/images/tokens", json={"images": [f"http://127.0.0.1:{server.server_port}/{name}"]})
+               for name in ("a.png", "moved", "a.gif")]
+    server.shutdown()
+    assert answers[0].json["data"] == [{"codes": tiny.tokenize(picture)[0].tolist()}]
+    assert [one.status_code for one in answers] == [200, 400, 400]
+    assert "not a picture in a known format" in answers[2].json["error"]["message"]
+
+
+def test_a_late_answer_is_cut_off(tiny) -> None:
+    client = create_app(tiny, limits=Limits(seconds=0.001)).test_client()
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2048, "temperature": 5, "top_p": 1}
+    answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
+    assert answer["finish_reason"] == "length" and "cut off after 0.001 seconds" in answer["message"]["notes"][0]
+
+
+def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
+    """An image of an answer is sent again as the model wrote it; LaVIT answers the last message alone."""
+    client, asked = create_app(tiny_x).test_client(), {"max_tokens": 12, "temperature": 0, "seed": 1}
+    drawn = client.post("/v1/chat/completions", json={**asked, "force_image": True, "messages": [
+        {"role": "user", "content": [part(noise(0)), {"type": "text", "text": "Make it red."}]}]}).json
+    message = drawn["choices"][0]["message"]
+    expected = tiny_x.chat([{"role": "user", "content": [noise(0), "Make it red."]}], force_image=True,
+                           max_new_tokens=12, seed=1, temperature=0.0)
+    assert np.array_equal(shown(message["images"][0]["image_url"]["url"]), expected.images[0])
+    turns = [{"role": "user", "content": "Draw."}, message, {"role": "user", "content": "And now?"}]
+    again = client.post("/v1/chat/completions", json={**asked, "messages": turns})
+    whole, place = [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)], message["images"][0]["offset"]
+    said = [message["content"][:place], DrawnPart(whole, expected.images[0]), message["content"][place:]]
+    wanted = tiny_x.chat([turns[0], {"role": "assistant", "content": [*filter(None, said)]}, turns[-1]],
+                         max_new_tokens=12, temperature=0.0)
+    assert again.json["choices"][0]["message"]["content"].strip() == wanted.text.strip()
+    assert "no codes" in client.post("/v1/images/tokens", json={"codes": [[0]]}).json["error"]["message"]
+
+    client = create_app(tiny_lavit).test_client()
+    turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a fish"},
+             {"role": "assistant", "content": "no"}, {"role": "user", "content": [part(noise(1))]}]
+    said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][0]["message"]
+    assert said["content"] == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
+    drawn = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}).json["data"]
+    assert np.array_equal(read(drawn[0]["b64_json"]), tiny_lavit.draw("a fish", seed=3, ratio="2:3"))
+    codes = client.post("/v1/images/tokens", json={"images": [image_to_base64(noise(1))]}).json["data"][0]["codes"]
+    assert codes == tiny_lavit.tokenize(noise(1))[0].tolist()
