@@ -53,8 +53,9 @@ def build(page: Page) -> gr.Blocks:
         with gr.Tabs():
             with gr.Tab("Chat"):
                 chat = gr.Chatbot(label="Conversation", show_label=False, elem_id="chat", buttons=["copy"], height=None,
-                                  render_markdown=False, editable="user", examples=examples(kind),
-                                  placeholder="Show it images, ask about them, let it draw. Or try one of these:")
+                                  render_markdown=False, editable="user", group_consecutive_messages=False,
+                                  examples=examples(kind), placeholder="Show it images, ask about them, let it draw. "
+                                  "Or try one of these:")
                 status = gr.HTML(said(""), elem_id="status")
                 message = gr.MultimodalTextbox(
                     file_count="multiple", file_types=["image"], max_plain_text_length=32_000, max_lines=6,
