@@ -12,7 +12,7 @@ CHOICE=()
 if [ "${1:-}" = --fast ]; then
     CHOICE=(-m "not process and not browser and not slow"); shift
 fi
-bash install.sh --lavis --extras demo,dev,eval,train
+bash install.sh --lavis --extras demo,dev,docs,eval,train
 ROOT=$PWD
 . scripts/environment.sh
 

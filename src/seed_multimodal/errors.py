@@ -9,14 +9,16 @@ from __future__ import annotations
 # What each extra of pyproject.toml brings, as it is imported; a module of several extras stands in one of them.
 EXTRAS = {
     "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
-    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes"),
+    "demo": ("gradio", "httpx", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
+    "laptop": ("llama_cpp", "gguf"),
     "harness": ("lmms_eval",),
 }
 # The packages of modules that are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-            "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client", "werkzeug": "flask"}
+            "llama_cpp": "llama-cpp-python", "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client",
+            "werkzeug": "flask"}
 
 
 class SeedError(Exception):

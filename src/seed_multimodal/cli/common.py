@@ -29,7 +29,7 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # of one image or text; others end the command
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "guidance",  # of generation; of drawing
-            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width")
+            "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width", "preset")
 
 
 # ---- flags
@@ -56,6 +56,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if language:
         entry.add_quantization(parser)
         entry.add_offload(parser)
+        entry.add_engine(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)
         parser.add_argument("--temperature", type=float, help="0: greedy")
@@ -64,6 +65,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if drawing:
         parser.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps")
         parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
+        parser.add_argument("--preset", choices=("original", "fast"), help="scheduler of the drawing")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -100,7 +102,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization") | options)
+        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization", "engine", "url", "gguf") | options)
         limit_threads(system.llm, system.images.model)
     return system
 
@@ -174,11 +176,8 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
 
 
 class Outputs:
-    """Files for results: in a folder, or the one image file that was asked for.
-
-    Raises:
-        ConfigError: one file for several images; a folder that cannot be written.
-    """
+    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for many
+    images, a folder that cannot be written."""
 
     def __init__(self, out: str, count: int = 1) -> None:
         self.path, self._used = Path(out), Counter[str]()

@@ -1,7 +1,7 @@
-"""`seed data check`: N records of each source, evenly over its files, decoded as in training.
+"""`seed data check`: decodes N evenly spaced records of each source as training does.
 
-Control words written out in texts (`</s>`, `<img>`) are counted, too: most decoders make real tokens of them, as the
-original does, but each ends a text or opens an image.
+Control words in texts (`</s>`, `<img>`) are counted: as in the original, most decoders turn them into real tokens,
+which end a text or open an image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
-from seed_multimodal.data.decoders.base import SeededDraws
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
 from seed_multimodal.entry import log_line
@@ -25,8 +25,8 @@ from seed_multimodal.hub import locate
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 
-SHOWN = 3  # records that are named for each kind of problem
-LETTERS = ("chat", "sft.interleaved")  # decoders to which control words in texts are letters, or codes of images
+SHOWN = 3  # records listed for each kind of problem
+LETTERS = ("chat", "sft.interleaved")  # decoders that keep control words as plain text, or read them as image codes
 
 
 @dataclass
@@ -36,10 +36,10 @@ class SourceReport:
     name: str
     size: int
     records: int
-    too_long: int = 0  # sequences that are longer than the run's rows
+    too_long: int = 0  # sequences longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
-    first: list[str] = field(default_factory=list)  # some sentences about them
+    first: list[str] = field(default_factory=list)  # messages of the first ones
     control: Counter[str] = field(default_factory=Counter)  # names of control words in texts (all image codes as one)
 
     @property
@@ -49,24 +49,24 @@ class SourceReport:
 
     @property
     def tokens(self) -> dict[str, int]:
-        """Lengths that 5, 50, 95, 99 and 100 % of the sequences do not exceed."""
+        """Percentiles 5, 50, 95, 99 and 100 of the sequence lengths."""
         return {f"p{share}": int(np.quantile(self.lengths or [0], share / 100, method="inverted_cdf"))
                 for share in (5, 50, 95, 99, 100)}
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """All counts, for `--json`."""
         return {"name": self.name, "size": self.size, "records": self.records, "sequences": len(self.lengths),
                 "tokens": self.tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
                 "skipped": [{"kind": kind, "reason": reason, "count": count}
                             for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control)}
 
     def lines(self) -> list[str]:
-        """The report in words."""
+        """The report as lines of text."""
         tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
         found = [f"{self.name}: {self.records:,} of {self.size:,} records, {len(self.lengths):,} sequences",
                  f"  tokens: {tokens}; too long: {self.too_long:,}"]
         found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
-        found += [f"    {sentence}" for sentence in self.first]
+        found += [f"    {message}" for message in self.first]
         words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
         return [*found, f"  warning: control words in texts, which become real tokens: {words}"] if words else found
 
@@ -77,15 +77,15 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
     words = tokenizer or config.get("tokenizer")
     words = words.get("pretrained_model_name_or_path") if isinstance(words, Mapping) else words
     if not words:
-        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR (data of images alone, which have none, "
-                          "are checked when training starts).")
+        raise ConfigError(f"{path}: names no tokenizer; add --tokenizer DIR (image-only data, which has none, "
+                          "is checked when training starts).")
     return read_data_settings(config.get("data") or config, str(path)), str(locate(str(words)) or words)
 
 
 def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000) -> list[SourceReport]:
-    """Decode so many records of each source as the training does. Raises as `Mixture`."""
+    """Decode `records` records of each source as training does. Raises as `Mixture`."""
     decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
-    kinds = {decoder.Words for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
+    kinds = {decoder.Tokenizer for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
     words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
     mixture = Mixture(settings, words)
     reports = []
@@ -102,7 +102,7 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000
 
 
 def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTokenizer, report: SourceReport) -> None:
-    found = mixture.decode(source, index, SeededDraws(mixture.settings.seed, source, index))
+    found = mixture.decode(source, index, SeededRandom(mixture.settings.seed, source, index))
     if isinstance(found, SkippedSample):
         key = found.kind, found.reason
         report.skipped[key] += 1
@@ -117,7 +117,7 @@ def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTo
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a record."""
+    """All texts of a record."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | Mapping):

@@ -1,4 +1,4 @@
-"""Filters of web-scale pairs, by the original rule: a value that is not known never drops a sample."""
+"""Filters of web-scale pairs; as in the original, an unknown value never drops a sample."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 
 def bad_shape(size: tuple[float, float], min_resolution: float | None, min_aspect: float | None) -> str:
-    """Why an image of (width, height) is dropped: its shorter side is below `min_resolution`, or height / width lies
-    outside [min_aspect, 1 / min_aspect]; "": it is kept."""
+    """Why an image of (width, height) is dropped, or "": shorter side below `min_resolution`, or height / width outside
+    [min_aspect, 1 / min_aspect]."""
     width, height = size
     if min_resolution is not None and min(size) < max(min_resolution, 1):
         return "resolution"
@@ -16,8 +16,8 @@ def bad_shape(size: tuple[float, float], min_resolution: float | None, min_aspec
 
 
 def dissimilar(metadata: Mapping[str, Any], threshold: float | None) -> str:
-    """Why a pair is dropped by the similarity of caption and image, the best of `all_similarities`, else `similarity`,
-    `score` or `SCORE`; "": it is kept."""
+    """Why a pair is dropped, or "": caption-image similarity below the threshold (maximum of `all_similarities`, else
+    `similarity`, `score` or `SCORE`)."""
     values = metadata.get("all_similarities")
     if not isinstance(values, list | tuple) or not values:
         values = [metadata[key] for key in ("similarity", "score", "SCORE") if metadata.get(key) is not None][:1]

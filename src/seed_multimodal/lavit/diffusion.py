@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, DrawingSettings, Generators, empty_prompt, guidance
+from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, Generators, empty_prompt, guidance
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
@@ -99,7 +99,7 @@ class LavitDetokenizer(Detokenizer):
         return {"rows": embeds}
 
     def denoise(self, settings: Any, generators: Generators, rows: Sequence[Tensor] | Conditions,
-                start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+                start: Tensor | None = None) -> Tensor:
         """Latents `[B, C, h, w]` of codebook rows, or what the decoder made of them; start: noise, None for the
         generators'."""
         made: Any = rows if isinstance(rows, Conditions) else self.decoder(rows)
@@ -119,7 +119,7 @@ class LavitDetokenizer(Detokenizer):
             conditions["added_cond_kwargs"] = {
                 "text_embeds": torch.cat([torch.zeros_like(pooled), pooled]) if guided else pooled,
                 "time_ids": ids.to(device)}
-        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
+        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators)
 
 
 def is_sdxl(unet: Any) -> bool:

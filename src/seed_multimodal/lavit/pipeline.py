@@ -68,8 +68,7 @@ class CodeRows(ImageCodec):
     patches: one for all images, or one each; None: torch's global generator.
     """
 
-    own_settings = ("callback",)
-    drawing_settings = (*(entry.name for entry in fields(LavitSettings)), *own_settings)
+    drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
 
     def __init__(self, writer: DynamicTokenizer, reader: DynamicTokenizer | None, *, selection: str = "draw",
                  **options: Any) -> None:
@@ -84,14 +83,14 @@ class CodeRows(ImageCodec):
 
     def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
-        return [codes.cpu() for codes in self._encoded(self.writer.encode, images, seed)]
+        return [codes.cpu() for codes in self._rows(self.writer.encode, images, seed)]
 
     def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
         if self.reader is None:
             raise CheckpointError("This system has no weights that read images (token merger and projector of the "
                                   "second stage), so it cannot describe images or answer.")
-        return self._encoded(self.reader.continuous, images, seed)
+        return self._rows(self.reader.continuous, images, seed)
 
     def kept(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
@@ -99,19 +98,22 @@ class CodeRows(ImageCodec):
             keep_BN = self.writer.select(self.writer.patch_features(pixels), **selection).keep_BN
             return list(keep_BN.bool().unflatten(1, (self.writer.config.vit.grid, -1)).cpu())
 
-        return self._encoded(choose, images, seed)
+        return self._rows(choose, images, seed)
+
+    def _rows(self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any) -> list[Tensor]:
+        seeds = [None] * len(images) if seed is None else one_seed_each(seed, len(images))
+        pixels = [self.writer.transform(self.open(image)) for image in images]
+        return self._encoded((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
-    def _encoded(self, encode: Callable[..., list[Tensor]], images: Sequence[Any], seed: Any) -> list[Tensor]:
-        seeds = None if seed is None else one_seed_each(seed, len(images))
-        rows: list[Tensor] = []
-        for start in range(0, len(images), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            pixels = torch.stack([self.writer.transform(self.open(image)) for image in images[part]])
-            generators = None if seeds is None else [torch.Generator().manual_seed(one) for one in seeds[part]]
-            with self.encoding():
-                rows += encode(pixels.to(self.device), mode=self.selection, generator=generators)
-        return rows
+    def encode_batch(self, key: Any, rows: Sequence[Any]) -> list[Tensor]:
+        made, (encode, unseeded) = list[Tensor](), key
+        with self.encoding():
+            for start in range(0, len(rows), AT_ONCE):
+                pixels, seeds = zip(*rows[start:start + AT_ONCE], strict=True)
+                generators = None if unseeded else [torch.Generator().manual_seed(one) for one in seeds]
+                made += encode(torch.stack(pixels).to(self.device), mode=self.selection, generator=generators)
+        return made
 
     def check_codes(self, codes: Any) -> Tensor:
         """Codes of one image → `[n]` int64; `CodesError`: no whole image, or a code outside the codebook."""
@@ -122,20 +124,23 @@ class CodeRows(ImageCodec):
             raise CodesError(f"An image holds a code outside 0 to {config.codebook_size - 1}.")
         return row.long()
 
-    @torch.inference_mode()
     def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 4,
              **settings: Any) -> list[Image.Image]:
         """Codes → images; `settings` of `LavitDetokenizer`: `ratio` ("3:2") or `height` and `width`, …"""
-        rows = [self.check_codes(one) for one in values]
-        with self.encoding(), self.drawing() as decoder:
-            embedded = [self.writer.embed_codes(row.to(self.device)) for row in rows]
-            images: list[Image.Image] = decoder(embedded, seeds=seeds, batch_size=batch_size, **settings)
-            return images
+        return self.drawn(settings, batch_size, [self.check_codes(one) for one in values], seeds)
+
+    @torch.inference_mode()
+    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
+        codes, seeds = zip(*rows, strict=True)
+        with self.encoding():
+            embedded = [self.writer.embed_codes(row.to(self.device)) for row in codes]
+        images: list[Image.Image] = self.decoder(embedded, seeds=seeds, **key)
+        return images
 
 
 class Lavit(MultimodalSystem):
     """LaVIT; settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
-    `guidance_scale` (of the U-Net), `scheduler`, `callback`; `guidance` and `negative_prompt` steer the language model.
+    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and `negative_prompt` steer the LLM.
     """
 
     images: CodeRows

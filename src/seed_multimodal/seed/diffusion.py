@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import Callback, Detokenizer, Generators, guidance
+from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
 from seed_multimodal.hub import UNCLIP_WHERE, find_folder
 from seed_multimodal.settings import setting
 
@@ -64,7 +64,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+                start: Tensor | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         prompt = embeds.to(self.device, self.unet.dtype)
         if settings.guidance_scale > 1:
@@ -74,7 +74,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
             prompt = torch.cat([negatives.expand_as(prompt), prompt])
         start = self.start(generators, self.size(settings), embeds) if start is None else start
         return self.sample(start, {"encoder_hidden_states": prompt}, guidance(settings.guidance_scale), settings,
-                           generators, callback)
+                           generators)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class UnclipDetokenizer(SeedDetokenizer):
         self.embedding_dim = int(image_normalizer.mean.shape[1])
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                start: Tensor | None = None, callback: Callback | None = None) -> Tensor:
+                start: Tensor | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         embeds = embeds.to(self.device)
         if self.layout is not None and start is None:  # without a layout as the stock pipeline: after the embeddings'
@@ -109,7 +109,7 @@ class UnclipDetokenizer(SeedDetokenizer):
             prompt = torch.cat([prompt if self.layout is None else torch.zeros_like(prompt), prompt])
         start = self.start(generators, self.size(settings), None) if start is None else start
         conditions = {"encoder_hidden_states": prompt.to(self.unet.dtype), "class_labels": labels}
-        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators, callback)
+        return self.sample(start, conditions, guidance(settings.guidance_scale), settings, generators)
 
     def noised(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
         """The U-Net's class labels `[B, 2 E]`: noised embeddings and the sinusoid of the level."""

@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from seed_multimodal.batches import Remembered
+from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
@@ -30,7 +32,7 @@ from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTo
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import INSIDE, SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes
+from seed_multimodal.system.images import ImageCodec, Log, Runtimes
 
 REMEMBERED = 1024  # images whose codes are kept, about 0.5 KB each
 
@@ -43,7 +45,7 @@ class CodeImages(ImageCodec):
     """
 
     progressive = True
-    own_settings = ("codes", "negative_codes", "callback")
+    own_settings = ("codes", "negative_codes")
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
 
     def __init__(self, model: SeedTokenizer, transform: Callable[[Image.Image], Tensor], **options: Any) -> None:
@@ -68,12 +70,15 @@ class CodeImages(ImageCodec):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
+        return torch.tensor(self._encoded(None, list(pixels.float())), dtype=torch.long)
+
+    def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[list[int]]:
         def encode(new: list[Tensor]) -> list[list[int]]:
-            codes: list[list[int]] = self.model.encode(torch.stack(new).to(self.device)).tolist()
+            with self.encoding():
+                codes: list[list[int]] = self.model.encode(torch.stack(new).to(self.device)).tolist()
             return codes
 
-        with self.encoding():
-            return torch.tensor(self._known.of(list(pixels.float()), encode), dtype=torch.long)
+        return self._known.of(rows, encode)
 
     def check_codes(self, codes: Any, length: int | None = None) -> Tensor:
         """Codes of images → [B, n] int64; `length`: the first ones are enough.
@@ -90,7 +95,6 @@ class CodeImages(ImageCodec):
                 raise CodesError(f"Image {number} holds a code outside 0 to {size - 1}.")
         return torch.stack([nn.functional.pad(row.long(), (0, whole - len(row))) for row in rows])
 
-    @torch.inference_mode()
     def draw(self, values: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8,
              codes: int | Sequence[int] | None = None, negative_codes: Any = None, **settings: Any
              ) -> list[Image.Image]:
@@ -103,30 +107,35 @@ class CodeImages(ImageCodec):
         Raises:
             CodesError: codes outside the codebook.
         """
-        lengths = None
         if not len(values):
             return []
-        if codes is not None:
-            whole = self.model.config.num_query
-            each = [codes] * len(values) if isinstance(codes, int) else list(codes)
-            if len(each) != len(values):
-                raise CodesError(f"{len(values)} images were given with {len(each)} numbers of codes.")
-            lengths = torch.tensor([check_value(int, one, "codes", least=1, most=whole) for one in each])
-        rows = self.check_codes(values, None if lengths is None else int(lengths.min()))
-        with self.encoding(), self.drawing() as decoder:
-            embeds = self.model.decode(rows.to(self.device), lengths)
-            negative = None
-            if negative_codes is not None:
-                away = [negative_codes] if is_codes(negative_codes) else negative_codes
-                negative = self.model.decode(self.check_codes(away).to(self.device))
-            images: list[Image.Image] = decoder(embeds, negative_embeds=negative, seeds=seeds, batch_size=batch_size,
-                                                **settings)
-            return images
+        count, whole = len(values), self.model.config.num_query
+        codes = whole if codes is None else codes
+        each = [codes] * count if isinstance(codes, int) else list(codes)
+        if len(each) != count:
+            raise CodesError(f"{count} images were given with {len(each)} numbers of codes.")
+        lengths = torch.tensor([check_value(int, one, "codes", least=1, most=whole) for one in each])
+        rows, away = self.check_codes(values, int(lengths.min())), [None] * count
+        if negative_codes is not None:
+            negatives = self.check_codes([negative_codes] if is_codes(negative_codes) else negative_codes)
+            away = negatives.expand(count, -1)
+        return self.drawn({**settings, "steered": negative_codes is not None}, batch_size, rows, lengths, away, seeds)
+
+    @torch.inference_mode()
+    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
+        codes, lengths, away, seeds = zip(*rows, strict=True)
+        settings, negative = dict(key), None
+        with self.encoding():
+            embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
+            if settings.pop("steered"):
+                negative = self.model.decode(torch.stack(away).to(self.device))
+        images: list[Image.Image] = self.decoder(embeds, negative_embeds=negative, seeds=seeds, **settings)
+        return images
 
 
 class SeedLlama(MultimodalSystem):
-    """SEED-LLaMA; settings of drawing: `num_inference_steps`, `guidance_scale`, `noise_level`, `scheduler`, `codes`
-    (draw from the first so many), `negative_codes`, `callback`."""
+    """SEED-LLaMA; settings of drawing: `num_inference_steps`, `guidance_scale`, `noise_level`, `preset` ("fast" or
+    "original"), `height`, `width`, `codes` (draw from the first so many), `negative_codes`."""
 
     images: CodeImages
 
@@ -140,17 +149,21 @@ class SeedLlama(MultimodalSystem):
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
-        parts: Any = config.require("llm", "tokenizer")
+        name, url, gguf = runtimes.engine
+        parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
-        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                       quantization=runtimes.quantization, vocabulary=words.vocabulary)
+        engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
+        llm = engine.llm if engine else load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                                                 quantization=runtimes.quantization, vocabulary=words.vocabulary)
         images = load_images(config, runtimes)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
             raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
                               f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
                               f"{words.vocabulary.tokens_per_image}.")
-        return cls(config, words, llm, images, log)
+        system = cls(config, words, llm, images, log)
+        system.engine = engine or system.engine
+        return system
 
     def stops(self, task: Task) -> Sequence[str]:
         return (self.template.turn_marker,)

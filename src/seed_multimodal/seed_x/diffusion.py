@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Callback, Detokenizer, DrawingSettings, Generators, guidance
+from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, Generators, guidance
 from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder, pooled_tokens
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_WHERE, find_folder
@@ -85,8 +85,7 @@ class SdxlDetokenizer(Detokenizer):
         return settings.guidance_scale > 1 and (settings.image_guidance_scale >= 1 or not self.reads_condition)
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
-                images: Sequence[Image.Image | None] | None = None, start: Tensor | None = None,
-                callback: Callback | None = None) -> Tensor:
+                images: Sequence[Image.Image | None] | None = None, start: Tensor | None = None) -> Tensor:
         """Latents `[B, C, h, w]`; start: noise, None for the generators'."""
         size, guided, condition = self.size(settings), self.guides(settings), None
         if self.reads_condition:
@@ -104,7 +103,7 @@ class SdxlDetokenizer(Detokenizer):
 
         if guided and condition is not None:
             condition, guide = torch.cat([condition, condition, torch.zeros_like(condition)]), three_way
-        return self.sample(start, conditions, guide, settings, generators, callback, condition)
+        return self.sample(start, conditions, guide, settings, generators, condition)
 
     def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prompt and pooled embeddings of all runs: in the second stage of both, image, none; else of none, both."""

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.batches import Remembered
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
@@ -63,7 +64,7 @@ from seed_multimodal.seed_x.vision import INPUT_RESAMPLER, OUTPUT_RESAMPLER, Qwe
 from seed_multimodal.settings import check_value, read_settings
 from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import ImageCodec, Log, Remembered, Runtimes, one_seed_each
+from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
 
 REMEMBERED = 16  # images whose features are kept: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the vision encoder
@@ -97,8 +98,8 @@ class Detection:
 class FeatureImages(ImageCodec):
     """Images ⇄ features; `grids`: into which images are cut that are read, `edit_grids` those that are edited."""
 
-    own_settings = ("ratio", "conditions", "callback")
-    drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio", "callback")
+    own_settings = ("ratio", "conditions")
+    drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
     def __init__(self, model: QwenVit, grids: Sequence[str], edit_grids: Sequence[str], **options: Any) -> None:
         size = model.config.image_size
@@ -111,28 +112,26 @@ class FeatureImages(ImageCodec):
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
-
-        def encode(new: list[Tensor]) -> list[Tensor]:
-            features = self.features(normalise(torch.cat(new)))
-            return [part.cpu() for part in features.split([len(one) for one in new])]
-
-        with self.encoding():
-            features = self._known.of([views.cut(image) for image in opened], encode)
+        features = self._encoded(None, [views.cut(image) for image in opened])
         return [Seen(one, patch_positions(views.grid(image.size)), image)
                 for one, image in zip(features, opened, strict=True)]
 
     @torch.inference_mode()
-    def features(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels [B, 3, S, S] → features [B, N, K]."""
-        with self.encoding():
-            like = next(self.model.parameters())
-            return torch.cat([self.model(part.to(like)) for part in pixels.split(AT_ONCE)])
+    def encode_batch(self, key: Any, rows: Sequence[Tensor]) -> list[Tensor]:
+        """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
+        def encode(new: list[Tensor]) -> list[Tensor]:
+            like, pixels = next(self.model.parameters()), normalise(torch.cat(new))
+            with self.encoding():
+                features = torch.cat([self.model(part.to(self.device, like.dtype)) for part in pixels.split(AT_ONCE)])
+            return [part.cpu() for part in features.split([len(one) for one in new])]
+
+        return self._known.of(rows, encode)
 
     def encode(self, images: Sequence[Any], embeddings: int | None = None) -> Tensor:
         """Features [B, N, K] of whole images, each squashed to a square; `embeddings`: so many means of neighbours
         (`ConfigError` if they do not divide N)."""
         whole = AnyResolution(self.views.image_size, ("1x1",))
-        features = self.features(normalise(torch.stack([whole.cut(self.open(image))[-1] for image in images])))
+        features = torch.cat(self._encoded(None, [whole.cut(self.open(image))[-1:] for image in images]))
         if features.shape[1] % (embeddings or 1):
             raise ConfigError(f"embeddings must divide the vision encoder's {features.shape[1]}, not {embeddings}.")
         return features if embeddings is None else features.unflatten(1, (embeddings, -1)).mean(dim=2)
@@ -144,7 +143,6 @@ class FeatureImages(ImageCodec):
             with self.encoding():
                 self.decoder.set_null_embeds(self.model, self.views.image_size)
 
-    @torch.inference_mode()
     def draw(self, values: Sequence[Tensor], *, seeds: Sequence[int], batch_size: int = 8,
              conditions: Sequence[Image.Image | None] | None = None, ratio: Ratio = "restore",
              **settings: Any) -> list[Image.Image]:
@@ -165,18 +163,22 @@ class FeatureImages(ImageCodec):
         for size in dict.fromkeys(sizes):  # images of one size together
             rows = [row for row, one in enumerate(sizes) if one == size]
             chosen = settings if size is None else {**settings, "width": size[0], "height": size[1]}
-            with self.drawing() as decoder:
-                images = decoder(torch.stack([values[row] for row in rows]), seeds=[seeds[row] for row in rows],
-                                 condition_images=[conditions[row] for row in rows] if any(conditions) else None,
-                                 batch_size=batch_size, **chosen)
+            images = self.drawn(chosen, batch_size, *([column[row] for row in rows]
+                                                      for column in (values, conditions, seeds)))
             drawn |= zip(rows, images, strict=True)
         return [drawn[row] if one is None or ratio == "square" else with_ratio(drawn[row], one.size)
                 for row, one in enumerate(conditions)]
 
+    @torch.inference_mode()
+    def draw_batch(self, key: Any, rows: Sequence[Any]) -> list[Image.Image]:
+        values, conditions, seeds = zip(*rows, strict=True)
+        images: list[Image.Image] = self.decoder(torch.stack(values), seeds=seeds, condition_images=conditions, **key)
+        return images
+
 
 class SeedX(MultimodalSystem):
     """SEED-X; settings of drawing: `num_inference_steps`, `guidance_scale`, `image_guidance_scale`, `height`, `width`,
-    `ratio` ("restore", "keep", "square": of edits), `scheduler`, `callback`."""
+    `ratio` ("restore", "keep", "square": of edits), `preset` ("fast" or "original")."""
 
     images: FeatureImages
 

@@ -11,15 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError, SeedError
-from seed_multimodal.language.tasks import (
-    DEFAULT_TASKS,
-    DEMO_QUESTIONS,
-    DESCRIBE_PROMPT,
-    QA_SUFFIX,
-    RELEASED_TASKS,
-    SEED_X_TASKS,
-    TaskPrompts,
-)
+from seed_multimodal.language import tasks as sentences
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.client import Client
@@ -43,36 +35,36 @@ class Kind:
     style: str
     title: str
     can: tuple[str, ...] = ("draw", "edit", "codes")
-    tasks: TaskPrompts = RELEASED_TASKS
+    tasks: sentences.TaskPrompts = sentences.RELEASED_TASKS
     temperature: float = 1.0
-    examples: tuple[Example, ...] = tuple(zip(DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
+    examples: tuple[Example, ...] = tuple(zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
     whole: bool = False
     rounds: int = 3
     ratios: tuple[str, ...] = ()
 
 
 def _seed_x(title: str, can: tuple[str, ...], *examples: Example, style: str = "llama2") -> Kind:
-    described = (SEED_X_TASKS.describe, "fox_and_snowman.png")
-    return Kind(style, title, can, SEED_X_TASKS, 0.0, (described, *examples), whole=True)
+    described = (sentences.SEED_X_TASKS.describe, "fox_and_snowman.png")
+    return Kind(style, title, can, sentences.SEED_X_TASKS, 0.0, (described, *examples), whole=True)
 
 
 def _lavit(title: str, *examples: Example) -> Kind:
-    tasks = TaskPrompts(draw="{caption}", draw_response="")
+    tasks = sentences.TaskPrompts(draw="{caption}", draw_response="")
     return Kind("alone", title, ("draw",), tasks, examples=examples, whole=True, ratios=tuple(RATIOS))
 
 
+_FIND = sentences.SEED_X_TASKS.detect_request("the snowman")
 KINDS = {
-    "nano": Kind("roles", "SEED nano", tasks=DEFAULT_TASKS, temperature=0.0, rounds=5, examples=(
-        ("Please draw a noto dog left of a tree in a meadow.", ""), (DESCRIBE_PROMPT, "fox_and_snowman.png"),
-        (f"What is on the left?{QA_SUFFIX}", "fox_and_snowman.png"), ("Put it at night.", "fox.png"))),
+    "nano": Kind("roles", "SEED nano", tasks=sentences.DEFAULT_TASKS, temperature=0.0, rounds=5, examples=(
+        ("Please draw a noto dog left of a tree in a meadow.", ""), (sentences.DESCRIBE_PROMPT, "fox_and_snowman.png"),
+        (f"What is on the left?{sentences.QA_SUFFIX}", "fox_and_snowman.png"), ("Put it at night.", "fox.png"))),
     "seed-llama-8b": Kind("roles", "SEED-LLaMA 8B"),
     "seed-llama-14b": Kind("llama2", "SEED-LLaMA 14B"),
     "seed-x": _seed_x("SEED-X", (), ("What is this?", "cat.jpg"), style="questions"),
-    "seed-x-i": _seed_x("SEED-X-I", ("draw", "find"), (SEED_X_TASKS.detect_request("the fox"), "fox_and_snowman.png"),
+    "seed-x-i": _seed_x("SEED-X-I", ("draw", "find"), (_FIND, "fox_and_snowman.png"),
                         ("Generate an image: a dog on the green grass", "")),
     "seed-x-edit": _seed_x("SEED-X-Edit", ("edit",), ("Make it under the sunset", "fox.png")),
-    "nano-x": _seed_x("SEED nano-x", ("draw", "edit", "find"),
-                      (SEED_X_TASKS.detect_request("the snowman"), "fox_and_snowman.png"),
+    "nano-x": _seed_x("SEED nano-x", ("draw", "edit", "find"), (_FIND, "fox_and_snowman.png"),
                       ("Generate an image: a noto dog left of a tree", ""), ("Put it at night.", "fox.png")),
     "lavit": _lavit("LaVIT", ("What is in the picture?", "cat.jpg"), ("", "fox_and_snowman.png")),
     "nano-lavit": _lavit("SEED nano-lavit", ("What is the background?", "fox_and_snowman.png"), ("", "fox.png")),

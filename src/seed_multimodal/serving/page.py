@@ -82,13 +82,11 @@ def build(page: Page) -> gr.Blocks:
                             image.change(page.on_codes, [visit, gr.State(name), image], [strips, word], **how)
                 with gr.Row():
                     with gr.Column():
-                        count = gr.Slider(1, CODES, CODES, step=1, label="Codes of the first image to draw",
-                                          elem_id="count", info="An image grows with its codes.")
-                        results("first", "Draw", page.on_first, visit, [count], on=count.release)
-                    with gr.Column():
-                        start = gr.Slider(1, CODES, 1, step=1, label="Swap from code")
+                        count = gr.Slider(1, CODES, CODES, step=1, label="Codes to draw from", elem_id="count",
+                                          info="An image grows with its codes.")
+                        start = gr.Slider(1, CODES, 1, step=1, label="Exchange from code", info="Between two images.")
                         end = gr.Slider(1, CODES, CODES // 2, step=1, label="to code")
-                        results("swap", "Swap", page.on_swap, visit, [start, end], columns=2)
+                    results("swap", "Draw", page.on_swap, visit, [count, start, end], columns=2, on=count.release)
             with gr.Tab("Find", visible="find" in kind.can) as find, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "find-image")

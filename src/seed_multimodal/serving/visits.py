@@ -18,23 +18,14 @@ import gradio as gr
 from PIL import Image
 
 from seed_multimodal.errors import ImageError, RequestError, SeedError
-from seed_multimodal.images.io import (
-    ImageLimits,
-    chat_image,
-    fit_longer_side,
-    image_from_base64,
-    image_to_base64,
-    image_to_bytes,
-    open_image,
-    request_image,
-)
+from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.vocabulary import BOX_WORDS
 from seed_multimodal.serving.client import together
 from seed_multimodal.serving.dialogue import Kind, Model, Shown, Turn, check_rounds, message, receive, request
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
-UPLOADS = ImageLimits(max_bytes=64 << 20)
+UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 STORED_SIDE, WHOLE_SIDE = 512, 1792  # of what `chat_image` makes of an image; four views of 448 pixels (SEED-X)
 LOST_IMAGE = "(an image that could not be drawn)"
 STILL = "The model is still answering: wait for it, or press Stop."
@@ -58,10 +49,13 @@ class Visit:
     def keep(self, image: Image.Image) -> str:
         """Store an image in the visitor's folder; returns its path."""
         self.folder = self.folder or tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
-        data = image_to_bytes(image)
+        data = io.image_to_bytes(image)
         path = Path(self.folder, f"{hashlib.md5(data, usedforsecurity=False).hexdigest()}.png")
         path.write_bytes(data)
         return str(path)
+
+    def decode(self, text: str) -> str:
+        return self.keep(io.image_from_base64(text, name="the answer's image"))
 
     def stop(self) -> None:
         """Cancel the requests under way, which cancels them at the backend, too."""
@@ -89,21 +83,23 @@ class Page:
 
     # ---- images
 
-    def take(self, visit: Visit, upload: str) -> str:
+    def take(self, visit: Visit, upload: str | None) -> str:
         """An uploaded image, checked and stored as the model is shown it; returns its path."""
+        if not upload:
+            raise RequestError(NO_IMAGE)
         whole = self.model(visit).kind.whole
-        image = open_image(upload, limits=UPLOADS, at_least=WHOLE_SIDE if whole else 2 * STORED_SIDE)
+        image = io.open_image(upload, limits=UPLOADS, at_least=WHOLE_SIDE if whole else 2 * STORED_SIDE)
         if not whole:
-            image = chat_image(image)
+            image = io.chat_image(image)
         elif max(image.size) > WHOLE_SIDE:
-            image = fit_longer_side(image, WHOLE_SIDE)
+            image = io.fit_longer_side(image, WHOLE_SIDE)
         visit.uploads.add(upload)
         return visit.keep(image)
 
     def encode(self, visit: Visit, path: str) -> str:
         """A stored image as it is sent."""
-        image = open_image(path)
-        return image_to_base64(image if self.model(visit).kind.whole else request_image(image))
+        image = io.open_image(path)
+        return io.image_to_base64(image if self.model(visit).kind.whole else io.request_image(image))
 
     # ---- the chat
 
@@ -125,7 +121,7 @@ class Page:
                 yield await asyncio.to_thread(self.receive, visit, turns, piece)
                 return
             if "preview" in piece:
-                previews[piece["picture"]] = Shown(await asyncio.to_thread(self.save, visit, piece["preview"]))
+                previews[piece["picture"]] = Shown(await asyncio.to_thread(visit.decode, piece["preview"]))
             words += piece.get("words", "")
             draft = Turn([words, *previews.values()])
             yield draft
@@ -134,19 +130,16 @@ class Page:
         yield Turn([words.strip()], [STOPPED])
 
     def receive(self, visit: Visit, turns: list[Turn], piece: dict[str, Any]) -> Turn:
-        turn = receive(self.model(visit).kind.style, turns, piece, lambda text: self.save(visit, text))
+        turn = receive(self.model(visit).kind.style, turns, piece, visit.decode)
         known = [image for one in turns for image in one.images]
         on: dict[str, list[list[int]]] = {}
         for found in piece.get("boxes", ()):
             path = known[found["image"]].path
-            size = open_image(path).size
+            size = io.open_image(path).size
             on.setdefault(path, []).append([int(share * side) for share, side in
                                             zip(found["box"], (*size, *size), strict=True)])
-        turn.below += [Shown(visit.keep(draw_boxes(open_image(path), corners))) for path, corners in on.items()]
+        turn.below += [Shown(visit.keep(draw_boxes(io.open_image(path), corners))) for path, corners in on.items()]
         return turn
-
-    def save(self, visit: Visit, text: str) -> str:
-        return visit.keep(image_from_base64(text, name="the answer's image"))
 
     async def reply(self, visit: Visit, turns: list[Turn], settings: Sequence[Any], sent: Any = None
                     ) -> AsyncIterator[tuple[Any, ...]]:
@@ -205,18 +198,15 @@ class Page:
 
     async def on_choose(self, visit: Visit, sent: dict[str, Any]) -> tuple[Any, ...]:
         """Name a file that is no image at once, and take it out of the message."""
-        wrong = []
+        wrong = dict[str, str]()
         for upload in {*sent["files"]} - visit.uploads:
             try:
-                await asyncio.to_thread(open_image, upload, limits=UPLOADS, at_least=STORED_SIDE)
+                await asyncio.to_thread(io.open_image, upload, limits=UPLOADS, at_least=STORED_SIDE)
                 visit.uploads.add(upload)
             except ImageError as error:
-                wrong.append((upload, str(error)))
-        if not wrong:
-            return gr.skip(), gr.skip()
-        bad = {upload for upload, _ in wrong}
-        left = {**sent, "files": [upload for upload in sent["files"] if upload not in bad]}
-        return said(" ".join(sentence for _, sentence in wrong), wrong=True), left
+                wrong[upload] = str(error)
+        left = {**sent, "files": [upload for upload in sent["files"] if upload not in wrong]}
+        return (said(" ".join(wrong.values()), wrong=True), left) if wrong else (gr.skip(), gr.skip())
 
     async def on_example(self, visit: Visit, chosen: gr.SelectData, *settings: Any) -> AsyncIterator[tuple[Any, ...]]:
         sent = {"text": chosen.value["text"], "files": [file["path"] for file in chosen.value.get("files", ())]}
@@ -248,7 +238,7 @@ class Page:
     # ---- the other tabs
 
     async def on_draw(self, visit: Visit, text: str, seed: float, ratio: str | None) -> AsyncIterator[tuple[Any, Any]]:
-        """A grid of images from seeds one after another, each shown when it comes."""
+        """A grid of images of a text, from seeds one after another, each shown when it comes."""
         shape = {"ratio": ratio} if self.model(visit).kind.ratios else {}
         bodies = [{"prompt": text, "seed": int(seed) + number, **shape} for number in range(SEEDS)]
         streams = [self.model(visit).ask("/v1/images/generations", json=body) for body in bodies]
@@ -257,15 +247,13 @@ class Page:
 
     async def on_change(self, visit: Visit, upload: str | None, text: str, seed: float
                         ) -> AsyncIterator[tuple[Any, Any]]:
-        """An image after an instruction."""
-        streams = [self.changed(visit, upload, {"prompt": text, "seed": int(seed)})] if upload else []
-        async for update in self.images(visit, streams, [text]):
+        """An image changed as a text says."""
+        async for update in self.images(visit, [self.changed(visit, upload, text, int(seed))], [text]):
             yield update
 
-    async def changed(self, visit: Visit, upload: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        path = await asyncio.to_thread(self.take, visit, upload)
-        file = {"image": ("image.png", Path(path).read_bytes(), "image/png")}
-        async for piece in self.model(visit).ask("/v1/images/edits", files=file, data=body):
+    async def changed(self, visit: Visit, upload: str | None, text: str, seed: int) -> AsyncIterator[Any]:
+        file = {"image": Path(await asyncio.to_thread(self.take, visit, upload)).open("rb")}
+        async for piece in self.model(visit).ask("/v1/images/edits", files=file, data={"prompt": text, "seed": seed}):
             yield piece
 
     async def on_codes(self, visit: Visit, name: str, upload: str | None) -> tuple[Any, Any]:
@@ -274,30 +262,22 @@ class Page:
         if not upload:
             return "", said("")
         try:
-            path = await asyncio.to_thread(self.take, visit, upload)
-            body = {"images": [await asyncio.to_thread(self.encode, visit, path)]}
+            body = {"images": [self.encode(visit, await asyncio.to_thread(self.take, visit, upload))]}
             async for piece in self.model(visit).ask("/v1/images/tokens", json=body):
                 visit.codes[name] = piece["data"][0]["codes"]
         except SeedError as error:
             return "", said(str(error), wrong=True)
         return strip(visit.codes[name]), said("")
 
-    async def on_first(self, visit: Visit, count: float) -> AsyncIterator[tuple[Any, Any]]:
-        """The first image after its first codes."""
-        streams = self.drawn(visit, [visit.codes["first"]], first=int(count)) if "first" in visit.codes else []
-        async for update in self.images(visit, streams, [f"after {int(count)} codes"]):
-            yield update
-
-    async def on_swap(self, visit: Visit, start: float, end: float) -> AsyncIterator[tuple[Any, Any]]:
-        """Both images with a range of their codes exchanged."""
+    async def on_swap(self, visit: Visit, count: float, start: float, end: float) -> AsyncIterator[tuple[Any, Any]]:
+        """Images from the first so many of their codes, a range of which is exchanged if there are two."""
         span, rows = slice(int(start) - 1, int(end)), [[*codes] for _, codes in sorted(visit.codes.items())]
         if len(rows) == 2:
             rows[0][span], rows[1][span] = rows[1][span], rows[0][span]
-        async for update in self.images(visit, self.drawn(visit, rows[:len(rows) // 2 * 2]), ["first", "second"]):
+        streams = [self.model(visit).ask("/v1/images/tokens", json={"codes": [row], "first": int(count)})
+                   for row in rows]
+        async for update in self.images(visit, streams, sorted(visit.codes)):
             yield update
-
-    def drawn(self, visit: Visit, rows: Sequence[Sequence[int]], **how: int) -> list[AsyncIterator[Any]]:
-        return [self.model(visit).ask("/v1/images/tokens", json={"codes": [row], **how}) for row in rows]
 
     async def images(self, visit: Visit, streams: Sequence[AsyncIterator[Any]], titles: Sequence[str]
                      ) -> AsyncIterator[tuple[Any, Any]]:
@@ -308,22 +288,21 @@ class Page:
             if isinstance(piece, SeedError):
                 trouble = str(piece)
                 continue
-            made[number] = (await asyncio.to_thread(self.save, visit, piece["data"][0]["b64_json"]), titles[number])
+            made[number] = (await asyncio.to_thread(visit.decode, piece["data"][0]["b64_json"]), titles[number])
             yield [made[place] for place in sorted(made)], gr.skip()
         yield gr.skip(), said(trouble or ("" if len(made) == len(streams) else STOPPED), wrong=bool(trouble))
 
     async def on_find(self, visit: Visit, upload: str | None, phrase: str) -> AsyncIterator[tuple[Any, Any]]:
         """The image with boxes around what was asked for."""
-        yield [], said(WAITING if upload else NO_IMAGE, wrong=not upload)
-        if upload:
-            try:
-                path = await asyncio.to_thread(self.take, visit, upload)
-                turns = [Turn([Shown(path), self.model(visit).kind.tasks.detect_request(phrase)])]
-                async for answer in self.answer(visit, turns, False, None, 1, 256, 0.0, 0.5, 1):
-                    found = [part.path for part in answer.below if isinstance(part, Shown)]
-                    yield found, said(" ".join(shown([answer])[0]["content"][:1]))
-            except SeedError as error:
-                yield [], said(str(error), wrong=str(error) != STOPPED)
+        yield [], said(WAITING)
+        try:
+            path = await asyncio.to_thread(self.take, visit, upload)
+            turns = [Turn([Shown(path), self.model(visit).kind.tasks.detect_request(phrase)])]
+            async for answer in self.answer(visit, turns, False, None, 1, 256, 0.0, 0.5, 1):
+                found = [part.path for part in answer.below if isinstance(part, Shown)]
+                yield found, said(" ".join(shown([answer])[0]["content"][:1]))
+        except SeedError as error:
+            yield [], said(str(error), wrong=str(error) != STOPPED)
 
 
 def box(asking: bool, **value: Any) -> Any:

@@ -4,7 +4,7 @@
     config.require("llm", "tokenizer")     # CheckpointError: what to download and where to put it
 
 A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the weights, defaults in
-`SETTINGS`; docs/inference.md), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
+`SETTINGS`), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
 `agent`), a LLaMA in the place of SEED-LLaMA's, or an image tokenizer alone.
 """
 

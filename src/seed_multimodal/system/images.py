@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -13,8 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
+from seed_multimodal.batches import Collector
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
@@ -39,6 +39,7 @@ class Runtimes:
     quantization: str | None = None
     offload: Collection[str] = ()
     load_decoder: bool = True
+    engine: tuple[str, str | None, Any] = ("torch", None, None)  # of the language model, with its `url` and `gguf`
 
     @property
     def llm_home(self) -> torch.device:
@@ -63,9 +64,10 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
 
 
 class ImageCodec:
-    """Images ⇄ codes or features; threads use it one at a time. A family defines `encode(images)`, which gives codes or
-    features, and `draw(values, *, seeds, batch_size, **settings)`, which makes PIL images of them. `load_decoder` makes
-    the de-tokenizer; larger images are reduced to `at_least` or more on a side while they are opened."""
+    """Images ⇄ codes or features. A family defines `encode(images)`, which gives codes or features, and `draw(values,
+    *, seeds, batch_size, **settings)`, which makes PIL images of them; what several threads want is computed together
+    by its `encode_batch` and `draw_batch`, which get a row for each image. `load_decoder` makes the de-tokenizer;
+    larger images are reduced to `at_least` or more on a side while they are opened."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
@@ -73,13 +75,16 @@ class ImageCodec:
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
+    encode_batch: Callable[[Any, Sequence[Any]], Sequence[Any]]
+    draw_batch: Callable[[Any, Sequence[Any]], list[Image.Image]]
 
     def __init__(self, model: nn.Module, *, load_decoder: Callable[[], Any] | None, device: torch.device,
                  drawing_device: torch.device | None = None, at_least: int | None = None,
                  offload: Collection[str] = ()) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
         self.at_least, self._load_decoder, self._decoder = at_least, load_decoder, None
-        self._lock = threading.RLock()  # held while the models compute
+        self._lock = threading.RLock()  # held while the encoder computes and the de-tokenizer is loaded
+        self._encoded, self._drawn = Collector(self.encode_batch, most=32), Collector(self.draw_batch)
         self.offload(offload)
 
     @property
@@ -115,35 +120,16 @@ class ImageCodec:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
         return open_image(image, name=name, at_least=self.at_least)
 
+    def drawn(self, settings: dict[str, Any], batch_size: int, *columns: Any) -> list[Image.Image]:
+        """Images that `draw_batch` makes of these columns of its rows, with those of other threads."""
+        rows = [*zip(*columns, strict=True)]
+        return self._drawn({**settings, "batch_size": batch_size if len(rows) > batch_size else None}, rows)
+
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Inside, the encoder is on its device, and this thread alone uses it."""
         with self._lock, on_device(self.model, self.device if "encoder" in self._offload else None):
             yield
-
-    @contextlib.contextmanager
-    def drawing(self) -> Iterator[Any]:
-        """Inside, this thread alone uses the de-tokenizer, which it yields."""
-        with self._lock:
-            yield self.decoder
-
-
-class Remembered:
-    """What was made of the last images, by the content of their pixels."""
-
-    def __init__(self, most: int) -> None:
-        self.most, self.known = most, dict[bytes, Any]()  # oldest use first
-
-    def of(self, pixels: Sequence[Tensor], make: Callable[[list[Tensor]], Sequence[Any]]) -> list[Any]:
-        """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
-        names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
-        new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
-        self.known |= zip(new, make([*new.values()]) if new else (), strict=True)
-        used = {name: self.known.pop(name) for name in dict.fromkeys(names)}
-        self.known |= used
-        for name in [*self.known][:-self.most]:
-            del self.known[name]
-        return [used[name] for name in names]
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:

@@ -170,8 +170,7 @@ class LavitSystem(System):
                 pixels = torch.stack([half.writer.transform(half.open(one.image)) for one in rows]).to(half.device)
                 seen.append(half.writer.patch_features(pixels).float().cpu())
                 codes = [half.writer.embed_codes(torch.tensor(one.codes, device=half.writer.device)) for one in rows]
-            with half.drawing() as detokenizer:
-                rebuilt.append(detokenizer.decoder.features(codes).float().cpu())
+            rebuilt.append(half.decoder.decoder.features(codes).float().cpu())
         true = torch.cat(seen)
         near, blind = ((1 - F.cosine_similarity(true, other, dim=-1).mean(1)).numpy()
                        for other in (torch.cat(rebuilt), true.mean(0, keepdim=True).expand_as(true)))

@@ -39,7 +39,7 @@ LAYOUT_SHARE = 3  # scenes that the layout learns from for each that the U-Net l
 CONDITIONS = (0.15, 0.6, 0.25)  # of unet2: share of true embeddings, of those of codes, of those of corrupted codes
 CORRUPTED = 0.15  # most of the codes of a corrupted image
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
-# 2 to 12 steps and guidance 1 to 4 draw equally well by the judge (docs/LOG.md): sampling starts near the layout.
+# 2 to 12 steps and guidance 1 to 4 draw equally well (docs/experiments/layout.md): sampling starts near the layout.
 DECODE_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
 NOISE = 0.35  # most, of nano-x's features, which have unit variance: for the errors of the LLM that generates them
 ITSELF = 0.15  # share of the conditions that are the image itself

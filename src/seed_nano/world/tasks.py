@@ -2,7 +2,7 @@
 
 A verdict stands before an answer about a named thing: the things of the scene are compared with the name, one after
 another, in words. A small model that compares a word with the thing that it has just written binds names to places; one
-that answers at once does not (docs/nano-data.md). Systems return what follows `VERDICT_END`.
+that answers at once does not (docs/explanation/nano.md). Systems return what follows `VERDICT_END`.
 """
 
 from __future__ import annotations

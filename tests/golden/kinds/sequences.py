@@ -29,7 +29,7 @@ from runner import assert_close, assert_same, read_json, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import IGNORED, TokenSequence
-from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence, UsedPicture, metadata_of
+from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedImage, SeedXDecoder, metadata_of
 from seed_multimodal.data.filters import dissimilar
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.sources import open_records
@@ -52,7 +52,7 @@ LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original;
 # which only </s> or a full stop would be learned, a direction that the original cannot draw, captions that are too long
 # to draw from, paths with "null" in them.
 STRICTER = ("codes, not", "num_frames", "nothing to learn", "is empty", "no dialogue", "reverse_ratio must be",
-            "do not fit into", "'nullable.png'", "instruction: is missing")
+            "do not fit into", "'nullable.png'", "instruction: missing")
 TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
 BATCH = ("input_ids", "attention_mask", "labels")
 GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number of views
@@ -289,12 +289,12 @@ def check_seedx(folder: Path) -> None:
 RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
 
 
-def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> PictureDecoder:
+def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> SeedXDecoder:
     given = {key: value for key, value in options.items() if key not in ("max_length", "num_img_gen_tokens")}
     given.setdefault("multi_resolution", False)
     given["resolution_grids"] = given.get("resolution_grids") or ["1x1"]
     decoder = get_decoder(name, tokenizer, given)
-    assert isinstance(decoder, PictureDecoder)
+    assert isinstance(decoder, SeedXDecoder)
     return decoder
 
 
@@ -323,7 +323,7 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
     compare(made, fields, case, kwargs["max_length"], name)
 
 
-def compare(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
+def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
             ) -> None:
     """A decoder's sequence as the original's row."""
     expected, draws = case["output"], SeedXReplay(case["rng_calls"], name)
@@ -344,12 +344,12 @@ def compare(decoder: PictureDecoder, fields: Mapping[str, Any], case: dict[str, 
         assert_same(" ".join(decoder.tokenizer.tokens(row)), case["tokens"], f"{name}: tokens")
 
 
-def uses(used: UsedPicture) -> tuple[list[bool], list[bool]]:
+def uses(used: OpenedImage) -> tuple[list[bool], list[bool]]:
     """Of each view, whether it is read and whether it is written (of a written image the whole alone is)."""
     return [not used.written] * used.views, [False] * (used.views - 1) + [used.written]
 
 
-def batch_rows(sequences: Sequence[PictureSequence], max_length: int, pad_id: int) -> dict[str, Any]:
+def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int) -> dict[str, Any]:
     """The original's batch without its pixels: rows of `max_length`, and for every view of every image in order
     `embeds_cmp_mask`, `embeds_gen_mask` and `patch_position`."""
     rows: dict[str, Any] = {}
@@ -359,17 +359,17 @@ def batch_rows(sequences: Sequence[PictureSequence], max_length: int, pad_id: in
             row[name] = [place in places for place in range(max_length)]
         for name, value in row.items():
             rows.setdefault(name, []).append(value)
-    images = [image for sequence in sequences for image in sequence.pictures]
+    images = [image for sequence in sequences for image in sequence.images]
     views: dict[str, Any] = {
         "embeds_cmp_mask": [use for image in images for use in uses(image)[0]],
         "embeds_gen_mask": [use for image in images for use in uses(image)[1]],
         "patch_position": [place for image in images for place in image.positions],
         "images_patch_length": [image.views for image in images],
-        "image_size": [list(image.picture.size) for image in images]}
+        "image_size": [list(image.image.size) for image in images]}
     return {**rows, **(views if images else dict.fromkeys(views))}
 
 
-def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: MultimodalTokenizer, max_length: int,
+def assert_row(sequence: ImageSequence, expected: dict[str, Any], tokenizer: MultimodalTokenizer, max_length: int,
                name: str) -> None:
     batch = batch_rows([sequence], max_length, tokenizer.pad_id)
     assert_same({key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row")
@@ -387,7 +387,7 @@ def assert_row(sequence: PictureSequence, expected: dict[str, Any], tokenizer: M
         assert_same(sequence.extra["text"], expected["text"], f"{name}: text")
     shape = expected.get("images", {}).get("shape") if isinstance(expected.get("images"), dict) else None
     if shape:
-        assert_same(sum(picture.views for picture in sequence.pictures), shape[0], f"{name}: views")
+        assert_same(sum(image.views for image in sequence.images), shape[0], f"{name}: views")
 
 
 def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],

@@ -44,7 +44,7 @@ def test_check_files_with_bad_records(codes: Callable, lines: Callable, tmp_path
     assert main(call) == 1
     out = capsys.readouterr().out
     assert "5 of 5 records, 2 sequences" in out and "3 broken records" in out and "</s> 1, <img_…> 1" in out
-    assert f"missing key: {file}: line 3: answer: is missing; decoder sft.qa needs it." in out
+    assert f"missing key: {file}: line 3: answer: missing; decoder sft.qa needs it." in out
     assert f"malformed json: {file}: line 5" in out
     assert main([*call[:3], "--tokenizer", str(WORDS)]) == 2
     assert "need --decoder NAME and --tokenizer DIR" in capsys.readouterr().err

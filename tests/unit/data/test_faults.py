@@ -37,9 +37,9 @@ BAD = 3
 CAPTIONS = {"no caption": "has no", "null": "null|has no", "empty": "is empty", "blank": "is empty",
             "list with null": "not a text|no text", "list with blank": "is empty", "no list": "has no caption",
             "object": "not a text|no text|must be"}
-RECORDS = {"not json": "is not json", "not UTF-8": "UTF-8|utf-8", "a list": "holds a list", "twice": "has two",
+RECORDS = {"not json": "is not JSON", "not UTF-8": "UTF-8|utf-8", "a list": "is a JSON list", "twice": "has two",
            "torn": "torn or damaged"}
-PICTURES = {"no picture": "picture", "null picture": "picture", "picture gone": "not there", "no picture in it":
+PICTURES = {"no picture": "image", "null picture": "image", "picture gone": "not found", "no picture in it":
             "not a picture", "cut off": "truncated or damaged", "0 bytes": "0 bytes"}
 # format -> the faults that it can have
 PAIR_FORMATS = {
@@ -214,7 +214,7 @@ def test_without_a_fault_every_reader_takes_all(tmp_path: Path, jpeg: Callable, 
 @pytest.mark.parametrize("fault", ["no caption", "cut off"])
 def test_many_in_a_row_end_the_run(tmp_path: Path, jpeg: Callable, fault: str):
     write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3], jpeg)
-    with pytest.raises(DataError, match=r"20 samples in a row, from number 1 on, .*; the last is .*line 21"):
+    with pytest.raises(DataError, match=r"20 consecutive samples from index 1 on .*; the last is .*line 21"):
         trained(tmp_path)
     with pytest.raises(DataError, match=r"20 samples in a row cannot be used, the last: .*line 21"):
         evaluated(tmp_path)
@@ -240,6 +240,6 @@ def test_broken_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     assert sorted(int(number) for number in re.findall(r"number (\d+)", words.decode(row))) == good
     assert sum(entry["count"] for entry in skipped.values()) == len(faults) - len(good)
     said = " ".join(one for entry in skipped.values() for one in entry["first"])
-    for sentence in ("is missing", "is blank", "must be a str", "is not json", "UTF-8", "holds a list", "has two .json",
+    for sentence in ("missing", "is blank", "must be a str", "is not JSON", "UTF-8", "is a JSON list", "has two .json",
                      "has no .json", "torn or damaged"):
         assert sentence in said + " ".join(skipped), sentence

@@ -105,7 +105,7 @@ def test_data_without_a_usable_record_are_no_success(runs, train, tmp_path):
     data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=2)
     for source in data["sources"]:
         source["cycles"] = 1
-    with pytest.raises(DataError, match="no record can be used"):
+    with pytest.raises(DataError, match="no usable record"):
         train("out", "data.length=20", data=data)
     assert not (tmp_path / "out" / "summary.json").exists()
 

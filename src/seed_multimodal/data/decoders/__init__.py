@@ -1,10 +1,10 @@
-"""Decoders: records → training sequences, by name.
+"""Registry of decoders: record → training sequence.
 
     decoder = get_decoder("sft.qa", tokenizer, {"reverse_ratio": 0.5})
-    sequence = decoder.decode(record.fields, SeededDraws(seed, source, position))
+    sequence = decoder.decode(record.fields, SeededRandom(seed, source, position))
 
-Ids, labels and random choices of `pretrain.*`, `sft.*` and `seed_x.*` are those of the original data modules, but for
-the sentences that are known in part (`phrases`). `chat`, `seed_x.chat` and `lavit.*` are ours.
+Ids, labels and random choices of `pretrain.*`, `sft.*` and `seed_x.*` equal the original data modules', except for
+canned sentences that are not public (`phrases`). `chat`, `seed_x.chat` and `lavit.*` are new.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ FEATURE_DECODERS: dict[str, type[Decoder]] = {decoder.name: decoder for decoder 
 
 
 def get_decoder(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any] | None = None) -> Decoder:
-    """The decoder of a name. Raises `ConfigError`."""
+    """The decoder with this name. Raises ConfigError: unknown name or option."""
     known = DECODERS | FEATURE_DECODERS
     if name not in known:
-        raise ConfigError(f"There is no decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}.")
+        raise ConfigError(f"unknown decoder {name!r}{nearest(name, known)}; use {', '.join(sorted(known))}.")
     return known[name](tokenizer, options or {})

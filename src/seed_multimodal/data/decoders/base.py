@@ -1,8 +1,7 @@
-"""Records → training sequences: seeded random draws, checked fields, segments joined into ids and labels.
+"""Record → training sequence: seeded random choices, field checks, segments joined into ids and labels.
 
-Ids and labels are made as the original data code did: each segment of texts and images is encoded on its own; `<s>`
-and segments with `learned=False` have the label -100. Decoders with `whole` learn every token but `<unk>`, which the
-original takes for padding.
+As in the original data code, each segment of texts and images is encoded on its own; `<s>` and segments with
+`learned=False` have the label -100. Decoders with `whole` learn every token except `<unk>`, the original's padding.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import read_settings
 
-IGNORED = -100  # label of a token that is not learned
-BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of these characters alone is blank
+IGNORED = -100  # label of tokens without loss
+BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of only these characters is blank
 T = TypeVar("T")
 Part = str | Sequence[int]  # text, or the codes of one image
 
 
 @dataclass
 class TokenSequence:
-    """Token ids and as many labels. `extra`: what the original returns with them (`text`); `dropped`: why the sample is
-    left out, else empty; `cut`: tokens cut off at its end."""
+    """Token ids and labels of equal length. `extra`: further values that the original returns (`text`); `dropped`: why
+    the sample is skipped, or empty; `cut`: tokens truncated at the end."""
 
     ids: list[int]
     labels: list[int]
@@ -41,8 +40,8 @@ class TokenSequence:
         return len(self.ids)
 
 
-class SeededDraws:
-    """Random draws that are a function of the given integers alone: `SeededDraws(seed, source, position)`."""
+class SeededRandom:
+    """Random choices determined by the given integers: `SeededRandom(seed, source, position)`."""
 
     def __init__(self, seed: int, *numbers: int) -> None:
         key = ",".join(str(int(number)) for number in (seed, *numbers)).encode()
@@ -50,7 +49,7 @@ class SeededDraws:
         self.uniform, self.randint, self.shuffle = self._random.random, self._random.randint, self._random.shuffle
 
     def choice(self, items: Sequence[T]) -> T:
-        """One of the items, all equally likely."""
+        """A uniformly drawn item."""
         return items[self._random.randrange(len(items))]
 
 
@@ -63,8 +62,8 @@ class Segment:
 
 
 @dataclass
-class Draft:
-    """The segments of a record; `extra` and `dropped` as of the sequence."""
+class SegmentList:
+    """The segments of a record; `extra` and `dropped` as in `TokenSequence`."""
 
     segments: Sequence[Segment]
     extra: dict[str, Any] = field(default_factory=dict)
@@ -73,50 +72,50 @@ class Draft:
 
 @dataclass(frozen=True)
 class DecoderOptions:
-    """Options of a decoder: none, unless it has its own."""
+    """Options of a decoder; none by default."""
 
 
 class Decoder:
-    """Base of all decoders; subclasses define `_draft`."""
+    """Base of all decoders; subclasses define `_segment`."""
 
     name: ClassVar[str]
     whole: ClassVar[bool] = False  # every token is learned
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
-    Words: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
+    Tokenizer: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
-        """Raises `ConfigError`: an unknown option, a wrong value."""
+        """Raises ConfigError: unknown option or wrong value."""
         self.options: Any = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer, self.vocabulary = tokenizer, tokenizer.vocabulary
-        self.code_counts = [self.vocabulary.tokens_per_image]  # how many codes an image may have
+        self.code_counts = [self.vocabulary.tokens_per_image]  # allowed numbers of codes of an image
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The names of all options."""
+        """Names of all options."""
         return [option.name for option in dataclasses.fields(cls.Options)]
 
-    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None) -> TokenSequence:
-        """The sequence of a record, cut on the right at `max_length`. Raises BadRecord: a field is missing or wrong."""
-        draft = self._draft(fields, draws)
-        dropped = draft.dropped or self._nothing_learned(draft)
-        ids, labels = self._join(draft) if draft.segments else ([], [])
+    def decode(self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None) -> TokenSequence:
+        """The sequence of a record, truncated to `max_length`. Raises BadRecord: a field is missing or wrong."""
+        segmented = self._segment(fields, rng)
+        dropped = segmented.dropped or self._nothing_learned(segmented)
+        ids, labels = self._join(segmented) if segmented.segments else ([], [])
         cut = len(ids) - len(ids[:max_length])
-        return TokenSequence(ids[:max_length], labels[:max_length], draft.extra, dropped, cut)
+        return TokenSequence(ids[:max_length], labels[:max_length], segmented.extra, dropped, cut)
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         raise NotImplementedError
 
-    def _nothing_learned(self, draft: Draft) -> str:
-        """Why a record is dropped of which only `</s>` would be learned; "": it is not."""
-        learned = [part for segment in draft.segments if segment.learned for part in segment.parts]
+    def _nothing_learned(self, segmented: SegmentList) -> str:
+        """Reason to drop a record whose only target would be `</s>`, or ""."""
+        learned = [part for segment in segmented.segments if segment.learned for part in segment.parts]
         blank = all(not part.strip() if isinstance(part, str) else not part for part in learned)
         return "there is nothing to learn" if blank else ""
 
-    def _join(self, draft: Draft) -> tuple[list[int], list[int]]:
+    def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
         bos, eos = self.tokenizer.bos_id, self.tokenizer.eos_id
         ids, labels = [bos], [bos if self.whole else IGNORED]
-        for segment in draft.segments:
+        for segment in segmented.segments:
             piece = self.encode(segment.parts)
             ids += piece
             labels += piece if segment.learned else [IGNORED] * len(piece)
@@ -129,8 +128,8 @@ class Decoder:
         return [id for _, ids in self.pieces(parts) for id in ids]
 
     def pieces(self, parts: Sequence[Any]) -> Iterator[tuple[Any, list[int]]]:
-        """Texts and images with their ids: white space next to an image goes, and names of control words in the texts
-        become control words."""
+        """Texts and images with their ids: white space next to an image is stripped, control words in texts become
+        special tokens."""
         merged = merge_text(parts)
         for place, part in enumerate(merged):
             if not isinstance(part, str):
@@ -140,11 +139,11 @@ class Decoder:
             yield part, self.tokenizer.encode(text.rstrip() if place + 1 < len(merged) else text)
 
     def image_ids(self, image: Any) -> list[int]:
-        """The words of an image, with image start and end."""
+        """Tokens of an image, with image start and end."""
         return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
 
     def as_text(self, segments: Sequence[Segment]) -> str:
-        """The segments written out, images by the names of their words."""
+        """The segments as text, images as the names of their tokens."""
         parts = [part for segment in segments for part in segment.parts]
         return "".join(part if isinstance(part, str) else "".join(self.tokenizer.tokens(self.image_ids(part)))
                        for part in parts)
@@ -152,10 +151,10 @@ class Decoder:
     # ---- fields
 
     def need(self, fields: Mapping[str, Any], name: str, kind: type[T]) -> T:
-        """A field of this type. Raises `BadRecord`: the record lacks it, or it is of another type."""
+        """A field of this type. Raises BadRecord: missing or of another type."""
         value = fields.get(name)
         if value is None:
-            raise BadRecord("missing key", f"{name}: is missing; decoder {self.name} needs it.")
+            raise BadRecord("missing key", f"{name}: missing; decoder {self.name} needs it.")
         if not isinstance(value, kind):
             raise BadRecord("wrong type", f"{name}: must be a {kind.__name__}, not {shorten(value)}.")
         return value
@@ -175,7 +174,7 @@ class Decoder:
     # ---- images
 
     def codes(self, value: Any, name: str) -> list[int]:
-        """The codes of one image, all within the codebook, since others would be other words."""
+        """The codes of one image, checked against the codebook size."""
         size = self.vocabulary.n_codes
         codes: list[int] = self.need({name: value}, name, list)
         if any(type(code) is not int or not 0 <= code < size for code in codes):
@@ -185,16 +184,16 @@ class Decoder:
             raise BadRecord("number of codes", f"{name}: an image has {wanted} codes, not {len(codes)}.")
         return codes
 
-    def image(self, fields: Mapping[str, Any], draws: SeededDraws, *, read: bool) -> list[int]:
-        """The image of `image_ids`. One that the model reads is drawn from `views` (code lists of the same image) where
-        the record has some; one that it writes is drawn from them only without `image_ids`."""
+    def image(self, fields: Mapping[str, Any], rng: SeededRandom, *, read: bool) -> list[int]:
+        """The image of `image_ids`. An input image is drawn from `views` (code lists of the same image) if the record
+        has some; a target image only without `image_ids`."""
         if fields.get("views") and (read or fields.get("image_ids") is None):
-            return self.one_view(fields["views"], "views", draws)
+            return self.one_view(fields["views"], "views", rng)
         return self.codes(fields.get("image_ids"), "image_ids")
 
-    def one_view(self, views: Sequence[Any], name: str, draws: SeededDraws) -> list[int]:
+    def one_view(self, views: Sequence[Any], name: str, rng: SeededRandom) -> list[int]:
         """One of several code lists of the same image."""
-        return self.codes(draws.choice(views) if len(views) > 1 else views[0], name)
+        return self.codes(rng.choice(views) if len(views) > 1 else views[0], name)
 
     def images(self, fields: Mapping[str, Any]) -> list[list[int]]:
         """The images of `image_ids`: one long list of codes, or a list for each image."""
@@ -203,18 +202,18 @@ class Decoder:
 
 
 def split_codes(codes: list[Any], size: int) -> list[Any]:
-    """A list for each image, of one long list of codes or of such a list of lists."""
+    """One list per image, from a flat list of codes or a list of lists."""
     if any(isinstance(item, list) for item in codes):
         return codes
     return [codes[start:start + size] for start in range(0, len(codes), size)]
 
 
 def metadata_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The object under `metadata`, which may be json text; empty without one."""
+    """The object under `metadata`, which may be JSON text; empty if absent."""
     value = fields.get("metadata")
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError:
-            raise BadRecord("malformed json", f"metadata: is not json: {shorten(value)}.") from None
+            raise BadRecord("malformed json", f"metadata: is not JSON: {shorten(value)}.") from None
     return value if isinstance(value, Mapping) else {}

@@ -1,10 +1,10 @@
-"""Our general decoder: `messages` → a dialogue in a prompt template, as at inference.
+"""General decoder: `messages` → a dialogue in a prompt template, as at inference.
 
     <s>USER: [image]question\\nASSISTANT:answer[image]\\nUSER: question\\nASSISTANT:answer</s>
 
-Learned are the answers, each up to the words that open the user's next turn (there a system stops), the last one to
-`</s>`. Names of control words in the texts are ordinary letters, as in every prompt of ours. White space next to an
-image goes, but for the end of a prompt before a learned answer: the prompt is there before the answer is known.
+Answers are learned, each up to the marker of the user's next turn (the stop string), the last one up to `</s>`.
+Control words in texts stay plain text, as in prompts. White space next to an image is stripped, except at the end of a
+prompt before a learned answer, as at inference.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
+from seed_multimodal.data.decoders.base import (
+    IGNORED,
+    Decoder,
+    DecoderOptions,
+    Part,
+    SeededRandom,
+    Segment,
+    SegmentList,
+)
 from seed_multimodal.data.formats.record import BadRecord, shorten
 from seed_multimodal.language.prompts import TEMPLATES, get_template
 from seed_multimodal.settings import setting
 
 
 class Chat(Decoder):
-    """A conversation of texts and images: `messages` as `formats.conversations.with_messages` makes them, and `system`,
-    which stands before everything."""
+    """A conversation of texts and images: `messages` from `formats.conversations.with_messages`, and the `system`
+    message."""
 
     name = "chat"
 
@@ -29,19 +37,19 @@ class Chat(Decoder):
     class Options(DecoderOptions):
         template: str = setting("vicuna", choices=tuple(TEMPLATES))
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:  # its segments have one part each
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         turns = [(message["role"], message["content"]) for message in self.need(fields, "messages", list)]
-        rendered = [(role, [self._part(part, f"messages[{place}].content[{number}]", draws)
+        rendered = [(role, [self._part(part, f"messages[{place}].content[{number}]", rng)
                             for number, part in enumerate(content)]) for place, (role, content) in enumerate(turns)]
         template, system = get_template(self.options.template), fields.get("system") or ""
         segments: list[Segment] = []
-        for place in range(len(rendered)):  # a shorter dialogue's parts begin a longer one's
+        for place in range(len(rendered)):  # turns of a shorter dialogue are a prefix of a longer one's
             parts = template.render(rendered[:place + 1], system)
             segments += [Segment([part], learned=place % 2 == 1) for part in parts[len(segments):]]
-        return Draft(segments)
+        return SegmentList(segments)
 
-    def _join(self, draft: Draft) -> tuple[list[int], list[int]]:  # behind an answer the next turn's marker is learned
-        segments = draft.segments
+    def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
+        segments = segmented.segments
         marker = self.tokenizer.encode_parts([get_template(self.options.template).turn_marker], strip=False)
         ids, labels = [self.tokenizer.bos_id], [IGNORED]
         for place, segment in enumerate(segments):
@@ -63,11 +71,11 @@ class Chat(Decoder):
             labels += piece[:learned] + [IGNORED] * (len(piece) - learned)
         return [*ids, self.tokenizer.eos_id], [*labels, self.tokenizer.eos_id]
 
-    def _part(self, part: Any, name: str, draws: SeededDraws) -> Part:
+    def _part(self, part: Any, name: str, rng: SeededRandom) -> Part:
         if isinstance(part, str):
             return part
         if not part.get("codes"):
-            raise BadRecord("not tokenised", f"{name}: must be a text or an image with codes, not {shorten(part)}; "
-                                             "tokenise the data first.")
+            raise BadRecord("not tokenised", f"{name}: must be text or an image with codes, not {shorten(part)}; "
+                                             "tokenize the data first.")
         codes = part["codes"]
-        return self.one_view(codes if isinstance(codes[0], list) else [codes], f"{name}.codes", draws)
+        return self.one_view(codes if isinstance(codes[0], list) else [codes], f"{name}.codes", rng)

@@ -1,14 +1,14 @@
-"""LaVIT's unified pre-training, and what its model is tuned with.
+"""LaVIT's unified pre-training and tuning.
 
-    lavit.caption    [image] caption</s>                        the image is read; its caption and </s> are learned
-                     caption[ codes ]                           the image is written; codes and ] are learned
-                     [ codes ]                                  the caption was dropped: the context for guidance
+    lavit.caption    [image] caption</s>                        image as input; caption and </s> are learned
+                     caption[ codes ]                           image as target; codes and ] are learned
+                     [ codes ]                                  caption dropped, for classifier-free guidance
     lavit.question   [image] Question: … Answer: answer</s>     answer and </s> are learned
-    lavit.compose    codes instruction[ codes ]                 an image and words to an image; the last codes and ]
+    lavit.compose    codes instruction[ codes ]                 image and instruction to image; last codes and ]
 
-[ and ] are image start and end. An image is read as features and written as codes, as many as the token selector keeps:
-that is known on the device only, so places are planned for it here (`training.lavit.rows` puts in the kept ones). There
-is no <s>, as at inference. Plain text: `pretrain.text`. Source: the paper's §3, §5.3.
+[ and ] are image start and end. Input images are features, target images codes; their number is known only after the
+token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces them). As at
+inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the paper.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.decoders.base import IGNORED, Draft, SeededDraws, Segment
-from seed_multimodal.data.decoders.seed_x import OpenedDecoder, OpenedOptions, PictureSequence, UsedPicture
+from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, Segment, SegmentList
+from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder, OpenedImage, OpenedOptions
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.lavit.processing import QUESTION, LavitTokenizer
 from seed_multimodal.settings import setting
@@ -30,9 +30,9 @@ Codes = list[int]
 
 
 class LavitDecoder(OpenedDecoder):
-    """Base of these decoders; for an image 3/8 of its patches are planned (the selector aims at a third)."""
+    """Base of these decoders; plans 3/8 of an image's patches (the token selector aims at a third)."""
 
-    Words = LavitTokenizer
+    Tokenizer = LavitTokenizer
     interpolation = "bicubic"
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
@@ -42,28 +42,28 @@ class LavitDecoder(OpenedDecoder):
         self.code_counts = list(range(1, patches + 1))
         self.places = -(-patches * 3 // 8)
 
-    def text(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> str:
-        """A text of the record; of a list, one of them."""
+    def text(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> str:
+        """A text of the record, drawn from it if it is a list."""
         several = isinstance(fields.get(name), list)
-        return self.filled({name: draws.choice(self.texts(fields, name))} if several else fields, name).strip()
+        return self.filled({name: rng.choice(self.texts(fields, name))} if several else fields, name).strip()
 
-    def seen(self, fields: Mapping[str, Any], name: str, draws: SeededDraws, written: bool) -> UsedPicture:
-        """The opened image of a field; which of its patches are kept depends on a seed of its own."""
-        return UsedPicture(self.need(fields, name, Image.Image), None, written, draws.randint(0, _SEEDS))
+    def seen(self, fields: Mapping[str, Any], name: str, rng: SeededRandom, written: bool) -> OpenedImage:
+        """The opened image of a field, with a seed for the selection of its patches."""
+        return OpenedImage(self.need(fields, name, Image.Image), None, written, rng.randint(0, _SEEDS))
 
-    def drawn(self, fields: Mapping[str, Any], name: str, draws: SeededDraws) -> UsedPicture | Codes:
-        """An image as codes: those of the record under `NAME_ids`, else to be made from the image."""
+    def drawn(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> OpenedImage | Codes:
+        """An image as codes: those under `NAME_ids`, else computed from the image."""
         ids = f"{name}_ids"
-        return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, draws, True)
+        return self.codes(fields[ids], ids) if fields.get(ids) is not None else self.seen(fields, name, rng, True)
 
-    def written(self, image: UsedPicture | Codes) -> list[Segment]:
-        """An image that is learned: its start is given, codes and end are not."""
+    def written(self, image: OpenedImage | Codes) -> list[Segment]:
+        """A target image: its start token has no loss, codes and end have."""
         return [Segment([self.start], learned=False), Segment([image, self.end])]
 
-    def _fill(self, sequence: PictureSequence, draft: Draft) -> None:
-        for segment in draft.segments:
+    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
+        for segment in segmented.segments:
             for part in segment.parts:
-                image = part if isinstance(part, UsedPicture) else None
+                image = part if isinstance(part, OpenedImage) else None
                 if image is not None:
                     ids = [self.vocabulary.code_start] * self.places
                 elif isinstance(part, int):
@@ -72,15 +72,15 @@ class LavitDecoder(OpenedDecoder):
                     codes = not isinstance(part, str)
                     ids = self.vocabulary.code_to_id(part) if codes else self.tokenizer.encode_parts([part])
                 self.add(sequence, ids, ids if segment.learned else [IGNORED] * len(ids), image)
-        if sequence.ids[-1] != self.end:  # no `</s>` behind an image
+        if sequence.ids[-1] != self.end:  # no `</s>` after an image
             self.add(sequence, [self.tokenizer.eos_id], [self.tokenizer.eos_id])
 
 
 class Caption(LavitDecoder):
-    """An image and its caption, either first: `text` and `image` or `image_ids` (its codes, which are written only).
+    """An image and its caption, either first: `text` and `image` or `image_ids` (its codes, only as a target).
 
-    `img_first_ratio`: share of samples that read the image and learn the caption. `text_dropout`: share of the others
-    without their caption, so that generation can be guided.
+    `img_first_ratio`: share of samples with the caption as target. `text_dropout`: share of the others without caption,
+    for classifier-free guidance.
     """
 
     name = "lavit.caption"
@@ -91,19 +91,19 @@ class Caption(LavitDecoder):
         img_first_ratio: float = setting(0.5, least=0, most=1)
         text_dropout: float = setting(0.1, least=0, most=1)
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
-        text = self.text(fields, "text", draws)
-        reads = draws.uniform() < self.options.img_first_ratio
-        dropped = draws.uniform() < self.options.text_dropout
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+        text = self.text(fields, "text", rng)
+        reads = rng.uniform() < self.options.img_first_ratio
+        dropped = rng.uniform() < self.options.text_dropout
         if reads and (fields.get("image") is not None or fields.get("image_ids") is None):
-            shown = [self.start, self.seen(fields, "image", draws, False), self.end]
-            return Draft([Segment(shown, learned=False), Segment([text])], {"text": text})
+            shown = [self.start, self.seen(fields, "image", rng, False), self.end]
+            return SegmentList([Segment(shown, learned=False), Segment([text])], {"text": text})
         before = [] if dropped else [Segment([text], learned=False)]
-        return Draft([*before, *self.written(self.drawn(fields, "image", draws))], {"text": text})
+        return SegmentList([*before, *self.written(self.drawn(fields, "image", rng))], {"text": text})
 
 
 class Question(LavitDecoder):
-    """An image, a question and its answer: `image`, `question`, `answer`. `prompt`: with `{}` for the question."""
+    """An image, a question and its answer: `image`, `question`, `answer`. `prompt`: has `{}` for the question."""
 
     name = "lavit.question"
     image_fields = ("image",)
@@ -112,17 +112,16 @@ class Question(LavitDecoder):
     class Options(OpenedOptions):
         prompt: str = QUESTION
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
-        asked = self.options.prompt.replace("{}", self.text(fields, "question", draws))
-        answer = self.text(fields, "answer", draws)
-        shown = [self.start, self.seen(fields, "image", draws, False), self.end, asked]
-        return Draft([Segment(shown, learned=False), Segment([answer])], {"text": answer})
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+        asked = self.options.prompt.replace("{}", self.text(fields, "question", rng))
+        answer = self.text(fields, "answer", rng)
+        shown = [self.start, self.seen(fields, "image", rng, False), self.end, asked]
+        return SegmentList([Segment(shown, learned=False), Segment([answer])], {"text": answer})
 
 
 class Compose(LavitDecoder):
-    """An image as codes and words, made into another image: `source_image`, `target_image` (or the codes of each,
-    `source_image_ids`, `target_image_ids`), `instruction`. `text_dropout`: as of a caption; image and words are left
-    out."""
+    """An edited image: `source_image`, `target_image` (or their codes, `source_image_ids`, `target_image_ids`),
+    `instruction`. `text_dropout`: as in `Caption`, for both image and instruction."""
 
     name = "lavit.compose"
     image_fields = ("source_image", "target_image")
@@ -131,8 +130,8 @@ class Compose(LavitDecoder):
     class Options(OpenedOptions):
         text_dropout: float = setting(0.1, least=0, most=1)
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
-        text = self.text(fields, "instruction", draws)
-        given = Segment([self.drawn(fields, "source_image", draws), text], learned=False)
-        before = [] if draws.uniform() < self.options.text_dropout else [given]
-        return Draft([*before, *self.written(self.drawn(fields, "target_image", draws))], {"text": text})
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
+        text = self.text(fields, "instruction", rng)
+        given = Segment([self.drawn(fields, "source_image", rng), text], learned=False)
+        before = [] if rng.uniform() < self.options.text_dropout else [given]
+        return SegmentList([*before, *self.written(self.drawn(fields, "target_image", rng))], {"text": text})

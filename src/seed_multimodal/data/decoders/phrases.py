@@ -1,18 +1,18 @@
-"""The sentences of the released instruction data, as far as they are known, and ours in the other places.
+"""Canned sentences of the original instruction data where they are known, and our own in the other places.
 
-A request and the response to it share an index, and the places of known ones are the released ones.
+A request and its response share an index; known ones keep their original index.
 """
 
 from __future__ import annotations
 
 EDIT_PREFIX = "Edit this image with the instruction: "  # dropped from the instructions of the pretraining edit data
-NO_DIALOGUE = "Image Descriptions"  # a question holding this has no dialogue in it
+NO_DIALOGUE = "Image Descriptions"  # a question that contains this has no dialogue
 VIDEO_ARTEFACT = "\nQA_GT_caption_based_noisy"  # left in some answers of ActivityNet-QA
 FIRST_IMAGE, SECOND_IMAGE = "This is the first image.", "This is the second image."
 NEXT_IMAGE_REQUEST, NEXT_IMAGE_RESPONSE = "Please generate an image.", "Here is an image."
 
-# Requests for a picture of something, and the responses; from DRAW_QUESTION on they end in a question mark. Seen in
-# recordings of the original: 0 to 4 (1 and 3 without their places), 6, 8, 9, 12, 15, 16.
+# Requests to generate an image, and the responses; from DRAW_QUESTION on they end in a question mark. Known from
+# recordings of the original: 0 to 4 (1 and 3 without their index), 6, 8, 9, 12, 15, 16.
 DRAW_REQUESTS = (
     "Please show me a picture of", "Please generate an image of", "Please produce a photo of", "Generate an image of",
     "Please draw a painting of", "Please make a drawing of", "I'd love to see an illustration of", "I need an image of",
@@ -29,13 +29,13 @@ DRAW_RESPONSES = (
     "Absolutely, here is a painting.", "Sure, here is a picture.", "Yes, here is the photo.",
     "Yes, here is the picture.", "Yes, here is the illustration.")
 
-# Responses to an editing instruction; the released decoders only ever draw the first EDIT_DRAWN of them. Seen: 0 to 4.
+# Responses to an editing instruction; the original decoders use only the first EDIT_DRAWN of them. Known: 0 to 4.
 EDIT_RESPONSES = (
     "Here is a picture.", "I have created an image.", "Enjoy this picture.", "I have generated an image.",
     "Here's a picture.", "Here is the edited picture.", "Here is the changed image.", "Here is the new picture.")
 EDIT_DRAWN = 6
 
-# Seen: the pairs 1 and 5.
+# Known: the pairs 1 and 5.
 STORY_REQUESTS = (
     "Please go on with the story in pictures and texts.",
     "Would you utilize pictures and texts to show me the following story?",
@@ -59,8 +59,8 @@ STORY_RESPONSES = (
     "This is how it ends, in pictures and words.",
     "I have written and illustrated what comes next.")
 
-# SEED-X's requests for a picture (the caption follows) and the responses; those of SEEDX_DRAW_KNOWN were seen in
-# recordings at their places, the others are ours.
+# SEED-X's requests to generate an image (the caption follows) and the responses; those of SEEDX_DRAW_KNOWN are known
+# from recordings, with their index, the others are ours.
 SEEDX_DRAW_KNOWN = (7, 9, 14, 15, 18)
 _SEEDX_DRAW = (
     ("Please show me a picture of", "Here is a picture."), ("Please generate an image of", "Here is an image."),
@@ -83,7 +83,7 @@ _SEEDX_DRAW = (
     ("Can you show me a photograph of", "Yes, here is the photograph."))
 SEEDX_DRAW_REQUESTS, SEEDX_DRAW_RESPONSES = (tuple(pair[side] for pair in _SEEDX_DRAW) for side in (0, 1))
 
-# SEED-X's responses to an editing instruction; the last one is empty. Seen, without their places: the first eight.
+# SEED-X's responses to an editing instruction; the last one is empty. Known, without their index: the first eight.
 SEEDX_EDIT_RESPONSES = (
     "Here's a painting.", "I have created a photo.", "Here is a photograph.", "Enjoy this illustration.",
     "Of course, here is a photo.", "Here is a picture.", "Here is a photo.", "Sure, please enjoy this illustration.",

@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.data.decoders import base
-from seed_multimodal.data.decoders.base import IGNORED, Decoder, DecoderOptions, Draft, Part, SeededDraws, Segment
+from seed_multimodal.data.decoders.base import (
+    IGNORED,
+    Decoder,
+    DecoderOptions,
+    Part,
+    SeededRandom,
+    Segment,
+    SegmentList,
+)
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.settings import setting
@@ -26,8 +34,8 @@ class Caption(Decoder):
     """An image (`image_ids` or `views`) and its caption (`text`, which may be a list).
 
     `reverse_ratio`: share of samples with the image first. `caption_prompt`: one template with `{}` for the caption, or
-    several. `mask_left_label`: the left part is not learned. `use_caption_in_metadata`: the caption is
-    `metadata[caption_key_in_metadata]`. `first_text`: share of draws that take the first of several captions (ours).
+    several. `mask_left_label`: no loss on the left part. `use_caption_in_metadata`: the caption is
+    `metadata[caption_key_in_metadata]`. `first_text`: share of samples with the first of several captions (ours).
     """
 
     name, whole = "pretrain.caption", True
@@ -41,29 +49,29 @@ class Caption(Decoder):
         first_text: float = setting(0.0, least=0, most=1)
         caption_prompt: str | list[str] | None = None
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         prompts = self.options.caption_prompt or "{}"
-        prompt = draws.choice([prompts] if isinstance(prompts, str) else prompts)
-        image_first = draws.uniform() < self.options.reverse_ratio
-        image = self.image(fields, draws, read=image_first)
-        caption = self._caption(fields, draws)
+        prompt = rng.choice([prompts] if isinstance(prompts, str) else prompts)
+        image_first = rng.uniform() < self.options.reverse_ratio
+        image = self.image(fields, rng, read=image_first)
+        caption = self._caption(fields, rng)
         parts: list[Part] = [image, prompt.format(caption)]
         blank = "" if caption.strip(base.BLANK_CAPTION) else BLANK
-        return Draft([Segment(parts if image_first else parts[::-1])], {"text": caption}, blank)
+        return SegmentList([Segment(parts if image_first else parts[::-1])], {"text": caption}, blank)
 
-    def _caption(self, fields: Mapping[str, Any], draws: SeededDraws) -> str:
+    def _caption(self, fields: Mapping[str, Any], rng: SeededRandom) -> str:
         if self.options.use_caption_in_metadata:
             return self.need(base.metadata_of(fields), self.options.caption_key_in_metadata, str)
         if not isinstance(fields.get("text"), list):
             return self.need(fields, "text", str)
         texts = self.texts(fields, "text")
-        first = self.options.first_text and draws.uniform() < self.options.first_text
-        return texts[0] if first else draws.choice(texts)
+        first = self.options.first_text and rng.uniform() < self.options.first_text
+        return texts[0] if first else rng.choice(texts)
 
-    def decode(self, fields: Mapping[str, Any], draws: SeededDraws, max_length: int | None = None
+    def decode(self, fields: Mapping[str, Any], rng: SeededRandom, max_length: int | None = None
                ) -> base.TokenSequence:
-        """As of `Decoder`; a sample whose left part, which is not learned, was cut is dropped."""
-        sequence = super().decode(fields, draws, max_length)
+        """As `Decoder.decode`; drops a sample whose left part (without loss) was truncated."""
+        sequence = super().decode(fields, rng, max_length)
         if self.options.mask_left_label:
             image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
             last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
@@ -74,7 +82,7 @@ class Caption(Decoder):
 
 
 class Interleaved(Decoder):
-    """A document: `image_ids` and `texts` are equally long, at each place one of the two is None.
+    """A document: `image_ids` and `texts` have the same length; at each index one of the two is None.
 
     `reverse_ratio`: share of documents in which every image is swapped with the element after it.
     `max_images`: a document ends before the next image, or after the text that follows the last.
@@ -87,11 +95,11 @@ class Interleaved(Decoder):
         reverse_ratio: float = setting(0.5, least=-1, most=1)
         max_images: int | None = setting(None, least=1)
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         images, texts = self.need(fields, "image_ids", list), self.need(fields, "texts", list)
-        backwards = draws.uniform() < self.options.reverse_ratio
+        backwards = rng.uniform() < self.options.reverse_ratio
         if len(images) != len(texts) or any((a is None) == (b is None) for a, b in zip(images, texts, strict=True)):
-            return Draft([], dropped="a place of the document is not either an image or a text")
+            return SegmentList([], dropped="an element of the document is not either an image or a text")
         parts: list[Part] = []
         left = len(images) if self.options.max_images is None else self.options.max_images
         for place in _swapped(images) if backwards else range(len(texts)):
@@ -103,7 +111,7 @@ class Interleaved(Decoder):
                 parts.append(self.need({f"texts[{place}]": texts[place]}, f"texts[{place}]", str))
             if not left:
                 break
-        return Draft([Segment(parts)])
+        return SegmentList([Segment(parts)])
 
 
 def _swapped(images: Sequence[Any]) -> list[int]:
@@ -117,7 +125,7 @@ def _swapped(images: Sequence[Any]) -> list[int]:
 
 
 class Video(Decoder):
-    """The first `num_frames` of a clip (`image_ids`; `flat`: one long list, else a list for each) and what it shows
+    """The first `num_frames` of a clip (`image_ids`; `flat`: one flat list, else one per frame) and its description
     (`answer`)."""
 
     name = "pretrain.video"
@@ -127,38 +135,38 @@ class Video(Decoder):
         num_frames: int = setting(4, least=1)
         flat: bool = True
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         number, per_frame = self.options.num_frames, self.vocabulary.tokens_per_image if self.options.flat else 1
         codes = self.need(fields, "image_ids", list)
         if self.options.flat and len(codes) < number * per_frame:
-            raise BadRecord("number of frames", f"image_ids: holds fewer than num_frames ({number}) frames.")
+            raise BadRecord("number of frames", f"image_ids: has fewer than num_frames ({number}) frames.")
         frames = self.images({"image_ids": codes[:number * per_frame]})
         segments = [Segment(frames, learned=False), Segment([self.need(fields, "answer", str)])]
-        return Draft(segments, {"text": self.as_text(segments)})
+        return SegmentList(segments, {"text": self.as_text(segments)})
 
 
 class Text(Decoder):
-    """Text alone (`text`)."""
+    """Plain text (`text`)."""
 
     name, whole = "pretrain.text", True
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         text = self.need(fields, "text", str)
-        return Draft([Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK)
+        return SegmentList([Segment([text])], {"text": text}, "" if text.strip(base.BLANK_CAPTION) else BLANK)
 
 
 class Edit(Decoder):
-    """An image, what to change, and the changed image: `source_image_ids`, `instruction`, `target_image_ids`."""
+    """An image, an instruction and the edited image: `source_image_ids`, `instruction`, `target_image_ids`."""
 
     name, whole = "pretrain.edit", True
 
-    def _draft(self, fields: Mapping[str, Any], draws: SeededDraws) -> Draft:
+    def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
         source, target = (self.codes(fields.get(name), name) for name in ("source_image_ids", "target_image_ids"))
         instruction = self.need(fields, "instruction", str).replace(EDIT_PREFIX, "")
-        return Draft([Segment([source, instruction, target])])
+        return SegmentList([Segment([source, instruction, target])])
 
-    def _join(self, draft: Draft) -> tuple[list[int], list[int]]:
-        ids, labels = super()._join(draft)
-        # As in the original: counted on the instruction alone, so blanks lost next to the image hide `<img>` too.
-        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(draft.segments[0].parts[1]))
+    def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
+        ids, labels = super()._join(segmented)
+        # As in the original: counted on the instruction alone, so blanks stripped next to the image mask `<img>` too.
+        count = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(segmented.segments[0].parts[1]))
         return ids, [IGNORED] * min(count, len(ids)) + labels[count:]

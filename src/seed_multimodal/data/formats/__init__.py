@@ -1,1 +1,1 @@
-"""Records on disk, read into one type whatever the format, and written as webdataset tars."""
+"""Readers of all record formats, with one record type, and the webdataset tar writer."""

@@ -1,16 +1,16 @@
-"""Conversations of any known format -> `messages`: LLaVA's json, SEED-X's jsonl, chat lists with roles.
+"""Conversations in any known format -> `messages`: LLaVA's JSON, SEED-X's JSONL, chat lists with roles.
 
     fields["messages"] = [{"role": "user" | "assistant", "content": [part, ...]}, ...]
-    part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one picture) | {"image": "a.jpg"}
+    part = "text" | {"codes": [12, 7, ...]} | {"codes": [[...], [...]]} (views of one image) | {"image": "a.jpg"}
 
-| spelling | images | place of an image |
+| format | images | place of an image |
 | --- | --- | --- |
-| `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` when tokenised | each `<image>` |
-| `messages: [{role, content}]` | parts of `content`, or `images` / `image` / `image_ids` | there, or each `<image>` |
+| `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` if tokenized | each `<image>` |
+| `messages: [{role, content}]` | parts of `content`, or `images` / `image` / `image_ids` | there or each `<image>` |
 | `data: [question, answer, ...]` (SEED-X) | `image` | each `<image>`, else before the first question |
 | `source_image`, `target_image`, `instruction` (SEED-X) | these | read first, drawn last |
 
-The other fields stay as they are; a system message goes to `fields["system"]`. Records of other kinds are untouched.
+Other fields stay unchanged; a system message goes to `fields["system"]`. Records of other kinds are returned as is.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Part = str | dict[str, Any]
 
 
 def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The fields of a record, with `messages` when it is a conversation. Raises BadRecord: a turn lacks author or text,
-    authors do not alternate, or there are more or fewer `<image>` placeholders than images."""
+    """The fields of a record, with `messages` if it is a conversation. Raises BadRecord: a turn lacks role or text,
+    roles do not alternate, or the number of `<image>` placeholders differs from the number of images."""
     fields = dict(item)
     if fields.keys().isdisjoint(("messages", "conversations", "data", "source_image")):
         return fields
     for key in ("messages", "conversations", "data"):
-        # Parquet tables often hold them as json text; a `data` that is no list is something else, such as a date.
+        # Parquet tables often store them as JSON text; a `data` that is no list is another field, such as a date.
         if isinstance(fields.get(key), str) and (key != "data" or fields[key].lstrip().startswith("[")):
             fields[key] = parse_json(fields[key], f"{where}: {key!r}")
     if "messages" in fields or "conversations" in fields:
@@ -51,15 +51,15 @@ def with_messages(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     else:
         return fields
     placed = any(not isinstance(part, str) for _, content in turns for part in content)
-    # Pictures that stand in the turns already: `image` beside them is their origin only.
-    pictures = [] if placed and not _placeholders(turns) else _pictures(fields, turns, where)
-    if pictures and "data" in fields and not _placeholders(turns):
-        turns[0][1][:0] = [PLACEHOLDER] * len(pictures)
-    count, left = _placeholders(turns), iter(pictures)
-    if count != len(pictures):
+    # With images in the turns, a field `image` only names their source.
+    images = [] if placed and not _placeholders(turns) else _images(fields, turns, where)
+    if images and "data" in fields and not _placeholders(turns):
+        turns[0][1][:0] = [PLACEHOLDER] * len(images)
+    count, left = _placeholders(turns), iter(images)
+    if count != len(images):
         raise BadRecord("images and placeholders", f"{where}: {counted(count, f'{PLACEHOLDER} placeholder')} for "
-                        f"{counted(len(pictures), 'picture')}.")
-    turns = [(role, _with_pictures(content, left)) for role, content in turns]
+                        f"{counted(len(images), 'image')}.")
+    turns = [(role, _with_images(content, left)) for role, content in turns]
     if turns and turns[0][0] == "system":
         fields["system"] = "".join(part for part in turns.pop(0)[1] if isinstance(part, str))
     _check_order(turns, where)
@@ -76,14 +76,14 @@ def _turns(value: Any, key: str, where: str) -> list[tuple[str, list[Part]]]:
         content = turn.get("value") if turn.get("content") is None else turn["content"]
         role = ROLES.get(str(author).lower())
         if role is None:
-            raise BadRecord("wrong role", f"{name}: its author is {shorten(author)}, not one of {', '.join(ROLES)}.")
+            raise BadRecord("wrong role", f"{name}: its role is {shorten(author)}, not one of {', '.join(ROLES)}.")
         parts = [content] if isinstance(content, str) else _list(content, name)
         turns.append((role, [_part(part, name) for part in parts]))
     return turns
 
 
 def _part(part: Any, name: str) -> Part:
-    """A part of a turn in our form, from ours or from a chat API's (`{"type": "text", "text": …}`)."""
+    """A part of a turn, converted from a chat API's form (`{"type": "text", "text": …}`)."""
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping):
@@ -95,9 +95,9 @@ def _part(part: Any, name: str) -> Part:
         image = image.get("url", image) if isinstance(image, Mapping) else image
         if image not in NO_IMAGE:
             return {"image": image}
-        if part.get("type") == "image":  # the image stands in `images`
+        if part.get("type") == "image":  # its image is in `images`
             return PLACEHOLDER
-    raise BadRecord("missing key", f"{name}: a part holds neither text, 'codes' nor 'image': {shorten(part)}.")
+    raise BadRecord("missing key", f"{name}: a part has neither text, 'codes' nor 'image': {shorten(part)}.")
 
 
 def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
@@ -110,14 +110,14 @@ def _edit(fields: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
             {"role": "assistant", "content": [*response, {"image": fields["target_image"]}]}]
 
 
-def _pictures(fields: Mapping[str, Any], turns: Sequence[tuple[str, list[Part]]], where: str) -> list[Part]:
-    """The pictures that replace the placeholders, in order."""
+def _images(fields: Mapping[str, Any], turns: Sequence[tuple[str, list[Part]]], where: str) -> list[Part]:
+    """The images that replace the placeholders, in order."""
     codes = fields.get("image_ids")
     if codes is not None:
         codes = _list(codes, f"{where}: 'image_ids'")
         if not codes or isinstance(codes[0], list):
             return [{"codes": one} for one in codes]
-        count = max(1, _placeholders(turns))  # pictures written one after the other
+        count = max(1, _placeholders(turns))  # images in a flat list
         size = -(-len(codes) // count)
         return [{"codes": codes[start:start + size]} for start in range(0, len(codes), size)]
     images = fields.get("images") if fields.get("images") is not None else fields.get("image")
@@ -129,7 +129,7 @@ def _placeholders(turns: Sequence[tuple[str, list[Part]]]) -> int:
     return sum(part.count(PLACEHOLDER) for _, content in turns for part in content if isinstance(part, str))
 
 
-def _with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Part]:
+def _with_images(content: Sequence[Part], images: Iterator[Part]) -> list[Part]:
     """The parts of a turn with its images; empty texts are dropped."""
     parts: list[Part] = []
     for part in content:
@@ -139,7 +139,7 @@ def _with_pictures(content: Sequence[Part], pictures: Iterator[Part]) -> list[Pa
         first, *others = part.split(PLACEHOLDER)
         parts.append(first)
         for text in others:
-            parts += [next(pictures), text]
+            parts += [next(images), text]
     return [part for part in parts if part != ""]
 
 
@@ -155,5 +155,5 @@ def _check_order(turns: Sequence[tuple[str, list[Part]]], where: str) -> None:
 
 def _list(value: Any, name: str) -> list[Any]:
     if not isinstance(value, list | tuple):
-        raise BadRecord("wrong type", f"{name}: {shorten(value)} is no list.")
+        raise BadRecord("wrong type", f"{name}: {shorten(value)} is not a list.")
     return list(value)

@@ -1,6 +1,6 @@
-"""The index of a data file: where each record stands, in one `.npz`.
+"""The index of a data file: offsets of its records, in one `.npz`.
 
-    beside the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
+    next to the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
     elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
 """
 
@@ -22,14 +22,14 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
 
 FOLDER = ".seed-index"
-KEEP_FROM = 1 << 20  # bytes: smaller files beside which no index is written by itself
+KEEP_FROM = 1 << 20  # bytes: no index is written for smaller files
 VERSION = "2"
 
 Arrays = Mapping[str, np.ndarray]
 
 
 class IndexedFile:
-    """A file of some kind whose records are found by an index; base of the readers."""
+    """A file with indexed records; base of the readers."""
 
     kind = ""
 
@@ -37,12 +37,12 @@ class IndexedFile:
         self.path = str(path)
 
     def scan(self) -> Arrays:
-        """The index, from the file's content. Raises DataError."""
+        """Build the index from the file's content. Raises DataError."""
         raise NotImplementedError
 
     def write_index(self) -> None:
-        """Write the index beside the file, if it is not there. Raises DataError."""
-        head, place = self._head(), index_beside(self.path)
+        """Write the index next to the file, unless it exists. Raises DataError."""
+        head, place = self._head(), index_path(self.path)
         if _read(place, head) is None:
             try:
                 _write(place, {"head": head, **self.scan()})
@@ -55,8 +55,8 @@ class IndexedFile:
 
     @cached_property
     def arrays(self) -> Arrays:
-        """The index beside the file, the one in the folder for indexes, or a new one, which is kept there."""
-        remote, head, beside = is_remote(self.path), self._head(), index_beside(self.path)
+        """The index next to the file or in the index folder, else a new one, which is stored there."""
+        remote, head, beside = is_remote(self.path), self._head(), index_path(self.path)
         folder = os.environ.get("SEED_INDEX_DIR") or (Path.home() / ".cache/seed-multimodal/index" if remote else "")
         name = self.path if remote else os.path.realpath(self.path)
         digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
@@ -68,19 +68,19 @@ class IndexedFile:
                 try:
                     _write(own, arrays)
                 except OSError as error:
-                    log_line(f"{self.path}: its index cannot be kept ({disk_reason(error)}), so every process makes it "
-                             "again; name a folder by SEED_INDEX_DIR.")
+                    log_line(f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every process "
+                             "rebuilds it; set SEED_INDEX_DIR to a writable folder.")
         return arrays
 
 
-def index_beside(path: str) -> str:
-    """Where the index beside a file is."""
+def index_path(path: str) -> str:
+    """Path of the index next to a file."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{FOLDER}/{name}.npz"
 
 
 def _write(place: str, arrays: Arrays) -> None:
-    """Write an index, whole or not at all. Raises OSError, or DataError for a remote folder."""
+    """Write an index atomically. Raises OSError, or DataError for a remote folder."""
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     if is_remote(place):
@@ -94,7 +94,7 @@ def _write(place: str, arrays: Arrays) -> None:
 
 
 def _read(place: str, head: np.ndarray) -> Arrays | None:
-    """An index whose head starts so; None: there is none, or it is another file's."""
+    """The stored index if its header equals `head`, else None."""
     try:
         with np.load(io.BytesIO(read_all(place)), allow_pickle=False) as found:
             same = found["head"][:len(head)].tolist() == head.tolist()

@@ -1,4 +1,4 @@
-"""Records of .jsonl and .json files by number: lines are read from their positions, lists are held in memory."""
+"""Records of .jsonl and .json files by index: lines are read by offset, lists are held in memory."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from seed_multimodal.errors import first_line
 
 
 class JsonLines(IndexedFile):
-    """The lines of a .jsonl by number, blank ones skipped."""
+    """The lines of a .jsonl by index; blank lines are skipped."""
 
     kind = "jsonl"
 
     def scan(self) -> Arrays:
-        """First byte and length of each record and the number of its line from 1, int64 [N]."""
+        """Offset, length and line number (from 1) of each record, int64 [N]."""
         start, length, line = array("q"), array("q"), array("q")
         position = 0
         with read_errors(self.path), open_binary(self.path) as file:
@@ -37,43 +37,43 @@ class JsonLines(IndexedFile):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All records are one piece."""
+        """One shard with all records."""
         return [len(self.arrays["start"])]
 
     def locate(self, row: int) -> Record:
-        """A record, unread."""
+        """An unread record."""
         line, start, length = (self.arrays[name].item(row) for name in ("line", "start", "length"))
         members: dict[str, bytes | Place] = {"json": Place(self.path, start, length)}
         return Record(f"line {line}", f"{self.path}: line {line}", {}, members, self.path)
 
 
 class JsonList:
-    """The items of a .json list by number, or an object per line; kept as one piece of memory, which forks share."""
+    """The items of a .json list, or an object per line, by index; one buffer that forked workers share."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
-        """The items, and where each begins and the last ends."""
+        """The encoded items and their offsets."""
         content = read_all(self.path)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
             if getattr(error, "msg", "") != "Extra data" or not content.lstrip().startswith(b"{"):
-                raise BadRecord("malformed json", f"{self.path}: is not json ({first_line(error)}).") from None
+                raise BadRecord("malformed json", f"{self.path}: is not JSON ({first_line(error)}).") from None
             written = [line for line in content.splitlines() if line.strip()]
         else:
             if isinstance(value, dict):  # as COCO's captions; or a file of one line
                 value = value.get("annotations", None if b"\n" in content.strip() else [value])
             if not isinstance(value, list):
-                raise BadRecord("malformed json", f"{self.path}: must hold a list of records, or one object per line.")
+                raise BadRecord("malformed json", f"{self.path}: must have a list of records, or one object per line.")
             written = [json.dumps(item).encode() for item in value]
         return b"".join(written), np.array([0, *accumulate(map(len, written))], np.int64)
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All records are one piece."""
+        """One shard with all records."""
         return [len(self._items[1]) - 1]
 
     def locate(self, row: int) -> Record:

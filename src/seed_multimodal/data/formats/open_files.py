@@ -1,4 +1,4 @@
-"""Reading pieces of many files, local and remote, each process with its own handles."""
+"""Random reads from many local and remote files, with file handles per process."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from seed_multimodal.errors import DataError
 
 
 class OpenFiles:
-    """Reads pieces of files, and rows of parquet files; each process (a forked worker) opens its own. `limit`: files
-    that stay open; `rows`: bytes of row groups that are kept; `cache`: folder for copies of remote files."""
+    """Reads byte ranges and parquet rows; each process (forked worker) has its own handles. `limit`: number of open
+    files; `rows`: bytes of cached row groups; `cache`: folder for copies of remote files."""
 
     def __init__(self, limit: int = 64, rows: int = KEPT, cache: str | None = None) -> None:
         self.limit, self.cache = limit, cache
@@ -24,9 +24,9 @@ class OpenFiles:
         self.tables = RowGroups(rows)
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
-        """`size` bytes of a file from `offset`. Raises DataError: they cannot be read, or are no longer there."""
+        """`size` bytes of a file from `offset`. Raises DataError: not readable, or the file became shorter."""
         place = self._place(path)
-        handle = self._handles.pop(place, None)  # put back after the read: one that fails is opened again
+        handle = self._handles.pop(place, None)  # put back after the read, so a failing one is reopened
         with read_errors(place):
             if handle is None:
                 handle = open_ranges(place) if is_remote(place) else open(place, "rb", buffering=0)
@@ -38,22 +38,22 @@ class OpenFiles:
         if len(self._handles) > self.limit:
             self._handles.popitem(last=False)[1].close()
         if len(data) < size:
-            raise DataError(f"{path}: it is shorter than when it was indexed; do not change shards in use.")
+            raise DataError(f"{path}: shorter than when it was indexed; do not change shards in use.")
         return data
 
     def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]:
-        """The fields of a row of a parquet file. Raises BadRecord: it cannot be read."""
+        """The fields of a row of a parquet file. Raises BadRecord: not readable."""
         return self.tables.row(self._place(path), group, number, where)
 
     def close(self) -> None:
-        """Close what this process holds open, and drop rows kept in memory."""
+        """Close the files of this process and drop cached rows."""
         while self._handles:
             self._handles.popitem()[1].close()
         self.tables.clear()
 
     def _place(self, path: str | Path) -> str:
-        """The file to read from: of a remote one its copy, if copies are kept."""
-        if self._owner != os.getpid():  # a forked process shares positions in the files that it inherits
+        """The path to read from: a remote file's copy if `cache` is set."""
+        if self._owner != os.getpid():  # inherited handles share their position with the parent
             self.close()
             self._owner = os.getpid()
         path = str(path)
@@ -67,4 +67,4 @@ class OpenFiles:
         self.close()
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | None]]:
-        return OpenFiles, (self.limit, self.tables.kept, self.cache)  # open files stay behind when a worker is spawned
+        return OpenFiles, (self.limit, self.tables.kept, self.cache)  # handles are not pickled

@@ -1,4 +1,4 @@
-"""Rows of parquet files by number, read by the row group."""
+"""Rows of parquet files by index, read by row group."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from seed_multimodal.data.formats.record import BadRecord, Record, Row
 from seed_multimodal.data.formats.storage import is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
 
-KEPT = 512 << 20  # bytes of row groups that are kept
+KEPT = 512 << 20  # bytes of cached row groups
 
 
 class ParquetFile:
-    """The rows of a parquet file by number, unread."""
+    """The unread rows of a parquet file by index."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
 
     @cached_property
     def _groups(self) -> tuple[list[int], list[int]]:
-        """Rows and bytes of each row group."""
+        """Number of rows and bytes of each row group."""
         with opened(self.path) as file:
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
             return [group.num_rows for group in groups], [group.total_byte_size for group in groups]
@@ -37,30 +37,30 @@ class ParquetFile:
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Rows of each row group."""
+        """Number of rows of each row group."""
         return self._groups[0]
 
     @property
     def bytes_of_row(self) -> int:
-        """Bytes of a row, on average."""
+        """Mean bytes of a row."""
         return sum(self._groups[1]) // max(1, sum(self.sizes))
 
     def locate(self, row: int) -> Record:
-        """A record, unread."""
+        """An unread record."""
         group = bisect_right(self._ends, row)
         place = Row(self.path, group, row - (self._ends[group - 1] if group else 0))
         return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=place)
 
 
 class RowGroups:
-    """Reads rows; keeps the row groups last used of all files of a source, up to `kept` bytes (at least one)."""
+    """Reads rows; caches the last used row groups of all files, up to `kept` bytes (at least one group)."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self.kept, self.held = kept, 0
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def row(self, path: str, group: int, number: int, where: str) -> dict[str, Any]:
-        """The values of a row of a group; columns without one are left out. Raises BadRecord: it cannot be read."""
+        """The values of a row of a group, without nulls. Raises BadRecord: not readable."""
         try:
             row, = self._group(path, group).slice(number, 1).to_pylist()
         except (ValueError, OverflowError, LookupError) as error:  # no UTF-8, a date after 9999, an unknown time zone
@@ -68,15 +68,15 @@ class RowGroups:
         return {key: value for key, value in row.items() if value is not None}
 
     def clear(self) -> None:
-        """Drop what is kept."""
+        """Drop the cache."""
         self._groups.clear()
         self.held = 0
 
     def _group(self, path: str, group: int) -> Any:
-        """A row group as arrow's table."""
+        """A row group as an Arrow table."""
         if (path, group) not in self._groups:
             with opened(path) as file:
-                table = file.read_row_group(group, use_threads=False)  # arrow's thread pool does not survive a fork
+                table = file.read_row_group(group, use_threads=False)  # Arrow's thread pool does not survive a fork
             self.held += table.nbytes
             while self._groups and self.held > self.kept:
                 self.held -= self._groups.popitem(last=False)[1].nbytes
@@ -87,7 +87,7 @@ class RowGroups:
 
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """A parquet file for one reading; errors of arrow and of the connection become one sentence."""
+    """Open a parquet file; errors of Arrow and the connection become BadRecord."""
     import pyarrow.parquet
 
     try:
@@ -95,5 +95,5 @@ def opened(path: str) -> Iterator[Any]:
             yield file
     except SeedError:
         raise
-    except Exception as error:  # noqa: BLE001  # arrow's, the system's, or of the connection
+    except Exception as error:  # noqa: BLE001  # Arrow, OS or connection
         raise BadRecord("damaged file", f"{path}: cannot be read as parquet ({first_line(error)}).") from None

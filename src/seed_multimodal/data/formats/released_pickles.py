@@ -1,9 +1,8 @@
-"""The original's pickled shards: read as data, converted once by `seed data convert OLD... --out DIR`.
+"""Restricted reader of the original's pickled shards, for `seed data convert OLD... --out DIR`.
 
-A pickle is a program that may call any function by name. Here the names of numpy's own array pickles lead to inert
-stand-ins that only collect numbers, and every other name is refused before it is looked up. Tuples and integer arrays
-become lists, UTF-8 bytes texts. Read are pickles of protocol 3 and later. This is the one file of the project that may
-import `pickle`, and it takes `Unpickler` alone.
+Pickles can call any function by name. Here the names in NumPy's array pickles resolve to inert stand-ins that only
+collect numbers, and all others raise before lookup. Tuples and integer arrays become lists, UTF-8 bytes become texts.
+Requires pickle protocol 3 or later. No other file of the project may import `pickle`.
 """
 
 from __future__ import annotations
@@ -29,21 +28,21 @@ from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-MAX_NODES = 5_000_000  # of one record: a few bytes of pickle can describe a structure of any size
+MAX_NODES = 5_000_000  # limit of one record: a small pickle can expand to any size
 _BROKEN = (UnpicklingError, AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError, OverflowError,
            MemoryError, RecursionError)
 
 
 def read_pickle(data: bytes, where: str) -> dict[str, Any]:
-    """The dict in a sample's .pkl member, in json's types. Raises BadRecord, which names what is refused: a global (a
-    function or class by name), a type, or a pickle that is broken or claims more than it holds."""
+    """The dict in a sample's .pkl member, in JSON types. Raises BadRecord: a global (function or class by name), an
+    unsupported type, or a damaged pickle."""
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
-            if "PUT" in opcode.name and int(argument or 0) > count + 256:  # it would allocate a huge list at once
+            if "PUT" in opcode.name and int(argument or 0) > count + 256:  # would allocate a huge list
                 raise ValueError(f"it numbers an object {argument}")
         value: dict[str, Any] = _plain(_PlainUnpickler(io.BytesIO(data)).load(), "", [0])
         if type(value) is not dict:
-            raise BadRecord("wrong type", f"holds a {type(value).__name__}, not a dict.")
+            raise BadRecord("wrong type", f"contains a {type(value).__name__}, not a dict.")
         return value
     except BadRecord as error:
         raise BadRecord(error.kind, f"{where}: {error}") from None
@@ -52,19 +51,19 @@ def read_pickle(data: bytes, where: str) -> dict[str, Any]:
 
 
 class _PlainUnpickler(Unpickler):
-    """An unpickler that resolves names to the stand-ins below only."""
+    """An unpickler that resolves names only to the stand-ins below."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of a name of numpy's pickles; called for every global, before anything is imported."""
+        """The stand-in for a global; called before anything is imported."""
         known = STAND_INS.get((module.replace("numpy._core.", "numpy.core."), name))
         if known is None:
-            raise BadRecord("refused global", f"asks for {module}.{name}; only plain values and integer numpy arrays "
-                           "are read, and nothing is run.")
+            raise BadRecord("refused global", f"refers to {module}.{name}; only plain values and integer NumPy arrays "
+                           "are supported.")
         return known
 
 
 class _StandIn:
-    """A function for pickles, which they cannot change."""
+    """A callable whose state pickles cannot change."""
 
     __slots__ = ("_call",)
 
@@ -85,7 +84,7 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or code.lstrip("<>|=")[:1] not in ("i", "u", "b") or len(code) > 4:
-            raise BadRecord("wrong type", f"holds an array of numpy type {str(code)[:20]!r}; only integers are read.")
+            raise BadRecord("wrong type", f"contains an array of numpy type {str(code)[:20]!r}, not of integers.")
         self.code, self.order = code.lstrip("<>|="), "<"
 
     def __setstate__(self, state: Any) -> None:
@@ -95,7 +94,7 @@ class _Dtype:
 
 
 class _Array:
-    """An integer array while its parts arrive: nested lists of ints (a bare int for shape ())."""
+    """An integer array under construction: nested lists of ints (an int for shape ())."""
 
     __slots__ = ("value", "size")
 
@@ -116,7 +115,7 @@ def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any = "C", *_: Any) -
 
 
 STAND_INS: dict[tuple[str, str], _StandIn] = {
-    ("numpy", "ndarray"): _StandIn(lambda: None),  # a type, of which `_reconstruct` makes an array
+    ("numpy", "ndarray"): _StandIn(lambda: None),  # type argument of `_reconstruct`
     ("numpy", "dtype"): _StandIn(_Dtype),
     ("numpy.core.multiarray", "_reconstruct"): _StandIn(lambda *_: _Array()),
     ("numpy.core.multiarray", "scalar"): _StandIn(lambda dtype, data: _from_buffer(data, dtype, ()).value),
@@ -124,16 +123,16 @@ STAND_INS: dict[tuple[str, str], _StandIn] = {
 
 
 def _plain(value: Any, path: str, seen: list[int]) -> Any:
-    """The value in json's types; `seen`: how many values that makes so far."""
+    """The value in JSON types; `seen`: number of values so far."""
     seen[0] += 1 + (len(value) >> 8 if isinstance(value, str | bytes) else
                     value.size if isinstance(value, _Array) else 0)
     if seen[0] > MAX_NODES:
-        raise BadRecord("wrong type", f"is larger than {MAX_NODES:,} values.")
+        raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
     kind = type(value)
     if kind is str or kind is bool or value is None or (kind is int and abs(value) < 1 << 64):
         return value
     if kind is float:
-        return value if math.isfinite(value) else None  # json has no NaN; LAION's metadata does
+        return value if math.isfinite(value) else None  # JSON has no NaN; LAION's metadata does
     if kind is list or kind is tuple:
         return [_plain(one, f"{path}[{place}]", seen) for place, one in enumerate(value)]
     if kind is dict and all(type(key) is str for key in value):
@@ -142,12 +141,12 @@ def _plain(value: Any, path: str, seen: list[int]) -> Any:
         return value.value
     if kind is bytes:
         return value.decode("utf-8")
-    raise BadRecord("wrong type", f"{path[1:] or 'it'} holds a {kind.__name__}, which is no plain value.")
+    raise BadRecord("wrong type", f"{path[1:] or 'it'} contains a {kind.__name__}, not a plain value.")
 
 
 @dataclass
 class ConvertReport:
-    """Shards converted now and already there, samples converted now; a sentence for each shard or sample left out."""
+    """Counts of converted and existing shards and converted samples; a message per skipped shard or sample."""
 
     converted: int = 0
     kept: int = 0
@@ -157,12 +156,12 @@ class ConvertReport:
 
 
 def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1) -> ConvertReport:
-    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; those that are there
-    are skipped. Raises DataError."""
+    """Convert tars (patterns, folders) into `out`, keeping their folders below the common one; existing outputs are
+    skipped. Raises DataError."""
     out = writable_folder(Path(out).absolute(), DataError)
     paths = [path for name, _ in find_files(tars, "tar") if not (path := Path(name).absolute()).is_relative_to(out)]
     if not paths:
-        raise DataError(f"{out}: holds all the shards that are to be converted; give another --out.")
+        raise DataError(f"{out}: contains the shards to be converted; use another --out.")
     folders = [Path(one).absolute() for one in tars if Path(one).is_dir()]
     base = os.path.commonpath([*folders, *(path.parent for path in paths)])
     jobs = [(path, out / path.relative_to(base)) for path in paths]
@@ -177,18 +176,18 @@ def convert_shards(tars: Sequence[str | Path], out: str | Path, workers: int = 1
 
 
 def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
-    """(samples, sentences about those left out, why the shard was refused) of (its file, the new one)."""
+    """(sample count, messages of skipped samples, error of the shard) for (source, target)."""
     path, target = job
     skipped: list[str] = []
     try:
         with writing(target, DataError):
             return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
-    except (SeedError, ValueError) as error:  # ValueError: a name that does not fit a tar's header
+    except (SeedError, ValueError) as error:  # ValueError: a name too long for a tar header
         return 0, [], str(error) if isinstance(error, SeedError) else f"{target}: cannot be written ({error})."
 
 
 def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {"json": bytes}) of each sample; other members (images) are carried along as they are."""
+    """(key, {"json": bytes}) of each sample; other members (images) are copied."""
     files, written = OpenFiles(limit=1), 0
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
@@ -203,13 +202,13 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
                 raise
             skipped.append(str(error))
     if not written:
-        raise DataError(f"{tar.path}: holds no sample that can be converted; the first: {skipped[0]}")
+        raise DataError(f"{tar.path}: has no convertible sample; the first: {skipped[0]}")
 
 
 def _converted(members: dict[str, bytes], where: str) -> dict[str, bytes]:
     pickles = [extension for extension in members if extension in PICKLED]
     if len(pickles) != 1 or "json" in members:
-        raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; one .pkl member was expected.")
+        raise BadRecord("missing member", f"{where}: has {', '.join(sorted(members))}; expected one .pkl member.")
     value = read_pickle(members.pop(pickles[0]), f"{where}.{pickles[0]}")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return {"json": text.encode("utf-8", "replace"), **members}

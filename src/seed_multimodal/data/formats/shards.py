@@ -1,4 +1,4 @@
-"""Writes webdataset shards: tars of KEY.ext members, equal bytes for equal records."""
+"""Writes webdataset shards: tars of KEY.ext members, byte-equal for equal records."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from seed_multimodal.disk import replacing
 
 
 class ShardWriter:
-    """Adds records to an open file, through webdataset's `TarWriter` without times and owners."""
+    """Adds records to an open file with webdataset's `TarWriter`, without times and owners."""
 
     def __init__(self, file: IO[bytes]) -> None:
         from webdataset import TarWriter  # imports torch
 
         self._tar: Any = TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False, compress=False,
                                   keep_meta=True)
-        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # it ignores its own argument `format`
+        self._tar.tarstream.format = tarfile.USTAR_FORMAT  # `TarWriter` ignores its argument `format`
         self.count = 0
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Write a record's members, in their order. Raises ValueError for a name too long for a tar's header."""
+        """Write a record's members in order. Raises ValueError: a name too long for a tar header."""
         for extension, data in members.items():  # one by one, since `write` would sort them
             self._tar.write({"__key__": key, extension: data})
         self.count += 1
 
     def close(self) -> None:
-        """Write the end mark; the file stays open."""
+        """Write the end marker; the file stays open."""
         self._tar.close()
 
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer whose shard appears at its end, whole or not at all; what killed runs left of it is removed."""
+    """A writer that creates the shard atomically; leftovers of killed runs are removed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
@@ -46,7 +46,7 @@ def open_shard(path: str | Path) -> Iterator[ShardWriter]:
 
 
 def write_shard(path: str | Path, records: Iterable[tuple[str, Mapping[str, bytes]]]) -> int:
-    """Write (key, {extension: bytes}) records as a shard; returns the count."""
+    """Write (key, {extension: bytes}) records as a shard; returns their number."""
     with open_shard(path) as writer:
         for key, members in records:
             writer.add(key, members)

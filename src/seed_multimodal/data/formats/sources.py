@@ -1,9 +1,9 @@
-"""Records by number from files of any kind: webdataset tars, jsonl, json lists, parquet, images, registered formats.
+"""Records by index from webdataset tars, JSONL, JSON lists, parquet, image folders and registered formats.
 
-Indexes are read or made when the length is first asked for; ask before forking workers, so that they share them.
+Indexes are read or built by the first `len()`; call it before forking workers so that they share them.
 
 Other packages add formats by entry points of the group `seed_multimodal.formats`: `open_mine(path, **options)` returns
-a `record.RecordFile`; `path` may be None. Its `pair_keys`, if it has any, are those of `pairs.PairKeys`.
+a `record.RecordFile`, optionally with `pair_keys` for `pairs.PairKeys`; `path` may be None.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from braceexpand import braceexpand
 
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.formats.images import PICTURE_ENDINGS, PictureFolder
+from seed_multimodal.data.formats.images import IMAGE_SUFFIXES, ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
@@ -47,40 +47,40 @@ _WILD = re.compile(r"[*?\[]")
 
 @cache
 def registered() -> dict[str, EntryPoint]:
-    """The formats of other packages."""
+    """Formats registered by other packages."""
     return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
 
 
 def open_file(path: Any, format: str, *, needs_json: bool = True, options: Mapping[str, Any] | None = None
               ) -> RecordFile:
-    """The records of one file or folder, unread. `needs_json`: without it tars may lack .json; `options`: of registered
-    formats. Raises ConfigError: an option that the format does not have."""
+    """Open one file or folder. `needs_json`: tar samples must have a .json; `options`: of registered formats. Raises
+    ConfigError: unknown option of the format."""
     if format == "tar":
         return JsonTar(path, needs_json)
     kinds: dict[str, Callable[..., RecordFile]] = {"parquet": ParquetFile, "json": JsonList, "jsonl": JsonLines,
-                                                   "folder": PictureFolder}
+                                                   "folder": ImageFolder}
     opener, given = kinds[format] if format in kinds else registered()[format].load(), options or {}
     check_keys(given, list(inspect.signature(opener).parameters)[1:], f"options of format {format}")
     return opener(path, **given)
 
 
 def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
-                 cache: str | None = None, needs_json: bool = True, pictures: bool = False,
+                 cache: str | None = None, needs_json: bool = True, images: bool = False,
                  options: Mapping[str, Any] | None = None) -> FileRecords:
-    """The records of files, patterns (braces, wildcards), folders (searched recursively) and URLs, as ordered.
+    """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in the given order.
 
     `format`: as of `find_files`, or a registered one, with its `options`; `name`: of the source in logs and counts;
-    `cache`: folder into which remote files are copied (None: they are read by ranges); `needs_json`: as of `open_file`.
+    `cache`: folder for copies of remote files (None: range requests); `needs_json`: as in `open_file`.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
     found = [(one, format) for one in given or (None,)] if format in registered() else \
-        find_files(given, format, pictures=pictures or format == "folder")
+        find_files(given, format, images=images or format == "folder")
     parts = [open_file(path, kind, needs_json=needs_json, options=options) for path, kind in found]
     return FileRecords(parts, name or ", ".join(map(str, given)) or format, cache)
 
 
 class FileRecords:
-    """The records of several files, numbered through; `cache` as of `open_records`."""
+    """The concatenated records of several files; `cache` as in `open_records`."""
 
     def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | None = None) -> None:
         self.parts, self.name = parts, name
@@ -88,7 +88,7 @@ class FileRecords:
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
-        """Records of each piece of each file; indexes of remote files are read or made several at a time."""
+        """Number of records of each shard of each file; indexes of remote files are read in parallel."""
         log = log_line if os.environ.get("RANK", "0") == "0" else None
         with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
             ready = pool.map(lambda part: is_remote(part.path) and part.sizes, self.parts)
@@ -97,7 +97,7 @@ class FileRecords:
                 sizes.append([int(size) for size in part.sizes])
                 bar.update()
         if not any(map(any, sizes)):
-            raise DataError(f"{self.name}: holds no record.")
+            raise DataError(f"{self.name}: contains no record.")
         return sizes
 
     @cached_property
@@ -106,33 +106,33 @@ class FileRecords:
 
     @cached_property
     def shard_sizes(self) -> np.ndarray:
-        """Records of each file (of each row group of parquet), int64; empty files are left out."""
+        """Number of records of each non-empty file (or parquet row group), int64."""
         return np.array([size for sizes in self._sizes for size in sizes if size], np.int64)
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def locate(self, index: int) -> Record:
-        """One record, unread where that is possible."""
+        """One record, unread if possible."""
         number = bisect_right(self._ends, index)
         return self.parts[number].locate(index - (self._ends[number - 1] if number else 0))
 
     def read(self, index: int) -> Record:
-        """One record, with `messages` if it is a conversation. Raises DataError: it is broken or no longer there."""
+        """One record, with `messages` if it is a conversation. Raises DataError: damaged or missing."""
         record = self.locate(index).parsed(self.open_files)
         record.fields = with_messages(record.fields, record.where)
         return record
 
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:
-    """Write the indexes beside all shards and files of lines; returns how many there are."""
+    """Write the indexes of all tars and JSONL files; returns their number."""
     files = [file for path, kind in find_files(given) if isinstance(file := open_file(path, kind), IndexedFile)]
     return sum(1 for _ in in_processes(IndexedFile.write_index, files, processes, "index"))
 
 
 def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int, name: str) -> Iterator[Any]:
-    """The results of jobs, in order, with a progress bar. Raises DataError: a process was killed."""
-    context = multiprocessing.get_context("spawn")  # this process may hold threads, which do not survive a fork
+    """Results of jobs in order, with a progress bar. Raises DataError: a process was killed."""
+    context = multiprocessing.get_context("spawn")  # threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=context, initializer=end_with_parent) as pool, \
             Progress(name, len(jobs), "file", log=log_line) as bar:
         try:
@@ -143,11 +143,11 @@ def in_processes(work: Callable[[Any], Any], jobs: Sequence[Any], processes: int
             raise DataError("A process was killed (often because memory ran out); the same command resumes.") from None
 
 
-def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: bool = False) -> list[tuple[str, str]]:
-    """(file, its format) of each file behind the patterns and folders, each once; auto goes by suffixes. `pictures`: a
-    folder of images, which has no lists or tables, is an input of format `folder`. Raises ConfigError: an unknown
-    format; DataError: nothing matches, or a folder holds several kinds of files."""
-    known = [*SUFFIXES, *(["folder"] if pictures else []), *registered()]
+def find_files(given: Sequence[str | Path], format: str = "auto", *, images: bool = False) -> list[tuple[str, str]]:
+    """(file, format) of each distinct file matching the patterns and folders; auto goes by suffixes. `images`: a folder
+    of images without lists or tables has format `folder`. Raises ConfigError: unknown format; DataError: nothing
+    matches, or a folder has files of several formats."""
+    known = [*SUFFIXES, *(["folder"] if images else []), *registered()]
     if format not in ("auto", *known):
         raise ConfigError(f"{', '.join(map(str, given))}: format must be auto, {', '.join(known)}, not {format!r}"
                           f"{nearest(format, known)}.")
@@ -157,36 +157,36 @@ def find_files(given: Sequence[str | Path], format: str = "auto", *, pictures: b
     for path in expand_pattern(given):
         kind = _suffix_format(path)
         if _is_folder(path):
-            found.update(_in_folder(path, format, pictures))
+            found.update(_in_folder(path, format, images))
         elif format == "auto" and not kind:
-            raise DataError(f"{path}: its suffix tells no format (known: {', '.join(SUFFIXES)}); give the format.")
+            raise DataError(f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format.")
         else:
-            found[path] = kind if format in ("auto", kind[:4]) else format  # lines of json are json
+            found[path] = kind if format in ("auto", kind[:4]) else format  # jsonl is also json
     return list(found.items())
 
 
 def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Files behind patterns, in the order written (wildcards sorted), each once; folders where no file matches. Raises
-    DataError: a pattern matches nothing, or a file that braces spell out is missing."""
+    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches. Raises DataError: a
+    pattern matches nothing, or a file named by braces is missing."""
     found: dict[str, None] = {}
     for name in (name for one in patterns for name in braceexpand(str(one), escape=False)):
         paths = _matches(name)
         if not paths:
             reason = "no file matches this pattern" if _WILD.search(name) else \
-                f"there is no such file or folder{nearest_path(name)}"
+                f"no such file or folder{nearest_path(name)}"
             raise DataError(f"{name[:200]}: {reason}.")
         found.update(dict.fromkeys([path for path in paths if not _is_folder(path)] or paths))
     return list(found)
 
 
 def nearest_path(path: str | Path) -> str:
-    """` (did you mean 'nano'?)`: the most similar name in the folder of a path that is not there."""
+    """` (did you mean 'nano'?)`: the most similar name in the folder of a missing path."""
     folder, name = os.path.split(path)
     return nearest(name, os.listdir(folder or ".")[:2000]) if os.path.isdir(folder or ".") else ""
 
 
 def _matches(name: str) -> list[str]:
-    """Paths of this name or matching its wildcards; a remote file is not looked for before it is read."""
+    """Paths with this name or matching its wildcards; existence of remote files is not checked."""
     if is_remote(name):
         if not _WILD.search(name):
             return [name]
@@ -198,12 +198,12 @@ def _matches(name: str) -> list[str]:
 
 
 def _is_folder(path: str) -> bool:
-    """Whether it is a folder; of a URL the suffix decides."""
+    """Whether it is a folder; URLs are classified by suffix."""
     return not _suffix_format(path) if is_remote(path) else os.path.isdir(path)
 
 
 def _listing(folder: str) -> list[str]:
-    """The files in a folder and the folders in it, without hidden ones, by name."""
+    """The files below a folder, without hidden ones, sorted."""
     if is_remote(folder):
         files, name = filesystem(folder)
         with read_errors(folder):
@@ -213,23 +213,23 @@ def _listing(folder: str) -> list[str]:
     return [path for path in found if not path.rpartition("/")[2].startswith(".")]
 
 
-def _in_folder(folder: str, format: str, pictures: bool) -> dict[str, str]:
+def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     files = _listing(folder)
-    shown = {os.path.splitext(path)[0] for path in files if pictures and path.lower().endswith(PICTURE_ENDINGS)}
+    shown = {os.path.splitext(path)[0] for path in files if images and path.lower().endswith(IMAGE_SUFFIXES)}
     kinds: dict[str, list[str]] = {}
     for path in files:
         kind = _suffix_format(path)
         if kind and format in ("auto", kind, kind[:4]) and not (kind == "json" and os.path.splitext(path)[0] in shown):
             kinds.setdefault(kind, []).append(path)
     if "tar" in kinds:
-        kinds.pop("json", None)  # beside shards these are counts, settings and statistics
+        kinds.pop("json", None)  # next to shards: counts, settings and statistics
     if format in ("auto", "folder") and shown and not kinds:
         return {folder: "folder"}
     if not kinds:
-        wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if pictures else ''}"
-        raise DataError(f"{folder}: this folder holds no {wanted}, at any depth.")
+        wanted = f"{', '.join(SUFFIXES if format == 'auto' else (format,))} files{' or images' if images else ''}"
+        raise DataError(f"{folder}: contains no {wanted}, at any depth.")
     if len(kinds) > 1 and format == "auto":
-        raise DataError(f"{folder}: this folder holds {' and '.join(kinds)} files; give the format, or name files.")
+        raise DataError(f"{folder}: contains {' and '.join(kinds)} files; set the format or list the files.")
     return {path: kind for kind, paths in kinds.items() for path in paths}
 
 

@@ -1,7 +1,7 @@
-"""Files of data, on disk or behind any fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`).
+"""Data files on disk or at any fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`).
 
-Remote ones are read by range requests through fsspec's block cache, or from copies of whole files. Keys, end points and
-regions are fsspec's own settings, from the environment or ~/.config/fsspec.
+Remote files are read by range requests through fsspec's block cache, or from local copies. Keys, end points and regions
+are fsspec settings, from the environment or ~/.config/fsspec.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import IO, Any
 from seed_multimodal.disk import disk_reason, replacing_path
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-BLOCK, BLOCKS = 1 << 20, 4  # bytes of a range request, and how many of a remote file are kept
-SCAN_BLOCK = 8 << 20  # bytes of a request where a remote file is read from its start to its end
+BLOCK, BLOCKS = 1 << 20, 4  # bytes of a range request, cached requests per remote file
+SCAN_BLOCK = 8 << 20  # bytes of a request in sequential reads
 
 
 def is_remote(path: str | Path) -> bool:
@@ -25,7 +25,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 def filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, and the path in it."""
+    """The fsspec file system of a URL, and the path in it."""
     import fsspec
 
     with read_errors(url):
@@ -34,7 +34,7 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 
 class read_errors(AbstractContextManager[None]):
-    """Errors of the system, or of a remote file's client library, while a file is read become a DataError."""
+    """Converts errors of the OS or of fsspec's client libraries into DataError."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = path
@@ -43,13 +43,13 @@ class read_errors(AbstractContextManager[None]):
         if isinstance(error, SeedError) or not isinstance(error, Exception if is_remote(self.path) else OSError):
             return
         if isinstance(error, FileNotFoundError):
-            raise DataError(f"{self.path}: there is no such file.") from None
+            raise DataError(f"{self.path}: no such file.") from None
         reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
         raise DataError(f"{self.path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
-    """A file to be read from its start to its end. Raises DataError."""
+    """A file for sequential reads. Raises DataError."""
     with read_errors(path):
         if not is_remote(path):
             return open(path, "rb")
@@ -59,20 +59,20 @@ def open_binary(path: str | Path) -> IO[bytes]:
 
 
 def open_ranges(url: str) -> Any:
-    """A remote file to be read at random positions, through a cache of blocks. Raises DataError."""
+    """A remote file for random reads, with a block cache. Raises DataError."""
     files, name = filesystem(url)
     with read_errors(url):
         return files.open(name, "rb", block_size=BLOCK, cache_type="blockcache", cache_options={"maxblocks": BLOCKS})
 
 
 def read_all(path: str | Path) -> bytes:
-    """The content of a file. Raises DataError: it cannot be read."""
+    """The content of a file. Raises DataError: not readable."""
     with read_errors(path), open_binary(path) as file:
         return file.read()
 
 
 def stat(path: str | Path) -> tuple[int, str]:
-    """Size in bytes, and what changes with the content (time of change or ETag). Raises DataError: it is not there."""
+    """Size in bytes and version (modification time or ETag). Raises DataError: missing file."""
     with read_errors(path):
         if not is_remote(path):
             status = os.stat(path)
@@ -84,7 +84,7 @@ def stat(path: str | Path) -> tuple[int, str]:
 
 
 def local_copy(url: str, folder: str | Path) -> str:
-    """The copy of a remote file in a folder, made when it is first needed; it belongs to the file as it is now."""
+    """The copy of the current version of a remote file, downloaded on first use."""
     size, version = stat(url)
     digest = hashlib.sha256(f"{url} {size} {version}".encode()).hexdigest()[:16]
     copy = Path(folder) / f"{digest}.{url.rpartition('/')[2][-100:]}"
@@ -96,7 +96,7 @@ def local_copy(url: str, folder: str | Path) -> str:
         with replacing_path(copy) as scratch, read_errors(url):
             files.get_file(name, str(scratch))
             if scratch.stat().st_size != size:
-                raise DataError(f"{url}: the connection broke while it was copied.")
+                raise DataError(f"{url}: the connection was lost while copying.")
     except OSError as error:
         raise DataError(f"{copy}: cannot be written ({disk_reason(error)}).") from error
     return str(copy)

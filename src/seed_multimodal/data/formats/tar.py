@@ -17,18 +17,17 @@ PICKLED = ("pkl", "pickle")
 
 
 class TarFile(IndexedFile):
-    """The samples of a plain tar by number: neighbouring members with the same key are one sample.
+    """The samples of a plain tar by index: consecutive members with the same key are one sample.
 
-    Of a torn tar the whole samples before its damage are records, and the sample it tears in is a last one that has
-    a `problem`.
+    A damaged tar yields the samples before the damage, and one last record with a `problem`.
     """
 
     kind = "tar"
 
     def scan(self) -> Arrays:
-        """The index, by the headers of all members: `keys` bytes [N] of the whole samples; `first` int64 [N + 1], the
-        number of each sample's first member; `extension` of each member, the number in `extensions`; `offset` and
-        `size` of each member, int64 [M]; `damage`: a sentence about where the tar is torn, empty if it is whole."""
+        """Build the index from the headers of all members: `keys` bytes [N] of the complete samples; `first` int64 [N +
+        1], index of each sample's first member; `extension` of each member, index into `extensions`; `offset` and
+        `size` of each member, int64 [M]; `damage`: error message of a damaged tar, else empty."""
         keys: list[bytes] = []
         numbers: dict[str, int] = {}
         first, extension, offset, size = array("q"), array("q"), array("q"), array("q")
@@ -36,7 +35,7 @@ class TarFile(IndexedFile):
         with read_errors(self.path), open_binary(self.path) as file:
             try:
                 tar = tarfile.open(fileobj=file, mode="r:")
-                while True:  # as `tar.next()`, which stops without an error at anything that is no header
+                while True:  # `tar.next()` stops silently at invalid headers
                     position = end
                     file.seek(position)
                     member = tarfile.TarInfo.fromtarfile(tar)
@@ -53,7 +52,7 @@ class TarFile(IndexedFile):
                     extension.append(numbers.setdefault(ending, len(numbers)))
                     offset.append(member.offset_data)
                     size.append(member.size)
-            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+            except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # end marker
                 pass
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 damage = str(error)
@@ -71,11 +70,11 @@ class TarFile(IndexedFile):
 
     @property
     def sizes(self) -> Sequence[int]:
-        """All samples are one piece; a torn one is among them."""
+        """One shard with all samples, including a damaged one."""
         return [len(self.arrays["keys"]) + bool(str(self.arrays["damage"]))]
 
     def locate(self, row: int) -> Record:
-        """A sample, unread; its key is that in the shard."""
+        """An unread sample, with its key in the shard."""
         arrays, path = self.arrays, self.path
         if row == len(arrays["keys"]):
             return Record("torn", path, file=path, problem=("damaged file", f"{path}: {arrays['damage']}"))
@@ -90,14 +89,14 @@ class TarFile(IndexedFile):
 
 
 class JsonTar(TarFile):
-    """A tar that is read as data: pickles are refused, and with `needs_json` samples without a json."""
+    """A tar that rejects pickles, and with `needs_json` samples without a .json."""
 
     def __init__(self, path: str | Path, needs_json: bool = True) -> None:
         super().__init__(path)
         self.needs_json = needs_json
 
     def locate(self, row: int) -> Record:
-        """A sample, unread; it has a `problem` without a .json, or with a pickle in its place."""
+        """An unread sample, with a `problem` if it has no .json or a pickle instead."""
         record = super().locate(row)
         if record.problem is None and "json" not in record.members:
             if not record.members.keys().isdisjoint(PICKLED):
@@ -109,7 +108,7 @@ class JsonTar(TarFile):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """(key, lower-case extension) of a member, split at its base name's first dot as webdataset does; or ("", "")."""
+    """(key, lower-case extension) of a member, split at its base name's first dot as in webdataset; or ("", "")."""
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return (folder + slash + stem, extension.lower()) if stem and extension else ("", "")

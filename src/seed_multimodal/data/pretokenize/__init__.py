@@ -1,1 +1,1 @@
-"""Images of a data set → codes, once: input shards in, webdataset tars of json records out (see `run.py`)."""
+"""Pre-tokenization: images of a data set → webdataset tars of JSON records with codes (see `run.py`)."""

@@ -1,5 +1,5 @@
-"""Decoding of samples in the workers of a DataLoader: records → resized images as bytes. A task holds the positions of
-its records, so workers need no indexes."""
+"""Decoding of samples in DataLoader workers: records → resized images as bytes. A task has the offsets of its records,
+so workers need no indexes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from torch.utils.data import DataLoader, Dataset
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.pretokenize.frames import view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
-from seed_multimodal.data.pretokenize.kinds import Dropped, Kind, Picture, Sample
-from seed_multimodal.data.pretokenize.pictures import view
+from seed_multimodal.data.pretokenize.kinds import Dropped, Kind, Sample, SourceImage
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
-Rows = dict[tuple[str, bool], list[int]]  # of the views of images, by their keys
+Rows = dict[tuple[str, bool], list[int]]  # pixel rows of an image's views, by image key
 
 
 @dataclass
 class DecodedSample:
-    """What a kind has read, and the rows of its images' views (None: a lost image); or why it is left out."""
+    """Decoded fields, and pixel rows of the images' views (None: unreadable image); or the reason for skipping."""
 
     number: int
     fields: dict[str, Any] = field(default_factory=dict)
@@ -38,26 +38,26 @@ class DecodedSample:
 
 @dataclass
 class Task:
-    """Records decoded together, from number `first` of the file on; then what they are."""
+    """Records decoded together, from index `first` of the file; then the decoded samples."""
 
     first: int
     records: list[Record]
-    share: float  # of their shard
-    last: bool  # the shard ends there
+    share: float  # fraction of the shard
+    last: bool  # last task of the shard
     samples: list[DecodedSample] = field(default_factory=list)
     pixels: Any = None  # of the images' views, uint8 Tensor [rows, 3, S, S]
 
 
 class TaskDataset(Dataset[Task]):
-    """`dataset[task]` is the decoded task; `views` of each image that a model reads (kinds that can hold several),
-    augmented from `seed`. Equal images of a task are encoded once."""
+    """`dataset[task]` is the decoded task, with `views` views of each input image, augmented from `seed`. Equal images
+    of a task are encoded once."""
 
     def __init__(self, kind: Kind, settings: InputSettings, transform: ImageTransform, views: int = 1, seed: int = 0
                  ) -> None:
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
-        self._files = OpenFiles(rows=0)  # they are read in order
+        self._files = OpenFiles(rows=0)  # rows are read in order
 
     def __getitem__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []
@@ -70,52 +70,52 @@ class TaskDataset(Dataset[Task]):
         made = DecodedSample(number)
         try:
             sample = Sample(record, self._files, self.settings, self._keys)
-            made.fields, pictures = self.kind.read(sample)
+            made.fields, images = self.kind.read(sample)
             metadata = made.fields.get("metadata", sample.fields)
             if reason := dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr):
                 raise Dropped(reason)
-            for place, picture in enumerate(pictures):
+            for place, image in enumerate(images):
                 try:
-                    made.rows.append(self._views(picture, f"{record.where} {place}", pixels, rows))
+                    made.rows.append(self._views(image, f"{record.where} {place}", pixels, rows))
                 except ImageError as error:
-                    if not picture.optional:
+                    if not image.optional:
                         raise
                     made.lost.append(str(error))
                     made.rows.append(None)
             if made.lost and not any(made.rows):
-                raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its pictures can be read.")
+                raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its images is readable.")
             return made
         except Dropped as reason:
             return DecodedSample(number, dropped=str(reason))
         except (ImageError, DataError) as error:
             return DecodedSample(number, bad=str(error))
-        except (TypeError, ValueError) as error:  # a similarity that is no number
+        except (TypeError, ValueError) as error:  # a similarity that is not a number
             return DecodedSample(number, bad=f"{record.where}: {error}.")
 
-    def _views(self, picture: Picture, place: str, pixels: list[np.ndarray], rows: Rows) -> list[int]:
-        """The rows of an image's views, which are added to `pixels` unless they are there."""
-        name = picture.key or place
-        if (name, picture.read) not in rows:
-            image = picture.load(self.settings.image_root)
+    def _views(self, source: SourceImage, place: str, pixels: list[np.ndarray], rows: Rows) -> list[int]:
+        """The rows of an image's views, appended to `pixels` if new."""
+        name = source.key or place
+        if (name, source.read) not in rows:
+            image = source.load(self.settings.image_root)
             if reason := bad_shape(image.size, self.settings.min_resolution, self.settings.min_aspect_ratio):
                 raise Dropped(reason)
             image, first = self.transform.resize(image), len(pixels)
-            for number in range(self.views if picture.read else 1):
+            for number in range(self.views if source.read else 1):
                 pixels.append(np.asarray(view(image, number, self.seed, name), np.uint8).transpose(2, 0, 1))
-            rows[name, picture.read] = list(range(first, len(pixels)))
-        return rows[name, picture.read]
+            rows[name, source.read] = list(range(first, len(pixels)))
+        return rows[name, source.read]
 
 
 def decode_shards(shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int) -> Iterator[Task]:
-    """The decoded tasks of shards, in order, of at most `size` samples each; each shard has at least one. Raises
-    DataError: a file cannot be opened."""
+    """Decoded tasks of shards in order, at most `size` samples each, at least one per shard. Raises DataError: a file
+    cannot be opened."""
     tasks: Any = _tasks(shards, size)
     yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
 
 
 def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:
     for shard in shards:
-        file = copy.copy(shard.file)  # the index of a tar is dropped after it
+        file = copy.copy(shard.file)  # so that a tar's index is freed afterwards
         numbers = range(shard.start, sum(file.sizes) if shard.stop is None else shard.stop)
         for start in range(0, max(len(numbers), 1), size):
             part = numbers[start:start + size]

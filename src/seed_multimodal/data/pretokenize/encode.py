@@ -1,4 +1,4 @@
-"""The encoder: a tokenizer's YAML → codes of batches of images, on one device; and image transforms of YAML files."""
+"""Image encoder from a tokenizer's YAML, on one device; and image transforms of YAML files."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's
 
 
 class Encoder:
-    """Images → codes; `fingerprint`: checksum of the names and values of its weights.
+    """Images → codes; `fingerprint`: checksum of names and values of the weights.
 
-    `tokenizer`: its YAML (the original form), that as a mapping, or a tokenizer's folder. `dtype` auto: float16 on CUDA
-    as in the original, float32 elsewhere and where the tokenizer's YAML says `fp16: False`.
+    `tokenizer`: YAML file (original form), the same as a mapping, or a tokenizer's folder. `dtype` auto: float16 on
+    CUDA as in the original, float32 elsewhere or with `fp16: False` in the YAML.
     """
 
     def __init__(self, tokenizer: str | Mapping[str, Any], device: str, dtype: str, compile: bool) -> None:
         self.device = choose_device(device, "float32", log=None).device
         if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)  # else page-locked memory would be made through the first GPU
+            torch.cuda.set_device(self.device)  # else page-locked memory is allocated through the first GPU
         opened = _instantiate(tokenizer, str(self.device))
         codec = getattr(opened, "images", opened)
         model = getattr(codec, "model", None)
         if model is None or not hasattr(model, "encode"):
-            raise ConfigError("tokenizer: its configuration builds no image encoder.")
+            raise ConfigError("tokenizer: its configuration does not build an image encoder.")
         checksum = 0
         for name, value in sorted(model.state_dict().items()):
             checksum = zlib.crc32(value.cpu().float().contiguous().numpy(), zlib.crc32(name.encode(), checksum))
@@ -49,7 +49,7 @@ class Encoder:
         self._encode = fast_encode(model, precision, compile=compile)
 
     def __call__(self, pixels: Tensor) -> list[list[int]]:
-        """Codes of images, uint8 [B, 3, S, S]; LaVIT's have fewer where there is less to see."""
+        """Codes of images uint8 [B, 3, S, S]; variable length for LaVIT."""
         codes = self._encode(normalise(copy_to(self.device, pixels))).tolist()
         return [[code for code in row if code >= 0] for row in codes]
 
@@ -66,8 +66,8 @@ def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
 
 
 def read_transform(path: str | Path | None, own: ImageTransform) -> ImageTransform:
-    """The image transform of a YAML (`--image_transform`, `--image_processor`), or the tokenizer's own. Raises
-    ConfigError: its output does not fit the tokenizer."""
+    """The image transform of a YAML (`--image_transform`, `--image_processor`), by default the tokenizer's. Raises
+    ConfigError: another image size than the tokenizer's."""
     if path is None:
         return own
     config = load_yaml(path)
@@ -75,18 +75,18 @@ def read_transform(path: str | Path | None, own: ImageTransform) -> ImageTransfo
     made: ImageTransform = image_processor(config["pretrained_model_name_or_path"]) if is_processor else \
         instantiate(config)
     if made.image_size != own.image_size:
-        raise ConfigError(f"{path}: makes images of {made.image_size} x {made.image_size} pixels, but the tokenizer "
-                          f"reads {own.image_size} x {own.image_size}.")
+        raise ConfigError(f"{path}: outputs images of {made.image_size} x {made.image_size} pixels, but the tokenizer "
+                          f"expects {own.image_size} x {own.image_size}.")
     return made
 
 
 def image_processor(folder: str) -> ImageTransform:
-    """The transform of a `preprocessor_config.json`: squash (BLIP), or shorter side and centre (CLIP). Raises
-    ConfigError: not there, no json, or other means."""
+    """The transform of a `preprocessor_config.json`: squash (BLIP), or resize and centre crop (CLIP). Raises
+    ConfigError: missing, not JSON, or another mean."""
     file = Path(folder) / "preprocessor_config.json"
-    settings = read_json_object(file, ConfigError, "name an image transform by --image_transform instead")
+    settings = read_json_object(file, ConfigError, "use --image_transform instead")
     if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:
-        raise ConfigError(f"{file}: normalises with {settings['image_mean']}; the tokenizers read CLIP's mean.")
+        raise ConfigError(f"{file}: normalizes with {settings['image_mean']}; the tokenizers expect CLIP's mean.")
     size = settings.get("size", 224)
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     side: Any = size.get("shortest_edge", size.get("height"))

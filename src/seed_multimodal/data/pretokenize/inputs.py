@@ -1,5 +1,5 @@
-"""The input: a description in our keys, or one of the original pre-tokenisation files; and its shards, each of which (a
-tar, or a block of records of anything else) becomes one output shard."""
+"""The input of pre-tokenization, in our keys or an original file, and its shards. Each tar, or block of records of
+other formats, becomes one output shard."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.sources import find_files, open_file, register
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
 
-# The original input pipes of the two extraction tools, and what they leave to defaults.
+# The input pipes of the two original extraction tools, with their defaults.
 PIPES: dict[str, dict[str, Any]] = {
     "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
         "format": "tar", "similarity_thr": 0.2, "min_resolution": 180, "min_aspect_ratio": 0.666},
@@ -27,33 +27,33 @@ PIPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class InputSettings:
-    """The input, and the filters on it (`data.filters`; None: that filter is off)."""
+    """The input and its filters (`data.filters`; None: off)."""
 
-    files: str | list[str] | None = None  # folders, patterns with braces; a registered format may do without
+    files: str | list[str] | None = None  # folders, patterns with braces; optional for a registered format
     format: str = setting("auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered()))
     format_options: dict[str, Any] = setting(factory=dict)  # of a registered format
-    image_root: str | None = None  # of the images that records name; None: beside the list, then the current folder
-    fields: str | dict[str, Any] = setting(factory=dict)  # by what they hold, over the kind's own; or a preset's name
-    use_caption_in_metadata: bool = False  # of tars: the caption from KEY.json instead of KEY.txt
+    image_root: str | None = None  # folder of the listed images; None: that of the list, then the current one
+    fields: str | dict[str, Any] = setting(factory=dict)  # content -> key, over the kind's defaults; or a preset's name
+    use_caption_in_metadata: bool = False  # in tars: caption from KEY.json instead of KEY.txt
     caption_key_in_metadata: str = "top_caption"
     similarity_thr: int | float | None = None
     min_resolution: int | float | None = None
     min_aspect_ratio: int | float | None = setting(None, above=0, most=1)
-    num_frames: int = setting(4, least=1)  # images taken from each video
-    num_images: int | None = setting(5, least=1)  # of a story; None: any number from 2
+    num_frames: int = setting(4, least=1)  # frames sampled from each video
+    num_images: int | None = setting(5, least=1)  # images of a story; None: 2 or more
 
 
 def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | dict[str, str] | None = None
                         ) -> InputSettings:
-    """Settings from a mapping or a YAML file, ours or original; `fields` of the command line win. Raises ConfigError:
-    an unknown target, key or value."""
+    """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the command line. Raises
+    ConfigError: an unknown target, key or value."""
     where = str(config) if isinstance(config, str | Path) else "data"
     plain: Any = load_yaml(config) if isinstance(config, str | Path) else config
     given: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in given:
         target = str(given.pop("_target_"))
         if target not in PIPES:
-            raise ConfigError(f"{where}: _target_ {target!r} is none of the original input pipes"
+            raise ConfigError(f"{where}: _target_ {target!r} is not one of the original input pipes"
                               f"{nearest(target, PIPES)}.")
         unused = ("data_dir", "max_length", "recursive", "_recursive_", "_convert_")
         given = {**PIPES[target], **{key: value for key, value in given.items() if key not in unused},
@@ -64,18 +64,18 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | di
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:
-    """`--fields vqa` or `--fields image=file,question=q` as the setting. Raises ConfigError: a piece without `=`."""
+    """Parse `--fields vqa` or `--fields image=file,question=q`. Raises ConfigError: a pair without `=`."""
     if text is None or "=" not in text:
         return text
     pairs = [piece.split("=") for piece in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
-        raise ConfigError(f"--fields {text!r} must be a preset's name or NAME=KEY pairs joined by commas.")
+        raise ConfigError(f"--fields {text!r} must be a preset's name or comma-separated NAME=KEY pairs.")
     return dict(pairs)
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Records `start` to `stop` (None: all) of a file; `name`: of the output below `save_dir`, without suffix."""
+    """Records `start` to `stop` (None: all) of a file; `name`: output path below `save_dir`, without suffix."""
 
     name: str
     file: RecordFile
@@ -84,8 +84,8 @@ class Shard:
 
 
 def list_shards(settings: InputSettings, block: int) -> list[Shard]:
-    """All shards of the inputs, in their order; of `block` records where the input is no tar. Raises DataError: no
-    record; and as `find_inputs`."""
+    """All shards of the inputs, in order, of `block` records for other formats than tar. Raises DataError: no record;
+    and as `find_inputs`."""
     found = find_inputs(settings)
     base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in found])
     shards = []
@@ -99,7 +99,7 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
             shards += [Shard(f"{name}-{number:05d}", file, start, min(total, start + block))
                        for number, start in enumerate(range(0, total, block))]
     if not shards:
-        raise DataError(f"{settings.files}: there is not one record.")
+        raise DataError(f"{settings.files}: contains no record.")
     return shards
 
 
@@ -109,4 +109,4 @@ def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
     if settings.format in registered():
         return [(str(open_file(one, settings.format, options=settings.format_options).path), settings.format)
                 for one in given or (None,)]
-    return find_files(given, settings.format, pictures=True)
+    return find_files(given, settings.format, images=True)

@@ -1,17 +1,17 @@
-"""The kinds of records that are written, each with exactly the keys its decoder reads (`data.decoders`).
+"""Kinds of output records, each with the keys that its decoder reads (`data.decoders`).
 
 | kind | record |
 | --- | --- |
 | caption | `image_ids`, `text` (a list where the input has several), `metadata` |
-| qa | `image_ids` (of a list of pictures: one after the other), `question`, `answer` |
-| video | `image_ids` (frame after frame), `answer`, and `question` where there is one |
+| qa | `image_ids` (several images: concatenated), `question`, `answer` |
+| video | `image_ids` (concatenated frames), `answer`, optional `question` |
 | edit | `source_image_ids`, `target_image_ids`, `instruction` and/or `instruction_gpt` + `response` |
-| story | `image_ids` (picture after picture), `caption0`, `caption1`, … |
-| interleaved | `image_ids`, `texts` (parallel, None where the other is), `metadata` |
+| story | `image_ids` (concatenated), `caption0`, `caption1`, … |
+| interleaved | `image_ids`, `texts` (one of the two is None at each index), `metadata` |
 | chat | `messages` |
 
-With several views of an image, caption and qa records also have `views`, whose first is the image itself; in chats
-only images of the user have them.
+With several views of an image, caption and qa records also have `views`, of which the first is the image itself; in
+chats only images of the user have views.
 """
 
 from __future__ import annotations
@@ -29,86 +29,86 @@ from seed_multimodal.data.formats.images import (
     captions,
     image_field,
     in_tar,
-    no_picture,
+    missing_image,
     nothing_under,
-    stored_picture,
+    stored_image,
     text_member,
 )
 from seed_multimodal.data.formats.record import BadRecord, FileReader, Record, find_image, shorten
+from seed_multimodal.data.pretokenize.frames import Frame
 from seed_multimodal.data.pretokenize.inputs import InputSettings
-from seed_multimodal.data.pretokenize.pictures import Frame
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.settings import check_keys, nearest
 
 Fields = dict[str, Any]
-Codes = Sequence[list[list[int]] | None]  # of each image its views; None: an optional one that cannot be read
+Codes = Sequence[list[list[int]] | None]  # views of each image; None: an unreadable optional image
 
 
 class Dropped(Exception):
-    """A sample that is not wanted (a filter, nothing to learn from); `str` is the reason it is counted under."""
+    """A filtered sample; `str` is the reason in the counts."""
 
 
 @dataclass
-class Picture:
-    """An image to encode: what `images.stored_picture` reads, of a record."""
+class SourceImage:
+    """An image to encode: the value that `images.stored_image` reads, and its record."""
 
     value: Any
     record: Record
-    read: bool = True  # by a model, so that it may have several views; else it is drawn
-    optional: bool = False  # a sample without it is still worth keeping
+    read: bool = True  # an input of the model, which may have several views; else a target
+    optional: bool = False  # the sample is kept without it
 
     @property
     def key(self) -> str:
-        """The same for equal images of neighbouring records; "": not known."""
+        """Equal for equal images of neighbouring records; "": unknown."""
         return self.value if isinstance(self.value, str) else repr(self.value) if callable(self.value) else ""
 
     def load(self, root: str | None) -> Image.Image:
-        """Read the image, of a path below `root`. Raises BadRecord, ImageError."""
-        found, where = stored_picture(self.value, self.record, root), self.record.where
+        """Read the image; paths are relative to `root`. Raises BadRecord, ImageError."""
+        found, where = stored_image(self.value, self.record, root), self.record.where
         if isinstance(found, Path) and where != self.record.file:  # else the record is the image's file
             where = f"{where}: {found}"
         return open_image(found, name=where)
 
 
 class Sample:
-    """A record while a kind reads it; `keys`: of its fields by what they hold. Its methods raise BadRecord."""
+    """Access to a record's content through `keys` (content -> field). Its methods raise BadRecord."""
 
     def __init__(self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]) -> None:
         self.record, self.files, self.settings, self.keys = record.parsed(files), files, settings, keys
         self.where, self.fields = record.where, self.record.fields
 
     def image(self, name: str = "image") -> Any:
-        """What names an image: the member's bytes, else the value under a key."""
+        """The image's bytes in a tar, else the value under its key."""
         found: Any = self.record.member(*IMAGE_KEYS, files=self.files)
         found = image_field(self.fields, self.keys[name]) if found is None else found
         if found is None:
-            raise no_picture(self.record, self.keys[name])
+            raise missing_image(self.record, self.keys[name])
         return found
 
     def text(self, name: str, *, required: bool = True) -> str | None:
-        """The text under a key: also a number (NaN, like blanks, is nothing), of a list of texts the commonest one."""
+        """The text under a key; numbers are converted (NaN counts as blank), lists give their most frequent text."""
         key = self.keys[name]
         value = self.fields.get(key)
         if isinstance(value, list) and value and all(isinstance(one, str) for one in value):
             value = max(value, key=value.count)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            value = str(value) if value == value else None  # NaN: an empty field of a table
+            value = str(value) if value == value else None  # NaN: empty table cell
         if value is None or isinstance(value, str) and not value.strip():
             if required:
                 raise BadRecord("missing key", f"{self.where}: {nothing_under(key, self.fields)}.")
             return None
         if not isinstance(value, str):
-            raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not a text.")
+            raise BadRecord("wrong type", f"{self.where}: {key!r} is {shorten(value)}, not text.")
         return value
 
 
-Read = tuple[Fields, list[Picture]]
+Read = tuple[Fields, list[SourceImage]]
 
 
 def joined_record(fields: Fields, codes: Codes) -> Fields:
-    """`image_ids` (image after image), the `views` of a single one if there are several, the fields."""
+    """`image_ids` (concatenated), `views` of a single image if there are several, and the fields."""
     found = [views for views in codes if views]
     several = {"views": found[0]} if len(found) == 1 and len(found[0]) > 1 else {}
     return {"image_ids": [code for views in found for code in views[0]], **several, **fields}
@@ -116,23 +116,23 @@ def joined_record(fields: Fields, codes: Codes) -> Fields:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of records: `read` takes the fields and images of a sample, in a decode worker; `record` makes the
-    record of these fields and the images' codes."""
+    """One kind of records: `read` returns fields and images of a sample, in a decode worker; `record` builds the output
+    from these fields and the images' codes."""
 
     name: str
     read: Callable[[Sample], Read]
-    fields: dict[str, str]  # keys by what they hold; `ask`: a fixed question, `suffix`: put behind each question
+    fields: dict[str, str]  # content -> key; `ask`: a fixed question, `suffix`: appended to each question
     presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})  # the first is the default
     views: bool = False
     record: Callable[[Fields, Codes], Fields] = joined_record
 
     def keys(self, given: str | Mapping[str, str]) -> dict[str, str]:
-        """The keys used: a preset by name, or a mapping over the kind's own. Raises ConfigError: an unknown name."""
+        """The keys of a preset, or of a mapping over the kind's defaults. Raises ConfigError: an unknown name."""
         given = given or next(iter(self.presets))
         if isinstance(given, Mapping):
             check_keys(given, self.fields, "fields")
         elif given not in self.presets:
-            raise ConfigError(f"fields: {given!r} is no preset of {self.name} data{nearest(given, self.presets)}: "
+            raise ConfigError(f"fields: {given!r} is not a preset of {self.name} data{nearest(given, self.presets)}: "
                               f"{', '.join(self.presets)}. Or map names: {', '.join(self.fields)}.")
         return {**self.fields, **(given if isinstance(given, Mapping) else self.presets[given])}
 
@@ -148,7 +148,7 @@ def _read_caption(sample: Sample) -> Read:
     metadata = sample.fields if in_tar(sample.record) else {
         key: sample.fields[key] for key in ("image_id", "id") if key in sample.fields}
     fields = {"text": found if len(found) > 1 else found[0], "metadata": metadata}
-    return fields, [Picture(sample.image(), sample.record)]
+    return fields, [SourceImage(sample.image(), sample.record)]
 
 
 def _question(sample: Sample, *, required: bool = True) -> Fields:
@@ -163,27 +163,27 @@ def _read_qa(sample: Sample) -> Read:
     fields = {**_question(sample), "answer": sample.text("answer")}
     value = sample.image()
     several = value if isinstance(value, list) else [value]
-    return fields, [Picture(one, sample.record, read=len(several) == 1) for one in several]
+    return fields, [SourceImage(one, sample.record, read=len(several) == 1) for one in several]
 
 
 def _read_video(sample: Sample) -> Read:
     count, name = sample.settings.num_frames, str(sample.text("video"))
     path = find_image(name, sample.settings.image_root, sample.record.file)
     if path is None:
-        raise BadRecord("missing picture", f"{sample.where}: there is no video {name}.")
+        raise BadRecord("missing image", f"{sample.where}: no such video {name}.")
     return {**_question(sample, required=False), "answer": sample.text("answer")}, [
-        Picture(Frame(str(path), count, number), sample.record) for number in range(count)]
+        SourceImage(Frame(str(path), count, number), sample.record) for number in range(count)]
 
 
 def _read_story(sample: Sample) -> Read:
     limit = sample.settings.num_images
-    pictures, captions = (sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions"))
-    wanted = limit if limit is not None else max(2, len(pictures))
-    if not len(pictures) == len(captions) == wanted or not all(isinstance(one, str) and one for one in captions):
-        raise BadRecord("images and captions", f"{sample.where}: has {len(pictures)} images and {len(captions)} "
-                        f"captions where {wanted} of each belong.")
+    images, captions = (sample.fields.get(sample.keys[name]) or [] for name in ("images", "captions"))
+    wanted = limit if limit is not None else max(2, len(images))
+    if not len(images) == len(captions) == wanted or not all(isinstance(one, str) and one for one in captions):
+        raise BadRecord("images and captions", f"{sample.where}: has {len(images)} images and {len(captions)} "
+                        f"captions; expected {wanted} of each.")
     return {f"caption{number}": text for number, text in enumerate(captions)}, [
-        Picture(picture, sample.record) for picture in pictures]
+        SourceImage(image, sample.record) for image in images]
 
 
 # ---- edit, interleaved, chat
@@ -194,10 +194,10 @@ def _read_edit(sample: Sample) -> Read:
     texts = {name: sample.text(name, required=False) for name in ("instruction", "instruction_gpt", "response")}
     fields = {name: text for name, text in texts.items() if text is not None}
     if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
-        raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r}, nor under both "
+        raise BadRecord("missing key", f"{sample.where}: has no text under {keys['instruction']!r} or under both "
                         f"{keys['instruction_gpt']!r} and {keys['response']!r}.")
-    return fields, [Picture(sample.image("source"), sample.record),
-                    Picture(sample.image("target"), sample.record, read=False)]
+    return fields, [SourceImage(sample.image("source"), sample.record),
+                    SourceImage(sample.image("target"), sample.record, read=False)]
 
 
 def _edit_record(fields: Fields, codes: Codes) -> Fields:
@@ -206,17 +206,17 @@ def _edit_record(fields: Fields, codes: Codes) -> Fields:
 
 
 def _read_interleaved(sample: Sample) -> Read:
-    """A document. An image that cannot be read is left out with its place, as in the original."""
+    """A document; unreadable images are dropped with their index, as in the original."""
     images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
     if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images) or any(
             (image is None) == (text is None) or not isinstance(text, str | None)
             for image, text in zip(images, texts, strict=True)):
         raise BadRecord("images and texts", f"{sample.where}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
-                        "must be lists of one length, with None where the other stands.")
-    pictures = [Picture(image, sample.record, optional=True) for image in images if image is not None]
-    if not pictures:
+                        "must be lists of equal length, with None in one of them at each index.")
+    sources = [SourceImage(image, sample.record, optional=True) for image in images if image is not None]
+    if not sources:
         raise Dropped("no image")
-    return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, pictures
+    return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
 
 
 def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
@@ -228,25 +228,25 @@ def _interleaved_record(fields: Fields, codes: Codes) -> Fields:
 
 
 def _read_chat(sample: Sample) -> Read:
-    data = sample.record.member(*IMAGE_KEYS, files=sample.files)  # of a tar of images with their conversation
+    data = sample.record.member(*IMAGE_KEYS, files=sample.files)  # image of a tar with conversations
     found = with_messages(sample.fields if data is None else {**sample.fields, "image": data}, sample.where)
     if "messages" not in found:
-        raise BadRecord("missing key", f"{sample.where}: is no conversation.")
-    pictures: list[Picture] = []
+        raise BadRecord("missing key", f"{sample.where}: is not a conversation.")
+    images: list[SourceImage] = []
     messages = []
     for message in found["messages"]:
         content: list[Any] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                pictures.append(Picture(part["image"], sample.record, read=message["role"] == "user"))
+                images.append(SourceImage(part["image"], sample.record, read=message["role"] == "user"))
                 part = None
             content.append(part)
         messages.append({"role": message["role"], "content": content})
-    return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, pictures
+    return {"messages": messages, **({"system": found["system"]} if found.get("system") else {})}, images
 
 
 def _chat_record(fields: Fields, codes: Codes) -> Fields:
-    """The codes of each image in its place, or those of each of its views."""
+    """The messages with the codes of each image, or of each of its views."""
     shown = (views if len(views) > 1 else views[0] for views in codes if views)
     return {**fields, "messages": [
         {**message, "content": [{"codes": next(shown)} if part is None else part for part in message["content"]]}
@@ -256,7 +256,7 @@ def _chat_record(fields: Fields, codes: Codes) -> Fields:
 _TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
 KINDS = {kind.name: kind for kind in (
     Kind("caption", _read_caption, {"image": "", "caption": ""}, views=True),
-    # The original tool reads JourneyDB as it stands; its other variants were comments in the source.
+    # The original tool reads JourneyDB; its other variants were comments in the source.
     Kind("qa", _read_qa, {"image": "", **_TEXTS}, {
         "journeydb": {"ask": DESCRIBE_PROMPT, "answer": "caption"}, "describe": {"ask": DESCRIBE_PROMPT},
         "vqa": {"suffix": QA_SUFFIX}, "plain": {}}, views=True),

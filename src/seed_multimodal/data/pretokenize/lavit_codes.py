@@ -1,10 +1,10 @@
-"""LaVIT's dynamic tokenizer as an encoder of shards: codes of pictures, as many of each as its selector keeps.
+"""LaVIT's dynamic tokenizer as an encoder for pre-tokenization, with a variable number of codes per image.
 
     # tokenizer.yaml
     _target_: seed_multimodal.data.pretokenize.lavit_codes.lavit_codes
     pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
 
-The draw of an image is a function of its pixels and the seed, so shards are the same however they are made.
+Token selection depends only on pixels and seed, so shards are reproducible.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from seed_multimodal.nn.layers import cast_layers
 
 
 class DynamicCodes(nn.Module):
-    """`encode`: normalised pixels `[B, 3, S, S]` → codes `[B, N]`, -1 behind those of an image."""
+    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1."""
 
     def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
         super().__init__()
         self.tokenizer, self.selection, self.seed = tokenizer, selection, seed
         self.device = tokenizer.device
-        # Part of the encoder's fingerprint: another draw makes other shards.
+        # Part of the encoder's fingerprint, since it changes the codes.
         self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
 
     def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
-        """Convert the layers to a precision; the rest stays fp32."""
+        """Convert the layers to a dtype; the rest stays fp32."""
         cast_layers(self.tokenizer, dtype)
         return self
 
@@ -48,7 +48,7 @@ class DynamicCodes(nn.Module):
 
 def lavit_codes(pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
                 ) -> Any:
-    """What `encode.Encoder` takes: `model` and `transform`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
+    """`model` and `transform` for `encode.Encoder`. Raises CheckpointError, as `load_dynamic_tokenizer`."""
     folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
     tokenizer = load_dynamic_tokenizer(folder, device=device)
     return SimpleNamespace(model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False)

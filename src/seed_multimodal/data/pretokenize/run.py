@@ -1,8 +1,8 @@
-"""Pre-tokenise a data set: each input shard becomes one output shard of json records with codes.
+"""Pre-tokenize a data set: each input shard becomes one output shard of JSON records with codes.
 
-`SAVE_DIR/NAME.tar` appears whole or not at all, with its counts in `NAME.counts.json`; a run that starts again skips
-what is there. Under torchrun process r makes every WORLD_SIZE-th shard, in a job array (`shard`) task i every N-th.
-Batches are made inside a shard, in the order of its samples, so equal input gives equal records.
+`SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards are skipped. Under
+torchrun each process handles every WORLD_SIZE-th shard, in a job array (`shard`) each task every N-th. Batches do not
+cross shards, so equal input gives equal records.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from seed_multimodal.settings import changed_settings, check_settings, setting
 class RunSettings:
     """Settings of a run."""
 
-    kind: str  # of records, see `kinds.py`
+    kind: str  # of output records, see `kinds.py`
     data: str | Mapping[str, Any]  # the input: a YAML file or a mapping
     save_dir: str
-    tokenizer: str | Mapping[str, Any]  # as the other three of `encode.Encoder`
+    tokenizer: str | Mapping[str, Any]  # this and the next three as in `encode.Encoder`
     device: str = "auto"
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
-    compile: bool = False  # takes minutes before the first image
-    fields: str | dict[str, str] | None = None  # wins over that of the data
-    shard: tuple[int, int] = (0, 1)  # (number, count): only every count-th shard, from `number` on
-    image_transform: str | None = None  # its YAML; None: squashed to the tokenizer's size, or as its system does
-    batch_size: int | None = setting(None, least=1)  # samples decoded, and images encoded, at once
+    compile: bool = False  # compilation takes minutes
+    fields: str | dict[str, str] | None = None  # overrides that of the data
+    shard: tuple[int, int] = (0, 1)  # (index, count): every count-th shard, from `index` on
+    image_transform: str | None = None  # YAML file; None: the tokenizer's transform
+    batch_size: int | None = setting(None, least=1)  # samples decoded and images encoded per batch
     workers: int = setting(4, least=0)  # decode processes
-    views: int = setting(1, least=1)  # of each image (kinds caption, qa and chat), the others augmented from `seed`
+    views: int = setting(1, least=1)  # views per image (kinds caption, qa and chat), augmented from `seed`
     seed: int = 0
-    block: int = setting(10_000, least=1)  # records of an output shard where the input is no tar
-    max_bad: int = setting(20, least=1)  # broken samples in a row that end the run
+    block: int = setting(10_000, least=1)  # records per output shard for other inputs than tars
+    max_bad: int = setting(20, least=1)  # consecutive broken samples that stop the run
 
 
 def run(settings: RunSettings) -> int:
-    """Make this process's share of the shards; returns 1 if all are there and hold no record. Raises SeedError."""
+    """Write this process's share of the shards; returns 1 if all shards exist and have no record. Raises SeedError."""
     check_settings(settings, "extraction")
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), settings.device
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
@@ -66,11 +66,11 @@ def run(settings: RunSettings) -> int:
     share = shards[number::count][rank::world]
     left = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
     log_line(f"{name}{counted(len(shards), 'shard')} of {source.files or source.format} as {kind.name} records to "
-             f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them there already.")
+             f"{save_dir}: {len(share):,} in this share, {len(share) - len(left):,} of them exist already.")
     encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
     transform = read_transform(settings.image_transform, encoder.transform)
     dataset = TaskDataset(kind, source, transform, settings.views, settings.seed)
-    lists = {str(shard.file.path) for shard in shards if shard.stop is not None}  # an edited list has another size
+    lists = {str(shard.file.path) for shard in shards if shard.stop is not None}  # edited lists have another size
     _agree(save_dir, {
         "kind": kind.name, "views": dataset.views, "seed": settings.seed, "block": settings.block,
         "input": {**asdict(source), "fields": kind.keys(source.fields), "image_root": None},
@@ -80,18 +80,18 @@ def run(settings: RunSettings) -> int:
         batch = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)  # 256 as in the original
         tasks = decode_shards(left, dataset, batch, settings.workers)
         with Progress(f"{name}extraction", len(left), "shard") as progress:
-            progress.unit_scale = True  # parts of shards are shown with two digits
+            progress.unit_scale = True  # show fractions of shards with two digits
             extractor = _Extractor(kind, encoder, batch, settings.max_bad, progress)
             for shard in left:
                 extractor.make(save_dir / f"{shard.name}.tar", tasks)
     if all((save_dir / f"{shard.name}.tar").exists() for shard in shards):
         return _summarise(save_dir, shards)
-    log_line(f"{name}{save_dir}: this share is finished, others are not.")
+    log_line(f"{name}{save_dir}: this share is finished; shards of others are missing.")
     return DONE
 
 
 def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
-    """The kind of records and the input. Raises ConfigError."""
+    """The record kind and the input. Raises ConfigError."""
     kind = KINDS[settings.kind]
     number, count = settings.shard
     if not 0 <= number < count:
@@ -102,7 +102,7 @@ def read_input(settings: RunSettings) -> tuple[Kind, InputSettings]:
 
 
 class _Extractor:
-    """Makes shards of decoded tasks, which come in the order of the shards."""
+    """Writes shards from decoded tasks, which arrive in shard order."""
 
     def __init__(self, kind: Kind, encoder: Encoder, batch_size: int, max_bad: int, progress: Progress) -> None:
         self.kind, self.encoder, self.batch_size = kind, encoder, batch_size
@@ -129,8 +129,8 @@ class _Extractor:
         counts.update({"read": len(decoded.samples), "images": len(codes)})
         for sample in decoded.samples:
             counts["lost images"] += len(sample.lost)
-            for sentence in sample.lost:
-                self.progress.say(f"left out of its document: {sentence}")
+            for message in sample.lost:
+                self.progress.say(f"dropped from its document: {message}")
             self._bad_in_a_row = self._bad_in_a_row + 1 if sample.bad else 0
             if sample.bad:
                 counts["bad"] += 1
@@ -146,13 +146,13 @@ class _Extractor:
 
 
 def _agree(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings of the folder, or check that they are the same. Raises DataError: another one, named."""
+    """Write the folder's settings, or compare them with the stored ones. Raises DataError: changed settings."""
     file = save_dir / "settings.json"
     if not file.exists():
         replace_text(file, json.dumps(settings, indent=1))
     changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
     if changes:
-        raise DataError(f"{save_dir}: was begun with other settings ({'; '.join(changes)}); choose another --save_dir, "
+        raise DataError(f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another --save_dir "
                         "or the same settings.")
 
 
@@ -164,12 +164,12 @@ def _summarise(save_dir: Path, shards: list[Shard]) -> int:
     replace_text(save_dir / "counts.json", json.dumps(total, indent=1))
     log_line(f"{save_dir}: {', '.join(f'{key} {number:,}' for key, number in total.items())}.")
     if not total["samples"]:
-        log_line(f"{save_dir}: not one record was written; delete this folder, whose shards the next run would skip.")
+        log_line(f"{save_dir}: no record was written; delete this folder before the next run.")
     return DONE if total["samples"] else SOME_FAILED
 
 
 def _strict_json(value: Mapping[str, Any]) -> bytes:
-    """NaN, which LAION's metadata holds and json lacks, becomes null."""
+    """JSON with NaN (in LAION's metadata) replaced by null."""
     try:
         text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except ValueError:

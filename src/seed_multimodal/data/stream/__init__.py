@@ -1,1 +1,1 @@
-"""Package `data.stream`: order of samples, mixture of sources, packed and padded rows, the loader, statistics."""
+"""Sample order, mixture of sources, packed and padded rows, loader and statistics."""

@@ -1,8 +1,8 @@
-"""Typed settings of an LLM's training data, read from YAML: our keys, or an original data file.
+"""Settings of an LLM's training data, from YAML with our keys or an original data file.
 
     sources:                       # a list, or a mapping name -> source
       - name: captions
-        files: dataset/captions    # folders (searched recursively), patterns, lists of them
+        files: dataset/captions    # folders (recursive), patterns, or a list
         decoder: pretrain.caption
         options: {reverse_ratio: 0.5}
         weight: 5.0
@@ -10,8 +10,8 @@
     length: 2048
     rows: 4
 
-The original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything; keys that
-the original code never read are dropped, and ours may stand beside the others.
+Original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything; keys unused by
+the original code are dropped, and our keys may be added.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
 _TRAIN, _SFT = "src.data.torchdata_train.build_", "src.data.torchdata_sft.build_"
 _SEED_X = "src.data.sft_clm.build_"
-BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder, and the files it reads
+BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and file suffixes
     _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
     _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
     _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
@@ -64,60 +64,60 @@ _NEVER_READ = ("caption_prompt", "reverse_ratio", "assure_text", "min_resolution
 class SourceSettings:
     """One source of sequences.
 
-    `weight`: share of the draws, relative to the other sources'. A draw is a padded micro-batch, as in the original, or
-    with packing one sequence, and then the weight counts `batch_size`-fold.
+    `weight`: relative share of draws. A draw is a padded micro-batch, as in the original; with packing it is one
+    sequence, and the weight is multiplied by `batch_size`.
     """
 
     name: str
-    files: str | list[str]  # as `formats.sources.open_records` takes them, with the next two
-    decoder: str  # of `decoders.get_decoder`
+    files: str | list[str]  # this and the next two as in `formats.sources.open_records`
+    decoder: str  # name for `decoders.get_decoder`
     format: str = "auto"
     format_options: dict[str, Any] = setting(factory=dict)
     options: dict[str, Any] = setting(factory=dict)  # of the decoder
-    image_dir: str | None = None  # of the images that records name; None: the folder of their file
+    image_dir: str | None = None  # folder of the listed images; None: that of the list
     weight: float = setting(1.0, above=0)
-    cycles: int | None = setting(None, least=1)  # times through the source until it is used up; None: without end
-    max_length: int | None = setting(None, least=1)  # of padded micro-batches, as the next
-    batch_size: int | None = setting(None, least=1)  # None: they have `rows` x `length` positions
+    cycles: int | None = setting(None, least=1)  # epochs of the source; None: endless
+    max_length: int | None = setting(None, least=1)  # of padded micro-batches, like `batch_size`
+    batch_size: int | None = setting(None, least=1)  # None: `rows` x `length` positions
 
 
 @dataclass
 class LlmDataSettings:
-    """The mixture, and how sequences become batches.
+    """The mixture and the batch layout.
 
-    `too_long`: a packed sequence longer than `length` is skipped, cut, or split (of `pretrain.text` alone, others are
-    skipped); padded ones are cut. Each is counted and named.
+    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (only `pretrain.text`; others are
+    skipped); padded ones are truncated. All are counted and logged.
     """
 
     sources: list[SourceSettings]
-    packing: bool = True  # several sequences in each row; else padded micro-batches of one source
+    packing: bool = True  # several sequences per row; else padded micro-batches of one source
     length: int = setting(2048, least=2)
-    rows: int = setting(1, least=1)  # packed rows of a rank's micro-step
+    rows: int = setting(1, least=1)  # packed rows per rank and micro-step
     too_long: str = setting("skip", choices=("skip", "truncate", "split"))
-    max_bad_in_a_row: int = setting(20, least=1)  # broken records of a source that end the run
+    max_bad_in_a_row: int = setting(20, least=1)  # consecutive broken records of a source that stop the run
     seed: int = setting(0, least=0)
-    template: str | None = setting(None, choices=TUNED_TEMPLATES)  # for sources that set none; None: the model's
-    # weighted draws, one source after the other, or round robin
+    template: str | None = setting(None, choices=TUNED_TEMPLATES)  # default of the sources; None: the model's
+    # weighted draws, sequential, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
-    cache: str | None = None  # folder into which remote files are copied once; None: they are read by ranges
+    cache: str | None = None  # folder for copies of remote files; None: range requests
 
     def draw_weights(self) -> list[float]:
-        """Weight of one draw of each source, summing to 1 (see `SourceSettings.weight`)."""
+        """Normalized draw weights of the sources (see `SourceSettings.weight`)."""
         weights = [source.weight * (source.batch_size or 1 if self.packing else 1) for source in self.sources]
         return [weight / sum(weights) for weight in weights]
 
     def padded_shape(self, source: int) -> tuple[int, int]:
-        """Rows and positions of a padded micro-batch of a source, by its number."""
+        """Rows and positions of a source's padded micro-batch."""
         length = self.sources[source].max_length or self.length
         return self.sources[source].batch_size or max(1, self.rows * self.length // length), length
 
     def shape(self, source: int) -> tuple[int, int]:
-        """Sequences of a draw from a source, and how long each may be."""
+        """Sequences per draw of a source, and their maximum length."""
         return (1, self.length) if self.packing else self.padded_shape(source)
 
 
 def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "data") -> LlmDataSettings:
-    """Settings out of a mapping (ours, or an original data file). Raises ConfigError: an unknown or missing key."""
+    """Settings from a mapping (ours or an original data file). Raises ConfigError: an unknown or missing key."""
     plain: Any = OmegaConf.to_container(config, resolve=True) if isinstance(config, DictConfig) else config
     given = _mapping(plain, where)
     if "datapipes" in given or "_target_" in given:
@@ -127,13 +127,13 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
 
 
 def prompted_sources(settings: LlmDataSettings) -> list[SourceSettings]:
-    """The sources whose decoders have the option `template`."""
+    """Sources whose decoders have the option `template`."""
     return [source for source in settings.sources
             if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names()]
 
 
 def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSettings:
-    """The settings with this template in the sources that have such an option and do not set it."""
+    """The settings, with `template` in the sources that accept it and do not set it."""
     if template is None:
         return settings
     prompted = {source.name for source in prompted_sources(settings)}
@@ -143,11 +143,11 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
 
 
 def _sources(given: Any, where: str) -> list[SourceSettings]:
-    """The sources; one without a name gets that of its first file or folder."""
+    """The sources; the default name is that of the first file or folder."""
     if isinstance(given, Mapping):
         given = [{"name": str(name), **source} for name, source in given.items() if source is not None]
     if not isinstance(given, list) or not given:
-        raise ConfigError(f"{where}: sources must list at least one source of sequences.")
+        raise ConfigError(f"{where}: sources must list at least one source.")
     sources: dict[str, SourceSettings] = {}
     for number, one in enumerate(given):
         source = _mapping(one, f"{where}: sources[{number}]")
@@ -156,7 +156,7 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
         others = sum(stem in (name, name.rpartition("-")[0]) for name in sources)
         name = str(source.get("name") or (f"{stem}-{others + 1}" if others else stem))
         if name in sources:
-            raise ConfigError(f"{where}: sources[{number}]: there are two sources named {name!r}.")
+            raise ConfigError(f"{where}: sources[{number}]: duplicate source name {name!r}.")
         sources[name] = read_settings(SourceSettings, {**source, "name": name}, f"{where}: sources[{number}] ({name})")
     return list(sources.values())
 
@@ -165,7 +165,7 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
 
 
 def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An original data file (a mixture, or one source alone) as a mapping of ours."""
+    """An original data file (a mixture or a single source), converted to our keys."""
     own = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
     target = config.get("_target_", MIXERS[0])
     if target in BUILDERS:
@@ -177,7 +177,7 @@ def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     pipes = config.get("datapipes") or []
     weights = config.get("sample_weights") or [1.0] * len(pipes)
     if len(weights) != len(pipes):
-        raise ConfigError(f"{where}: sample_weights must be one number for each of the {len(pipes)} datapipes.")
+        raise ConfigError(f"{where}: sample_weights must have one number for each of the {len(pipes)} datapipes.")
     sources = [_released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
                for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
     return {"sources": sources, **{key: config[key] for key in own if key in config}}
@@ -213,5 +213,5 @@ def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[s
 
 
 def _unknown(target: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where}: _target_ {target!r} is none of the released data builders"
+    return ConfigError(f"{where}: _target_ {target!r} is not one of the original data builders"
                        f"{nearest(str(target), [*BUILDERS, *MIXERS])}.")

@@ -1,15 +1,15 @@
-"""Batches of an LLM's training data: workers decode, the main process packs; exactly resumable.
+"""Batches of an LLM's training data: decoded in workers, packed in the main process, exactly resumable.
 
     with LlmBatches(settings, tokenizer, rank=rank, world=world, workers=2) as batches:
-        batches.restore(states)                      # of all ranks; or not at all
+        batches.restore(states)                      # optional: states of all ranks
         for batch in itertools.islice(batches, 100):
             ...
-        mine = batches.state()                       # the position after the last batch, json-able
+        mine = batches.state()                       # position after the last batch, JSON-serializable
 
-Draw n of a rank picks a source by a random number that is a function of (seed, n · world + rank), and of that source
-the next positions of its endless order that are this rank's: one if sequences are packed, those of a padded micro-batch
-if not. The state is a few integers and what waits for a row. For the same number of processes the rows after `restore`
-are bit-equal. For another number the pending draws are dealt to the new ranks: no sample is lost or used twice.
+Draw n of a rank selects a source by a random number determined by (seed, n · world + rank), and this rank's next
+positions in the source's endless order: one when packing, else those of a padded micro-batch. The state holds a few
+integers and the pieces not yet packed. With the same number of processes, rows after `restore` are bit-equal; with
+another number, pending draws are distributed over the new ranks: no sample is lost or used twice.
 """
 
 from __future__ import annotations
@@ -37,33 +37,32 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import changed_settings
 
-TOGETHER, TOGETHER_WITH_PIXELS = {True: 128, False: 8}, {True: 8, False: 1}  # packed or not: draws decoded at a time
-LOOK_AHEAD = 2  # rows of tokens from which packing chooses
+TOGETHER, TOGETHER_WITH_PIXELS = {True: 128, False: 8}, {True: 8, False: 1}  # draws decoded per job, by packing
+LOOK_AHEAD = 2  # rows of tokens that packing selects from
 State = Mapping[str, Any]
 
 
 @dataclass
 class LlmBatch:
-    """A rank's micro-batch: int64 [B, L]. Labels stand at their own token, as transformers' models expect them; -100 is
-    not learned."""
+    """A rank's micro-batch: int64 [B, L]. Labels are not shifted, as transformers' models expect; -100: no loss."""
 
     input_ids: Tensor
     labels: Tensor
-    position_ids: Tensor  # from 0 in each packed sequence; padding counts as one of its own
-    attention_mask: Tensor | None  # None when packed: position ids hold the borders
-    tokens: int  # positions that are no padding
+    position_ids: Tensor  # from 0 in each packed sequence, and in the padding
+    attention_mask: Tensor | None  # None when packed: position ids mark the boundaries
+    tokens: int  # non-padding positions
     learned: int  # targets after the shift
     sequences: int
-    squares: int  # sum of the squares of the sequences' lengths (attention's cost)
-    views: BatchViews | None = None  # images that are read or written as features (SEED-X)
+    squares: int  # sum of squared sequence lengths (cost of attention)
+    views: BatchViews | None = None  # images that are input or target features (SEED-X)
 
     def to(self, device: str | torch.device) -> Self:
-        """The same batch on a device."""
+        """Copy the batch to a device."""
         return on_device(self, device)
 
 
 class Draw(NamedTuple):
-    """A source, the first position that is read, and which of its pieces are used (None: all)."""
+    """A source, the first position to read, and the pieces to use (None: all)."""
 
     source: int
     start: int
@@ -71,8 +70,8 @@ class Draw(NamedTuple):
 
 
 class DrawOrder:
-    """The draws of one rank: `counts` of each source so far; `firsts`: the position of each at which this number of
-    processes began; `left`: draws to make before new ones, dealt from an earlier number of processes."""
+    """The draws of one rank: `counts` per source so far; `firsts`: position of each source when this number of
+    processes started; `left`: pending draws of an earlier number of processes, done first."""
 
     def __init__(self, mixture: Mixture, rank: int, world: int, firsts: Sequence[int] = ()) -> None:
         self.mixture, self.rank, self.world = mixture, rank, world
@@ -80,7 +79,7 @@ class DrawOrder:
         self.left: list[Draw] = []
 
     def following(self) -> Iterator[Draw]:
-        """The draws that are not taken yet, until everything is used up."""
+        """Pending draws, until all sources are exhausted."""
         yield from list(self.left)
         counts = list(self.counts)
         while True:
@@ -94,7 +93,7 @@ class DrawOrder:
             yield Draw(source, starts[source])
 
     def take(self, draw: Draw) -> None:
-        """Go past the next draw."""
+        """Advance past the next draw."""
         if self.left:
             self.left.pop(0)
         else:
@@ -105,8 +104,8 @@ class DrawOrder:
         return self.firsts[source] + (count * self.world + rank) * self.mixture.settings.shape(source)[0]
 
     def deal(self, states: Sequence[State]) -> None:
-        """Continue from the states of another number of processes: what waits for a row, and what one of them has not
-        drawn yet before the furthest draw of all, is dealt to the ranks."""
+        """Resume from the states of another number of processes: unpacked pieces, and draws before the furthest one
+        that a process has not made yet, are distributed over the ranks."""
         before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
         pending = [Draw(*one) for state in states for one in state["left"]]
         places = sorted(tuple(one) for state in states for one in state["waiting"])
@@ -122,13 +121,13 @@ class DrawOrder:
 
 
 def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
-    """What a worker does: draws -> what is read at each position of each."""
+    """A worker's job: the samples at each position of the draws."""
     return [(draw, mixture.read_draw(draw.source, draw.start)) for draw in draws]
 
 
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
-    """Micro-batches of one rank until every source is used up; the same for any number of `workers` (0: none). `log`
-    gets one sentence for each of the first few records skipped for a reason. Raises as `Mixture`."""
+    """Micro-batches of one rank until all sources are exhausted, independent of `workers` (0: none). `log` receives a
+    line for the first few records skipped for each reason. Raises as `Mixture`."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer, *, rank: int = 0, world: int = 1,
                  workers: int = 0, log: Callable[[str], None] | None = None) -> None:
@@ -137,16 +136,16 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_id
         self.draws = DrawOrder(self.mixture, rank, world)
-        self.broken = [0 for _ in settings.sources]  # records of each source since the last good one
-        self.waiting: list[Piece] = []  # the look-ahead of packing, the oldest first
+        self.broken = [0 for _ in settings.sources]  # consecutive broken records per source
+        self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
         self.sources: list[dict[str, Any]] = [{"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}}
                                               for _ in settings.sources]
-        self.wait_seconds = 0.0  # spent inside `next`
+        self.wait_seconds = 0.0  # time spent in `next`
         self._open()
 
     def _open(self) -> None:
-        """Begin to load the draws that are not taken yet."""
+        """Start loading the pending draws."""
         following, pixels = self.draws.following(), any(self.mixture.readers)
         together = (TOGETHER_WITH_PIXELS if pixels else TOGETHER)[self.settings.packing]
         self._loaded = load(partial(_read, self.mixture), iter(lambda: list(itertools.islice(following, together)), []),
@@ -154,12 +153,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self._reads: Iterator[tuple[Draw, list[Read]]] = itertools.chain.from_iterable(self._loaded)
 
     def __next__(self) -> LlmBatch:
-        """The next batch; ranks may end some steps apart. Raises DataError: too many broken records in a row, or a
-        worker that was killed."""
+        """The next batch; ranks may end some steps apart. Raises DataError: too many consecutive broken records, or a
+        killed worker."""
         started = time.perf_counter()
         if self.settings.packing:
             rows = [self._row() for _ in range(self.settings.rows)]
-        else:  # a draw without any sequence is passed over
+        else:  # draws without a sequence are skipped
             rows = [[one] for one in next(filter(None, iter(self._next_draw, None)), ())]
         if not any(rows):
             raise StopIteration
@@ -176,7 +175,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.close()
 
     def _next_draw(self) -> list[Piece] | None:
-        """The sequences of the next draw, counted; None when everything is used up."""
+        """The sequences of the next draw; None at the end of the data."""
         draw, reads = next(self._reads, (None, []))
         if draw is None:
             return None
@@ -185,12 +184,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self._count(draw.source, read)
         found = [one for read in reads for one in read.pieces if draw.pieces is None or one.number in draw.pieces]
         for one in found if self.workers else ():
-            if one.views is not None:  # out of the memory shared with a worker: each tensor there holds a file open
+            if one.views is not None:  # copied, since each shared tensor keeps a file open
                 one.views.pixels = one.views.pixels.clone()
         return found
 
     def _row(self) -> list[Piece]:
-        """The sequences of the next row, the oldest first; none at the end of the data."""
+        """The sequences of the next row, oldest first; empty at the end of the data."""
         length, tokens = self.settings.length, sum(map(len, self.waiting))
         while tokens < LOOK_AHEAD * length:
             found = self._next_draw()
@@ -206,7 +205,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         return row
 
     def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
-        """The batch of some rows, each with several sequences if they are packed."""
+        """The batch of the given rows."""
         used, length = [one for row in rows for one in row], self.settings.shape(rows[0][0].source)[1]
         for one in used:
             self.sources[one.source]["sequences"] += 1
@@ -224,7 +223,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
                         views=join_views([[(one.views, len(one)) for one in row] for row in rows], length))
 
     def _count(self, source: int, read: Read) -> None:
-        """Count what a position gave; raises DataError after too many broken records in a row."""
+        """Update the counts for a position. Raises DataError: too many consecutive broken records."""
         counts, note, name = self.sources[source], read.note, self.settings.sources[source].name
         counts["draws"] += 1
         if read.pieces:
@@ -235,32 +234,32 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self.log(f"{name}: {'' if note.kind == TOO_LONG else 'skipped: '}{note.reason}: {note.where}")
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:
-            raise DataError(f"{self.broken[source]} records of source {name} are broken without a good one between "
-                            f"them, the last: {note.where}")
+            raise DataError(f"{self.broken[source]} consecutive records of source {name} are broken, "
+                            f"the last: {note.where}")
 
     def report(self) -> dict[str, Any]:
         """`{"positions", "tokens", "sources": {name: counts}}` of this rank; a source's `sequences` and `tokens` in
-        batches, `draws`, `epochs`, and `skipped` (also cut or split): reason -> {"count", "first": records}."""
+        batches, `draws`, `epochs`, and `skipped` (also truncated or split): reason -> {"count", "first": records}."""
         sources = {source.name: {**deepcopy(counts), "epochs": counts["draws"] / size} for source, counts, size
                    in zip(self.settings.sources, self.sources, self.mixture.sizes, strict=True)}
         return {"positions": self.positions, "tokens": sum(one["tokens"] for one in self.sources), "sources": sources}
 
     def state(self) -> dict[str, Any]:
-        """State for `restore`, after the last batch; each rank saves its own (json-able)."""
+        """State for `restore` after the last batch, JSON-serializable; each rank saves its own."""
         return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
                 "counts": list(self.draws.counts), "left": [list(draw) for draw in self.draws.left],
                 "waiting": [[one.source, one.position, one.number] for one in self.waiting],
                 "broken": list(self.broken), "positions": self.positions, "sources": deepcopy(self.sources)}
 
     def restore(self, states: Sequence[State]) -> None:
-        """Continue from the saved states of all ranks; this run may have another number of ranks, rows or workers.
-        Raises ConfigError: not the states of all ranks, or of other data or settings."""
+        """Resume from the saved states of all ranks; the number of ranks, rows or workers may differ. Raises
+        ConfigError: missing states, or other data or settings."""
         states = sorted(states, key=lambda state: int(state["rank"]))
         if len(states) != states[0]["world"]:
-            raise ConfigError(f"The data's state needs those of {states[0]['world']} ranks, not of {len(states)}.")
+            raise ConfigError(f"The data state has {len(states)} ranks, but {states[0]['world']} were saved.")
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
-            raise ConfigError(f"The data cannot be resumed; what changed since then: {'; '.join(changes)}.")
+            raise ConfigError(f"The data cannot be resumed; changed settings: {'; '.join(changes)}.")
         counted = states[self.rank::self.world]
         if len(states) == self.world:
             mine = states[self.rank]
@@ -279,7 +278,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.close()
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Settings with which it would be other data; weights may change, later draws follow them."""
+        """Settings that must not change on resume; weights may."""
         keys = ("packing", "seed", "concat_type", *(("length", "too_long") if self.settings.packing else ()))
         return {**{key: getattr(self.settings, key) for key in keys}, **{
             f"source {source.name}": {

@@ -1,10 +1,10 @@
-"""Samples loaded ahead by the worker processes of torchdata's `StatefulDataLoader`, and batches by step number.
+"""Prefetching by worker processes of torchdata's `StatefulDataLoader`, and batches by step number.
 
     with StepBatches(dataset, 64, seed=0, rank=rank, world=world, workers=8) as batches:
         for step in range(start, steps):
-            batch = batches.at(step)       # consecutive steps are loaded ahead; a jump restarts the workers
+            batch = batches.at(step)       # consecutive steps are prefetched; a jump restarts the workers
 
-The same batch for (seed, step, rank), however the run was started; the caller keeps the position.
+A batch is determined by (seed, step, rank); the caller tracks the step.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> Generator[Any, None, None]:
-    """What `fetch` makes of each job, in order, in `workers` processes (0: here); `close` of the generator ends them.
-    Raises SeedError: as `fetch` does; DataError: a worker was killed."""
+    """Results of `fetch` for each job, in order, from `workers` processes (0: this one); `close` stops them. Raises
+    SeedError: as `fetch`; DataError: a worker was killed."""
     if not workers:
         yield from map(fetch, jobs)
         return
-    from torchdata.stateful_dataloader import StatefulDataLoader  # of the extra `train`: missed when it is needed
+    from torchdata.stateful_dataloader import StatefulDataLoader  # in the extra `train`
 
     before = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 with newer torch
         warnings.filterwarnings("ignore", "This DataLoader will create")  # more workers than cores
-        # Its own generator: else the training's random numbers would depend on when workers were started.
+        # A separate generator, so that starting workers does not change training's random numbers.
         results = iter(StatefulDataLoader(
             _Fetch(fetch), batch_size=None, sampler=jobs, num_workers=workers, collate_fn=_as_is,
             worker_init_fn=_enter, generator=torch.Generator(), snapshot_every_n_steps=None))
-    if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise at any point of the training
+    if signal.getsignal(signal.SIGCHLD) is not before:  # torch's handler would raise anywhere
         signal.signal(signal.SIGCHLD, before)
     stop = results._shutdown_workers
-    atexit.register(stop)  # after an exception the process would wait for ever: workers ignore SIGTERM
+    atexit.register(stop)  # workers ignore SIGTERM, so exit would hang
     try:
         for result in results:
             if isinstance(result, SeedError):
@@ -66,7 +66,7 @@ def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> 
 
 
 class _Fetch:
-    """The data set that the workers see. A `SeedError` is returned: raised it would arrive wrapped in a traceback."""
+    """The data set in the workers. Returns a `SeedError`, since raising would wrap it in a traceback."""
 
     def __init__(self, fetch: Callable[[Any], Any]) -> None:
         self.fetch = fetch
@@ -83,17 +83,17 @@ def _as_is(value: Any) -> Any:
 
 
 def _enter(worker: int) -> None:
-    """Let a worker ignore the SIGTERM that torchrun sends to all, and end as soon as its parent dies."""
+    """Make a worker ignore torchrun's SIGTERM and end when its parent dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's workers look for their parent between batches
+    if sys.platform == "linux":  # elsewhere torch's workers check their parent between batches
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 class StepBatches(AbstractContextManager["StepBatches"]):
-    """Batches of one rank by step number; two ranks together have what one process with a double batch has.
+    """Batches of one rank by step number; together, ranks see the batch of a single process.
 
-    `dataset`: as `pairs_dataset.SourceDataset`, of which it needs `get` and `len`. `collate`: samples -> batch, in the
-    worker. `order`: instead of that of the set's epochs.
+    `dataset`: has `get` and `len` as `pairs_dataset.SourceDataset`. `collate`: samples -> batch, in the worker.
+    `order`: replaces the default epoch order.
     """
 
     def __init__(self, dataset: Any, batch_size: int, *, seed: int, rank: int = 0, world: int = 1, workers: int = 0,
@@ -106,8 +106,8 @@ class StepBatches(AbstractContextManager["StepBatches"]):
                                          block=getattr(dataset, "shuffle_block", 0))
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
         self.workers, self._fetch = workers, partial(_batch, dataset, collate)
-        self.wait_seconds = 0.0  # spent inside `at`
-        self._following = -1  # the step that is loaded next
+        self.wait_seconds = 0.0  # time spent in `at`
+        self._following = -1  # next prefetched step
         self._loaded: Any = None
 
     def at(self, step: int) -> Any:
@@ -128,7 +128,7 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         return self.order.parts((step * self.world + self.rank) * self.batch_size, self.batch_size)
 
     def bad_samples(self) -> list[tuple[str, str]]:
-        """(key, reason) of each sample of this rank that had to be replaced so far."""
+        """(key, reason) of each replaced sample of this rank."""
         return list(getattr(self.dataset, "bad", ()))
 
     def close(self) -> None:
@@ -142,7 +142,7 @@ class StepBatches(AbstractContextManager["StepBatches"]):
 
 
 def _batch(dataset: Any, collate: Callable[[list[Any]], Any], parts: list[Part]) -> tuple[Any, list[tuple[str, str]]]:
-    """One step's batch, and the samples found bad on the way."""
+    """One step's batch, and the bad samples found."""
     bad: Any = getattr(dataset, "bad", ())
     known = len(bad)
     batch = collate([dataset.get(int(index), epoch) for epoch, indices in parts for index in indices])

@@ -1,7 +1,6 @@
-"""The sources of an LLM's training data: which one a draw reads, and what is at a position of one.
+"""Mixture of an LLM's training sources: selection of a source per draw, samples by position.
 
-Positions count through a source's epochs without end; what is random in decoding is a function of (seed, source,
-position).
+Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed, source, position).
 """
 
 from __future__ import annotations
@@ -14,27 +13,27 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededDraws, TokenSequence
-from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
+from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, TokenSequence
+from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
-from seed_multimodal.data.stream.views import PictureReader, SequenceViews
+from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 USABLE_WITHIN, ENDLESS = 100, 2**62
 SPLIT_DECODERS = ("pretrain.text",)
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
-NAMED = 5  # records named for each reason of a skip
+NAMED = 5  # records listed per skip reason
 _WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "too long, split"}
 _BITS = (1 << 64) - 1
 
 
 class SkippedSample(NamedTuple):
-    """A record that was skipped, or cut or split: BROKEN, DROPPED or TOO_LONG; a reason in a few words; its file and
-    line or sample, for broken records the whole sentence."""
+    """A record that was skipped, truncated or split: BROKEN, DROPPED or TOO_LONG; short reason; file and line or
+    sample, or the error message of a broken record."""
 
     kind: str
     reason: str
@@ -43,7 +42,7 @@ class SkippedSample(NamedTuple):
 
 @dataclass
 class Piece:
-    """A sequence (int32 [n] ids and labels) and its images' views; piece `number` of those at a position."""
+    """A sequence (int32 [n] ids and labels) and its images' views; `number`: index at its position."""
 
     source: int
     position: int
@@ -57,27 +56,27 @@ class Piece:
 
 
 class Read(NamedTuple):
-    """What a position gives: pieces, and a note if the record was skipped or shortened."""
+    """The pieces at a position, and a note if the record was skipped or shortened."""
 
     pieces: list[Piece]
     note: SkippedSample | None = None
 
 
 class Mixture:
-    """The opened sources with their decoders and orders."""
+    """Opened sources with decoders and sample orders."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
-        """Raises ConfigError: an unknown decoder or option; DataError: files that are not there or cannot be read."""
+        """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
         self.settings, self.sources, self.weights = settings, settings.sources, settings.draw_weights()
         self.records = [open_records(source.files, format=source.format, name=source.name,
                                      cache=settings.cache, options=source.format_options,
                                      needs_json=source.decoder not in FEATURE_DECODERS)
                         for source in self.sources]
         self.decoders = [get_decoder(source.decoder, tokenizer, source.options) for source in self.sources]
-        self.readers = [PictureReader(decoder, records.open_files, source.image_dir)
+        self.readers = [ImageReader(decoder, records.open_files, source.image_dir)
                         if isinstance(decoder, OpenedDecoder) else None
                         for source, records, decoder in zip(self.sources, self.records, self.decoders, strict=True)]
-        self.sizes = [len(records) for records in self.records]  # indexes the files, before workers are forked
+        self.sizes = [len(records) for records in self.records]  # builds the indexes before workers are forked
         self.limits = [(source.cycles or ENDLESS) * size
                        for source, size in zip(self.sources, self.sizes, strict=True)]
         self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
@@ -85,9 +84,9 @@ class Mixture:
                                   block=SHUFFLE_BLOCK if len(records.shard_sizes) > 1 else 0)
                        for seed, records in zip(self.seeds, self.records, strict=True)]
 
-    def decode(self, source: int, index: int, draws: SeededDraws, max_length: int | None = None
+    def decode(self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
-        """(the sequence of a record, cut as the original decoder cuts; where it lies), or why there is none."""
+        """(sequence of a record, truncated as by the original decoder; its location), or why it was skipped."""
         where, reader = "", self.readers[source]
         try:
             record = self.records[source].read(index)
@@ -97,26 +96,26 @@ class Mixture:
         except ConfigError:
             raise
         except SeedError as error:
-            sentence = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), sentence)
+            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+            return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
         if made.dropped or not made.ids:
             return SkippedSample(DROPPED, made.dropped or "empty", where)
         return made, where
 
     def sequence(self, source: int, position: int, max_length: int | None = None
                  ) -> tuple[TokenSequence, str] | SkippedSample:
-        """As `decode`, of the record at a position of a source's endless order."""
+        """`decode` of the record at a position of a source's endless order."""
         (_, indices), = self.orders[source].parts(position, 1)
-        return self.decode(source, int(indices[0]), SeededDraws(self.settings.seed, self.seeds[source], position),
+        return self.decode(source, int(indices[0]), SeededRandom(self.settings.seed, self.seeds[source], position),
                            max_length)
 
     def read_draw(self, source: int, start: int) -> list[Read]:
-        """What the positions of a draw give; they are fewer at the end of a source's cycles."""
+        """The reads of a draw; fewer at the end of a source's cycles."""
         end = min(start + self.settings.shape(source)[0], self.limits[source])
         return [self.read(source, position) for position in range(start, end)]
 
     def read(self, source: int, position: int) -> Read:
-        """The sequence at a position as pieces that fit the rows."""
+        """The sequence at a position, as pieces that fit into rows."""
         settings, length = self.settings, self.settings.shape(source)[1]
         too_long = settings.too_long if settings.packing else "truncate"
         if too_long == "split" and self.sources[source].decoder not in SPLIT_DECODERS:
@@ -132,7 +131,7 @@ class Mixture:
                 return Read([], note)
         ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
         reader = self.readers[source]
-        if reader is not None and isinstance(sequence, PictureSequence):
+        if reader is not None and isinstance(sequence, ImageSequence):
             return Read([Piece(source, position, 0, ids, labels, reader.cut(sequence))], note)
         pieces = split_long(ids, labels, length) if too_long == "split" else [(ids, labels)]
         if settings.packing:
@@ -142,12 +141,12 @@ class Mixture:
         return Read([Piece(source, position, number, *one) for number, one in enumerate(pieces)], note)
 
     def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
-        """The source of draw `number`, after `counts` from each, among those `alive` (not used up); None: all are."""
+        """The source of draw `number`, after `counts` draws of each, among the `alive` ones; None: none is left."""
         left = [index for index, there in enumerate(alive) if there]
         if not left or self.settings.concat_type == "concat":
             return left[0] if left else None
         if self.settings.concat_type == "mux_longest":
-            return min(left, key=lambda index: counts[index])  # the first of those drawn least
+            return min(left, key=lambda index: counts[index])  # the first of the least drawn
         place = uniform(self.settings.seed, number) * sum(self.weights[index] for index in left)
         for index in left:
             place -= self.weights[index]
@@ -156,20 +155,20 @@ class Mixture:
         return left[-1]
 
     def check_usable(self) -> None:
-        """Raise a DataError if training can use none of the first records of a source, in its order."""
+        """Raise DataError if none of a source's first records is usable."""
         for source, size in enumerate(self.sizes):
             count = min(size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
             if any(self.read(source, position).pieces for position in range(count)):
                 continue
             first = self.read(source, 0).note
             assert first is not None
-            raise DataError(f"Source {self.sources[source].name}: no record can be used "
+            raise DataError(f"Source {self.sources[source].name}: no usable record "
                             f"({counted(count, 'record')} tried); the first: {first.where}"
                             + ("" if first.kind == BROKEN else f": {first.reason}."))
 
 
 def uniform(seed: int, number: int) -> float:
-    """A number in [0, 1) that is a function of whole numbers (SplitMix64's mixing, once for each)."""
+    """A number in [0, 1) determined by two integers (SplitMix64 mixing)."""
     state = seed & _BITS
     for part in (number, 0x5EED):
         state = (state ^ part) + 0x9E3779B97F4A7C15 & _BITS
@@ -180,14 +179,14 @@ def uniform(seed: int, number: int) -> float:
 
 
 def add_counts(into: dict[str, Any], counts: Mapping[str, Any]) -> None:
-    """Add the counts of a source in another process or run."""
+    """Add a source's counts from another process or run."""
     for reason, more in counts["skipped"].items():
         add_skipped(into["skipped"], reason, more["count"], more["first"])
     into.update({key: own + counts[key] for key, own in into.items() if key != "skipped"})
 
 
 def add_skipped(group: dict[str, Any], reason: str, count: int, places: list[str]) -> bool:
-    """Count records skipped for a reason and name the first few; whether one of them is newly named."""
+    """Count skipped records and list the first few; returns whether one was added to the list."""
     before = group.get(reason, {"count": 0, "first": []})
     group[reason] = {"count": before["count"] + count,
                      "first": [*dict.fromkeys([*before["first"], *places])][:NAMED]}

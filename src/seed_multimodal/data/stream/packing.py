@@ -1,4 +1,4 @@
-"""Sequences in rows of fixed length: which ones share a row, and the arrays of packed and of padded rows."""
+"""Packing of sequences into rows of fixed length; arrays of packed and padded rows."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import numpy as np
 
 from seed_multimodal.data.decoders.base import IGNORED
 
-Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of one sequence, int32 [n] each
+Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
-    """Indices (rising) of the sequences that fill `capacity` best, the first (oldest) always among them; of equally
-    good choices the one with the oldest sequences. Each length is from 1 to `capacity`.
+    """Increasing indices of the sequences that fill `capacity` best, always with the first (oldest); ties prefer older
+    sequences. Each length is from 1 to `capacity`.
 
-    A subset sum, with a bit for each reachable length: with a few dozen short sequences almost every row is full.
+    Subset sum with a bit per reachable length; a few dozen short sequences fill almost every row.
     """
     full, mask = 1 << capacity, (1 << capacity + 1) - 1
-    reachable = [1 << lengths[0]]  # after n sequences: bit k is set when some of them make up k tokens
+    reachable = [1 << lengths[0]]  # after n sequences: bit k is set if a subset has k tokens
     for length in lengths[1:]:
         if reachable[-1] & full:
             break
@@ -34,10 +34,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
 
 def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool = True
              ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels and positions, int32 [length] each, of sequences that are together at most `length` long.
+    """Ids, labels and positions, int32 [length] each, of sequences of total length at most `length`.
 
-    Packed, the first label of each becomes -100, since models predict a token from the place before it, and positions
-    begin anew, in the padding, too; else they go on, as in the original's padded rows of one sequence.
+    Packed: the first label of each sequence becomes -100, since it would be predicted from the previous sequence, and
+    positions restart, also in the padding. Padded: positions continue, as in the original.
     """
     input_ids = np.full(length, pad_id, np.int32)
     labels = np.full(length, IGNORED, np.int32)
@@ -54,8 +54,7 @@ def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool
 
 
 def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:
-    """A document's tokens as pieces of at most `length`; each later one begins with the last token of the one before,
-    so each token is a target exactly once."""
+    """A document split into pieces of at most `length` with one token of overlap, so each token is a target once."""
     if len(ids) <= length:
         return [(ids, labels)]
     return [(ids[start:start + length], labels[start:start + length]) for start in range(0, len(ids) - 1, length - 1)]

@@ -1,7 +1,7 @@
-"""From stored pairs to training samples: an image with one of its captions, or what a pixel decoder learns from.
+"""Training samples from stored pairs: an image with one of its captions, or targets of a pixel decoder.
 
-What is random about a sample is a function of (seed, epoch, index). A sample that cannot be used is named once,
-counted, and replaced by the next usable one; `max_bad_in_a_row` in a row end the run.
+Randomness of a sample is determined by (seed, epoch, index). An unusable sample is logged once, counted and replaced by
+the next usable one; `max_bad_in_a_row` consecutive ones stop the run.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_
 
 
 class SourceDataset:
-    """Training samples by (index, epoch), of anything that is read by number; a subclass has `sample`.
+    """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
-    `source`: `read(index)` gives what `sample` takes, or raises one of `SAMPLE_FAULTS`; `key(index)` names it. Where it
-    has shards, `shard_sizes` (int64) are those, and `shuffle_block` samples are shuffled among each other. `bad` has
-    (key, reason) of each unusable sample, once; `log` gets one line each, but not in data workers, whose finds
-    `StepBatches` adds to the training process's.
+    `source`: `read(index)` returns the input of `sample` or raises one of `SAMPLE_FAULTS`; `key(index)` is its name.
+    With shards it has `shard_sizes` (int64) and `shuffle_block`, the number of samples shuffled among each other. `bad`
+    has (key, reason) of each unusable sample; `log` receives a line for each, except in data workers, whose bad samples
+    `StepBatches` collects.
     """
 
     def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
@@ -53,7 +53,7 @@ class SourceDataset:
                 self.log(f"skipped: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The bad samples so far, JSON-able."""
+        """The bad samples so far, JSON-serializable."""
         return {"bad": [list(pair) for pair in self.bad]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,9 +64,9 @@ class SourceDataset:
         return len(self.source)
 
     def get(self, index: int, epoch: int = 0) -> dict[str, Any]:
-        """One sample: what `sample` gives, and `index` of the sample really used. Raises DataError: the next
-        `max_bad_in_a_row` samples cannot be used."""
-        # Seeded by the index asked for: a replacement is another view than the one drawn for it in this epoch.
+        """One sample, and the `index` of the sample actually used. Raises DataError: `max_bad_in_a_row` consecutive
+        samples are unusable."""
+        # Seeded by the requested index, so a replacement differs from its regular use in this epoch.
         number, last = sample_seed(self.seed, epoch, index), None
         tries = min(self.max_bad_in_a_row, len(self.source))
         for place in ((index + more) % len(self.source) for more in range(tries)):
@@ -76,19 +76,19 @@ class SourceDataset:
             except SAMPLE_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 last = error
-        raise DataError(f"{tries} samples in a row, from number {index} on, cannot be used; the last is {last}"
+        raise DataError(f"{tries} consecutive samples from index {index} on are unusable; the last is {last}"
                         ) from last
 
     def sample(self, read: Any, generator: torch.Generator, number: int) -> dict[str, Any]:
-        """A sample of what was read; everything random about it comes from `generator` or, seeded, `number`."""
+        """Build a sample; its randomness comes only from `generator` or the seed `number`."""
         raise NotImplementedError
 
 
 class PairDataset(SourceDataset):
-    """Image and caption: `image` (what the transform gives), `caption`, `key`.
+    """Image and caption: `image` (output of the transform), `caption`, `key`.
 
-    `image_transform`: one of ours, whose `read` gives uint8 to be normalised on the device, or any image -> tensor,
-    with torch's global generator seeded around the call. `text_transform`: caption -> caption; None keeps it.
+    `image_transform`: one of ours, whose `read` returns uint8 for normalization on the device, or any image -> tensor,
+    called with torch's global generator seeded. `text_transform`: caption -> caption; None: unchanged.
     """
 
     def __init__(self, source: Pairs, image_transform: Callable[..., Tensor],
@@ -98,7 +98,7 @@ class PairDataset(SourceDataset):
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
         """See `SourceDataset`."""
-        captions = read.captions or [""]  # of a source that is not captioned
+        captions = read.captions or [""]  # source without captions
         caption = captions[int(torch.randint(len(captions), (), generator=generator))]
         if hasattr(self.image_transform, "read"):
             image = self.image_transform.read(read.image, name=read.name, generator=generator)
@@ -111,7 +111,7 @@ class PairDataset(SourceDataset):
 
 
 class JoinedPairs(SourceDataset):
-    """Data sets one after the other, with one list of bad samples."""
+    """Concatenated data sets with one list of bad samples."""
 
     def __init__(self, parts: Sequence[SourceDataset]) -> None:
         super().__init__(None, log=parts[0].log)
@@ -119,7 +119,7 @@ class JoinedPairs(SourceDataset):
         for part in parts:
             part.bad = self.bad
         self.shuffle_block = min(part.shuffle_block for part in parts)
-        if any(part.shard_sizes is not None for part in parts):  # a set without shards counts as one
+        if any(part.shard_sizes is not None for part in parts):  # a set without shards counts as one shard
             self.shard_sizes = np.concatenate(
                 [[len(part)] if part.shard_sizes is None else part.shard_sizes for part in parts])
 
@@ -133,22 +133,22 @@ class JoinedPairs(SourceDataset):
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """A 63-bit number for one visit of one sample; neighbouring arguments give unrelated numbers."""
+    """A 63-bit hash of the arguments."""
     return int(np.random.SeedSequence((seed, epoch, index)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ---- images that a pixel decoder learns to draw
+# ---- targets of pixel decoders
 
 Size = tuple[int, int]  # height and width in pixels
 
 
 @dataclass(frozen=True)
 class DrawnView:
-    """What of an image is drawn (a square of `resolution`, or one of `sizes`), and the vision encoder's square view of
-    `tower_size`, resized by `seen_by`.
+    """The target (a square of `resolution`, or one of `sizes`) and the vision encoder's square input of `tower_size`,
+    resized by `seen_by`.
 
-    With `keep_ratio` the centre is cut out, in the size of the nearest ratio (as in SEED-Story's training of such an
-    adapter); else both sides are squashed, as in SEED-X's editing, into a size that the image's key chooses.
+    With `keep_ratio` the image is centre-cropped to the size of the nearest aspect ratio (as in SEED-Story's adapter
+    training); else it is squashed, as in SEED-X's editing, to a size chosen by its key.
     """
 
     resolution: int = 1024
@@ -161,71 +161,71 @@ class DrawnView:
         if any(min(size) < 8 for size in self.sizes):
             raise ConfigError(f"view: sizes are heights and widths of at least 8 pixels, not {list(self.sizes)}.")
 
-    def size_of(self, picture: Image.Image, key: str = "") -> Size:
-        """The size in which a picture is drawn."""
+    def size_of(self, image: Image.Image, key: str = "") -> Size:
+        """The target size of an image."""
         sizes = self.sizes or ((self.resolution, self.resolution),)
         if not self.keep_ratio:
             return sizes[zlib.crc32(key.encode()) % len(sizes)]
-        wanted = math.log(picture.width / picture.height)
+        wanted = math.log(image.width / image.height)
         return min(sizes, key=lambda size: abs(math.log(size[1] / size[0]) - wanted))
 
-    def drawn(self, picture: Image.Image, size: Size) -> Tensor:
-        """uint8 `[3, H, W]`, in a size of `size_of`."""
-        return self._part(picture, size, size, "bicubic")
+    def drawn(self, image: Image.Image, size: Size) -> Tensor:
+        """Target uint8 `[3, H, W]` of a size from `size_of`."""
+        return self._part(image, size, size, "bicubic")
 
-    def seen(self, picture: Image.Image, size: Size) -> Tensor:
-        """uint8 `[3, S, S]`: of the part that is drawn in a size of `size_of`."""
-        return self._part(picture, size, (self.tower_size, self.tower_size), self.seen_by)
+    def seen(self, image: Image.Image, size: Size) -> Tensor:
+        """Vision encoder's input uint8 `[3, S, S]`, of the same crop."""
+        return self._part(image, size, (self.tower_size, self.tower_size), self.seen_by)
 
-    def time_ids(self, picture: Size, size: Size) -> Tensor:
-        """SDXL's size conditions `[6]` of a picture of (width, height): of the file, of the cut, of the drawing."""
-        (width, height), (tall, wide) = picture, size
+    def time_ids(self, image: Size, size: Size) -> Tensor:
+        """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""
+        (width, height), (tall, wide) = image, size
         across, down = int(tall * width / height) - wide, int(wide * height / width) - tall
         crop = (0, 0) if not self.keep_ratio else (0, round(across / 2)) if across >= 0 else (round(down / 2), 0)
         return size_ids(size, original=(height, width), crop=crop)[0]
 
-    def _part(self, picture: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
-        """The largest centred part of a ratio, or without `keep_ratio` all, resized: uint8 `[3, H, W]`."""
-        picture = plain_rgb(picture)
-        (width, height), (tall, wide) = picture.size, ratio
+    def _part(self, image: Image.Image, ratio: Size, size: Size, by: str) -> Tensor:
+        """The largest centre crop of a ratio, or without `keep_ratio` the whole image, resized: uint8 `[3, H, W]`."""
+        image = plain_rgb(image)
+        (width, height), (tall, wide) = image.size, ratio
         if self.keep_ratio and width * tall != height * wide:
             kept = min(width, height * wide / tall), min(height, width * tall / wide)
             left, top = (width - kept[0]) / 2, (height - kept[1]) / 2
             box = (left, top, left + kept[0], top + kept[1])
-            return to_bytes(picture.resize(size[::-1], INTERPOLATIONS[by], box=box))
-        return to_bytes(resize_passes(picture, size[::-1], INTERPOLATIONS[by]))
+            return to_bytes(image.resize(size[::-1], INTERPOLATIONS[by], box=box))
+        return to_bytes(resize_passes(image, size[::-1], INTERPOLATIONS[by]))
 
 
 class DrawnPairs(SourceDataset):
     """`image` uint8 `[3, H, W]`, `seen` uint8 `[3, S, S]`, `time_ids` `[6]`, `key`, `conditioned` (whether it is an
-    edit) and with `reads_condition` the image before, `condition` uint8 `[3, H, W]` (zeros where there is none)."""
+    edit) and with `reads_condition` the image before the edit, `condition` uint8 `[3, H, W]` (zeros if none)."""
 
     def __init__(self, source: Pairs, view: DrawnView, *, reads_condition: bool = False, **options: Any) -> None:
         super().__init__(source, **options)
         self.view, self.reads_condition = view, reads_condition
 
     def sample(self, read: Pair, generator: torch.Generator, number: int) -> dict[str, Any]:
-        """See `SourceDataset`; nothing is random."""
-        picture = open_image(read.image, name=read.name)
-        size = self.view.size_of(picture, read.key)
-        made = {"image": self.view.drawn(picture, size), "seen": self.view.seen(picture, size),
-                "time_ids": self.view.time_ids(picture.size, size), "key": read.key,
+        """See `SourceDataset`; deterministic."""
+        image = open_image(read.image, name=read.name)
+        size = self.view.size_of(image, read.key)
+        made = {"image": self.view.drawn(image, size), "seen": self.view.seen(image, size),
+                "time_ids": self.view.time_ids(image.size, size), "key": read.key,
                 "conditioned": read.condition is not None}
         if self.reads_condition:
             made["condition"] = torch.zeros_like(made["image"]) if read.condition is None else self.view.drawn(
-                open_image(read.condition, name=f"{read.name} (the picture before the edit)"), size)
+                open_image(read.condition, name=f"{read.name} (the image before the edit)"), size)
         return made
 
 
 def by_size(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples of `DrawnPairs` as batches of one size each, in the order in which the sizes appear."""
+    """Samples of `DrawnPairs`, batched by size in order of first appearance."""
     groups: dict[torch.Size, list[Mapping[str, Any]]] = {}
     for sample in samples:
         groups.setdefault(sample["image"].shape, []).append(sample)
     return [default_collate(group) for group in groups.values()]
 
 
-def open_pictures(spec: Mapping[str, Any]) -> Pairs:
-    """Images without captions, as `formats.pairs.open_pairs`; with `condition_key` they are edits."""
+def open_images(spec: Mapping[str, Any]) -> Pairs:
+    """`formats.pairs.open_pairs` without captions; with `condition_key` edits."""
     plain = {"format": "auto", **spec}
     return open_pairs(plain if plain["format"] in registered() else {"captioned": False, **plain})

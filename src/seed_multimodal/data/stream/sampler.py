@@ -1,10 +1,10 @@
-"""In which order samples are read: a pure function of (seed, position).
+"""Sample order: a pure function of (seed, position).
 
     EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
-An epoch is a seeded permutation. Sets of shards are shuffled in blocks, so that reads stay near each other on disk:
-pieces of a tenth of a block are permuted over all shards, then samples inside each block.
+An epoch is a seeded permutation. Sharded data is shuffled in blocks to keep disk reads local: pieces of a tenth of a
+block are permuted over all shards, then samples inside each block.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 import torch
 
 SHUFFLE_BLOCK = 10_000
-SHARES = 1_000_000  # resolution of the weights
-_KEPT = 8  # permuted blocks in memory
+SHARES = 1_000_000  # resolution of weights
+_KEPT = 8  # cached permuted blocks
 Sizes = Sequence[int] | np.ndarray | None
-Part = tuple[int, np.ndarray]  # an epoch, and indices of samples int64 [n] to take of it
+Part = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]
 
 
 class EpochOrder:
-    """An endless order of `range(total)`, epoch after epoch. Of shards (`sizes`) `block` samples are shuffled among
-    each other; without shards, or with 0, all."""
+    """An endless order of `range(total)`, epoch by epoch. With shards (`sizes`), `block` samples are shuffled among
+    each other (0: all)."""
 
     def __init__(self, total: int, seed: int, *, shuffle: bool = True, sizes: Sizes = None, block: int = 0) -> None:
         self.total, self.seed, self.shuffle = total, seed, shuffle
@@ -32,7 +32,7 @@ class EpochOrder:
         self._kept: dict[int, np.ndarray | _Blocks] = {}
 
     def parts(self, start: int, count: int) -> list[Part]:
-        """Positions `start` .. `start + count` of the order, cut where an epoch ends."""
+        """Positions `start` .. `start + count` of the order, split at epoch ends."""
         taken: list[Part] = []
         end = start + count
         while start < end:
@@ -44,19 +44,19 @@ class EpochOrder:
         return taken
 
     def _epoch(self, epoch: int) -> np.ndarray | _Blocks:
-        """The order of an epoch. Near its end two are read at once, of tiny sets more."""
+        """The order of an epoch; near its end, several epochs are in use."""
         if epoch not in self._kept:
             while len(self._kept) >= (2 if self.total > 100_000 else 16):
                 del self._kept[next(iter(self._kept))]
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-            dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes a sample where they do
+            dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes per sample if enough
             self._kept[epoch] = _Blocks(self.sizes, self.block, generator) if self.block else torch.randperm(
                 self.total, generator=generator, dtype=dtype).numpy()
         return self._kept[epoch]
 
 
 class _Blocks:
-    """An epoch that is shuffled in blocks, computed when they are read: an array would take GBs in each data worker."""
+    """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data worker."""
 
     def __init__(self, sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
         self.block, self.total, self._generator = block, int(sizes.sum()), generator
@@ -69,12 +69,12 @@ class _Blocks:
         firsts = (np.cumsum(sizes) - sizes)[shard] + within
         lengths = np.minimum(piece, sizes[shard] - within)
         self.ends = np.cumsum(lengths)
-        self.moved = firsts - (self.ends - lengths)  # from a position in the mixed pieces to its sample
-        self._kept: dict[int, np.ndarray] = {}  # the last blocks read
-        self._start, self._next = generator.get_state(), 0  # the block that the generator permutes next
+        self.moved = firsts - (self.ends - lengths)  # offset from a position in the permuted pieces to its sample
+        self._kept: dict[int, np.ndarray] = {}  # last used blocks
+        self._start, self._next = generator.get_state(), 0  # next block to permute
 
     def __getitem__(self, places: slice) -> np.ndarray:
-        """Some positions, int64."""
+        """Samples at these positions, int64."""
         return np.concatenate([
             self._block(number)[max(0, places.start - number * self.block):places.stop - number * self.block]
             for number in range(places.start // self.block, -(-places.stop // self.block))])
@@ -84,7 +84,7 @@ class _Blocks:
             if number < self._next:
                 self._generator.set_state(self._start)
                 self._next = 0
-            for block in range(self._next, number + 1):  # one generator permutes the blocks one after the other
+            for block in range(self._next, number + 1):  # one generator permutes the blocks in sequence
                 drawn = torch.randperm(min(self.block, self.total - block * self.block), generator=self._generator)
             self._next = number + 1
             places = number * self.block + np.arange(len(drawn))
@@ -96,8 +96,8 @@ class _Blocks:
 
 
 class MixedOrder:
-    """An endless order over sets that lie one after the other, each in its own endless order: among any n positions in
-    a row set i has n · weight_i of them, give or take two. `sizes`: of each set, as `block`, see `EpochOrder`."""
+    """An endless order over concatenated sets, each in its own endless order: any n consecutive positions contain
+    n · weight_i ± 2 of set i. `sizes`, `block`: per set, see `EpochOrder`."""
 
     def __init__(self, totals: Sequence[int], weights: Sequence[float], seed: int, *,
                  sizes: Sequence[Sizes] | None = None, block: int = 0) -> None:
@@ -109,8 +109,8 @@ class MixedOrder:
             for number, (total, size) in enumerate(zip(totals, sizes or [None] * len(totals), strict=True))]
 
     def draw_counts(self, positions: np.ndarray) -> np.ndarray:
-        """How many of the first p positions each set has: int64 `[n]` → int64 `[sets, n]`."""
-        # The first k sets together have a rounded share of what the first k + 1 have, so no count ever falls.
+        """Number of samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""
+        # The first k sets have a rounded share of the count of the first k + 1, so counts never decrease.
         counts, rest = [], positions
         for number in range(len(self._upto) - 1, 0, -1):
             part, whole = self._upto[number - 1], self._upto[number]
@@ -120,7 +120,7 @@ class MixedOrder:
         return np.stack([rest, *counts[::-1]])
 
     def parts(self, start: int, count: int) -> list[Part]:
-        """Positions `start` .. `start + count`, cut where the set or its epoch changes."""
+        """Positions `start` .. `start + count`, split where set or epoch changes."""
         drawn = self.draw_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(drawn).argmax(axis=0)
         epochs, indices = np.empty(count, np.int64), np.empty(count, np.int64)

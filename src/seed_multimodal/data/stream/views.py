@@ -1,7 +1,7 @@
-"""Images of training sequences as pixels: opened with their record, cut into views, joined for a batch.
+"""Images of training sequences as pixels: opened with their record, cut into views, collated.
 
-Of an image to be written there is the whole alone. The frozen vision encoder runs on the training device, so pixels
-(uint8) and not features leave the data workers.
+Target images have only the whole view. The frozen vision encoder runs on the training device, so data workers return
+pixels (uint8), not features.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.decoders.seed_x import OpenedDecoder, PictureSequence
-from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_picture, text_member
+from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
+from seed_multimodal.data.formats.images import IMAGE_KEYS, stored_image, text_member
 from seed_multimodal.data.formats.record import FileReader, Record
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
@@ -28,9 +28,9 @@ T = TypeVar("T")
 
 @dataclass
 class SequenceViews:
-    """The views of a sequence, in the order of their tokens: uint8 pixels [n, 3, S, S], the centre (x, y) of each in
-    its image, whether it is written (else read), READ and WRITTEN at the tokens of views (int8 [tokens]), the images'
-    seeds, and the tokens of each view."""
+    """The views of a sequence, in token order: uint8 pixels [n, 3, S, S], centre (x, y) of each in its image, whether
+    it is a target (else input), READ and WRITTEN at the tokens of views (int8 [tokens]), the images' seeds, and the
+    number of tokens of each view."""
 
     pixels: Tensor
     positions: list[list[float]]
@@ -53,7 +53,7 @@ class BatchViews:
 
 
 def on_device(batch: T, device: str | torch.device) -> T:
-    """A dataclass with its tensors, and those of its dataclasses, on a device."""
+    """Copy the tensors of a dataclass, recursively, to a device."""
     moved: dict[str, Any] = {}
     for entry in fields(batch):  # type: ignore[arg-type]
         value = getattr(batch, entry.name)
@@ -64,9 +64,9 @@ def on_device(batch: T, device: str | torch.device) -> T:
     return replace(batch, **moved)  # type: ignore[type-var]
 
 
-class PictureReader:
-    """Opens the images that a record names (in `folder`, or beside the record's file) or holds, and cuts those of its
-    sequence."""
+class ImageReader:
+    """Opens the images of a record (paths relative to `folder` or the record's file), and cuts those of its sequence
+    into views."""
 
     def __init__(self, decoder: OpenedDecoder, files: FileReader, folder: str | None = None) -> None:
         self.decoder, self.files, self.folder = decoder, files, folder
@@ -75,25 +75,25 @@ class PictureReader:
         self._cutter = AnyResolution(side, tuple(getattr(decoder.options, "resolution_grids", ("1x1",))))
 
     def fields(self, record: Record) -> dict[str, Any]:
-        """The fields of a record with its images opened; of a tar also `image` and `text` out of its members. Raises
-        BadRecord, ImageError: an image that is not there or damaged; a caption that is no text."""
+        """The fields of a record with opened images; for a tar also `image` and `text` from its members. Raises
+        BadRecord, ImageError: a missing or damaged image; a caption that is not text."""
         found = dict(record.fields)
-        text = text_member(record, self.files, whole=True)  # the released sequences keep blanks at its end
+        text = text_member(record, self.files, whole=True)  # the original keeps trailing blanks
         if text is not None:
             found["text"] = text
         image = record.member(*IMAGE_KEYS, files=self.files)
         if image is not None:
             found["image"] = image
         return self.decoder.opened(found, lambda value, name: open_image(
-            stored_picture(value, record, self.folder), name=f"{record.where}: {name}"))
+            stored_image(value, record, self.folder), name=f"{record.where}: {name}"))
 
-    def cut(self, sequence: PictureSequence) -> SequenceViews | None:
-        """The views of a sequence; None without any."""
-        if not sequence.pictures:
+    def cut(self, sequence: ImageSequence) -> SequenceViews | None:
+        """The views of a sequence, or None."""
+        if not sequence.images:
             return None
         pixels, positions, written, seeds = [], [], [], []
-        for used in sequence.pictures:
-            shown = self._whole.read(used.picture)[None] if used.grid is None else self._cutter.cut(used.picture)
+        for used in sequence.images:
+            shown = self._whole.read(used.image)[None] if used.grid is None else self._cutter.cut(used.image)
             kept = slice(-1, None) if used.written else slice(None)
             pixels.append(shown[kept])
             positions += used.positions[kept]
@@ -106,7 +106,7 @@ class PictureReader:
 
 
 def join_views(rows: Sequence[Sequence[tuple[SequenceViews | None, int]]], length: int) -> BatchViews | None:
-    """The views of a batch; None without any. Of each row its sequences' views and tokens, from left to right."""
+    """The views of a batch, or None. `rows`: views and token counts of each row's sequences, left to right."""
     found = [views for row in rows for views, _ in row if views is not None]
     if not found:
         return None

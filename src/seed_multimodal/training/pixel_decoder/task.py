@@ -28,7 +28,7 @@ from seed_multimodal.data.stream.pairs_dataset import (
     Size,
     SourceDataset,
     by_size,
-    open_pictures,
+    open_images,
     sample_seed,
 )
 from seed_multimodal.data.stream.sampler import MixedOrder
@@ -72,9 +72,9 @@ class ImageSource:
     options: dict[str, Any] = setting(factory=dict)
 
     def open(self) -> Pairs:
-        """Its images. Raises as `open_pictures`."""
+        """Its images. Raises as `open_images`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
-        return open_pictures({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
+        return open_images({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
 
 
 @dataclass

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.decoders.seed_x import PictureOptions
+from seed_multimodal.data.decoders.seed_x import SeedXOptions
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import READ, WRITTEN
 from seed_multimodal.device import DTYPES, copy_to
@@ -140,7 +140,7 @@ class TuningTask(LlmTask):
                                           dtype=dtype, log=self._log)
         self.encoder = FrozenFeatures(
             encoder, self.device, lambda pixels: encoder(normalise(pixels).to(dtype)).to(dtype), settings.at_once)
-        self.check_views(encoder.config.image_size, PictureOptions.base_resolution)
+        self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)
         agent, seen = self.run.agent, encoder.config.output_dim
         read, written = agent.input_resampler, agent.output_resampler
         for name, found, needed in (("input_resampler.kv_dim", read.kv_dim or read.embed_dim, seen),

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
+from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import get_template
@@ -50,12 +50,12 @@ def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", DECODERS)
 def test_decode_good_record(words, records, name):
     decoder = get_decoder(name, words)
-    whole = decoder.decode(records[name], SeededDraws(3, 1))
+    whole = decoder.decode(records[name], SeededRandom(3, 1))
     assert not whole.dropped and whole.ids[0] == words.bos_id and len(whole.ids) == len(whole.labels)
     assert all(label in (IGNORED, id) for label, id in zip(whole.labels, whole.ids, strict=True))
     assert whole.labels[-1] == whole.ids[-1] == words.eos_id
-    assert decoder.decode(records[name], SeededDraws(3, 1)) == whole  # nothing random but the draws
-    cut = decoder.decode(records[name], SeededDraws(3, 1), 9)
+    assert decoder.decode(records[name], SeededRandom(3, 1)) == whole  # nothing random but the draws
+    cut = decoder.decode(records[name], SeededRandom(3, 1), 9)
     assert (cut.ids, cut.labels) == (whole.ids[:9], whole.labels[:9])
 
 
@@ -67,11 +67,11 @@ def test_decode_missing_field(words, records, name):
             key = "image_ids"
         key = "data" if key == "outputs" else key  # or
         with pytest.raises(BadRecord, match=key):
-            get_decoder(name, words).decode(fields, SeededDraws(0))
+            get_decoder(name, words).decode(fields, SeededRandom(0))
 
 
 def test_get_decoder_wrong_name_or_option(words):
-    with pytest.raises(ConfigError, match=r"no decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"):
+    with pytest.raises(ConfigError, match=r"decoder 'pretrain\.captions' \(did you mean 'pretrain\.caption'\?\)"):
         get_decoder("pretrain.captions", words)
     with pytest.raises(ConfigError, match=r"decoder sft\.qa: unknown key 'templat' \(did you mean 'template'\?\)"):
         get_decoder("sft.qa", words, {"templat": "vicuna"})
@@ -82,11 +82,11 @@ def test_get_decoder_wrong_name_or_option(words):
 @pytest.mark.parametrize(("name", "change", "reason"), [
     ("pretrain.caption", {"text": " .; "}, "the text is blank"),
     ("pretrain.interleaved", {"texts": ["both", "then", None]}, "not either an image or a text"),
-    ("sft.conversation", {"question": "Image Descriptions Question: a?"}, "there is no dialogue in it"),
+    ("sft.conversation", {"question": "Image Descriptions Question: a?"}, "no dialogue in it"),
     ("sft.text_conversation", {"data": ["q"]}, "nothing to learn"),
     ("sft.interleaved", {"response": ""}, "nothing to learn")])
 def test_decode_dropped_records(words, records, name, change, reason):
-    assert reason in get_decoder(name, words).decode(records[name] | change, SeededDraws(0)).dropped
+    assert reason in get_decoder(name, words).decode(records[name] | change, SeededRandom(0)).dropped
 
 
 @pytest.mark.parametrize(("name", "change", "sentence"), [
@@ -100,18 +100,18 @@ def test_decode_dropped_records(words, records, name, change, reason):
     ("pretrain.video", {"image_ids": []}, "fewer than num_frames")])
 def test_decode_broken_records(words, records, name, change, sentence):
     with pytest.raises(BadRecord, match=sentence):
-        get_decoder(name, words).decode(records[name] | change, SeededDraws(0))
+        get_decoder(name, words).decode(records[name] | change, SeededRandom(0))
 
 
 def test_decode_views_and_several_captions(words, records):
     one = records["pretrain.caption"]["image_ids"]
     fields = {"views": [one, one[::-1]], "text": ["a cat", "a small cat"]}
     decoder = get_decoder("pretrain.caption", words, {"reverse_ratio": 1.0})
-    found = {tuple(decoder.decode(fields, SeededDraws(seed)).ids) for seed in range(40)}
-    assert found == {tuple(decoder.decode({"image_ids": view, "text": text}, SeededDraws(0)).ids)
+    found = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
+    assert found == {tuple(decoder.decode({"image_ids": view, "text": text}, SeededRandom(0)).ids)
                      for view in fields["views"] for text in fields["text"]}
     first = get_decoder("pretrain.caption", words, {"first_text": 1.0})
-    assert {first.decode(fields, SeededDraws(seed)).extra["text"] for seed in range(20)} == {"a cat"}
+    assert {first.decode(fields, SeededRandom(seed)).extra["text"] for seed in range(20)} == {"a cat"}
 
 
 # ---- draws
@@ -119,7 +119,7 @@ def test_decode_views_and_several_captions(words, records):
 
 def test_draws_are_a_function_of_the_numbers():
     def several(*numbers: int) -> tuple[Any, ...]:
-        draws = SeededDraws(*numbers)
+        draws = SeededRandom(*numbers)
         order = list(range(8))
         draws.shuffle(order)
         return draws.uniform(), draws.randint(0, 1000), draws.choice("abcdefgh"), order
@@ -136,8 +136,8 @@ TUNED = [name for name in DECODERS if name.startswith("sft.") or name == "chat"]
 @pytest.mark.parametrize("name", TUNED)
 def test_decode_with_template(words, records, name, template):
     """The template's words stand before each question; what is learned is the same in both."""
-    plain = get_decoder(name, words, {}).decode(records[name], SeededDraws(3, 1))
-    made = get_decoder(name, words, {"template": template}).decode(records[name], SeededDraws(3, 1))
+    plain = get_decoder(name, words, {}).decode(records[name], SeededRandom(3, 1))
+    made = get_decoder(name, words, {"template": template}).decode(records[name], SeededRandom(3, 1))
     assert [label for label in made.labels if label != IGNORED] == [one for one in plain.labels if one != IGNORED]
     assert template != "vicuna" or made == plain
 
@@ -145,7 +145,7 @@ def test_decode_with_template(words, records, name, template):
 @pytest.mark.parametrize("template", ["vicuna", "llama2"])
 def test_decode_asks_as_at_inference(words, codes, template):
     record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
-    made = get_decoder("sft.qa", words, {"template": template}).decode(record, SeededDraws(3, 1))
+    made = get_decoder("sft.qa", words, {"template": template}).decode(record, SeededRandom(3, 1))
     prompt = words.encode_parts(get_template(template).render([("user", [codes(1), "What is it?"])]), add_bos=True)
     assert made.ids[:len(prompt)] == prompt and made.labels[:len(prompt)] == [IGNORED] * len(prompt)
     assert made.labels[len(prompt)] != IGNORED

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
-from seed_multimodal.data.decoders.seed_x import PictureSequence
+from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
+from seed_multimodal.data.decoders.seed_x import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_words
@@ -25,13 +25,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
 
 
 def make(words: LavitTokenizer, name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 1,
-         **options: Any) -> PictureSequence:
-    found = get_decoder(f"lavit.{name}", words, options).decode(fields, SeededDraws(seed), longest)
-    assert isinstance(found, PictureSequence)
+         **options: Any) -> ImageSequence:
+    found = get_decoder(f"lavit.{name}", words, options).decode(fields, SeededRandom(seed), longest)
+    assert isinstance(found, ImageSequence)
     return found
 
 
-def learned(sequence: PictureSequence) -> list[int]:
+def learned(sequence: ImageSequence) -> list[int]:
     pairs = list(zip(sequence.ids, sequence.labels, strict=True))
     assert all(label in (IGNORED, id) for id, label in pairs)
     return [label for _, label in pairs if label != IGNORED]
@@ -42,13 +42,13 @@ def test_a_caption_either_way(words: LavitTokenizer):
     start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
     read = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=1.0)
     assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [*text, words.eos_id]
-    assert read.read == list(range(1, 7)) and not read.written and not read.pictures[0].written
+    assert read.read == list(range(1, 7)) and not read.written and not read.images[0].written
     drawn = make(words, "caption", {"image": PICTURE, "text": [" a red cat "]}, img_first_ratio=0.0, text_dropout=0.0)
     assert drawn.ids == [*text, start, *[code] * 6, end] and learned(drawn) == [*[code] * 6, end]
-    assert drawn.written == list(range(len(text) + 1, len(text) + 7)) and drawn.pictures[0].written
+    assert drawn.written == list(range(len(text) + 1, len(text) + 7)) and drawn.images[0].written
     alone = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=0.0, text_dropout=1.0)
     assert alone.ids == [start, *[code] * 6, end] and learned(alone) == [*[code] * 6, end]
-    seeds = [make(words, "caption", {"image": PICTURE, "text": "a"}, seed=one).pictures[0].seed for one in (1, 1, 2)]
+    seeds = [make(words, "caption", {"image": PICTURE, "text": "a"}, seed=one).images[0].seed for one in (1, 1, 2)]
     assert seeds[0] == seeds[1] != seeds[2]
 
 
@@ -60,9 +60,9 @@ def test_questions_and_composition(words: LavitTokenizer):
     both = make(words, "compose", fields, text_dropout=0.0)
     before = [293, 294, *words.text_ids("make it blue"), 290]
     assert both.ids == [*before, *[292] * 6, 291] and learned(both) == [*[292] * 6, 291]
-    assert both.written == list(range(len(before), len(before) + 6)) and len(both.pictures) == 1
+    assert both.written == list(range(len(before), len(before) + 6)) and len(both.images) == 1
     seen = make(words, "compose", {**fields, "source_image_ids": None, "source_image": PICTURE}, text_dropout=0.0)
-    assert len(seen.pictures) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
+    assert len(seen.images) == 2 and len(seen.written) == 12 and learned(seen) == [*[292] * 6, 291]
 
 
 def test_too_long(words: LavitTokenizer):

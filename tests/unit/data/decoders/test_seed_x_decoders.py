@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import IGNORED, SeededDraws
-from seed_multimodal.data.decoders.seed_x import PictureDecoder, PictureSequence
+from seed_multimodal.data.decoders.base import IGNORED, SeededRandom
+from seed_multimodal.data.decoders.seed_x import ImageSequence, SeedXDecoder
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_images
@@ -30,21 +30,21 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
                        tokens_per_image=4, n_locations=16)
 
 
-def make(words: MultimodalTokenizer, name: str, **options: Any) -> PictureDecoder:
+def make(words: MultimodalTokenizer, name: str, **options: Any) -> SeedXDecoder:
     decoder = get_decoder(f"seed_x.{name}", words, options)
-    assert isinstance(decoder, PictureDecoder)
+    assert isinstance(decoder, SeedXDecoder)
     return decoder
 
 
-def learned(sequence: PictureSequence, words: MultimodalTokenizer) -> str:
+def learned(sequence: ImageSequence, words: MultimodalTokenizer) -> str:
     return " ".join(words.decode([label for label in sequence.labels if label != IGNORED]).split())
 
 
 def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalTokenizer):
     fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "make it red"}
     for seed in range(4):
-        sequence = make(words, "edit").decode(fields, SeededDraws(seed))
-        source, target = sequence.pictures
+        sequence = make(words, "edit").decode(fields, SeededRandom(seed))
+        source, target = sequence.images
         assert (source.views, source.written, target.views, target.written) == (3, False, 2, True)
         assert len(sequence.read) == 12 and len(sequence.written) == 4
         assert learned(sequence, words).endswith("<img> </s>")
@@ -57,24 +57,24 @@ def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer)
     """As at inference; it is never learned as letters, and no picture stands anywhere else."""
     prompts = SeedXPrompts(words)
     ask, edit = make(words, "conversation"), make(words, "edit")
-    first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededDraws(0))
+    first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0))
     end = first.read[-1] + 2
     assert first.ids[:end] == prompts.dialogue([("user", ["This ", ReadImage(2), "is what?"])])[:end]
-    later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]}, SeededDraws(0))
-    assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.pictures) == 1
-    changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededDraws(0))
+    later = ask.decode({"image": SQUARE, "data": ["Say red.", "Red.", "<image>And this?", "A cat."]}, SeededRandom(0))
+    assert later.read[0] > len(words.encode("[INST] Say red. [/INST]\n Red.")) and len(later.images) == 1
+    changed = edit.decode({**EDIT, "instruction": "Make <image> red"}, SeededRandom(0))
     assert words.decode(changed.ids[1:]).startswith("[INST] Make <patch>")
     assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
 
 
 def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer):
     decoder = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
-    good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), 90)
+    good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), 90)
     assert learned(good, words) == "<img> </s>" and not good.read
-    long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededDraws(3), 90)
+    long = decoder.decode({"image": SQUARE, "text": "a red cat " * 30}, SeededRandom(3), 90)
     assert "do not fit into 90 tokens" in long.dropped
-    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good)).ids == good.ids
-    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededDraws(3), len(good) - 1).dropped
+    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good)).ids == good.ids
+    assert decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), len(good) - 1).dropped
 
 
 @pytest.mark.parametrize(("options", "change", "reason"), [
@@ -82,29 +82,29 @@ def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer)
     ({"similarity_thr": 0.2}, {"metadata": '{"score": 0.05}'}, "similarity"), ({"similarity_thr": 0.2}, {}, "")])
 def test_decode_filtered_pairs(words, options, change, reason):
     fields = {"image": SQUARE, "text": "a cat", **change}
-    dropped = make(words, "caption", **options).decode(fields, SeededDraws(0)).dropped
+    dropped = make(words, "caption", **options).decode(fields, SeededRandom(0)).dropped
     assert reason in dropped if reason else not dropped
 
 
 def test_pictures_are_never_cut(words: MultimodalTokenizer):
     fields = {"image": SQUARE, "data": ["What? " * 9, "It is a cat. " * 9]}
     decoder = make(words, "conversation")
-    whole = decoder.decode(fields, SeededDraws(1))
+    whole = decoder.decode(fields, SeededRandom(1))
     for longest in range(1, len(whole) + 1):
-        cut = decoder.decode(fields, SeededDraws(1), longest)
+        cut = decoder.decode(fields, SeededRandom(1), longest)
         learns = any(label != IGNORED for label in whole.labels[:longest])
         assert bool(cut.dropped) == (longest <= max(whole.read) + 1 or not learns)
         assert cut.dropped or cut.ids == whole.ids[:longest] and len(cut.read) == 8
-    length = len(make(words, "edit").decode(EDIT, SeededDraws(1)))
-    assert make(words, "edit").decode(EDIT, SeededDraws(1), length).dropped == f"not fewer than {length} tokens"
+    length = len(make(words, "edit").decode(EDIT, SeededRandom(1)))
+    assert make(words, "edit").decode(EDIT, SeededRandom(1), length).dropped == f"not fewer than {length} tokens"
 
 
 def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokenizer):
     turns = [[{"image": WIDE}, "red"], ["Here.", {"image": SQUARE}], ["blue"], ["Here.", {"image": WIDE}], ["What?"],
              ["A cat."], ["And?"], ["No."]]
     messages = [{"content": turn} for turn in turns]
-    sequence = make(words, "chat").decode({"messages": messages}, SeededDraws(0))
-    assert [(picture.picture, picture.written) for picture in sequence.pictures] == [
+    sequence = make(words, "chat").decode({"messages": messages}, SeededRandom(0))
+    assert [(image.image, image.written) for image in sequence.images] == [
         (WIDE, False), (SQUARE, True), (SQUARE, False), (WIDE, True), (WIDE, False)]  # shown again once each
     assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
     turns = [("user", [ReadImage(3), "red"])]
@@ -113,14 +113,14 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
 
 
 @pytest.mark.parametrize(("name", "fields", "message"), [
-    ("conversation", {"image": SQUARE}, "data: is missing"),
+    ("conversation", {"image": SQUARE}, "data: missing"),
     ("conversation", {**TALK, "data": [1, 2]}, "data.0."),
-    ("edit", {**EDIT, "target_image": None}, "target_image: is missing"),
+    ("edit", {**EDIT, "target_image": None}, "target_image: missing"),
     ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
     ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be a Image"),
     ("caption", {"image": SQUARE, "text": " . "}, "text: is empty"),
-    ("caption", {"image": SQUARE, "text": "a", "metadata": "{"}, "metadata: is not json"),
-    ("chat", {}, "messages: is missing")])
+    ("caption", {"image": SQUARE, "text": "a", "metadata": "{"}, "metadata: is not JSON"),
+    ("chat", {}, "messages: missing")])
 def test_decode_broken_records(words: MultimodalTokenizer, name: str, fields: Any, message: str):
     with pytest.raises(BadRecord, match=message):
-        make(words, name).decode(fields, SeededDraws(0))
+        make(words, name).decode(fields, SeededRandom(0))

@@ -19,12 +19,12 @@ def test_with_messages_llava():
     assert messages(item) == [("user", [{"image": "coco/1.jpg"}, "\nWhat?"]), ("assistant", ["A cat."]),
                               ("user", ["Sure?"]), ("assistant", ["Yes."])]
     both = item | {"image": ["a.jpg", "b.jpg"]}
-    with pytest.raises(BadRecord, match="f: line 1: 1 <image> placeholder for 2 pictures") as caught:
+    with pytest.raises(BadRecord, match="f: line 1: 1 <image> placeholder for 2 images") as caught:
         messages(both)
     assert caught.value.kind == "images and placeholders"
     both["conversations"][2]["value"] = "And <image>?"
     assert messages(both)[2] == ("user", ["And ", {"image": "b.jpg"}, "?"])
-    with pytest.raises(BadRecord, match="2 <image> placeholders for 0 pictures"):
+    with pytest.raises(BadRecord, match="2 <image> placeholders for 0 images"):
         messages(item | {"image": None})
     assert messages(item | {"image_ids": [1, 2, 3, 4]})[0][1][0] == {"codes": [1, 2]}  # two, one after the other
     assert messages(item | {"image_ids": [[1, 2, 3], [4, 5, 6]]})[2][1][1] == {"codes": [4, 5, 6]}
@@ -55,13 +55,13 @@ def test_with_messages_other_formats():
 
 @pytest.mark.parametrize(("item", "kind", "words"), [
     ({"conversations": ["hello"]}, "wrong type", "must be a list of turns, not .'hello'"),
-    ({"conversations": [{"value": "a"}]}, "wrong role", "turn 1 .*: its author is None"),
-    ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "its author is 'cat'"),
+    ({"conversations": [{"value": "a"}]}, "wrong role", "turn 1 .*: its role is None"),
+    ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "its role is 'cat'"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "wrong role", "turn 1 is the assistant's"),
     ({"conversations": [{"from": "human", "value": "a"}]}, "wrong role", "ends without an answer"),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": " \n"}]}, "empty text", "turn 2"),
-    ({"conversations": "not json"}, "malformed json", "'conversations': is not json"),
-    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "missing key", "a part holds neither"),
+    ({"conversations": "not json"}, "malformed json", "'conversations': is not JSON"),
+    ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "missing key", "a part has neither"),
 ])
 def test_with_messages_wrong_conversation(item, kind, words):
     with pytest.raises(BadRecord, match="^f.jsonl: line 3: .*" + words) as caught:

@@ -38,7 +38,7 @@ def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar
         Pairs(path)
     assert Pairs(path, caption_key="captions").read(0).captions == ["fine", "too"]
     path = write_tar(tmp_path / "y.tar", [{"__key__": "a", "txt": "words"}])
-    with pytest.raises(DataError, match=r"y\.tar: sample a: has no picture: no \.jpg, .* member"):
+    with pytest.raises(DataError, match=r"y\.tar: sample a: has no image: no \.jpg, .* member"):
         Pairs(path)
 
 
@@ -78,9 +78,9 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
 
 @pytest.mark.parametrize(("content", "words"), [
     ([{"image": "0.jpg", "title": "x"}], "item 0: has no caption: .*'caption' .it has image, title"),
-    ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no picture: nothing under key 'image' \(did you mean 'img'\?\)"),
-    ([{"image": 5, "caption": "x"}], "item 0: a picture is 5, not a path"),
-    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"), ([], "holds no record")])
+    ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no image: nothing under key 'image' \(did you mean 'img'\?\)"),
+    ([{"image": 5, "caption": "x"}], "item 0: image value 5 is not a path"),
+    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"), ([], "contains no record")])
 def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))

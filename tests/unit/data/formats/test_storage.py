@@ -120,7 +120,7 @@ def test_open_pairs_of_s3_in_workers(s3: S3):
     assert found == [[f"number {number}"] for number in range(COUNT)]
     listed = open_pairs({"format": "json", "files": f"{s3.url}/images.json"})
     assert isinstance(listed.read(0).image, bytes)
-    with pytest.raises(DataError, match=r"s3://data/images/1\.jpg: there is no such file"):
+    with pytest.raises(DataError, match=r"s3://data/images/1\.jpg: no such file"):
         listed.read(1)
 
 
@@ -147,7 +147,7 @@ def test_a_cut_connection_is_a_bad_sample(s3: S3, monkeypatch: pytest.MonkeyPatc
                        log=reasons.append, max_bad_in_a_row=2)
     assert data.get(0)["caption"] == "number 0"
     s3.stop()
-    with pytest.raises(DataError, match="2 samples in a row") as error:
+    with pytest.raises(DataError, match="2 consecutive samples") as error:
         data.get(COUNT - 3)
     assert len(reasons) == 2 and all("s3://data/pairs/1.tar: cannot be read (" in one for one in reasons), reasons
     assert "\n" not in str(error.value)
@@ -175,7 +175,7 @@ def test_write_index_beside_a_remote_shard(memory: fsspec.AbstractFileSystem, tm
 
 
 @pytest.mark.parametrize(("url", "words"), [
-    ("memory://d/none.tar", "there is no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
+    ("memory://d/none.tar", "no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
 def test_urls_that_cannot_be_read(memory: fsspec.AbstractFileSystem, url: str, words: str):
     with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{words}"):
         len(open_records(url))
@@ -238,6 +238,6 @@ def test_index_of_another_file_is_made_again(shard: Path, harm: str):
 
 def test_index_that_cannot_be_kept(shard: Path, capsys: pytest.CaptureFixture):
     (shard.parent / FOLDER).write_text("a file stands where the folder would be")  # root may write anywhere else
-    assert len(texts(shard)) == COUNT and "its index cannot be kept" in capsys.readouterr().err
+    assert len(texts(shard)) == COUNT and "its index cannot be stored" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.tar\.npz: cannot be written"):
         TarFile(shard).write_index()

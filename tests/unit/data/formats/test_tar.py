@@ -100,7 +100,7 @@ def test_what_is_no_plain_tar(tmp_path: Path, shards: Path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name}: torn or damaged in its first sample"):
             open_records(tmp_path / name).read(0)
-    with pytest.raises(DataError, match=r"none\.tar: holds no record"):
+    with pytest.raises(DataError, match=r"none\.tar: contains no record"):
         len(open_records(tar_of(tmp_path / "none.tar", [])))
     write_shard(tmp_path / "old.tar", [("k1", {"json": b"{}"}), ("k2", {"pkl": b"\x80\x04}."})])
     with pytest.raises(DataError, match=r"old\.tar: sample k2 is a pickle.*seed data convert .*old\.tar --out"):

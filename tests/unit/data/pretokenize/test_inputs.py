@@ -13,6 +13,7 @@ from PIL import Image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import read_transform
+from seed_multimodal.data.pretokenize.frames import view
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
     list_shards,
@@ -20,7 +21,6 @@ from seed_multimodal.data.pretokenize.inputs import (
     read_input_settings,
 )
 from seed_multimodal.data.pretokenize.kinds import KINDS
-from seed_multimodal.data.pretokenize.pictures import view
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
@@ -112,8 +112,8 @@ def test_tar_captions_from_text_or_metadata(tmp_path, jpeg):
     entries = [entry for entry, _ in decode("caption", settings)]
     assert entries[0].fields["text"] == "a text" and entries[0].fields["metadata"] == {"top_caption": "a top", "n": 1}
     assert entries[1].fields["text"] == "only json"
-    for entry, words in zip(entries[2:], ("has no picture: no .jpg", "has no caption", "not UTF-8",
-                                          "truncated or damaged", "is not json"), strict=True):
+    for entry, words in zip(entries[2:], ("has no image: no .jpg", "has no caption", "not UTF-8",
+                                          "truncated or damaged", "is not JSON"), strict=True):
         assert words in entry.bad and f"a.tar: sample 00{entry.number}" in entry.bad
     settings.use_caption_in_metadata = True
     entries = [entry for entry, _ in decode("caption", settings)]
@@ -157,7 +157,7 @@ def test_read_transform(tmp_path, jpeg):
     blip = get_transform("blip", False, 224)
     assert read_transform(None, blip) is blip
     assert read_transform(CONFIGS / "processer" / "blip_transform.yaml", ImageTransform(224)) == blip
-    with pytest.raises(ConfigError, match="64 x 64 pixels, but the tokenizer reads 224 x 224"):
+    with pytest.raises(ConfigError, match="64 x 64 pixels, but the tokenizer expects 224 x 224"):
         read_transform(CONFIGS / "processer" / "nano_transform.yaml", blip)
     config = tmp_path / "processor.yaml"
     config.write_text("_target_: transformers.CLIPImageProcessor.from_pretrained\n"

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
-from seed_multimodal.data.decoders.base import SeededDraws
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
@@ -37,7 +37,7 @@ def codec() -> CodeImages:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ten scenes 0.png … 9.png."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, scene in enumerate(scenes("val")[:10]):
@@ -46,14 +46,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(tmp_path: Path, pictures: Path) -> Callable[..., list[dict[str, Any]]]:
+def make(tmp_path: Path, images: Path) -> Callable[..., list[dict[str, Any]]]:
     """`make(kind, records, **run settings)`: pre-tokenise json records and read what was written."""
 
     def run_it(kind: str, records: list[dict[str, Any]] | None, data: dict[str, Any] | None = None,
                **settings: Any) -> list[dict[str, Any]]:
         if records is not None:
             (tmp_path / "in.json").write_text(json.dumps(records))
-            data = {"files": str(tmp_path / "in.json"), "image_root": str(pictures), **(data or {})}
+            data = {"files": str(tmp_path / "in.json"), "image_root": str(images), **(data or {})}
         assert run(RunSettings(kind=kind, data=data or {}, save_dir=str(tmp_path / "out"), device="cpu", **{
             "tokenizer": str(CONFIGS / "tokenizer" / "nano.yaml"),
             "image_transform": str(CONFIGS / "processer" / "nano_transform.yaml"), "workers": 0, **settings})) == 0
@@ -68,7 +68,7 @@ def codes_of(codec: CodeImages, folder: Path, *numbers: int) -> list[list[int]]:
 
 
 def decode(words: MultimodalTokenizer, name: str, fields: dict[str, Any], **options: Any) -> str:
-    sequence = get_decoder(name, words, options).decode(fields, SeededDraws(0))
+    sequence = get_decoder(name, words, options).decode(fields, SeededRandom(0))
     assert not sequence.dropped and any(label != -100 for label in sequence.labels)
     return words.decode(sequence.ids)
 
@@ -78,36 +78,36 @@ def shown(words: MultimodalTokenizer, codes: list[int]) -> str:
 
 
 @pytest.mark.slow
-def test_caption_from_tars(make, codec, pictures, words, tmp_path):
+def test_caption_from_tars(make, codec, images, words, tmp_path):
     for shard in range(2):
         write_shard(tmp_path / "in" / f"{shard}.tar", [
-            (f"{n:03d}", {"png": (pictures / f"{n}.png").read_bytes(), "txt": f"picture {n}".encode(),
+            (f"{n:03d}", {"png": (images / f"{n}.png").read_bytes(), "txt": f"picture {n}".encode(),
                           "json": json.dumps({"similarity": 0.1 * n, "url": f"u{n}"}).encode()})
             for n in range(5 * shard, 5 * shard + 5)])
     found = make("caption", None, {"files": str(tmp_path / "in"), "similarity_thr": 0.25}, batch_size=3)
     assert [record["text"] for record in found] == [f"picture {n}" for n in range(3, 10)]
     assert all(record.keys() == {"image_ids", "text", "metadata"} for record in found)
     assert found[0]["metadata"] == {"similarity": pytest.approx(0.3), "url": "u3"}
-    assert [record["image_ids"] for record in found] == codes_of(codec, pictures, *range(3, 10))
+    assert [record["image_ids"] for record in found] == codes_of(codec, images, *range(3, 10))
     said = decode(words, "pretrain.caption", found[0], reverse_ratio=1.0)
     assert said.split() == f"<s> {shown(words, found[0]['image_ids'])} picture 3</s>".split()
     assert json.loads((tmp_path / "out" / "counts.json").read_text()) == {
         "shards": 2, "read": 10, "samples": 7, "images": 7, "lost images": 0, "dropped: similarity": 3}
 
 
-def test_views_of_captions(make, codec, pictures, words):
+def test_views_of_captions(make, codec, images, words):
     rows = [{"image": "0.png", "caption": ["a", "b"]}, {"image": "1.png", "caption": "c"},
             {"image": "0.png", "caption": "d"}]
     found = make("caption", rows, views=3)
     assert [record["text"] for record in found] == [["a", "b"], "c", "d"]
-    for record, codes in zip(found, codes_of(codec, pictures, 0, 1, 0), strict=True):
+    for record, codes in zip(found, codes_of(codec, images, 0, 1, 0), strict=True):
         assert len(record["views"]) == 3 and record["views"][0] == record["image_ids"] == codes
     assert found[0]["views"] == found[2]["views"]  # of the same picture
     assert "a" in decode(words, "pretrain.caption", found[0], first_text=1.0)
 
 
-def test_qa(make, codec, pictures, words):
-    first = codes_of(codec, pictures, 2)[0]
+def test_qa(make, codec, images, words):
+    first = codes_of(codec, images, 2)[0]
     assert make("qa", [{"image": "2.png", "caption": "a fox"}]) == [  # as released: JourneyDB
         {"image_ids": first, "question": DESCRIBE_PROMPT, "answer": "a fox"}]
 
@@ -127,35 +127,35 @@ def test_qa_fields(make, words, row, fields, question, answer, decoded):
         assert decoded[1] in decode(words, decoded[0], found[0], reverse_ratio=0.0)
 
 
-def test_edit(make, codec, pictures, words):
+def test_edit(make, codec, images, words):
     rows = [{"source_image": "0.png", "target_image": "1.png", "instruction": "make it red"},
             {"source_image": "1.png", "target_image": "2.png", "instruction_gpt": "Redden it.", "response": "Done."}]
     found = make("edit", rows)
     assert [list(record) for record in found] == [
         ["source_image_ids", "target_image_ids", "instruction"],
         ["source_image_ids", "target_image_ids", "instruction_gpt", "response"]]
-    source, target = codes_of(codec, pictures, 0, 1)
+    source, target = codes_of(codec, images, 0, 1)
     assert (found[0]["source_image_ids"], found[0]["target_image_ids"]) == (source, target)
     assert decode(words, "sft.edit", found[1]).endswith(f"Done. {shown(words, found[1]['target_image_ids'])} </s>")
     assert "make it red" in decode(words, "pretrain.edit", found[0])
 
 
-def test_story(make, codec, pictures, words):
+def test_story(make, codec, images, words):
     rows = [{"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
             {"images": ["0.png"], "captions": ["alone"]}]
     found = make("story", rows)
     assert [list(record) for record in found] == [["image_ids", *(f"caption{n}" for n in range(5))]]
-    assert found[0]["image_ids"] == sum(codes_of(codec, pictures, *range(5)), [])
+    assert found[0]["image_ids"] == sum(codes_of(codec, images, *range(5)), [])
     assert decode(words, "sft.story", found[0], reverse_ratio=0.0).count("Here is an image.") == 4
 
 
-def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
-    inline = base64.b64encode((pictures / "6.png").read_bytes()).decode()
+def test_interleaved_documents(make, codec, images, words, tmp_path, capfd):
+    inline = base64.b64encode((images / "6.png").read_bytes()).decode()
     rows = [{"images": ["5.png", None, None, inline, "gone.png"], "texts": [None, "one", "two", None, None],
              "metadata": {"url": "u"}}, {"images": ["gone.png"], "texts": [None]},
             {"images": [None], "texts": ["text only"]}]
     found = make("interleaved", rows)
-    first, second = codes_of(codec, pictures, 5, 6)
+    first, second = codes_of(codec, images, 5, 6)
     assert found == [{"image_ids": [first, None, None, second], "texts": [None, "one", "two", None],
                       "metadata": {"url": "u"}}]
     said = decode(words, "pretrain.interleaved", found[0], reverse_ratio=0.0)
@@ -163,11 +163,11 @@ def test_interleaved_documents(make, codec, pictures, words, tmp_path, capfd):
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert (counts["lost images"], counts["bad"], counts["dropped: no image"]) == (1, 1, 1)
     told = capfd.readouterr().err
-    assert "left out of its document: " in told and "item 0: the picture gone.png is not there, " in told
-    assert "item 1: the picture gone.png is not there, " in told and "; none of its pictures can be read." in told
+    assert "dropped from its document: " in told and "item 0: image gone.png not found " in told
+    assert "item 1: image gone.png not found " in told and "; none of its images is readable." in told
 
 
-def test_chat_from_llava(make, codec, pictures, words):
+def test_chat_from_llava(make, codec, images, words):
     rows = [{"id": "1", "image": "1.png", "conversations": [
                 {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A fox."},
                 {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
@@ -177,7 +177,7 @@ def test_chat_from_llava(make, codec, pictures, words):
                 {"from": "human", "value": "no placeholder"}, {"from": "gpt", "value": "A fox."}]}]
     found = make("chat", rows, views=2)
     assert len(found) == 2 and all(list(record) == ["messages"] for record in found)
-    first, second = codes_of(codec, pictures, 1, 2)
+    first, second = codes_of(codec, images, 1, 2)
     (user, answer) = found[1]["messages"]
     assert user["content"][0]["codes"][0] == first and len(user["content"][0]["codes"]) == 2
     assert answer["content"] == ["Here: ", {"codes": second}]  # what the model draws has one view

@@ -135,11 +135,11 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path) -> None
     state = load_state_dict(folder / "model.safetensors")
     state["query_tokens"] = state["query_tokens"] * 1.01
     save_state_dict(state, folder / "model.safetensors")
-    with pytest.raises(DataError, match=r"begun with other settings \(tokenizer: "):
+    with pytest.raises(DataError, match=r"started with other settings \(tokenizer: "):
         start(copy, tokenizer=str(folder))
     with pytest.raises(DataError, match=r"other settings \(transform.interpolation: bilinear -> bicubic\);"):
         start(copy, image_transform=str(APP / "configs" / "processer" / "nano_transform.yaml"))
-    with pytest.raises(ConfigError, match="224 x 224 pixels, but the tokenizer reads 64 x 64"):
+    with pytest.raises(ConfigError, match="224 x 224 pixels, but the tokenizer expects 64 x 64"):
         start(copy, image_transform=str(APP / "configs" / "processer" / "blip_transform.yaml"))
     with pytest.raises(DataError, match=r"views: 1 -> 2\);"):
         start(copy, views=2)
@@ -177,12 +177,12 @@ def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
     for _ in range(2):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         said = capfd.readouterr().err
-        assert "bad 7" in said and "not one record was written" in said
+        assert "bad 7" in said and "no record was written" in said
 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--tokenizer", "configs/none.yaml"], "no such configuration file"), (["--data", "none.yaml"], "none.yaml"),
-    (["--save_dir", "n" * 300], "cannot be written (File name too long)"), (["--fields", "vqa"], "no preset"),
+    (["--save_dir", "n" * 300], "cannot be written (File name too long)"), (["--fields", "vqa"], "not a preset"),
     (["--shard", "2/2"], "I from 0 to N-1"), (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU")])
 def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch) -> None:
     monkeypatch.chdir(APP)

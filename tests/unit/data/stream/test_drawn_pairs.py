@@ -11,16 +11,16 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_pictures
+from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_images
 from seed_multimodal.errors import DataError, ImageError
 
 VIEW, SIZE = DrawnView(resolution=16, tower_size=8), (16, 16)
 
 
 def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
-    picture = Image.new("RGB", size, left)
-    picture.paste(right, (size[0] // 2, 0, *size))
-    return picture
+    image = Image.new("RGB", size, left)
+    image.paste(right, (size[0] // 2, 0, *size))
+    return image
 
 
 def test_both_views_are_of_the_same_part() -> None:
@@ -56,13 +56,13 @@ def test_pictures_need_no_captions(tmp_path: Path) -> None:
         data.seek(0)
         tar.addfile(info, data)
     for place, key in (("folder", "a.png"), ("shard.tar", "000")):
-        pairs = DrawnPairs(open_pictures({"files": str(tmp_path / place)}), VIEW, log=None)
+        pairs = DrawnPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
         made = pairs.get(0)
         assert made["key"] == key and made["image"].shape == (3, 16, 16) and made["seen"].shape == (3, 8, 8)
         assert not made["conditioned"] and "condition" not in made
         with pytest.raises(DataError):
-            open_pictures({"files": str(tmp_path / place), "captioned": True})
-    pairs = DrawnPairs(open_pictures({"files": str(tmp_path / "folder")}), VIEW, log=None)
+            open_images({"files": str(tmp_path / place), "captioned": True})
+    pairs = DrawnPairs(open_images({"files": str(tmp_path / "folder")}), VIEW, log=None)
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
 
@@ -72,16 +72,16 @@ def test_edits_bring_the_picture_before(tmp_path: Path) -> None:
     lines = [{"source_image": "before.png", "target_image": "after.png"}, {"target_image": "after.png"},
              {"source_image": "gone.png", "target_image": "after.png"}]
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = open_pictures({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
+    source = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
                             "condition_key": "source_image"})
     made = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
     assert made["conditioned"] and torch.equal(made["condition"], VIEW.drawn(half("red", "blue"), SIZE))
     assert torch.equal(made["image"], VIEW.drawn(half("blue", "red"), SIZE))
-    with pytest.raises(DataError, match="line 2: has no picture: nothing under key 'source_image'"):
+    with pytest.raises(DataError, match="line 2: has no image: nothing under key 'source_image'"):
         source.read(1)
-    with pytest.raises(ImageError, match=r"line 3: the picture gone\.png is not there"):
+    with pytest.raises(ImageError, match=r"line 3: image gone\.png not found"):
         source.read(2)
-    alone = open_pictures({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image"})
+    alone = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image"})
     made = DrawnPairs(alone, VIEW, reads_condition=True, log=None).get(0)
     assert not made["conditioned"] and not made["condition"].any()
 
@@ -96,13 +96,13 @@ SIZES = ((16, 16), (16, 24), (24, 16))
     ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
 def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
     """Its centre, cut as little as can be; the tower sees the same part, squashed."""
-    view, picture = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
+    view, image = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
     kept = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
     across, down = (width - kept[0]) / 2, (height - kept[1]) / 2
-    picture.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
-    assert view.size_of(picture) == drawn and view.time_ids(size, drawn).tolist() == ids
-    pair = view.drawn(picture, drawn), view.seen(picture, drawn)
+    image.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
+    assert view.size_of(image) == drawn and view.time_ids(size, drawn).tolist() == ids
+    pair = view.drawn(image, drawn), view.seen(image, drawn)
     assert [made.shape for made in pair] == [(3, *drawn), (3, 8, 8)]
     for made in pair:
         assert (made[2, 2:-2, 2:-2] > 240).all() and (made[0, 2:-2, 2:-2] < 15).all()
@@ -110,10 +110,10 @@ def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int
 
 def test_a_squashed_picture_has_one_size_by_its_key() -> None:
     """All of it is drawn; each size has its share of the keys."""
-    view, picture = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
-    chosen = [view.size_of(picture, str(key)) for key in range(400)]
-    assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(picture, str(key)) for key in range(400)]
-    made = view.drawn(picture, SIZES[1])
+    view, image = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
+    chosen = [view.size_of(image, str(key)) for key in range(400)]
+    assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(image, str(key)) for key in range(400)]
+    made = view.drawn(image, SIZES[1])
     assert made.shape == (3, 16, 24) and made[0, 0, 0] > 200 and made[2, 0, -1] > 200
     assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
 
@@ -121,7 +121,7 @@ def test_a_squashed_picture_has_one_size_by_its_key() -> None:
 def test_batches_of_one_size(tmp_path: Path) -> None:
     for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    pairs = DrawnPairs(open_pictures({"files": str(tmp_path)}), DrawnView(tower_size=8, sizes=SIZES), log=None)
+    pairs = DrawnPairs(open_images({"files": str(tmp_path)}), DrawnView(tower_size=8, sizes=SIZES), log=None)
     made = by_size([pairs.get(number) for number in range(5)])
     assert [batch["image"].shape for batch in made] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
     assert [batch["key"] for batch in made] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]

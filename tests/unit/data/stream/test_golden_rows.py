@@ -63,7 +63,7 @@ def kept(case: dict[str, Any]) -> bool:
     return case["function"] in OF_FUNCTION and "input_ids" in case["output"]
 
 
-def picture(size: Sequence[int]) -> bytes:
+def image(size: Sequence[int]) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", tuple(size), (200, 30, 30)).save(stream, "JPEG")
     return stream.getvalue()
@@ -77,7 +77,7 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
         fields, sizes = case["arguments"]["value"], case["arguments"]["image_sizes"]
         for name, size in sizes.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_bytes(picture(size))
+            (folder / name).write_bytes(image(size))
         (folder / "one.jsonl").write_text(json.dumps(fields) + "\n")
         if case["function"] == "decode_llava_data":
             kwargs.pop("min_resolution", None)
@@ -85,7 +85,7 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
     data = case["arguments"]["data"]
     text, views = (data, 1) if isinstance(data, str) else (data["text"], data["images_patch_length"])
     with tarfile.open(folder / "one.tar", "w") as tar:
-        for extension, content in (("jpg", picture((500, 450))), ("txt", text.encode())):
+        for extension, content in (("jpg", image((500, 450))), ("txt", text.encode())):
             info = tarfile.TarInfo(f"0.{extension}")
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
@@ -99,7 +99,7 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
                                         monkeypatch: pytest.MonkeyPatch) -> None:
     file, options = write(case, tmp_path)
     draws, expected = list[Replay](), case["output"]  # the record is read at the start, too
-    monkeypatch.setattr(mixture, "SeededDraws", lambda *key: draws.append(Replay(case["rng_calls"])) or draws[-1])
+    monkeypatch.setattr(mixture, "SeededRandom", lambda *key: draws.append(Replay(case["rng_calls"])) or draws[-1])
     length = case["kwargs"]["max_length"]
     settings = read_data_settings({"sources": [{
         "name": "one", "files": str(file), "decoder": OF_FUNCTION[case["function"]], "image_dir": str(tmp_path),

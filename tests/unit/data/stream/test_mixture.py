@@ -89,7 +89,7 @@ def test_at_after_too_many_broken_records(tmp_path: Path, words, lines: Callable
     sources = [{"name": name, "files": str(tmp_path / f"{name}.jsonl"), "decoder": f"pretrain.{kind}", "batch_size": 8,
                 "max_length": 60} for name, kind in (("c", "caption"), ("t", "text"))]
     config = {"sources": sources, "length": 60, "max_bad_in_a_row": 130, "packing": packing}
-    sentence = r"130 records of source c are broken without a good one between them, the last: .*c\.jsonl: line \d+"
+    sentence = r"130 consecutive records of source c are broken, the last: .*c\.jsonl: line \d+"
     with LlmBatches(read_data_settings(config), words, workers=workers) as batches, \
             pytest.raises(DataError, match=sentence):
         for _ in batches:
@@ -104,8 +104,8 @@ def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable,
     config = {"sources": [{"name": "t", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text", "weight": 99},
                           {"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"}],
               "length": 60, "packing": packing}
-    with pytest.raises(DataError, match=r"Source c: no record can be used \(100 records tried\); the first: .*: "
-                       "image_ids: is missing; decoder pretrain.caption needs it"):
+    with pytest.raises(DataError, match=r"Source c: no usable record \(100 records tried\); the first: .*: "
+                       "image_ids: missing; decoder pretrain.caption needs it"):
         LlmBatches(read_data_settings(config), words)
 
 
@@ -126,7 +126,7 @@ def test_draws_follow_the_weights(mixed: Callable, words) -> None:
     ({"sources": []}, {}, "at least one source"),
     ({}, {"wieght": 1}, "did you mean 'weight'"),
     ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
-    ({}, {"name": "texts"}, "two sources named 'texts'")])
+    ({}, {"name": "texts"}, "duplicate source name 'texts'")])
 def test_read_data_settings_refuses(mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
                                     ) -> None:
     config = mixed(**change)

@@ -96,7 +96,7 @@ def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"_target_": "os.system"}, "'os.system' is none of the released data builders"),
+    ({"_target_": "os.system"}, "'os.system' is not one of the original data builders"),
     ({"_target_": CAPTION.replace("caption", "captions")}, f"did you mean '{CAPTION}'"),
     ({"reverse_ration": 0.5}, r"datapipes\[0\]: unknown key 'reverse_ration' \(did you mean 'reverse_ratio'"),
     ({"data_dir": None}, "needs a value for 'data_dir'"),

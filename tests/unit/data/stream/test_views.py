@@ -30,7 +30,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
                        tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4, n_locations=16)
 
 
-def picture(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
+def image(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", size, COLOURS[name]).save(stream, "PNG")
     return stream.getvalue()
@@ -69,7 +69,7 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
 def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> None:
     """The source is read in two equal views, the target written in one; the drawn picture is shown again."""
     for name in COLOURS:
-        (tmp_path / f"{name}.png").write_bytes(picture(name))
+        (tmp_path / f"{name}.png").write_bytes(image(name))
     edit = lines(tmp_path / "edit.jsonl", [{"source_image": "red.png", "target_image": "/blue.png",
                                             "instruction": "It is blue."}])
     turns = lines(tmp_path / "turns.jsonl", [{"messages": [
@@ -107,9 +107,9 @@ def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
     """With and without a json; unlike pairs, small pictures and over-long captions are counted, nothing is turned into
     another sample."""
     file = tmp_path / "0.tar"
-    members = {"a.png": picture("red"), "a.txt": b"red", "b.png": picture("blue"), "b.txt": b"blue",
-               "b.json": b'{"similarity": 0.05}', "c.png": picture("green", (10, 40)), "c.txt": b"green",
-               "d.png": picture("green"), "d.txt": b"green " * 60, "e.txt": b"nothing",
+    members = {"a.png": image("red"), "a.txt": b"red", "b.png": image("blue"), "b.txt": b"blue",
+               "b.json": b'{"similarity": 0.05}', "c.png": image("green", (10, 40)), "c.txt": b"green",
+               "d.png": image("green"), "d.txt": b"green " * 60, "e.txt": b"nothing",
                "f.png": b"no picture", "f.txt": b"red"}
     with tarfile.open(file, "w") as tar:
         for name, data in members.items():
@@ -127,18 +127,18 @@ def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
     assert sum(entry["count"] for entry in skipped.values()) == 5
     assert {"similarity", "resolution",
             "its images do not fit into 80 tokens"} <= skipped.keys()
-    assert all(f"sample {key}" in first for key in "bcdef") and "image: is missing" in first
+    assert all(f"sample {key}" in first for key in "bcdef") and "image: missing" in first
 
 
 @pytest.mark.parametrize(("record", "sentence"), [
-    ({"image": "gone.png", "data": ["q", "a"]}, "line 1: the picture gone.png is not there"),
+    ({"image": "gone.png", "data": ["q", "a"]}, "line 1: image gone.png not found"),
     ({"image": "bad.png", "data": ["q", "a"]}, "line 1"),
-    ({"image": "a.png", "data": ["<image> and <image>", "a"]}, "2 <image> placeholders for 1 picture"),
+    ({"image": "a.png", "data": ["<image> and <image>", "a"]}, "2 <image> placeholders for 1 image"),
 ])
 def test_records_that_cannot_be_used(words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], sentence: str
                                      ) -> None:
-    (tmp_path / "a.png").write_bytes(picture("red"))
-    (tmp_path / "bad.png").write_bytes(picture("red")[:40])
+    (tmp_path / "a.png").write_bytes(image("red"))
+    (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
     with pytest.raises(DataError) as refused:
         next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1))
@@ -146,7 +146,7 @@ def test_records_that_cannot_be_used(words: MultimodalTokenizer, tmp_path: Path,
 
 
 def test_cut_conversations_are_counted(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture("red"))
+    (tmp_path / "a.png").write_bytes(image("red"))
     file = lines(tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}])
     source = {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1}
     batches = batches_of(words, source, packing=False, length=80, rows=1)

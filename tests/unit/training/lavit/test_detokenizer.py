@@ -56,8 +56,8 @@ def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head:
     moved, unet = (LavitDetokenizer.load_part(place, "unet") for place in (tmp_path / "run" / "pixels", parts / head))
     assert not any(torch.equal(a, b) for a, b in zip(moved.parameters(), unet.parameters(), strict=True))
     pixels = LavitDetokenizer.from_pretrained(tmp_path / "run" / "pixels", decoder)
-    pictures = pixels([torch.randn(n, 4) for n in (3, 9)], height=16, width=24, num_inference_steps=2)
-    assert [picture.size for picture in pictures] == [(24, 16)] * 2
+    images = pixels([torch.randn(n, 4) for n in (3, 9)], height=16, width=24, num_inference_steps=2)
+    assert [image.size for image in images] == [(24, 16)] * 2
 
 
 @pytest.mark.slow

@@ -38,9 +38,9 @@ def start_stage1() -> Callable[..., subprocess.Popen]:
     return start
 
 
-def measure(model: LavitStage1, pictures: torch.Tensor, quantize: bool | None = None) -> LavitStage1Output:
+def measure(model: LavitStage1, images: torch.Tensor, quantize: bool | None = None) -> LavitStage1Output:
     with evaluation_mode(model):
-        return model(pictures, quantize=quantize)
+        return model(images, quantize=quantize)
 
 
 def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:

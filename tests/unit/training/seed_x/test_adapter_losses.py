@@ -59,17 +59,17 @@ def test_latents_are_noised_by_the_samplers_schedule(schedule: Any) -> None:
 def test_dropped_conditions(schedule: Any) -> None:
     count, share = 4000, {"embeds": 0.2, "picture": 0.3, "both": 0.1}
     dropout = ConditionDropout(**share)
-    no_embeds, no_picture = dropout.draw(count, torch.Generator().manual_seed(0))
-    assert float((no_embeds & ~no_picture).float().mean()) == pytest.approx(0.2, abs=0.02)
-    assert float((~no_embeds & no_picture).float().mean()) == pytest.approx(0.3, abs=0.02)
-    assert float((no_embeds & no_picture).float().mean()) == pytest.approx(0.1, abs=0.02)
+    no_embeds, no_condition = dropout.draw(count, torch.Generator().manual_seed(0))
+    assert float((no_embeds & ~no_condition).float().mean()) == pytest.approx(0.2, abs=0.02)
+    assert float((~no_embeds & no_condition).float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float((no_embeds & no_condition).float().mean()) == pytest.approx(0.1, abs=0.02)
     batch, watched = _batch(200), Recorder()
     adapter_losses(watched, schedule, **batch, dropout=dropout, generator=torch.Generator().manual_seed(0))
-    no_embeds, no_picture = dropout.draw(200, torch.Generator().manual_seed(0))
+    no_embeds, no_condition = dropout.draw(200, torch.Generator().manual_seed(0))
     assert bool((watched.embeds[no_embeds] == 0.5).all()), "an empty image's embeddings, not zeros"
     torch.testing.assert_close(watched.embeds[~no_embeds], batch["image_embeds"][~no_embeds])
-    assert not watched.condition[no_picture].any()
-    torch.testing.assert_close(watched.condition[~no_picture], batch["condition_latents"][~no_picture])
+    assert not watched.condition[no_condition].any()
+    torch.testing.assert_close(watched.condition[~no_condition], batch["condition_latents"][~no_condition])
     assert all(not which.any() for which in NEVER.draw(100))
     assert all(which.all() for which in ConditionDropout(0.0, 0.0, 1.0).draw(100))
 

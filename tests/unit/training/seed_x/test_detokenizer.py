@@ -46,8 +46,8 @@ def test_a_stage_is_trained_and_its_adapter_draws(parts: Path, tmp_path: Path, s
     assert ("conv_in.bias" in moved) == (stage == 2)
     detokenizer = SdxlDetokenizer.from_pretrained(parts / "sdxl", tmp_path / "run" / "adapter")
     detokenizer.set_null_embeds(QwenVit.from_pretrained(parts / "tower"), 16)
-    pictures = detokenizer(torch.randn(2, 16, tiny_sdxl.WIDTH), num_inference_steps=2, height=16, width=16)
-    assert [picture.size for picture in pictures] == [(16, 16)] * 2
+    images = detokenizer(torch.randn(2, 16, tiny_sdxl.WIDTH), num_inference_steps=2, height=16, width=16)
+    assert [image.size for image in images] == [(16, 16)] * 2
 
 
 @pytest.mark.slow
@@ -114,7 +114,7 @@ def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys:
     assert record["bad_samples"] == 1 and "skipped: " in (said := capsys.readouterr().out) and "3.png" in said
     for path in folder.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="samples in a row, from number . on, cannot be used"):
+    with pytest.raises(DataError, match="consecutive samples from index . on are unusable"):
         train(config(parts, tmp_path / "empty", data={"sources": sources}))
 
 
@@ -134,7 +134,7 @@ def test_a_pair_with_one_side_missing(line: dict[str, Any], parts: Path, tmp_pat
     said = capsys.readouterr().out
     assert record["bad_samples"] == 1 and said.count("skipped: ") == 1 and "edits.jsonl" in said
     (tmp_path / "edits.jsonl").write_text(lines[-1] * 3)
-    with pytest.raises(DataError, match="samples in a row|has no picture: nothing under key|is 4, not a path"):
+    with pytest.raises(DataError, match="consecutive samples|has no image: nothing under key|is 4, not a path"):
         train({**given, "output_dir": str(tmp_path / "none")})
 
 

@@ -34,7 +34,7 @@ TALKS = [
     (talk("What is it?", "It is red."), None),
     ("", None), ("   ", None),  # no record at all
     (talk("What is it?", f"It is {BOX.format(4)}."), None),
-    (talk("What is it?", "It is red", image="gone.jpg"), "is not there"),
+    (talk("What is it?", "It is red", image="gone.jpg"), "not found below"),
     (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
     (talk("What is it?", "It is red", image="text.jpg"), "picture"),
     (talk("What is it?"), "nothing to learn"),
@@ -45,7 +45,7 @@ TALKS = [
 ]
 EDITS = [
     (edit(), None), (edit(instruction="", image=None), "empty text"), (edit(source_image=None), "missing"),
-    (edit(target_image="gone.jpg"), "is not there"), (edit(instruction=LONG), "not fewer than"),
+    (edit(target_image="gone.jpg"), "not found below"), (edit(instruction=LONG), "not fewer than"),
     (edit(instruction="What?", target_image="grey.jpg"), None)]
 TURNS = [
     (json.dumps({"messages": [
@@ -63,12 +63,12 @@ TURNS = [
 
 def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
     """The files and their mixture; the tar is cut short inside its last picture."""
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True)
+    images = folder / "pictures"
+    images.mkdir(parents=True)
     for file in (home / "pictures").iterdir():
-        (pictures / file.name).write_bytes(file.read_bytes())
-    (pictures / "broken.jpg").write_bytes((pictures / "red.jpg").read_bytes()[:200])
-    (pictures / "text.jpg").write_bytes(b"no picture")
+        (images / file.name).write_bytes(file.read_bytes())
+    (images / "broken.jpg").write_bytes((images / "red.jpg").read_bytes()[:200])
+    (images / "text.jpg").write_bytes(b"no picture")
     for name, lines in (("talks", TALKS), ("edits", EDITS), ("turns", TURNS)):
         (folder / f"{name}.jsonl").write_text("".join(f"{line}\n" for line, _ in lines))
     with tarfile.open(folder / "captions.tar", "w") as tar:
@@ -82,7 +82,7 @@ def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
     (folder / "captions.tar").write_bytes(whole[:whole.index(b"0004.jpg") + 700])
     data = parts.data_of(home)
     for source in data["sources"]:
-        source |= {"files": str(folder / Path(source["files"]).name), "image_dir": str(pictures), "cycles": 1}
+        source |= {"files": str(folder / Path(source["files"]).name), "image_dir": str(images), "cycles": 1}
     return data | {"max_bad_in_a_row": 50}
 
 
@@ -119,6 +119,6 @@ def test_too_much_of_it_ends_the_run(parts: ModuleType, home: Path, tmp_path: Pa
     data = write_bad(parts, home, tmp_path)
     data["sources"] = data["sources"][:1]
     data["sources"][0] |= {"batch_size": 1, "cycles": None}
-    (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "is not there"))
-    with pytest.raises(DataError, match=r"Source conversation: no record can be used .*talks.jsonl: line"):
+    (tmp_path / "talks.jsonl").write_text("".join(f"{line}\n" for line, reason in TALKS if reason == "not found below"))
+    with pytest.raises(DataError, match=r"Source conversation: no usable record .*talks.jsonl: line"):
         TuningTask.train(parts.config_of(home, tmp_path / "out", data=data))

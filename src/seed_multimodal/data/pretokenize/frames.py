@@ -1,4 +1,4 @@
-"""Images that are made: frames of videos, and several views of an image."""
+"""Frames of videos, and augmented views of an image."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from PIL import Image
 
 from seed_multimodal.errors import ImageError
 
-SCALE = (1 / 1.08, 1 / 0.88)  # of a view's window: below 1 the picture grows
-SHIFT = 0.04  # of a side
+SCALE = (1 / 1.08, 1 / 0.88)  # of a view's crop window; below 1 enlarges the image
+SHIFT = 0.04  # fraction of a side
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Frame:
 
 @functools.lru_cache(maxsize=1)
 def read_frames(path: str, count: int) -> list[np.ndarray]:
-    """Frames uint8 [H, W, 3] in the middle of `count` equal stretches of a video, as in the original (short ones repeat
-    some). Raises ImageError."""
+    """Frames uint8 [H, W, 3] at the centres of `count` equal segments of a video, as in the original (short videos
+    repeat frames). Raises ImageError."""
     import cv2
 
     video = cv2.VideoCapture(path)
@@ -39,18 +39,18 @@ def read_frames(path: str, count: int) -> list[np.ndarray]:
         raise ImageError(f"{path}: not a video in a known format, or without frames.")
     read: dict[int, np.ndarray] = {}
     places = [min(total - 1, int((number + 0.5) * total / count)) for number in range(count)]
-    for place in dict.fromkeys(places):  # each once: seeking back to the only frame of a video fails
+    for place in dict.fromkeys(places):  # distinct, since seeking back to a video's only frame fails
         video.set(cv2.CAP_PROP_POS_FRAMES, place)
         good, pixels = video.read()
         if not good:
-            raise ImageError(f"{path}: frame {place} cannot be decoded; the video is cut off or damaged.")
+            raise ImageError(f"{path}: frame {place} cannot be decoded; the video is truncated or damaged.")
         read[place] = cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
     return [read[place] for place in places]
 
 
 def view(image: Image.Image, number: int, seed: int, name: str) -> Image.Image:
-    """View `number` of the RGB image called `name`, of its size: 0 is the image, others are small scalings and shifts
-    over white, which keep labels, colours and left/right true, and depend on seed, name and number only."""
+    """View `number` of the RGB image `name`, of equal size: 0 is the image, others are slightly scaled and shifted over
+    white (no flips or colour changes), determined by seed, name and number."""
     if number == 0:
         return image
     draw = random.Random(f"{seed} {name} {number}")

@@ -1,0 +1,192 @@
+"""MkDocs hook: the pages of `reference/`, made from the code when the site is built.
+
+`mkdocs serve` and `mkdocs build` (mkdocs.yml) run it; `python docs/generate.py DIR` writes the pages as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ["COLUMNS"] = "110"  # of argparse's help
+
+# Page of options → its first paragraph, and `key: module:Dataclass` of each table.
+OPTIONS = {
+    "training": ("Keys of the trainings in `MultiModalLLM/`: `KEY=VALUE` on the command line, or a YAML file for each "
+                 "section. `python src/train/train.py --help` prints the same for each program.", {
+                     "trainer (all programs)": "training.config:TrainerConfig",
+                     "trainer (language models)": "training.llm.config:TrainerSettings",
+                     "trainer (pixel decoders)": "training.pixel_decoder.task:PixelTrainer",
+                     "optim": "training.optimizers:OptimSettings",
+                     "model (language models)": "training.llm.config:LlmModelSettings",
+                     "data (language models)": "data.stream.config:LlmDataSettings",
+                     "data.sources": "data.stream.config:SourceSettings",
+                     "data (pixel decoders)": "training.pixel_decoder.task:ImageData",
+                     "data.sources (pixel decoders)": "training.pixel_decoder.task:ImageSource",
+                     "agent (SEED-X)": "seed_x.modeling:AgentSettings"}),
+    "tokenizer-training": ("Keys of the sections `model` and `run` of the YAML files in "
+                           "`SEED_Tokenizer/lavis/projects`; `--options KEY=VALUE` changes them.", {
+                               "model (all)": "seed_lavis.options:ModelOptions",
+                               "model: blip2_casual (stage 1)": "seed_lavis.options:Stage1Options",
+                               "model: blip2_codebook_all_image (stage 2)": "seed_lavis.options:Stage2Options",
+                               "model: seed1_codebook_text (SEED-1, stage 2)": "seed_lavis.options:Seed1Options",
+                               "model: lavit_tokenizer (LaVIT, stage 1)": "seed_lavis.options:LavitOptions",
+                               "run": "seed_lavis.options:RunOptions"}),
+    "generation": ("Keyword arguments of `describe`, `ask`, `chat`, `draw`, `edit` and `reconstruct`, and keys of "
+                   "`generation` in `system.json`. The defaults of a system win over those below.", {
+                       "Text and tokens": "language.generation:GenerationSettings",
+                       "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
+                       "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
+                       "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
+                       "Drawing: LaVIT": "lavit.diffusion:LavitSettings"}),
+    "system-json": ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to "
+                    "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.tasks:TaskPrompts"}),
+}
+# Public classes, and their members that users call (none: all).
+PYTHON = {
+    "system.base.MultimodalSystem":
+        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
+    "language.messages.Answer": "", "seed.pipeline.SeedLlama": "from_pretrained",
+    "seed_x.pipeline.SeedX": "detect reconstruct", "lavit.pipeline.Lavit": "compose",
+    "seed.original.SeedLlamaTokenizer": "", "seed.original.Seed1": "", "seed.modeling.Seed2Tokenizer": "",
+    "seed.diffusion.UnclipDetokenizer": "", "seed.diffusion.StableDiffusionDetokenizer": ""}
+PROGRAMS = ("scripts", "gradio_demo", ".", "src/inference", "src/tools", "src/lavit", "SEED_Tokenizer",
+            "SEED_Tokenizer/eval", "MultiModalLLM/src/train", "MultiModalLLM/src/tools", "MultiModalLLM/eval",
+            "benchmarks")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the generated pages (MkDocs calls it)."""
+    from mkdocs.structure.files import File
+
+    for name, text in pages():
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
+
+
+def pages() -> Iterator[tuple[str, str]]:
+    """Name and Markdown of each page."""
+    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "SEED_Tokenizer")]
+    yield "cli", _commands()
+    yield "programs", _programs()
+    for name, (opening, tables) in OPTIONS.items():
+        title = {"system-json": "system.json"}.get(name, f"Options: {name.replace('-', ' ')}")
+        kinds = {key: _kind(place) for key, place in tables.items()}
+        first = next(iter(kinds.values()))
+        yield name, "\n\n".join([f"# {title}", opening, *(
+            _table(key, kind, first if issubclass(kind, first) and kind is not first else None)
+            for key, kind in kinds.items())])
+    yield "http", _http()
+    yield "python", "\n\n".join(["# Python", *(
+        f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
+        for name, members in PYTHON.items())])
+
+
+def _commands() -> str:
+    from seed_multimodal.cli.main import build_parser
+
+    return "\n\n".join(["# The command `seed`", "What `seed COMMAND --help` prints.", *_helps(build_parser())])
+
+
+def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield f"## {parser.prog}\n\n```text\n{parser.format_help().strip()}\n```"
+    for one in inner[0].choices.values() if inner else ():
+        yield from _helps(one)
+
+
+def _programs() -> str:
+    rows = []
+    for folder in PROGRAMS:
+        for file in sorted((ROOT / folder).glob("*.py")):
+            summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split("\n\n")[0]
+            if summary:
+                rows.append(f"| `{file.relative_to(ROOT)}` | {_cell(' '.join(summary.split()))} |")
+    return "\n".join(["# Programs", "", "Most have the names and flags of the original repositories; `--help` lists "
+                      "all flags.", "", "| program | what it does |", "| --- | --- |", *rows])
+
+
+def _kind(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(import_module(module if "seed_lavis" in module else f"seed_multimodal.{module}"), name)
+
+
+def _table(key: str, kind: Any, base: Any = None) -> str:
+    """A table of a dataclass's fields: name, type or choices, default, and what its docstring or comments say; with
+    `base` only the fields that this class does not have, or with another default."""
+    hints, notes, rows = get_type_hints(kind), _notes(kind), []
+    opening = inspect.cleandoc(kind.__doc__ or "").split("\nAttributes:")[0].strip()
+    opening += "\n\nBesides the keys of the first table:" if base else ""
+    shown_before = {entry.name: entry.default for entry in dataclasses.fields(base)} if base else {}
+    for entry in dataclasses.fields(kind):
+        if entry.name in shown_before and shown_before[entry.name] == entry.default:
+            continue
+        default = entry.default_factory() if callable(entry.default_factory) else entry.default
+        shown = "required" if default is dataclasses.MISSING else f"`{_short(default)}`"
+        choices = ", ".join(map(str, entry.metadata.get("choices", ())))
+        hint = hints[entry.name]
+        type_name = choices or (hint.__name__ if type(hint) is type else re.sub(r"\w+\.", "", str(hint)))
+        rows.append(f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | {_cell(notes.get(entry.name, ''))} |")
+    return "\n".join([f"## {key}", "", opening, "", "| key | type or choices | default | meaning |",
+                      "| --- | --- | --- | --- |", *rows])
+
+
+def _short(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        return type(value).__name__
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) < 60 else f"{text[:57]}…"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _notes(kind: type) -> dict[str, str]:
+    """Field → its entry below `Attributes:`, or the comment behind or above it, also of base classes."""
+    notes: dict[str, str] = {}
+    for base in reversed([one for one in kind.__mro__ if dataclasses.is_dataclass(one)]):
+        listed = inspect.cleandoc(base.__doc__ or "").partition("\nAttributes:")[2]
+        for names, text in re.findall(r"(?m)^ {4}([\w, ]+): ((?:.|\n(?! {4}\w))*)", listed):
+            notes |= {name.strip(): " ".join(text.split()) for name in names.split(",")}
+        above: list[str] = []
+        for line in inspect.getsource(base).splitlines():
+            field, comment = re.match(r"    (\w+): ", line), re.search(r"(?:^ +|  )# (.*)", line)
+            if field and (comment or above):
+                notes[field[1]] = comment[1] if comment else " ".join(above)
+            above = [*above, comment[1]] if comment and not field and comment[1] != "ours" else []
+    return notes
+
+
+def _http() -> str:
+    from seed_multimodal.serving import schema
+
+    models = [value for value in vars(schema).values()
+              if inspect.isclass(value) and issubclass(value, schema.BaseModel) and value is not schema.BaseModel]
+    parts = ["# HTTP", "JSON of the server; how to use it: [serve](../serving.md)."]
+    for model in models:
+        rows = [f"| `{name}` | {_cell(str(field.annotation).replace('typing.', ''))} | "
+                f"{'required' if field.is_required() else f'`{field.default}`'} |"
+                for name, field in model.model_fields.items()]
+        parts.append("\n".join([f"## {model.__name__}", "", inspect.cleandoc(model.__doc__ or ""), "",
+                                "| field | type | default |", "| --- | --- | --- |", *rows]))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages():
+        (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")

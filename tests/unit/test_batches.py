@@ -1,0 +1,59 @@
+"""Rows of several threads in one batch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from seed_multimodal.batches import Collector
+
+
+def together(collector: Collector, calls: Sequence[tuple[Any, Sequence[Any]]]) -> tuple[list[Any], list[Any]]:
+    """What calls of threads give (or raise) that come while a first one works, and the batches of their rows."""
+    batches, began, go = list[Any](), threading.Event(), threading.Event()
+    plain = collector.work
+
+    def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
+        if key == "first":
+            began.set()
+            go.wait(10)
+            return rows
+        batches.append([*rows])
+        return plain(key, rows)
+
+    collector.work = work
+    with ThreadPoolExecutor(len(calls) + 1) as pool:
+        pool.submit(collector, "first", [0])
+        began.wait(10)
+        threads = []
+        for number, call in enumerate(calls, start=1):
+            threads.append(pool.submit(collector, *call))
+            while len(collector._waiting) < number:
+                pass
+        go.set()
+        return [one.exception() or one.result() for one in threads], batches
+
+
+def test_collector_joins_rows_of_one_key_in_their_order() -> None:
+    results, batches = together(Collector(lambda key, rows: [key * row for row in rows], most=4), [
+        (2, [1, 2]), (3, [1]), (2, [3]), (2, [4, 5]), (2, range(9)), (3, [2])])
+    assert results == [[2, 4], [3], [6], [8, 10], [2 * row for row in range(9)], [6]]
+    assert batches == [[1, 2, 3], [1, 2], [4, 5], [*range(9)]]
+
+
+@pytest.mark.parametrize(("error", "most"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)])
+def test_collector_tries_rows_of_a_failed_batch_one_by_one(error: Exception, most: int) -> None:
+    def work(key: Any, rows: Sequence[Any]) -> list[float]:
+        if None in rows:
+            raise error
+        return [1 / row for row in rows]
+
+    collector = Collector(work)
+    results, batches = together(collector, [(1, [1]), (1, [None]), (1, [2, 4]), (1, [0])])
+    assert results[:3] == [[1.0], error, [0.5, 0.25]] and isinstance(results[3], ZeroDivisionError)
+    assert batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]] and collector.most == most
+    assert collector(1, [2]) == [0.5]
