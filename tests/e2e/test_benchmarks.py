@@ -17,7 +17,7 @@ PROGRAMS = {  # flags; what is timed, and in which units
                    {"generation": "tokens"}),
     "drawing": (["--batches", "2", "--steps", "1"], {"draw": "images", "edit": "images", "reconstruct": "images"}),
     "training": (["--batches", "2"], {"training llm": "useful_tokens", "training tokenizer": "images"}),
-    "serving": (["--requests", "2", "--clients", "2"], {"serving": "requests"})}
+    "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"})}
 
 
 def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch,

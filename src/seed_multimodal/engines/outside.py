@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,10 @@ class StandIn:
     """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
 
     config: Any
-    device, dtype, weight = torch.device("cpu"), "of the engine", torch.zeros(0)
+    device, dtype, weight, parameters = torch.device("cpu"), "of the engine", torch.zeros(0), tuple
 
     def get_input_embeddings(self) -> StandIn:
         return self
-
-    def parameters(self) -> Iterator[Tensor]:
-        return iter(())
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Ids [...] → [..., 1]."""
