@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.errors import RequestError, SeedError
-from seed_multimodal.serving.schema import JSON_LINES
 
 USER_AGENT = "SEED Multimodal client"
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
@@ -50,8 +49,7 @@ class Client:
         try:
             async with (httpx.AsyncClient(timeout=seconds, headers=headers) as client,
                         client.stream(method, address, **body) as response):
-                in_lines = response.headers.get("Content-Type", "").startswith(JSON_LINES)
-                async for line in response.aiter_lines() if in_lines else _whole(response):
+                async for line in response.aiter_lines():  # one, or one for each piece
                     yield _piece(line, address, response.status_code)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise RequestError(f"{address!r} is not an address; it looks like http://127.0.0.1:7890/generate."
@@ -63,11 +61,7 @@ class Client:
                                f"and try again.") from error
 
 
-async def _whole(response: Any) -> AsyncIterator[bytes]:
-    yield await response.aread()
-
-
-def _piece(line: str | bytes, address: str, status: int) -> dict[str, Any]:
+def _piece(line: str, address: str, status: int) -> dict[str, Any]:
     """A line of an answer; raises `RequestError` for an error."""
     try:
         piece = json.loads(line)

@@ -22,15 +22,9 @@ Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 
 @dataclass(frozen=True)
 class Kind:
-    """The differences between the models that a page can show.
-
-    Attributes:
-        style: how turns are written as a prompt: "roles" (USER: …), "questions" (Question: …), "llama2" ([INST] …), or
-            "alone" (the last turn only).
-        can: the tabs beside the chat.
-        whole: images are sent as they are, not squashed as the original demo did.
-        ratios: shapes that it draws in; such a model is asked with its own settings, not those of the sliders.
-    """
+    """The differences between models; `style`: of prompts, "roles" (USER: …), "questions" (Question: …), "llama2"
+    ([INST] …) or "alone" (the last turn only); `can`: tabs beside the chat; `whole`: images are sent as they are, not
+    squashed; `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
 
     style: str
     title: str

@@ -19,9 +19,10 @@ import gradio as gr
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.serving.dialogue import Kind, Model, kind_of
-from seed_multimodal.serving.visits import UPLOADS, Page, Visit, examples, said
+from seed_multimodal.serving.visits import IMAGES, UPLOADS, Page, Visit, examples, said
 
 CODES = 32  # of an image of SEED-LLaMA
+SAME = "The same seed gives the same image."
 CSS = """
 .gradio-container {padding-top: 4px !important}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
@@ -64,14 +65,14 @@ def build(page: Page) -> gr.Blocks:
             with gr.Tab("Draw", visible="draw" in kind.can) as draw, gr.Row():
                 with gr.Column():
                     text = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
-                    seed = seed_of("First seed")
+                    seed = gr.Number(0, label="First seed", precision=0, minimum=0, info=SAME)
                     shape = gr.Dropdown(list(kind.ratios), label="Width : height", visible=bool(kind.ratios))
                 results("draw", "Draw", page.on_draw, visit, [text, seed, shape], columns=2)
             with gr.Tab("Edit", visible="edit" in kind.can) as edit, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "edit-image")
                     text = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
-                    seed = seed_of("Seed")
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, info=SAME)
                 results("edit", "Edit", page.on_change, visit, [image, text, seed])
             with gr.Tab("Codes", visible="codes" in kind.can) as codes:
                 with gr.Row():
@@ -125,10 +126,6 @@ def settings_of(kind: Kind) -> list[Any]:
     return [force, ratio, beams, tokens, temperature, top_p, rounds]
 
 
-def seed_of(label: str) -> Any:
-    return gr.Number(0, label=label, precision=0, minimum=0, info="The same seed gives the same image.")
-
-
 def image_of(label: str, name: str) -> Any:
     """A box for an image; its file is opened by `Page.take`, whose sentences name what is wrong."""
     image = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=240, elem_id=name,
@@ -165,7 +162,7 @@ def launch(
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with ended_by_sigterm(), tempfile.TemporaryDirectory(prefix="seed_chat_", ignore_cleanup_errors=True) as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
-        gr.set_static_paths([folder])  # files are served from where they are, not copied
+        gr.set_static_paths([folder, IMAGES])  # files are served from where they are, not copied
         demo = build(Page([Model(address, kind_of(model_type)) for address in addresses]))
         theme = gr.themes.Soft(primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:

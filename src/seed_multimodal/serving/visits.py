@@ -93,7 +93,8 @@ class Page:
             image = io.chat_image(image)
         elif max(image.size) > WHOLE_SIDE:
             image = io.fit_longer_side(image, WHOLE_SIDE)
-        visit.uploads.add(upload)
+        if not upload.startswith(str(IMAGES)):
+            visit.uploads.add(upload)
         return visit.keep(image)
 
     def encode(self, visit: Visit, path: str) -> str:
