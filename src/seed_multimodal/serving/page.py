@@ -86,7 +86,7 @@ def build(page: Page) -> gr.Blocks:
                         count = gr.Slider(1, CODES, CODES, step=1, label="Codes to draw from", elem_id="count",
                                           info="An image grows with its codes.")
                         start = gr.Slider(1, CODES, 1, step=1, label="Exchange from code", info="Between two images.")
-                        end = gr.Slider(1, CODES, CODES // 2, step=1, label="to code")
+                        end = gr.Slider(0, CODES, CODES // 2, step=1, label="to code", info="0: none.")
                     results("swap", "Draw", page.on_swap, visit, [count, start, end], columns=2, on=count.release)
             with gr.Tab("Find", visible="find" in kind.can) as find, gr.Row():
                 with gr.Column():

@@ -253,7 +253,7 @@ class Page:
             yield update
 
     async def changed(self, visit: Visit, upload: str | None, text: str, seed: int) -> AsyncIterator[Any]:
-        file = {"image": Path(await asyncio.to_thread(self.take, visit, upload)).open("rb")}
+        file = {"image": Path(await asyncio.to_thread(self.take, visit, upload)).read_bytes()}
         async for piece in self.model(visit).ask("/v1/images/edits", files=file, data={"prompt": text, "seed": seed}):
             yield piece
 
