@@ -34,8 +34,7 @@ class Client:
             yield piece
 
     async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of another route of the backend (`body`: as of httpx, `json` or `files` and `data`). Raises as
-        `generate`."""
+        """The JSON of another route; `body`: `json`, or `files` and `data`, as of httpx. Raises as `generate`."""
         address = self.address.removesuffix("/generate").rstrip("/") + route
         async for piece in self._ask("POST" if body else "GET", address, **body):
             yield piece
@@ -52,8 +51,7 @@ class Client:
                 async for line in response.aiter_lines():  # one, or one for each piece
                     yield _piece(line, address, response.status_code)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise RequestError(f"{address!r} is not an address; it looks like http://127.0.0.1:7890/generate."
-                               ) from error
+            raise RequestError(f"{address!r} is no address; it looks like http://127.0.0.1:7890/generate.") from error
         except httpx.ReadTimeout as error:
             raise RequestError(f"The model at {address} did not answer within {ANSWER_SECONDS:g} seconds.") from error
         except httpx.HTTPError as error:

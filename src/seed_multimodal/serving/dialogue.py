@@ -106,7 +106,7 @@ def message(text: str, paths: Sequence[str]) -> Turn:
 
 
 def check_rounds(style: str, turns: Sequence[Turn], rounds: int) -> None:
-    """Raise `RequestError` for a conversation that is longer than `rounds`."""
+    """Raise `RequestError` for more than `rounds`."""
     if len(turns) > 2 * rounds and style != "alone":
         raise RequestError(TOO_LONG)
 

@@ -107,7 +107,7 @@ class Page:
     async def answer(self, visit: Visit, turns: list[Turn], force: bool, ratio: str | None, beams: float, tokens: float,
                      temperature: float, top_p: float, rounds: float) -> AsyncIterator[Turn]:
         """Drafts of the answer to `turns`, and last the answer; stopped, what there is of its text."""
-        model, draft = self.model(visit), Turn([])
+        model = self.model(visit)
         settings = {"num_beams": int(beams), "max_new_tokens": int(tokens), "temperature": temperature, "top_p": top_p}
         if model.kind.ratios:
             settings = {"ratio": ratio} if force else {}
@@ -124,8 +124,7 @@ class Page:
             if "preview" in piece:
                 previews[piece["picture"]] = Shown(await asyncio.to_thread(visit.decode, piece["preview"]))
             words += piece.get("words", "")
-            draft = Turn([words, *previews.values()])
-            yield draft
+            yield Turn([words, *previews.values()])
         if not words.strip():
             raise RequestError(STOPPED)
         yield Turn([words.strip()], [STOPPED])
@@ -153,7 +152,6 @@ class Page:
         trouble, left = "", {} if sent is None else {"value": None}
         try:
             yield shown(turns), said(WAITING), box(asking=True, **left)
-            answer = Turn([])
             async for answer in self.answer(visit, turns, *settings):
                 yield shown([*turns, answer]), gr.skip(), gr.skip()
             before, left = [*turns, answer], {}
@@ -275,8 +273,8 @@ class Page:
         span, rows = slice(int(start) - 1, int(end)), [[*codes] for _, codes in sorted(visit.codes.items())]
         if len(rows) == 2:
             rows[0][span], rows[1][span] = rows[1][span], rows[0][span]
-        streams = [self.model(visit).ask("/v1/images/tokens", json={"codes": [row], "first": int(count)})
-                   for row in rows]
+        bodies = [{"codes": [row], "first": int(count)} for row in rows]
+        streams = [self.model(visit).ask("/v1/images/tokens", json=body) for body in bodies]
         async for update in self.images(visit, streams, sorted(visit.codes)):
             yield update
 

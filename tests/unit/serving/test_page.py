@@ -215,7 +215,7 @@ def test_together_gives_pieces_and_errors_of_all_streams() -> None:
 
 def test_client_names_what_is_wrong(address: str) -> None:
     for wrong, sentence in ((address.replace("generate", "elsewhere"), "nothing at this address"),
-                            ("127.0.0.1", "is not an address")):
+                            ("127.0.0.1", "is no address")):
         with pytest.raises(RequestError, match=sentence):
             all_of(Client(wrong).generate({"text": "x", "images": []}))
     with pytest.raises(RequestError, match="lacks 'images'"):
