@@ -35,7 +35,7 @@ class OutsideEngine(Engine):
     """An engine without torch weights."""
 
     def _begin(self, requests: Sequence[Request]) -> None:
-        if any(request.guide is not None for request in requests):
+        if any(len(request.pair) > 1 for request in requests):
             raise ConfigError("Guidance needs --engine torch; leave it at 1 with another engine.")
         super()._begin(requests)
 

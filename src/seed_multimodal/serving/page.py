@@ -142,7 +142,7 @@ def results(name: str, label: str, handler: Callable[..., Any], visit: Any, inpu
             run = gr.Button(label, variant="primary", elem_id=name)
             stop = gr.Button("Stop", elem_id=f"{name}-stop", min_width=80)
         word = gr.HTML(said(""), elem_id=f"{name}-status")
-        images = gr.Gallery(label="Results", columns=columns, object_fit="contain", height=420,
+        images = gr.Gallery(label="Results", columns=columns, object_fit="contain", height=520,
                             elem_id=f"{name}-images", buttons=["download", "fullscreen"])
     texts = [part.submit for part in inputs if isinstance(part, gr.Textbox)]
     gr.on([run.click, *texts, *([on] if on else [])], handler, [visit, *inputs], [images, word], show_progress="hidden",
