@@ -108,7 +108,7 @@ class Page:
                      temperature: float, top_p: float, rounds: float) -> AsyncIterator[Turn]:
         """Drafts of the answer to `turns`, and last the answer; stopped, what there is of its text."""
         model = self.model(visit)
-        settings = {"num_beams": int(beams), "max_new_tokens": int(tokens), "temperature": temperature, "top_p": top_p}
+        settings = dict[str, Any](num_beams=int(beams), max_new_tokens=int(tokens), temperature=temperature, top_p=top_p)
         if model.kind.ratios:
             settings = {"ratio": ratio} if force else {}
         check_rounds(model.kind.style, turns, int(rounds))
