@@ -1,1 +1,1 @@
-"""Language models that llama.cpp or a completion server computes, behind the interface of `language.engine.Engine`."""
+"""Many requests at once: images in common batches, and language models that llama.cpp or a completion server computes."""
