@@ -9,7 +9,8 @@ from __future__ import annotations
 # What each extra of pyproject.toml brings, as it is imported; a module of several extras stands in one of them.
 EXTRAS = {
     "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
-    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes", "torchao"),
+    "demo": ("gradio", "httpx", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes",
+             "torchao"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
     "laptop": ("llama_cpp", "gguf"),

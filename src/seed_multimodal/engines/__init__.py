@@ -1,1 +1,1 @@
-"""Many requests at once: images in common batches, and language models that llama.cpp or a completion server computes."""
+"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion servers)."""
