@@ -21,8 +21,8 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.batches import Collector
 from seed_multimodal.device import RELEASED_FP16, choose_device
+from seed_multimodal.engines.batches import Collector
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode

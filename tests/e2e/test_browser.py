@@ -129,7 +129,7 @@ class Page:
         self.browser.execute_script("arguments[0].click()", self.all(selector)[-1])
 
     def tab(self, name: str) -> None:
-        next(button for button in self.all("button[role=tab]") if button.text == name).click()
+        self.until(lambda: [button for button in self.all("button[role=tab]") if button.text == name], name)[0].click()
 
     def choose(self, box: str, *files: Path) -> None:
         shown, field = len(self.all(f"{box} img")), self.all(f"{box} input[type=file]")[0]

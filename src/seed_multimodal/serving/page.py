@@ -51,7 +51,7 @@ def build(page: Page) -> gr.Blocks:
                                  label="Model", visible=len(page.models) > 1, elem_id="model")
             gr.Button("Light / dark", size="sm", min_width=110, scale=0, elem_id="dark").click(
                 None, js="() => { document.body.classList.toggle('dark') }")
-        with gr.Tabs():
+        with gr.Tabs():  # Gradio hides no tab that was there from the start
             with gr.Tab("Chat"):
                 chat = gr.Chatbot(label="Conversation", show_label=False, elem_id="chat", buttons=["copy"], height=None,
                                   render_markdown=False, editable="user", group_consecutive_messages=False,
@@ -62,19 +62,19 @@ def build(page: Page) -> gr.Blocks:
                     file_count="multiple", file_types=["image"], max_plain_text_length=32_000, max_lines=6,
                     label="Message", show_label=False, elem_id="message", placeholder="Message, or drop images")
                 settings = settings_of(kind)
-            with gr.Tab("Draw", visible="draw" in kind.can) as draw, gr.Row():
+            with gr.Tab("Draw", visible=False) as draw, gr.Row():
                 with gr.Column():
                     text = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
                     seed = gr.Number(0, label="First seed", precision=0, minimum=0, info=SAME)
                     shape = gr.Dropdown(list(kind.ratios), label="Width : height", visible=bool(kind.ratios))
                 results("draw", "Draw", page.on_draw, visit, [text, seed, shape], columns=2)
-            with gr.Tab("Edit", visible="edit" in kind.can) as edit, gr.Row():
+            with gr.Tab("Edit", visible=False) as edit, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "edit-image")
                     text = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, info=SAME)
                 results("edit", "Edit", page.on_change, visit, [image, text, seed])
-            with gr.Tab("Codes", visible="codes" in kind.can) as codes:
+            with gr.Tab("Codes", visible=False) as codes:
                 with gr.Row():
                     for name in ("first", "second"):
                         with gr.Column():
@@ -88,7 +88,7 @@ def build(page: Page) -> gr.Blocks:
                         start = gr.Slider(1, CODES, 1, step=1, label="Exchange from code", info="Between two images.")
                         end = gr.Slider(0, CODES, CODES // 2, step=1, label="to code", info="0: none.")
                     results("swap", "Draw", page.on_swap, visit, [count, start, end], columns=2, on=count.release)
-            with gr.Tab("Find", visible="find" in kind.can) as find, gr.Row():
+            with gr.Tab("Find", visible=False) as find, gr.Row():
                 with gr.Column():
                     image = image_of("Image", "find-image")
                     text = gr.Textbox(label="What to find", max_lines=4, elem_id="find-text")

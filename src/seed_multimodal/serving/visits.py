@@ -108,9 +108,10 @@ class Page:
                      temperature: float, top_p: float, rounds: float) -> AsyncIterator[Turn]:
         """Drafts of the answer to `turns`, and last the answer; stopped, what there is of its text."""
         model = self.model(visit)
-        settings = {"num_beams": int(beams), "max_new_tokens": int(tokens), "temperature": temperature, "top_p": top_p}
-        if model.kind.ratios:
-            settings = {"ratio": ratio} if force else {}
+        settings: dict[str, Any] = {"ratio": ratio} if force else {}
+        if not model.kind.ratios:
+            settings = {"num_beams": int(beams), "max_new_tokens": int(tokens), "temperature": temperature,
+                        "top_p": top_p}
         check_rounds(model.kind.style, turns, int(rounds))
         body = await asyncio.to_thread(request, model.kind.style, turns, lambda path: self.encode(visit, path))
         body |= {**settings, "force_boi": bool(force), "seed": random.randrange(2**31)}

@@ -74,10 +74,10 @@ class MultimodalSystem(Generator, HubUpload):
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
-        `device`, `dtype`: see `choose_device`; `quantization`, `compiled`: of `load_llm` and `Engine`; `offload`: each
-        part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
-        a system that never draws; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its folder
-        holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
+        `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device only
+        while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never draws;
+        `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its
+        folder holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
@@ -94,6 +94,8 @@ class MultimodalSystem(Generator, HubUpload):
         system = kind.load(config, runtimes, log)
         if engine == "torch":
             system.set_engine(compiled, llm.device if "llm" in parked else None)
+        if compiled:
+            system.images.compile()
         system._log_note(config.notice)
         return system
 

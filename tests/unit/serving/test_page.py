@@ -228,9 +228,10 @@ def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -
         raise AssertionError(f"building the page opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    demo = build(Page([Model("", kind_of(name))]))
-    tabs = {block.label: block.visible for block in demo.blocks.values() if type(block).__name__ == "Tab"}
-    assert [label.lower() for label, visible in tabs.items() if visible] == ["chat", *KINDS[name].can]
+    demo = build(page := Page([Model("", kind_of(name))]))
+    *_, draw, edit, codes, find = asyncio.run(page.on_model(Visit(), 0, SimpleNamespace(session_hash="")))
+    tabs = {"draw": draw, "edit": edit, "codes": codes, "find": find}
+    assert [tab for tab, update in tabs.items() if update["visible"]] == [*KINDS[name].can]
     sliders = {block.label: block for block in demo.blocks.values() if type(block).__name__ == "Slider"}
     assert {"Beams", "Temperature", "Top P", "Most new tokens"} <= set(sliders)
     assert sliders["Most rounds of history"].value == (5 if name == "nano" else 3)
