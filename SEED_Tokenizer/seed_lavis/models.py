@@ -226,7 +226,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
         return self.tokenizer.encoder
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimiser's groups; the token selector has its own learning rate."""
+        """The optimizer's groups; the token selector has its own learning rate."""
         return stage1_groups(self, weight_decay, self.options.selector_lr_scale)
 
     def patch_features(self, batch: Tensor) -> Tensor:

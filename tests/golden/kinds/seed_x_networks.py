@@ -3,7 +3,7 @@
 * `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized positions alone.
 * `seedx_resamplers`: perceivers between features and SDXL: the released one (`xlv2`), older ones, the attention pool.
 * `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both pipelines. Where the
-  original is wrong, ours is checked to be right: keys and values that the optimiser got are trained (they were not),
+  original is wrong, ours is checked to be right: keys and values that the optimizer got are trained (they were not),
   the widened first convolution keeps its bias (it did not), 16 embeddings find 16 negative ones
   (`embeds16_with_vit_down` failed). `adapter.full_False` gradients of the resampler are compared all the same.
 """

@@ -1,4 +1,4 @@
-"""The runner in one process: LAVIS's optimiser and schedule, options that reach the models, accumulation, evaluation,
+"""The runner in one process: LAVIS's optimizer and schedule, options that reach the models, accumulation, evaluation,
 a run that is started again, and errors."""
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
     assert "run.max_epoch: 1 -> 2." in capsys.readouterr().out
     assert list(losses_of(tmp_path / "stage1")) == list(range(1, 9)) and file.stat().st_mtime_ns == before
     run(yaml("stage1", f"run.resume_ckpt_path={file}", name="other"))
-    # The same weights, optimiser and batches: the second epoch has the same losses.
+    # The same weights, optimizer and batches: the second epoch has the same losses.
     whole, other = losses_of(tmp_path / "stage1"), losses_of(tmp_path / "other")
     assert list(other) == [5, 6, 7, 8] and all(other[step] == whole[step] for step in other)
     assert record_of(tmp_path / "other")["steps"] == 8

@@ -79,7 +79,7 @@ def test_weight_decay_reaches_norms_as_released() -> None:
     assert [(len(g["params"]), g["weight_decay"]) for g in released] == [(len(trained), 0.05)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing to train"):
+    with pytest.raises(ConfigError, match="Nothing to train"):
         build_optimizer(model, OptimSettings())
 
 

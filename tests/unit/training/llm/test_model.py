@@ -184,7 +184,7 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
         copy_weights(state, {**state, "x": state[name]}, "x")
     with pytest.raises(CheckpointError, match="but the model needs"):
         copy_weights(state, {**state, name: torch.zeros(3, 3)}, "x")
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="contains no adapter"):
         load_adapter(model, tmp_path)
 
 
@@ -238,20 +238,20 @@ def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Pa
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in grads.values())
     assert all(float(g.abs().max()) > 0 for name, g in grads.items() if "lora_B" in name)
-    with pytest.raises(ConfigError, match="cannot be trained itself"):
+    with pytest.raises(ConfigError, match="base cannot be trained"):
         build(bases["all"], quantization=quantization)
     # A trained adapter brings its own LoRA; trained whole weights do not.
     again = build(bases["all"], quantization=quantization, adapter=save_trained(model, tmp_path))
     assert trained_state(again).keys() == trained_state(model).keys()
-    with pytest.raises(ConfigError, match="cannot be trained itself"):
+    with pytest.raises(ConfigError, match="base cannot be trained"):
         build(bases["all"], quantization=quantization, adapter=bases["all"])
 
 
 def test_a_foreign_vocabulary_is_refused(bases: dict[str, Path]) -> None:
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
-    with pytest.raises(ConfigError, match="The model has 70 words, but the tokenizer has 80 text pieces"):
+    with pytest.raises(ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
-    with pytest.raises(ConfigError, match="gets new words, but embed_tokens is not trained"):
+    with pytest.raises(ConfigError, match="gets new tokens, but embed_tokens is not trained"):
         build(bases["text"], lora={**LORA, "modules_to_save": ["norm"]})
     with pytest.raises(ConfigError, match="lora: .*mismatched target modules"):
         build(bases["all"], lora={"target_modules": ["qproj"]})
@@ -283,13 +283,13 @@ def test_released_files_are_read() -> None:
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"path": "x", "atention": "eager"}, "did you mean 'attention'"),
     ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
-    ({}, "give either path"),
-    ({"path": "x", "sizes": {}}, "give either path"),
+    ({}, "set either path"),
+    ({"path": "x", "sizes": {}}, "set either path"),
     ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing"),
     ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
     ({"_target_": "peft.LoraConfig", "r": 1}, "'peft.LoraConfig' is not allowed"),
     ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},
-     "pretrained_model_name_or_path is needed")])
+     "pretrained_model_name_or_path is required")])
 def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_model_settings(config)

@@ -65,7 +65,7 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("stage", "changes", "error", "said"), [
-    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder sees 16 pixels a side"),
+    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder expects 16 pixels a side"),
     (1, {"data": {"sources": []}}, ConfigError, "sources must list at least one source"),
     (1, {"model": {"tokens": 5}}, ConfigError, "The encoder's 16 embeddings cannot be pooled to 5"),
     (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),

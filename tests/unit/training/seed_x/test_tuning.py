@@ -63,7 +63,7 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
     found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
     assert found.output_resampler.num_heads == 4
-    with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
+    with pytest.raises(CheckpointError, match="optimizer .*agent.path. in a new folder"):
         TuningTask.train(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True))
 
 
@@ -184,10 +184,10 @@ def test_the_original_files_are_read() -> None:
 @pytest.mark.parametrize("changes, sentence", [
     ({"agent": {"embed_dim": 40, "kv_dim": 16}}, "embed_dim is 40, but must be 48: the language model"),
     ({"agent": {"kv_dim": 20}}, "input_resampler.kv_dim is 20, but must be 16"),
-    ({"trainer": {"image_weight": 2.0}}, "are weighed by agent.losses"),
+    ({"trainer": {"image_weight": 2.0}}, "are weighted by agent.losses"),
     ({"tokenizer": {"pretrained_model_name_or_path": "pretrained/nano/seed_tokenizer"}}, "not SEED-X's"),
-    ({"data": 3}, "^data: base_resolution of the source chat is 448, but the vision encoder"),
-    ({"agent": None}, "agent is needed")])
+    ({"data": 3}, "^data: base_resolution of source chat is 448, but the vision encoder"),
+    ({"agent": None}, "agent is required")])
 def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
                                ) -> None:
     given = dict(changes)

@@ -85,7 +85,7 @@ def test_what_the_command_line_leaves_out_is_as_in_the_original() -> None:
 
 def test_flags_that_cannot_be() -> None:
     for flags, sentence in ((["--num_train_epochs", "3"], "use --max_steps"),
-                            (["--fsdp_plugin", "x.yaml"], "not built in"),
+                            (["--fsdp_plugin", "x.yaml"], "not supported"),
                             (["--agent_modl", "x.yaml"], "did you mean '--agent_model'")):
         with pytest.raises(ConfigError, match=sentence):
             compose(flags, CONFIGS, NAME)
