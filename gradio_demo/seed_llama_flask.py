@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import AUTO, add_dtype, add_quantization, run_program, whole_number  # noqa: E402
+from seed_multimodal.entry import AUTO, add_dtype, add_engine, add_quantization, run_program, whole_number  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError  # noqa: E402
 
 
@@ -43,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
     add_quantization(parser)
+    add_engine(parser)
     parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
                         help="keep the vision encoder on the CPU while no image is read")
     parser.add_argument("--offload_decoder", nargs="?", const=True, default=True, type=boolean,
@@ -81,7 +82,10 @@ def run(args: argparse.Namespace) -> int:
         parts = {"llm": args.offload_llm, "encoder": args.offload_encoder, "decoder": args.offload_decoder}
         system = MultimodalSystem.from_pretrained(
             args.system, device=args.llm_device, image_device=args.tokenizer_device,
-            offload=[name for name, chosen in parts.items() if chosen], **loading)
+            offload=[name for name, chosen in parts.items() if chosen], engine=args.engine, url=args.url,
+            gguf=args.gguf, **loading)
+    elif args.engine != "torch":
+        raise ConfigError(f"--engine {args.engine} needs --system.")
     elif args.model and args.tokenizer and (args.image_transform or os.path.isdir(args.tokenizer)):
         system = system_from_configs(**files, llm_device=args.llm_device, tokenizer_device=args.tokenizer_device,
                                      offload_encoder=args.offload_encoder, offload_decoder=args.offload_decoder,

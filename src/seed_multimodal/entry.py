@@ -133,6 +133,15 @@ def add_quantization(parser: _ActionsContainer) -> None:
     parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
 
 
+def add_engine(parser: _ActionsContainer) -> None:
+    """`--engine`, `--url` and `--gguf`, for programs that load a SEED-LLaMA."""
+    parser.add_argument("--engine", choices=("torch", "llama.cpp", "openai"), default="torch",
+                        help="what computes SEED-LLaMA's language model (default: torch)")
+    parser.add_argument("--url", help="of --engine openai: the completion server, such as http://127.0.0.1:8000")
+    parser.add_argument("--gguf", metavar="FILE", help="of --engine llama.cpp: what seed export-gguf wrote (default: "
+                        "the only *.gguf in the language model's folder)")
+
+
 def add_offload(parser: _ActionsContainer) -> None:
     """`--offload`, for programs with several models on one device."""
     parser.add_argument("--offload", action="store_true",

@@ -12,11 +12,13 @@ EXTRAS = {
     "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
+    "laptop": ("llama_cpp", "gguf"),
     "harness": ("lmms_eval",),
 }
 # The packages of modules that are called otherwise.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
-            "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client", "werkzeug": "flask"}
+            "llama_cpp": "llama-cpp-python", "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client",
+            "werkzeug": "flask"}
 
 
 class SeedError(Exception):

@@ -56,6 +56,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if language:
         entry.add_quantization(parser)
         entry.add_offload(parser)
+        entry.add_engine(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)
         parser.add_argument("--temperature", type=float, help="0: greedy")
@@ -101,7 +102,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization") | options)
+        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization", "engine", "url", "gguf") | options)
         limit_threads(system.llm, system.images.model)
     return system
 
@@ -175,11 +176,8 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
 
 
 class Outputs:
-    """Files for results: in a folder, or the one image file that was asked for.
-
-    Raises:
-        ConfigError: one file for several images; a folder that cannot be written.
-    """
+    """Files for results: in a folder, or the one image file that was asked for. Raises ConfigError: one file for many
+    images, a folder that cannot be written."""
 
     def __init__(self, out: str, count: int = 1) -> None:
         self.path, self._used = Path(out), Counter[str]()

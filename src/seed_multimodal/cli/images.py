@@ -19,8 +19,7 @@ from seed_multimodal.errors import ConfigError, DataError
 
 
 def tokenize(args: argparse.Namespace) -> int:
-    """Print (and with `--out` write) the codes of each image; with `--save-plot` draw them."""
-    plot = common.Outputs(args.save_plot) if args.save_plot else None
+    """Print (and with `--out` write) the codes of each image."""
     codec = common.load_images(args)
     _require_codes(args, codec)
     records: list[dict[str, Any]] = []
@@ -32,13 +31,6 @@ def tokenize(args: argparse.Namespace) -> int:
     code = common.run_batches(args, args.images, show, lambda names: codec.encode(names), args.batch_size)
     if args.out:
         common.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), args.out)
-    if plot and records:
-        from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
-
-        rows = [Row(record["image"], [Cell(codec.open(record["image"])),
-                                      Cell(code_strip(record["codes"], codec.section))]) for record in records]
-        title = "Images and their codes: equal colours in the same place are equal codes"
-        plot.save(contact_sheet(rows, title, cell=110), "codes")
     return code
 
 
@@ -129,10 +121,7 @@ def draw(args: argparse.Namespace) -> int:
 
 def read_codes(path: str) -> dict[str, list[int]]:
     """Codes by name, from a file of JSON lines as `seed tokenize --out` writes them, or bare lists of numbers.
-
-    Raises:
-        DataError: no such file, no codes in it, or a line that is neither.
-    """
+    Raises DataError: no such file, or a line that is neither."""
     rows: dict[str, list[int]] = {}
     if not Path(path).is_file():
         raise DataError(f"{path}: there is no such file.")

@@ -49,7 +49,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_image_commands(commands: Any) -> None:
     tokenize = _command(commands, images.tokenize, "images", batch_size=32)
     tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
-    tokenize.add_argument("--save-plot", help="also draw the codes: a file with a coloured strip for each image")
     reconstruct = _command(commands, images.reconstruct, batch_size=8, out="outputs", drawing=True)
     reconstruct.add_argument("images", nargs="*", metavar="IMAGE")
     reconstruct.add_argument("--codes-file", help="draw the codes that `seed tokenize --out` wrote")

@@ -1,6 +1,4 @@
-"""`seed convert | export-tokenizer | assemble | plot`, `merge_lora_weights.py` and `reload_qwen_vit.py`: old weights,
-trained stages, system folders, and curves.
-"""
+"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py`, `reload_qwen_vit.py`."""
 
 from __future__ import annotations
 
@@ -36,7 +34,7 @@ PARTS: dict[str, dict[str, str]] = {
 
 
 def add_commands(commands: Any) -> None:
-    """The four commands with their flags."""
+    """The commands with their flags."""
     converter = commands.add_parser("convert", help="old .pt/.pth/.bin weights → safetensors")
     converter.add_argument("source")
     converter.add_argument("target", nargs="?", help="default: the same name with .safetensors")
@@ -48,7 +46,12 @@ def add_commands(commands: Any) -> None:
     plotter.set_defaults(work=plot)
     exporter = commands.add_parser("export-tokenizer", help="trained stages → a tokenizer folder")
     _add_export(exporter)
-    for command in (converter, plotter, exporter):
+    gguf = commands.add_parser("export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp")
+    gguf.add_argument("--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)")
+    gguf.add_argument("--quant", choices=("q4_k_m", "q8_0", "f16"), default="q4_k_m", help="default: %(default)s")
+    gguf.add_argument("--out", metavar="FILE", help="default: in the language model's folder")
+    gguf.set_defaults(work=export_llm)
+    for command in (converter, plotter, exporter, gguf):
         add_json(command)
     kinds = commands.add_parser("assemble", help="parts of trainings → a system folder").add_subparsers(required=True)
     for kind, parts in PARTS.items():
@@ -124,6 +127,19 @@ def export(args: argparse.Namespace) -> int:
                               force=args.force)
     emit(args, {"folder": str(report.folder), "kind": report.kind, "parts": report.parts,
                 "image": str(image or "generated"), "codes": report.codes}, "\n".join(report.lines()))
+    return DONE
+
+
+def export_llm(args: argparse.Namespace) -> int:
+    """Write the file; print its size, and the command that answers by it."""
+    from seed_multimodal.engines.gguf import export_gguf
+    from seed_multimodal.system.config import SystemConfig
+
+    parts: Any = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
+    out = Path(args.out or parts.llm / f"{parts.llm.name}-{args.quant}.gguf")
+    size = export_gguf(parts.llm, parts.tokenizer, out, args.quant).stat().st_size
+    emit(args, {"file": str(out), "bytes": size}, f"{out}: {size / 1e9:.2f} GB. Next: seed chat --model {args.model} "
+                                                  f"--engine llama.cpp --gguf {out}")
     return DONE
 
 

@@ -36,7 +36,7 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
     device = torch.device(device)
     place: str | int = (device.index or 0) if device.type == "cuda" else str(device)
     options = _quantization(quantization, device, dtype)
-    config = _config(folder_or_id, vocabulary)
+    config = llama_config(folder_or_id, vocabulary)
     try:
         with quiet_loading("transformers"):
             model, info = LlamaForCausalLM.from_pretrained(
@@ -68,7 +68,8 @@ def force_special_ids(model: Any) -> None:
         setattr(model.config, name, value)
 
 
-def _config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
+def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
+    """The sizes in a folder's config.json, with corrected special ids; raises as `load_llm`."""
     from transformers import LlamaConfig
 
     origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None)

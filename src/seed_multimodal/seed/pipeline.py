@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.batches import Remembered
+from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
@@ -148,17 +149,21 @@ class SeedLlama(MultimodalSystem):
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
-        parts: Any = config.require("llm", "tokenizer")
+        name, url, gguf = runtimes.engine
+        parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
-        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                       quantization=runtimes.quantization, vocabulary=words.vocabulary)
+        engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
+        llm = engine.llm if engine else load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                                                 quantization=runtimes.quantization, vocabulary=words.vocabulary)
         images = load_images(config, runtimes)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
             raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
                               f"{sizes.num_query} to an image, but the vocabulary has {words.vocabulary.n_codes} and "
                               f"{words.vocabulary.tokens_per_image}.")
-        return cls(config, words, llm, images, log)
+        system = cls(config, words, llm, images, log)
+        system.engine = engine or system.engine
+        return system
 
     def stops(self, task: Task) -> Sequence[str]:
         return (self.template.turn_marker,)

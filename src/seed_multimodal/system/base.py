@@ -4,8 +4,6 @@
 
     system = MultimodalSystem.from_pretrained("nano")
     system.describe([["cat.png", "dog.png"]])      # two images in one prompt; of one image a text
-
-A family says how conversations become prompts (`requests`) and what images are drawn from (`values`).
 """
 
 from __future__ import annotations
@@ -71,25 +69,30 @@ class MultimodalSystem(Generator, HubUpload):
     def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
-                        load_decoder: bool = True, **parts: Any) -> Self:
+                        load_decoder: bool = True, engine: str = "torch", url: str | None = None,
+                        gguf: str | Path | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
         `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
         part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
-        a system that never draws; `parts`: keys of `SystemConfig`, folders or hub names.
+        a system that never draws; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its folder
+        holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
         if not issubclass(kind, cls):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
-        config.require("llm", "tokenizer")
+        if engine != "torch" and config.system != "seed_llama":
+            raise ConfigError(f"{config.name}: only SEED-LLaMA's prompts are ids alone, which --engine {engine} reads.")
+        config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
-        system = kind.load(config, Runtimes(llm, images, drawing, quantization, parked, load_decoder), log)
-        system.engine.device = llm.device if "llm" in parked else None
+        runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
+        system = kind.load(config, runtimes, log)
+        system.engine.device = llm.device if "llm" in parked and engine == "torch" else None
         system._log_note(config.notice)
         return system
 
@@ -216,8 +219,6 @@ class MultimodalSystem(Generator, HubUpload):
         events = self.events(request, settings, task, draw, due, should_stop, states=states)
         return events if stream else next(event["answer"] for event in events if event["type"] == "done")
 
-    # ---- building blocks
-
     def note(self, *messages: Message) -> str:
         """One sentence about words that the system did not learn, or nothing."""
         known = self.config.known_words
@@ -263,8 +264,6 @@ class MultimodalSystem(Generator, HubUpload):
     def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
         """Codes of images; `seeds`: of encoders that draw."""
         return self.images.encode(images)
-
-    # ---- inside
 
     def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int,
              options: dict[str, Any]) -> Any:

@@ -39,6 +39,7 @@ class Runtimes:
     quantization: str | None = None
     offload: Collection[str] = ()
     load_decoder: bool = True
+    engine: tuple[str, str | None, Any] = ("torch", None, None)  # of the language model, with its `url` and `gguf`
 
     @property
     def llm_home(self) -> torch.device:

@@ -60,11 +60,11 @@ def pixels(path: str | Path) -> bytes:
 
 def test_tokenize_prints_and_writes_32_codes(seed, tmp_path):
     out = tmp_path / "codes.jsonl"
-    code, lines, errors = seed("tokenize", CAT, FOX, "--json", "--out", str(out), "--save-plot", f"{tmp_path}/plot.png")
+    code, lines, errors = seed("tokenize", CAT, FOX, "--json", "--out", str(out),)
     found = records(lines)
     assert code == 0 and [record["image"] for record in found] == [CAT, FOX]
     assert all(len(one["codes"]) == 32 and all(0 <= c < 16 for c in one["codes"]) for one in found)
-    assert records(out.read_text().splitlines()) == found and Image.open(tmp_path / "plot.png").width > 300
+    assert records(out.read_text().splitlines()) == found
     assert "Running on cpu" in errors
 
 

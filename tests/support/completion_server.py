@@ -1,0 +1,97 @@
+"""A completion server on loopback that answers by a language model, with vLLM's fields for ids."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+
+CODES = 64  # allowed tokens from which a request counts as one for an image
+
+
+class CompletionServer(ThreadingHTTPServer):
+    """`bodies`: what was asked; `breaks_after`: tokens after which connections are closed; `trims`: the id that ended
+    an answer is left out of it."""
+
+    daemon_threads = True
+
+    def __init__(self, llm: Any, breaks_after: int = 10_000, trims: bool = False) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.llm, self.breaks_after, self.trims, self.lock = llm, breaks_after, trims, threading.Lock()
+        self.bodies: list[dict[str, Any]] = []
+        self.headers: list[Any] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    @torch.inference_mode()
+    def tokens(self, body: dict[str, Any]) -> Any:
+        """Ids one by one, each with the reason that the answer ends there, or None."""
+        ids, cache = torch.tensor([body["prompt"]]), None
+        generator = torch.Generator().manual_seed(body.get("seed", 0))
+        ends = [2, *body.get("stop_token_ids", [])]
+        for count in range(1, body["max_tokens"] + 1):
+            with self.lock:
+                output = self.llm(input_ids=ids, past_key_values=cache, use_cache=True)
+            scores, cache = output.logits[0, -1].float(), output.past_key_values
+            for id, bias in (body.get("logit_bias") or {}).items():
+                scores[int(id)] += bias
+            if "allowed_token_ids" in body:
+                allowed = torch.full_like(scores, float("-inf"))
+                allowed[body["allowed_token_ids"]] = 0
+                scores = scores + allowed
+            if count <= body.get("min_tokens", 0):
+                scores[ends] = float("-inf")
+            if body["temperature"]:
+                shares = (scores / body["temperature"]).softmax(-1)
+                token = int(torch.multinomial(shares, 1, generator=generator))
+            else:
+                token = int(scores.argmax())
+            reason = "stop" if token in ends else "length" if count == body["max_tokens"] else None
+            yield token, reason
+            if reason:
+                return
+            ids = torch.tensor([[token]])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Any
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def _json(self, status: int, values: dict[str, Any]) -> None:
+        content = json.dumps(values).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self) -> None:  # noqa: N802
+        length = self.server.llm.config.max_position_embeddings
+        self._json(200, {"data": [{"id": "seed-llama", "max_model_len": length}]})
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.bodies.append(body)
+        self.server.headers.append(self.headers)
+        if body["model"] != "seed-llama" or not body["return_token_ids"]:
+            self._json(404, {"error": {"message": "no such model"}})
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.end_headers()
+        for count, (token, reason) in enumerate(self.server.tokens(body)):
+            if count == self.server.breaks_after:
+                return
+            hidden = self.server.trims and reason == "stop"
+            choice = {"index": 0, "text": "", "token_ids": [] if hidden else [token], "finish_reason": reason,
+                      "stop_reason": token if reason == "stop" and token != 2 else None}
+            self.wfile.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
+            self.wfile.flush()
+        self.wfile.write(b"data: [DONE]\n\n")

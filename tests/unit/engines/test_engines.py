@@ -1,0 +1,243 @@
+"""Engines without torch weights: nano's greedy ids are those of torch, by llama.cpp and by a completion server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from completion_server import CODES, CompletionServer
+
+from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.language.generation import GenerationSettings, Prompt
+from seed_multimodal.language.messages import user_message
+from seed_multimodal.system.base import MultimodalSystem
+
+ROOT = Path(__file__).parents[3]
+NANO = ROOT / "pretrained" / "nano"
+LLM, WORDS = NANO / "seed_llama", NANO / "seed_tokenizer"
+IMAGES = [ROOT / "images" / name for name in ("fox.png", "whale.png", "teddy_bear.png")]
+TEXTS = ("a red apple", "two blue fish", "a house under a tree")
+GREEDY = GenerationSettings(max_new_tokens=60, do_sample=False)
+FIRST_TOKEN = """
+import sys, llama_cpp
+llama = llama_cpp.Llama(sys.argv[1], n_ctx=32, verbose=False)
+llama.eval([1, 5])
+"""
+
+
+@pytest.fixture(scope="session")
+def nano() -> Any:
+    return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False)
+
+
+@pytest.fixture(scope="session")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """nano in every precision; skipped where llama.cpp is not installed or does not compute on this CPU."""
+    pytest.importorskip("llama_cpp")
+    from seed_multimodal.engines.gguf import export_gguf
+
+    folder = tmp_path_factory.mktemp("gguf")
+    files = {quant: export_gguf(LLM, WORDS, folder / f"{quant}.gguf", quant) for quant in ("q4_k_m", "q8_0", "f16")}
+    for file in files.values():
+        if subprocess.run([sys.executable, "-c", FIRST_TOKEN, str(file)], capture_output=True).returncode:
+            pytest.skip(f"llama.cpp as installed cannot compute {file.stem} on this CPU")
+    yield files
+
+
+@pytest.fixture(scope="session")
+def laptop(gguf: dict[str, Path]) -> Any:
+    return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False, engine="llama.cpp",
+                                            gguf=gguf["f16"])
+
+
+@pytest.fixture
+def server(nano: Any) -> Iterator[CompletionServer]:
+    with CompletionServer(nano.llm) as running:
+        yield running
+        running.shutdown()
+
+
+@pytest.fixture
+def remote(server: CompletionServer) -> Any:
+    return MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, load_decoder=False, engine="openai",
+                                            url=server.url)
+
+
+def answers(system: Any) -> dict[str, Any]:
+    """Descriptions, drawings (forced and free) and a conversation with an image in it, greedily."""
+    asked = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
+    forced, free = system.forced(system.settings("draw"), {}), system.settings("draw")
+    turns: list[Any] = [{"role": "user", "content": [IMAGES[0], "What is this?"]}]
+    chat = []
+    for text in ("Please draw it in blue.", "And what is that?"):
+        answer = system.chat(turns)
+        chat.append(answer.ids)
+        turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
+    return {"describe": system.describe(IMAGES), "chat": chat,
+            "forced": [one.answer.ids for one in system.write(asked, "draw", forced, system.tasks.draw_response)],
+            "free": [one.answer.ids for one in system.write(asked, "draw", free)]}
+
+
+def prompts(system: Any) -> list[Prompt]:
+    return [Prompt(system.tokenizer.encode_parts([f"USER: Please draw {text}.\nASSISTANT:"], add_bos=True))
+            for text in TEXTS]
+
+
+@pytest.mark.process
+def test_answers_of_llama_cpp_are_those_of_torch(nano: Any, laptop: Any) -> None:
+    wanted = answers(nano)
+    assert answers(laptop) == wanted
+    boi = nano.tokenizer.vocabulary.boi_id
+    assert all(boi in ids for ids in [*wanted["forced"], *wanted["free"][1:]])
+
+
+@pytest.mark.process
+def test_cancelled_neighbours_and_threads_change_no_answer(nano: Any, laptop: Any) -> None:
+    wanted, got = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
+
+    def ask(number: int) -> None:
+        got[number] = []
+        for token in laptop.engine.submit(prompts(nano)[number % 3], GREEDY):
+            got[number].append(token)
+            if number % 4 == 3 and len(got[number]) == 5:
+                break
+
+    together(ask, 24)
+    for number, ids in got.items():
+        assert ids == (wanted[number % 3][:5] if number % 4 == 3 else wanted[number % 3]), number
+
+
+@pytest.mark.process
+def test_long_prompts_and_one_row_are_computed_in_pieces(nano: Any, gguf: dict[str, Path]) -> None:
+    from seed_multimodal.engines.llama_cpp import LlamaCppEngine
+
+    engine = LlamaCppEngine(nano.tokenizer, LLM, gguf["f16"], slots=3)
+    long = [Prompt([1, *(3 + (7 * n + row) % 300 for n in range(400))]) for row in range(3)]
+    settings = replace(GREEDY, max_new_tokens=5)
+    assert engine.generate(long, settings) == nano.engine.generate(long, settings)
+    alone = LlamaCppEngine(nano.tokenizer, LLM, gguf["f16"], slots=1)
+    assert alone.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
+
+
+@pytest.mark.process
+def test_seeded_draws_are_those_of_torch(nano: Any, laptop: Any) -> None:
+    wild = GenerationSettings(max_new_tokens=12, temperature=0.7, top_p=0.9)
+    assert laptop.engine.generate(prompts(nano), wild, seeds=[1, 2, 3]) == nano.engine.generate(
+        prompts(nano), wild, seeds=[1, 2, 3])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
+def test_quantised_weights_answer_with_whole_images(nano: Any, gguf: dict[str, Path], quant: str) -> None:
+    from seed_multimodal.engines.llama_cpp import LlamaCppEngine
+
+    engine = LlamaCppEngine(nano.tokenizer, LLM, gguf[quant])
+    found = engine.generate(prompts(nano), replace(GREEDY, force_image=True))
+    assert all(nano.read_answer(ids, "draw").images == () or len(ids) >= 34 for ids in found)
+    assert gguf[quant].stat().st_size < 0.6 * gguf["f16"].stat().st_size
+
+
+@pytest.mark.process
+def test_gguf_files_that_do_not_fit_are_told(nano: Any, gguf: dict[str, Path], tiny_folder: Path) -> None:
+    from seed_multimodal.engines.llama_cpp import LlamaCppEngine, find_gguf
+
+    with pytest.raises(ConfigError, match="3 \\*.gguf files; choose one with --gguf"):
+        find_gguf(gguf["f16"].parent)
+    with pytest.raises(CheckpointError, match="seed export-gguf"):
+        find_gguf(LLM)
+    with pytest.raises(CheckpointError, match="words, width and layers"):
+        LlamaCppEngine(MultimodalSystem.from_pretrained(tiny_folder, device="cpu", log=None).tokenizer,
+                       tiny_folder / "seed_llama", gguf["f16"])
+
+
+# ---- completion servers
+
+
+def test_answers_of_a_server_are_those_of_torch(nano: Any, server: CompletionServer, remote: Any) -> None:
+    assert answers(remote) == answers(nano)
+    images = [body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES]
+    assert images and all(body["min_tokens"] == body["max_tokens"] == 32 for body in images)
+    assert all(isinstance(body["prompt"][0], int) and body["temperature"] == 0 for body in server.bodies)
+
+
+def test_stop_ids_that_a_server_leaves_out_are_put_back(nano: Any, server: CompletionServer, remote: Any) -> None:
+    server.trims = True
+    assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
+
+
+def test_eight_requests_at_once_and_cancelled_ones(nano: Any, remote: Any) -> None:
+    wanted, got = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
+
+    def ask(number: int) -> None:
+        got[number] = []
+        for token in remote.engine.submit(prompts(nano)[number % 3], GREEDY):
+            got[number].append(token)
+            if number == 7 and len(got[number]) == 5:
+                break
+
+    together(ask, 8)
+    assert [got[number] for number in range(7)] == [wanted[number % 3] for number in range(7)]
+    assert got[7] == wanted[1][:5]
+
+
+def test_settings_are_sent(nano: Any, server: CompletionServer, remote: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wild = GenerationSettings(max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=0, repetition_penalty=1.3, seed=5)
+    first = remote.engine.generate(prompts(nano)[:1], wild)
+    body = server.bodies[0]
+    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"], body["seed"]) == (
+        0.8, 0.9, -1, 1.3, 5)
+    assert str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]  # no room for an image
+    assert remote.engine.generate(prompts(nano)[:1], wild) == first
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    keyed = MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, engine="openai", url=f"{server.url}/v1")
+    keyed.engine.generate(prompts(nano)[:1], wild)
+    assert server.headers[-1]["Authorization"] == "Bearer secret"
+
+
+def test_a_server_that_breaks_off_or_is_gone_is_one_sentence(nano: Any, server: CompletionServer, remote: Any) -> None:
+    server.breaks_after = 3
+    with pytest.raises(RequestError, match="broke off its answer") as caught:
+        remote.engine.generate(prompts(nano), GREEDY)
+    assert "\n" not in str(caught.value)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(RequestError, match="No completion server answers at"):
+        remote.engine.generate(prompts(nano), GREEDY)
+    with pytest.raises(RequestError, match="is not the address of a completion server"):
+        MultimodalSystem.from_pretrained(NANO, device="cpu", log=None, engine="openai", url="localhost")
+
+
+@pytest.mark.parametrize("name, options, said", [
+    ("nano", {"engine": "openai"}, "--url"), ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA")])
+def test_wrong_choices_are_one_sentence(name: str, options: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
+
+
+def test_beams_and_guidance_need_torch(remote: Any) -> None:
+    with pytest.raises(ConfigError, match="Beams need --engine torch"):
+        remote.describe(IMAGES[0], num_beams=2)
+    with pytest.raises(ConfigError, match="Guidance needs --engine torch"):
+        remote.describe(IMAGES[0], guidance=2.0)
+
+
+def test_interleaved_rows_follow_llama_cpp() -> None:
+    from seed_multimodal.engines.gguf import interleaved
+
+    rows = torch.arange(8)[:, None].repeat(1, 2)  # two heads of width 4
+    assert interleaved(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def together(work: Any, count: int) -> None:
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
