@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_running", type=whole_number(1), default=16,
                         help="requests that are answered at once (default: 16)")
     parser.add_argument("--max_waiting", type=whole_number(1), default=16,
-                        help="requests that wait beside them, before others get 429 (default: 16)")
+                        help="requests that wait next to them, before others get 429 (default: 16)")
     parser.add_argument("--max_seconds", type=whole_number(1), default=600,
                         help="after which an answer is cut off (default: 600)")
     return parser

@@ -1,6 +1,6 @@
 """Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder.
 
-A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
+A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the original ones.
 `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
 """
 
@@ -154,7 +154,7 @@ def load_initial(model: Any) -> None:
     elif model.stage in ("stage2", "seed1-stage2"):
         file = locate(str(options.pretrained))
         if not Path(file).is_file():
-            raise CheckpointError(f"{file}: there is no such stage-1 checkpoint; train stage 1 first "
+            raise CheckpointError(f"{file}: no such stage-1 checkpoint; train stage 1 first "
                                   "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
         state = load_state_dict(file)
         has_vision = any(name.startswith(f"{VISION}blocks") for name in state)

@@ -1,6 +1,6 @@
 """Every key of the sections `model` and `run` with its default, typed; a YAML file and `--options` → LAVIS's `Config`.
 
-Defaults are the released training's; keys that the original did not have are marked "ours" and do nothing by default.
+Defaults are the original training's; keys that the original did not have are marked "ours" and do nothing by default.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
 
     file = Path(locate(cfg_path))
     if not file.is_file():
-        raise ConfigError(f"{cfg_path}: there is no such configuration file.")
+        raise ConfigError(f"{cfg_path}: no such configuration file.")
     for option in options:
         if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run"):
             raise ConfigError(f"--options takes KEY=VALUE with a key of model, datasets or run, for example "

@@ -133,13 +133,13 @@ class Page:
         return self.all(f"#chat .{role}.message, #chat .message.{role}")
 
     def pictures(self, role: str) -> list[tuple[int, int]]:
-        """Sizes of the pictures that the browser really decoded in messages of `role`."""
+        """Sizes of the images that the browser really decoded in messages of `role`."""
         return [tuple(size) for size in self.browser.execute_script(
             "return [...document.querySelectorAll(arguments[0])].filter(i => i.complete && i.naturalWidth)"
             ".map(i => [i.naturalWidth, i.naturalHeight])", f"#chat .{role} img")]
 
     def watch(self, role: str) -> Callable[[], list[str]]:
-        """From now on note each picture that appears in messages of `role`; gives their addresses so far, in order."""
+        """From now on note each image that appears in messages of `role`; gives their addresses so far, in order."""
         self.browser.execute_script(
             "const seen = window.seen = []; const look = () => document.querySelectorAll(arguments[0]).forEach("
             "i => { if (i.src && !seen.includes(i.src)) seen.push(i.src) }); look();"
@@ -159,7 +159,7 @@ def answered(backend: Program) -> int:
 
 @pytest.mark.browser
 @pytest.mark.process
-def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, picture: Image.Image,
+def test_a_chat_with_images_in_both_directions(page: Page, backend: Program, picture: Image.Image,
                                                  tmp_path: Path) -> None:
     backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
     page.write("Are you busy?")
@@ -191,7 +191,7 @@ def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, p
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.upload(tmp_path / "fake.png")
     page.click("#submit")
-    page.until(lambda: "fake.png: not a picture" in page.text("#status"), "the sentence about the picture")
+    page.until(lambda: "fake.png: not an image" in page.text("#status"), "the sentence about the picture")
     assert not page.all(".toast-body") and not page.all("#picture img")  # no error of Gradio's, nothing left to send
 
     before = answered(backend)

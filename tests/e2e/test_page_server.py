@@ -1,4 +1,4 @@
-"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures, SIGTERM."""
+"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no images, SIGTERM."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def page(tmp_path: Path) -> Iterator[Page]:
         running.process.wait()
 
 
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_pictures(page: Page, tmp_path: Path) -> None:
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page: Page, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
@@ -63,7 +63,7 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_pictures(
     visitor = page.visitor()
     for _ in range(2):  # in a page that has been used, too
         said = visitor.predict(handle_file(tmp_path / "fake.png"), "hello", api_name="/on_add")
-        assert "fake.png: not a picture in a known format" in str(said)
+        assert "fake.png: not an image in a known format" in str(said)
 
     kept = list(tmp_path.glob("seed_chat_*/**/*.png"))
     assert len(kept) >= 2  # the upload, and the page's own copy

@@ -176,7 +176,7 @@ def pairs(conversation: Conversation) -> list[list[str | None]]:
 
 
 def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
-    """What the released page shows: error messages under the last answer (unchanged without errors)."""
+    """What the original page shows: error messages under the last answer (unchanged without errors)."""
     shown = copy.deepcopy(pairs)
     if errors and shown:
         shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)
@@ -184,7 +184,7 @@ def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[li
 
 
 def log_record(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as the released server logs it: images by file name only."""
+    """The conversation as the original server logs it: images by file name only."""
     messages = copy.deepcopy(conversation.messages)
     for entry in messages:
         entry["message"]["images"] = [PurePath(path).name for path in entry["message"]["images"]]

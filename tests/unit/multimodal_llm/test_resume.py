@@ -65,7 +65,7 @@ def test_named_and_never(runs, train, tmp_path):
         train("out", "trainer.max_steps=3", "data.length=128")
 
 
-def test_changed_settings_are_said_and_hold(runs, train, tmp_path, capsys):
+def test_changed_settings_are_logged_and_apply(runs, train, tmp_path, capsys):
     """The saved optimizer does not bring back its weight decay; what changes no number is not mentioned."""
     train("out", "trainer.max_steps=2", "optim.weight_decay=0.5")
     train("same", "trainer.max_steps=3", "optim.weight_decay=0.5", "--resume", str(tmp_path / "out" / "checkpoint-2"))

@@ -14,7 +14,7 @@ from lavis_runs import log_of, write_text_encoder
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
-# Recorded from the original's scheduler: [epoch, iteration, rate] of the released stage-1 settings.
+# Recorded from the original's scheduler: [epoch, iteration, rate] of the original stage-1 settings.
 STAGE1_RATES = [[0, 0, 3e-07], [0, 1, 3.1485e-07], [0, 1999, 2.9985150000000002e-05], [0, 2000, 3e-05],
                 [0, 4999, 3e-05], [1, 0, 2.9339262969984572e-05], [1, 4999, 2.9339262969984572e-05], [5, 17, 1.65e-05],
                 [9, 4999, 3.6607370300154272e-06]]
@@ -189,7 +189,7 @@ def test_main_with_errors_is_one_sentence(yaml, run, tmp_path, capsys):
     capsys.readouterr()
     wide = "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}"
     cases = {
-        "there is no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
+        "no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
         "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
         "/nowhere/*.tar": yaml("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", name="c"),
         "tensors have another size": yaml("stage2", f"model.pretrained={checkpoint}", wide, name="d"),

@@ -65,7 +65,7 @@ def test_answer_keeps_a_conversation_with_images_both_ways(page: ChatPage, file:
     drawn = page.messages(dialogue)[3]["content"]
     assert Image.open(drawn[1]["path"]).size == (16, 16)
     assert all(codes is not None for entry in dialogue.conversation.messages
-               for codes in entry["message"]["images_ids"])  # later turns send codes, not pictures
+               for codes in entry["message"]["images_ids"])  # later turns send codes, not images
 
 
 def test_answer_yields_previews_in_the_place_of_the_image(page: ChatPage, tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_answer_leaves_a_cleared_dialogue_empty(page: ChatPage, pieces: int) -> 
 
 
 def test_add_refuses_while_an_answer_is_awaited(page: ChatPage, file: str) -> None:
-    """It would seem to be answered, and a picture would make the answer fit no more."""
+    """It would seem to be answered, and an image would make the answer fit no more."""
     dialogue = page.new_dialogue()
     page.add(dialogue, None, "Please draw a fish.")
     made = page.answer(dialogue, **{**ASKED, "force_boi": True})

@@ -69,7 +69,7 @@ def test_find_of_folders_without_system_json(tiny_folder: Path, no_weights: Path
 def test_find_of_what_is_not_there_lists_the_names(name: str, near: str, no_weights: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         SystemConfig.find(name)
-    assert str(caught.value).startswith(f"{name}: there is no such folder{near}; give nano, nano-x, nano-lavit, 8b, ")
+    assert str(caught.value).startswith(f"{name}: no such folder{near}; give nano, nano-x, nano-lavit, 8b, ")
 
 
 @pytest.mark.parametrize(("name", "parts"), [

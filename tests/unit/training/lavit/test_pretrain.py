@@ -38,7 +38,7 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
 
 def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Codes are those of the frozen tokenizer by each sample's seed; the losses of packed rows are those of each
-    sequence alone, whose pictures the trained merger and projector read; image start and prompts are not learned."""
+    sequence alone, whose images the trained merger and projector read; image start and prompts are not learned."""
     task = task_of(parts.config_of(home, tmp_path, data={"length": 240}))
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
@@ -102,7 +102,7 @@ def same(codes: Tensor, pictures: list[Tensor]) -> bool:
     return bool(pictures) and pictures[0].ndim == 1 and codes.tolist() == pictures[0].tolist()
 
 
-def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_continue_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Another visual tokenizer in the same folder; the same one in another may."""
     shutil.copytree(home / "visual", tmp_path / "visual")
 
@@ -144,7 +144,7 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
 
 @pytest.mark.slow
 def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Merged by the tool, and put beside the visual tokenizer of stage 1 as `language_model`."""
+    """Merged by the tool, and put next to the visual tokenizer of stage 1 as `language_model`."""
     PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
                               trainer={"max_steps": 2}))
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
@@ -165,7 +165,7 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
 
 
 def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """As many as each picture keeps, the same however often they are made, and read by the decoder."""
+    """As many as each image keeps, the same however often they are made, and read by the decoder."""
     shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
               "pretrained_model_name_or_path": str(home / "visual")}
     for name in ("one", "other"):

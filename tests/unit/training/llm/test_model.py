@@ -110,7 +110,7 @@ def test_a_random_start_depends_on_its_seed_only() -> None:
         build(None, sizes={**SIZES, "hiddensize": 1})
 
 
-def test_lora_as_released(bases: dict[str, Path]) -> None:
+def test_lora_as_original(bases: dict[str, Path]) -> None:
     model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
@@ -159,14 +159,14 @@ def without(folder: Path, key: str) -> Path:
     return folder
 
 
-def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_continue_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["all"], lora=LORA)
     step(model)
     folder = save_trained(model, tmp_path / "one")
     again = build(bases["all"], lora=LORA, adapter=folder)
     assert all(torch.equal(value, adapter_state(again)[name]) for name, value in trained_state(model).items())
     assert sum(p.requires_grad for p in again.parameters()) == sum(p.requires_grad for p in model.parameters())
-    named = build(bases["all"], adapter=folder)  # a released `model_id`: its file says how it was trained
+    named = build(bases["all"], adapter=folder)  # an original `model_id`: its file says how it was trained
     assert trained_state(named).keys() == trained_state(model).keys() and named.peft_config["default"].lora_alpha == 8
     old = tmp_path / "old"  # as peft 0.4 wrote it
     old.mkdir()
@@ -263,7 +263,7 @@ def plain(file: Path) -> dict:
     return OmegaConf.to_container(load_yaml(file), resolve=True)
 
 
-def test_released_files_are_read() -> None:
+def test_original_files_are_read() -> None:
     settings = read_model_settings(plain(CONFIGS / "vicuna_7b_lora.yaml"))
     assert settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None  # the run's
     assert settings.lora is not None and settings.lora["modules_to_save"] == list(MODULES_TO_SAVE)

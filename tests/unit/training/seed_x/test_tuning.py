@@ -33,7 +33,8 @@ def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """What is trained beside a LoRA, by the released names; the loader of agents takes it, a new run starts from it."""
+    """What is trained next to a LoRA, by the original names; the loader of agents takes it, a new run starts from
+    it."""
     config = configured(parts, home, tmp_path / "out", "lora", max_steps=2)
     TuningTask.train(config)
     folder = tmp_path / "out" / "checkpoint-2"
@@ -61,7 +62,7 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         TuningTask.train(parts.config_of(home, tmp_path / "no", lora=True, **given))
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
-    found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
+    found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # stored sizes win
     assert found.output_resampler.num_heads == 4
     with pytest.raises(CheckpointError, match="optimizer .*agent.path. in a new folder"):
         TuningTask.train(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True))
@@ -78,7 +79,7 @@ def test_train_llm_on_a_quantised_base(parts: ModuleType, home: Path, tmp_path: 
 
 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Each sequence alone, weighted by its words and pictures, gives what the packed row gives: features stand at their
+    """Each sequence alone, weighted by its words and images, gives what the packed row gives: features stand at their
     words, and no sequence sees another."""
     task = TuningTask(TuningTask.read(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -146,7 +147,7 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
 
 
 def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """The released loop moved it at every micro-step; a switch does so, too."""
+    """The original loop moved it at every micro-step; a switch does so, too."""
     rates = {}
     for legacy in (False, True):
         config = parts.config_of(home, tmp_path, optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
