@@ -2,7 +2,7 @@
 # Install SEED Multimodal into the active environment (venv or conda), or into .venv (made here) when none is active.
 #
 #   bash install.sh                          core: everything inference needs
-#   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, demo, eval, lavit, docs, dev)
+#   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, demo, eval, lavit, laptop, docs, dev)
 #   bash install.sh --lavis                  with salesforce-lavis (without its 2023 pins) for SEED_Tokenizer/
 #   bash install.sh --force                  again, although it was done before
 #

@@ -1,38 +1,40 @@
-"""Time the language model: new tokens per second of one request after another and of a batch, and descriptions.
+"""Time the language model: new tokens per second of one request after another and of a batch.
 
     python benchmarks/generation.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
     python benchmarks/generation.py --device cuda --model original    random weights of LLaMA-7B
+    python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights; `llama.cpp`: Q4_K_M
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so many at once, of
-different lengths, in `Engine`; `compiled`: the same with compiled decoding. Then descriptions of new images.
+different lengths, in `Engine`; `compiled`: the same with compiled decoding.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-from types import SimpleNamespace
+import tempfile
 from typing import Any
 
 import torch
-from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
+from shared import ROOT, Timed, benchmark_parser, compare, fill_random, start, system_folder
 
 from seed_multimodal.device import Runtime, choose_device
 from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, Prompt
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.system.base import MultimodalSystem
 
 LLAMA_7B = {"vocab_size": 40194, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
             "num_attention_heads": 32, "max_position_embeddings": 2048}
-WORDS: Any = SimpleNamespace(vocabulary=ImageVocabulary(), eos_id=2)  # all of a tokenizer that an engine needs
+LAPTOP = {**LLAMA_7B, "vocab_size": 2526, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24}
+RANDOM = {"original": LLAMA_7B, "laptop": LAPTOP}
+WORDS = ROOT / "pretrained/nano/seed_tokenizer"
 
 
-def random_llama(runtime: Runtime) -> Any:
+def random_llama(runtime: Runtime, sizes: dict[str, int]) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**LLAMA_7B))
+        model = LlamaForCausalLM(LlamaConfig(**sizes))
     rotary = type(model.model.rotary_emb)(model.config)  # computed, so it must not be random
     fill_random(model, runtime.device, runtime.dtype)
     model.model.rotary_emb = rotary.to(runtime.device)
@@ -47,13 +49,10 @@ def random_prompts(llm: Any, count: int, longest: int) -> list[list[int]]:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time generation, then descriptions."""
     runtime = choose_device(options.device, options.dtype, log=None)
-    system: Any = None
-    if options.model != "original":
-        system = MultimodalSystem.from_pretrained(system_folder(options.model), device=options.device,
-                                                  dtype=options.dtype, log=None)
-    llm = random_llama(runtime) if system is None else system.llm
+    llm = random_llama(runtime, RANDOM[options.model]) if options.model in RANDOM else MultimodalSystem.from_pretrained(
+        system_folder(options.model), device=options.device, dtype=options.dtype, log=None).llm
+    words = MultimodalTokenizer.from_pretrained(WORDS)
 
     def plain(_: int) -> Timed:
         ids = torch.tensor(random_prompts(llm, 1, options.prompt), device=llm.device)
@@ -61,21 +60,24 @@ def run(options: argparse.Namespace) -> None:
             ids, min_new_tokens=options.new, max_new_tokens=options.new, do_sample=False, use_cache=True,
             pad_token_id=0, eos_token_id=2), options.new)
 
-    def engine(batch: int, compiled: bool = False) -> Timed:
+    def timed(batch: int, engine: Engine) -> Timed:
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
         how = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
-        made = Engine(llm, WORDS, batch, options.prompt + options.new, compiled=compiled)
-        return Timed(lambda: made.generate(prompts, how), batch * options.new)
+        return Timed(lambda: engine.generate(prompts, how), batch * options.new)
 
-    variants = {"plain": plain, "engine": engine, "compiled": lambda batch: engine(batch, compiled=True)}
-    settings = {"prompt_tokens": options.prompt, "new_tokens": options.new}
-    compare("generation", "tokens", variants, options, runtime, settings)
-    if system is not None:
-        images = iter(input_images((options.repeats + 2) * (len(options.batches) + sum(options.batches))))
-        compare("describe", "images", {
-            "plain": lambda batch: Timed(lambda: system.describe(next(images)), 1),
-            "batch": lambda batch: Timed(lambda: system.describe(list(itertools.islice(images, batch))), batch),
-        }, options, runtime, {})
+    def llama_cpp(batch: int) -> Timed:
+        from seed_multimodal.engines.gguf import export_gguf
+        from seed_multimodal.engines.llama_cpp import LlamaCppEngine
+
+        with tempfile.TemporaryDirectory() as folder:
+            llm.save_pretrained(folder)
+            file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
+            return timed(batch, LlamaCppEngine(words, folder, file, batch))
+
+    variants = {"plain": plain, "engine": lambda batch: timed(batch, Engine(llm, words, batch)),
+                "compiled": lambda batch: timed(batch, Engine(llm, words, batch, compiled=True))}
+    compare("generation", "tokens", variants | ({"llama.cpp": llama_cpp} if options.model == "laptop" else {}), options,
+            runtime, {"prompt_tokens": options.prompt, "new_tokens": options.new})
 
 
 if __name__ == "__main__":

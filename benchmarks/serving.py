@@ -1,52 +1,50 @@
-"""Time the server: requests per second and latency with one client and with several at once. One JSON line for each.
+"""Time the server: answers per second, latency and time to the first piece with one client and several. JSON lines.
 
-    python benchmarks/serving.py                                        pretrained/nano
+    python benchmarks/serving.py                                        pretrained/nano; 1, 4, 8, 16 and 32 clients
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
+    python benchmarks/serving.py --minutes 10 --clients 32              a soak: errors, and memory at start and end
 
-Starts `gradio_demo/seed_llama_flask.py` on a free port of the loopback address. `describe` sends an image that was not
-sent before, `draw` a text that is answered with an image. `plain` is one client.
+Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` sends an image that was not sent
+before, `draw` a text that is answered with an image.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import collections
-import io
 import itertools
 import json
-import re
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
-from PIL import Image
 from shared import ROOT, base_parser, input_images, print_line, rounded, start, system_folder
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.images.io import image_to_base64
+
+Times = tuple[float, float] | None  # seconds to the first piece and the last; None: an error
 
 
 class Server:
-    """`gradio_demo/seed_llama_flask.py` as a process; use it as a context manager."""
+    """The server as a process; use it as a context manager."""
 
     def __init__(self, model: str, device: str, *flags: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "gradio_demo" / "seed_llama_flask.py"), "--system", str(system_folder(model)),
              "--port", "0", "--llm_device", device, "--tokenizer_device", device, *flags],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, bufsize=1)
-        assert self.process.stdout is not None
-        self.log = collections.deque[str](maxlen=200)
-        for line in self.process.stdout:
-            self.log.append(line)
-            if address := re.search(r"answering at http://127\.0\.0\.1:(\d+)", line):
-                self.port = int(address[1])
-                break
-        else:
-            raise SystemExit("The server did not start:\n" + "".join(self.log))
-        threading.Thread(target=self.log.extend, args=(self.process.stdout,), daemon=True).start()  # empties the pipe
+            stdout=subprocess.PIPE, text=True, bufsize=1)
+        lines: Any = self.process.stdout
+        address = next((line for line in lines if "answering at" in line), "")
+        if not address:
+            raise SystemExit("The server did not start.")
+        self.port = int(address.split(":")[2].partition("/")[0])
+        threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()  # empties the pipe
 
     def __enter__(self) -> Server:
         return self
@@ -55,52 +53,101 @@ class Server:
         self.process.terminate()
         self.process.wait(30)
 
-
-def request_body(kind: str, number: int, image: Image.Image) -> bytes:
-    """A request of `/generate`."""
-    if kind == "draw":
-        return json.dumps({"text": "USER: draw a fish\nASSISTANT:", "images": [], "force_boi": True, "seed": number,
-                           "max_new_tokens": 40}).encode()
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    return json.dumps({"text": "USER: <image>Describe the image.\nASSISTANT:", "max_new_tokens": 32,
-                       "images": [base64.b64encode(file.getvalue()).decode()]}).encode()
+    def memory_mb(self, key: str = "VmRSS") -> float:
+        """Memory of the process: `VmRSS` (now) or `VmHWM` (peak)."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(status.partition(f"{key}:")[2].split()[0]) / 1000
 
 
-def send(port: int, body: bytes) -> float:
-    """Seconds of one request; raises `HTTPError` for another status than 200."""
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/generate", body, {"Content-Type": "application/json"})
-    start = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=600) as answer:
-        answer.read()
-    return time.perf_counter() - start
+class Client:
+    """Requests of one kind, each with its own image or seed."""
+
+    def __init__(self, server: Server) -> None:
+        self.address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
+        self.numbers, self.images = itertools.count(), itertools.cycle(input_images(256))
+
+    def body(self, kind: str) -> dict[str, Any]:
+        if kind == "draw":
+            return {"messages": [{"role": "user", "content": "Please draw a fish."}], "force_image": True,
+                    "seed": next(self.numbers), "max_tokens": 40}
+        url = f"data:image/png;base64,{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the image."}]
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 32}
+
+    def send(self, body: dict[str, Any]) -> Times:
+        """Ask, and read the stream to its end."""
+        request = urllib.request.Request(self.address, json.dumps({**body, "stream": True}).encode(),
+                                         {"Content-Type": "application/json"})
+        begin = time.perf_counter()
+        try:
+            with urllib.request.urlopen(request, timeout=600) as answer:
+                line, first = answer.readline(), time.perf_counter() - begin
+                rest = answer.read()
+        except OSError:
+            return None
+        return (first, time.perf_counter() - begin) if b'{"error"' not in line + rest else None
+
+    def send_all(self, kind: str, count: int, clients: int) -> dict[str, Any]:
+        bodies = [self.body(kind) for _ in range(count)]
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(clients) as pool:
+            times = [*pool.map(self.send, bodies)]
+        return figures(times, time.perf_counter() - begin)
+
+
+def figures(times: list[Times], seconds: float) -> dict[str, Any]:
+    """Rate, percentiles in seconds, errors."""
+    good = sorted(one[1] for one in times if one is not None)
+    first = sorted(one[0] for one in times if one is not None)
+    return {"requests_per_second": rounded(len(good) / seconds), "first_p50": rounded(first[len(first) // 2]),
+            **{f"p{part}": rounded(good[len(good) * part // 100]) for part in (50, 95, 99)},
+            "errors": len(times) - len(good)}
+
+
+def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[str, Any]:
+    """Both kinds of requests, one after another from each client, for so many minutes."""
+    begin = time.perf_counter()
+
+    def visit(number: int) -> list[Times]:
+        times: list[Times] = []
+        while time.perf_counter() < begin + 60 * minutes:
+            times.append(client.send(client.body(("describe", "draw")[(len(times) + number) % 2])))
+        return times
+
+    with ThreadPoolExecutor(clients) as pool:
+        visits = pool.map(visit, range(clients))
+        time.sleep(min(60, 15 * minutes))  # by then every part has been used
+        before = server.memory_mb()
+        times = [one for visit in visits for one in visit]
+    return {**figures(times, time.perf_counter() - begin), "requests": len(times), "mb_at_start": round(before),
+            "mb_at_end": round(server.memory_mb())}
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time each kind of request with each number of clients."""
+    """Time each kind of request with each number of clients, or both together for some minutes."""
     runtime = choose_device(options.device, options.dtype, log=None)
+    settings = {"model": options.model, "device": str(runtime.device)}
     with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
-        numbers, images = itertools.count(), itertools.cycle(input_images(256))
+        client = Client(server)
+        if options.minutes:
+            print_line("serving", runtime.device, {"variant": "soak", "clients": options.clients[-1], **settings},
+                       soak(server, client, options.clients[-1], options.minutes))
+            return
         for kind in ("describe", "draw"):
             plain = 0.0
-            for clients in (1, *options.clients):
-                count = options.requests * (1 if clients == 1 else 2)
-                bodies = [request_body(kind, next(numbers), next(images)) for _ in range(count + clients)]
-                with ThreadPoolExecutor(clients) as pool:
-                    list(pool.map(lambda body: send(server.port, body), bodies[count:]))  # warm-up
-                    start = time.perf_counter()
-                    seconds = sorted(pool.map(lambda body: send(server.port, body), bodies[:count]))
-                    rate = count / (time.perf_counter() - start)
-                plain = plain or rate
+            for clients in options.clients:
+                client.send_all(kind, clients, clients)  # warm-up
+                results = client.send_all(kind, max(options.requests, 4 * clients), clients)
+                plain = plain or results["requests_per_second"]
                 print_line("serving", runtime.device, {
-                    "variant": "plain" if clients == 1 else "clients", "request": kind, "clients": clients,
-                    "model": options.model, "device": str(runtime.device)}, {
-                    "requests_per_second": rounded(rate), "median_seconds": rounded(seconds[len(seconds) // 2]),
-                    "p95_seconds": rounded(seconds[int(0.95 * (count - 1))]), "times_plain": round(rate / plain, 2)})
+                    "variant": "plain" if clients == options.clients[0] else "clients", "request": kind,
+                    "clients": clients, **settings}, {
+                    **results, "times_plain": round(results["requests_per_second"] / max(plain, 1e-9), 2)})
 
 
 if __name__ == "__main__":
     parser = base_parser(__doc__)
-    parser.add_argument("--clients", type=int, nargs="+", default=[4, 16], help="numbers of clients, beside one")
-    parser.add_argument("--requests", type=int, default=32, help="of one client; several send twice as many together")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="numbers of clients")
+    parser.add_argument("--requests", type=int, default=32, help="for each number of clients, and four of each client")
+    parser.add_argument("--minutes", type=float, default=0, help="ask for so long instead")
     start(run, parser)

@@ -53,13 +53,14 @@ OPTIONS = {
     "system-json": ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to "
                     "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.tasks:TaskPrompts"}),
 }
+# Public classes, and their members that users call (none: all).
 PYTHON = {
-    "seed_multimodal.system.base": ["MultimodalSystem"], "seed_multimodal.seed.pipeline": ["SeedLlama"],
-    "seed_multimodal.seed_x.pipeline": ["SeedX"], "seed_multimodal.lavit.pipeline": ["Lavit"],
-    "seed_multimodal.language.messages": ["Answer"], "seed_multimodal.language.engine": ["Engine"],
-    "seed_multimodal.seed.original": ["SeedLlamaTokenizer", "Seed1"],
-    "seed_multimodal.seed.modeling": ["Seed2Tokenizer"],
-    "seed_multimodal.seed.diffusion": ["UnclipDetokenizer", "StableDiffusionDetokenizer"]}
+    "system.base.MultimodalSystem":
+        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained",
+    "language.messages.Answer": "", "seed.pipeline.SeedLlama": "from_pretrained",
+    "seed_x.pipeline.SeedX": "detect reconstruct", "lavit.pipeline.Lavit": "compose",
+    "seed.original.SeedLlamaTokenizer": "", "seed.original.Seed1": "", "seed.modeling.Seed2Tokenizer": "",
+    "seed.diffusion.UnclipDetokenizer": "", "seed.diffusion.StableDiffusionDetokenizer": ""}
 PROGRAMS = ("scripts", "gradio_demo", ".", "src/inference", "src/tools", "src/lavit", "SEED_Tokenizer",
             "SEED_Tokenizer/eval", "MultiModalLLM/src/train", "MultiModalLLM/src/tools", "MultiModalLLM/eval",
             "benchmarks")
@@ -87,8 +88,9 @@ def pages() -> Iterator[tuple[str, str]]:
             _table(key, kind, first if issubclass(kind, first) and kind is not first else None)
             for key, kind in kinds.items())])
     yield "http", _http()
-    yield "python", "\n\n".join(["# Python", *(f"::: {module}.{name}" for module, names in PYTHON.items()
-                                              for name in names)])
+    yield "python", "\n\n".join(["# Python", *(
+        f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
+        for name, members in PYTHON.items())])
 
 
 def _commands() -> str:
@@ -169,18 +171,49 @@ def _notes(kind: type) -> dict[str, str]:
 
 
 def _http() -> str:
-    from seed_multimodal.serving import schema
+    """Routes and schemas of the server's OpenAPI document."""
+    from seed_multimodal import __version__
+    from seed_multimodal.serving.schema import openapi
 
-    models = [value for value in vars(schema).values()
-              if inspect.isclass(value) and issubclass(value, schema.BaseModel) and value is not schema.BaseModel]
-    parts = ["# HTTP", "JSON of the server; how to use it: [serve](../serving.md)."]
-    for model in models:
-        rows = [f"| `{name}` | {_cell(str(field.annotation).replace('typing.', ''))} | "
-                f"{'required' if field.is_required() else f'`{field.default}`'} |"
-                for name, field in model.model_fields.items()]
-        parts.append("\n".join([f"## {model.__name__}", "", inspect.cleandoc(model.__doc__ or ""), "",
-                                "| field | type | default |", "| --- | --- | --- |", *rows]))
+    document = openapi(__version__)
+    rows = [f"| `{method.upper()} {path}` | {_body(operation.get('requestBody'))} | "
+            f"{_body(operation['responses']['200'])} |"
+            for path, methods in document["paths"].items() for method, operation in methods.items()]
+    parts = ["# HTTP", "From the server's OpenAPI document (`GET /openapi.json`). How to use it: "
+             "[Serve](../serving.md).", "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows])]
+    for name, schema in document["components"]["schemas"].items():
+        needed = schema.get("required", ())
+        fields = [f"| `{field}` | {_cell(_json_type(kind))} | "
+                  + ("required |" if field in needed else f"`{_short(kind.get('default'))}` |")
+                  for field, kind in schema.get("properties", {}).items()]
+        parts.append("\n".join([f"## {name}", "", " ".join(schema.get("description", "").split()), "",
+                                "| field | type | default |", "| --- | --- | --- |", *fields]))
     return "\n\n".join(parts)
+
+
+def _body(part: Any) -> str:
+    """What a request or an answer holds, linked to its table."""
+    if part is None:
+        return "–"
+    names = re.findall(r"#/components/schemas/(\w+)", json.dumps(part["content"]))
+    types = [kind for kind in part["content"] if kind != "application/json"]
+    return ", ".join([*(f"[{name}](#{name.lower()})" for name in dict.fromkeys(names)), *types]) or "JSON"
+
+
+def _json_type(kind: Any) -> str:
+    """The type of a JSON schema in words, with its limits."""
+    if "$ref" in kind:
+        name = kind["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in kind:
+        return " or ".join(dict.fromkeys(_json_type(one) for one in kind["anyOf"]))
+    if "enum" in kind or "const" in kind:
+        return ", ".join(json.dumps(value) for value in kind.get("enum", [kind.get("const")]))
+    if kind.get("type") == "array":
+        return f"list of {_json_type(kind.get('items', {}))}"
+    low, high = kind.get("minimum"), kind.get("maximum", kind.get("exclusiveMaximum"))
+    limits = f" {low}–{high}" if low is not None and high is not None else ""
+    return f"{kind.get('type', 'any')}{limits}"
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ NOT_IMPORTED = {
     "s3fs": "fsspec reads s3:// with it",
     "moto": "a command: the S3 server of the tests",
     "mypy": "a command: types",
+    "setuptools": "tests build the sdist and the wheel with it",
     "mkdocs-material": "a command: the documentation (mkdocs.yml)",
     "mkdocstrings": "a plug-in of mkdocs: Python's reference",
 }
@@ -302,7 +303,7 @@ LINES = {
     "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
-        "engines": 350, "evaluation": 1620, "serving": 1650, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
+        "engines": 350, "evaluation": 1620, "serving": 1700, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
         "data/pretokenize": 900, "data": 5200, "training": 4700,
         "language": 2070}.items()},  # not at its budget (1,900 with the engine) yet
     "SEED_Tokenizer": 1500}

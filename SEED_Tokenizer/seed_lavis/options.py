@@ -30,25 +30,25 @@ class ModelOptions:
 
     arch: str = ""
     model_type: str = setting("pretrain", choices=("pretrain",))
-    load_pretrained: bool = True
-    pretrained: str | None = None
-    load_finetuned: bool = False
+    load_pretrained: bool = True  # start from `pretrained`
+    pretrained: str | None = None  # stage 1: BLIP-2's Q-Former; stage 2: stage 1's result
+    load_finetuned: bool = False  # evaluate or go on from `finetuned`
     finetuned: str | None = None
     vit_model: str = setting("eva_clip_g", choices=("eva_clip_g",))
     image_size: int = 224
-    drop_path_rate: float = setting(0.0, least=0, most=0)
-    use_grad_checkpoint: bool = False
-    vit_precision: str = setting("fp16", choices=PRECISIONS)
-    freeze_vit: bool = True
-    num_query_token: int = setting(32, least=1)
-    cross_attention_freq: int = setting(2, least=1)
-    max_txt_len: int = setting(32, least=2)
+    drop_path_rate: float = setting(0.0, least=0, most=0)  # only 0
+    use_grad_checkpoint: bool = False  # recompute activations: less memory, slower
+    vit_precision: str = setting("fp16", choices=PRECISIONS)  # of the frozen vision encoder
+    freeze_vit: bool = True  # False: stage 1 trains it, too
+    num_query_token: int = setting(32, least=1)  # tokens of an image
+    cross_attention_freq: int = setting(2, least=1)  # every n-th layer reads image features
+    max_txt_len: int = setting(32, least=2)  # tokens of a caption
     # ours
-    vit_weights: str | None = None
-    vit: dict[str, Any] = setting(factory=dict)
-    qformer: dict[str, Any] = setting(factory=dict)
-    clip_precision: str = setting("fp16", choices=PRECISIONS)
-    compile: bool = False
+    vit_weights: str | None = None  # a file, or a CLIP folder
+    vit: dict[str, Any] = setting(factory=dict)  # of EvaConfig
+    qformer: dict[str, Any] = setting(factory=dict)  # of QFormerConfig
+    clip_precision: str = setting("fp16", choices=PRECISIONS)  # of the model of target embeddings
+    compile: bool = False  # torch.compile
 
 
 @dataclass
@@ -56,16 +56,16 @@ class Stage1Options(ModelOptions):
     """`blip2_casual`: contrast with captions, and (ours) regression of an image embedding if `embedding_weight` > 0:
     the samples' `target` with `embedding_dim` given, else `clip_model`'s."""
 
-    embed_dim: int = setting(256, least=1)
+    embed_dim: int = setting(256, least=1)  # of the contrast
     # ours
     text_tokenizer: str | None = "bert-base-uncased"
     vocab_size: int = setting(30523, least=1)
-    temperature: float = setting(0.07, least=1e-6)
+    temperature: float = setting(0.07, least=1e-6)  # at the start; learned
     label_smoothing: float = setting(0.1, least=0, most=1)
-    lm_head: bool = True
-    gather_gradient: bool | None = None
-    itc_weight: float = 1.0
-    embedding_weight: float = 0.0
+    lm_head: bool = True  # BERT's unused prediction head, part of the original checkpoint
+    gather_gradient: bool | None = None  # through other processes' features, too (None: as the original, not)
+    itc_weight: float = 1.0  # of the contrast
+    embedding_weight: float = 0.0  # of the regression
     embedding_dim: int | None = None
     clip_model: str | None = None
 
@@ -75,35 +75,35 @@ class CodebookOptions(CodebookHealth, ModelOptions):
     """Options of both stage-2 models, with those of `CodebookHealth` (ours). Only stage 1 trains the vision encoder."""
 
     freeze_vit: bool = setting(True, choices=(True,))
-    codebook_embed_dim: int = setting(32, least=1)
-    n_embed: int = setting(8192, least=1)
+    codebook_embed_dim: int = setting(32, least=1)  # numbers of a code
+    n_embed: int = setting(8192, least=1)  # codes
     # ours
-    decode_depth: int = setting(4, least=0)
+    decode_depth: int = setting(4, least=0)  # layers behind the codebook
     decode_heads: int = setting(12, least=1)
-    reverse_depth: int = setting(4, least=0)
-    loss_weights: dict[str, float] = setting(factory=dict)
-    freeze_qformer: bool = True
-    frozen_dropout: bool = True
-    corrupt: float = setting(0.0, least=0, most=1)
-    nested: float = setting(0.0, least=0, most=1)
-    ema_decay: float | None = setting(None, least=0, most=0.999999)
-    normalize_codes: bool = False
-    codebook_sections: int = 1
+    reverse_depth: int = setting(4, least=0)  # layers of the reverse Q-Former
+    loss_weights: dict[str, float] = setting(factory=dict)  # `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`
+    freeze_qformer: bool = True  # False: trained further
+    frozen_dropout: bool = True  # dropout of the frozen Q-Former, as the original
+    corrupt: float = setting(0.0, least=0, most=1)  # largest share of codes replaced at random
+    nested: float = setting(0.0, least=0, most=1)  # share of samples decoded from their first codes only
+    ema_decay: float | None = setting(None, least=0, most=0.999999)  # moving-average codebook; None: by the loss
+    normalize_codes: bool = False  # cosine codes
+    codebook_sections: int = 1  # a part of the codebook for each position
 
 
 @dataclass
 class Stage2Options(CodebookOptions):
     """`blip2_codebook_all_image`: both decode heads by `use_qformer_image`."""
 
-    use_qformer_image: bool = False
+    use_qformer_image: bool = False  # False: as the original weights; True: as the published code
     image_features_dim: int = setting(1024, least=1)
-    clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the target embedding
     # ours
-    recon_s: bool = True
-    scaled_start: bool = False
-    readout_weight: str | None = None
-    label_weight: float = setting(0.0, least=0)
-    label_heads: str | None = None
+    recon_s: bool = True  # reconstruct the Q-Former output, too
+    scaled_start: bool = False  # random weights that keep the size of what passes (small models)
+    readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error
+    label_weight: float = setting(0.0, least=0)  # of the divergence between labels read from both embeddings
+    label_heads: str | None = None  # file of linear classifiers on the embedding
 
 
 @dataclass
@@ -112,7 +112,7 @@ class Seed1Options(CodebookOptions):
 
     text_tokens: int = setting(77, least=1)
     text_features_dim: int = setting(768, least=1)
-    text_encoder: str | None = "pretrained/stable-diffusion-v1-4"
+    text_encoder: str | None = "pretrained/stable-diffusion-v1-4"  # Stable Diffusion 1
 
 
 @dataclass
@@ -127,8 +127,8 @@ class LavitOptions(CodebookHealth, ModelOptions):
     decoder: dict[str, Any] = setting(factory=dict)
     loss_weights: dict[str, float] = setting(factory=dict)
     ema_decay: float = setting(0.99, least=0, most=0.999999)
-    freeze_selector: bool = False
-    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)
+    freeze_selector: bool = False  # the token selector stays as it starts
+    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # of the selector's learning rate
 
 
 @dataclass
@@ -137,7 +137,7 @@ class RunOptions:
 
     task: str = "image_text_pretrain"
     runner: str = setting("runner_seed", choices=("runner_seed",))  # LAVIS's own needs CUDA
-    lr_sched: str = "linear_warmup_cosine_lr"
+    lr_sched: str = "linear_warmup_cosine_lr"  # by iteration: linear_warmup_cosine_steps, linear, constant …
     init_lr: float = setting(1e-4, least=0)
     min_lr: float = setting(1e-5, least=0)
     warmup_lr: float = -1.0
@@ -145,36 +145,36 @@ class RunOptions:
     lr_decay_rate: float | None = None
     weight_decay: float = setting(0.05, least=0)
     beta2: float = setting(0.999, least=0, most=0.999999)
-    max_epoch: int = setting(1, least=1)
-    batch_size_train: int = setting(64, least=1)
+    max_epoch: int = setting(1, least=1)  # epochs of `iters_per_epoch` iterations
+    batch_size_train: int = setting(64, least=1)  # images of each process in an iteration
     batch_size_eval: int = setting(16, least=1)
     num_workers: int = setting(4, least=0)
     accum_grad_iters: int = setting(1, least=1)
     log_freq: int = setting(50, least=1)
     seed: int = setting(42, least=0, most=2**32 - 1)
     output_dir: str = "log/run"
-    amp: bool = False
-    resume_ckpt_path: str | None = None
+    amp: bool = False  # mixed precision on a GPU where `precision` is auto
+    resume_ckpt_path: str | None = None  # a LAVIS checkpoint to start a new folder from
     evaluate: bool = False
     train_splits: list[str] = setting(factory=lambda: ["train"])
-    valid_splits: list[str] = setting(factory=list)
+    valid_splits: list[str] = setting(factory=list)  # measured after every epoch
     test_splits: list[str] = setting(factory=list)
     device: str = "auto"
     world_size: int = 1
     dist_url: str = "env://"
     distributed: bool = True
-    train_dataset_ratios: dict[str, float] = setting(factory=dict)
+    train_dataset_ratios: dict[str, float] = setting(factory=dict)  # how often each data set is sampled
     # ours
-    iters_per_epoch: int = setting(5000, least=1)
+    iters_per_epoch: int = setting(5000, least=1)  # whatever the data set's size
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
-    clip_grad: float = setting(0.0, least=0)
-    ema: float = setting(0.0, least=0, most=0.999999)
+    clip_grad: float = setting(0.0, least=0)  # largest gradient norm (0: none)
+    ema: float = setting(0.0, least=0, most=0.999999)  # decay of the averaged weights (0: none)
     tensorboard: bool = False
-    save_seconds: float = setting(300.0, least=0)
+    save_seconds: float = setting(300.0, least=0)  # between checkpoints for resuming
     save_every_steps: int = setting(0, least=0)
-    keep_checkpoints: int = setting(0, least=0)
-    max_bad_in_a_row: int = setting(20, least=1)
-    timeout_minutes: float = setting(WAIT_MINUTES, above=0)
+    keep_checkpoints: int = setting(0, least=0)  # the first and so many of the newest `.pth` files (0: all)
+    max_bad_in_a_row: int = setting(20, least=1)  # unusable samples that end the run
+    timeout_minutes: float = setting(WAIT_MINUTES, above=0)  # that a step waits for another process
 
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:

@@ -13,11 +13,11 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PROGRAMS = {  # flags; what is timed, and in which units
     "tokenizer": (["--batches", "1", "3", "--variants", "plain", "packed"],
                   {"tokenizer encode": "images", "tokenizer decode": "embeddings"}),
-    "generation": (["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine", "batch"],
-                   {"generation": "tokens", "describe": "images"}),
+    "generation": (["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
+                   {"generation": "tokens"}),
     "drawing": (["--batches", "2", "--steps", "1"], {"draw": "images", "edit": "images", "reconstruct": "images"}),
     "training": (["--batches", "2"], {"training llm": "useful_tokens", "training tokenizer": "images"}),
-    "serving": (["--requests", "2", "--clients", "2"], {"serving": "requests"})}
+    "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"})}
 
 
 def printed_lines(program: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch,

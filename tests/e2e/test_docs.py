@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from seed_multimodal.cli.main import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(r"<(?:(?:script|img|iframe|source)[^>]*\ssrc|link[^>]*\shref)=\"?(https?:[^\s\">]+)")
@@ -42,3 +45,22 @@ def test_pages_load_nothing_from_other_hosts(site: Path) -> None:
     assert len(pages) > 20
     assert not [(page.name, found) for page in pages for found in LOADED.findall(page.read_text(encoding="utf-8"))]
     assert not [sheet for sheet in site.rglob("*.css") if re.search(r"url\(\"?https?:", sheet.read_text())]
+
+
+def documented_commands() -> list[list[str]]:
+    """Each `seed` command of the pages' code blocks, as words."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), ROOT / "pretrained" / "README.md"]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages).replace("\\\n", " ")
+    lines = [line.strip() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("seed ") and "…" not in line]
+
+
+def test_documented_commands_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    """The flags and arguments of every documented `seed` command."""
+    parser, unknown = build_parser(), []
+    for words in documented_commands():
+        try:
+            parser.parse_args(words)
+        except SystemExit:
+            unknown.append((words, capsys.readouterr().err.splitlines()[-1]))
+    assert len(documented_commands()) > 30 and not unknown

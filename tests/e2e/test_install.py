@@ -1,7 +1,9 @@
-"""`install.sh` with a real environment and pip; the packages are tiny wheels in a find-links folder."""
+"""`install.sh` with a real environment and pip (the packages are tiny wheels in a find-links folder); our own wheel."""
 
 import shutil
 import subprocess
+import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -38,3 +40,45 @@ def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     assert "torch 2.13.0+cpu, torchvision 0.28" in done.stdout and done.returncode == 0, done.stdout + done.stderr
     assert subprocess.run([tmp_path / ".venv" / "bin" / "python", "-c", "import lavis, torchvision"]).returncode == 0
     assert "already installed" in subprocess.run(["bash", "install.sh", "--lavis"], **run).stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A new environment with the wheel that was built from the sdist; other packages are this environment's."""
+    folder = tmp_path_factory.mktemp("wheel")
+    copy, root = folder / "copy", Path(__file__).parents[2]
+    for name in ("pyproject.toml", "README.md", "License.txt", "NOTICE"):
+        copy.mkdir(exist_ok=True)
+        shutil.copy(root / name, copy)
+    shutil.copytree(root / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
+    quiet = {"check": True, "stdout": subprocess.DEVNULL}
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=copy, **quiet)
+    sdist, = folder.glob("seed_multimodal-*.tar.gz")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-cache-dir"]
+    subprocess.run([*pip, "wheel", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(folder), str(sdist)],
+                   **quiet)
+    wheel, = folder.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], **quiet)
+    subprocess.run([*pip, "--python", str(folder / "venv"), "install", "--no-deps", "--no-index", str(wheel)], **quiet)
+    packages = next((folder / "venv").glob("lib/python*/site-packages"))
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "venv" / "bin"
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
+    def seed(*words, cwd=tmp_path):
+        return subprocess.run([installed / "seed", *words], cwd=cwd, capture_output=True, text=True,
+                              env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"})
+
+    root = Path(__file__).parents[2]
+    assert "seed describe" in seed("--help").stdout
+    absent = seed("tokenize", str(root / "images/cat.jpg"))
+    assert absent.returncode == 2 and "in the repository's pretrained/" in absent.stderr
+    assert len(seed("tokenize", "images/cat.jpg", cwd=root).stdout.split()) >= 32
+    code = "import seed_multimodal, seed_nano.world.words as words; print(seed_multimodal.__file__, words.__file__)"
+    done = subprocess.run([installed / "python", "-c", code], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": "/usr/bin:/bin"})
+    assert done.stdout.count(str(installed.parent)) == 2, done.stderr

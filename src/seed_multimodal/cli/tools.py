@@ -138,7 +138,7 @@ def export_llm(args: argparse.Namespace) -> int:
     parts: Any = SystemConfig.find(args.model, system="seed_llama").require("llm", "tokenizer")
     out = Path(args.out or parts.llm / f"{parts.llm.name}-{args.quant}.gguf")
     size = export_gguf(parts.llm, parts.tokenizer, out, args.quant).stat().st_size
-    emit(args, {"file": str(out), "bytes": size}, f"{out}: {size / 1e9:.2f} GB. Next: seed chat --model {args.model} "
+    emit(args, {"file": str(out), "bytes": size}, f"{out}: {size / 1e6:,.1f} MB. Next: seed chat --model {args.model} "
                                                   f"--engine llama.cpp --gguf {out}")
     return DONE
 

@@ -63,9 +63,8 @@ def _write(file: Path, folder: str | Path, words: Any, config: Any) -> None:
     for old, new in names.items():
         kind = np.dtype(np.float32 if state[old].ndim == 1 else np.float16)
         writer.add_tensor_info(new, state[old].shape, kind, kind.itemsize * state[old].numel())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    for part in ("header", "kv_data", "ti_data"):
+        getattr(writer, f"write_{part}_to_file")()
     with Progress("write", len(names), "tensor") as bar:
         for old, new in names.items():
             weight, part = state.pop(old), new.split(".")[-2]

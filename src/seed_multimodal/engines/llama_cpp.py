@@ -47,6 +47,8 @@ def find_gguf(folder: str | Path, file: str | Path | None = None) -> Path:
 class LlamaCppEngine(OutsideEngine):
     """Answers of a SEED-LLaMA exported by `export_gguf`; on the CPU, or the GPU that llama.cpp was built for."""
 
+    cache: Any
+
     def __init__(self, tokenizer: MultimodalTokenizer, folder: str | Path, gguf: str | Path | None = None,
                  slots: int = 0) -> None:
         import llama_cpp
@@ -56,7 +58,7 @@ class LlamaCppEngine(OutsideEngine):
         length, width = config.max_position_embeddings, config.num_key_value_heads * config.head_dim
         slots = slots or min(16, max(1, CACHE_BYTES // (4 * length * width * config.num_hidden_layers)))
         super().__init__(StandIn(config), tokenizer, slots)
-        self.slots, self.cache = slots, Sequences()  # type: ignore[assignment]
+        self.slots, self.cache = slots, Sequences()
         if not (model := llama_cpp.llama_model_load_from_file(bytes(file), llama_cpp.llama_model_default_params())):
             raise CheckpointError(f"{file}: llama.cpp cannot read it.")
         sizes = (llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model)),

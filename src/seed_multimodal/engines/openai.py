@@ -105,5 +105,5 @@ class OpenAIEngine(OutsideEngine):
             raise RequestError(f"{url} is not the address of a completion server that returns token ids, such as "
                                "http://127.0.0.1:8000 of vLLM or SGLang.") from error
         except requests.exceptions.RequestException as error:
-            raise RequestError(f"No completion server answers at {url}: start it (docs/scale-out.md) and try again."
-                               ) from error
+            raise RequestError(f"No completion server answers at {url}: start it (docs/how-to/scale-out.md) and try "
+                               "again.") from error

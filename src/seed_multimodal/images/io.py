@@ -102,11 +102,10 @@ class StoredImage:
                 self.image.draft(None, (self.size[0] // factor, self.size[1] // factor))
                 factor = factor if self.image.size == self.size else 1
             self.image.load()
-            plain = to_rgb(self.image)
+            plain = to_rgb(self.image) if factor == 1 else _reduced(self.image, factor)
         except Exception as error:
             raise ImageError(f"{self.name}: the image is truncated or damaged ({first_line(error)}).") from error
         self.limits.check_size(plain.size, self.name)  # an icon may be larger than in its header
-        plain = plain.reduce(factor) if factor > 1 else plain
         turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow rotates TIFFs itself
         return plain if turn is None else plain.transpose(turn)
 
@@ -157,6 +156,16 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.alpha_composite(Image.new("RGBA", layered.size, (255, 255, 255, 255)), layered)
     plain = image.convert("RGB")
     plain.info = {}
+    return plain
+
+
+def _reduced(image: Image.Image, factor: int) -> Image.Image:
+    """As RGB, both sides divided; made of strips, so that memory holds no second copy of a large image."""
+    rows = image.height if image.mode == "F" else 64 * factor
+    plain = Image.new("RGB", (-(-image.width // factor), -(-image.height // factor)))
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        plain.paste(to_rgb(strip).reduce(factor), (0, top // factor))
     return plain
 
 

@@ -10,6 +10,7 @@ Run `bash scripts/start_backend_nano.sh`, or in Python `serve(create_app(Multimo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hmac
 import json
 import logging
@@ -275,6 +276,9 @@ def serve(
     import waitress
 
     backend: Backend = app.extensions["seed_backend"]
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps what many threads have freed
+        for option, value in ((-3, 1 << 20), (-8, 2)):  # M_MMAP_THRESHOLD, M_ARENA_MAX
+            ctypes.CDLL(None).mallopt(option, value)
     sock, limits = _listen(host, port), backend.limits
     logging.getLogger("waitress").setLevel(logging.ERROR)  # lost connections are not reported
     server: Any = waitress.create_server(

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
 FORMATS = ("PNG", "JPEG", "WEBP")
 LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
-LARGE_BODY, LARGE_IMAGES = 4 << 20, 4_000_000  # bytes, pixels; such requests are read one at a time
+LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
 
 
 class Refused(SeedError):

@@ -17,6 +17,7 @@ from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 JSON_LINES, EVENTS = "application/x-ndjson", "text/event-stream"  # media types of answers in pieces
 MAX_CODES, MAX_IMAGES, MAX_TEXT = 1024, 16, 32_000  # codes of one image; images and characters of a request
+MAX_VALUES = 200_000  # of a body
 Codes = Annotated[list[int], Field(max_length=MAX_CODES)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
@@ -255,14 +256,16 @@ class FieldError(RequestError):
         super().__init__(sentence)
 
 
-def read_request(kind: type[Model], body: str | bytes | Mapping[str, Any]) -> Model:
+def read_request(kind: type[Model], body: bytes | Mapping[str, Any]) -> Model:
     """Parse and validate a request: JSON, or the fields of a form.
 
     Raises:
         FieldError: one sentence with the field that is missing, of the wrong type or out of range.
     """
+    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:  # each takes fifty times its bytes when it is parsed
+        raise FieldError("", "The request body holds too many values.")
     try:
-        return kind.model_validate_json(body) if isinstance(body, str | bytes) else kind.model_validate(dict(body))
+        return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(dict(body))
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
         first = max(errors, key=lambda one: len(one["loc"]))  # the kind of value that fits best

@@ -84,7 +84,7 @@ class MultimodalSystem(Generator, HubUpload):
         if not issubclass(kind, cls):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
         if engine != "torch" and config.system != "seed_llama":
-            raise ConfigError(f"{config.name}: only SEED-LLaMA's prompts are ids alone, which --engine {engine} reads.")
+            raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_images(image_device or llm.device, dtype, llm, log)

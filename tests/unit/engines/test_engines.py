@@ -14,6 +14,7 @@ import pytest
 import torch
 from completion_server import CODES, CompletionServer
 
+from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
@@ -155,6 +156,20 @@ def test_gguf_files_that_do_not_fit_are_reported(nano: Any, gguf: dict[str, Path
     with pytest.raises(CheckpointError, match="words, width and layers"):
         LlamaCppEngine(MultimodalSystem.from_pretrained(tiny_folder, device="cpu", log=None).tokenizer,
                        tiny_folder / "seed_llama", gguf["f16"])
+
+
+@pytest.mark.process
+def test_export_gguf_prints_the_size_and_the_next_command(gguf: dict[str, Path], tmp_path: Path,
+                                                          capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "nano.gguf"
+    assert main(["export-gguf", "--model", str(NANO), "--quant", "q8_0", "--out", str(out)]) == 0
+    assert f"seed chat --model {NANO} --engine llama.cpp --gguf {out}" in capsys.readouterr().out
+    assert out.read_bytes() == gguf["q8_0"].read_bytes()
+    given = ["--model", str(NANO), "--engine", "llama.cpp", "--gguf", str(out), "--device", "cpu"]
+    assert main(["describe", str(IMAGES[0]), *given]) == 0
+    assert "fox" in capsys.readouterr().out
+    assert main(["describe", str(IMAGES[0]), *given[:-4], "--gguf", str(tmp_path / "none.gguf")]) == 2
+    assert "seed export-gguf" in capsys.readouterr().err
 
 
 # ---- completion servers
