@@ -1,4 +1,4 @@
-"""The demo's model server: POST /generate (and GET /health), on the loopback address unless told otherwise.
+"""The demo's model server: POST /generate (and GET /health), on the loopback address by default.
 
     python gradio_demo/seed_llama_flask.py --system nano --port 7890                  the shipped weights
     python gradio_demo/seed_llama_flask.py --port 7890 \\

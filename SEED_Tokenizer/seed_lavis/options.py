@@ -32,7 +32,7 @@ class ModelOptions:
     model_type: str = setting("pretrain", choices=("pretrain",))
     load_pretrained: bool = True  # start from `pretrained`
     pretrained: str | None = None  # stage 1: BLIP-2's Q-Former; stage 2: stage 1's result
-    load_finetuned: bool = False  # evaluate or go on from `finetuned`
+    load_finetuned: bool = False  # evaluate or continue from `finetuned`
     finetuned: str | None = None
     vit_model: str = setting("eva_clip_g", choices=("eva_clip_g",))
     image_size: int = 224
@@ -128,7 +128,7 @@ class LavitOptions(CodebookHealth, ModelOptions):
     loss_weights: dict[str, float] = setting(factory=dict)
     ema_decay: float = setting(0.99, least=0, most=0.999999)
     freeze_selector: bool = False  # the token selector stays as it starts
-    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # of the selector's learning rate
+    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # factor of its learning rate
 
 
 @dataclass

@@ -176,7 +176,7 @@ def test_merge_adapter_with_a_wrong_base_or_place(trained: SimpleNamespace, word
     wide = make_base(tmp_path / "wide", words, width=64)
     with pytest.raises(CheckpointError, match=r"but in the base it is \(\d+, 64\)"):
         merge_adapter(wide, trained.adapter, tmp_path / "out")
-    with pytest.raises(ConfigError, match="A base model is required"):
+    with pytest.raises(ConfigError, match="A base model is needed"):
         merge_adapter(None, trained.adapter, tmp_path / "out")
     run = shutil.copytree(trained.adapter, tmp_path / "run")
     with pytest.raises(ConfigError, match="run: holds .*, which is used here"):

@@ -164,7 +164,7 @@ def test_read_turns_gives_the_turns_of_a_rendered_conversation(template) -> None
     ({"text": "<image>", "images": [[16] * 32]}, "images[0] holds code 16; codes lie between 0 and 15."),
     ({"text": "<image>", "images": [[-1] * 32]}, "images[0] holds code -1"),
     ({"text": "<image>", "images": [[10**30] * 32]}, "codes lie between"),
-    ({"text": "<image>", "images": ["@@@"]}, "images[0]: this is not base64"),
+    ({"text": "<image>", "images": ["@@@"]}, "images[0]: not base64"),
     ({"text": "<image>", "images": [""]}, "images[0]: the file is empty"),
     ({"text": "<image>", "images": [b64(b"no image at all")]}, "images[0]: not an image in a known format"),
     ({"text": "x", "images": [], "temperature": "hot"}, "'temperature': Input should be a valid number"),

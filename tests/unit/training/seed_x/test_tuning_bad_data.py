@@ -35,8 +35,8 @@ TALKS = [
     ("", None), ("   ", None),  # no record at all
     (talk("What is it?", f"It is {BOX.format(4)}."), None),
     (talk("What is it?", "It is red", image="gone.jpg"), "not found below"),
-    (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
-    (talk("What is it?", "It is red", image="text.jpg"), "picture"),
+    (talk("What is it?", "It is red", image="broken.jpg"), "not an image"),
+    (talk("What is it?", "It is red", image="text.jpg"), "not an image"),
     (talk("What is it?"), "nothing to learn"),
     (talk("<image><image> What is it?", "It is red"), "placeholder"),
     (talk(LONG * 2, "It is red."), " tokens"),  # the answer, or the image before it, would be cut away
