@@ -1,17 +1,17 @@
 """Time drawing: images from text, edits, images drawn again. One JSON line per task, variant and batch size.
 
-    python benchmarks/drawing.py                                   pretrained/nano
-    python benchmarks/drawing.py --model pretrained/nano-x         any system: SEED-LLaMA, SEED-X, LaVIT
+    python benchmarks/drawing.py --model pretrained/nano-x         any system (default: pretrained/nano)
     python benchmarks/drawing.py --device cuda --model original    random weights of SD-2.1-unCLIP, 768 pixels, 20 steps
 
-`plain`: one image after another; `batch`: so many in one call; `compiled` (CUDA, images drawn again): the same with a
-compiled U-Net in channels-last format. `original` draws from random embeddings.
+`plain`: one image after another; `batch`: so many in one call; `clients`: so many threads, one image each; of images
+drawn again also `fast`, the preset, and `compiled`: U-Net with fused attention and compiled blocks.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -46,11 +46,11 @@ def run(options: argparse.Namespace) -> None:
     """Time each task."""
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     steps = {} if options.steps is None else {"num_inference_steps": options.steps}
-    tasks: dict[str, Callable[[int], Any]]  # what draws so many images
+    tasks: dict[str, Callable[..., Any]]  # what draws so many images
     if options.model == "original":
         decoder: Any = random_detokenizer(runtime)
         embeds = torch.randn(max(options.batches), decoder.embedding_dim)
-        tasks = {"reconstruct": lambda count: decoder(embeds[:count], **steps)}
+        tasks = {"reconstruct": lambda count, **own: decoder(embeds[:count], **steps, **own)}
     else:
         system = MultimodalSystem.from_pretrained(system_folder(options.model), device=options.device,
                                                   dtype=options.dtype, log=None)
@@ -58,19 +58,24 @@ def run(options: argparse.Namespace) -> None:
         images = input_images(max(options.batches))
         tasks = {"draw": lambda count: system.draw(["a red fish"] * count, **steps),
                  "edit": lambda count: system.edit(images[:count], "Put it at night.", **steps),
-                 "reconstruct": lambda count: system.reconstruct(images[:count], **steps)}
+                 "reconstruct": lambda count, **own: system.reconstruct(images[:count], **steps, **own)}
 
     def compiled(batch: int) -> Timed:  # for the rest of the run
-        decoder.unet.to(memory_format=torch.channels_last).compile()
+        decoder.unet.fuse_qkv_projections()
+        decoder.unet.compile_repeated_blocks()
         return Timed(lambda: tasks["reconstruct"](batch), batch)
 
+    pool = ThreadPoolExecutor(max(options.batches))
     settings = {"parameters": sum(p.numel() for model in decoder.parts.values() for p in model.parameters()),
                 "steps": options.steps or decoder.defaults.num_inference_steps}
     for name, draw in tasks.items():
         variants = {"plain": lambda batch, draw=draw: Timed(lambda: draw(1), 1),
                     "batch": lambda batch, draw=draw: Timed(lambda: draw(batch), batch)}
-        if name == "reconstruct" and runtime.device.type == "cuda":
-            variants["compiled"] = compiled
+        if options.model != "original":
+            variants["clients"] = lambda batch, draw=draw: Timed(lambda: [*pool.map(draw, [1] * batch)], batch)
+        if name == "reconstruct":
+            variants |= {"fast": lambda batch, draw=draw: Timed(lambda: draw(batch, preset="fast"), batch),
+                         "compiled": compiled}
         compare(name, "images", variants, options, runtime, settings)
 
 

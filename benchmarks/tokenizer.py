@@ -5,8 +5,8 @@
 
 `plain` is the original's way: attention as three operations, nothing compiled; `modules`: scaled_dot_product_attention;
 `compiled`: each block with torch.compile (`fast_encode`); `graph` (CUDA): the same as a CUDA graph. Each line has the
-ratio to `plain` and the share of codes equal to those of float32 with the same weights; lines of `encode` also the
-operations of one image.
+ratio to `plain` and the share of codes equal to those of float32 with the same weights. `clients`: eight threads that
+encode one image each, against one after another.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
+from seed_multimodal.batches import Collector
 from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.configuration import Seed2Config
@@ -28,7 +29,7 @@ from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
 
 VARIANTS = ("plain", "modules", "compiled")
-COMPARED = 64  # images whose codes are compared with float32's
+COMPARED, CLIENTS = 64, 8  # images whose codes are compared with float32's; threads that encode one image each
 
 
 def load(model: str, device: torch.device) -> Seed2Tokenizer:
@@ -56,22 +57,12 @@ def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[T
     return encode if variant == "plain" else fast
 
 
-def flops(config: Seed2Config) -> int:
-    """Operations of encoding one image, counted on the meta device; a multiply-add counts as two."""
-    with torch.device("meta"):
-        model, images = Seed2Tokenizer(config), torch.empty(1, 3, config.vit.image_size, config.vit.image_size)
-    with FlopCounterMode(display=False) as counter:
-        model.pre_quant(images)
-    return counter.get_total_flops() + 2 * config.num_query * config.codebook_size * config.codebook_dim
-
-
 def run(options: argparse.Namespace) -> None:
     """Time encoding, then decoding."""
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     master = load(options.model, runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
-    pixels = torch.stack([transform(image) for image in input_images(max(COMPARED, *options.batches))])
-    pixels = pixels.to(runtime.device)
+    pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(runtime.device)
     exact = master.encode(pixels, batch_size=32)
     pixels = pixels.to(runtime.dtype)
 
@@ -87,15 +78,19 @@ def run(options: argparse.Namespace) -> None:
 
         return Timed(lambda: encode(images), batch, equal)
 
-    def decoding(batch: int) -> Timed:
-        model = copy.deepcopy(master).to(runtime.dtype)
-        return Timed(lambda: model.decode(exact[:batch]), batch)
-
+    model = copy.deepcopy(master).to(runtime.dtype)
+    together = Collector(lambda key, rows: list(model.encode(torch.stack(rows))), most=32)
+    pool = ThreadPoolExecutor(CLIENTS)
+    singly = {name: lambda batch, each=each: Timed(
+        lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)
+        for name, each in (("plain", map), ("clients", pool.map))}
     names = (*VARIANTS, "graph") if runtime.device.type == "cuda" else VARIANTS
-    settings = {"parameters": sum(p.numel() for p in master.parameters()), "flops_of_an_image": flops(master.config)}
+    settings = {"parameters": sum(p.numel() for p in master.parameters())}
     compare("tokenizer encode", "images", {name: lambda batch, name=name: encoding(name, batch) for name in names},
             options, runtime, settings)
-    compare("tokenizer decode", "embeddings", {"plain": decoding}, options, runtime, settings)
+    compare("tokenizer clients", "images", singly, options, runtime, settings, [CLIENTS])
+    compare("tokenizer decode", "embeddings", {
+        "plain": lambda batch: Timed(lambda: model.decode(exact[:batch]), batch)}, options, runtime, settings)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
-from seed_multimodal.entry import AUTO, add_dtype, add_engine, add_quantization, run_program, whole_number  # noqa: E402
+from seed_multimodal.entry import AUTO, add_dtype, add_engine, add_language_model, run_program, whole_number  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError  # noqa: E402
 
 
@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
     add_dtype(parser, "auto", f"{AUTO}; with YAML files, what they say")
-    add_quantization(parser)
+    add_language_model(parser)
     add_engine(parser)
     parser.add_argument("--offload_encoder", nargs="?", const=True, default=False, type=boolean,
                         help="keep the vision encoder on the CPU while no image is read")
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     check_address(args.host, args.port, token)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
-    loading = {"dtype": args.dtype, "quantization": args.quantization}
+    loading = {"dtype": args.dtype, "quantization": args.quantization, "compiled": args.compiled}
     if args.system:
         if given := next((name for name, value in files.items() if value), None):
             raise ConfigError(f"--system names all that is served, --{given} a part of it; give one of them.")

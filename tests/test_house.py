@@ -305,7 +305,7 @@ LINES = {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
         "engines": 350, "evaluation": 1620, "serving": 1700, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
         "data/pretokenize": 900, "data": 5200, "training": 4700,
-        "language": 2070}.items()},  # not at its budget (1,900 with the engine) yet
+        "language": 2040}.items()},  # not at its budget (1,900 with the engine) yet
     "SEED_Tokenizer": 1500}
 
 
@@ -450,7 +450,7 @@ def test_public_functions_have_a_return_type():
 
 # ---- documentation
 
-DOCS_LINES = 2000  # of Markdown written by hand; pages of reference/ are generated
+DOCS_LINES = 2300  # of Markdown written by hand; pages of reference/ are generated
 
 
 def test_documentation_keeps_its_budget():

@@ -13,7 +13,7 @@ from seed_multimodal.hub import locate, released_folder
 
 def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto", low_cpu_mem_usage: bool = True,
                    load_in_8bit: bool = False, load_in_4bit: bool = False, device_map: str | None = None,
-                   device: str = "auto") -> Any:
+                   device: str = "auto", quantization: str | None = None) -> Any:
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals;
     `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import BESIDE_8BIT, choose_device
@@ -21,17 +21,18 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
+    quantization = quantization or ("8bit" if load_in_8bit else "4bit" if load_in_4bit else None)
     runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype,
-                            fp16=BESIDE_8BIT if load_in_8bit else "")
+                            fp16=BESIDE_8BIT if quantization == "8bit" else "")
     name, folder = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
     place = locate(folder) if folder != name else None  # a hub name downloaded into pretrained/
-    return load_llm(place or name, device=runtime.device, dtype=runtime.dtype,
-                    quantization="8bit" if load_in_8bit else "4bit" if load_in_4bit else None)
+    return load_llm(place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization)
 
 
 def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,
                         llm_device: str = "auto", tokenizer_device: str = "auto", offload_encoder: bool = False,
-                        offload_decoder: bool = True, dtype: str = "auto", quantization: str | None = None) -> Any:
+                        offload_decoder: bool = True, dtype: str = "auto", quantization: str | None = None,
+                        compiled: bool = False) -> Any:
     """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 
     `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files.
@@ -60,11 +61,13 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     words.images.offload([name for name, chosen in parts.items() if chosen])
     settings: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": dtype}
     if quantization is not None:
-        settings |= {f"load_in_{bits}": bits == quantization for bits in ("8bit", "4bit")}
+        settings |= {"quantization": quantization}
     build: Any = language_model if os.path.isdir(model) else instantiate
     llm = build(str(model), device_map=llm_device, **settings)
     config = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
-    return SeedLlama(config, words.text, llm, words.images)
+    system = SeedLlama(config, words.text, llm, words.images)
+    system.set_engine(compiled, None)
+    return system
 
 

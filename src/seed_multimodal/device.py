@@ -6,9 +6,10 @@ originals. CPU and MPS compute in fp32, because half precision LayerNorms are sl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,20 @@ def limit_threads(*models: nn.Module) -> None:
             and torch.get_num_threads() == _THREADS and all(weight.device.type == "cpu" for weight in weights)
             and sum(weight.numel() for weight in weights) < SMALL):
         torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """An off-loaded `part` is on `device` inside, and back on the CPU afterwards; None: it stays where it is."""
+    if device is None or device.type == "cpu":
+        yield
+        return
+    part.to(device)
+    try:
+        yield
+    finally:
+        part.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

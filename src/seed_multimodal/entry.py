@@ -128,9 +128,12 @@ def add_dtype(parser: _ActionsContainer, dtype: str | None = "auto", meaning: st
     parser.add_argument("--dtype", default=dtype, help=f"auto, float32, bfloat16 or float16 (default: {meaning})")
 
 
-def add_quantization(parser: _ActionsContainer) -> None:
-    """`--quantization`, for programs that load a language model."""
-    parser.add_argument("--quantization", choices=("8bit", "4bit"), help="load the language model in 8 or 4 bit")
+def add_language_model(parser: _ActionsContainer) -> None:
+    """`--quantization` and `--compile`, for programs that load a language model."""
+    parser.add_argument("--quantization", choices=("8bit", "4bit", "int8", "int4"),
+                        help="language model in 8 or 4 bit, by bitsandbytes (8bit, 4bit) or torchao (int8, int4)")
+    parser.add_argument("--compile", dest="compiled", action="store_true",
+                        help="compile the language model: a slow first token, then faster ones")
 
 
 def add_engine(parser: _ActionsContainer) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from seed_multimodal import __version__
 from seed_multimodal.cli.common import add_common, load_system, save_image, write_text
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.entry import DONE, add_quantization, run_program
+from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="quickstart", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", default=Path("outputs/quickstart"), type=Path, metavar="FOLDER")
     add_common(parser)
-    add_quantization(parser)
+    add_language_model(parser)
     return run_program(parser, _main, argv)
 
 

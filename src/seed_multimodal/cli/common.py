@@ -54,7 +54,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if batch_size:
         parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s")
     if language:
-        entry.add_quantization(parser)
+        entry.add_language_model(parser)
         entry.add_offload(parser)
         entry.add_engine(parser)
     if generation:
@@ -102,7 +102,8 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
 
-        system = MultimodalSystem.from_pretrained(**_flags(args, "quantization", "engine", "url", "gguf") | options)
+        flags = _flags(args, "quantization", "compiled", "engine", "url", "gguf")
+        system = MultimodalSystem.from_pretrained(**flags | options)
         limit_threads(system.llm, system.images.model)
     return system
 

@@ -1,7 +1,5 @@
-"""`seed eval` for every system, and the programs of `MultiModalLLM/eval/` for SEED-LLaMA:
-questions, captions and drawings over whole sets, alone or under torchrun. Without flags two of the programs repeat the
-original's probes. The same command resumes.
-"""
+"""`seed eval` for every system, and the programs of `MultiModalLLM/eval/`: questions, captions and drawings over whole
+sets, alone or under torchrun. Without flags two of the programs repeat the original's probes; a run resumes."""
 
 from __future__ import annotations
 

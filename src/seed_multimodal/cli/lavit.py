@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.cli import common
-from seed_multimodal.entry import DONE, add_quantization, run_program, whole_number
+from seed_multimodal.entry import DONE, add_language_model, run_program, whole_number
 from seed_multimodal.images.io import open_image
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
@@ -73,7 +73,7 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument("--clip", help="folder of CLIP ViT-L/14 (default: pretrained/clip-vit-large-patch14)")
     parser.add_argument("--inception", type=Path, help="weights of FID's network")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: that of the process)")
-    add_quantization(parser)
+    add_language_model(parser)
     parser.set_defaults(max_bad=20, prompts="chat")
     return run_program(parser, _evaluate, argv)
 

@@ -131,10 +131,10 @@ class Detokenizer:
                generators: Generators, concatenated: Tensor | None = None) -> Tensor:
         """The denoising loop: noise `[B, C, h, w]` → latents, in float32. `conditions` (arguments of the U-Net) and
         `concatenated` (further channels) have R·B rows for R runs of each image; `guide` combines the predictions."""
-        from diffusers import DPMSolverMultistepScheduler
-
-        fast = settings.preset == "fast"
-        scheduler = DPMSolverMultistepScheduler.from_config(self.scheduler.config) if fast else self.scheduler
+        scheduler = self.scheduler
+        if settings.preset == "fast":
+            from diffusers import DPMSolverMultistepScheduler as DpmSolver  # "leading" steps would begin too late
+            scheduler = DpmSolver.from_config(scheduler.config, timestep_spacing="trailing")
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         runs = len(conditions["encoder_hidden_states"]) // len(start)
         latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma

@@ -25,9 +25,10 @@ class Sequences:
 
     def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.long)  # the sequence of each row
-        self.rows: Tensor | slice = slice(0)
+        self.first, self.length, self.copies = 0, 0, False  # llama.cpp copies whole sequences only
 
     def grow(self, slots: int, length: int) -> None:
+        self.length = max(self.length, length)
         self.ids = torch.cat([self.ids, torch.arange(len(self.ids), slots)])
 
     def swap(self, one: int, other: int) -> None:
@@ -76,13 +77,13 @@ class LlamaCppEngine(OutsideEngine):
         weakref.finalize(self, lambda context: (llama_cpp.llama_free(context), llama_cpp.llama_model_free(model)),
                          self._context)
 
-    def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         """As of `Engine`; the states are empty."""
         import llama_cpp
 
         tokens: list[tuple[int, int, int, bool]] = []  # id, position, sequence, whether its scores are needed
         memory, batch, scores = llama_cpp.llama_get_memory(self._context), self._batch, list[Any]()
-        for row, sequence in enumerate(self.cache.ids[self.cache.rows].tolist()):
+        for row, sequence in enumerate(self.cache.ids[self.cache.first:][:len(embeds)].tolist()):
             count, start = int(last[row]) + 1, int(positions[row, 0])
             llama_cpp.llama_memory_seq_rm(memory, sequence, start, -1)
             tokens += [(id, start + place, sequence, place == count - 1)

@@ -19,8 +19,6 @@ from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.engine import Request
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-SECONDS, CONTEXT = (5.0, 600.0), 2048  # to connect and of silence; of a server that does not tell its own
-
 
 class OpenAIEngine(OutsideEngine):
     """Answers by `{url}/v1/completions`, `slots` at once; the environment's OPENAI_API_KEY is sent as the bearer."""
@@ -34,7 +32,7 @@ class OpenAIEngine(OutsideEngine):
             card = json.loads(response.content)["data"][0]
         words, self.model = tokenizer.vocabulary, card["id"]
         super().__init__(StandIn(SimpleNamespace(vocab_size=words.size, max_position_embeddings=int(
-            card.get("max_model_len") or CONTEXT))), tokenizer, slots)
+            card.get("max_model_len") or 2048))), tokenizer, slots)
         self._codes = list(range(words.code_start, words.code_start + words.n_codes))
         self._workers = ThreadPoolExecutor(self.slots, "seed-openai")
 
@@ -97,7 +95,7 @@ class OpenAIEngine(OutsideEngine):
 
         url = f"{self.url}/{path}"
         try:
-            with requests.request(method, url, json=body, headers=self._headers, stream=True, timeout=SECONDS) as told:
+            with requests.request(method, url, json=body, headers=self._headers, stream=True, timeout=(5, 600)) as told:
                 if told.status_code != 200:
                     raise RequestError(f"{url} answered with status {told.status_code}: {told.text[:300]}")
                 yield told

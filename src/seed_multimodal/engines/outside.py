@@ -21,8 +21,7 @@ class StandIn:
     """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
 
     config: Any
-    device, dtype, weight = torch.device("cpu"), "of the engine", torch.zeros(0)
-    parameters = tuple  # called, it gives none
+    device, dtype, weight, parameters = torch.device("cpu"), "of the engine", torch.zeros(0), tuple
 
     def get_input_embeddings(self) -> StandIn:
         return self
@@ -36,7 +35,7 @@ class OutsideEngine(Engine):
     """An engine without torch weights."""
 
     def _begin(self, requests: Sequence[Request]) -> None:
-        if any(request.guide is not None for request in requests):
+        if any(len(request.pair) > 1 for request in requests):
             raise ConfigError("Guidance needs --engine torch; leave it at 1 with another engine.")
         super()._begin(requests)
 

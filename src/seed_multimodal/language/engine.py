@@ -13,14 +13,16 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.language.generation import (
     GenerationSettings,
@@ -34,50 +36,12 @@ from seed_multimodal.language.generation import (
     room_for,
     row_processors,
 )
+from seed_multimodal.language.slot_cache import SlotCache
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 NO_DRAWS = GenerationSettings(do_sample=False)
-STEP = 128  # the cache grows and is read in multiples of so many positions: few shapes to compile
-
-
-class SlotCache:
-    """Keys and values of every layer, `[slots, H, length, d]` each; every row is written at its own positions."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-        self.rows: Tensor | slice = slice(0)  # those of the present pass
-        self.positions = torch.zeros(0)  # of its tokens, [rows, n]
-        self.slots = self.length = self.used = 0
-
-    def grow(self, slots: int, length: int) -> None:
-        """Make room for so many rows and positions."""
-        self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
-        for number, layer in enumerate(self.layers):
-            if layer[0].shape[::2] != (self.slots, self.length):
-                new = [old.new_zeros(self.slots, old.shape[1], self.length, old.shape[3]) for old in layer]
-                for table, old in zip(new, layer, strict=True):
-                    table[:len(old), :, :old.shape[2]] = old
-                self.layers[number] = (new[0], new[1])
-
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two rows."""
-        for layer in self.layers:
-            for table in layer:
-                table[[one, other]] = table[[other, one]]
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
-        """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
-        if layer == len(self.layers):
-            room = (self.slots, keys.shape[1], self.length)
-            self.layers.append((keys.new_zeros(*room, keys.shape[3]), values.new_zeros(*room, values.shape[3])))
-        rows = torch.arange(len(keys), device=keys.device) if isinstance(self.rows, slice) else self.rows
-        old_keys, old_values = self.layers[layer]
-        old_keys[rows[:, None], :, self.positions] = keys.transpose(1, 2)
-        old_values[rows[:, None], :, self.positions] = values.transpose(1, 2)
-        return old_keys[self.rows, :, :self.used], old_values[self.rows, :, :self.used]
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.used
+KEPT = 4  # conversations whose keys and values are held at least
+TAIL = 16  # positions at the end of a conversation that its next turn may replace (its stop, a verdict)
 
 
 class Request:
@@ -99,11 +63,11 @@ class Request:
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
         self.processors: list[Any] = []
-        self.ids: list[int] = []
-        self.guide: Request | None = None  # what guidance steers away from: a row that follows this one
+        self.ids, self.start = list[int](), 0  # and how much of the prompt its row held already
         self.is_guide, self.finished = is_guide, False
+        self.pair = [self]  # with what guidance steers away from, which has the next row
         if settings.guidance != 1:
-            self.guide = Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS, is_guide=True)
+            self.pair.append(Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS, is_guide=True))
         self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[int]:
@@ -121,12 +85,13 @@ class Request:
         self.tokens.put(error)
 
 
+@dataclass(eq=False)
 class Row:
-    """A row of the cache: what it holds, and for which request."""
+    """A row of the cache: for which request, and the embeddings `[n, D]` whose keys and values it holds at least."""
 
-    def __init__(self) -> None:
-        self.request: Request | None = None
-        self.held: Tensor | None = None  # the embeddings whose keys and values it holds, [n, D]
+    request: Request | None = None
+    held: Tensor | None = None
+    freed: float = 0  # when its last answer ended
 
     def common(self, embeds: Tensor) -> int:
         """How many positions it holds of a prompt, of which the last token is always computed."""
@@ -137,22 +102,22 @@ class Row:
 
 
 class Engine:
-    """Answers to prompts by a language model; `slots`: rows at once (guidance takes two); `length`: positions to keep
-    free; `compiled`: by `torch.compile`, which takes from seconds to minutes at the first tokens."""
+    """Answers to prompts by a language model; `slots`: rows at once (guidance takes two). `compiled`: `torch.compile`
+    makes the tokens (on CUDA as CUDA graphs), with a cache of `slots` whole contexts; the first token then takes from
+    seconds to minutes."""
 
-    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, length: int = 0, *,
-                 compiled: bool = False) -> None:
-        self.llm, self.tokenizer, self.slots = llm, tokenizer, max(slots, 2)
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, *, compiled: bool = False) -> None:
+        self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
         self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
-        self.rows: list[Row] = []  # those with a request come first; the others, the last used first
+        self.rows: list[Row] = []  # those with a request come first
         self.active = 0
-        if length:
-            self.cache.grow(self.slots, length)
-            self.rows = [Row() for _ in range(self.slots)]
         self.device: torch.device | None = None  # where an off-loaded model computes
-        self._decode = torch.compile(self._pass) if compiled else self._pass
+        self._decode = torch.compile(self._pass, mode="reduce-overhead") if compiled else self._pass
         self._thread = ThreadPoolExecutor(1, "seed-engine")
         self._lock, self._waiting, self._busy = threading.Lock(), deque[Request](), False
+        if compiled:  # graphs need the same addresses for ever
+            self.rows = [Row() for _ in range(self.slots)]
+            self.cache.grow(self.slots, int(llm.config.max_position_embeddings) + 1)
 
     # ---- for any thread
 
@@ -231,70 +196,77 @@ class Engine:
 
     def _admit(self) -> None:
         """Give waiting requests a row each, and read their prompts in one pass."""
-        new: list[tuple[Request, int]] = []  # and how much of it its row holds
-        while self._waiting:
-            request = self._waiting[0]
-            pair = [request] if request.guide is None else [request, request.guide]
-            if self.active + len(pair) > self.slots:
-                break
-            self._waiting.popleft()
+        new: list[Request] = []
+        while self._waiting and self.active + len(self._waiting[0].pair) <= self.slots:
+            request = self._waiting.popleft()
             try:
-                new += [] if request.finished else [(one, self._place(one)) for one in pair]
+                for one in request.pair:
+                    one.embeds = embedded(one.prompt, one.forced, self.llm.get_input_embeddings())
             except Exception as error:  # noqa: BLE001 words that are none, of this prompt alone
                 request.end(error)
-        if not new:
-            return
-        starts = [start for _, start in new]
-        longest = max(len(request.embeds) - start for request, start in new)
-        self._make_room(max(starts) + longest)
-        embeds = torch.stack([F.pad(request.embeds[start:], (0, 0, 0, longest - len(request.embeds) + start))
-                              for request, start in new])
-        device = embeds.device
-        self.cache.rows = torch.arange(self.active - len(new), self.active, device=device)
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(longest, device=device)
-        last = torch.tensor([len(request.embeds) - start - 1 for request, start in new], device=device)
-        self._choose([request for request, _ in new], *self._pass(embeds, positions, last))
+            for one in [] if request.finished else request.pair:
+                self._place(one)
+                new.append(one)
+        if new:
+            for row in self.rows[self.active - len(new):self.active]:
+                row.held = row.request and row.request.embeds
+            rest = [request.embeds[request.start:] for request in new]
+            self._read(new, pad_sequence(rest, batch_first=True), [one.start for one in new],
+                       [len(one) for one in rest], self._pass)
 
-    def _place(self, request: Request) -> int:
-        """Put a request into the best free row; returns how many positions of its prompt are there already."""
-        request.embeds = embedded(request.prompt, request.forced, self.llm.get_input_embeddings())
+    def _place(self, request: Request) -> None:
+        """Give a request a row, with as many positions of its prompt as any row holds."""
         request.processors = row_processors(request.settings, request.seed, request.ends, request.embeds.device)
-        shared = [row.common(request.embeds) for row in self.rows[self.active:]]
-        best = max(range(len(shared)), key=shared.__getitem__, default=0)
-        if not shared or not shared[best]:  # the one whose last use is longest ago, or a new one
-            best = len(shared) - 1
-            if not shared:
+        copies = self.cache.copies
+        shared = [row.common(request.embeds) if copies or number >= self.active else 0
+                  for number, row in enumerate(self.rows)]
+        request.start = start = max(shared, default=0)
+        place = shared.index(start) if start else 0
+        held = self.rows[place].held if start else None
+        if held is None or place < self.active or (copies and len(held) > start + TAIL):
+            source = place  # another conversation, which goes on: a copy of what it shares
+            if self.active == len(self.rows) or len(self.rows) < min(KEPT, self.slots):
                 self.rows.append(Row())
                 self.cache.grow(len(self.rows), 0)
-                shared, best = [0], 0
-        start, row = shared[best], self.rows[self.active + best]
-        self._swap(self.active, self.active + best)
-        row.request, row.held = request, None
+            place = min(range(self.active, len(self.rows)), key=lambda number: self.rows[number].freed)
+            if start:
+                self.cache.copy(source, place, start)
+        self._swap(self.active, place)
+        self.rows[self.active].request, self.rows[self.active].held = request, None
         self.active += 1
-        return start
 
     def _step(self) -> None:
-        """One more token for every answer."""
+        """One more token for every answer; few numbers of rows are compiled."""
         requests: list[Any] = [row.request for row in self.rows[:self.active]]
-        places = [len(one.embeds) + len(one.ids) - 1 for one in requests]
-        self._make_room(max(places) + 1)
+        count = min(1 << (self.active - 1).bit_length(), self.slots) if self.compiled else self.active
         embed = self.llm.get_input_embeddings()
-        device = embed.weight.device
-        self.cache.rows = slice(self.active)
-        tokens = torch.tensor([[one.ids[-1]] for one in requests], device=device)
-        positions = torch.tensor(places, device=device)[:, None]
-        self._choose(requests, *self._decode(embed(tokens), positions, torch.zeros(len(places), dtype=torch.long,
-                                                                                   device=device)))
+        tokens = torch.tensor([one.ids[-1] for one in requests] + [0] * (count - self.active),
+                              device=embed.weight.device)
+        self._read(requests, embed(tokens[:, None]), [len(one.embeds) + len(one.ids) - 1 for one in requests],
+                   [1] * count, self._decode)
 
-    def _make_room(self, length: int) -> None:
-        self.cache.grow(len(self.rows), length)
-        self.cache.used = -(-length // STEP) * STEP
+    def _read(self, requests: Sequence[Request], embeds: Tensor, starts: list[int], lengths: list[int],
+              compute: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        """Choose the next tokens of the last active rows, after a pass over so many `embeds` `[rows, n, D]` of each."""
+        cache, device = self.cache, embeds.device
+        end = max(start + length for start, length in zip(starts, lengths, strict=False))
+        cache.grow(len(self.rows), end + 1)
+        cache.first, nowhere = self.active - len(requests), cache.length - 1  # where padding is written
+        first = torch.tensor(starts + [nowhere] * (len(lengths) - len(starts)), device=device)[:, None]
+        positions = (first + torch.arange(embeds.shape[1], device=device)).clamp_(max=nowhere)
+        places = torch.arange(min(1 << max(7, (end - 1).bit_length()), cache.length), device=device)
+        given = embeds, positions, torch.tensor(lengths, device=device) - 1, places
+        if self.compiled:
+            for tensor in given:  # one graph for any number of rows and positions
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        self._choose(requests, *compute(*given))
 
-    def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores `[rows, V]` and last hidden states `[rows, D]` at the tokens `last` of `embeds` `[rows, n, D]`."""
+    def _pass(self, embeds: Tensor, positions: Tensor, last: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores `[rows, V]` and last hidden states `[rows, D]` at the tokens `last` of `embeds` `[rows, n, D]`, which
+        see `places` `[used]` up to their own `positions` `[rows, n]`."""
         cache = self.cache
-        cache.positions = positions
-        seen = torch.arange(cache.used, device=embeds.device) <= positions[:, :, None]
+        cache.positions, cache.used = positions, len(places)
+        seen = places <= positions[:, :, None]
         hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=positions,
                                         past_key_values=cache, use_cache=True).last_hidden_state
         state = hidden[torch.arange(len(last), device=last.device), last]
@@ -305,7 +277,7 @@ class Engine:
         finite = torch.isfinite(scores.amax(-1)).tolist()
         leaders = [row for row, request in enumerate(requests) if not request.is_guide]
         for row in leaders:
-            if (guide := requests[row].guide) is not None:
+            for guide in requests[row].pair[1:]:
                 given, away = scores[[row, requests.index(guide)]].log_softmax(-1)
                 scores[row] = requests[row].settings.guidance * (given - away) + away
         spans = [row for row in leaders if requests[row].settings.constrain]
@@ -313,7 +285,7 @@ class Engine:
             inside, done, left = (torch.tensor([getattr(requests[row], name) for row in spans], device=scores.device)
                                   for name in ("inside", "done", "left"))
             scores[spans] = self.spans.masked(scores[spans], inside, done, left)
-        for row in (row for row in leaders if requests[row].processors):
+        for row in (row for row in leaders if requests[row].processors and finite[row]):
             ids = torch.tensor([requests[row].ids], dtype=torch.long, device=scores.device)
             for process in requests[row].processors:
                 scores[row] = process(ids, scores[row:row + 1])[0]
@@ -322,7 +294,7 @@ class Engine:
             request = requests[row]
             if request.states is not None:
                 request.states.append(states[row].clone())
-            for one in (request, request.guide) if request.guide is not None else (request,):
+            for one in request.pair:
                 one.ids.append(chosen[row])
             self._sent(request, chosen[row], finite[row])
         for place in reversed(range(self.active)):
@@ -347,14 +319,14 @@ class Engine:
                 request.tokens.put(token)
             if token in request.ends or not request.left:
                 request.end()
-        if request.guide is not None:
-            request.guide.finished = request.finished
+        for guide in request.pair[1:]:
+            guide.finished = request.finished
 
     def _free(self, place: int, request: Request) -> None:
         """The row keeps what it holds, for a prompt that begins with it."""
         row, embed = self.rows[place], self.llm.get_input_embeddings()
         fed = torch.tensor(request.ids[:-1], dtype=torch.long, device=request.embeds.device)
-        row.request, row.held = None, torch.cat([request.embeds, embed(fed)])
+        row.request, row.held, row.freed = None, torch.cat([request.embeds, embed(fed)]), time.monotonic()
         self.active -= 1
         self._swap(place, self.active)
 

@@ -13,14 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from torch import nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.answer import AnswerReader, Event, ImagePart
 from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
 from seed_multimodal.language.messages import Answer, DrawnPart
-from seed_multimodal.language.streaming import AnswerReader, Event
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
@@ -38,8 +36,10 @@ class Generator:
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
         self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
 
-    def __getstate__(self) -> Any:
-        raise TypeError("A system cannot be pickled or copied; use save_pretrained and from_pretrained.")
+    def set_engine(self, compiled: bool, device: torch.device | None) -> None:
+        """`compiled`: of `Engine`; `device`: where a language model computes that is on the CPU while it rests."""
+        self.engine = Engine(self.llm, self.tokenizer, compiled=compiled)
+        self.engine.device = device
 
     # ---- a subclass defines
 
@@ -97,8 +97,8 @@ class Generator:
 
     def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
         """The parts of an answer, cut at its end."""
-        ids = self.reader(task).read_all(ids)
-        return Answer(tuple(split_answer(ids, self.tokenizer)), tuple(ids), note, self.answer_after)
+        read = self.reader(task).read_all(ids)
+        return Answer(tuple(read.parts), tuple(read.ids), note, self.answer_after)
 
     def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
                should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
@@ -125,10 +125,10 @@ class Generator:
                         break
             yield from show(reader.close())
         rest = iter(images)
-        answer = self.read_answer(reader.ids, task, prompt.note)
         parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
-                 for part in answer.parts]
-        yield {"type": "done", "answer": replace(answer, parts=tuple(parts), prompt_tokens=len(prompt))}
+                 for part in reader.parts]
+        yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after,
+                                                len(prompt))}
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
                 should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
@@ -140,17 +140,3 @@ class Generator:
                                          states=None if states is None else (states, 0))
             yield from request.answered
             yield from request
-
-
-@contextlib.contextmanager
-def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """An off-loaded `part` is on `device` inside, and back on the CPU afterwards; None: it stays where it is."""
-    if device is None or device.type == "cpu":
-        yield
-        return
-    part.to(device)
-    try:
-        yield
-    finally:
-        part.to("cpu")
-        torch.cuda.empty_cache()

@@ -38,7 +38,7 @@ class KnownWords:
 
     def note(self, text: str) -> str:
         """One sentence about unknown words, with names for the first that means several; or nothing."""
-        unknown = [word if len(word) <= 40 else f"{word[:40]}…" for word in self.unknown(text)]
+        unknown = [word[:40] for word in self.unknown(text)]
         examples = next((self.examples[one] for word in unknown for one in (word, word.removesuffix("s"))
                          if one in self.examples), ())
         some = f", such as {', '.join(examples)}" if examples else ""

@@ -22,15 +22,16 @@ from seed_multimodal.weights import refuse_tensors, warn_tensors
 
 BOS, EOS, PAD = 1, 2, 0
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "use_cache": True}
-QUANTIZATIONS = (None, "8bit", "4bit")
+BITSANDBYTES, TORCHAO = ("8bit", "4bit"), ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; they are computed here
 
 
 def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
              quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> Any:
     """Read a LLaMA folder or hub id for inference, straight to `device`; `quantization`: "8bit" or "4bit" through
-    bitsandbytes (`dtype` is then that of the rest). Raises `CheckpointError` for missing, damaged, unsafe or foreign
-    files and other words than those of `vocabulary`, `ConfigError` for an impossible quantisation."""
+    bitsandbytes, "int8" or "int4" through torchao (`dtype` is then that of the rest). Raises `CheckpointError` for
+    missing, damaged, unsafe or foreign files and other words than those of `vocabulary`, `ConfigError` for an
+    impossible quantisation."""
     from transformers import GenerationConfig, LlamaForCausalLM
 
     device = torch.device(device)
@@ -87,15 +88,27 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
 
 def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of `from_pretrained`."""
-    from transformers import BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig, TorchAoConfig
 
-    if name not in QUANTIZATIONS:
-        raise ConfigError(f"Unknown quantisation {name!r}: use 8bit or 4bit, or none.")
     if name is None:
         return {}
+    if name not in (*BITSANDBYTES, *TORCHAO):
+        raise ConfigError(f"Unknown quantisation {name!r}: use {', '.join((*BITSANDBYTES, *TORCHAO))}, or none.")
+    package = "bitsandbytes" if name in BITSANDBYTES else "torchao"
     if device.type not in ("cuda", "cpu"):
         raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{name} weights need the package bitsandbytes: {how_to_install('bitsandbytes')}.")
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{name} weights need the package {package}: {how_to_install(package)}.")
+    if name in BITSANDBYTES:
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if name == "8bit" else BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)}
+    from torchao import quantization as torchao
+
+    if name == "int8":
+        return {"quantization_config": TorchAoConfig(torchao.Int8WeightOnlyConfig())}
+    if device.type == "cpu":  # groups of 64 weights; kept as int8 there
+        return {"quantization_config": TorchAoConfig(torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64)))}
+    if dtype != torch.bfloat16:
+        raise ConfigError(f"int4 weights on {device} need bfloat16 beside them, not {dtype}: give --dtype bfloat16.")
+    return {"quantization_config": TorchAoConfig(torchao.Int4WeightOnlyConfig(
+        group_size=64, int4_packing_format="tile_packed_to_4d"))}

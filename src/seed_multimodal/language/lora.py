@@ -33,7 +33,6 @@ _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
 _FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # the base's own, saved beside the adapter
 _SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
-_CHANGE_BASE = ("pissa", "olora", "corda", "loftq")
 
 
 @dataclass
@@ -72,15 +71,10 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
     return trained
 
 
-def merge_into(llama: Any, source: str | Path, lora: Mapping[str, Any] | None = None) -> None:
-    """Change a LLaMA's weights as a trained checkpoint says; arguments as of `read_trained`. Raises `CheckpointError`
-    for tensors that the model does not have, or of another size."""
-    _merge(llama, read_trained(source, lora))
-
-
 @torch.no_grad()
-def _merge(llama: Any, trained: TrainedWeights) -> None:
-    """Put whole tensors in their places, and merge low-rank matrices."""
+def merge_into(llama: Any, trained: TrainedWeights) -> None:
+    """Put whole tensors in their places, and merge low-rank matrices. Raises `CheckpointError` for tensors that the
+    model does not have, or of another size."""
     ends = [trained.whole.get(name) for name in (EMBEDDING, HEAD)]
     apart = any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora) or (
         ends[1] is not None and (ends[0] is None or not torch.equal(ends[0], ends[1])))
@@ -104,9 +98,6 @@ def _merge_lora(llama: Any, trained: TrainedWeights) -> None:
     if not config.get("r") or not config.get("lora_alpha"):
         raise CheckpointError(f"{trained.source}: holds LoRA matrices, but nothing says their r and lora_alpha "
                               f"({ADAPTER_CONFIG}, or peft_config of the model's configuration).")
-    if str(config.get("init_lora_weights")).startswith(_CHANGE_BASE):
-        raise CheckpointError(f"{trained.source}: an adapter with init_lora_weights {config['init_lora_weights']!r} "
-                              f"belongs to a base that was changed for it, and cannot be merged.")
     values = {key: config[key] for key in _SHAPE if key in config}
     values |= {"target_modules": sorted({name.rpartition(".lora_")[0] for name in trained.lora})}
     with warnings.catch_warnings():
@@ -128,21 +119,16 @@ def merge_adapter(
     lora: Mapping[str, Any] | None = None, dtype: str = "fp32", max_shard_size: str | int = "5GB", force: bool = False,
     agent: Callable[[TrainedWeights], Mapping[str, Any]] | None = None,
 ) -> str:
-    """Write a plain LLaMA folder, complete or not at all; of a tuned SEED-X its subfolders `llm` and `agent`. Returns a
-    summary for the log. Memory holds the model in fp32.
-
-    Args:
-        trained: as of `read_trained`, or the folder of a whole model, which needs no `base` and is only saved again.
-        tokenizer: its vocabulary must be the result's, and its files are saved with the weights.
-        dtype: fp32, bf16 or fp16. agent: gives the content of a SEED-X agent's `config.json`.
-    """
+    """Write a plain LLaMA folder, complete or not at all; of a tuned SEED-X its subfolders `llm` and `agent`, for which
+    `agent` gives the content of `config.json`. `trained`: as of `read_trained`, or the folder of a whole model, which
+    needs no `base`; `tokenizer`: saved beside the weights. Returns a summary for the log."""
     place = Path(trained)
     target = output_folder(out, force=force, what="the merged model", read=(base, place))
     is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
     changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
     agent_config = agent(changes) if agent is not None and changes.agent else None
     llama = _load_base(place if is_whole else base, changes, tokenizer)
-    _merge(llama, changes)
+    merge_into(llama, changes)
     force_special_ids(llama.to(DTYPES[dtype]))
     with making_folder(target, out) as folder:
         inner = folder / LLM_FOLDER if changes.agent else folder
@@ -155,10 +141,9 @@ def merge_adapter(
             save_state_dict(changes.agent, folder / AGENT_FOLDER / "model.safetensors")
         if agent_config is not None:
             (folder / AGENT_FOLDER / "config.json").write_text(json.dumps(agent_config, indent=1), encoding="utf-8")
-    beside = f" {len(changes.agent)} tensors of the resamplers beside it, in {AGENT_FOLDER}." if changes.agent else ""
     merged = len({name.rpartition(".lora_")[0] for name in changes.lora})
     return (f"{out}: {len(llama.state_dict())} tensors, {merged} with LoRA merged in, {len(changes.whole)} replaced by "
-            f"trained ones, {llama.config.vocab_size} words.{beside}")
+            f"trained ones, {llama.config.vocab_size} words; {len(changes.agent)} tensors of resamplers.")
 
 
 def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any) -> Any:

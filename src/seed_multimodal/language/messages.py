@@ -187,9 +187,8 @@ def _item(item: Any, number: int) -> Any:
         return item.text
     if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
         return item
-    raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, an array) "
-                       f"or codes (a list of whole numbers), or a mapping {{'type': 'text', 'text': …}} or "
-                       f"{{'type': 'image', 'image': …}} or {{'type': 'image_url', 'image_url': {{'url': …}}}}.")
+    raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, array), "
+                       f"codes (a list of whole numbers), or parts of a chat message with the type text or image.")
 
 
 def _file(name: str, number: int) -> Any:

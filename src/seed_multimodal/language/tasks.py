@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from seed_multimodal.errors import ConfigError
-
 DESCRIBE_PROMPT = "Please provide an accurate and concise description of the given image."
 DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
 QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
@@ -25,10 +23,8 @@ DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    The responses open a forced answer: `<img>` follows them; the original demo has empty ones. `draw_words`,
-    `edit_words`: tokens in which the model may first say what the image will show; only where no image comes then, it
-    is forced. `answer_after`: the model's answers may begin with a written verdict that ends with these characters; the
-    answer is what follows them ("": all of it).
+    The responses open a forced answer, before `<img>`. `draw_words`, `edit_words`: tokens in which the model may say
+    what the image will show, before an image is forced. `answer_after`: ends a written verdict before the answer.
     """
 
     describe: str = DESCRIBE_PROMPT
@@ -41,10 +37,6 @@ class TaskPrompts:
     draw_words: int = 0
     edit_words: int = 0
     answer_after: str = ""
-
-    def __post_init__(self) -> None:
-        if "{caption}" not in self.draw:
-            raise ConfigError(f"The drawing prompt {self.draw!r} has no {{caption}} to fill in.")
 
     def draw_request(self, caption: str) -> str:
         """The user's sentence that asks for an image of `caption` (its own trailing dots and blanks dropped)."""

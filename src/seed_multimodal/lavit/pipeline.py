@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.images.io import DETAIL
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
@@ -32,7 +32,6 @@ from seed_multimodal.language.messages import (
     read_messages,
     user_message,
 )
-from seed_multimodal.language.streaming import AnswerReader
 from seed_multimodal.language.tasks import TaskPrompts
 from seed_multimodal.lavit.checkpoints import load_both
 from seed_multimodal.lavit.decoder import CodeDecoder

@@ -108,13 +108,17 @@ class ContinuousLVLM(nn.Module):
 
     # ---- reading and writing
 
-    def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None) -> Tensor:
+    def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None,
+              views: list[int] | None = None) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with features [n, N, K] of views, whose centres are `positions` [n, 2],
-        in the places of `mask` (bool [B, L]), in order."""
+        in the places of `mask` (bool [B, L]), in order. `views` of each image: then each image is read alone, so that
+        it has the same embeddings beside any others."""
         embeds: Tensor = self.llm.get_input_embeddings()(ids)
         if features is None:
             return embeds
-        read = self._read(features, positions).flatten(0, 1)
+        sizes = views or [len(features)]
+        centres = [None] * len(sizes) if positions is None else positions.split(sizes)
+        read = torch.cat([self._read(*one) for one in zip(features.split(sizes), centres, strict=True)]).flatten(0, 1)
         if int(mask.sum()) != len(read):
             raise DataError(f"The batch has {int(mask.sum())} image words for {len(read)} embeddings of its images.")
         return embeds.masked_scatter(mask[..., None], read.to(embeds))

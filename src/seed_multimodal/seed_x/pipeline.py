@@ -23,7 +23,7 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.lora import merge_into
+from seed_multimodal.language.lora import merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
     DrawnPart,
@@ -243,7 +243,8 @@ class SeedX(MultimodalSystem):
             with torch.inference_mode():
                 embeds = self.agent.embed(torch.tensor([ids], device=device), mask.to(device),
                                           torch.cat([one.features for one in seen]).to(device),
-                                          torch.cat([one.positions for one in seen]).to(device))[0]
+                                          torch.cat([one.positions for one in seen]).to(device),
+                                          [len(one.features) for one in seen])[0]
         return Prompt(ids, embeds, answered=end, source=sources[-1] if sources else None)
 
     def _spans(self, message: Message, views: list[int]) -> list[Content]:
@@ -347,7 +348,7 @@ def load_agent_model(config: SystemConfig, words: MultimodalTokenizer, runtimes:
     llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtime.dtype, quantization=runtimes.quantization,
                    vocabulary=vocabulary)
     if lora is not None:
-        merge_into(llm, parts.agent, lora)
+        merge_into(llm, read_trained(parts.agent, lora))
     agent = ContinuousLVLM(llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings)
     load_agent(agent, parts.agent, language=lora is None)
     for part in (agent.input_resampler, agent.output_resampler):

@@ -69,12 +69,12 @@ class MultimodalSystem(Generator, HubUpload):
     def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
                         dtype: Any = "auto", quantization: str | None = None, image_device: str | None = None,
                         drawing_device: str | None = None, offload: bool | Collection[str] = False, log: Log = print,
-                        load_decoder: bool = True, engine: str = "torch", url: str | None = None,
-                        gguf: str | Path | None = None, **parts: Any) -> Self:
+                        load_decoder: bool = True, compiled: bool = False, engine: str = "torch",
+                        url: str | None = None, gguf: str | Path | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
-        `device`, `dtype`: see `choose_device`; `quantization`: "8bit" or "4bit" for the language model; `offload`: each
+        `device`, `dtype`: see `choose_device`; `quantization`, `compiled`: of `load_llm` and `Engine`; `offload`: each
         part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
         a system that never draws; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its folder
         holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
@@ -92,7 +92,8 @@ class MultimodalSystem(Generator, HubUpload):
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
-        system.engine.device = llm.device if "llm" in parked and engine == "torch" else None
+        if engine == "torch":
+            system.set_engine(compiled, llm.device if "llm" in parked else None)
         system._log_note(config.notice)
         return system
 
@@ -184,7 +185,7 @@ class MultimodalSystem(Generator, HubUpload):
              **options: Any) -> Any:
         """The `Answer` to the last message of a conversation (see `language.messages` for its form).
 
-        `stream`: yield events (see `language.streaming`) while the answer is made; `force_image`: answer with an image;
+        `stream`: yield events (see `language.answer`) while the answer is made; `force_image`: answer with an image;
         `previews`: after how many codes a stream shows what there is of an image, None: as `system.json` says;
         `should_stop`: called before each token and each drawing, true ends the answer there.
         """

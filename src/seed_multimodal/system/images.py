@@ -15,11 +15,10 @@ from PIL import Image
 from torch import nn
 
 from seed_multimodal.batches import Collector
-from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device
+from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device, on_device
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generation import random_seed
-from seed_multimodal.language.generator import on_device
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
 from seed_multimodal.system.config import SystemConfig
@@ -73,6 +72,7 @@ class ImageCodec:
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
     own_settings: ClassVar[tuple[str, ...]] = ()  # of these, what the de-tokenizer does not know
     name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
+    compiled = False
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
     encode_batch: Callable[[Any, Sequence[Any]], Sequence[Any]]
@@ -84,7 +84,7 @@ class ImageCodec:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
         self.at_least, self._load_decoder, self._decoder = at_least, load_decoder, None
         self._lock = threading.RLock()  # held while the encoder computes and the de-tokenizer is loaded
-        self._encoded, self._drawn = Collector(self.encode_batch, most=32), Collector(self.draw_batch)
+        self._encoded, self._drawn = Collector(self.encode_batch, most=32, wait=0.005), Collector(self.draw_batch)
         self.offload(offload)
 
     @property
@@ -101,6 +101,9 @@ class ImageCodec:
                 with quiet_loading("diffusers", "transformers"):
                     self._decoder = self._load_decoder()
                 self.offload(self._offload)
+                if self.compiled:
+                    self._decoder.unet.fuse_qkv_projections()
+                    self._decoder.unet.compile_repeated_blocks()
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
@@ -110,6 +113,13 @@ class ImageCodec:
         if self._decoder is not None:
             place = self._decoder.enable_cpu_offload if "decoder" in parts else self._decoder.to
             place(self.drawing_device)
+
+    def compile(self) -> None:
+        """Compile the blocks of the encoder, and of the de-tokenizer when it is loaded; once for each kind of batch."""
+        self.compiled = True
+        for blocks in [part for part in self.model.modules() if isinstance(part, nn.ModuleList)]:
+            for block in blocks:
+                block.compile()
 
     def check_drawing(self, **settings: Any) -> None:
         """Raise for unknown settings of `draw` and a missing de-tokenizer before the language model works for it."""

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.entry import DONE, add_device, add_quantization, log_line, run_program, whole_number
+from seed_multimodal.entry import DONE, add_device, add_language_model, log_line, run_program, whole_number
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.progress import Progress
@@ -37,8 +37,8 @@ def report(options: argparse.Namespace) -> int:
     start, sizes, kind = time.monotonic(), Sizes.limited(options.limit), SystemConfig.find(options.model).system
     writable_folder(options.out, ConfigError)
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
-    system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device,
-                         dtype=options.dtype, quantization=options.quantization, log=log_line)
+    system = load_system(options.model, batch=options.batch, seed=options.seed, device=options.device, log=log_line,
+                         dtype=options.dtype, quantization=options.quantization, compiled=options.compiled)
     device = system.inner.images.device
     judge.to(device)
     runs: list[Run] = []
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="a training's work folder: also write MODEL/README.md, with its "
                         "records")
     add_device(parser)
-    add_quantization(parser)
+    add_language_model(parser)
     return run_program(parser, report, arguments, "report")
 
 

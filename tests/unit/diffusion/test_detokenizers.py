@@ -146,6 +146,18 @@ def test_settings_are_checked_without_drawing(case: Case, settings: dict[str, An
     assert case.model.check_settings(num_inference_steps=7, guidance_scale=None).num_inference_steps == 7
 
 
+def test_preset_fast_takes_fewer_steps_of_another_scheduler(case: Case) -> None:
+    model = case.model
+    steps = model.defaults.num_inference_steps
+    assert model.check_settings(preset="fast").num_inference_steps == min(steps, 12)
+    assert model.check_settings(preset="fast", num_inference_steps=15).num_inference_steps == 15
+    assert model.check_settings(preset="original") == model.defaults
+    with pytest.raises(ConfigError, match="preset"):
+        model.check_settings(preset="slow")
+    own = case.draw([0], [1])
+    assert np.abs(case.draw([0], [1], preset="fast") - own).max() > 1 and np.array_equal(case.draw([0], [1]), own)
+
+
 def test_sizes(place: Path) -> None:
     for family in ("sd", "unclip", "sdxl", "lavit"):
         case = open_case(place, family)

@@ -124,6 +124,47 @@ def test_a_conversation_is_read_on_where_the_last_turn_ended(tiny: Any) -> None:
     assert read[0] == len(longer) - len(ids) - len(first) + 1
 
 
+def test_a_beginning_is_copied_from_another_conversation(tiny: Any) -> None:
+    """Also from one that is still answered; the conversation that it is copied from stays."""
+    engine = Engine(tiny.llm, tiny.tokenizer, 4)
+    words = tiny.tokenizer
+    system = words.encode_parts(["Answer politely, with few words, and never about the weather."], add_bos=True)
+    asked = [[*system, *words.encode_parts([text])] for text in ("What is this animal? A fish?", "no", "Why so?")]
+    wanted = [generate(tiny.llm, words, [Prompt(ids)], GREEDY)[0] for ids in asked]
+    read: list[int] = []
+    hook = tiny.llm.get_decoder().register_forward_pre_hook(
+        lambda module, arguments, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True)
+    first = engine.submit(Prompt(asked[0]), GREEDY)
+    begun = [next(iter(first.tokens.get, None))]
+    assert engine.generate([Prompt(asked[1])], GREEDY) == [wanted[1]]
+    assert [*begun, *first] == wanted[0]
+    assert engine.generate([Prompt(asked[2])], GREEDY) == [wanted[2]]
+    longer = Prompt([*asked[0], *wanted[0][:-1], *words.encode_parts(["And this?"])])
+    answer = engine.generate([longer], GREEDY)
+    hook.remove()
+    assert answer == generate(tiny.llm, words, [longer], GREEDY)
+    first_read, *others = [length for length in read if length > 1]
+    news = [*(len(ids) - len(system) for ids in asked[1:]), len(longer) - len(asked[0]) - len(wanted[0]) + 1]
+    assert first_read == len(asked[0])
+    assert all(length <= new for length, new in zip(others, news, strict=False)), (others, news)
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_compiled_answers_are_those_of_eager_passes(tiny: Any) -> None:
+    """Any number of rows and positions, of few graphs."""
+    torch.compiler.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    eager, compiled = Engine(tiny.llm, tiny.tokenizer, 8), Engine(tiny.llm, tiny.tokenizer, 8, compiled=True)
+    generator = torch.Generator().manual_seed(0)
+    for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
+        several = [Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist()) for row in range(rows)]
+        assert compiled.generate(several, GREEDY) == eager.generate(several, GREEDY), (rows, length)
+    assert compiled.generate(several, replace(WILD, seed=3)) == eager.generate(several, replace(WILD, seed=3))
+    assert counters["stats"]["unique_graphs"] <= 3
+
+
 def test_bad_requests_end_alone(tiny: Any) -> None:
     engine = Engine(tiny.llm, tiny.tokenizer, 2)
     good = prompts(tiny)[1]

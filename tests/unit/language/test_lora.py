@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.lora import merge_adapter, merge_into
+from seed_multimodal.language.lora import merge_adapter, merge_into, read_trained
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 LORA: dict[str, Any] = {
@@ -149,7 +149,7 @@ def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, words: int)
     llama = load_llm(trained.base)
     llama.resize_token_embeddings(words, mean_resizing=False)
     names = list(llama.state_dict())
-    merge_into(llama, trained.adapter)
+    merge_into(llama, read_trained(trained.adapter))
     assert list(llama.state_dict()) == names
     check_logits(Path(), trained.logits, lambda _: llama)
 
@@ -181,8 +181,4 @@ def test_merge_adapter_with_a_wrong_base_or_place(trained: SimpleNamespace, word
     run = shutil.copytree(trained.adapter, tmp_path / "run")
     with pytest.raises(ConfigError, match="run: holds .*, which is used here"):
         merge_adapter(trained.base, run, run, force=True)
-    values = json.loads((run / "adapter_config.json").read_text())
-    (run / "adapter_config.json").write_text(json.dumps({**values, "init_lora_weights": "pissa_niter_4"}))
-    with pytest.raises(CheckpointError, match="init_lora_weights 'pissa_niter_4'"):
-        merge_adapter(trained.base, run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "wide"]

@@ -7,8 +7,7 @@ from itertools import groupby
 
 import pytest
 
-from seed_multimodal.language.answer import ImagePart, TextPart, split_answer
-from seed_multimodal.language.streaming import AnswerReader
+from seed_multimodal.language.answer import AnswerReader, ImagePart, TextPart, split_answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.words import train_words
 

@@ -174,6 +174,27 @@ def test_an_answer_is_part_of_the_next_turn(talking: Any) -> None:
     assert talking.chat(system_role, seed=1).ids
 
 
+@pytest.mark.parametrize("model", ["nano", "nano-x"])
+def test_the_next_turn_reads_only_what_is_new(model: str) -> None:
+    """Each image is encoded once, and words that the language model has read, a shared system message too, are kept."""
+    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
+    encoded, read = list[int](), list[int]()
+    patches = next(module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d))
+    patches.register_forward_pre_hook(lambda module, given: encoded.append(len(given[0])))
+    system.llm.get_decoder().register_forward_pre_hook(
+        lambda module, arguments, given: read.append(given["inputs_embeds"].shape[1]), with_kwargs=True)
+    rule = {"role": "system", "content": "Answer politely, with few words, and never about politics or the weather."}
+    asked = [rule, *user(noise(1), "What is this?")]
+    first = system.chat(asked)
+    other = system.chat([rule, *user("What is a dog?")])
+    words = len(system.tokenizer.encode_parts([rule["content"]]))
+    assert max(read[len(first.ids):]) <= other.prompt_tokens - words
+    read.clear()
+    second = system.chat([*asked, {"role": "assistant", "content": first}, *user(noise(2), "And this?")])
+    assert len(encoded) == 2 and encoded[0] == encoded[1]
+    assert max(read) <= second.prompt_tokens - first.prompt_tokens - len(first.ids) + 2
+
+
 def test_a_conversation_that_is_too_long_drops_its_oldest_turns(talking: Any) -> None:
     turns = [message for number in range(30) for message in (
         *user(f"Tell me about the tall tree number {number}."), {"role": "assistant", "content": "It is a tree."})]
@@ -259,6 +280,16 @@ def test_offloaded_parts_compute_the_same(system: Any) -> None:
     moved = MultimodalSystem.from_pretrained(system.config, device="cpu", offload=True, log=None)
     assert moved.describe(noise(1)) == system.describe(noise(1))
     assert same(moved.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_compiled_images_are_the_same(tiny: Any) -> None:
+    system = MultimodalSystem.from_pretrained(tiny.config, device="cpu", log=None)
+    system.images.compile()
+    assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
+    assert same(system.draw("a fish", 1, **FEW), tiny.draw("a fish", 1, **FEW))
+    assert hasattr(system.images.decoder.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv")
 
 
 def test_save_pretrained_writes_a_system_that_answers_the_same(system: Any, tmp_path: Path) -> None:

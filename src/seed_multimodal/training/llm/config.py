@@ -14,7 +14,7 @@ from seed_multimodal.config import project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.llama import QUANTIZATIONS
+from seed_multimodal.language.llama import BITSANDBYTES
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
 from seed_multimodal.training.config import TrainerConfig
@@ -42,7 +42,7 @@ class LlmModelSettings:
     path: str | None = None  # folder of the base model, or
     sizes: dict[str, Any] | None = None  # a `LlamaConfig` for random weights, with the tokenizer's vocabulary
     dtype: str | None = setting(None, choices=tuple(DTYPES))
-    quantization: str | None = setting(None, choices=QUANTIZATIONS)  # of the frozen base, by bitsandbytes (QLoRA)
+    quantization: str | None = setting(None, choices=(None, *BITSANDBYTES))  # of the frozen base (QLoRA)
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
