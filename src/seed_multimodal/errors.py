@@ -9,7 +9,8 @@ from __future__ import annotations
 # Modules of each extra of pyproject.toml; a module of several extras is listed once.
 EXTRAS = {
     "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
-    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes", "torchao"),
+    "demo": ("gradio", "httpx", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes",
+             "torchao"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
     "laptop": ("llama_cpp", "gguf"),

@@ -230,13 +230,15 @@ class Backend:
     # ---- POST /generate
 
     def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Previews of images if they are asked for, and last the answer."""
+        """Words and previews of images if they are asked for, and last the answer."""
         images = self.read_images(asked.images, "images[{}]", watch)
-        number, stream = -1, asked.previews and self.system.images.progressive
+        number, stream = -1, asked.words or asked.previews and self.system.images.progressive
         options = {"force_image": asked.force_boi, **self._options(asked)}
         for event in self._chat(self._messages(asked, images), watch, stream, options):
             number += event["type"] == "image_start"
-            if event["type"] == "image_preview":
+            if event["type"] == "text" and asked.words:
+                yield {"words": event["text"]}
+            if event["type"] == "image_preview" and asked.previews:
                 yield {"picture": number, "codes": len(event["codes"]), "preview": image_to_base64(event["image"])}
         answer = event["answer"]
         response = self._render(answer, [sent if isinstance(sent, list) else image if isinstance(image, list) else None
@@ -377,7 +379,8 @@ class Backend:
         items: Sequence[Any] = asked.images or asked.codes
         read = self._whole(items, watch)
         if asked.codes:
-            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed)
+            first = {"codes": asked.first} if asked.first else {}
+            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed, **first)
             return drawn
         return [[int(code) for code in row] for row in (read if self.reads_codes else self.system.tokenize(read))]
 
