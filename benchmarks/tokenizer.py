@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         encode = encoder(variant, master, images)
 
         def equal(seconds: float) -> dict[str, float]:
-            count = max(1, COMPARED // batch) * batch  # whole batches: another size would be compiled anew
+            count = max(1, COMPARED // batch) * batch  # whole batches: another size would be compiled again
             same = torch.cat([encode(part) for part in pixels[:count].split(batch)]) == exact[:count]
             return {"codes_equal_float32": round(float(same.float().mean()), 4),
                     "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4)}

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
+from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
@@ -87,8 +87,8 @@ class MultimodalSystem(Generator, HubUpload):
             raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
-        images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
-        drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
+        images = choose_for_images(image_device or llm.device, dtype, llm, log)
+        drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
