@@ -1,4 +1,4 @@
-"""The demo's web page: a chat with pictures in and out, talking to gradio_demo/seed_llama_flask.py.
+"""The demo's web page: a chat with images in and out, talking to gradio_demo/seed_llama_flask.py.
 
     python gradio_demo/seed_llama_gradio.py --model_type nano --server_port 7860 \\
         --request_address http://127.0.0.1:7890/generate

@@ -216,7 +216,7 @@ def test_an_example_is_run_at_a_click(page: Page) -> None:
 def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path: Path) -> None:
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.choose("#message", FOX, tmp_path / "fake.png")
-    page.until(lambda: "fake.png: not a picture" in page.text("#status"), "the sentence about the file")
+    page.until(lambda: "fake.png: not an image" in page.text("#status"), "the sentence about the file")
     page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
 
 

@@ -58,7 +58,7 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(pa
         job = page.visitor().submit(message, *SETTINGS, api_name="/on_submit")
         assert "Waiting for the model" in str(next(iter(job)))
     said = page.visitor().predict({"text": "", "files": [handle_file(tmp_path / "fake.png")]}, api_name="/on_choose")
-    assert "fake.png: not a picture in a known format" in str(said)
+    assert "fake.png: not an image in a known format" in str(said)
 
     assert len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4  # the uploads, and a copy of each visitor
     page.process.send_signal(signal.SIGTERM)

@@ -221,7 +221,7 @@ def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, p
 def read_text_files(folder: Path, needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
     """Read a plain LLaMA tokenizer; of its vocabulary only `n_text` counts."""
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
+        raise CheckpointError(f"{folder}: no such tokenizer folder (it must hold {' and '.join(needed)}); "
                               "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
     for name in needed:

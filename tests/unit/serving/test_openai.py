@@ -189,7 +189,7 @@ def test_an_image_is_fetched_from_an_allowed_host(tiny, picture) -> None:
     server.shutdown()
     assert answers[0].json["data"] == [{"codes": tiny.tokenize(picture)[0].tolist()}]
     assert [one.status_code for one in answers] == [200, 400, 400]
-    assert "not a picture in a known format" in answers[2].json["error"]["message"]
+    assert "not an image in a known format" in answers[2].json["error"]["message"]
 
 
 def test_a_late_answer_is_cut_off(tiny) -> None:

@@ -106,7 +106,7 @@ def test_sampling_depends_on_the_seed_alone(system: Any) -> None:
 
 
 def test_many_threads_answer_as_one_after_another(system: Any) -> None:
-    """Texts are equal; features that are computed beside others differ in their last digits, and images with them."""
+    """Texts are equal; features that are computed next to others differ in their last digits, and images with them."""
     jobs = [job for seed in range(2) for job in (
         lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING),
         lambda seed=seed: system.draw("a fish", seed, **FEW, **SAMPLING),
