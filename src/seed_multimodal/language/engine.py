@@ -48,26 +48,24 @@ class Request:
     """One answer on its way: iterate over its tokens. An error that ends it is raised there."""
 
     def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
-                 ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
-                 should_stop: Callable[[], bool] | None = None, is_guide: bool = False) -> None:
+                 ends: Sequence[int] | None = None, states: dict[int, Tensor] | None = None,
+                 should_stop: Callable[[], bool] | None = None) -> None:
         words = engine.tokenizer.vocabulary
         forced = [words.boi_id] if settings.force_image else []
         self.answered = [*prompt.answered, *forced]  # ids that belong to the answer already
         self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] from when it has a row
         self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
-        self.settings, self.should_stop, self.states = settings, should_stop, None
-        if states is not None:
-            states[0].first, self.states = len(self.answered) - 1, states[0].rows[states[1]]
+        self.settings, self.should_stop, self.states = settings, should_stop, states
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
         self.processors: list[Any] = []
         self.ids, self.start = list[int](), 0  # and how much of the prompt its row held already
-        self.is_guide, self.finished = is_guide, False
-        self.pair = [self]  # with what guidance steers away from, which has the next row
+        self.finished, self.pair = False, [self]  # with what guidance steers away from, which has the next row
         if settings.guidance != 1:
-            self.pair.append(Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS, is_guide=True))
+            self.pair.append(Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS))
+            self.pair[1].pair = []
         self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[int]:
@@ -123,7 +121,7 @@ class Engine:
 
     def submit(self, prompt: Prompt, settings: GenerationSettings, **how: Any) -> Request:
         """Begin an answer without beams; raises `GenerationError` as `generate`. `how`: `seed`, `ends`, `should_stop`
-        as there; `states`: where the last hidden states go, and as which answer's."""
+        as there; `states`: where the last hidden states go (see `HiddenStates`)."""
         request = Request(self, prompt, settings, **how)
         self._begin([request])
         return request
@@ -144,9 +142,8 @@ class Engine:
             seeds = [random_seed() if unknown else settings.seed or 0 for _ in prompts]
         prompts = [prompt for prompt in prompts for _ in range(count)]
         seeds = [(seed + number) % 2**63 for seed in seeds for number in range(count)]
-        sinks = [None if states is None else (states, row) for row in range(len(prompts))]
-        requests = [Request(self, prompt, settings, seed=seed, states=sink, **how)
-                    for prompt, seed, sink in zip(prompts, seeds, sinks, strict=True)]
+        requests = [Request(self, prompt, settings, seed=seed, states=None if states is None else states[row], **how)
+                    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         self._begin(requests)
         try:
             return [[*request.answered, *request] for request in requests]
@@ -275,7 +272,7 @@ class Engine:
     def _choose(self, requests: Sequence[Request], scores: Tensor, states: Tensor) -> None:
         """Choose the next token of each answer, send it, and free the rows of answers that end."""
         finite = torch.isfinite(scores.amax(-1)).tolist()
-        leaders = [row for row, request in enumerate(requests) if not request.is_guide]
+        leaders = [row for row, request in enumerate(requests) if request.pair]
         for row in leaders:
             for guide in requests[row].pair[1:]:
                 given, away = scores[[row, requests.index(guide)]].log_softmax(-1)
@@ -292,8 +289,8 @@ class Engine:
         chosen = scores.argmax(-1).tolist()
         for row in leaders:
             request = requests[row]
-            if request.states is not None:
-                request.states.append(states[row].clone())
+            if request.states is not None:  # of the word before
+                request.states[len(request.answered) + len(request.ids) - 1] = states[row].clone()
             for one in request.pair:
                 one.ids.append(chosen[row])
             self._sent(request, chosen[row], finite[row])

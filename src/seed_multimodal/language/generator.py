@@ -137,6 +137,6 @@ class Generator:
             yield from self.generate([prompt], settings, task, states=states, should_stop=should_stop)[0]
         else:
             request = self.engine.submit(prompt, settings, ends=self.ends(task), should_stop=should_stop,
-                                         states=None if states is None else (states, 0))
+                                         states=None if states is None else states[0])
             yield from request.answered
             yield from request

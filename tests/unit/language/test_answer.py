@@ -22,7 +22,7 @@ def test_broken_pictures_are_named_and_the_rest_goes_on(tokenizer: MultimodalTok
     good = words.image_ids(CODES)
     cases = [
         ([boi, code, code, eoi], "2 codes instead of 5"), ([boi, eoi], "0 codes instead of 5"),
-        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "no image codes"),
+        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "other words"),
         ([code, code], "without an opening"), ([eoi], "without an opening"), ([boi], "broke off after 0 of 5"),
         ([boi, code, code], "broke off after 2 of 5")]
     for ids, reason in cases:
