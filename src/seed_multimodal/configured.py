@@ -40,6 +40,7 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     Raises:
         CheckpointError: weights that are not there. ConfigError: a file that is missing or builds something else.
     """
+    from seed_multimodal.language.engine import Engine
     from seed_multimodal.language.prompts import template_for
     from seed_multimodal.language.tasks import RELEASED_TASKS
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -67,7 +68,7 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     config = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     system = SeedLlama(config, words.text, llm, words.images)
-    system.set_engine(compiled, None)
+    system.engine = Engine(llm, words.text, compiled=compiled)
     return system
 
 

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from PIL import Image
+
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
@@ -22,19 +24,13 @@ Event = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class TextPart:
-    """Words of the answer, decoded without special tokens."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class ImagePart:
-    """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), and where in the
-    generated ids the first of them stands."""
+    """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), where in the generated
+    ids the first of them stands, and the image itself if it was drawn."""
 
     codes: list[int]
     place: int = field(default=0, compare=False, kw_only=True)
+    image: Image.Image | None = field(default=None, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,7 @@ class BrokenImagePart:
     reason: str
 
 
-AnswerPart = TextPart | ImagePart | BrokenImagePart
-
-
-def split_answer(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
-    """The parts of generated ids (without the prompt), up to the first `</s>`; white space alone is dropped."""
-    return AnswerReader(tokenizer).read_all(ids).parts
+AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without special tokens
 
 
 class AnswerReader:
@@ -119,7 +110,7 @@ class AnswerReader:
         if not run or not words.is_image_word(run[0]):
             events = self._new_text(final=True) if run else []
             text = self._text()
-            self.parts += [TextPart(text)] if text.strip() else []
+            self.parts += [text] if text.strip() else []
             self._run, self._sent = [], 0
             return events
         start, end = len(self.ids) - len(run), len(run)

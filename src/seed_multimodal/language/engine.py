@@ -102,14 +102,14 @@ class Row:
 class Engine:
     """Answers to prompts by a language model; `slots`: rows at once (guidance takes two). `compiled`: `torch.compile`
     makes the tokens (on CUDA as CUDA graphs), with a cache of `slots` whole contexts; the first token then takes from
-    seconds to minutes."""
+    seconds to minutes. `device`: where a model computes that is on the CPU while it rests."""
 
-    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, *, compiled: bool = False) -> None:
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, *, compiled: bool = False,
+                 device: torch.device | None = None) -> None:
         self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
         self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
         self.rows: list[Row] = []  # those with a request come first
-        self.active = 0
-        self.device: torch.device | None = None  # where an off-loaded model computes
+        self.active, self.device = 0, device
         self._decode = torch.compile(self._pass, mode="reduce-overhead") if compiled else self._pass
         self._thread = ThreadPoolExecutor(1, "seed-engine")
         self._lock, self._waiting, self._busy = threading.Lock(), deque[Request](), False
@@ -137,13 +137,11 @@ class Engine:
                  states: HiddenStates | None = None, **how: Any) -> list[list[int]]:
         """The ids of each answer, `prompt.answered` and a forced `<img>` first; `how`: of `submit`."""
         count = settings.num_return_sequences
-        if seeds is None:
-            unknown = settings.samples and settings.seed is None
-            seeds = [random_seed() if unknown else settings.seed or 0 for _ in prompts]
+        first = [settings.seed] * len(prompts) if seeds is None else seeds
+        own = [None if seed is None else (seed + number) % 2**63 for seed in first for number in range(count)]
         prompts = [prompt for prompt in prompts for _ in range(count)]
-        seeds = [(seed + number) % 2**63 for seed in seeds for number in range(count)]
         requests = [Request(self, prompt, settings, seed=seed, states=None if states is None else states[row], **how)
-                    for row, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
+                    for row, (prompt, seed) in enumerate(zip(prompts, own, strict=True))]
         self._begin(requests)
         try:
             return [[*request.answered, *request] for request in requests]

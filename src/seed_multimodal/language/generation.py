@@ -84,8 +84,8 @@ class Prompt:
 
 
 class HiddenStates(defaultdict[int, dict[int, Tensor]]):
-    """The language model's last states (after its final norm): of each answer those `[D]` at its words, by their places;
-    give it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
+    """The language model's last states `[D]` (after its final norm) of each answer at its words, by their places: give
+    it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
         super().__init__(dict)

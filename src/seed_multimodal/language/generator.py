@@ -11,14 +11,13 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.answer import AnswerReader, Event, ImagePart
 from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
-from seed_multimodal.language.messages import Answer, DrawnPart
+from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
@@ -35,11 +34,6 @@ class Generator:
 
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
         self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
-
-    def set_engine(self, compiled: bool, device: torch.device | None) -> None:
-        """`compiled`: of `Engine`; `device`: where a language model computes that is on the CPU while it rests."""
-        self.engine = Engine(self.llm, self.tokenizer, compiled=compiled)
-        self.engine.device = device
 
     # ---- a subclass defines
 
@@ -125,7 +119,7 @@ class Generator:
                         break
             yield from show(reader.close())
         rest = iter(images)
-        parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
+        parts = [replace(part, image=next(rest, None)) if isinstance(part, ImagePart) else part
                  for part in reader.parts]
         yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after,
                                                 len(prompt))}

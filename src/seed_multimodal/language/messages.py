@@ -21,7 +21,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_from_base64, is_file
-from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
+from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart
 from seed_multimodal.language.tasks import answer_in
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -47,15 +47,8 @@ class Message:
 
 
 @dataclass(frozen=True)
-class DrawnPart(ImagePart):
-    """An image of the answer: its codes, and the image itself unless the system cannot draw."""
-
-    image: Image.Image | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
 class Answer:
-    """One answer of the model: `TextPart`, `DrawnPart` and `BrokenImagePart` in order, and views of them."""
+    """One answer of the model: texts, `ImagePart`s and `BrokenImagePart`s in order, and views of them."""
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
@@ -71,7 +64,7 @@ class Answer:
     @property
     def images(self) -> list[Image.Image]:
         """All images that were drawn."""
-        return [part.image for part in self.parts if isinstance(part, DrawnPart) and part.image is not None]
+        return [part.image for part in self.parts if isinstance(part, ImagePart) and part.image is not None]
 
     @property
     def codes(self) -> list[list[int]]:
@@ -89,7 +82,7 @@ class Answer:
 
     def _texts(self, *image: str) -> list[str]:
         return [text for part in self.parts for text in (
-            [answer_in(part.text.strip(), self.answer_after)] if isinstance(part, TextPart) else image)]
+            [answer_in(part.strip(), self.answer_after)] if isinstance(part, str) else image)]
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
@@ -183,8 +176,6 @@ def _item(item: Any, number: int) -> Any:
         item = item.get("url", item) if isinstance(item, Mapping) else item
         if isinstance(item, str):
             return _file(item, number)
-    if isinstance(item, TextPart):
-        return item.text
     if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
         return item
     raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, array), "

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError
 
 Part = str | Sequence[int]
-Turn = tuple[str, str | Sequence[Part]]  # user or assistant, and texts and images (as codes) in order
-ROLES = ("user", "assistant")
+Turn = tuple[str, str | Sequence[Part]]  # "user" or "assistant", and texts and images (as codes) in order
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,10 @@ class PromptTemplate:
     system_suffix: str = ""
 
     @property
-    def user_marker(self) -> str:
-        """What opens every user turn."""
-        return self.user_prefix.rstrip()
-
-    @property
     def turn_marker(self) -> str:
         """What opens a user's turn after an answer, where the answer ends: the original models saw no end token between
         turns, so some of their answers run into the next question."""
-        return self.separator + self.user_marker
+        return self.separator + self.user_prefix.rstrip()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Spans of a dialogue; after a user turn it ends where the answer begins."""

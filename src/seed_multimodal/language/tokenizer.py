@@ -202,20 +202,8 @@ def read_files(folder: Path) -> TokenizerFiles:
         wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
         raise CheckpointError(f"{folder / ADDED}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} "
                               f"text pieces and {n_codes} codes it must have {words.get(wrong)}.")
-    if (folder / "config.json").is_file() and "codebook_size" in (sizes := read_json_object(folder / "config.json")):
-        check_codebook(folder, vocabulary, sizes["codebook_size"],
-                       sizes.get("num_query", vocabulary.tokens_per_image), folder)
     files.added, files.vocabulary = added, vocabulary
     return files
-
-
-def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
-                   tokenizer: str | Path) -> None:
-    """Raise `CheckpointError` for words of other codes than an image tokenizer has."""
-    if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):
-        raise CheckpointError(f"{words}: has words for {vocabulary.n_codes} codes, {vocabulary.tokens_per_image} to a "
-                              f"picture, but the image tokenizer {tokenizer} has {codes}, {per_image} to a picture; "
-                              f"train stage 2 with model.n_embed={vocabulary.n_codes}, or take other words.")
 
 
 def read_text_files(folder: Path, needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:

@@ -25,7 +25,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, CodesError, SeedWarning, how_to_install
+from seed_multimodal.errors import CheckpointError, SeedWarning, how_to_install
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.captions import question_text
@@ -61,10 +61,6 @@ class LavitWords(ImageVocabulary):
     def least_codes(self) -> int:
         """The fewest codes of an image."""
         return 1
-
-    def image_text(self, codes: Iterable[int]) -> str:
-        """No text stands for LaVIT's image words: raises CodesError."""
-        raise CodesError("LaVIT's image codes cannot be written as text; give them as numbers.")
 
 
 class LavitTokenizer(MultimodalTokenizer):

@@ -26,7 +26,6 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
-    DrawnPart,
     Message,
     all_shown,
     each_text,
@@ -227,7 +226,7 @@ class SeedX(MultimodalSystem):
             own = [next(images) for _ in message.images]
             seen += own
             sources += [one.image for one in own]
-            sources += [part.image for part in message.content if isinstance(part, DrawnPart) and part.image]
+            sources += [part.image for part in message.content if isinstance(part, ImagePart) and part.image]
             if message.role != "system":
                 turns.append((message.role, self._spans(message, [len(one.features) for one in own])))
         alone = [part for _, content in turns for part in content]

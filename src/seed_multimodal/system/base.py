@@ -19,6 +19,7 @@ from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictur
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
@@ -93,7 +94,8 @@ class MultimodalSystem(Generator, HubUpload):
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
         if engine == "torch":
-            system.set_engine(compiled, llm.device if "llm" in parked else None)
+            system.engine = Engine(system.llm, system.tokenizer, compiled=compiled,
+                                   device=llm.device if "llm" in parked else None)
         system._log_note(config.notice)
         return system
 

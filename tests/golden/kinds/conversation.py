@@ -132,7 +132,7 @@ class Replay:
         payload = recorded["payload"]
         spans = payload["text"].split(PLACEHOLDER)
         codes = recorded["response"]["images_ids"][:len(payload["images"])]
-        text = spans[0] + "".join(tokenizer.vocabulary.image_text(row) + span
+        text = spans[0] + "".join("".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(row))) + span
                                   for row, span in zip(codes, spans[1:], strict=True))
         assert_same([tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
                     self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
 
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
 from seed_multimodal.language.tasks import SEED_X_TASKS
@@ -158,7 +158,7 @@ def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tenso
     answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
     head.copy_(before)
     drawn = [model.written_features(states.at(0, range(image.place, image.place + len(image.codes)))[None])
-             for image in split_answer(answer, tokenizer) if isinstance(image, ImagePart)]
+             for image in AnswerReader(tokenizer).read_all(answer).parts if isinstance(image, ImagePart)]
     assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
     assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: images")
     if f"gen.{name}.img_gen_feat" in outputs:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
+from seed_multimodal.language.answer import AnswerPart, AnswerReader, BrokenImagePart, ImagePart
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [1, 2, 3, 4, 5]
 
 
+def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
+    return AnswerReader(tokenizer).read_all(ids).parts
+
+
 def test_texts_and_pictures_in_order(tokenizer: MultimodalTokenizer) -> None:
     ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
     assert split_answer(ids, tokenizer) == [
-        TextPart("Here is one."), ImagePart(CODES), TextPart("And another:"), ImagePart(CODES[::-1]), ImagePart(CODES)]
+        "Here is one.", ImagePart(CODES), "And another:", ImagePart(CODES[::-1]), ImagePart(CODES)]
     assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 
@@ -32,4 +36,4 @@ def test_broken_pictures_are_named_and_the_rest_goes_on(tokenizer: MultimodalTok
             assert len(broken) == 1 and broken[0].ids == ids and reason in broken[0].reason, reason
             assert parts[-1] == ImagePart(CODES) and len(parts) == 2 + bool(before)
     parts = split_answer([boi, code, *text], tokenizer)
-    assert isinstance(parts[0], BrokenImagePart) and parts[1] == TextPart("after")
+    assert isinstance(parts[0], BrokenImagePart) and parts[1] == "after"

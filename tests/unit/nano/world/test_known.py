@@ -1,4 +1,4 @@
-"""The list of known words: nano's own sentences are known, other words are named with known examples."""
+"""The list of known words: nano's own sentences are known."""
 
 from pathlib import Path
 
