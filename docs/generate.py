@@ -51,7 +51,7 @@ OPTIONS = {
                        "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
                        "Drawing: LaVIT": "lavit.diffusion:LavitSettings"}),
     "system-json": ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to "
-                    "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.tasks:TaskPrompts"}),
+                    "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.prompts:TaskPrompts"}),
 }
 # Public classes, and their members that users call (none: all).
 PYTHON = {

@@ -41,8 +41,7 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
         CheckpointError: weights that are not there. ConfigError: a file that is missing or builds something else.
     """
     from seed_multimodal.language.engine import Engine
-    from seed_multimodal.language.prompts import template_for
-    from seed_multimodal.language.tasks import RELEASED_TASKS
+    from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.seed.original import SeedLlamaTokenizer
     from seed_multimodal.seed.pipeline import SeedLlama

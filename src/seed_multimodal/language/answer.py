@@ -23,7 +23,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImagePart:
     """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), where in the generated
     ids the first of them stands, and the image itself if it was drawn."""

@@ -36,11 +36,10 @@ from seed_multimodal.language.generation import (
     room_for,
     row_processors,
 )
-from seed_multimodal.language.slot_cache import SlotCache
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-NO_DRAWS = GenerationSettings(do_sample=False)
 KEPT = 4  # conversations whose keys and values are held at least
+STEP = 128  # the cache grows in multiples of so many positions
 TAIL = 16  # positions at the end of a conversation that its next turn may replace (its stop, a verdict)
 
 
@@ -64,7 +63,8 @@ class Request:
         self.ids, self.start = list[int](), 0  # and how much of the prompt its row held already
         self.finished, self.pair = False, [self]  # with what guidance steers away from, which has the next row
         if settings.guidance != 1:
-            self.pair.append(Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS))
+            away = Prompt(prompt.negative or [words.boi_id])
+            self.pair.append(Request(engine, away, GenerationSettings(do_sample=False)))
             self.pair[1].pair = []
         self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -81,6 +81,57 @@ class Request:
         """No more tokens come."""
         self.finished = True
         self.tokens.put(error)
+
+
+class SlotCache:
+    """Keys and values of every layer, `[slots, H, length, d]` each; every row is written at its own positions."""
+
+    copies = True  # parts of rows
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.first = 0  # row of the present pass
+        self.positions = torch.zeros(0)  # of its tokens, [rows, n]
+        self.slots = self.length = self.used = 0
+
+    def grow(self, slots: int, length: int) -> None:
+        """Make room for so many rows and positions."""
+        self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
+        for number, layer in enumerate(self.layers):
+            if layer[0].shape[::2] != (self.slots, self.length):
+                new = [old.new_zeros(self.slots, old.shape[1], self.length, old.shape[3]) for old in layer]
+                for table, old in zip(new, layer, strict=True):
+                    table[:len(old), :, :old.shape[2]] = old
+                self.layers[number] = (new[0], new[1])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row to another."""
+        for layer in self.layers:
+            for table in layer:
+                table[target, :, :length] = table[source, :, :length]
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows."""
+        for layer in self.layers:
+            for table in layer:
+                table[[one, other]] = table[[other, one]]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
+        if layer == len(self.layers):
+            self.layers.append(tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+                                     for new in (keys, values)))
+            for table in self.layers[layer]:
+                torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
+        rows = torch.arange(self.first, self.first + len(keys), device=keys.device)[:, None]
+        held_keys, held_values = self.layers[layer]
+        held_keys[rows, :, self.positions] = keys.transpose(1, 2)
+        held_values[rows, :, self.positions] = values.transpose(1, 2)
+        present = slice(self.first, self.first + len(keys))
+        return held_keys[present, :, :self.used], held_values[present, :, :self.used]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.used
 
 
 @dataclass(eq=False)
@@ -305,15 +356,14 @@ class Engine:
             check_finite(is_finite)
         except Exception as error:  # noqa: BLE001 of this answer alone
             request.end(error)
-        else:
-            words = self.tokenizer.vocabulary
-            request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
-            request.done = 0 if token == words.boi_id else request.done + 1
-            request.left -= 1
-            if not request.finished:
-                request.tokens.put(token)
-            if token in request.ends or not request.left:
-                request.end()
+        words = self.tokenizer.vocabulary
+        request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
+        request.done = 0 if token == words.boi_id else request.done + 1
+        request.left -= 1
+        if not request.finished:
+            request.tokens.put(token)
+        if token in request.ends or not request.left:
+            request.end()
         for guide in request.pair[1:]:
             guide.finished = request.finished
 

@@ -3,9 +3,6 @@
 An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
 words in order, of which only the model's states count; LaVIT: 1 to 256 codes, steered by guidance. Each prompt of a
 batch draws from a generator of its own, so it gets what it would get alone.
-
-Note: SEED-X's original processor sets forbidden words to 0 instead of -inf, so that they win where all scores are
-negative (always with beams).
 """
 
 from __future__ import annotations
@@ -198,10 +195,6 @@ class ImageSpans:
     def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and words since its `<img>` `[B]`."""
         rows, length = input_ids.shape
-        if self.words.in_order and length:  # the last word says it
-            last = input_ids[:, -1]
-            code, opened = last - self.words.code_start, last == self.words.boi_id
-            return opened | ((code >= 0) & (code < self.words.tokens_per_image)), torch.where(opened, 0, code + 1)
         before = torch.full((rows, 1), self.words.boi_id if self.opened else -1, device=input_ids.device)
         ids, places = torch.cat([before, input_ids], 1), torch.arange(length + 1, device=input_ids.device)
         opened, closed = (torch.where(ids == word, places, -1).amax(1) for word in (self.words.boi_id,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.answer import AnswerReader, Event, ImagePart
+from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
 from seed_multimodal.language.messages import Answer
@@ -41,17 +41,13 @@ class Generator:
         """Generation settings for a task over `defaults`."""
         return {}
 
-    def stops(self, task: Task) -> Sequence[str]:
-        """Text that ends an answer."""
-        return ()
-
     def ends(self, task: Task) -> Sequence[int] | None:
         """Tokens that end an answer; None: `</s>`."""
         return None
 
     def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        """What cuts an answer at its end, and into events."""
-        return AnswerReader(self.tokenizer, self.stops(task), previews)
+        """What cuts an answer at its end (tokens: `ends`), and into events."""
+        return AnswerReader(self.tokenizer, previews=previews)
 
     # ---- settings
 
@@ -69,12 +65,8 @@ class Generator:
         return read_settings(GenerationSettings, values, "Generation setting")
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image; a default limit is raised to leave room for it, a `given` one that is too small
-        raises `ConfigError`."""
-        needed = self.tokenizer.vocabulary.least_codes + 1
-        if "max_new_tokens" in given and settings.max_new_tokens < needed:
-            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
-                              f"small for a request that must be answered with one.")
+        """Settings that force an image; a limit that was not `given` is raised to leave room for it."""
+        needed = 0 if "max_new_tokens" in given else self.tokenizer.vocabulary.least_codes + 1
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     # ---- answers
@@ -89,16 +81,15 @@ class Generator:
         answers: list[list[int]] = self.engine.run(with_beams)
         return answers
 
-    def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
+    def read_answer(self, ids: Sequence[int], task: Task) -> Answer:
         """The parts of an answer, cut at its end."""
         read = self.reader(task).read_all(ids)
-        return Answer(tuple(read.parts), tuple(read.ids), note, self.answer_after)
+        return Answer(tuple(read.parts), tuple(read.ids), answer_after=self.answer_after)
 
     def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
                should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
         """Events of one answer, its images drawn; the last is `done` with the whole `Answer`."""
         reader = self.reader(task, previews if settings.num_beams == 1 else ())
-        images: list[Image.Image | None] = []
 
         def show(events: Sequence[Event]) -> Iterator[Event]:
             for event in events:
@@ -106,8 +97,8 @@ class Generator:
                     raise Stopped
                 if event["type"] in ("image", "image_preview"):
                     event["image"] = draw(event)
-                if event.pop("part", None) is not None:
-                    images.append(event["image"])
+                if (part := event.pop("part", None)) is not None:
+                    part.image = event["image"]
                 yield event
 
         with contextlib.suppress(Stopped):
@@ -118,10 +109,7 @@ class Generator:
                     if reader.finished:
                         break
             yield from show(reader.close())
-        rest = iter(images)
-        parts = [replace(part, image=next(rest, None)) if isinstance(part, ImagePart) else part
-                 for part in reader.parts]
-        yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after,
+        yield {"type": "done", "answer": Answer(tuple(reader.parts), tuple(reader.ids), prompt.note, self.answer_after,
                                                 len(prompt))}
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,

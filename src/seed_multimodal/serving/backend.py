@@ -21,8 +21,7 @@ from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size
 from seed_multimodal.language.answer import BrokenImagePart, ImagePart
 from seed_multimodal.language.generation import random_seed
 from seed_multimodal.language.messages import Answer, Message
-from seed_multimodal.language.prompts import PromptTemplate
-from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.language.prompts import PromptTemplate, answer_in
 from seed_multimodal.language.vocabulary import BOX, PLACEHOLDER
 from seed_multimodal.serving.schema import (
     ChatRequest,

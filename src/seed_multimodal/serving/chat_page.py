@@ -26,7 +26,7 @@ from seed_multimodal.images.io import (
     request_image,
 )
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.language.tasks import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX, SEED_X_TASKS
+from seed_multimodal.language.prompts import DEMO_QUESTIONS, DESCRIBE_PROMPT, QA_SUFFIX, SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.client import follow_generate

@@ -22,7 +22,7 @@ from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, par
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
-from seed_multimodal.language.tasks import SEED_X_TASKS
+from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes, without_words
@@ -130,16 +130,17 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> No
     assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
-        ids = torch.tensor(case["input_ids"])
-        allowed = torch.isfinite(processor(ids, inputs[f"logits_processor.{case['input_ids'][0][-1]}"]))
-        for row in range(len(ids)):
+        scores, run = inputs[f"logits_processor.{case['input_ids'][0][-1]}"], tokenizer.vocabulary.run()
+        for row, ids in enumerate(case["input_ids"]):
+            whole = [*ids[:-1], *run[:run.index(ids[-1]) + 1]] if ids[-1] in run else ids  # as in answers
+            allowed = torch.isfinite(processor(torch.tensor([whole]), scores[row:row + 1]))[0]
             changed = {token: value for number, token, value in case["changed"] if number == row}
             forced = [token for token, value in changed.items() if value != 0.0]
             what = f"logits processor after {case['input_ids'][row]}"
             if forced:
-                assert_same(allowed[row].nonzero().flatten().tolist(), forced, what)
+                assert_same(allowed.nonzero().flatten().tolist(), forced, what)
             else:
-                assert_same((~allowed[row]).nonzero().flatten().tolist(), sorted(changed), what)
+                assert_same((~allowed).nonzero().flatten().tolist(), sorted(changed), what)
 
 
 @torch.no_grad()
