@@ -1,4 +1,4 @@
-"""SEED-1: a picture becomes 32 codes, and the codes become pictures by Stable Diffusion (docs/how-to/seed-1.md).
+"""SEED-1: an image becomes 32 codes, and the codes become images by Stable Diffusion (docs/how-to/seed-1.md).
 
     python demo_recon.py                                   images/cat.jpg, weights in pretrained/
     python demo_recon.py --image a.png b.jpg --device cpu --out outputs/recon

@@ -17,7 +17,7 @@ from seed_multimodal.entry import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (2: an error, with one sentence on stderr)."""
+    """Run; returns the exit code (2: error, printed to stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
     args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
     return guarded("evaluate.py", args.debug, lambda: train(args))

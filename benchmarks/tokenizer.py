@@ -21,8 +21,8 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.batches import Collector
 from seed_multimodal.device import RELEASED_FP16, choose_device
+from seed_multimodal.engines.batches import Collector
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         encode = encoder(variant, master, images)
 
         def equal(seconds: float) -> dict[str, float]:
-            count = max(1, COMPARED // batch) * batch  # whole batches: another size would be compiled anew
+            count = max(1, COMPARED // batch) * batch  # whole batches: another size would be compiled again
             same = torch.cat([encode(part) for part in pixels[:count].split(batch)]) == exact[:count]
             return {"codes_equal_float32": round(float(same.float().mean()), 4),
                     "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4)}

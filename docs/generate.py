@@ -180,7 +180,7 @@ def _http() -> str:
             f"{_body(operation['responses']['200'])} |"
             for path, methods in document["paths"].items() for method, operation in methods.items()]
     parts = ["# HTTP", "From the server's OpenAPI document (`GET /openapi.json`). How to use it: "
-             "[Serve](../serving.md).", "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows])]
+             "[Serve](../how-to/serve.md).", "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows])]
     for name, schema in document["components"]["schemas"].items():
         needed = schema.get("required", ())
         fields = [f"| `{field}` | {_cell(_json_type(kind))} | "

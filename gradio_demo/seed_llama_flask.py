@@ -1,4 +1,4 @@
-"""The demo's model server: POST /generate (and GET /health), on the loopback address unless told otherwise.
+"""The demo's model server: POST /generate (and GET /health), on the loopback address by default.
 
     python gradio_demo/seed_llama_flask.py --system nano --port 7890                  the shipped weights
     python gradio_demo/seed_llama_flask.py --port 7890 \\
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_running", type=whole_number(1), default=16,
                         help="requests that are answered at once (default: 16)")
     parser.add_argument("--max_waiting", type=whole_number(1), default=16,
-                        help="requests that wait beside them, before others get 429 (default: 16)")
+                        help="requests that wait next to them, before others get 429 (default: 16)")
     parser.add_argument("--max_seconds", type=whole_number(1), default=600,
                         help="after which an answer is cut off (default: 600)")
     return parser

@@ -1,4 +1,4 @@
-"""The demo's web page: a chat with pictures in and out, talking to gradio_demo/seed_llama_flask.py.
+"""The demo's web page: a chat with images in and out, talking to gradio_demo/seed_llama_flask.py.
 
     python gradio_demo/seed_llama_gradio.py --model_type nano --server_port 7860 \\
         --request_address http://127.0.0.1:7890/generate
@@ -20,6 +20,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--server_name", default="127.0.0.1",
                         help="address of the page; 0.0.0.0 shows it to other machines")
     parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
+    parser.add_argument("--url", action="append", default=[], metavar="ADDRESS",
+                        help="a further backend, any number of times; the page asks it which model it has")
     parser.add_argument("--model_type", default="seed-llama-14b", help="nano, seed-llama-8b, "
                         "seed-llama-14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit (default: "
                         "seed-llama-14b)")
@@ -28,9 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the page."""
-    from seed_multimodal.serving.gradio_app import launch
+    from seed_multimodal.serving.page import launch
 
-    launch(request_address=args.request_address, model_type=args.model_type, server_name=args.server_name,
+    launch(addresses=[args.request_address, *args.url], model_type=args.model_type, server_name=args.server_name,
            server_port=args.server_port)
     return 0
 

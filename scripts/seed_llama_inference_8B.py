@@ -1,6 +1,6 @@
 """SEED-LLaMA 8B: a question about images/cat.jpg, a drawing (dog.jpg), an edit (cat_sunglasses.jpg).
 
-    python scripts/seed_llama_inference_8B.py                                    the released weights
+    python scripts/seed_llama_inference_8B.py                                    the original weights
     python scripts/seed_llama_inference_8B.py --model nano                       the shipped ones
     python scripts/seed_llama_inference_8B.py --image a.jpg --prompt "What is this?"
 """

@@ -1,6 +1,6 @@
-"""A picture becomes 32 codes and a picture again (images/cat.jpg → cat.jpg).
+"""An image becomes 32 codes and an image again (images/cat.jpg → cat.jpg).
 
-    python scripts/seed_tokenizer_inference.py                   the released tokenizer (pretrained/README.md)
+    python scripts/seed_tokenizer_inference.py                   the original tokenizer (pretrained/README.md)
     python scripts/seed_tokenizer_inference.py --model nano      the shipped one
 """
 

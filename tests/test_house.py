@@ -93,7 +93,7 @@ def test_imports_are_declared():
 
 
 @pytest.mark.process
-def test_a_python_without_the_environment_is_told_how_to_get_one():
+def test_a_python_without_the_environment_prints_how_to_get_one():
     """Here: without the folder of installed packages."""
     for program in ("scripts/seed_tokenizer_inference.py", "gradio_demo/seed_llama_flask.py", "src/lavit/inference.py",
                     "src/inference/eval_text2img_seed_x.py", "demo_recon.py", "MultiModalLLM/src/train/train.py"):
@@ -113,8 +113,8 @@ def test_every_optional_import_names_its_extra():
 
 def test_what_an_extra_brings_is_not_imported_with_a_module():
     """So that a program starts without it, and `entry.guarded` says which extra it needs; lmms-eval imports its own
-    plug-in."""
-    optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {"lmms-eval"}
+    plug-in, and the page is imported when it is served."""
+    optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {"lmms-eval", "gradio"}
     at_once = {f"{path.relative_to(PACKAGE)}: {package_of(name)}" for path in SOURCES
                for node in ast.parse(path.read_text()).body for name in names_of(node)
                if package_of(name) in optional}
@@ -180,7 +180,7 @@ def test_importing_the_package_is_light():
 # ---- configurations
 
 
-def test_configurations_have_the_released_keys():
+def test_configurations_have_the_original_keys():
     names = {p.name for p in CONFIGS}
     assert {"seed_llama_8b.yaml", "seed_llama_14b.yaml", "seed_llama_8b_8bit.yaml", "seed_llama_14b_8bit.yaml",
             "seed_llama_tokenizer.yaml", "seed_llama_tokenizer_hf.yaml", "clip_transform.yaml"} <= names
@@ -204,14 +204,14 @@ def test_every_alias_exists():
         assert callable(find_target(name))
 
 
-def test_the_released_transform_is_built():
+def test_the_original_transform_is_built():
     transform = instantiate(ROOT / "configs/transform/clip_transform.yaml")
     assert transform(Image.new("RGB", (300, 100), (255, 0, 0))).shape == (3, 224, 224)
     smaller = instantiate(ROOT / "configs/transform/clip_transform.yaml", image_size=64)
     assert smaller(Image.new("RGB", (300, 100))).shape == (3, 64, 64)
 
 
-def test_missing_weights_are_told_by_name(monkeypatch, tmp_path):
+def test_missing_weights_are_named(monkeypatch, tmp_path):
     if (ROOT / "pretrained" / "seed_tokenizer").exists():
         pytest.skip("the released weights are on this disk")
     with pytest.raises(CheckpointError, match="pretrained/seed_tokenizer"):
@@ -256,7 +256,7 @@ def test_damaged_yaml_is_one_sentence(tmp_path, content):
         load_yaml(tmp_path / "absent.yaml")
 
 
-# ---- licences and pictures
+# ---- licences and images
 
 
 def test_licences_are_there():
@@ -267,7 +267,7 @@ def test_licences_are_there():
     assert (ROOT / "images" / "NOTICE.md").is_file()
 
 
-def test_the_origin_of_every_demo_picture_is_told():
+def test_the_origin_of_every_demo_image_is_named():
     notice = (ROOT / "images" / "NOTICE.md").read_text()
     for file in (p for p in (ROOT / "images").iterdir() if p.suffix in (".png", ".jpg")):
         assert f"`{file.name}`" in notice
@@ -303,9 +303,8 @@ LINES = {
     "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
-        "engines": 350, "evaluation": 1620, "serving": 1700, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
-        "data/pretokenize": 900, "data": 5200, "training": 4700,
-        "language": 2040}.items()},  # not at its budget (1,900 with the engine) yet
+        "engines": 450, "evaluation": 1800, "serving": 1735, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
+        "data/pretokenize": 900, "data": 5200, "training": 4700, "language": 1900}.items()},
     "SEED_Tokenizer": 1500}
 
 
@@ -450,7 +449,7 @@ def test_public_functions_have_a_return_type():
 
 # ---- documentation
 
-DOCS_LINES = 2300  # of Markdown written by hand; pages of reference/ are generated
+DOCS_LINES = 2000  # of Markdown written by hand; pages of reference/ are generated
 
 
 def test_documentation_keeps_its_budget():

@@ -1,5 +1,5 @@
 #!/bin/sh
-# LaVIT's pixel decoder from a picture's own codes (what is unpublished is said in configs/lavit_detokenizer); run it on
+# LaVIT's pixel decoder from an image's own codes (what is unpublished is said in configs/lavit_detokenizer); run it on
 # every node. The first argument is the decoder, highres or lowres; further ones are overrides that win:
 #
 #   sh scripts/train_lavit_detokenizer.sh highres data=my_pictures.yaml output_dir=log/mine

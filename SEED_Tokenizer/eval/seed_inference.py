@@ -1,8 +1,8 @@
 """An image becomes 32 codes and an image again, as the original's demo: `seed reconstruct` with the demo's defaults.
 
-    python eval/seed_inference.py --image dog.jpg                        the released tokenizer → recon_dog.png
-    python eval/seed_inference.py --model nano --json                    the shipped one; prints the codes, too
-    python eval/seed_inference.py --model ../outputs/tokenizer           one that `seed export-tokenizer` made
+    python eval/seed_inference.py --image dog.jpg                        the original tokenizer → recon_dog.png
+    python eval/seed_inference.py --model nano --json                    the shipped tokenizer; also prints codes
+    python eval/seed_inference.py --model ../outputs/tokenizer           an exported tokenizer
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Everything that is measured of a tokenizer, on the shipped one and held-out scenes of nano's world: no downloads.
+# Everything that is measured of a tokenizer, on the shipped one and held-out scenes of nano's data: no downloads.
 #
 #   sh eval_scripts/nano.sh
 #   MODEL=../outputs/tokenizer STAGE1=log/nano/Causal_Qformer/checkpoint_2.pth sh eval_scripts/nano.sh \

@@ -1,8 +1,8 @@
 #!/bin/sh
-# How well codes bring pictures back: CLIP similarity of the decoded embedding and of rebuilt pictures, codebook use,
-# a contact sheet. One picture only: python eval/seed_inference.py.
+# How well codes bring images back: CLIP similarity of the decoded embedding and of rebuilt images, codebook use,
+# a contact sheet. One image only: python eval/seed_inference.py.
 #
-#   MODEL=released DATA=/data/coco/annotations/coco_karpathy_test.json IMAGES=/data/coco/images \
+#   MODEL=original DATA=/data/coco/annotations/coco_karpathy_test.json IMAGES=/data/coco/images \
 #       sh eval_scripts/reconstruction.sh --limit 1000
 #
 # DATA: a json list, a pattern of .tar shards, or nano. The other variables are those of retrieval_coco.sh.

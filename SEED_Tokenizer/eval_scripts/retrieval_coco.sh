@@ -1,11 +1,11 @@
 #!/bin/sh
-# Image-text retrieval on COCO's 5,000 Karpathy test pictures, from the causal embeddings and from the codes.
+# Image-text retrieval on COCO's 5,000 Karpathy test images, from the causal embeddings and from the codes.
 #
-#   MODEL=released STAGE1=log/Causal_Qformer/checkpoint_0.pth IMAGES=/data/coco/images sh eval_scripts/retrieval_coco.sh
+#   MODEL=original STAGE1=log/Causal_Qformer/checkpoint_0.pth IMAGES=/data/coco/images sh eval_scripts/retrieval_coco.sh
 #
-# MODEL: a tokenizer folder, or released. STAGE1: the checkpoint with the text path (without it codes are compared with
+# MODEL: a tokenizer folder, or original. STAGE1: the checkpoint with the text path (without it codes are compared with
 # texts only through CLIP: --clip-text DIR). DATA: the json list {"image", "caption": [five]}. IMAGES: folder of its
-# pictures. OUT: where report and evaluate.txt go. Paths are seen from SEED_Tokenizer. Further flags:
+# images. OUT: where report and evaluate.txt go. Paths are seen from SEED_Tokenizer. Further flags:
 # seed eval tokenizer --help.
 set -eu
 cd "$(dirname "$0")/.."

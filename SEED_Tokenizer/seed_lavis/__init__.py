@@ -7,12 +7,12 @@ import os
 
 
 def register() -> None:
-    """Put the models, tasks, processors, builders, schedules and the runner into LAVIS's registry."""
+    """Register models, tasks, processors, builders, schedules and the runner in LAVIS."""
     for part in ("models", "processors", "datasets", "task", "runner"):
         importlib.import_module(f"seed_lavis.{part}")
 
 
 def log(text: str) -> None:
-    """A line on the console, of the first process only."""
+    """Print a line in the first process."""
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)

@@ -1,6 +1,6 @@
 """Base of the LAVIS models: sizes from the YAML, initial weights, precision of the frozen vision encoder.
 
-A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the released ones.
+A model is both LAVIS's `BaseModel` and the library's own class, so its parameter names are the original ones.
 `forward` takes LAVIS's `samples` (a mapping with `image` and `caption`) and returns a mapping with `loss`.
 """
 
@@ -30,8 +30,8 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
 class SeedModel(BaseModel):
-    """Mixed in before the library's class. `stage` names the files of its training; `latest` holds the numbers of the
-    last `forward`; `companions` are frozen modules outside of the model."""
+    """Mixin before the library's class. `stage`: prefix of training files; `latest`: numbers of the last `forward`;
+    `companions`: frozen modules outside of the model."""
 
     PRETRAINED_MODEL_CONFIG_DICT = {"pretrain": str(APPLICATION / "lavis/configs/models/blip2/blip2_pretrain.yaml")}
     stage = ""
@@ -51,7 +51,7 @@ class SeedModel(BaseModel):
         return model
 
     def place(self, device: torch.device) -> SeedModel:
-        """Move to `device` in the precisions asked for, once all weights are in; then compile if asked."""
+        """Move to `device` in the configured precisions, after loading all weights; then compile if configured."""
         for module in (self, *(getattr(self, name) for name in self.companions)):
             if module is not None:
                 module.to(device)
@@ -65,7 +65,7 @@ class SeedModel(BaseModel):
         return self
 
     def vision_dtype(self, device: torch.device) -> torch.dtype:
-        """The frozen vision encoder's precision; fp16 means fp32 on a CPU, which computes fp16 slowly."""
+        """The frozen vision encoder's precision; on a CPU fp32 instead of the slow fp16."""
         dtype = DTYPES[self.options.vit_precision]
         return torch.float32 if device.type != "cuda" and dtype == torch.float16 else dtype
 
@@ -84,7 +84,7 @@ class SeedModel(BaseModel):
 
 
 class CodebookMixin:
-    """What `CodebookTask` reads of both stage-2 models: codes and features of the last batch."""
+    """Interface of stage-2 models to `CodebookTask`: codes and features of the last batch."""
 
     options: CodebookOptions
     use_codes = True
@@ -92,7 +92,7 @@ class CodebookMixin:
     features: Tensor | None = None
 
     def prepare_codebook(self) -> None:
-        """A moving-average codebook changes without gradient: it counts as trained, so that it is saved."""
+        """Count a moving-average codebook as trained, so that it is saved."""
         if self.options.ema_decay is not None:
             self.quantize.embedding.weight.requires_grad_(True)  # type: ignore[attr-defined]
 
@@ -109,11 +109,11 @@ class CodebookMixin:
         return super().encoder_output(None, vit_features)  # type: ignore[misc]
 
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:
-        """Features of a batch before the quantiser `[B, 32, d]`."""
+        """Features of a batch before the quantizer `[B, 32, d]`."""
         return self.encode_task_layer(self.encoder_output(batch["image"]))  # type: ignore[attr-defined]
 
     def keep_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
-        """Remember the last batch's codes and features."""
+        """Store the last batch's codes and features."""
         self.features, self.codes = pre_quant.detach().float(), indices
 
 
@@ -126,7 +126,7 @@ def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
 
 
 def stage2_training(options: CodebookOptions) -> dict[str, Any]:
-    """Options of the training that both stage-2 models take, besides loss weights and targets."""
+    """Common training options of both stage-2 models, without loss weights and targets."""
     names = ("freeze_qformer", "frozen_dropout", "corrupt", "nested", "ema_decay")
     return {name: getattr(options, name) for name in names}
 
@@ -154,7 +154,7 @@ def load_initial(model: Any) -> None:
     elif model.stage in ("stage2", "seed1-stage2"):
         file = locate(str(options.pretrained))
         if not Path(file).is_file():
-            raise CheckpointError(f"{file}: there is no such stage-1 checkpoint; train stage 1 first "
+            raise CheckpointError(f"{file}: no such stage-1 checkpoint; train stage 1 first "
                                   "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE.")
         state = load_state_dict(file)
         has_vision = any(name.startswith(f"{VISION}blocks") for name in state)

@@ -3,8 +3,8 @@
 Import LAVIS names from here, never from `lavis` directly:
 
 * `import lavis` loads its whole model zoo, which needs an old transformers: six packages are put into `sys.modules`
-  bare, with LAVIS's own folders as their path, so that only the submodules asked for are read;
-* packages that are imported by modules we need but not used by us are replaced by stand-ins while LAVIS is imported;
+  empty, with LAVIS's folders as their path, so that only the required submodules are imported;
+* unused packages that the required modules import are replaced by stand-ins during LAVIS's import;
 * `registry` needs paths and constants that `lavis/__init__` registers.
 """
 

@@ -1,7 +1,7 @@
 """Dataset builders, one for each set of the YAMLs: lists, shards, image folders or registered formats.
 
-`build_info` names the files as the YAMLs in `lavis/configs/datasets` explain; nothing is downloaded. `captioned: False`
-in it: captions are not read (for LaVIT's model, always).
+`build_info`: files, see the YAMLs in `lavis/configs/datasets`; nothing is downloaded. With `captioned: False` (always
+for LaVIT's model) captions are not read.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SETS = {"conceptual_caption_3m": "conceptual_caption/defaults_3m", "unsplash": "
 
 
 class PairBuilder(BaseDatasetBuilder):
-    """Builds the splits that `build_info` names; random only by the run's seed."""
+    """Builds the splits of `build_info`; randomness only from the run's seed."""
 
     name = ""
     train_dataset_cls = eval_dataset_cls = PairDataset
@@ -72,7 +72,7 @@ class PairBuilder(BaseDatasetBuilder):
         return image, (text or self.text_processors["train"]) if self.config.get("text_processor") else None
 
     def sources(self) -> dict[str, dict[str, Any]]:
-        """Split → what `open_pairs` takes, from `build_info`."""
+        """Split → arguments of `open_pairs`, from `build_info`."""
         where = f"datasets.{self.name}.build_info"
         check_keys(map(str, self.config), DATASET_KEYS, f"datasets.{self.name}")
         info: Any = OmegaConf.to_container(self.config.get("build_info") or OmegaConf.create({}), resolve=True)
@@ -103,7 +103,7 @@ for _name, _defaults in SETS.items():
 
 
 def split_of(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequence[str]) -> PairDataset | JoinedPairs:
-    """The splits `names` of all data sets, joined."""
+    """The concatenated splits `names` of all data sets."""
     parts = [splits[name] for splits in datasets.values() for name in names if name in splits]
     if not parts:
         wanted = " or ".join(repr(name.removesuffix(":eval")) for name in names)

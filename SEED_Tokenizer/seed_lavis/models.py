@@ -68,7 +68,7 @@ class Blip2Casual(SeedModel, Stage1Model):
             freeze_vit=options.freeze_vit, gather_gradient=options.gather_gradient,
             embedding_dim=width, embedding_weight=options.embedding_weight)
         self.options, self.words = options, words
-        self.__dict__["clip"] = clip  # not a submodule: frozen, and no part of a stage-1 checkpoint
+        self.__dict__["clip"] = clip  # not a submodule, so not in checkpoints
 
     def vit_features(self, images: Tensor | None) -> Tensor:
         """As the library's, with the vision encoder in `vit_precision`."""
@@ -114,7 +114,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             self.scale_start()
         self.options = options
         heads = load_label_heads(locate(str(options.label_heads))) if options.label_weight else None
-        self.__dict__["label_heads"] = heads  # not a submodule: no part of a checkpoint
+        self.__dict__["label_heads"] = heads  # not a submodule, so not in checkpoints
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -196,7 +196,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     options_type = LavitOptions
     options: LavitOptions
     reads_captions = False
-    skips_parameters = True  # the codebook follows averages, a frozen selector nothing
+    skips_parameters = True  # moving-average codebook, frozen token selector
 
     def __init__(self, options: LavitOptions) -> None:
         sizes = lavit_sizes(options)
@@ -206,7 +206,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
             ema_decay=options.ema_decay, freeze_selector=options.freeze_selector)
         self.options, self.config = options, sizes
         self.start_share()
-        # It changes without gradient, and counts as trained, so that it is saved.
+        # Updated without gradient; counts as trained, so that it is saved.
         self.quantize.embedding.weight.requires_grad_(True)
         # Parts of later trainings: random values would differ between seeds.
         for name, parameter in self.named_parameters():
@@ -226,7 +226,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
         return self.tokenizer.encoder
 
     def optimizer_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The optimiser's groups; the token selector has its own learning rate."""
+        """The optimizer's groups; the token selector has its own learning rate."""
         return stage1_groups(self, weight_decay, self.options.selector_lr_scale)
 
     def patch_features(self, batch: Tensor) -> Tensor:

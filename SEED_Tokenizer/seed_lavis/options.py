@@ -1,6 +1,6 @@
 """Every key of the sections `model` and `run` with its default, typed; a YAML file and `--options` → LAVIS's `Config`.
 
-Defaults are the released training's; keys that the original did not have are marked "ours" and do nothing by default.
+Defaults are the original training's; keys that the original did not have are marked "ours" and do nothing by default.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelOptions:
     model_type: str = setting("pretrain", choices=("pretrain",))
     load_pretrained: bool = True  # start from `pretrained`
     pretrained: str | None = None  # stage 1: BLIP-2's Q-Former; stage 2: stage 1's result
-    load_finetuned: bool = False  # evaluate or go on from `finetuned`
+    load_finetuned: bool = False  # evaluate or continue from `finetuned`
     finetuned: str | None = None
     vit_model: str = setting("eva_clip_g", choices=("eva_clip_g",))
     image_size: int = 224
@@ -128,7 +128,7 @@ class LavitOptions(CodebookHealth, ModelOptions):
     loss_weights: dict[str, float] = setting(factory=dict)
     ema_decay: float = setting(0.99, least=0, most=0.999999)
     freeze_selector: bool = False  # the token selector stays as it starts
-    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # of the selector's learning rate
+    selector_lr_scale: float = setting(1.0, least=1e-6, most=1e6)  # factor of its learning rate
 
 
 @dataclass
@@ -183,7 +183,7 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
 
     file = Path(locate(cfg_path))
     if not file.is_file():
-        raise ConfigError(f"{cfg_path}: there is no such configuration file.")
+        raise ConfigError(f"{cfg_path}: no such configuration file.")
     for option in options:
         if "=" not in option or option.partition(".")[0] not in ("model", "datasets", "run"):
             raise ConfigError(f"--options takes KEY=VALUE with a key of model, datasets or run, for example "

@@ -131,7 +131,7 @@ class RunnerSeed(RunnerBase):
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
 
     def _resume(self, file: Path) -> int:
-        """Fill model and optimiser from `run.resume_ckpt_path`, also the original's; returns the finished epochs."""
+        """Fill model and optimizer from `run.resume_ckpt_path`, also the original's; returns the finished epochs."""
         content = read_file(file)
         try:
             assign_strictly(self.model, content["model"], file, allow_missing=frozen_names(self.model))
@@ -139,11 +139,11 @@ class RunnerSeed(RunnerBase):
             epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
-                                  f"optimiser ({error}); to take its weights only, use model.finetuned.") from error
+                                  f"optimizer ({error}); to take its weights only, use model.finetuned.") from error
         if epochs >= self.options.max_epoch:
             raise ConfigError(f"{file}: has {epochs} epochs behind it, so run.max_epoch={self.options.max_epoch} "
                               "leaves nothing to train.")
-        log(f"{file}: weights and optimiser loaded; continuing after {epochs} epochs.")
+        log(f"{file}: weights and optimizer loaded; continuing after {epochs} epochs.")
         return epochs
 
 

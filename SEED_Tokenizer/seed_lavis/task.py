@@ -1,8 +1,8 @@
 """The training of a stage as a task of the library's trainer, and the names of LAVIS's task.
 
-From LAVIS come the optimiser (AdamW and its rule of what decays), the learning-rate schedule (by epoch), log.txt and
+From LAVIS come the optimizer (AdamW and its rule of what decays), the learning-rate schedule (by epoch), log.txt and
 the content of `checkpoint_N.pth`. An "epoch" is `iters_per_epoch` iterations (the original: 5000) whatever the size of
-the set; an iteration is a micro-step, so with `accum_grad_iters` there are fewer optimiser steps.
+the set; an iteration is a micro-step, so with `accum_grad_iters` there are fewer optimizer steps.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TokenizerTask(CodebookTask):
         self.config = OmegaConf.to_container(runner.config.config)
 
     def learning_rate(self, step: int) -> float:
-        """LAVIS's schedule as a function of the optimiser step: that of its last iteration."""
+        """LAVIS's schedule as a function of the optimizer step: that of its last iteration."""
         epoch, inside = divmod((step + 1) * self.settings.gradient_accumulation_steps - 1, self.options.iters_per_epoch)
         self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=inside)
         return float(self.runner.optimizer.param_groups[0]["lr"])

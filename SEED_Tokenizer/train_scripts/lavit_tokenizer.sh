@@ -1,5 +1,5 @@
 #!/bin/sh
-# LaVIT's stage 1: the dynamic tokenizer and its decoder, from pictures alone.
+# LaVIT's stage 1: the dynamic tokenizer and its decoder, from images alone.
 #
 #   sh train_scripts/lavit_tokenizer.sh                              this machine: all its GPUs, or one CPU process
 #   sh train_scripts/lavit_tokenizer.sh NODE_RANK MASTER_ADDR        one of NNODES machines

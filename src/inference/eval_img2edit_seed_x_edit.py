@@ -1,6 +1,6 @@
-"""SEED-X-Edit changes a picture (vis/1_Make it under the sunset.jpg).
+"""SEED-X-Edit changes an image (vis/1_Make it under the sunset.jpg).
 
-    python src/inference/eval_img2edit_seed_x_edit.py                 the released weights
+    python src/inference/eval_img2edit_seed_x_edit.py                 the original weights
     python src/inference/eval_img2edit_seed_x_edit.py --model nano-x  the shipped ones
     python src/inference/eval_img2edit_seed_x_edit.py --image a.jpg --prompt "Make it snow." --ratio keep
 """

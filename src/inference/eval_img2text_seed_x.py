@@ -1,6 +1,6 @@
-"""SEED-X describes a picture, and finds a car in another (vis/car.png).
+"""SEED-X describes an image, and finds a car in another (vis/car.png).
 
-    python src/inference/eval_img2text_seed_x.py                 the released weights
+    python src/inference/eval_img2text_seed_x.py                 the original weights
     python src/inference/eval_img2text_seed_x.py --model nano-x  the shipped ones
     python src/inference/eval_img2text_seed_x.py --image a.jpg --detect "there is a dog"
 """

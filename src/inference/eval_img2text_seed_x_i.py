@@ -1,6 +1,6 @@
-"""SEED-X-I answers a question about a picture, and shows where something is in another (vis/ground.png).
+"""SEED-X-I answers a question about an image, and shows where something is in another (vis/ground.png).
 
-    python src/inference/eval_img2text_seed_x_i.py                 the released weights
+    python src/inference/eval_img2text_seed_x_i.py                 the original weights
     python src/inference/eval_img2text_seed_x_i.py --model nano-x  the shipped ones
     python src/inference/eval_img2text_seed_x_i.py --image a.jpg b.jpg --prompt "What differs?"
 """

@@ -1,6 +1,6 @@
-"""A picture is drawn again from its features, by SEED-X's first-stage de-tokenizer (vis/men_recon.jpg).
+"""An image is drawn again from its features, by SEED-X's first-stage de-tokenizer (vis/men_recon.jpg).
 
-    python src/inference/eval_seed_x_detokenizer.py                 the released weights
+    python src/inference/eval_seed_x_detokenizer.py                 the original weights
     python src/inference/eval_seed_x_detokenizer.py --model nano-x  the shipped ones
     python src/inference/eval_seed_x_detokenizer.py --image a.jpg b.jpg --out rebuilt --embeddings 64
 """

@@ -1,6 +1,6 @@
-"""A picture is drawn again from its features and a condition picture, by the second stage.
+"""An image is drawn again from its features and a condition image, by the second stage.
 
-    python src/inference/eval_seed_x_detokenizer_with_condition.py                 the released weights
+    python src/inference/eval_seed_x_detokenizer_with_condition.py                 the original weights
     python src/inference/eval_seed_x_detokenizer_with_condition.py --model nano-x  the shipped ones
     python src/inference/eval_seed_x_detokenizer_with_condition.py --image a.jpg --condition b.jpg --out rebuilt.png
 """

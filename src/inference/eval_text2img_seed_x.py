@@ -1,6 +1,6 @@
 """SEED-X draws a caption.
 
-    python src/inference/eval_text2img_seed_x.py                 the released weights
+    python src/inference/eval_text2img_seed_x.py                 the original weights
     python src/inference/eval_text2img_seed_x.py --model nano-x  the shipped ones
     python src/inference/eval_text2img_seed_x.py --prompt "A red fox in the snow." --seed 1 --steps 30
 """

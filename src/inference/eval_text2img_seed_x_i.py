@@ -1,6 +1,6 @@
 """SEED-X-I draws a caption.
 
-    python src/inference/eval_text2img_seed_x_i.py                 the released weights
+    python src/inference/eval_text2img_seed_x_i.py                 the original weights
     python src/inference/eval_text2img_seed_x_i.py --model nano-x  the shipped ones
     python src/inference/eval_text2img_seed_x_i.py --prompt "A red fox in the snow." --out fox.png
 """

@@ -1,4 +1,4 @@
-"""LaVIT draws pictures again from their codes, and a sheet with both beside each other.
+"""LaVIT draws images again from their codes, and a sheet with both next to each other.
 
     python src/lavit/image_detokenize.py --model nano-lavit --image images/*.png
     python src/lavit/image_detokenize.py --guidance_scale 2 --steps 25

@@ -1,4 +1,4 @@
-"""LaVIT's tasks one after the other: a caption, an answer, a picture of a text, a picture of a picture and words.
+"""LaVIT's tasks one after the other: a caption, an answer, an image of a text, an image of an image and words.
 
     python src/lavit/inference.py --model nano-lavit
     python src/lavit/inference.py --image dog.jpg --question "What is the dog doing?" --words "It is in the snow."

@@ -1,4 +1,4 @@
-"""LaVIT draws what pictures and words say together, in the order in which they are given.
+"""LaVIT draws what images and words say together, in the order in which they are given.
 
     python src/lavit/multimodal_synthesis.py --model nano-lavit
     python src/lavit/multimodal_synthesis.py dog.jpg "It is running in the snow." --ratio 4:3

@@ -1,4 +1,4 @@
-"""LaVIT describes pictures and answers questions about them.
+"""LaVIT describes images and answers questions about them.
 
     python src/lavit/understanding.py --model nano-lavit                       images/cat.jpg, three questions
     python src/lavit/understanding.py --image dog.jpg --question "What is the dog doing?"

@@ -30,14 +30,14 @@ if TYPE_CHECKING:  # for type checkers and editors
 __version__ = "0.1.0"
 
 if importlib.util.find_spec("torch") is None:
-    raise ModuleNotFoundError(f"torch is not installed for {sys.executable}; bash install.sh installs what is needed, "
-                              "and source .venv/bin/activate makes its Python yours.", name="torch")
+    raise ModuleNotFoundError(f"torch is not installed for {sys.executable}; install it by bash install.sh, "
+                              "then activate it by source .venv/bin/activate.", name="torch")
 
 # Model hubs are opt-in: an unreachable name otherwise costs about 25 s of silent retries.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Where bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings of kernels that
-# are not there.
+# If bitsandbytes and torchao are installed, transformers and diffusers import them, with warnings about missing
+# kernels.
 for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 

@@ -1,4 +1,4 @@
-"""YAML configurations: read and build objects from `_target_`, without letting a file run arbitrary code.
+"""YAML configurations: objects built from `_target_`, restricted to this package.
 
 A `_target_` is a name of `ALIASES` (the original repositories' dotted names), or a public function or class of this
 package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the folder with `.project-root`.
@@ -30,7 +30,7 @@ ALIASES = {
         "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    # SEED-X's: what describes a part of the system, without loading it
+    # SEED-X's: descriptions of parts, not loaded
     "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.seed_x.original:words",
     "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
         "seed_multimodal.seed_x.original:vision_encoder",
@@ -52,7 +52,7 @@ _RESERVED = ("_target_", "_recursive_", "_convert_")
 
 
 def project_root(start: str | Path | None = None) -> Path:
-    """The nearest folder with a `.project-root` file, upwards from `start` and then from here; else the current one."""
+    """The nearest folder with a `.project-root` file, upwards from `start`, then from here; else the current one."""
     for place in (start, Path.cwd(), Path(__file__)):
         path = Path(place or ".").resolve()
         for folder in (path, *path.parents):
@@ -65,7 +65,7 @@ def load_yaml(path: str | Path) -> DictConfig:
     """A YAML mapping, its interpolations resolved. Raises ConfigError: missing, not readable, or one that fails."""
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"{file}: there is no such configuration file.")
+        raise ConfigError(f"{file}: no such configuration file.")
     return resolve(read_yaml(file), file)
 
 
@@ -90,7 +90,7 @@ def read_yaml(file: Path) -> DictConfig:
     except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{file}: not readable as YAML ({first_line(error)}).") from error
     if not isinstance(config, DictConfig):
-        raise ConfigError(f"{file}: must hold a mapping of keys to values.")
+        raise ConfigError(f"{file}: must contain a mapping of keys to values.")
     return config
 
 
@@ -115,7 +115,7 @@ def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
         found = pkgutil.resolve_name(full)
     except (AttributeError, ValueError):
         found = None
-    # A module of ours may hold imported names (os, torch, …): those are not offered.
+    # Names that a module imports (os, torch, …) are not allowed.
     if "._" in full or not callable(found) or not str(getattr(found, "__module__", "")).startswith(PREFIX):
         raise ConfigError(f"{where}: _target_ {name!r} is not a function or class of this package.")
     return found

@@ -1,4 +1,4 @@
-"""Builders of the original YAML files (`config.ALIASES` leads here): the language model, and the demo's system."""
+"""Builders for the original YAML files (see `config.ALIASES`): the language model, and the demo's system."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
                    load_in_8bit: bool = False, load_in_4bit: bool = False, device_map: str | None = None,
                    device: str = "auto", quantization: str | None = None) -> Any:
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals;
-    `device_map` (`"cuda:0"`) is their way to name a `device`."""
+    `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import BESIDE_8BIT, choose_device
     from seed_multimodal.language.llama import load_llm
 
@@ -25,7 +25,7 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
     runtime = choose_device(device_map if device_map not in (None, "auto") else device, torch_dtype,
                             fp16=BESIDE_8BIT if quantization == "8bit" else "")
     name, folder = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
-    place = locate(folder) if folder != name else None  # named as on the hub, but downloaded into pretrained/
+    place = locate(folder) if folder != name else None  # a hub name downloaded into pretrained/
     return load_llm(place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization)
 
 
@@ -35,10 +35,10 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
                         compiled: bool = False) -> Any:
     """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
 
-    `model` and `tokenizer` may be folders; `dtype` and `quantization` go before what the files say.
+    `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files.
 
     Raises:
-        CheckpointError: weights that are not there. ConfigError: a file that is missing or builds something else.
+        CheckpointError: missing weights. ConfigError: a missing file, or one that builds something else.
     """
     from seed_multimodal.language.engine import Engine
     from seed_multimodal.language.prompts import RELEASED_TASKS, template_for

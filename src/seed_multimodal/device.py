@@ -1,4 +1,4 @@
-"""One choice of device and dtype for every command, printed with its reason; peak rates of GPUs.
+"""Selection of device and dtype, logged with its reason; peak rates of GPUs.
 
 Language models compute in bf16 on CUDA devices that have it, else fp16; tokenizers and de-tokenizers in fp16, as in the
 originals. CPU and MPS compute in fp32, because half precision LayerNorms are slow or missing there.
@@ -23,13 +23,13 @@ DTYPES = {
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }
 SMALL = 50_000_000  # parameters
-_THREADS = torch.get_num_threads()  # another number later was set by the user
+_THREADS = torch.get_num_threads()  # another number later is the user's
 
 # Reasons for `choose_device(fp16=…)`.
-RELEASED_FP16 = "as pictures were read and drawn by the released programs"
-BESIDE_8BIT = "beside 8-bit weights"
+RELEASED_FP16 = "as in the original programs"
+BESIDE_8BIT = "with 8-bit weights"
 
-# Of the CPU's allocator (two wordings) and its matrix library, of a GPU's, of Apple's GPUs.
+# Messages of the CPU's allocator and matrix library, of GPUs, of Apple's GPUs.
 _OUT_OF_MEMORY = ("DefaultCPUAllocator", "not enough memory", "could not create a ", "ALLOC_FAILED",
                   "MPS backend out of memory")
 
@@ -41,7 +41,7 @@ _PEAKS = {"B200": 2250.0, "H200|GH200|H800": 989.4, "H100 NVL": 835.0, "H100 PCI
 
 @dataclass(frozen=True)
 class Runtime:
-    """Where tensors live and in which precision models compute."""
+    """Device and dtype of models."""
 
     device: torch.device
     dtype: torch.dtype
@@ -52,10 +52,10 @@ class Runtime:
 
 def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
                   log: Callable[[str], None] | None = print, *, fp16: str = "", doing: str = "Running") -> Runtime:
-    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result, with reasons for what was `auto`.
+    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons.
 
-    `fp16`: why `auto` means float16 on CUDA; "": it means bfloat16 where there is that. Raises ConfigError: an unknown
-    name, or a device that this machine does not have.
+    `fp16`: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported. Raises ConfigError: an unknown name,
+    or a missing device.
     """
     place, why = _resolve_device(device)
     precision, why_dtype = _resolve_dtype(dtype, place, fp16)
@@ -66,26 +66,24 @@ def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype 
     return runtime
 
 
-def choose_for_pictures(device: str | torch.device, dtype: str | torch.dtype, language: Runtime,
+def choose_for_images(device: str | torch.device, dtype: str | torch.dtype, language: Runtime,
                         log: Callable[[str], None] | None = print) -> Runtime:
-    """Where images are read and drawn with a language model: `auto` is float16 on CUDA; reported if it differs from
-    `language`."""
+    """Runtime of image encoder and decoder: `auto` is float16 on CUDA; logged if it differs from `language`."""
     chosen = choose_device(device, dtype, None, fp16=RELEASED_FP16)
     if chosen != language:
-        choose_device(device, dtype, log, fp16=RELEASED_FP16, doing="Reading and drawing pictures")
+        choose_device(device, dtype, log, fp16=RELEASED_FP16, doing="Image encoder and decoder run")
     return chosen
 
 
 def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
-    """The tensor on a device; on a GPU from page-locked memory, so that the process need not wait for the copy."""
+    """Copy the tensor to a device, asynchronously to a GPU (page-locked memory)."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        tensor = tensor.pin_memory()  # nothing is copied where it is so already
+        tensor = tensor.pin_memory()  # no copy if already pinned
     return tensor.to(device, non_blocking=True)
 
 
 def limit_threads(*models: nn.Module) -> None:
-    """Take one CPU thread in a program whose models are small (their threads mostly wait for each other), unless the
-    user has set a number of threads."""
+    """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a number."""
     weights = [weight for model in models for weight in model.parameters()]
     if (not any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
             and torch.get_num_threads() == _THREADS and all(weight.device.type == "cpu" for weight in weights)
@@ -108,29 +106,29 @@ def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, of a GPU or of this machine, did not suffice."""
+    """Whether an error means out of memory, on a GPU or the host."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
 
 
 def peak_of(name: str) -> float | None:
-    """TFLOP/s in 16 bits of the GPU that its driver calls `name`; None if unknown or a slice of a GPU (MIG)."""
+    """Peak 16-bit TFLOP/s of a GPU by its driver's name; None if unknown or a MIG slice."""
     known = (peak for pattern, peak in _PEAKS.items() if re.search(rf"\b(?:{pattern})\b", name))
     return None if "MIG" in name else next(known, None)
 
 
 def known_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """TFLOP/s that `device` reaches at most on matrix products in `dtype`; None: unknown."""
+    """Peak TFLOP/s of `device` for matrix products in `dtype`; None: unknown."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" and dtype != torch.float32 else None
 
 
 def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     if device != "auto":
-        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):  # of meta, torch throws the weights away
+        if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):  # "meta" would drop the weights
             raise ConfigError(f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps.")
         place = torch.device(device)
         if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-            raise ConfigError(f"Device {str(device)!r} was asked for, but this machine has "
+            raise ConfigError(f"Device {str(device)!r} was requested, but this machine has "
                               f"{torch.cuda.device_count() or 'no usable'} CUDA devices.")
         return place, ""
     if torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Files on disk: replaced whole or not at all, locks between processes, disk errors as sentences."""
+"""Atomic file writes, locks between processes, disk error messages."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @contextlib.contextmanager
 def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
                 ) -> Iterator[None]:
-    """Hold the lock of a folder (file `name` in it), which is made if need be; where the file system has no locks, do
-    without. `timeout`: seconds to wait, negative: without end. Raises `kind`: another run, `busy` there, holds it."""
+    """Hold the lock of a folder (file `name` in it), created if missing; no-op if the file system has no locks.
+    `timeout`: seconds to wait, negative: forever. Raises `kind`: locked by another run (`busy`: what it does)."""
     held = filelock.FileLock(folder / name)
     with writing(folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held.acquire(timeout=timeout)
         except TimeoutError:
-            raise kind(f"{folder}: another run is {busy}; let it end first.") from None
+            raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
         except (OSError, NotImplementedError) as error:
             if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
@@ -44,20 +44,20 @@ def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: fl
 
 
 def disk_reason(error: OSError) -> str:
-    """Why a file could not be written, in words."""
+    """Why a file could not be written."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"the disk or quota is full ({reason})" if disk_is_full(error) else reason
 
 
 def disk_is_full(error: Exception) -> bool:
-    """Whether an error says that the disk or a quota is full; safetensors has the number in its text only."""
+    """Whether an error means a full disk or quota; safetensors has the errno only in its text."""
     return getattr(error, "errno", None) in _FULL or any(f"(os error {number})" in str(error) for number in _FULL)
 
 
 @contextlib.contextmanager
 def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Iterator[None]:
-    """An `OSError` inside becomes `kind`: "FILE: cannot be written (reason).", naming the system's file if it names
-    one, else `place`."""
+    """Context that converts `OSError` to `kind`: "FILE: cannot be written (reason).", with the error's file, else
+    `place`."""
     try:
         yield
     except OSError as error:
@@ -65,7 +65,7 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
 
 
 def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
-    """The folder, made if need be and tried with a byte, before long work for it. Raises `kind`: the disk refuses."""
+    """Create the folder if missing and check that it is writable. Raises `kind`: not writable."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -77,7 +77,7 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
 
 @contextlib.contextmanager
 def replacing_path(file: str | Path) -> Iterator[Path]:
-    """As `replacing`, for libraries that write by path: the file made at the path given takes the name of `file`."""
+    """As `replacing`, for libraries that write by path: the temporary path is renamed to `file`."""
     file = Path(file)
     scratch = temporary_name(file)
     try:
@@ -87,7 +87,7 @@ def replacing_path(file: str | Path) -> Iterator[Path]:
         flush(file.parent)
     except OSError as error:
         if error.filename == str(scratch):
-            error.filename = str(file)  # sentences name the file that was to be written
+            error.filename = str(file)  # messages name the target file
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -96,8 +96,8 @@ def replacing_path(file: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO[Any]]:
-    """A handle (as of `open`; texts are UTF-8) whose content takes the name of `file` at the end, flushed to the disk,
-    whole or not at all. Raises OSError: the disk refuses; what was there stays."""
+    """A handle (as of `open`; text is UTF-8) that replaces `file` atomically at the end. Raises OSError: disk error;
+    the old file stays."""
     if "b" not in mode:
         options = {"encoding": "utf-8", **options}
     with replacing_path(file) as scratch, open(scratch, mode, **options) as handle:
@@ -105,7 +105,7 @@ def replacing(file: str | Path, mode: str = "wb", **options: Any) -> Iterator[IO
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside a path; random, because machines that share a disk may have equal process numbers."""
+    """A hidden random name next to a path; machines that share a disk may have equal process ids."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
 
 
@@ -168,7 +168,7 @@ def read_json_object(file: Path, kind: type[SeedError] = CheckpointError, advice
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise kind(f"{file}: there is no such file{advice and f'; {advice}'}.") from error
+        raise kind(f"{file}: no such file{advice and f'; {advice}'}.") from error
     except OSError as error:
         raise kind(f"{file}: cannot be read ({disk_reason(error)}).") from error
     except (ValueError, RecursionError) as error:  # also undecodable bytes, and brackets nested without end

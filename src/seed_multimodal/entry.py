@@ -1,4 +1,4 @@
-"""How programs end: an error is one sentence and an exit code, a traceback only with `--debug`; and their flags."""
+"""Program entry points: error messages and exit codes (tracebacks only with `--debug`), and common flags."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ DONE, SOME_FAILED, REFUSED, INTERRUPTED = 0, 1, 2, 130
 
 
 def log_line(text: str) -> None:
-    """Write a line to stderr, in one piece, so that lines of several processes do not mix."""
+    """Write a line to stderr in one call, so that lines of several processes do not mix."""
     sys.stderr.write(text + "\n")
     sys.stderr.flush()
 
 
 def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
-    """Run `work` and return its exit code; user-facing errors become their sentence and `REFUSED` unless `debug`."""
+    """Run `work` and return its exit code; user-facing errors are logged (`REFUSED`) unless `debug`."""
     warnings.formatwarning = lambda message, category, *place: (
         f"{program}: warning: {message}\n" if issubclass(category, SeedWarning) else _PLAIN(message, category, *place))
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # whole lines, into files and pipes too
+        sys.stdout.reconfigure(line_buffering=True)  # also into files and pipes
     try:
         code = work()
         sys.stdout.flush()
@@ -56,7 +56,7 @@ def guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
 
 
 def _machine_sentence(error: Exception) -> str:
-    """A missing package of an extra, a full disk, or memory that does not suffice; "" for other errors."""
+    """Message for a missing package of an extra, a full disk or out of memory; "" for other errors."""
     if isinstance(error, ModuleNotFoundError) and (hint := how_to_install(error.name or "")):
         return f"the package {package_of(error.name or '')} is not installed, which this needs: {hint}."
     if disk_is_full(error):

@@ -1,36 +1,37 @@
-"""Errors for users: one clear sentence that names the file, key or sample.
+"""User-facing errors; messages name the file, key or sample.
 
-Everything the package refuses raises a `SeedError`; the command line prints its sentence without a traceback
-(`--debug` shows it). Programming errors stay ordinary exceptions and are never caught.
+The command line prints a `SeedError` without a traceback (`--debug` shows it). Programming errors are ordinary
+exceptions and are never caught.
 """
 
 from __future__ import annotations
 
-# What each extra of pyproject.toml brings, as it is imported; a module of several extras stands in one of them.
+# Modules of each extra of pyproject.toml; a module of several extras is listed once.
 EXTRAS = {
     "train": ("deepspeed", "torchdata", "hydra", "peft", "tensorboard", "pyarrow", "cv2", "matplotlib"),
-    "demo": ("gradio", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes", "torchao"),
+    "demo": ("gradio", "httpx", "flask", "werkzeug", "waitress", "requests", "prometheus_client", "bitsandbytes",
+             "torchao"),
     "eval": ("torchmetrics", "torch_fidelity", "pycocoevalcap"),
     "lavit": ("spacy",),
     "laptop": ("llama_cpp", "gguf"),
     "harness": ("lmms_eval",),
 }
-# The packages of modules that are called otherwise.
+# Packages whose name differs from the module.
 PACKAGES = {"cv2": "opencv-python-headless", "hydra": "hydra-core", "torch_fidelity": "torch-fidelity",
             "llama_cpp": "llama-cpp-python", "lmms_eval": "lmms-eval", "prometheus_client": "prometheus-client",
             "werkzeug": "flask"}
 
 
 class SeedError(Exception):
-    """Base of every refusal; `str(error)` is the sentence shown to the user."""
+    """Base of user-facing errors; `str(error)` is the message."""
 
 
 class ImageError(SeedError):
-    """A picture that cannot be read, or must not be (limits); the sentence starts with its name."""
+    """An unreadable image, or one outside the limits; the message starts with its name."""
 
 
 class CheckpointError(SeedError):
-    """Weights that are missing, damaged, unsafe or of another model."""
+    """Missing, damaged or unsafe weights, or of another model."""
 
 
 class CodesError(SeedError):
@@ -38,23 +39,23 @@ class CodesError(SeedError):
 
 
 class ConfigError(SeedError):
-    """A setting that is unknown, of the wrong type or contradictory."""
+    """An unknown, invalid or conflicting setting."""
 
 
 class DataError(SeedError):
-    """A record, shard or annotation file that does not hold what it must."""
+    """An invalid record, shard or annotation file."""
 
 
 class RequestError(SeedError):
-    """A request to a server or system that cannot be answered as asked."""
+    """An invalid request to a server or system."""
 
 
 class GenerationError(SeedError):
-    """The language model's answer does not hold what was asked for (for example no picture)."""
+    """The language model's answer lacks the requested content (for example an image)."""
 
 
 class SeedWarning(UserWarning):
-    """Something a user should look at, in one sentence; the work goes on."""
+    """A user-facing warning; the program continues."""
 
 
 def first_line(error: BaseException, longest: int = 300) -> str:
@@ -64,13 +65,13 @@ def first_line(error: BaseException, longest: int = 300) -> str:
 
 
 def package_of(module: str) -> str:
-    """The package that a module belongs to."""
+    """The package of a module."""
     top = module.partition(".")[0]
     return PACKAGES.get(top, top)
 
 
 def how_to_install(*modules: str) -> str:
-    """`bash install.sh --extras demo, or pip install gradio`, of modules of one extra; "" for those of none."""
+    """`bash install.sh --extras demo, or pip install gradio`, for modules of one extra; else ""."""
     top = modules[0].partition(".")[0]
     extra = next((extra for extra, brought in EXTRAS.items() if top in brought), "")
     return extra and f"bash install.sh --extras {extra}, or pip install {' '.join(map(package_of, modules))}"

@@ -1,7 +1,7 @@
-"""The released weights by name: their folder below `pretrained/`, their name on the hub, their place on this disk.
+"""Original weights by name: folder below `pretrained/`, hub repository, local path.
 
-Nothing is downloaded here while `HF_HUB_OFFLINE` is set (the default): a hub name stands for its folder below
-`pretrained/`, or for its snapshot in the hub client's cache.
+Nothing is downloaded while `HF_HUB_OFFLINE` is set (the default): a hub name is resolved to its folder below
+`pretrained/` or its snapshot in the hub client's cache.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from seed_multimodal.errors import CheckpointError, first_line
 
-SEED_X = "AILab-CVC/SEED-X-17B"  # with folders for all three models, their tokenizer and de-tokenizers
-LAVIT = "rain1011/LaVIT-7B-v2"  # all of it in one repository
+SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-tokenizers
+LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
 SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
@@ -24,8 +24,8 @@ SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/con
               "(stabilityai/stable-diffusion-xl-base-1.0 on the hub), to pretrained/stable-diffusion-xl-base-1.0")
 SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
                       "pretrained/seed_detokenizer/first_stage and second_stage")
-LAVIT_WHERE = ("download LaVIT's released folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or give "
-               "the path of yours")
+LAVIT_WHERE = ("download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
+               "its path")
 WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
 SAFE, TORCH_COPIES = ("model.safetensors", "model.safetensors.index.json"), "pytorch_model*.bin*"
 
@@ -60,25 +60,25 @@ PARTS = {
 
 
 def is_hub_name(name: str | Path) -> bool:
-    """Whether `name` has the form `owner/name` and `owner` is no folder here; `pretrained/…` is always a folder."""
+    """Whether `name` has the form `owner/name` and `owner` is not a local folder; `pretrained/…` is always a folder."""
     owner = re.fullmatch(r"([^./~][^/]*)/[^/]+", str(name))
     return owner is not None and owner[1] != "pretrained" and not os.path.exists(owner[1])
 
 
 def locate(path: str | Path) -> Path | None:
-    """`path` as it is, or relative to the repository root when that is where this code runs from; None: neither."""
+    """`path` as is, or relative to the repository root if run from a repository; None: neither exists."""
     plain = Path(path).expanduser()
     root = Path(__file__).resolve().parents[2]
     return next((place for place in (plain, root / plain) if os.path.exists(place)), None)
 
 
 def locate_system(name: str | Path) -> Path | None:
-    """As `locate`; names of shipped systems stand for their folders."""
+    """As `locate`; names of shipped systems are resolved to their folders."""
     return locate(SHIPPED.get(str(name).lower(), name))
 
 
 def released_folder(name: str | Path) -> str:
-    """Where a released part belongs that is named as on the hub; other names as they are."""
+    """Local folder of an original part's hub name; other names unchanged."""
     return next((part.folder for part in PARTS.values() if part.hub == str(name)), str(name))
 
 
@@ -91,12 +91,12 @@ def local_folder(name: str | Path) -> Path | None:
 
 
 def not_on_disk(missing: Iterable[tuple[ReleasedPart, str | Path]]) -> str:
-    """The sentence, without its end, for missing parts and the folders or hub names they were looked for by."""
+    """Message, without full stop, about missing parts and the folders or hub names searched."""
     wanted = dict[str, list[str]]()
     for part, where in missing:
         wanted.setdefault(f"{part.hub}{part.remark}", []).append(released_folder(where))
     advice = "; ".join(f"{what} into {', '.join(places)}" for what, places in wanted.items())
-    return f"the released weights are not on this disk: download {advice} (details in pretrained/README.md)"
+    return f"the original weights are not on this disk: download {advice} (details in pretrained/README.md)"
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -111,7 +111,7 @@ def find_file(path_or_id: str | Path, names: Sequence[str], advice: str) -> Path
     folder = find_folder(path_or_id, names, advice)
     found = first_file(folder, names)
     if found is None:
-        raise CheckpointError(f"{folder}: holds no {' or '.join(names)}; {advice}.")
+        raise CheckpointError(f"{folder}: contains no {' or '.join(names)}; {advice}.")
     return found
 
 
@@ -122,12 +122,12 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
         return place
     kind = "file" if place.suffix in (".pth", ".pt", ".bin", ".safetensors") else "folder"
     if kind == "file" or not is_hub_name(path_or_id):
-        raise CheckpointError(f"{place}: there is no such {kind}; {advice}.")
+        raise CheckpointError(f"{place}: no such {kind}; {advice}.")
     return fetch(str(path_or_id), files, advice)
 
 
 def fetched(hub_id: str, files: Sequence[str]) -> Path | None:
-    """As `fetch`; None: not reachable, or no repository is named."""
+    """As `fetch`; None: not reachable, or no repository."""
     try:
         return fetch(hub_id, files) if hub_id else None
     except CheckpointError:
@@ -155,12 +155,12 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
 
 
 class HubUpload:
-    """Gives a class with `save_pretrained` its `push_to_hub`."""
+    """Adds `push_to_hub` to a class with `save_pretrained`."""
 
     save_pretrained: Callable[..., Path]
 
     def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
-        """Upload what `save_pretrained` writes to a repository of the hub, made if it is new; returns its address."""
+        """Upload the output of `save_pretrained` to a hub repository, created if missing; returns its URL."""
         from huggingface_hub import HfApi
 
         with tempfile.TemporaryDirectory() as place:

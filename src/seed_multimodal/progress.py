@@ -1,4 +1,4 @@
-"""Progress of long work (tqdm's bar on a terminal, tqdm's line at intervals in a log); other libraries kept quiet."""
+"""Progress display (tqdm's bar on a terminal, periodic lines in a log); silencing of other libraries."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from seed_multimodal.entry import log_line
 
 
 class Progress(tqdm):
-    """tqdm that, where stderr is no terminal, gives `log` a whole line `every` so many seconds; `start`: work that was
-    done before. Nothing is shown if `log` is None."""
+    """tqdm that without a terminal passes a line to `log` `every` so many seconds; `start`: initial progress. Silent if
+    `log` is None."""
 
     def __init__(self, name: str, total: float | None, unit: str = "step", *, start: float = 0, every: float = 30.0,
                  delay: float = 0.5, log: Callable[[str], None] | None = log_line) -> None:
         self.log = None if log in (log_line, print) and sys.stderr.isatty() else log
-        # where lines are logged, tqdm itself writes nothing (it would end with a carriage return)
+        # if lines are logged, tqdm writes nothing (it would end with a carriage return)
         super().__init__(desc=name, file=io.StringIO() if self.log else None, total=total, unit=unit,
                          initial=start, disable=log is None, leave=False, delay=0 if self.log else delay,
                          mininterval=every if self.log else 0.1, miniters=1,
@@ -31,7 +31,7 @@ class Progress(tqdm):
                          if self.log else None, dynamic_ncols=self.log is None)
 
     def update(self, amount: float | None = 1, **numbers: object) -> bool | None:
-        """Add finished work; `numbers` are shown at the end of the bar or line."""
+        """Advance; `numbers` are shown at the end of the bar or line."""
         if numbers:
             self.set_postfix(numbers, refresh=False)
         return super().update(amount)
@@ -45,7 +45,7 @@ class Progress(tqdm):
         return True
 
     def say(self, text: str) -> None:
-        """A whole line, above the bar."""
+        """Print a line above the bar."""
         if self.log is not None:
             self.log(text)
         elif not self.disable:
@@ -53,7 +53,7 @@ class Progress(tqdm):
 
 @contextlib.contextmanager
 def quiet_loading(*libraries: str) -> Iterator[None]:
-    """Inside, `libraries` (transformers, diffusers) show no progress bars and log nothing: failures are raised."""
+    """Context in which `libraries` (transformers, diffusers) show no progress bars and log nothing."""
     with contextlib.ExitStack() as before:
         for library in libraries:
             own = importlib.import_module(f"{library}.utils.logging")
@@ -66,7 +66,7 @@ def quiet_loading(*libraries: str) -> Iterator[None]:
 
 
 def quiet_libraries(debug: bool = False) -> None:
-    """From here on libraries show no progress bars and log errors only, unless `debug`."""
+    """Disable progress bars of libraries and log only their errors, unless `debug`."""
     if debug:
         return
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers)\..*")

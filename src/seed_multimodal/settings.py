@@ -1,8 +1,8 @@
-"""Typed settings: a dataclass filled from a mapping (YAML, JSON), its types checked by pydantic.
+"""Typed settings: dataclasses filled from mappings (YAML, JSON), with types checked by pydantic.
 
     @dataclass
     class Example:
-        steps: int = setting(least=1)                       # needed, at least 1
+        steps: int = setting(least=1)                       # required, at least 1
         lr: float = setting(1e-4, above=0)
         precision: str = setting("bf16", choices=("bf16", "fp16", "fp32"))
         files: list[str] = setting(factory=list)
@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from seed_multimodal.errors import ConfigError, first_line
 
 T = TypeVar("T")
-SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # limits of the seeds that torch's generators take
+SEEDS: dict[str, Any] = {"least": -2**63, "most": 2**64 - 1}  # range of torch's generator seeds
 _COMPARISONS = {"least": ("at least", operator.ge), "most": ("at most", operator.le), "above": ("above", operator.gt),
                 "below": ("below", operator.lt)}
 
@@ -35,7 +35,7 @@ _COMPARISONS = {"least": ("at least", operator.ge), "most": ("at most", operator
 def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | None = None, least: float | None = None,
             above: float | None = None, most: float | None = None, below: float | None = None,
             choices: Sequence[Any] | None = None) -> Any:
-    """A dataclass field with limits, which hold for each item of a list but not for None."""
+    """A dataclass field with limits, applied to each item of a list and not to None."""
     limits = {name: limit for name, limit in (("least", least), ("above", above), ("most", most), ("below", below),
                                               ("choices", choices)) if limit is not None}
     if factory is not None:
@@ -44,9 +44,9 @@ def setting(default: Any = dataclasses.MISSING, *, factory: Callable[[], Any] | 
 
 
 def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: str) -> T:
-    """An instance of the dataclass `kind` out of a mapping; `where` is what errors begin with: `trainer`, a file.
+    """An instance of the dataclass `kind` from a mapping; `where`: prefix of errors, such as `trainer` or a file.
 
-    Raises ConfigError: an unknown key (the nearest is named), a missing one, a value of another type or out of range.
+    Raises ConfigError: an unknown key (with the nearest), a missing one, a value of another type or out of range.
     """
     try:
         plain: Any = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
@@ -58,7 +58,7 @@ def read_settings(kind: type[T], values: Mapping[str, Any] | DictConfig, where: 
 
 
 def check_settings(settings: Any, where: str) -> None:
-    """Refuse a dataclass with values beyond the limits of its fields. Raises ConfigError."""
+    """Check the limits of a dataclass's fields. Raises ConfigError."""
     for entry in dataclasses.fields(settings):
         value = getattr(settings, entry.name)
         if dataclasses.is_dataclass(value):
@@ -68,7 +68,7 @@ def check_settings(settings: Any, where: str) -> None:
 
 
 def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
-    """One value as the type `hint`, within limits as of `setting`. Raises ConfigError."""
+    """A value converted to the type `hint`, within limits as in `setting`. Raises ConfigError."""
     from pydantic import ValidationError
 
     try:
@@ -84,7 +84,7 @@ def check_value(hint: Any, value: Any, where: str, **limits: Any) -> Any:
 
 @functools.cache
 def _adapter(hint: Any) -> Any:
-    """pydantic's reader of a type; dataclasses in it take no other keys."""
+    """pydantic's adapter of a type; dataclasses in it forbid unknown keys."""
     from pydantic import ConfigDict, TypeAdapter
 
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -95,13 +95,13 @@ def _adapter(hint: Any) -> Any:
 
 
 def _sentence(kind: Any, error: Mapping[str, Any], where: str) -> str:
-    """What does not fit, and where."""
+    """Message of a validation error."""
     *path, last = error["loc"] or ("",)
     if error["type"] == "unexpected_keyword_argument":
         return f"{': '.join([where, *map(str, path)])}: unknown key {last!r}{nearest(str(last), sorted(_names(kind)))}."
     where = ": ".join([where, *map(str, error["loc"])])
     if error["type"] in ("missing", "missing_argument"):
-        return f"{where} is needed."
+        return f"{where} is required."
     return f"{where}: {error['msg'][:1].lower()}{error['msg'][1:]}, not {error['input']!r}."
 
 
@@ -115,7 +115,7 @@ def _names(hint: Any) -> set[str]:
 
 
 def check_keys(given: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Refuse the first key of `given` that is not in `known`, naming the nearest that is. Raises ConfigError."""
+    """Raise ConfigError for the first key of `given` that is not in `known`, with the nearest known key."""
     options = list(known)
     for key in given:
         if key not in options:
@@ -130,7 +130,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 
 
 def describe_settings(kind: Any, key: str) -> list[str]:
-    """For `--help`: `key.name=default` of each field of a dataclass (`???`: needed), and its choices or its type."""
+    """For `--help`: `key.name=default` of each field of a dataclass (`???`: required), and its choices or type."""
     lines, hints = [], get_type_hints(kind)
     for entry in dataclasses.fields(kind):
         hint, name = hints[entry.name], f"{key}.{entry.name}"
@@ -148,7 +148,7 @@ def describe_settings(kind: Any, key: str) -> list[str]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any], silent: Sequence[str] = ()) -> list[str]:
-    """`key: before -> now` for each setting in which two configurations differ, but for dotted keys below `silent`."""
+    """`key: before -> now` for each differing setting, except dotted keys below `silent`."""
     old, new = dict(_leaves(before)), dict(_leaves(now))
     return [f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}" for key in sorted(old.keys() | new)
             if old.get(key) != new.get(key) and not any(key == one or key.startswith(f"{one}.") for one in silent)]
@@ -165,7 +165,7 @@ def _check_limits(limits: Mapping[str, Any], value: Any, where: str) -> None:
 
 
 def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf with its dotted key; sources go by their names, so that one more does not move the others."""
+    """Every leaf with its dotted key; list items with a name are keyed by it, not by position."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _leaves(inner, f"{key}.{name}" if key else str(name))

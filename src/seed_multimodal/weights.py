@@ -1,7 +1,7 @@
 """Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never arbitrary pickles.
 
-`assign_strictly` is the only place that puts a state dict into a module. A needed tensor that is missing or of another
-shape is refused; one that nobody needs is refused in our own files and left out with a warning in files made elsewhere.
+All state dicts are loaded by `assign_strictly`. Missing tensors or other shapes raise an error; unknown tensors raise
+an error in our own files and are ignored with a warning in `foreign` ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _WRAPPERS = ("model", "state_dict", "module")
 
 @dataclass
 class LoadReport:
-    """Result of a load: names of tensors filled, left as they were, ignored in the file."""
+    """Result of a load: names of loaded, missing and ignored tensors."""
 
     source: str
     loaded: list[str]
@@ -51,40 +51,40 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
-    """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; `{"model": …}` and the like are
-    unwrapped. With `mapped` they are views of the file where its format allows.
+    """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; wrappers like `{"model": …}` are
+    removed. `mapped`: memory-mapped if the format allows.
 
-    Raises CheckpointError: missing, truncated or unsafe file, or one that holds no tensors.
+    Raises CheckpointError: missing, truncated or unsafe file, or one without tensors.
     """
     loaded: Any = read_file(Path(path), mapped)
-    for wrapper in _WRAPPERS:  # one may be wrapped in the next
+    for wrapper in _WRAPPERS:  # they may be nested
         loaded = loaded[wrapper] if isinstance(loaded.get(wrapper), Mapping) else loaded
     tensors = {name: value for name, value in loaded.items() if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise CheckpointError(f"{path}: holds no tensors.")
+        raise CheckpointError(f"{path}: contains no tensors.")
     return tensors
 
 
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: there are none."""
+    """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError: none."""
     source = Path(source)
     single = [file for file in (source, *(source / name for name in SINGLE)) if file.is_file()][:1]
     files = single or sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
-        raise CheckpointError(f"{source}: there are no weights (*.safetensors or *.bin).")
+        raise CheckpointError(f"{source}: no weights (*.safetensors or *.bin).")
     return {name: value for file in files for name, value in load_state_dict(file, mapped=True).items()}
 
 
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
     """The mapping in a safetensors or torch file; arguments and errors as of `load_state_dict`."""
     if not os.path.isfile(file):  # Path.is_file raises for a name too long
-        raise CheckpointError(f"{file}: there is no such weights file.")
+        raise CheckpointError(f"{file}: no such weights file.")
     try:
         loaded = load_file(file) if file.suffix == ".safetensors" else torch.load(
             file, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: refused, because it holds more than tensors (unsafe pickle content) or is damaged; "
+            f"{file}: rejected, because it has unsafe pickle content or is damaged; "
             f"re-save it as safetensors from a source you trust.") from error
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
         raise CheckpointError(f"{file}: not a complete weights file ({first_line(error)}).") from error
@@ -92,7 +92,7 @@ def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
 
 
 def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> Path:
-    """Write safetensors, flushed, whole or not at all. Raises OSError: the disk refuses; what was there stays."""
+    """Write safetensors atomically. Raises OSError: disk error; the old file stays."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
     content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
@@ -101,14 +101,14 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: M
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})
         except SafetensorError as error:
             raise OSError(errno.EIO, first_line(error)) from error
-        mask = os.umask(0o022)  # can only be read by setting it
+        mask = os.umask(0o022)  # reading requires setting it
         os.umask(mask)
-        scratch.chmod(0o666 & ~mask)  # safetensors makes files that only their owner may read
+        scratch.chmod(0o666 & ~mask)  # safetensors creates owner-only files
     return file
 
 
 def save_torch(content: object, path: str | Path) -> None:
-    """`torch.save` into a file, flushed, whole or not at all. Raises OSError: the disk refuses."""
+    """Atomic `torch.save`. Raises OSError: disk error."""
     with replacing_path(path) as scratch:
         try:
             torch.save(content, scratch)
@@ -119,11 +119,11 @@ def save_torch(content: object, path: str | Path) -> None:
 def assign_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path,
                     allow_missing: Iterable[str] = (), allow_unexpected: Iterable[str] = (), *, foreign: bool = False,
                     device: str | torch.device = "cpu") -> LoadReport:
-    """Put `state` into `module` and account for every name. A module on the meta device takes the tensors themselves,
-    moved to `device` in its precision; any other copies them.
+    """Load `state` into `module`, accounting for every name. A module on the meta device gets the tensors themselves,
+    moved to `device` in its precision; otherwise they are copied.
 
     Raises CheckpointError: nothing matches, a shape differs, or a name outside the shell patterns is missing or
-    unexpected (of a `foreign` file, made elsewhere, only a warning).
+    unexpected (a warning for a `foreign` file).
     """
     own = module.state_dict()
     report = LoadReport(str(source), [name for name in own if name in state],
@@ -150,21 +150,21 @@ def assign_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str 
 
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-    """The names that no shell pattern covers."""
+    """Names that match no shell pattern."""
     known = list(patterns)
     return [name for name in names if not any(fnmatch.fnmatchcase(name, one) for one in known)]
 
 
 def warn_tensors(names: Iterable[str], known: Iterable[str], source: str | Path) -> None:
-    """Warn of tensors in a file that nothing uses and no shell pattern of `known` covers."""
+    """Warn about unused tensors in a file that match no shell pattern of `known`."""
     unlisted = _outside(names, known)
     if unlisted:
-        warnings.warn(f"{source}: the model does not know, and leaves out, {counted(len(unlisted), 'tensor')}: "
+        warnings.warn(f"{source}: ignored {counted(len(unlisted), 'tensor')} unknown to the model: "
                       f"{_listed(unlisted)}.", SeedWarning, stacklevel=3)
 
 
 def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
-    """Four weights of each parameter (`frozen`: of those that are not trained), for `same_weights`."""
+    """Four weights of each parameter (`frozen`: only of frozen ones), for `same_weights`."""
     found = []
     for _, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.numel() and not (frozen and parameter.requires_grad):
@@ -174,13 +174,13 @@ def some_weights(model: nn.Module, *, frozen: bool = False) -> list[float]:
 
 
 def same_weights(before: Sequence[float], now: Sequence[float]) -> bool:
-    """Whether two `some_weights` are of one model, which may have been rounded to 16 bits since."""
+    """Whether two `some_weights` are of the same model, up to rounding to 16 bits."""
     return len(before) == len(now) and all(
         math.isclose(one, other, rel_tol=0.005, abs_tol=1e-7) for one, other in zip(before, now, strict=True))
 
 
 def refuse_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str) -> None:
-    """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for those that no shell pattern of `allowed` covers."""
+    """Raise CheckpointError "SOURCE: N tensors are WHAT: …" for names that match no shell pattern of `allowed`."""
     bad = _outside(names, allowed)
     if bad:
         raise CheckpointError(f"{source}: {len(bad)} tensors are {what}: {_listed(bad)}.")

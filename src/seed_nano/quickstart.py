@@ -1,4 +1,4 @@
-"""Everything that nano does, once, on one sheet: tokenize, reconstruct, describe, ask, draw, edit, chat, tell a story.
+"""Demonstration of nano on one sheet: tokenize, reconstruct, describe, ask, draw, edit, chat, tell a story.
 
 Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes and texts).
 """
@@ -26,7 +26,7 @@ from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES
 from seed_nano.world.words import scene_of, some
 
-# Nano was trained on none of the scenes that are read and drawn.
+# None of these scenes is in nano's training data.
 READ = {"a fluent fox left of a snowman in a meadow": "Where is the snowman?",
         "two twemoji crabs on the sea": "How many crabs are there?",
         "a large noto planet at night": "What is the background?",
@@ -45,7 +45,7 @@ STORY = "Tell a story about a noto fox and a penguin in three pictures."
 
 
 def never_trained_on(caption: str) -> str:
-    """What of a scene was held out of nano's training, in words."""
+    """The held-out compositions of a scene, as text."""
     scene = scene_of(caption)
     name, count = scene.things[0], scene.counts[0]
     words = {"pairs": " with ".join(scene.things), "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
@@ -54,7 +54,7 @@ def never_trained_on(caption: str) -> str:
 
 
 def drawn(answer: Any) -> list[Cell]:
-    """The images of an answer, with the words before each."""
+    """The images of an answer, with the text before each."""
     cells, words = list[Cell](), ""
     for part in answer.parts:
         if isinstance(part, str):
@@ -84,7 +84,7 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     for words in EDITS:
         edits.append(Cell(system.edit(edits[-1].image, words, seed=seed), "", words))
     messages, turns = list[dict[str, Any]](), list[Cell]()
-    for words in CHAT:  # each answer stays in the conversation with its images, as codes
+    for words in CHAT:  # answers stay in the conversation, with images as codes
         messages.append({"role": "user", "content": [words]})
         answer = system.chat(messages, seed=seed)
         messages.append({"role": "assistant", "content": answer})
@@ -92,28 +92,28 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         cells[-1].asked = words
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
-    first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the picture")]
+    first, grown = system.tokenize(image(GROWN))[0].tolist(), [Cell(image(GROWN), "the image")]
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))
     return [
-        Row("Look\nA picture becomes 32 codes. The model reads them: it describes and answers. And they become a "
-            "picture again.", looks),
-        Row("Draw\nPictures from words, of compositions that nano never saw in training.", drawings),
-        Row("Edit\nOne change after another; what is not named stays.", edits),
-        Row("Talk\nA conversation that refers back to its pictures.", turns),
-        Row(f"Tell\n“{STORY}” Words and pictures in one answer.", drawn(story)),
-        Row("Grow\nThe first codes say the most: a picture is there after a few of them.", grown)
+        Row("Look\nAn image becomes 32 codes. From them the model describes it and answers questions, and the decoder "
+            "reconstructs it.", looks),
+        Row("Draw\nText-to-image, with compositions held out of nano's training.", drawings),
+        Row("Edit\nSuccessive edits; the rest of the image stays.", edits),
+        Row("Talk\nA conversation that refers to earlier images.", turns),
+        Row(f"Tell\n“{STORY}” Text and images in one answer.", drawn(story)),
+        Row("Grow\nReconstructions from the first codes, which carry most information.", grown)
     ], {"codes": codes, "grown_codes": first}
 
 
 def find(seed_x: Any, seed: int) -> Row:
-    """A thing found and an edit made by a SEED-X."""
+    """Detection and an edit by a SEED-X."""
     image = Image.fromarray(render(scene_of(DRAWN[1])))
     boxed = seed_x.detect(image, "the balloons", seed=seed).drawn(width=1)
     changed = seed_x.edit(image, EDITS[3], seed=seed)
-    return Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits with the picture at hand: what is not named "
-               "stays where it is.", [
+    return Row("Find\nnano-x, a tiny SEED-X, answers with boxes, and edits conditioned on the image, so that the rest "
+               "stays in place.", [
                    Cell(image, never_trained_on(DRAWN[1])), Cell(boxed, "", "Where are the balloons?"),
                    Cell(changed, "", EDITS[3])])
 
@@ -139,7 +139,7 @@ def _main(args: argparse.Namespace) -> int:
             if cell.image:
                 save_image(cell.image, args.out / f"{name}_{number}.png")
     write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
-    title = f"A picture is 32 words of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
+    title = f"An image as 32 tokens of a language model: SEED Multimodal {__version__} with {Path(args.model).name}"
     save_image(contact_sheet(rows, title, cell=150, columns=6, max_lines=16), args.out / "contact_sheet.png")
     print(f"Look at {args.out / 'contact_sheet.png'}; codes and texts are in {args.out / 'quickstart.json'}.")
     return DONE

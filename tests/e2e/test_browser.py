@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -13,52 +14,55 @@ from typing import Any
 
 import pytest
 import requests
-from PIL import Image
 from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 300
+SECONDS = 30
 INSTALL = ("The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium and "
            "chromium-driver (apt-get install chromium chromium-driver).")
-pytestmark = pytest.mark.timeout(900)
+DRAW = "Please draw a noto dog left of a tree in a meadow."
+FOX, SNOWMAN = (ROOT / "images" / name for name in ("fox.png", "fox_and_snowman.png"))
+pytestmark = [pytest.mark.timeout(600), pytest.mark.browser, pytest.mark.process]
 
 
 class Program:
-    """A started program."""
+    """A program; `ready`: what its line says before its address."""
 
-    def __init__(self, *command: str) -> None:
+    def __init__(self, ready: str, *command: str) -> None:
+        self.ready, self.command = ready, command
+        self.start()
+
+    def start(self) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1",
                        "GRADIO_ANALYTICS_ENABLED": "False"}
-        self.process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, text=True,
+        self.process = subprocess.Popen([sys.executable, *self.command], cwd=ROOT, env=environment, text=True,
                                         stdout=subprocess.PIPE)
-        self.address = ""
 
-    def wait_for(self, words: str) -> str:
-        """What follows `words` in the first line that holds them."""
+    def address(self) -> str:
         assert self.process.stdout is not None
-        line = next((line for line in self.process.stdout if words in line), None)
+        line = next((line for line in self.process.stdout if self.ready in line), None)
         assert line is not None, f"{self.process.args} ended early"
-        return line.split(words)[1].split()[0]
+        return line.split(self.ready)[1].split()[0]
 
     def stop(self) -> None:
         self.process.terminate()
         try:
-            self.process.wait(10)
+            self.process.wait(20)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
 
 
-@pytest.fixture()
-def backend(tiny_folder: Path) -> Iterator[Program]:
-    program = Program("gradio_demo/seed_llama_flask.py", "--system", str(tiny_folder), "--port", "0",
-                      "--llm_device", "cpu", "--tokenizer_device", "cpu")
+@pytest.fixture(scope="module")
+def backend() -> Iterator[Program]:
+    program = Program("answering at ", "gradio_demo/seed_llama_flask.py", "--system", "nano", "--port",
+                      str(free_port()), "--llm_device", "cpu", "--tokenizer_device", "cpu")
     yield program
     program.stop()
 
 
-@pytest.fixture()
-def browser(tmp_path: Path) -> Iterator[Any]:
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     from selenium import webdriver
 
     paths = {name: shutil.which(name) for name in ("chromium", "chromedriver")}
@@ -67,9 +71,11 @@ def browser(tmp_path: Path) -> Iterator[Any]:
         pytest.fail(INSTALL.format(missing=missing), pytrace=False)
     options = webdriver.ChromeOptions()
     options.binary_location = paths["chromium"]
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--disable-dev-shm-usage", "--window-size=1360,1000", f"--user-data-dir={tmp_path / 'profile'}"):
+                 "--disable-dev-shm-usage", "--window-size=1360,1000",
+                 f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(paths["chromedriver"]))
     driver.set_page_load_timeout(SECONDS)
@@ -77,135 +83,215 @@ def browser(tmp_path: Path) -> Iterator[Any]:
     driver.quit()
 
 
-@pytest.fixture()
-def page(backend: Program, browser: Any) -> Iterator[Page]:
-    backend.address = backend.wait_for("answering at ")
-    frontend = Program("gradio_demo/seed_llama_gradio.py", "--model_type", "nano", "--server_port", str(free_port()),
-                       "--request_address", backend.address)
-    browser.get(frontend.wait_for("The chat is at "))
-    yield Page(browser)
+@pytest.fixture(scope="module")
+def served(backend: Program) -> Iterator[tuple[str, str]]:
+    """Addresses of the backend and of the page."""
+    frontend = Program("The chat is at ", "gradio_demo/seed_llama_gradio.py", "--model_type", "nano", "--server_port",
+                       str(free_port()), "--request_address", (address := backend.address()))
+    yield address, frontend.address()
     frontend.stop()
+
+
+@pytest.fixture()
+def page(served: tuple[str, str], browser: Any) -> Iterator[Page]:
+    yield Page(browser, served[1])
+    asked = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    urls = {one["params"]["request"]["url"] for one in asked if one["method"] == "Network.requestWillBeSent"}
+    assert [url for url in urls if url.startswith(("http", "ws")) and not url.startswith(served[1])] == []
 
 
 class Page:
     """What a visitor sees and does."""
 
-    def __init__(self, browser: Any) -> None:
-        from selenium.webdriver.common.by import By
-
+    def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
-        self.css = By.CSS_SELECTOR
-        self.until(lambda: self.all("#submit"), "the page to load")
+        browser.get(address)
+        self.until(lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load")
 
     def until(self, true: Callable[[], Any], what: str) -> Any:
         from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
         from selenium.webdriver.support.ui import WebDriverWait
 
         try:
-            return WebDriverWait(self.browser, SECONDS, ignored_exceptions=[StaleElementReferenceException]).until(
+            return WebDriverWait(self.browser, SECONDS, 0.1, ignored_exceptions=[StaleElementReferenceException]).until(
                 lambda _: true())
         except TimeoutException:
             pytest.fail(f"waited {SECONDS} s for {what}; the page says: {self.text('body')[:2000]}")
 
     def all(self, selector: str) -> list[Any]:
-        return self.browser.find_elements(self.css, selector)
+        return [*self.browser.find_elements("css selector", selector)]
 
     def text(self, selector: str) -> str:
         return " ".join(element.text for element in self.all(selector))
 
-    def upload(self, file: Path) -> None:
-        self.all("#picture input[type=file]")[0].send_keys(str(file))
-        self.until(lambda: self.all("#picture img"), "the picture's preview")
-
-    def write(self, text: str) -> None:
-        box = self.all("#message textarea")[0]
-        box.clear()
-        box.send_keys(text)
-
     def click(self, selector: str) -> None:
-        self.until(lambda: self.all(selector) and self.all(selector)[0].is_enabled(), f"{selector} to be ready")
-        self.all(selector)[0].click()
+        self.until(lambda: self.all(selector) and self.all(selector)[-1].is_enabled(), f"{selector} to be ready")
+        self.browser.execute_script("arguments[0].click()", self.all(selector)[-1])
 
-    def force_picture(self) -> None:
-        self.all("#force input[type=radio]")[0].click()
+    def tab(self, name: str) -> None:
+        self.until(lambda: [button for button in self.all("button[role=tab]") if button.text == name], name)[0].click()
 
-    def messages(self, role: str) -> list[Any]:
-        return self.all(f"#chat .{role}.message, #chat .message.{role}")
+    def choose(self, box: str, *files: Path) -> None:
+        shown, field = len(self.all(f"{box} img")), self.all(f"{box} input[type=file]")[0]
+        self.browser.execute_script("arguments[0].value = ''", field)  # else they are added to the last ones
+        field.send_keys("\n".join(map(str, files)))
+        self.until(lambda: len(self.all(f"{box} img")) > shown, "the upload")
 
-    def pictures(self, role: str) -> list[tuple[int, int]]:
-        """Sizes of the pictures that the browser really decoded in messages of `role`."""
-        return [tuple(size) for size in self.browser.execute_script(
-            "return [...document.querySelectorAll(arguments[0])].filter(i => i.complete && i.naturalWidth)"
-            ".map(i => [i.naturalWidth, i.naturalHeight])", f"#chat .{role} img")]
+    def send(self, text: str, *files: Path) -> None:
+        if files:
+            self.choose("#message", *files)
+        self.all("#message textarea")[0].send_keys(text)
+        self.click("#message .submit-button")
 
-    def watch(self, role: str) -> Callable[[], list[str]]:
-        """From now on note each picture that appears in messages of `role`; gives their addresses so far, in order."""
-        self.browser.execute_script(
-            "const seen = window.seen = []; const look = () => document.querySelectorAll(arguments[0]).forEach("
-            "i => { if (i.src && !seen.includes(i.src)) seen.push(i.src) }); look();"
-            "new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true})"
-            .replace("arguments[0]", repr(f"#chat .{role} img")))
+    def waits(self) -> bool:
+        return "Waiting" in self.text("#status")
+
+    def answered(self, rounds: int) -> None:
+        self.until(lambda: len(self.all("#chat .bot.message")) >= rounds and not self.waits()
+                   and self.all("#message .submit-button"), f"answer {rounds}")
+
+    def images(self, where: str) -> list[str]:
+        """Addresses of the images that the browser really decoded there."""
+        found: list[str] = self.browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0] + ' img')].filter(i => i.complete && i.naturalWidth)"
+            ".map(i => i.src)", where)
+        return found
+
+    def watch(self) -> Callable[[], Any]:
+        """From now on note each text and image of the answers; gives them so far."""
+        self.browser.execute_script("""
+            const seen = window.seen = {images: [], texts: []}
+            const note = (list, value) => { if (value && !list.includes(value)) list.push(value) }
+            const look = () => {
+                document.querySelectorAll('#chat .bot img').forEach(i => note(seen.images, i.src))
+                document.querySelectorAll('#chat .bot .md').forEach(t => note(seen.texts, t.innerText))
+            }
+            look()
+            new MutationObserver(look).observe(document.body, {subtree: true, childList: true, attributes: true,
+                                                               characterData: true})""")
         return lambda: self.browser.execute_script("return window.seen")
 
-    def answered(self) -> bool:
-        """The model's turn is over: nothing waits, and Regenerate can be pressed."""
-        return "Waiting" not in self.text("#status") and self.all("#regenerate")[0].is_enabled()
+
+def health(served: tuple[str, str]) -> dict[str, Any]:
+    return requests.get(served[0].replace("/generate", "/health"), timeout=30).json()
 
 
-def answered(backend: Program) -> int:
-    """How many requests the backend has answered."""
-    return int(requests.get(backend.address.replace("/generate", "/health"), timeout=30).json()["answered"])
+def test_a_chat_with_images_in_both_directions(page: Page) -> None:
+    seen = page.watch()
+    page.send("Please provide an accurate and concise description of the given image.", SNOWMAN)
+    page.answered(1)
+    assert "snowman" in page.text("#chat .bot") and len(page.images("#chat .user")) == 1
+    assert len(seen()["texts"]) > 2, "the text grows word by word"
+
+    page.send(DRAW)
+    page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn image")
+    first = page.images("#chat .bot")
+    assert len(first) == 1 and len(seen()["images"]) >= 3, "previews in the place of the image, then the image"
+
+    page.click("#chat button[aria-label=Retry]")
+    page.until(lambda: page.images("#chat .bot") not in ([], first) and not page.waits(), "another image")
+
+    page.click("#chat button[aria-label=Undo]")
+    page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
+    assert page.all("#message textarea")[0].get_attribute("value") == DRAW
+
+    page.click("#chat .message-buttons-right button[aria-label=Edit]")
+    page.until(lambda: page.all("#chat textarea"), "the message to be edited")
+    page.all("#chat textarea")[-1].clear()
+    page.all("#chat textarea")[-1].send_keys("What is on the left?")
+    page.click("#chat button[aria-label=Submit]")
+    page.until(lambda: "What is on the left?" in page.text("#chat .user"), "the edited message")
+    page.until(lambda: "fox" in page.text("#chat .bot") and "snowman" not in page.text("#chat .bot"), "the new answer")
+    assert len(page.images("#chat .user")) == 1
+
+    page.click("#chat button[aria-label=Clear]")
+    page.until(lambda: not page.all("#chat .message"), "an empty conversation")
 
 
-@pytest.mark.browser
-@pytest.mark.process
-def test_a_chat_with_pictures_in_both_directions(page: Page, backend: Program, picture: Image.Image,
-                                                 tmp_path: Path) -> None:
-    backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
-    page.write("Are you busy?")
-    page.click("#submit")
-    page.until(lambda: "Waiting" in page.text("#status") and not page.all("#submit")[0].is_enabled(), "the wait")
-    page.click("#clear")
-    page.until(lambda: not page.messages("user") and page.all("#submit")[0].is_enabled(), "a page that can be used")
-    file = tmp_path / "stripes.png"
-    picture.save(file)
-    page.upload(file)
-    page.write("What is it?")
-    page.click("#submit")
-    page.until(lambda: "What is it?" in page.text("#chat .user") and "Waiting" in page.text("#status"), "the next wait")
-    backend.process.send_signal(signal.SIGCONT)
-    page.until(lambda: page.messages("bot") and page.answered(), "the first answer")
-    assert "What is it?" in page.text("#chat .user")
-    page.until(lambda: len(page.pictures("user")) == 1, "the sent picture in the conversation")
-    assert page.pictures("bot") == []
+def test_an_example_is_run_at_a_click(page: Page) -> None:
+    page.click("#chat .example:first-child")
+    page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
 
-    page.write("Please draw a red apple.")
-    page.force_picture()
-    appeared = page.watch("bot")
-    page.click("#submit")
-    page.until(lambda: "Here it is." in page.text("#chat .bot") and page.answered(), "the drawn picture")
-    assert page.pictures("bot") == [(16, 16)]
-    final = page.all("#chat .bot img")[0].get_attribute("src")
-    assert len(appeared()) >= 2 and appeared()[-1] == final, "previews in the place of the picture, then the picture"
 
+def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path: Path) -> None:
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
-    page.upload(tmp_path / "fake.png")
-    page.click("#submit")
-    page.until(lambda: "fake.png: not a picture" in page.text("#status"), "the sentence about the picture")
-    assert not page.all(".toast-body") and not page.all("#picture img")  # no error of Gradio's, nothing left to send
+    page.choose("#message", FOX, tmp_path / "fake.png")
+    page.until(lambda: "fake.png: not an image" in page.text("#status"), "the sentence about the file")
+    page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
 
-    before = answered(backend)
-    page.click("#regenerate")
-    page.until(lambda: answered(backend) == before + 1 and page.answered(), "the drawing made again")
-    assert len(page.pictures("bot")) == 1
 
+def test_stop_cancels_the_answer_at_the_backend(page: Page, backend: Program, served: tuple[str, str]) -> None:
+    before = health(served)["answered"]
+    backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
+    page.send(DRAW)
+    page.until(page.waits, "the wait")
+    page.click("#message .stop-button")
+    page.until(lambda: "Stopped" in page.text("#status"), "the end")
+    assert page.all("#message textarea")[0].get_attribute("value") == DRAW and not page.all("#chat .user.message")
+    backend.process.send_signal(signal.SIGCONT)
+    page.until(lambda: health(served)["running"] == 0, "the backend to be free")
+    assert health(served)["answered"] == before
+
+
+def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
+    page.tab("Draw")
+    page.all("#draw-text textarea")[0].send_keys("a fluent fox in a meadow")
+    page.click("#draw")
+    page.until(lambda: len(page.images("#draw-images")) == 4, "four drawings")
+
+    page.tab("Edit")
+    page.click("#edit")
+    page.until(lambda: "Choose an image first" in page.text("#edit-status"), "the sentence about the missing image")
+    page.choose("#edit-image", FOX)
+    page.all("#edit-text textarea")[0].send_keys("Put it at night.")
+    page.click("#edit")
+    page.until(lambda: page.images("#edit-images"), "the changed image")
+
+    page.tab("Codes")
+    for name, file in (("first", FOX), ("second", SNOWMAN)):
+        page.choose(f"#codes-{name}", file)
+        page.until(lambda name=name: len(page.all(f"#strip-{name} span")) == 32, "32 coloured codes")
+    page.click("#swap")
+    page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
+
+
+def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]) -> None:
+    windows = [page.browser.current_window_handle]
+    page.send(DRAW)
+    page.browser.switch_to.new_window("tab")
+    windows.append(page.browser.current_window_handle)
+    Page(page.browser, served[1]).send("What is it?", FOX)
+    page.answered(1)
+    assert "What is it?" in page.text("#chat .user") and DRAW not in page.text("#chat .user")
+    page.browser.close()
+    page.browser.switch_to.window(windows[0])
+    page.until(lambda: page.images("#chat .bot"), "the first visitor's image")
+
+
+def test_a_phone_shows_the_conversation_first(page: Page) -> None:
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride",
+                                 {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True})
+    try:
+        for number in range(2):
+            page.send(f"{DRAW} {number}")
+            page.until(lambda number=number: len(page.images("#chat .bot")) == number + 1 and not page.waits(), "it")
+        chat, box, image = (page.all(name)[-1].rect for name in ("#chat", "#message", "#chat .bot img"))
+        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 390
+        assert chat["y"] < 200 and box["y"] >= chat["y"] + chat["height"] and box["y"] + box["height"] <= 844
+        page.until(lambda: (place := page.all("#chat .bot img")[-1].rect)["y"] + place["height"]
+                   <= chat["y"] + chat["height"] + 1, f"the answer to be in view, not at {image}")
+    finally:
+        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_a_backend_that_is_started_again_answers(page: Page, backend: Program) -> None:
     backend.stop()
-    page.write("Are you there?")
-    page.click("#submit")
+    page.send("Are you there?", FOX)
     page.until(lambda: "start the backend" in page.text("#status"), "the sentence about the backend")
-    page.click("#regenerate")
-    page.until(lambda: page.all("#regenerate")[0].is_enabled(), "the end of the vain attempt")
-    assert "Are you there?" in page.text("#chat .user") and "draw a red apple" in page.text("#chat .user")
-
-    page.click("#clear")
-    page.until(lambda: not page.messages("user") and not page.messages("bot"), "an empty conversation")
+    page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == "Are you there?", "the message back")
+    page.until(lambda: len(page.images("#message")) == 1, "the image in its box")
+    assert not page.all("#chat .user.message")
+    backend.start()
+    backend.address()
+    page.click("#message .submit-button")
+    page.answered(1)

@@ -1,4 +1,4 @@
-"""From pictures to answers by the application's own commands: tokenise, pretrain, merge, tune, merge, ask."""
+"""From images to answers by the application's own commands: tokenise, pretrain, merge, tune, merge, ask."""
 
 import json
 import subprocess
@@ -52,7 +52,7 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_from_pictures_to_answers(tmp_path: Path) -> None:
+def test_from_images_to_answers(tmp_path: Path) -> None:
     tokenise("", "{format: nano, format_options: {split: pairs, content: captions, number: 60}}", tmp_path / "captions")
     tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
              tmp_path / "talk", "--views", "4")

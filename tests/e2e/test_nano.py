@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import all_words, picture_words, right_labels
+from seed_nano.report.scoring import all_words, image_labels, right_labels
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise
@@ -38,7 +38,7 @@ def test_weights_are_safetensors_and_at_most_40_mb() -> None:
     assert not [file for file in NANO.rglob("*") if file.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl")]
 
 
-def test_rebuilt_pictures_are_nearest_to_their_originals(seed: SeedLlama) -> None:
+def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
     originals = [open_image(ROOT / "images" / name) for name in DEMO]
     codes = seed.tokenize(originals)
     assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
@@ -47,8 +47,8 @@ def test_rebuilt_pictures_are_nearest_to_their_originals(seed: SeedLlama) -> Non
     assert distance.argmin(1).tolist() == list(range(len(DEMO)))
 
 
-def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
-    """The more codes, the nearer to the whole picture, on average."""
+def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
+    """The more codes, the nearer to the whole image, on average."""
     counts = (4, 8, 16, 32)
     scenes = [Image.fromarray(render(scene_at(5, number, "val"))) for number in range(12)]
     codes = seed.tokenize(scenes)
@@ -62,13 +62,13 @@ def test_pictures_come_out_of_their_first_codes(seed: SeedLlama) -> None:
 
 
 def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
-    """The judge reads it off the pictures; most of these scenes hold a pair that was never trained on."""
+    """The judge reads it off the images; most of these scenes hold a pair that was never trained on."""
     judge = Judge.from_pretrained(NANO / "judge")
     scenes = [scene_at(5, number, "pairs") for number in range(12)]
     asked = all_words(scenes)
     drawn = [seed.draw(describe(scene), seed=0) for scene in scenes]
-    assert right_labels(picture_words(judge, drawn), asked).all(1).mean() >= 0.5
-    assert right_labels(picture_words(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
+    assert right_labels(image_labels(judge, drawn), asked).all(1).mean() >= 0.5
+    assert right_labels(image_labels(judge, drawn[::-1]), asked).all(1).mean() <= 0.2
 
 
 def test_description_is_the_caption(seed: SeedLlama) -> None:

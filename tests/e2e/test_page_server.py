@@ -16,7 +16,7 @@ from PIL import Image
 from real_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = (1, 64, 0.0, 0.5, 3, False)  # beams, tokens, temperature, top_p, rounds, force
+SETTINGS = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
@@ -48,25 +48,19 @@ def page(tmp_path: Path) -> Iterator[Page]:
         running.process.wait()
 
 
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_pictures(page: Page, tmp_path: Path) -> None:
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page: Page, tmp_path: Path) -> None:
     from gradio_client import handle_file
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
-    jobs = []
     for number in range(3):  # each is told that the model works, though nobody gets an answer
-        visitor = page.visitor()
-        visitor.predict(handle_file(tmp_path / "mine.png"), f"visitor {number}", api_name="/on_add")
-        jobs.append(visitor.submit("", *SETTINGS, api_name="/on_submit"))
-        first = next(iter(jobs[-1]))
-        assert "Waiting for the model" in str(first)
-    visitor = page.visitor()
-    for _ in range(2):  # in a page that has been used, too
-        said = visitor.predict(handle_file(tmp_path / "fake.png"), "hello", api_name="/on_add")
-        assert "fake.png: not a picture in a known format" in str(said)
+        message = {"text": f"visitor {number}", "files": [handle_file(tmp_path / "mine.png")]}
+        job = page.visitor().submit(message, *SETTINGS, api_name="/on_submit")
+        assert "Waiting for the model" in str(next(iter(job)))
+    said = page.visitor().predict({"text": "", "files": [handle_file(tmp_path / "fake.png")]}, api_name="/on_choose")
+    assert "fake.png: not an image in a known format" in str(said)
 
-    kept = list(tmp_path.glob("seed_chat_*/**/*.png"))
-    assert len(kept) >= 2  # the upload, and the page's own copy
+    assert len(list(tmp_path.glob("seed_chat_*/**/*.png"))) >= 4  # the uploads, and a copy of each visitor
     page.process.send_signal(signal.SIGTERM)
     assert page.process.wait(30) in (0, 130)
     assert not list(tmp_path.glob("seed_chat_*"))

@@ -10,7 +10,7 @@ from PIL import Image
 
 from seed_multimodal.cli.main import main
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import all_words, matched, picture_words
+from seed_nano.report.scoring import all_words, image_labels, matched
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise
 
@@ -81,7 +81,7 @@ def test_drawings_of_the_readme_show_what_was_asked_for(command: str, place: Pat
     run(command, capsys)
     picture = Image.open(place / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
-    assert picture_words(judge, [picture]) == all_words([DRAWN[command]])
+    assert image_labels(judge, [picture]) == all_words([DRAWN[command]])
 
 
 def test_detect_boxes_the_named_thing_and_no_absent_one(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

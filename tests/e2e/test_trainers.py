@@ -124,7 +124,7 @@ def check_conversion(trainer: Trainer, given: list[str], checkpoint: Path, weigh
 
 
 @each(ONE_OF_EACH)
-def test_trainer_stopped_by_sigterm_saves_and_goes_on(trainer: Trainer, home: Path, tmp_path: Path) -> None:
+def test_trainer_stopped_by_sigterm_saves_and_continues(trainer: Trainer, home: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for _ in range(2):
         made = len(trainer.losses(out))
@@ -138,7 +138,7 @@ def test_trainer_stopped_by_sigterm_saves_and_goes_on(trainer: Trainer, home: Pa
 
 
 @each(ONE_OF_EACH)
-def test_trainer_on_a_full_disk_says_so_and_goes_on(trainer: Trainer, home: Path, tmp_path: Path,
+def test_trainer_on_a_full_disk_reports_it_and_continues(trainer: Trainer, home: Path, tmp_path: Path,
                                                     capsys: pytest.CaptureFixture[str]) -> None:
     """The limit on the size of files stands for a disk without room: writes fail in the same place."""
     out, given = tmp_path / "out", trainer.arguments(home, tmp_path / "out", 4, 2, ())

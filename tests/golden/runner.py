@@ -99,7 +99,8 @@ def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture beside it, else the kept one."""
+    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture next to it, else the kept
+    one."""
     for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
         if (place / "tokenizer" / "tokenizer.model").is_file():
             return place / "tokenizer"

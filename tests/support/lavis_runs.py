@@ -46,7 +46,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def write_pictures(folder: Path, count: int = 24) -> Path:
-    """Pictures of nano's scenes and `pairs.json` beside them."""
+    """Images of nano's scenes and `pairs.json` next to them."""
     from PIL import Image
 
     from seed_nano.world.scene import render
@@ -64,7 +64,7 @@ def write_pictures(folder: Path, count: int = 24) -> Path:
 
 
 def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
-    """Arguments of train.py for a tiny run on `pictures`, with a YAML file beside `output`."""
+    """Arguments of train.py for a tiny run on `pictures`, with a YAML file next to `output`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])

@@ -119,7 +119,7 @@ def newest(folder: Path, name: str = "toy") -> Path:
 
 def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     """What the newest checkpoint of a stage holds: `model`, `ema`, and the keys of trainer_state.json and of the
-    optimiser's file."""
+    optimizer's file."""
     place = newest(folder, name)
     tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
                for part, file in (("model", "model"), ("ema", "ema"))}

@@ -1,4 +1,4 @@
-"""A tiny LaVIT, pictures with captions, a record of codes and plain text, for the tests of its unified pre-training."""
+"""A tiny LaVIT, images with captions, a record of codes and plain text, for the tests of its unified pre-training."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
 def picture(colour: tuple[int, int, int], number: int = 0) -> bytes:
-    """A plain picture with a spot."""
+    """A plain image with a spot."""
     image, stream = Image.new("RGB", (24, 20), colour), io.BytesIO()
     image.paste((255, 255, 255), (number % 4 * 5, 4, number % 4 * 5 + 6, 12))
     image.save(stream, "PNG")
@@ -57,7 +57,7 @@ def write_parts(home: Path) -> None:
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
-    """The mixture: language to pictures as 2 to 1."""
+    """The mixture: language to images as 2 to 1."""
     sources = [{"name": "captions", "files": str(home / "captions.tar"), "decoder": "lavit.caption", "weight": 0.8,
                 "options": {"base_resolution": SIDE, "text_dropout": 0.2}},
                {"name": "codes", "files": str(home / "codes.jsonl"), "decoder": "lavit.caption", "weight": 0.2,

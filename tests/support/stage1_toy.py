@@ -1,6 +1,6 @@
 """Stage 1 of LaVIT on made-up features; also a program: `python stage1_toy.py FOLDER '{"max_steps": 40}'`.
 
-A picture has one background in all 16 patches, but in the first 0 to 8 places of a random order it has things; so how
+An image has one background in all 16 patches, but in the first 0 to 8 places of a random order it has things; so how
 much there is to see differs. Under torchrun it trains with DistributedDataParallel over gloo.
 """
 
@@ -36,7 +36,7 @@ DECODER = LavitDecoderConfig(head="lowres", tokens=PATCHES, code_dim=CODE, width
 
 
 class Repeatable(LavitStage1):
-    """Draws for each picture from the picture, so that it does not matter which process has it."""
+    """Draws for each image from the image, so that it does not matter which process has it."""
 
     def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
@@ -61,7 +61,7 @@ def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any)
 
 
 def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Features `[count, 16, 32]` and how many things each picture has (0, 2, 4, 6 or 8)."""
+    """Features `[count, 16, 32]` and how many things each image has (0, 2, 4, 6 or 8)."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
     things = 2 * torch.randint(5, (count,), generator=generator)
@@ -70,7 +70,7 @@ def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     for number in range(count):
         places = torch.randperm(PATCHES, generator=generator)[:things[number]]
         found[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
-    places_ND = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(8))  # as a tower's positions
+    places_ND = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(8))  # as position embeddings
     return found + places_ND + 0.05 * torch.randn(found.shape, generator=generator), things
 
 

@@ -1,4 +1,5 @@
-"""A tiny de-tokenizer's training: its SDXL, tower, pictures and edits on disk, a configuration, and how to run it."""
+"""A tiny de-tokenizer's training: its SDXL, vision encoder, images and edits on disk, a configuration, and how to run
+it."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
 
 
 def write_parts(home: Path) -> Path:
-    """A folder with `sdxl`, `tower`, pictures, and edits as a list."""
+    """A folder with `sdxl`, `tower`, images, and edits as a list."""
     tiny_sdxl.sdxl_folder(home / "sdxl")
     torch.manual_seed(5)
     QwenVit(TOWER).save_pretrained(home / "tower")

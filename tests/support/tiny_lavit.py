@@ -22,7 +22,7 @@ from seed_nano.train.words import train_words
 
 WIDTH = 32  # of the language model
 CODES, CODE_DIM, PATCHES = 24, 8, 16
-SIZE = 16  # pixels a side of what the tower reads
+SIZE = 16  # pixels a side of what the vision encoder reads
 SIDE = 64  # of a square drawing
 SENTENCES = ["a red apple beside a blue fish", "Question: What is this animal? Answer: It is a cat.",
              "an old photo of a horse and a small house", "two dogs run in the snow, near 3 trees"] * 8
@@ -61,7 +61,7 @@ def _spread(model: Any) -> Any:
 
 
 def tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
-    """Weights large enough to tell pictures apart; `merger`: seed of another merger and projector."""
+    """Weights large enough to tell images apart; `merger`: seed of another merger and projector."""
     torch.manual_seed(seed)
     made = _spread(DynamicTokenizer(TOKENIZER))
     if merger is not None:

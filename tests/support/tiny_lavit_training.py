@@ -79,7 +79,7 @@ def code_decoder(head: Head = "highres") -> CodeDecoder:
 
 
 def write_parts(home: Path) -> Path:
-    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and pictures of many ratios."""
+    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of many ratios."""
     for head in ("highres", "lowres"):
         diffusion(home / head, head)  # type: ignore[arg-type]
     save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")

@@ -1,4 +1,5 @@
-"""An SDXL of 16 x 16 pixels for tests: its diffusers folder, adapters of both stages, and a tower to see with."""
+"""An SDXL of 16 x 16 pixels for tests: its diffusers folder, adapters of both stages, and a vision encoder to see
+with."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def vae(**more: Any) -> Any:
 
 
 def adapter(stage: int = 1) -> SDXLAdapter:
-    """Random weights, large enough to tell embeddings, and for the second stage condition pictures, apart."""
+    """Random weights, large enough to tell embeddings, and for the second stage condition images, apart."""
     torch.manual_seed(2)
     made = SDXLAdapter(unet(4 * stage), ResamplerXLV2(SIZES)).eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""A SEED-1 small enough for tests: tokenizer, its files in the released layout, and a Stable Diffusion folder."""
+"""A SEED-1 small enough for tests: tokenizer, its files in the original layout, and a Stable Diffusion folder."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def config() -> Seed1Config:
 
 
 def tokenizer(seed: int = 0) -> Seed1Tokenizer:
-    """Random weights that are large enough to tell pictures apart."""
+    """Random weights that are large enough to tell images apart."""
     torch.manual_seed(seed)
     return loud(Seed1Tokenizer(config())).eval()
 
 
 def loud(model: nn.Module) -> nn.Module:
-    """The usual start values leave too little of the picture to tell one from another."""
+    """The usual start values leave too little of the image to tell one from another."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith("text_encoder."):
@@ -66,7 +66,7 @@ def stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
-    """The three files as the original's training writes them: weights below "model", other things beside."""
+    """The three files as the original's training writes them: weights below "model", other things next to."""
     folder.mkdir(parents=True, exist_ok=True)
     first, second, tower = stage_files(model)
     torch.save({"model": first, "epoch": 3, "config": {"run": {"amp": True}}, "scaler": None}, folder /
@@ -78,7 +78,7 @@ def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
 
 
 def diffusion_folder(folder: Path, *, text: bool = True, checker: bool = False) -> Path:
-    """A Stable Diffusion 1 of 16 x 16 pixels, saved by diffusers; `checker` adds one that flags every picture."""
+    """A Stable Diffusion 1 of 16 x 16 pixels, saved by diffusers; `checker` adds one that flags every image."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
     scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True,

@@ -1,5 +1,5 @@
 """A complete SEED-X with random weights, in a system folder (once per test session by the fixture `tiny_x_folder` of
-tests/conftest.py) or in the layout of the released weights."""
+tests/conftest.py) or in the layout of the original weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from seed_nano.train.words import train_words
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the language model
-WORDS = 4  # of a picture, on a grid of 2 x 2
+WORDS = 4  # of an image, on a grid of 2 x 2
 GRID = 16  # places of boxes
 SIZE = 16  # pixels a side of a view
 SENTENCES = ["[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
@@ -50,9 +50,9 @@ def build(folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int =
 
 
 def build_released(home: str | Path) -> Path:
-    """The same parts below a `pretrained` folder, in the released layout and files: seed_x, seed_x_i and seed_x_edit.
+    """The same parts below a `pretrained` folder, in the original layout and files: seed_x, seed_x_i and seed_x_edit.
 
-    Unlike the released ones, the weights have their sizes beside them (see `forget_sizes`).
+    Unlike the original ones, the weights have their sizes next to them (see `forget_sizes`).
     """
     root = Path(home)
     tokenizer = write_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
@@ -100,7 +100,7 @@ def write_configs(home: Path) -> Path:
 
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
-    """A Qwen-VL-Chat of which the tower is in the last shards; gives the tower."""
+    """A Qwen-VL-Chat of which the vision encoder is in the last shards; gives the vision encoder."""
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
 
     torch.manual_seed(7)
@@ -160,7 +160,7 @@ def write_tower(folder: Path, seed: int = 0) -> None:
 
 
 def _spread(model: Any) -> Any:
-    """Weights large enough to tell pictures apart."""
+    """Weights large enough to tell images apart."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)

@@ -123,7 +123,7 @@ def _written_by(module: str) -> Callable[[Path], Any]:
 
 
 def _seed_x_parts(home: Path) -> None:
-    """A third of the batches hold no picture at all."""
+    """A third of the batches hold no image at all."""
     import tuning_parts
 
     tuning_parts.write_parts(home)

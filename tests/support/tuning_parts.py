@@ -1,4 +1,4 @@
-"""A tiny SEED-X with pictures in all the data formats, for the tests of its instruction tuning."""
+"""A tiny SEED-X with images in all the data formats, for the tests of its instruction tuning."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ VIEWS = {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]}
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
-    """A plain picture."""
+    """A plain image."""
     stream = io.BytesIO()
     Image.new("RGB", size, colour).save(stream, "JPEG")
     return stream.getvalue()
 
 
 def write_parts(home: Path) -> None:
-    """Tokenizer, tower, language model and data below `home`."""
+    """Tokenizer, vision encoder, language model and data below `home`."""
     words = train_words(MultimodalTokenizer, TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
                         n_locations=16)
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def write_parts(home: Path) -> None:
 
 
 def write_data(home: Path) -> None:
-    """Conversations, captions in a tar, edits of one turn and of several; pictures apart."""
+    """Conversations, captions in a tar, edits of one turn and of several; images apart."""
     pictures = home / "pictures"
     pictures.mkdir()
     names = list(COLOURS)

@@ -47,7 +47,7 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    """SEED-X's words: 4 of 6 image words a picture, a grid of 16 for boxes."""
+    """SEED-X's words: 4 of 6 image words an image, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
     return train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4,
                        n_locations=16)
@@ -55,6 +55,6 @@ def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalToken
 
 @pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
-    """LaVIT's words: 330 text pieces, 24 codes, at most 6 a picture."""
+    """LaVIT's words: 330 text pieces, 24 codes, at most 6 an image."""
     return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24,
                        tokens_per_image=6)

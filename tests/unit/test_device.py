@@ -19,7 +19,7 @@ from seed_multimodal.device import (
     RELEASED_FP16,
     Runtime,
     choose_device,
-    choose_for_pictures,
+    choose_for_images,
     known_peak,
     peak_of,
 )
@@ -37,9 +37,9 @@ def test_reasons_are_given_for_what_is_chosen_here(device: str, dtype: object, s
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    said: list[str] = []
-    choose_device(device, dtype, log=said.append)  # type: ignore[arg-type]
-    assert len(said) == 1 and re.fullmatch(sentence, said[0]), said
+    printed: list[str] = []
+    choose_device(device, dtype, log=printed.append)  # type: ignore[arg-type]
+    assert len(printed) == 1 and re.fullmatch(sentence, printed[0]), printed
 
 
 @pytest.fixture
@@ -50,19 +50,19 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
 
-def test_pictures_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
-    said: list[str] = []
-    language = choose_device("auto", "auto", said.append)
-    pictures = choose_for_pictures(language.device, "auto", language, said.append)
+def test_images_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
+    printed: list[str] = []
+    language = choose_device("auto", "auto", printed.append)
+    pictures = choose_for_images(language.device, "auto", language, printed.append)
     assert (language.dtype, pictures.dtype) == (torch.bfloat16, torch.float16)
-    assert said[1].startswith("Reading and drawing pictures on cuda in float16 (float16 as pictures were read")
-    packed = choose_device("cuda:0", "auto", said.append, fp16=BESIDE_8BIT)
-    assert packed.dtype == torch.float16 and said[2] == "Running on cuda:0 in float16 (float16 beside 8-bit weights)."
-    del said[:]
+    assert printed[1].startswith("Image encoder and decoder run on cuda in float16 (float16 as in the original")
+    packed = choose_device("cuda:0", "auto", printed.append, fp16=BESIDE_8BIT)
+    assert packed.dtype == torch.float16 and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
+    del printed[:]
     for asked in ("float32", "bf16", torch.float16):  # what is asked for holds for both, and is said once
-        one = choose_device("cuda", asked, said.append, fp16=RELEASED_FP16)
-        assert choose_for_pictures("cuda", asked, one, said.append) == one
-    assert len(said) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+        one = choose_device("cuda", asked, printed.append, fp16=RELEASED_FP16)
+        assert choose_for_images("cuda", asked, one, printed.append) == one
+    assert len(printed) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
 
 
 def test_choose_device_refuses_unknown_names(gpu: None) -> None:
@@ -73,7 +73,7 @@ def test_choose_device_refuses_unknown_names(gpu: None) -> None:
         choose_device("cpu", "float8")
 
 
-def test_every_reader_of_pictures_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reader_of_images_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loaded on the CPU in the end: what each would compute in on a GPU is recorded where it is decided."""
     from seed_multimodal.seed import original, pipeline
     from seed_multimodal.system.images import open_images

@@ -25,7 +25,7 @@ def test_what_a_hub_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert not hub.is_hub_name(name), name
 
 
-def test_released_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_original_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.released_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
     assert hub.released_folder("stabilityai/stable-diffusion-xl-base-1.0") == "pretrained/stable-diffusion-xl-base-1.0"
     assert hub.released_folder("owner/name") == "owner/name"

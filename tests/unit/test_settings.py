@@ -69,7 +69,7 @@ def test_check_settings_of_an_object_made_in_code():
 
 
 def test_a_needed_key_is_named():
-    with pytest.raises(ConfigError, match="trainer: steps is needed"):
+    with pytest.raises(ConfigError, match="trainer: steps is required"):
         read_settings(Example, {}, "trainer")
 
 

@@ -1,4 +1,4 @@
-"""Pictures with captions → tars of `{image_ids, text, metadata}`."""
+"""Images with captions → tars of `{image_ids, text, metadata}`."""
 import sys
 from pathlib import Path
 

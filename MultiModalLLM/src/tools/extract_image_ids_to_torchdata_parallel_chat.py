@@ -1,4 +1,4 @@
-"""Conversations with pictures (LLaVA's json and others) → tars of `{messages}`."""
+"""Conversations with images (LLaVA's json and others) → tars of `{messages}`."""
 import sys
 from pathlib import Path
 

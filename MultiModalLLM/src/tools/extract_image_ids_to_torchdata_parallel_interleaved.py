@@ -1,4 +1,4 @@
-"""Documents of pictures and texts in turn → tars of `{image_ids, texts, metadata}`."""
+"""Documents of images and texts in turn → tars of `{image_ids, texts, metadata}`."""
 import sys
 from pathlib import Path
 

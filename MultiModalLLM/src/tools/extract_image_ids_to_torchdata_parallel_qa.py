@@ -1,4 +1,4 @@
-"""Questions about pictures → tars of `{image_ids, question, answer}`."""
+"""Questions about images → tars of `{image_ids, question, answer}`."""
 import sys
 from pathlib import Path
 

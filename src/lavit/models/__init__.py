@@ -1,4 +1,4 @@
-"""LaVIT's released names, for programs and notebooks in this folder: `from models import build_model`."""
+"""LaVIT's original names, for programs and notebooks in this folder: `from models import build_model`."""
 
 import sys
 from pathlib import Path

@@ -124,7 +124,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
     Raises DataError: no such file, or a line that is neither."""
     rows: dict[str, list[int]] = {}
     if not Path(path).is_file():
-        raise DataError(f"{path}: there is no such file.")
+        raise DataError(f"{path}: no such file.")
     try:
         for number, line in enumerate(filter(str.strip, Path(path).read_text(encoding="utf-8").splitlines()), 1):
             value = json.loads(line)

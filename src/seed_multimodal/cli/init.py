@@ -27,6 +27,7 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
     command.add_argument("--like", required=True, choices=KINDS, help="what will be trained")
+    command.add_argument("--size", choices=("tiny",), default="tiny", help="of what begins at random")
     add_json(command)
     command.set_defaults(work=init)
 

@@ -230,7 +230,7 @@ class Detokenizer:
             return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
         folder = vae_folder(place) if name == "vae" else place / name
         if not folder.is_dir():  # diffusers would take it for a hub name
-            raise CheckpointError(f"{folder}: there is no such folder; {cls.where}.")
+            raise CheckpointError(f"{folder}: no such folder; {cls.where}.")
         module, kind = CLASSES[name]
         part_class = getattr(importlib.import_module(module), kind)
         options = {"torch_dtype": dtype, "output_loading_info": True} if issubclass(part_class, nn.Module) else {}

@@ -1,1 +1,1 @@
-"""Language models that llama.cpp or a completion server computes, behind the interface of `language.engine.Engine`."""
+"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion servers)."""

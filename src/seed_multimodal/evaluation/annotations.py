@@ -1,16 +1,16 @@
-"""Questions and captions in the files that benchmarks publish, as `Sample`s.
+"""Readers of benchmark annotation files, as `Sample`s.
 
     VQA (v1, v2, OK-VQA)    {"questions": [{image_id, question, question_id}]}
                             {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
-    VizWiz                  [{image, question, answers: [{answer}], answer_type}]: the image's name is the id
+    VizWiz                  [{image, question, answers: [{answer}], answer_type}]: image name as id
     GQA                     {ID: {imageId, question, answer, types}}
     COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps, Flickr30k too
     Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
     lists, as LAVIS's       [{image, question, question_id, answer: text or list}], [{image, caption: text or list,
                             image_id or img_id}], [{image, text}] or [{text}] to draw; also .jsonl
-    texts                   a .txt with one caption a line
+    texts                   a .txt with one caption per line
 
-Images are named by path or by COCO's number. An item that cannot be used is a sample with a `problem`.
+Images are named by path or COCO id. An unusable item is a sample with a `problem`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from seed_multimodal.data.formats.sources import nearest_path
 from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str
-# How the images of a COCO id are named; {} is the id. Each may lie in a folder of its split's name.
+# File names of COCO ids ({}); optionally in a folder named after the split.
 _COCO_NAMES = [name for split in ("val2014", "test2015", "train2014") for name in
                (f"COCO_{split}_{{:012d}}.jpg", f"{split}/COCO_{split}_{{:012d}}.jpg")]
 _COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
@@ -37,26 +37,26 @@ _COCO_NAMES += ["{:012d}.jpg", "val2017/{:012d}.jpg", "train2017/{:012d}.jpg"]
 class Sample:
     """A question about an image, or an image with its captions."""
 
-    key: Key  # in the results
+    key: Key  # id in the results
     where: str  # place in the file
-    image: Key | None = None  # as the file names it; None: a caption without image
+    image: Key | None = None  # path or id in the file; None: a caption without image
     question: str = ""
-    references: list[str] = field(default_factory=list)  # the annotators' answers, or the captions
+    references: list[str] = field(default_factory=list)  # annotators' answers or captions
     answer_type: str = ""
     question_type: str = ""
-    problem: str = ""  # why it cannot be used
+    problem: str = ""  # why it is unusable
 
     @property
     def caption(self) -> str:
-        """The first caption, to draw."""
+        """The first caption, to generate from."""
         return next(text.strip() for text in self.references if text.strip())
 
 
 def read_questions(path: str | Path, annotations: str | Path | None = None) -> list[Sample]:
-    """The questions of a file; their answers are those of `annotations`, else of the file itself (or none).
+    """The questions of a file, with answers from `annotations` or the file itself (or none).
 
     Raises:
-        DataError: no such file, another layout, two questions with one id, or questions without annotation.
+        DataError: no such file, unknown layout, duplicate question ids, or questions without annotation.
     """
     samples = [_sample(*one, ("question", "image"), asked=True) for one in _items(_load(path), path, "questions")]
     keys = [one.key for one in samples]
@@ -70,16 +70,16 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
 
 def read_captions(path: str | Path, split: str = "test", truth: str | Path | None = None, *,
                   each_text: bool = False) -> list[Sample]:
-    """The images of a file with their captions.
+    """The images and captions of a file.
 
     Args:
-        split: the part of Karpathy's file that is meant.
-        truth: a file with the captions; then `path` may be a list of images alone.
-        each_text: each item is a sample of its own, with an image or without (texts to draw); else captions of one
-            image belong together.
+        split: split of Karpathy's file.
+        truth: a file with the captions; then `path` may list only images.
+        each_text: one sample per item, with or without image (texts to generate from); else captions are grouped by
+            image.
 
     Raises:
-        DataError: no such file, another layout, no image of the split, or images that `truth` does not have.
+        DataError: no such file, unknown layout, empty split, or images missing in `truth`.
     """
     content = _load(path)
     if Path(path).suffix == ".txt":
@@ -116,8 +116,8 @@ def _annotated(samples: Sequence[Sample], truth: Sequence[Sample], path: str | P
 
 
 def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -> Sample:
-    """A sample of an item in any of the layouts; its problem where it lacks what is `needed`. `asked`: its key is that
-    of a question, not of an image."""
+    """A sample from an item in any layout, with a problem if `needed` fields are missing. `asked`: use the question's
+    key, not the image's."""
     item = item if isinstance(item, dict) else {}
     image: Any = _first(item, "image", "file_name", "image_id")
     if "imageId" in item:  # GQA
@@ -141,7 +141,7 @@ def _sample(where: str, item: Any, needed: Sequence[str], asked: bool = False) -
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:
-    """One sample for each image. Two images whose names end in one number (a/1.jpg, b/1.jpg) go by their names."""
+    """One sample per image. Images whose names end in the same number (a/1.jpg, b/1.jpg) are keyed by name."""
     found: dict[Key, Sample] = {}
     for one in samples:
         if one.image is not None and one.key in found and found[one.key].image != one.image:
@@ -154,10 +154,10 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def _load(path: str | Path) -> Any:
-    """A file's json; of a .txt or .jsonl a list of its lines."""
+    """A file's JSON; for .txt and .jsonl a list of its lines."""
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file{nearest_path(path)}.")
+        raise DataError(f"{path}: no such file{nearest_path(path)}.")
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
@@ -168,7 +168,7 @@ def _load(path: str | Path) -> Any:
 
 
 def _items(content: Any, path: str | Path, key: str) -> list[tuple[str, Any]]:
-    """The items of a list, of the list under `key`, or of GQA's object, with their places in the file."""
+    """The items of a list, of the list under `key`, or of GQA's object, with their location in the file."""
     items = content.get(key) if isinstance(content, dict) else content
     if isinstance(content, dict) and any("imageId" in one for one in content.values() if isinstance(one, dict)):
         items = [{**one, "question_id": name} for name, one in content.items()]
@@ -182,7 +182,7 @@ def _first(item: Mapping[str, Any], *names: str) -> Any:
 
 
 def _texts(value: Any) -> list[str]:
-    """The texts of a text, of a list of them, or of objects that hold one each; an empty list for anything else."""
+    """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
     several = value if isinstance(value, list) else [value]
     texts: list[Any] = [one.get("answer", one.get("raw")) if isinstance(one, dict) else one for one in several]
     sound = all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts)
@@ -190,19 +190,19 @@ def _texts(value: Any) -> list[str]:
 
 
 def _coco_number(image: Any) -> Any:
-    """The number at the end of a COCO file's name, by which its results are filed; else the name itself."""
+    """The number at the end of a COCO file name, used as key of results; else the name."""
     number = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(image).stem) if isinstance(image, str) else None
     return int(number[1]) if number else image
 
 
-def find_picture(picture: int | str, root: Path | None, beside: Path, where: str) -> Path:
-    """The file of a picture that a benchmark names by path or by COCO's number.
+def find_image_file(image: int | str, root: Path | None, annotations: Path, where: str) -> Path:
+    """The file of an image named by path or COCO id.
 
     Raises:
-        ImageError: it is not there; names the first place that was tried.
+        ImageError: not found, with the first path tried.
     """
-    names = [name.format(picture) for name in _COCO_NAMES] if isinstance(picture, int) else [picture]
-    found = next(filter(None, (find_image(name, root, beside) for name in names)), None)
+    names = [name.format(image) for name in _COCO_NAMES] if isinstance(image, int) else [image]
+    found = next(filter(None, (find_image(name, root, annotations) for name in names)), None)
     if found is None:
-        raise ImageError(f"{where}: its picture is not there: {root or beside.parent}/{names[0][:200]}.")
+        raise ImageError(f"{where}: its image was not found: {root or annotations.parent}/{names[0][:200]}.")
     return found

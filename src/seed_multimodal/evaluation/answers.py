@@ -1,11 +1,11 @@
-"""Answers to many samples by any number of processes, appended to files, so that the same command resumes.
+"""Answers to many samples by any number of processes, appended to files for resuming.
 
-    OUT/settings.json      what the answers depend on; a run with other settings is refused
+    OUT/settings.json      settings of the answers; other settings raise an error
     OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process 1, …)
-    OUT/results.json       in the benchmark's own format, and summary.json: written when every sample has its line
+    OUT/results.json       in the benchmark's format, and summary.json: written when all samples are answered
 
-Processes (torchrun's RANK and WORLD_SIZE) share samples[rank::world]; a resumed run may have another number of them. A
-sample that cannot be used is named, counted and tried again by the next run; `max_bad` in a row end the run.
+Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on resume. Unusable
+samples are logged, counted and retried by the next run; `max_bad` consecutive ones stop the run.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Any
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, counted
-from seed_multimodal.evaluation.annotations import Key, Sample, find_picture
+from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.distributed import environment_place
 
-LEMMATISED = "_lemm"  # in the names of ground-truth files that LaVIT's authors have lemmatised
+LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
 NO_VALUES = {"task": "the benchmark", "annotations": "the contents of the file of samples", "weights": "the weights",
              "transform": "the image preprocessing"}  # settings whose values are digests or long
 Line = dict[str, Any]
-Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and their images → a line for each
+Answer = Callable[[Sequence[Sample], Sequence[Any]], Sequence[Line]]  # samples and images → one line each
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Task:
 
     Attributes:
         kind: "vqa", "caption" or "text2image". truth: LaVIT's ground-truth file, see `tasks.find_truth`.
-        exact: an answer is right if it equals the one right answer, instead of agreement with ten annotators.
-        first: is asked before each question; a "no" makes the answer "unanswerable".
+        exact: an answer is right if it equals the single reference, instead of agreement with ten annotators.
+        first: preliminary question; a "no" makes the answer "unanswerable".
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Run:
     """An evaluation.
 
     Attributes:
-        annotations: questions, images to describe or captions to draw. out: folder of the results.
-        images: folder of the images (None: beside `annotations`). truth: file of answers or captions to compare with.
-        split: of Karpathy's file. limit: the first samples only. batch: samples at a time. max_bad: see above.
+        annotations: questions, images to caption or captions to generate from. out: folder of the results.
+        images: folder of the images (None: next to `annotations`). truth: file of reference answers or captions.
+        split: of Karpathy's file. limit: only the first samples. batch: batch size. max_bad: see above.
         prompts: "chat" or "plain", see `tasks.set_prompts`.
-        options: of the batch methods, over the system's own. seed: of the first drawing; number n has seed + n.
-        best_of: drawings per caption, chosen by `clip`. inception, resolution: see `drawing.fid`.
-        original: .jpg files as of the original script, steered away from what SEED-LLaMA draws without a caption.
+        options: of the batch methods, override the system's. seed: of the first image; image n has seed + n.
+        best_of: candidates per caption, ranked by `clip`. inception, resolution: see `drawing.fid`.
+        original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's captionless image.
     """
 
     task: Task
@@ -81,17 +81,17 @@ class Run:
     original: bool = False
 
     def cut(self, text: str) -> str:
-        """An answer; of plain prompts its first line, since the pretrained model continues with another question."""
+        """The answer; with plain prompts its first line, since the pretrained model continues with another question."""
         return (text.partition("\n")[0] if self.prompts == "plain" else text).strip()
 
 
 def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings: Mapping[str, Any]
                    ) -> list[Line] | None:
-    """Answer this process's share of the samples that have no line; all lines, to the process that finishes last.
+    """Answer this process's unanswered samples; returns all lines to the process that finishes last, else None.
 
     Raises:
-        DataError: the folder belongs to another run, a process with this rank is running, the disk refuses, or
-            `max_bad` samples in a row cannot be used.
+        DataError: the folder belongs to another run, a process with this rank is running, disk error, or `max_bad`
+            consecutive unusable samples.
     """
     (rank, world), folder = environment_place(), run.out
     _check_settings(folder, settings)
@@ -124,12 +124,12 @@ def answer_samples(samples: Sequence[Sample], answer: Answer, run: Run, settings
 
 
 def open_sample(sample: Sample, run: Run) -> Any:
-    """The image of a sample, or None where it has none. Raises DataError, ImageError: it cannot be used."""
+    """The image of a sample, or None. Raises DataError, ImageError: unusable."""
     if sample.problem:
         raise DataError(sample.problem)
     if sample.image is None:
         return None
-    return open_image(find_picture(sample.image, run.images, run.annotations, sample.where))
+    return open_image(find_image_file(sample.image, run.images, run.annotations, sample.where))
 
 
 def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, Any]) -> Line:
@@ -146,13 +146,13 @@ def finish(run: Run, lines: Sequence[Line], results: Any, numbers: Mapping[str, 
 
 
 def read_lines(folder: Path) -> dict[Key, Line]:
-    """Every sample's line: the answer if there is one, else the latest reason why there is none."""
+    """Each sample's line: the answer, else the latest error."""
     found: dict[Key, Line] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
-            except ValueError:  # blank, or torn by a kill
+            except ValueError:  # blank or incomplete
                 continue
             if "bad" not in line or "bad" in found.get(line["id"], {"bad": ""}):
                 found[line["id"]] = line
@@ -160,7 +160,7 @@ def read_lines(folder: Path) -> dict[Key, Line]:
 
 
 def _answered(block: Sequence[Sample], answer: Answer, run: Run) -> Iterator[Line]:
-    """Lines of a block; where the model refuses it as a whole, its samples are answered one at a time."""
+    """Lines of a batch; if it fails, its samples are answered one by one."""
     good: list[tuple[Sample, Any]] = []
     for sample in block:
         try:
@@ -182,7 +182,7 @@ def _lines(good: Sequence[tuple[Sample, Any]], answer: Answer) -> Iterator[Line]
 
 
 def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Write the settings into the folder, or refuse a folder with other ones."""
+    """Write the folder's settings, or raise DataError if they changed."""
     file, plain = folder / "settings.json", json.loads(json.dumps(dict(settings)))
     with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
         if not file.exists():
@@ -190,12 +190,12 @@ def _check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     changes = changed_settings(read_json_object(file, DataError), plain)
     if changes:
         changes = list(dict.fromkeys(map(_in_words, changes)))
-        raise DataError(f"{folder}: was begun with other settings ({'; '.join(changes)}); choose another --out, or the "
+        raise DataError(f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out or the "
                         "same settings.")
 
 
 def _in_words(change: str) -> str:
-    """A change found by `changed_settings`, without digests and internal names."""
+    """A change from `changed_settings`, without digests and internal names."""
     key, _, values = change.partition(": ")
     words = NO_VALUES.get(key.partition(".")[0])
     return words or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"

@@ -17,12 +17,12 @@ class Captions:
         self.system, self.run = system, run
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
-        """Of a batch."""
+        """Caption a batch."""
         captions = self.system.describe(images, batch_size=self.run.batch, **self.run.options)
         return [{"caption": self.run.cut(text)} for text in captions]
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
-        """Results as COCO's server takes them; numbers."""
+        """Results in COCO's format, and scores."""
         captions = {one.key: lines[one.key].get("caption", "") for one in samples}
         results = [{"image_id": key, "caption": caption} for key, caption in captions.items()]
         if not captions:

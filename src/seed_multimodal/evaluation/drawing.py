@@ -1,4 +1,4 @@
-"""Drawings of captions and their scores: the best of N by CLIP similarity, and FID to the images that they describe."""
+"""Text-to-image evaluation: best of N by CLIP similarity, and FID to the captioned images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BATCH = 32
 
 
 class ClipScores:
-    """Both encoders of a CLIP folder (transformers), in fp32. Raises CheckpointError: encoder or tokenizer missing."""
+    """Image and text encoder of a CLIP folder (transformers), in fp32. Raises CheckpointError: a part is missing."""
 
     def __init__(self, place: Path, device: torch.device) -> None:
         self.vision, self.texts = load_clip_vision(place, device=device, log=None), clip_texts(place, device)
@@ -39,7 +39,7 @@ class ClipScores:
 
     @torch.no_grad()
     def cosines(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[list[float]]:
-        """Cosines of each text with its images; longer texts than CLIP reads are cut."""
+        """Cosines of each text with its images; texts are truncated to CLIP's length."""
         found, device = [], self.vision.device
         for row, several in zip(self.texts(texts), images, strict=True):
             pixels = self.transform.batch(list(several)).to(device)
@@ -48,12 +48,12 @@ class ClipScores:
 
 
 def find_clip(given: str | Path | None) -> Path:
-    """The CLIP folder to choose drawings with. Raises CheckpointError: there is none: what to put where."""
+    """The CLIP folder for ranking candidates. Raises CheckpointError: missing, with instructions."""
     place = CLIP_FOLDER if given is None else Path(given)
     if not place.is_dir():
-        raise CheckpointError(f"{place}: there is no CLIP folder to choose the best of several drawings with; put "
-                              f"openai/{CLIP_FOLDER.name} of the Hugging Face hub there, or name another by --clip, or "
-                              "draw one image per text (--best-of 1).")
+        raise CheckpointError(f"{place}: no CLIP folder to select the best of several images; put "
+                              f"openai/{CLIP_FOLDER.name} of the Hugging Face hub there, set --clip, or "
+                              "generate one image per text (--best-of 1).")
     return place
 
 
@@ -67,8 +67,8 @@ def fid_metric(inception: Path | None) -> Any:
 
     file = Path(inception or f"{torch.hub.get_dir()}/checkpoints/{INCEPTION}")
     if not file.is_file():
-        raise CheckpointError(f"{file}: there are no Inception weights; download torch-fidelity's (--inception)")
-    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles what it is given: it gets tensors only
+        raise CheckpointError(f"{file}: no Inception weights; download torch-fidelity's (--inception)")
+    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity unpickles its input: pass tensors only
         torch.save(load_state_dict(file), f"{folder}/{INCEPTION}")
         return FrechetInceptionDistance(normalize=True, feature_extractor_weights_path=f"{folder}/{INCEPTION}")
 
@@ -95,13 +95,13 @@ def save_drawing(image: Image.Image, folder: Path, number: int, text: str, jpeg:
 
 
 def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[int]:
-    """The codes that follow `<s><img>`: what the original script steers drawings away from."""
+    """The codes generated after `<s><img>`, the original script's negative condition."""
     settings = replace(system.settings(**options), force_image=True)
     ids = system.generate([Prompt([system.tokenizer.bos_id])], settings)[0]
     parts = AnswerReader(system.tokenizer).read_all(ids).parts
     codes = [list(part.codes) for part in parts if isinstance(part, ImagePart)]
     if not codes:
-        raise GenerationError("The model draws no whole image without a caption.")
+        raise GenerationError("The model generates no complete image without a caption.")
     return codes[0]
 
 
@@ -119,7 +119,7 @@ class Drawings:
             self.options["negative_codes"] = unconditional_codes(system, generation)
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
-        """Of a batch: draw, choose, save."""
+        """Generate, select and save the images of a batch."""
         run, texts, lines = self.run, [one.caption for one in samples], list[Line]()
         seeds = [run.seed + run.best_of * self.numbers[one.key] for one in samples]
         drawn = self.system.draw(texts, seeds, num_images=run.best_of, **self.options)
@@ -133,7 +133,7 @@ class Drawings:
         return lines
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
-        """Names of the drawings; their mean CLIP cosine, and FID where each caption belongs to an image."""
+        """File names of the images; their mean CLIP cosine, and FID if each caption belongs to an image."""
         drawn = [one for one in samples if "picture" in lines[one.key]]
         results = [{"id": one.key, **{name: lines[one.key][name] for name in ("caption", "picture")}} for one in drawn]
         cosines = [lines[one.key]["clip"] for one in drawn if "clip" in lines[one.key]]

@@ -27,7 +27,7 @@ from seed_multimodal.system.base import MultimodalSystem
 
 MODEL = ModelManifest("seed", chat_class_path=f"{__name__}.SeedModel")
 SETTINGS = {entry.name for entry in fields(GenerationSettings)}
-GIVEN_BY_TASKS = ("temperature", "top_p", "top_k")  # often None, or beside do_sample: false
+GIVEN_BY_TASKS = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false
 
 
 class SeedModel(lmms):  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The conditions of a measurement: hardware, versions, commit, command; kept with every report and benchmark line."""
+"""Measurement conditions for reports and benchmarks: hardware, versions, commit, command."""
 
 from __future__ import annotations
 

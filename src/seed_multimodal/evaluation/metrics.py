@@ -1,4 +1,4 @@
-"""Means with bootstrap intervals, and statistics of a codebook's use."""
+"""Means with bootstrap intervals, and codebook usage."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.floating]
 RESAMPLES = 1000
-LARGE = 100_000  # groups, above which the interval is the normal one
-AT_ONCE = 1 << 22  # numbers of a group drawn at a time
+LARGE = 100_000  # above this number of groups the normal interval is used
+AT_ONCE = 1 << 22  # indices drawn at a time
 PREFIXES = (1, 2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its bootstrap interval (95 %) and the number of samples it rests on."""
+    """A mean with its bootstrap interval (95 %) and the number of samples."""
 
     value: float
     low: float
@@ -27,7 +27,7 @@ class Estimate:
     n: int
 
     def to_json(self) -> dict[str, float | int | None]:
-        """The fields, rounded; None for the numbers of an empty estimate."""
+        """The fields, rounded; None values for an empty estimate."""
         return {k: (None if isinstance(v, float) and math.isnan(v) else round(v, 4)) for k, v in asdict(self).items()}
 
 
@@ -36,7 +36,7 @@ def bootstrap(values: Sequence[float] | NDArray[Any], groups: Sequence[Hashable]
     """Mean of `values` [N] and its percentile bootstrap interval; of more than `LARGE` groups the normal interval.
 
     Args:
-        groups: one name per value; whole groups are resampled (several questions about one picture are not
+        groups: one name per value; whole groups are resampled (several questions about one image are not
             independent). The mean stays the mean over values.
     """
     data = np.asarray(values, dtype=np.float64)
@@ -66,7 +66,7 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     p = np.asarray(counts, dtype=np.float64)
     p = p[p > 0] / p.sum()
-    return float(max(0.0, -(p * np.log(p)).sum()))  # in this order: of -0.0, too, 0.0
+    return float(max(0.0, -(p * np.log(p)).sum()))  # max maps -0.0 to 0.0
 
 
 def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def codebook_statistics(codes: NDArray[np.integer], codebook: int) -> dict[str, 
 
 
 def _repeats(rows: NDArray[np.integer]) -> NDArray[np.int64]:
-    """How often each different row occurs."""
+    """Counts of distinct rows."""
     return np.unique(rows, axis=0, return_counts=True)[1]
 
 

@@ -2,8 +2,8 @@
 
 `txt_r5`: share of images with one of their captions among the five best texts; `img_r5`: share of captions with their
 image among the five best images; `agg_metrics`: mean of the three text levels. LAVIS's `k_test` (128 scores per query)
-cannot change a recall at 10. Unlike LAVIS, a text that captions several images is right for each, and ties count
-against the query.
+cannot change a recall at 10. Unlike in LAVIS, a text that captions several images is correct for each, and ties count
+as errors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
-MAX_PIECES = 35  # texts are cut to so many word pieces, as in LAVIS
+MAX_PIECES = 35  # maximum text length, as in LAVIS
 STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
 WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
 Ints = NDArray[np.int64]
@@ -41,7 +41,7 @@ TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E
 
 @torch.no_grad()
 def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = None) -> Ints:
-    """How many wrong items score at least as high as the best right item of each query [Q]; 0 is best.
+    """Number of wrong items that score at least as high as the best right item of each query [Q].
 
     Args:
         queries, gallery: features [Q, E] and [G, E] on one device; scores are dot products.
@@ -69,7 +69,7 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
         n, texts (captions), `txt_r1` … `img_r10` as `Estimate`s (captions of one image are resampled together), and
         `lavis`: LAVIS's dictionary, in percent.
     """
-    numbers: dict[str, int] = {}  # each different text is embedded and scored once
+    numbers: dict[str, int] = {}  # distinct texts are embedded and scored once
     text = np.array([numbers.setdefault(one, len(numbers)) for row in captions for one in row], np.int64)
     image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
     different = list(numbers)
@@ -97,7 +97,7 @@ def stage1_texts(model: Stage1Model, words: str | Path) -> TextEncoder:
     """Stage 1's text path (`blip_caption`, word pieces, first token, projection).
 
     Args:
-        words: folder or hub id of the BERT or multimodal tokenizer whose word pieces stage 1 read.
+        words: folder or hub id of stage 1's BERT or multimodal tokenizer.
 
     Raises:
         CheckpointError: no tokenizer, or one of another size.
@@ -136,11 +136,11 @@ def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
 
 
 def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
-    """A stage-1 checkpoint in eval mode on the tokenizer's device; its vision encoder is the tokenizer's where the file
-    has none.
+    """A stage-1 checkpoint in eval mode on the tokenizer's device, with the tokenizer's vision encoder if the file has
+    none.
 
     Raises:
-        CheckpointError: not a stage-1 checkpoint, or one of other sizes than the tokenizer.
+        CheckpointError: not a stage-1 checkpoint, or of other sizes than the tokenizer.
     """
     state = load_state_dict(file)
     for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):

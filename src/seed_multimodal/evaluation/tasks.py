@@ -1,10 +1,10 @@
-"""The benchmarks, as rows of one table, and the evaluation of a system on one of them.
+"""Table of benchmarks, and the evaluation of a system on one of them.
 
     run = Run(TASKS["vqa"]["vizwiz"], Path("val.json"), Path("outputs/vizwiz"), images=Path("vizwiz"))
     summary = evaluate(system, run, read_samples(run))
 
-Samples go through the systems in batches. SEED-LLaMA answers with the
-settings of the original scripts, LaVIT with those of its published evaluation, other systems with their own.
+Samples are processed in batches. SEED-LLaMA uses the settings of the original scripts, LaVIT those of its published
+evaluation, other systems their defaults.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def find_task(kind: str, dataset: str) -> Task:
 
 
 def find_truth(task: Task, annotations: Path) -> Path | None:
-    """The ground-truth file of a row: by its path, then beside the annotations; the official file where the lemmatised
-    one is missing. None: the annotations hold it themselves."""
+    """The ground-truth file of a task: at its path, else next to the annotations; the official file if the lemmatized
+    one is missing. None: contained in the annotations."""
     names = [task.truth, task.truth.replace(LEMMATISED, "")] if task.truth else []
     places = [place for one in names for place in (Path(one), annotations.parent / Path(one).name)]
     return next((place for place in places if place.is_file()), None)
@@ -73,11 +73,11 @@ def read_samples(run: Run) -> list[Sample]:
 
 
 def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
-    """Evaluate a system, alone or under torchrun; the same call resumes. The process that finishes last gets the
-    summary, others None.
+    """Evaluate a system, also under torchrun; the same call resumes. Returns the summary to the process that finishes
+    last, else None.
 
     Raises:
-        DataError, CheckpointError, ConfigError: files, weights or settings that are missing or wrong.
+        DataError, CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
     set_prompts(system, run.prompts)
     kind = run.task.kind
@@ -93,20 +93,20 @@ def evaluate(system: Any, run: Run, samples: Sequence[Sample]) -> Line | None:
 
 
 def set_prompts(system: Any, prompts: str) -> None:
-    """Make a SEED-LLaMA read the tuned models' requests ("chat"), or the pretrained model's bare ones ("plain").
+    """Set a SEED-LLaMA's prompts to those of the tuned models ("chat") or the pretrained model ("plain").
 
     Raises:
         ConfigError: plain prompts for another system.
     """
     if prompts == "plain":
         if not isinstance(system, SeedLlama):
-            raise ConfigError(f"{system.config.name}: is no SEED-LLaMA, which alone has plain prompts.")
+            raise ConfigError(f"{system.config.name}: plain prompts are supported only by SEED-LLaMA.")
         system.template = get_template("plain")
         system.tasks = replace(system.tasks, describe="", qa_suffix="", draw_response="", draw_words=0)
 
 
 def _facts(system: Any, run: Run) -> dict[str, Any]:
-    """What answers depend on: settings, the file of samples, weights (size and time of each file)."""
+    """Settings that determine the answers: options, annotation file, weights (size and time of each file)."""
     places = {value for value in vars(system.config).values() if isinstance(value, Path)}
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*"))
              if file.suffix in (".safetensors", ".bin", ".pt", ".pth") and file.is_file()}

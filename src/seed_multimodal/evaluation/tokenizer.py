@@ -1,7 +1,7 @@
 """Evaluation of a SEED-2 tokenizer: retrieval, reconstruction, codebook use, contact sheet (`seed eval tokenizer`).
 
-Retrieval (`ROUTES`) is measured from the features before the codes and from the codes; the difference is the loss by
-the codebook. Writes report.json, reconstructions.jpg, and a line for each retrieval into evaluate.txt (LAVIS's names).
+Retrieval (`ROUTES`) is measured with features before quantization and from codes; the difference is due to the
+codebook. Writes report.json, reconstructions.jpg, and a line per retrieval to evaluate.txt (LAVIS's names).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Place = str | Path | None
 MAX_BAD_IN_A_ROW = 20
 BERT = Path("pretrained/bert-base-uncased")
 SHOWN, COLUMNS, CELL = 24, 8, 96  # of the contact sheet
-ROUTES = {  # name → features of `Pass`, text encoder, what it is
+ROUTES = {  # name → features of `Pass`, text encoder, description
     "causal_embeddings": ("causal", "stage1", "last query of the Q-Former, before the codes"),
     "codes_by_blocks": ("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
     "codes_by_embedding": ("decoded", "clip", "codes, decoded image embedding"),
@@ -49,7 +49,7 @@ ROUTES = {  # name → features of `Pass`, text encoder, what it is
 
 @dataclass
 class OpenedTokenizer:
-    """A tokenizer ready to be measured."""
+    """A loaded tokenizer with the models for its evaluation."""
 
     codec: CodeImages
     clip: Any = None  # frozen CLIP vision encoder that gives the target embedding
@@ -61,7 +61,7 @@ class OpenedTokenizer:
 
 def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None, clip: Place = None,
                    stage1: Place = None, clip_text: Place = None, text_tokenizer: Place = None) -> OpenedTokenizer:
-    """Load a system's tokenizer, or a tokenizer alone, with the parts that belong to it.
+    """Load a system's or a separate tokenizer, with the models for its evaluation.
 
     Args:
         model: see `SystemConfig.find`. clip: CLIP folder of the target embedding; default: the decoder's
@@ -70,7 +70,7 @@ def open_tokenizer(model: str | Path, runtime: Runtime, *, decoder: Place = None
         text_tokenizer: word pieces of stage 1; default: those in the tokenizer's folder, else bert-base-uncased.
 
     Raises:
-        CheckpointError: no such tokenizer, or a part that is missing or does not fit it.
+        CheckpointError: no such tokenizer, or a missing or mismatched part.
     """
     parts = SystemConfig.find(model)
     if parts.system != "seed_llama":
@@ -110,7 +110,7 @@ def _check_width(place: str | Path, what: str, has: int, needs: int) -> None:
 def evaluate_tokenizer(source: Pairs, opened: OpenedTokenizer, out: str | Path, facts: Mapping[str, Any], *,
                        limit: int | None = None, rebuild: int = 128, batch: int = 64, seed: int = 0, log: Log = print
                        ) -> dict[str, Any]:
-    """Measure, write into `out`, and return the report, which begins with `facts`, as plain JSON values.
+    """Evaluate, write to `out`, and return the report, which starts with `facts`, as JSON values.
 
     Args:
         limit: images, drawn by `seed` (None: all). rebuild: how many of them are rebuilt as images.
@@ -145,7 +145,7 @@ def evaluate_tokenizer(source: Pairs, opened: OpenedTokenizer, out: str | Path, 
 
 @dataclass
 class Pass:
-    """What is computed once per image; row i of every array is image i.
+    """Values computed once per image; row i of each array is image i.
 
     Attributes:
         features: codes [N, 32]; unit features decoded [N, E] (from the codes), target [N, E] (CLIP), causal and
@@ -153,9 +153,9 @@ class Pass:
             before they are normalised.
     """
 
-    rows: list[int] = field(default_factory=list)  # numbers in the source
+    rows: list[int] = field(default_factory=list)  # indices in the source
     captions: list[list[str]] = field(default_factory=list)
-    bad: list[str] = field(default_factory=list)  # reasons of samples that could not be used
+    bad: list[str] = field(default_factory=list)  # errors of unusable samples
     features: dict[str, NDArray[Any]] = field(default_factory=dict)
 
 
@@ -164,7 +164,7 @@ def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, bat
     """Encode the images `rows` of `source` in batches.
 
     Raises:
-        DataError: no sample could be used, too many in a row could not, or one gave numbers that are not finite.
+        DataError: no usable sample, too many consecutive unusable ones, or non-finite numbers.
     """
     seen, done = Pass(), 0
     for images in read_images(source, rows, batch, seen, log):
@@ -173,7 +173,7 @@ def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, bat
             if not np.isfinite(found).all():
                 raise DataError(f"{source.key(seen.rows[done])} or the images after it: {name!r} holds numbers that "
                                 "are not finite; the weights are damaged, or need a wider --dtype.")
-            if name not in seen.features:  # whole at once: parts and their sum would need the memory twice
+            if name not in seen.features:  # preallocated, since concatenation would need the memory twice
                 seen.features[name] = np.empty((len(rows), *found.shape[1:]), found.dtype)
             seen.features[name][done:done + len(found)] = found
         done += len(images)
@@ -185,7 +185,7 @@ def run_pass(source: Pairs, rows: Sequence[int], opened: OpenedTokenizer, *, bat
 
 def read_images(source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log: Log
                 ) -> Iterator[list[Image.Image]]:
-    """Images in batches; their captions, and samples that cannot be used, go to `seen`."""
+    """Images in batches; captions and unusable samples are added to `seen`."""
     images, in_a_row = list[Image.Image](), 0
     for row in rows:
         try:
@@ -231,7 +231,7 @@ def _features(images: list[Image.Image], opened: OpenedTokenizer) -> Mapping[str
         queries = {"causal": stage1.query_features(own)}
         if tokenizer.config.recon_s:
             queries["rebuilt"] = tokenizer.rebuild_queries(up)
-        for name, value in queries.items():  # the last query alone attends to all others
+        for name, value in queries.items():  # only the last query attends to all others
             found[name] = F.normalize(stage1.vision_proj(value[:, -1]), dim=-1).float()
     return found
 
@@ -257,7 +257,7 @@ def _retrieval(seen: Pass, opened: OpenedTokenizer) -> dict[str, Any]:
 
 
 def _reconstruction(seen: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[str, Any]:
-    """How near codes bring back the image: as an embedding, and as an image under CLIP."""
+    """Similarity of decoded embeddings and of images, under CLIP."""
     section: dict[str, Any] = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
     if "target" in seen.features:
         device = opened.codec.device
@@ -270,9 +270,9 @@ def _reconstruction(seen: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTo
 
 
 def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
-    """Cosine of each row of `found` [Q, D] to its own image, and on average to the others; recall of its own image.
+    """Mean cosine of each row of `found` [Q, D] to its image and to the others; recall of its image.
 
-    `real` [N, D] are all images, of which the first Q are the ones that `found` stands for; all have unit length.
+    `real` [N, D]: all images, of which the first Q correspond to `found`; unit length.
     """
     count, own = len(real), (found * real[:len(found)]).sum(1).double()
     others = (found.double() @ real.sum(0, dtype=torch.float64) - own) / (count - 1) if count > 1 else own[:0]
@@ -283,8 +283,8 @@ def _nearness(found: Tensor, real: Tensor) -> dict[str, Any]:
 
 
 def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None) -> None:
-    """A sheet of held-out images, normalised pixels `[B, 3, S, S]`, above those whose embeddings are nearest to what
-    their codes say; `matched`: the embeddings of the codes and of the images, `[B, E]` each; None: no sheet."""
+    """A sheet of held-out images, normalized pixels `[B, 3, S, S]`, above the images nearest to their decoded
+    embeddings; `matched`: embeddings of codes and of images, `[B, E]` each; None: no sheet."""
     if matched is None:
         return
     found, real = (F.normalize(one.detach(), dim=-1) for one in matched)
@@ -295,7 +295,7 @@ def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] |
 
 
 def _sheet(source: Pairs, seen: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
-    """The first images with a caption (if any), above what their codes draw."""
+    """The first images with their caption (if any), above their reconstructions."""
     real = [Cell(_read(source, row)[1], "".join(texts[:1]))
             for row, texts in zip(seen.rows[:SHOWN], seen.captions, strict=False)]
     drawn = [Cell(image) for image in rebuilt[:SHOWN]]

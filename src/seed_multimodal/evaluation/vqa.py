@@ -1,9 +1,9 @@
-"""VQA accuracy by the rules of the official evaluation (VQA v1 and v2, OK-VQA; Antol et al. 2015), quirks included.
+"""VQA accuracy of the official evaluation (VQA v1 and v2, OK-VQA; Antol et al. 2015), including its quirks.
 
     vqa_accuracy("two dogs", ["2 dogs"] * 4 + ["dogs"] * 6)      # 1.0: three of the other nine agree, every time
 
-An answer is normalised; the annotators' answers only lose punctuation, and only where they differ. For each of the ten
-annotators: min(1, answers of the other nine that equal / 3); the accuracy is the mean. `Questions` asks a system.
+Answers are normalized; annotators' answers only lose punctuation, and only if they differ. The accuracy is the mean
+over the ten annotators of min(1, equal answers of the other nine / 3). `Questions` runs a system.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ Rule = Callable[[str], str]
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
 
 _MARKS = ";/[]\"{}()=+\\_-><@`,?!"
-# The official pattern has (?!<=\d) where (?<!\d) was meant, so a full stop goes wherever no digit follows; and it has
-# re.UNICODE, 32, in the place of the count.
+# The official pattern has (?!<=\d) instead of (?<!\d), so it strips full stops not followed by a digit; and it passes
+# re.UNICODE, 32, as the count.
 _STOP, _MOST_STOPS = re.compile(r"\.(?!\d)"), 32
 _NUMBERS = {"none": "0", **{word: str(number) for number, word in enumerate(
     "zero one two three four five six seven eight nine ten".split())}}
@@ -37,18 +37,18 @@ _WHOLE = """
     there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're what's
     what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
     wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-# A contraction with one apostrophe left out, and the official table's one entry the other way round.
+# Contractions without their apostrophe, and the official table's one reversed entry.
 _CONTRACTIONS = {"somebody'd": "somebodyd", **{
     word[:place] + word[place + 1:]: word for word in _WHOLE for place, letter in enumerate(word) if letter == "'"}}
-# LaVIT's rule: words that an answer may begin with and that are removed, one after the other, each once.
+# LaVIT's rule: prefixes of answers that are removed in this order, each once.
 _OPENINGS = ("it is", "this is", "she's", "very", "for", "to", "in", "on", "at", "a", "an", "the")
 _NO_ANSWERS = ("i don't know", "i do n't know", "i need to know", "")
 UNANSWERABLE = "unanswerable"
 
 
 def without_marks(text: str) -> str:
-    """The official rule for punctuation: marks at a blank vanish, others become blanks; all vanish where a number has
-    a comma in it."""
+    """The official punctuation rule: marks at a blank are removed, others become blanks; all are removed if a number
+    contains a comma."""
     number, made = re.search(r"\d,\d", text) is not None, text
     for mark in _MARKS:
         made = made.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
@@ -56,16 +56,16 @@ def without_marks(text: str) -> str:
 
 
 def vqa_answer(text: str, numbers: Mapping[str, str] = _NUMBERS) -> str:
-    """A model's answer as it is compared: no punctuation, lower case, digits for number words up to ten, no articles,
-    apostrophes in contractions."""
+    """Normalized answer: no punctuation, lower case, digits for number words up to ten, no articles, apostrophes in
+    contractions."""
     words = without_marks(text.replace("\n", " ").replace("\t", " ").strip()).lower().split()
     kept = [word for word in (numbers.get(word, word) for word in words) if word not in _ARTICLES]
     return " ".join(_CONTRACTIONS.get(word, word) for word in kept)
 
 
 def lavit_answer(text: str) -> str:
-    """LaVIT's rule: `vqa_answer` with "no" for "nope", without words like "it is" at its front, "unanswerable" for
-    "I don't know"."""
+    """LaVIT's rule: `vqa_answer` with "no" for "nope", without prefixes like "it is", "unanswerable" for "I don't
+    know"."""
     found = vqa_answer(text, {**_NUMBERS, "nope": "no"})
     if found in _NO_ANSWERS:
         return UNANSWERABLE
@@ -75,8 +75,8 @@ def lavit_answer(text: str) -> str:
 
 
 def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer) -> float:
-    """Accuracy (0 to 1) of an answer, which `rule` normalises, against the annotators' answers: of each annotator, as
-    many of the others as agree, three (of fewer: all) being enough. One answer alone is normalised, too, and compared.
+    """Accuracy (0 to 1) of an answer, normalized by `rule`, against the annotators' answers: mean over annotators of
+    agreement with the others, where three (or all, if fewer) suffice. A single reference is normalized, too.
     """
     if len(annotated) == 1:
         return float(rule(answer) == rule(annotated[0]))
@@ -91,7 +91,7 @@ def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer)
 
 def accuracies(samples: Sequence[Sample], answers: Sequence[str | None], accuracy: Callable[[str, Sample], float]
                ) -> dict[str, Any]:
-    """Means in percent: of all, by type of answer and by type of question; None is a wrong answer."""
+    """Mean accuracies in percent: overall, by answer type and by question type; None counts as wrong."""
     values = np.array([0.0 if answer is None else 100 * accuracy(answer, sample)
                        for sample, answer in zip(samples, answers, strict=True)])
     found: dict[str, Any] = {"accuracy": round(float(values.mean()), 2)}
@@ -109,14 +109,14 @@ class Questions:
         self.system, self.run = system, run
         lavit = isinstance(system, Lavit)
         self.rule: Rule = lavit_answer if lavit else vqa_answer
-        # nano-lavit and its kind are asked as they were trained, with the question as it is written.
+        # nano-lavit uses its training prompt, the unchanged question.
         self.question: Rule = QuestionProcessor() if lavit and system.config.original else str
         self.lemma: Rule = str
-        if lavit and LEMMATISED not in (run.truth or run.annotations).stem:  # LaVIT's answers are lemmatised
+        if lavit and LEMMATISED not in (run.truth or run.annotations).stem:  # LaVIT's references are lemmatized
             self.lemma = system.lemmatizer = system.lemmatizer or Lemmatizer()
 
     def answer(self, samples: Sequence[Sample], images: Sequence[Any]) -> list[Line]:
-        """Of a batch."""
+        """Answer a batch."""
         lines: list[Line] = [{} for _ in samples]
         if first := self.run.task.first:
             for line, text in zip(lines, self._ask(samples, images, first), strict=True):
@@ -126,11 +126,11 @@ class Questions:
         left = [row for row, line in enumerate(lines) if "answer" not in line]
         answers = self._ask([samples[row] for row in left], [images[row] for row in left])
         for row, text in zip(left, answers, strict=True):
-            lines[row]["answer"] = text.removesuffix(".")  # tuned models end answers in a full stop
+            lines[row]["answer"] = text.removesuffix(".")  # tuned models end answers with a full stop
         return lines
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
-        """Results as VQA's server takes them, with the names that GQA's program and VizWiz's server read; numbers."""
+        """Results in the format of VQA's server, with the keys of GQA's program and VizWiz's server; scores."""
         answers = [lines[one.key].get("answer") for one in samples]
         results = [{"question_id": one.key, "answer": answer or "", **(
             {"questionId": one.key, "prediction": answer or ""} if self.run.task.exact else

@@ -1,1 +1,1 @@
-"""Room `images`: opening, limits, transforms, encoding, contact sheets. Imports nothing of the other rooms."""
+"""Images: reading with limits, transforms, encoding, contact sheets. Imports no other subpackage."""

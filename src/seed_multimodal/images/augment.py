@@ -1,8 +1,8 @@
 """`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the area, resized
 bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
-Draws come from the `torch.Generator` of the caller in torchvision's order, so the same state gives torchvision's crops;
-torchvision's own classes take no generator, so that a sample's view could not be a function of (seed, epoch, index).
+Random numbers come from the caller's `torch.Generator` in torchvision's order, so the same state gives torchvision's
+crops; torchvision's classes accept no generator, so a view would not be determined by (seed, epoch, index).
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class TrainTransform:
                 top = int(torch.randint(0, height - h + 1, (1,), generator=generator).item())
                 left = int(torch.randint(0, width - w + 1, (1,), generator=generator).item())
                 return left, top, left + w, top + h
-        # No draw fitted (a very long strip): the largest centred crop whose shape is allowed.
+        # No valid sample (extreme aspect ratio): the largest centre crop within the ratio limits.
         w = width if width / height <= RATIO[1] else int(round(height * RATIO[1]))
         h = height if width / height >= RATIO[0] else int(round(width / RATIO[0]))
         left, top = (width - w) // 2, (height - h) // 2

@@ -1,11 +1,11 @@
-"""Opening image files and base64 text: everything becomes a plain 8-bit RGB image, or raises an error with its name.
+"""Reading of image files and base64 text as 8-bit RGB, with errors that name the source.
 
-* The header is checked before anything is decoded; Pillow's guard against decompression bombs applies, too.
+* The header is checked before decoding; Pillow's guard against decompression bombs applies.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied.
 * Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles are not applied.
-* With `at_least`, images of more than `EXACT_UP_TO` pixels are halved, quartered or divided by eight while they are
-  decoded; smaller ones are read pixel for pixel.
+* With `at_least`, images of more than `EXACT_UP_TO` pixels are reduced by 2, 4 or 8 while decoding; smaller ones are
+  decoded in full.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from PIL import Image, JpegImagePlugin
 from seed_multimodal.errors import ImageError, first_line
 
 FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "DIB", "TIFF", "PPM", "ICO", "AVIF", "JPEG2000", "PCX", "TGA")
-Drawing = Callable[[], np.ndarray]  # makes an image's pixels, uint8 [H, W, 3], when it is opened
+Drawing = Callable[[], np.ndarray]  # returns an image's pixels, uint8 [H, W, 3]
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | np.ndarray | Drawing
-EXACT_UP_TO = 12_500_000  # pixels; what phones and cameras call 12 megapixels
-DETAIL = 3  # an image reduced to three times its final size cannot be told from one resized directly
+EXACT_UP_TO = 12_500_000  # pixels (12 megapixels)
+DETAIL = 3  # reduction to three times the final size is visually lossless
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -50,7 +50,7 @@ class ImageLimits:
         """Raise ImageError for an image of `size` (width, height) outside the limits."""
         width, height = size
         if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
-            raise ImageError(f"{name}: refused unread, because its header claims {width}x{height} pixels "
+            raise ImageError(f"{name}: rejected, because its header claims {width}x{height} pixels "
                              f"(limit: {self.max_pixels} pixels, {self.max_side} a side).")
 
     def check_bytes(self, count: int, name: str) -> None:
@@ -58,7 +58,7 @@ class ImageLimits:
         if count == 0:
             raise ImageError(f"{name}: the file is empty (0 bytes).")
         if count > self.max_bytes:
-            raise ImageError(f"{name}: refused unread, because it has {count} bytes (limit: {self.max_bytes}).")
+            raise ImageError(f"{name}: rejected, because it has {count} bytes (limit: {self.max_bytes}).")
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -81,14 +81,14 @@ class StoredImage:
             try:
                 image = Image.open(io.BytesIO(data), formats=_readable(limits.formats))
             except Exception as error:
-                raise ImageError(f"{self.name}: not a picture in a known format, or its header is damaged or claims "
+                raise ImageError(f"{self.name}: not an image in a known format, or its header is damaged or claims "
                                  "too many pixels.") from error
         limits.check_size(image.size, self.name)
         self.image, self.size = image, image.size
         self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
 
     def orientation(self) -> int:
-        """EXIF's number, 1 for upright; damaged metadata must not make the image unreadable."""
+        """EXIF orientation, 1 for upright or damaged metadata."""
         try:
             return int(self.image.getexif().get(0x0112) or 1)
         except Exception:  # noqa: BLE001
@@ -104,9 +104,9 @@ class StoredImage:
             self.image.load()
             plain = to_rgb(self.image) if factor == 1 else _reduced(self.image, factor)
         except Exception as error:
-            raise ImageError(f"{self.name}: the picture is truncated or damaged ({first_line(error)}).") from error
-        self.limits.check_size(plain.size, self.name)  # an icon may be larger than its header says
-        turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow turns a TIFF itself
+            raise ImageError(f"{self.name}: the image is truncated or damaged ({first_line(error)}).") from error
+        self.limits.check_size(plain.size, self.name)  # an icon may be larger than in its header
+        turn = _ORIENTATIONS.get(self.orientation())  # after decoding: Pillow rotates TIFFs itself
         return plain if turn is None else plain.transpose(turn)
 
 
@@ -130,12 +130,12 @@ def open_image(source: ImageSource, *, name: str | None = None, limits: ImageLim
 
 def image_size(source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
                ) -> tuple[int, int]:
-    """(width, height) by the header; nothing is decoded. Raises as `open_image`, but for damaged contents."""
+    """(width, height) from the header, without decoding. Raises as `open_image`, except for damaged contents."""
     return StoredImage(source, name, limits).size
 
 
 def reduction(size: tuple[int, int], at_least: int) -> int:
-    """By what both sides of an image can be divided (1, 2, 4 or 8), so that the shorter keeps `at_least` pixels."""
+    """Reduction factor (1, 2, 4 or 8) with which the shorter side keeps `at_least` pixels."""
     return next((factor for factor in (8, 4, 2) if min(size) // factor >= at_least), 1)
 
 
@@ -175,14 +175,14 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
         if isinstance(source, str | os.PathLike):
             path = Path(source)
             if re.match(r"\w{2,}:/", str(path)):
-                raise ImageError(f"{source}: is an address, and nothing is downloaded; give the file.")
+                raise ImageError(f"{source}: is a URL; download it and pass the file.")
             if not path.is_file():
                 where = "" if name.endswith(str(path)) else f" ({path})"
-                raise ImageError(f"{name}: {'is a folder' if path.is_dir() else 'there is no such file'}{where}.")
+                raise ImageError(f"{name}: {'is a folder' if path.is_dir() else 'no such file'}{where}.")
             limits.check_bytes(path.stat().st_size, name)
             return path.read_bytes()
         if is_file(source):
-            source.seek(0)  # a conversation reads its images again at each turn
+            source.seek(0)  # conversations read their images again at each turn
             source = source.read(limits.max_bytes + 1)
     except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
         raise ImageError(f"{name}: cannot be read ({getattr(error, 'strerror', None) or error}).") from error
@@ -192,7 +192,7 @@ def _read(source: Any, name: str, limits: ImageLimits) -> bytes:
 
 @functools.cache
 def _readable(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """Those that this build of Pillow can read."""
+    """The formats that this build of Pillow can read."""
     Image.init()
     return tuple(name for name in formats if name in Image.OPEN)
 
@@ -221,10 +221,10 @@ def bytes_from_base64(text: str | bytes, name: str = "image", limits: ImageLimit
         body = text.encode("ascii") if isinstance(text, str) else text
         body = body[prefix.end():] if (prefix := _DATA_URL.match(body)) else body
         body = body.translate(None, b" \t\r\n\f\v")
-        limits.check_bytes(len(body) * 3 // 4, name)  # before the decoded copy is made
+        limits.check_bytes(len(body) * 3 // 4, name)  # before decoding
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise ImageError(f"{name}: this is not base64 text ({error}).") from error
+        raise ImageError(f"{name}: not base64 text ({error}).") from error
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:

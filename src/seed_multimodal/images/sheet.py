@@ -16,7 +16,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass
 class Cell:
-    """One image (None leaves an empty box) and the texts under it: first `asked`, then `caption`."""
+    """One image (None: empty box) and the texts under it: first `asked`, then `caption`."""
 
     image: Image.Image | None = None
     caption: str = ""
@@ -25,7 +25,7 @@ class Cell:
 
 @dataclass
 class Row:
-    """A label on the left and cells beside it; cells past the sheet's `columns` continue in the next line."""
+    """A label and its cells; cells beyond the sheet's `columns` continue in the next line."""
 
     label: str
     cells: list[Cell] = field(default_factory=list)
@@ -33,11 +33,11 @@ class Row:
 
 def contact_sheet(rows: Sequence[Row], title: str = "", cell: int = 128, columns: int = 10, max_lines: int = 10
                   ) -> Image.Image:
-    """Lay out `rows` on an RGB page, as large as its contents need.
+    """Lay out `rows` on an RGB page of the required size.
 
     Args:
         cell: width and height of an image's box in pixels; images keep their shape inside it.
-        max_lines: captions and labels are cut after so many lines (shown by "…").
+        max_lines: captions and labels are truncated after this many lines (shown by "…").
     """
     small, large = ImageFont.load_default(size=max(11, cell // 10)), ImageFont.load_default(size=max(15, cell // 7))
     lines = [Row("" if start else row.label, row.cells[start:start + columns])
@@ -77,7 +77,7 @@ def _drawn(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Image:
 
 
 def _written(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
-    """A text on a page of that width, wrapped by the width of an average letter."""
+    """A text of this width, wrapped by the mean letter width."""
     letters, height = max(1, int(width / font.getlength("n"))), int(font.getbbox("Ågjpy|")[3]) + 4
     lines = [line for paragraph in text.split("\n") for line in textwrap.wrap(paragraph, letters)]
     if len(lines) > max_lines:
@@ -90,8 +90,8 @@ def _written(text: str, font: Font, width: int, max_lines: int) -> Image.Image:
 
 
 def code_strip(codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2) -> Image.Image:
-    """One image's codes as coloured cells, `columns` a line: the colour of a code is that of its number within its
-    section of the codebook (`section` codes; all, if it has none)."""
+    """One image's codes as coloured cells, `columns` per line, coloured by their index within a codebook section
+    (`section` codes; all, if it has none)."""
     rows, step = -(-len(codes) // columns), cell + gap
     strip = Image.new("RGB", (min(columns, len(codes)) * step - gap, rows * step - gap), PAPER)
     draw = ImageDraw.Draw(strip)

@@ -1,13 +1,13 @@
-"""From an image to the pixels a vision encoder reads: float32 [3, S, S], normalised with CLIP's mean and deviation.
+"""Image transforms of vision encoders: float32 [3, S, S], normalized with CLIP's mean and deviation.
 
-Two ways of resizing were released and give different codes for the same file, so both stay selectable:
+The original code has two ways of resizing with different codes for the same file, so both are available:
 
 * `get_transform(..., keep_ratio=False)`, the scripts, the demo and the training data: both sides squashed, bilinear;
   with `keep_ratio=True` the shorter side is scaled and the centre cut out.
-* `seed_image_processor()`, the tokenizer's own reading of a file (also LAVIS's evaluation and LaVIT): squash, bicubic.
+* `seed_image_processor()`, the tokenizer's preprocessing (also LAVIS's evaluation and LaVIT): squash, bicubic.
 
-Pillow resizes in two passes with 8-bit pixels between them; since 13.0 the vertical one comes first for tall images,
-which moves single pixels by a few grey levels. `resize_passes` fixes the order of 13.0, the one of the golden fixtures.
+Pillow resizes in two passes with 8-bit intermediate pixels; since 13.0 the vertical one comes first for tall images,
+which changes single pixels by a few grey levels. `resize_passes` uses the order of 13.0, as in the golden fixtures.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 TYPES = ("clip", "blip")  # the original "blip" differs from "clip" in its name only
 INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in ("nearest", "bilinear", "bicubic", "lanczos")}
-_MAX_OVERSIZE = 16  # above so many times the output's size (a 1 x 30,000 strip) only the centre crop is resized
+_MAX_OVERSIZE = 16  # above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized
 
 
 def plain_rgb(image: Image.Image) -> Image.Image:
-    """An opaque RGB image itself; any other as one."""
+    """An opaque RGB image as is; others converted."""
     return image if image.mode == "RGB" and "transparency" not in image.info else to_rgb(image)
 
 
@@ -50,7 +50,7 @@ def normalise(pixels: Tensor) -> Tensor:
 
 @functools.cache
 def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3, 1, 1] each; kept, because a copy to a GPU waits for it."""
+    """[3, 1, 1] each; cached, because a copy to a GPU synchronizes."""
     with torch.inference_mode(False):
         mean, std = (torch.tensor(values).view(3, 1, 1).to(device) for values in (CLIP_MEAN, CLIP_STD))
     return mean, std

@@ -180,7 +180,7 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
     with other ids than the layout gives them. Without `spelled` words only `n_text` counts of the vocabulary."""
     needed = (MODEL, ADDED) if spelled else (MODEL,)
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: there is no such tokenizer folder (it must hold {' and '.join(needed)}); "
+        raise CheckpointError(f"{folder}: no such tokenizer folder (it must hold {' and '.join(needed)}); "
                               "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
     for name in needed:

@@ -1,1 +1,1 @@
-"""Networks that several models share: EVA ViT, vector quantizer, layers, loading and saving."""
+"""Shared networks: EVA ViT, vector quantizer, layers, loading and saving."""

@@ -91,7 +91,7 @@ _CLIP_NAMES = (("embeddings.class_embedding", "cls_token"), ("embeddings.positio
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
-    """EVA's tensors from those of a CLIP vision encoder, whose key bias softmax cancels."""
+    """EVA's tensors from a CLIP vision encoder; its key bias cancels in the softmax."""
     clip = {name.removeprefix(CLIP): value for name, value in clip.items()}
     for i in range(config.depth):
         parts = [clip[f"encoder.layers.{i}.self_attn.{part}_proj.weight"] for part in "qkv"]

@@ -1,4 +1,4 @@
-"""The vector quantizer: each query becomes the nearest of K codes. The defaults are the original's: squared Euclidean
+"""Vector quantizer: maps each query to the nearest of K codes. Defaults as in the original: squared Euclidean
 distance in fp32, straight-through gradients, loss weights 1 (commitment) and 0.25 (codebook)."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_sum", torch.zeros(size, dim))
 
     def prepare(self, z: Tensor) -> Tensor:
-        """Features `[..., d]` as they are compared."""
+        """Features `[..., d]`, normalized for comparison."""
         return F.normalize(z, dim=-1) if self.normalize or self.unit_rows else z
 
     def lookup(self, codes: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def find_files(source: str | Path, kind: Any) -> list[Path]:
     place, layout = Path(source).expanduser(), kind.layout
     if not os.path.exists(place):  # Path.exists raises for a name that is too long
         if not is_hub_name(source):
-            raise CheckpointError(f"{place}: there is no such {layout.name} tokenizer; {layout.advice(place)}.")
+            raise CheckpointError(f"{place}: no such {layout.name} tokenizer; {layout.advice(place)}.")
         stems = [str(Path(name).with_suffix(".*")) for name in (*layout.files, VISION_FILES[0])]
         place = fetch(str(source), (CONFIG, WEIGHTS, *stems), layout.advice(place))
     folder = place if place.is_dir() else place.parent
@@ -143,7 +143,7 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     cached = Path(torch.hub.get_dir()) / "checkpoints"  # where the original programs download it to
     file = Path(vision) if vision is not None else first_file(folder, VISION_FILES) or first_file(cached, VISION_FILES)
     if file is None or not os.path.isfile(file):
-        raise CheckpointError(f"{file or folder / VISION_FILES[-1]}: there is no such vision-encoder file; download it "
+        raise CheckpointError(f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; download it "
                               f"from {VISION_URL}.")
     return file
 

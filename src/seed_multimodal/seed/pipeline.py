@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.batches import Remembered
+from seed_multimodal.engines.batches import Remembered
 from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.batches import Remembered
 from seed_multimodal.disk import read_json_object
+from seed_multimodal.engines.batches import Remembered
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise

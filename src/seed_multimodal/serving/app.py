@@ -133,7 +133,7 @@ def add_model(app: Flask, backend: Backend) -> None:
 
         made = pieces()
         first = next(made)  # raises what is wrong with the request
-        return streamed(app, first, made, JSON_LINES) if "preview" in first else [first, *made][0]
+        return streamed(app, first, made, JSON_LINES) if "images" not in first else [first, *made][0]
 
     @app.post("/v1/chat/completions")
     def chat() -> Any:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
 FORMATS = ("PNG", "JPEG", "WEBP")
+ADDRESS = re.compile(r"https?://([\w.-]+)(?::\d+)?(?:/.*)?", re.ASCII)  # nothing that parsers read differently
 LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
 LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
 
@@ -87,6 +88,7 @@ class Backend:
         self.limits = limits or Limits()
         self.words = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
+        self.reads_codes = self.template is not None and not self.words.in_order  # of images, as SEED-LLaMA does
         self.stopping, self._started, self._seconds = threading.Event(), time.monotonic(), 1.0
         self.name, self.created, self.admitted, self.answered = system.config.name, int(time.time()), 0, 0
         self._counting, self._large = threading.Lock(), threading.RLock()
@@ -97,22 +99,19 @@ class Backend:
         self.first = Histogram("seed_first_token_seconds", "Time to the first event", registry=self.metrics)
         self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.metrics)
         self.images = Counter("seed_images", "Images", ["kind"], registry=self.metrics)
-        Gauge("seed_running", "Requests running", registry=self.metrics).set_function(lambda: self.running)
-        Gauge("seed_waiting", "Requests waiting", registry=self.metrics).set_function(lambda: self.waiting)
+        for name, value in (("running", lambda: self.running), ("waiting", lambda: self.admitted - self.running)):
+            Gauge(f"seed_{name}", f"Requests {name}", registry=self.metrics).set_function(value)
 
     @property
     def running(self) -> int:
         return min(self.admitted, self.limits.max_running)
 
-    @property
-    def waiting(self) -> int:
-        return self.admitted - self.running
-
     def health(self) -> dict[str, object]:
         """Answer of `GET /health`; never waits for the model."""
-        return {"status": "ok", "busy": self.running > 0, "running": self.running, "waiting": self.waiting,
-                "answered": self.answered, "seconds_up": round(time.monotonic() - self._started, 1),
-                "codes": self.words.n_codes, "tokens_per_image": self.words.tokens_per_image}
+        return {"status": "ok", "busy": self.running > 0, "running": self.running,
+                "waiting": self.admitted - self.running, "answered": self.answered,
+                "seconds_up": round(time.monotonic() - self._started, 1), "codes": self.words.n_codes,
+                "tokens_per_image": self.words.tokens_per_image}
 
     @contextlib.contextmanager
     def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
@@ -180,21 +179,17 @@ class Backend:
             raise RequestError(f"image {read.index(None)} has fewer than {self.words.least_codes} codes.")
         return read
 
-    @property
-    def reads_codes(self) -> bool:
-        """Whether the language model reads images as codes (SEED-LLaMA)."""
-        return self.template is not None and not self.words.in_order
-
     def _file(self, text: str, name: str, limits: ImageLimits, watch: Watch) -> bytes:
         """The file in a base64 text, or at an address on one of the allowed hosts."""
         if "://" not in text[:12]:
             return bytes_from_base64(text, name, limits)
         import requests
 
+        address = ADDRESS.fullmatch(text)
+        if not address or address[1] not in self.limits.hosts:
+            raise RequestError(f"{name}: nothing is fetched but from hosts that --allow-host names; send the image "
+                               f"itself, as data:image/png;base64,….")
         try:
-            if urlsplit(text).scheme not in ("http", "https") or urlsplit(text).hostname not in self.limits.hosts:
-                raise RequestError(f"{name}: nothing is fetched but from hosts that --allow-host names; send the image "
-                                   f"itself, as data:image/png;base64,….")
             with requests.get(text, timeout=10, stream=True, allow_redirects=False) as answer:
                 if answer.status_code != 200:
                     raise ValueError
@@ -229,13 +224,15 @@ class Backend:
     # ---- POST /generate
 
     def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Previews of images if they are asked for, and last the answer."""
+        """Words and previews of images if they are asked for, and last the answer."""
         images = self.read_images(asked.images, "images[{}]", watch)
-        number, stream = -1, asked.previews and self.system.images.progressive
+        number, stream = -1, asked.words or asked.previews and self.system.images.progressive
         options = {"force_image": asked.force_boi, **self._options(asked)}
         for event in self._chat(self._messages(asked, images), watch, stream, options):
             number += event["type"] == "image_start"
-            if event["type"] == "image_preview":
+            if event["type"] == "text" and asked.words:
+                yield {"words": event["text"]}
+            if event["type"] == "image_preview" and asked.previews:
                 yield {"picture": number, "codes": len(event["codes"]), "preview": image_to_base64(event["image"])}
         answer = event["answer"]
         response = self._render(answer, [sent if isinstance(sent, list) else image if isinstance(image, list) else None
@@ -376,7 +373,8 @@ class Backend:
         items: Sequence[Any] = asked.images or asked.codes
         read = self._whole(items, watch)
         if asked.codes:
-            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed)
+            first = {"codes": asked.first} if asked.first else {}
+            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed, **first)
             return drawn
         return [[int(code) for code in row] for row in (read if self.reads_codes else self.system.tokenize(read))]
 

@@ -1,70 +1,97 @@
-"""Client of the backend: posts a request; a failure is one sentence."""
+"""Client of the backend, for programs that ask many things at once; a failure is one sentence."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.errors import RequestError
-from seed_multimodal.serving.schema import JSON_LINES
+from seed_multimodal.errors import RequestError, SeedError
 
 USER_AGENT = "SEED Multimodal client"
-CONNECT_SECONDS = 5.0
-ANSWER_KEYS = {"text": str, "images": list, "images_ids": list, "error_msg": list}
+CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
 
 
-def follow_generate(address: str, body: Mapping[str, Any], timeout: float = 600.0) -> Iterator[dict[str, Any]]:
-    """POST `body` to `address` (`http://127.0.0.1:7890/generate`) and give what comes: last the checked answer, and
-    before it, if `body` asks for `previews`, each of them: `picture`, `codes` and `preview`.
+@dataclass
+class Client:
+    """One backend; `address`: of its `/generate`."""
 
-    Raises:
-        RequestError: no server there, a timeout, a refusal by the server (with its own sentence), or an answer of
-            another kind of server.
-    """
-    import requests
+    address: str
 
+    async def generate(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """What `POST /generate` answers: words and previews, and last the answer. Leaving it cancels the request.
+
+        Raises:
+            RequestError: no server there, a time-out, a refusal (the server's sentence), or another kind of server.
+        """
+        async for piece in self._ask("POST", self.address, json={**body, "previews": True, "words": True}):
+            if not {"preview", "words", "text"} & set(piece):
+                raise RequestError(f"{self.address} answered with something else than text and images; is it a SEED "
+                                   f"backend?")
+            yield piece
+
+    async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
+        """The JSON of another route; `body`: `json`, or `files` and `data`, as of httpx. Raises as `generate`."""
+        address = self.address.removesuffix("/generate").rstrip("/") + route
+        async for piece in self._ask("POST" if body else "GET", address, **body):
+            yield piece
+
+    async def _ask(self, method: str, address: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
+        import httpx
+
+        token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
+        headers = {"User-Agent": USER_AGENT, **({"Authorization": f"Bearer {token}"} if token else {})}
+        seconds = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
+        try:
+            async with (httpx.AsyncClient(timeout=seconds, headers=headers) as client,
+                        client.stream(method, address, **body) as response):
+                async for line in response.aiter_lines():  # one, or one for each piece
+                    yield _piece(line, address, response.status_code)
+        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+            raise RequestError(f"{address!r} is no address; it looks like http://127.0.0.1:7890/generate.") from error
+        except httpx.ReadTimeout as error:
+            raise RequestError(f"The model at {address} did not answer within {ANSWER_SECONDS:g} seconds.") from error
+        except httpx.HTTPError as error:
+            raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
+                               f"and try again.") from error
+
+
+def _piece(line: str, address: str, status: int) -> dict[str, Any]:
+    """A line of an answer; raises `RequestError` for an error."""
     try:
-        with requests.post(address, json=dict(body), headers=_headers(), stream=True,
-                           timeout=(CONNECT_SECONDS, timeout)) as response:
-            in_pieces = response.headers.get("Content-Type", "").startswith(JSON_LINES)
-            for line in response.iter_lines() if in_pieces else (response.content,):
-                piece = _piece(line, address, response.status_code)
-                if in_pieces and "preview" in piece:
-                    yield piece
-                else:
-                    yield _answer(piece, address, response.status_code)
-                    return
-        raise RequestError(f"{address} broke off its answer.")
-    except (requests.exceptions.MissingSchema, requests.exceptions.InvalidURL,
-            requests.exceptions.InvalidSchema) as error:
-        raise RequestError(f"{address!r} is not an address; it looks like http://127.0.0.1:7890/generate.") from error
-    except requests.exceptions.ReadTimeout as error:
-        raise RequestError(f"The model at {address} did not answer within {timeout:g} seconds.") from error
-    except requests.exceptions.RequestException as error:
-        raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) and "
-                           f"try again.") from error
-
-
-def _headers() -> dict[str, str]:
-    """What a request says about its client; a server with a password gets that of `SEED_TOKEN`."""
-    token = os.environ.get("SEED_TOKEN", "").strip()
-    return {"User-Agent": USER_AGENT, **({"Authorization": f"Bearer {token}"} if token else {})}
-
-
-def _piece(line: bytes, address: str, status: int) -> Any:
-    try:
-        return json.loads(line)
+        piece = json.loads(line)
     except ValueError as error:
         raise RequestError(f"{address} answered with status {status} and no JSON; is it the address of a SEED backend?"
                            ) from error
-
-
-def _answer(answer: Any, address: str, status: int) -> dict[str, Any]:
-    said = answer.get("error") if isinstance(answer, dict) else None
-    if said or status != 200:
+    said = piece.get("error") if isinstance(piece, dict) else None
+    if said or status != 200 or not isinstance(piece, dict):
+        said = said.get("message") if isinstance(said, dict) else said
         raise RequestError(str(said) if said else f"The backend refused the request (status {status}).")
-    if not isinstance(answer, dict) or any(not isinstance(answer.get(k), kind) for k, kind in ANSWER_KEYS.items()):
-        raise RequestError(f"{address} answered with something else than text and images; is it a SEED backend?")
-    return answer
+    return piece
+
+
+async def together(streams: Sequence[AsyncIterator[Any]], running: set[asyncio.Task[None]]
+                   ) -> AsyncIterator[tuple[int, Any]]:
+    """Number and piece of each stream as it comes, or its `SeedError`; cancelling the tasks in `running` ends them."""
+    queue = asyncio.Queue[tuple[int, Any] | None]()
+
+    async def read(number: int, stream: AsyncIterator[Any]) -> None:
+        try:
+            async for piece in stream:
+                queue.put_nowait((number, piece))
+        except SeedError as error:
+            queue.put_nowait((number, error))
+
+    tasks = [asyncio.create_task(read(number, stream)) for number, stream in enumerate(streams)]
+    running.update(tasks)
+    asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: queue.put_nowait(None))
+    try:
+        while (found := await queue.get()) is not None:
+            yield found
+    finally:
+        for task in tasks:
+            task.cancel()
+        running.difference_update(tasks)

@@ -1,201 +1,168 @@
-"""The chat page's conversations, without any user interface.
+"""What the chat page knows of models and conversations; no Gradio, no torch.
 
-A message is `{"role": …, "message": {"text": …, "images": [path, …], "images_ids": [codes or None, …]}}`, its text
-holding one `<image>` per image: the form of the original front-end. Texts and images gather in one pending user
-message; `request` gives the body to post, `receive` takes the server's answer. A history that is too long is refused.
+A conversation is a list of turns, the user's first; a turn is texts and images in order. It is posted as the original
+front-end did: one text in the model's template with an `<image>` for each image, beside the images or their codes.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import ConfigError, RequestError, SeedError
+from seed_multimodal.language import prompts as sentences
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.lavit.ratios import RATIOS
+from seed_multimodal.serving.client import Client
 
-Message = dict[str, Any]
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
+Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 
 
-@dataclass
-class Conversation:
-    """Messages of one conversation, and how they are written as a prompt: "llama2", "roles" (USER: …), or "alone" (the
-    last message only)."""
+@dataclass(frozen=True)
+class Kind:
+    """The differences between models; `style`: of prompts, "roles" (USER: …), "questions" (Question: …), "llama2"
+    ([INST] …) or "alone" (the last turn only); `can`: tabs beside the chat; `whole`: images are sent as they are, not
+    squashed; `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
 
-    roles: tuple[str, str]
-    style: Literal["roles", "llama2", "alone"]
-    system: str = ""
-    messages: list[Message] = field(default_factory=list)
-
-    def append(self, role: str, message: Message) -> None:
-        """Add `{"text", "images", "images_ids"}` of one of `roles`."""
-        self.messages.append({"role": role, "message": copy.deepcopy(message)})
-
-    @property
-    def asked(self) -> list[Message]:
-        """The messages that are sent: all, or the user's last one and what came after it."""
-        if self.style != "alone":
-            return self.messages
-        last = max((place for place, entry in enumerate(self.messages) if entry["role"] == self.roles[0]), default=0)
-        return self.messages[last:]
-
-    def prompt_text(self) -> str:
-        """The prompt without `<s>`, one `<image>` per image."""
-        if self.style == "alone":
-            return "\n".join(str(entry["message"]["text"]) for entry in self.asked)
-        if self.style == "roles":
-            text = f"{self.system}\n" if self.system else ""
-            for entry in self.messages:
-                text += f"{entry['role']}: {entry['message']['text']}\n"
-            return text + f"{self.roles[1]}:"
-        text = f"<<SYS>>\n{self.system}\n<</SYS>>\n\n" if self.system else ""
-        for number, entry in enumerate(self.messages):
-            said = entry["message"]["text"]
-            text += (f"[INST] {said} [/INST]" if number % 2 == 0 else said) + "\n"
-        return text
-
-    def get_prompt(self, encode_image: Callable[[str], Any]) -> dict[str, Any]:
-        """`{"text", "images"}`: for every image its codes, or `encode_image(path)` where none are known yet."""
-        images = []
-        for entry in self.asked:
-            message = entry["message"]
-            for path, codes in zip(message["images"], message["images_ids"], strict=True):
-                images.append(encode_image(path) if codes is None else codes)
-        return {"text": self.prompt_text(), "images": images}
-
-    def update_image_ids(self, images_ids: Sequence[Sequence[int] | None]) -> None:
-        """Fill in the codes of all images, in order; known ones are kept, and None stays unknown.
-
-        Raises:
-            RequestError: another number of code lists than images.
-        """
-        places = [(entry["message"]["images_ids"], place) for entry in self.asked
-                  for place in range(len(entry["message"]["images_ids"]))]
-        if len(places) != len(images_ids):
-            raise RequestError(f"The answer holds codes of {len(images_ids)} images, but the conversation has "
-                               f"{len(places)}.")
-        for (codes, place), new in zip(places, images_ids, strict=True):
-            if codes[place] is None and new is not None:
-                codes[place] = list(new)
+    style: str
+    title: str
+    can: tuple[str, ...] = ("draw", "edit", "codes")
+    tasks: sentences.TaskPrompts = sentences.RELEASED_TASKS
+    temperature: float = 1.0
+    examples: tuple[Example, ...] = tuple(zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
+    whole: bool = False
+    rounds: int = 3
+    ratios: tuple[str, ...] = ()
 
 
-_TEMPLATES = {
-    "conv_seed_vicuna": Conversation(("USER", "ASSISTANT"), "roles"),
-    "conv_seed_vicuna_system": Conversation(
-        ("USER", "ASSISTANT"), "roles", "A chat between a curious user and an artificial intelligence assistant. "),
-    "conv_seed_llama2": Conversation(("[INST]", "[/INST]"), "llama2"),
-    "conv_lavit": Conversation(("USER", "ASSISTANT"), "alone"),
-    "conv_seed_x": Conversation(("Question", "Answer"), "roles"),  # of the base model
+def _seed_x(title: str, can: tuple[str, ...], *examples: Example, style: str = "llama2") -> Kind:
+    described = (sentences.SEED_X_TASKS.describe, "fox_and_snowman.png")
+    return Kind(style, title, can, sentences.SEED_X_TASKS, 0.0, (described, *examples), whole=True)
+
+
+def _lavit(title: str, *examples: Example) -> Kind:
+    tasks = sentences.TaskPrompts(draw="{caption}", draw_response="")
+    return Kind("alone", title, ("draw",), tasks, examples=examples, whole=True, ratios=tuple(RATIOS))
+
+
+_FIND = sentences.SEED_X_TASKS.detect_request("the snowman")
+KINDS = {
+    "nano": Kind("roles", "SEED nano", tasks=sentences.DEFAULT_TASKS, temperature=0.0, rounds=5, examples=(
+        ("Please draw a noto dog left of a tree in a meadow.", ""), (sentences.DESCRIBE_PROMPT, "fox_and_snowman.png"),
+        (f"What is on the left?{sentences.QA_SUFFIX}", "fox_and_snowman.png"), ("Put it at night.", "fox.png"))),
+    "seed-llama-8b": Kind("roles", "SEED-LLaMA 8B"),
+    "seed-llama-14b": Kind("llama2", "SEED-LLaMA 14B"),
+    "seed-x": _seed_x("SEED-X", (), ("What is this?", "cat.jpg"), style="questions"),
+    "seed-x-i": _seed_x("SEED-X-I", ("draw", "find"), (_FIND, "fox_and_snowman.png"),
+                        ("Generate an image: a dog on the green grass", "")),
+    "seed-x-edit": _seed_x("SEED-X-Edit", ("edit",), ("Make it under the sunset", "fox.png")),
+    "nano-x": _seed_x("SEED nano-x", ("draw", "edit", "find"), (_FIND, "fox_and_snowman.png"),
+                      ("Generate an image: a noto dog left of a tree", ""), ("Put it at night.", "fox.png")),
+    "lavit": _lavit("LaVIT", ("What is in the picture?", "cat.jpg"), ("", "fox_and_snowman.png")),
+    "nano-lavit": _lavit("SEED nano-lavit", ("What is the background?", "fox_and_snowman.png"), ("", "fox.png")),
 }
 
 
-def new_conversation(name: str) -> Conversation:
-    """An empty conversation of a template.
-
-    Raises:
-        ConfigError: an unknown name.
-    """
-    if name not in _TEMPLATES:
-        raise ConfigError(f"Unknown conversation template {name!r}: use {', '.join(_TEMPLATES)}.")
-    return copy.deepcopy(_TEMPLATES[name])
-
-
-def _empty() -> Message:
-    return {"images": [], "text": "", "images_ids": []}
+def kind_of(model_type: str) -> Kind:
+    """Look up a model type; raises `ConfigError` for an unknown one."""
+    if model_type not in KINDS:
+        raise ConfigError(f"Unknown model type {model_type!r}: use {', '.join(KINDS)}.")
+    return KINDS[model_type]
 
 
 @dataclass
-class Dialogue:
-    """One user's chat: the conversation, the pending message, and what to show.
+class Shown:
+    """An image of a conversation: its file ("" for one that could not be drawn), and its codes once they are known."""
 
-    Attributes:
-        asking: the conversation whose answer is awaited; nothing is added to it meanwhile.
+    path: str
+    codes: list[int] | None = None
+
+
+@dataclass
+class Turn:
+    """One turn; `below`: notes, and images by their paths, that are shown under it and not sent."""
+
+    parts: list[str | Shown]
+    below: list[str | Shown] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        return "".join(PLACEHOLDER if isinstance(part, Shown) else part for part in self.parts)
+
+    @property
+    def images(self) -> list[Shown]:
+        return [part for part in self.parts if isinstance(part, Shown)]
+
+
+def message(text: str, paths: Sequence[str]) -> Turn:
+    """What a user has written and chosen; raises `RequestError` for nothing, and for the placeholder of images."""
+    if PLACEHOLDER in text:
+        raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
+    if not paths and not text.strip(" ?.;!/"):
+        raise RequestError("Write a message or choose an image first.")
+    return Turn([*map(Shown, paths), *([text] if text else [])])
+
+
+def check_rounds(style: str, turns: Sequence[Turn], rounds: int) -> None:
+    """Raise `RequestError` for more than `rounds`."""
+    if len(turns) > 2 * rounds and style != "alone":
+        raise RequestError(TOO_LONG)
+
+
+def prompt_text(style: str, texts: Sequence[str], system: str = "") -> str:
+    """Turns as the prompt of a model, without `<s>`."""
+    if style == "alone":
+        return texts[-1]
+    if style == "llama2":
+        written = [said if number % 2 else f"[INST] {said} [/INST]" for number, said in enumerate(texts)]
+        return "".join(f"{one}\n" for one in ([f"<<SYS>>\n{system}\n<</SYS>>\n"] if system else []) + written)
+    user, assistant = ("Question", "Answer") if style == "questions" else ("USER", "ASSISTANT")
+    written = [f"{(user, assistant)[number % 2]}: {said}\n" for number, said in enumerate(texts)]
+    return (f"{system}\n" if system else "") + "".join(written) + f"{assistant}:"
+
+
+def request(style: str, turns: Sequence[Turn], encode: Callable[[str], Any]) -> dict[str, Any]:
+    """`text` and `images` to post: the codes of each image, or `encode(path)` where none are known yet."""
+    asked = turns[-1:] if style == "alone" else turns
+    images = [image for turn in asked for image in turn.images]
+    return {"text": prompt_text(style, [turn.text for turn in asked]),
+            "images": [encode(image.path) if image.codes is None else image.codes for image in images]}
+
+
+def receive(style: str, turns: Sequence[Turn], answer: Mapping[str, Any], save: Callable[[str], str]) -> Turn:
+    """The answer to `turns` as a turn; the codes of their images are filled in.
+
+    Raises:
+        RequestError: an answer whose parts do not fit together.
     """
+    asked = [image for turn in (turns[-1:] if style == "alone" else turns) for image in turn.images]
+    first, *pieces = answer["text"].split(PLACEHOLDER)
+    ids, drawn = answer["images_ids"], answer["images"]
+    if len(pieces) != len(drawn) or len(ids) != len(asked) + len(drawn):
+        raise RequestError(f"The answer holds {len(pieces)} {PLACEHOLDER} for {len(drawn)} images, and codes of "
+                           f"{len(ids)} images of {len(asked) + len(drawn)}.")
+    for image, codes in zip(asked, ids, strict=False):
+        image.codes = image.codes or codes
+    parts: list[str | Shown] = [first]
+    for image, codes, piece in zip(drawn, ids[len(asked):], pieces, strict=True):
+        parts += [Shown(save(image) if image else "", codes), piece]
+    return Turn([part for part in parts if part != ""], list(answer["error_msg"]))
 
-    template: str = "conv_seed_vicuna"
-    max_turns: int = 3
-    conversation: Conversation = field(init=False)
-    pending: Message = field(default_factory=_empty)
-    errors: list[str] = field(default_factory=list)
-    asking: Conversation | None = None
 
-    def __post_init__(self) -> None:
-        self.conversation = new_conversation(self.template)
+@dataclass
+class Model(Client):
+    """A backend and what is known of its model."""
 
-    def add_text(self, text: str) -> None:
-        """Put text into the pending message.
+    kind: Kind
 
-        Raises:
-            RequestError: the text holds the placeholder of images.
-        """
-        if PLACEHOLDER in text:
-            raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
-        if text:
-            self._add(text)
-
-    def add_image(self, path: str) -> None:
-        """Put a stored image into the pending message."""
-        self.pending["images"].append(path)
-        self.pending["images_ids"].append(None)
-        self._add(PLACEHOLDER)
-
-    def _add(self, text: str) -> None:
-        self.pending["text"] += text
-        messages, user = self.conversation.messages, self.conversation.roles[0]
-        if messages and messages[-1]["role"] == user:
-            messages.pop()
-        self.conversation.append(user, self.pending)
-        self.errors = []
-
-    def waits(self) -> bool:
-        """Whether there is a user message worth answering."""
-        messages = self.conversation.messages
-        return (bool(messages) and messages[-1]["role"] == self.conversation.roles[0]
-                and bool(messages[-1]["message"]["text"].strip(" ?.;!/")))
-
-    def too_long(self) -> bool:
-        """Whether the conversation has more rounds than are answered."""
-        return len(self.conversation.messages) > 2 * self.max_turns and self.conversation.style != "alone"
-
-    def refuse(self) -> None:
-        """Answer a history that is too long with the fixed sentence."""
-        self.conversation.append(self.conversation.roles[1], {**_empty(), "text": TOO_LONG})
-        self.pending, self.errors = _empty(), []
-
-    def request(self, encode_image: Callable[[str], Any], **settings: Any) -> dict[str, Any]:
-        """The body to post: prompt, images and `settings`."""
-        return {**self.conversation.get_prompt(encode_image), **settings}
-
-    def receive(self, response: Mapping[str, Any], save_image: Callable[[str], str]) -> None:
-        """Take the server's answer.
-
-        Args:
-            response: `text`, `images` (base64, "" for a broken one), `images_ids` (of all images), `error_msg`.
-            save_image: stores a base64 image and returns its path.
-
-        Raises:
-            RequestError: an answer whose parts do not fit together (the conversation is left as it was).
-        """
-        images = [save_image(image) if image else "" for image in response["images"]]
-        if response["text"].count(PLACEHOLDER) != len(images):
-            raise RequestError(f"The answer's text holds {response['text'].count(PLACEHOLDER)} {PLACEHOLDER} "
-                               f"placeholders for {len(images)} images.")
-        grown = copy.deepcopy(self.conversation)
-        grown.append(grown.roles[1], {"images": images, "text": response["text"], "images_ids": [None] * len(images)})
-        grown.update_image_ids(response["images_ids"])
-        self.conversation = grown
-        self.pending, self.errors = _empty(), list(response["error_msg"])
-
-    def regenerate(self) -> None:
-        """Drop the last answer, so that the same message waits again."""
-        messages = self.conversation.messages
-        if messages and messages[-1]["role"] == self.conversation.roles[1]:
-            messages.pop()
-        self.pending, self.errors = _empty(), []
-
-    def clear(self) -> None:
-        """Start over."""
-        self.conversation, self.asking = new_conversation(self.template), None
-        self.pending, self.errors = _empty(), []
+    async def learn(self) -> str:
+        """Ask the backend which model it has; returns a sentence if it does not answer."""
+        try:
+            async for answer in self.ask("/v1/models"):
+                name = str(answer["data"][0]["id"]).rpartition("/")[2]
+                self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
+        except SeedError as error:
+            return str(error)
+        return ""

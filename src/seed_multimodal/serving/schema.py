@@ -1,7 +1,7 @@
 """The JSON of every route, requests and answers, validated by pydantic; `openapi` describes them.
 
-`POST /generate` has the field names and defaults of the original demo server (`seed`, `previews`, `ratio` and `boxes`
-are additions); routes below `/v1` have those of OpenAI's API, and further fields for images and their codes.
+`POST /generate` has the field names and defaults of the original demo server (`seed`, `previews`, `words`, `ratio` and
+`boxes` are additions); routes below `/v1` have those of OpenAI's API, and further fields for images and their codes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class GenerateRequest(BaseModel):
     force_boi: bool = False
     seed: Seed | None = None
     previews: bool = False
+    words: bool = False
     ratio: Shape | None = None
 
     @model_validator(mode="after")
@@ -219,11 +220,13 @@ class ImagesRequest(BaseModel):
 
 
 class TokensRequest(BaseModel):
-    """Either `images` (base64 or URLs), which become codes, or `codes`, which are drawn with `seed`."""
+    """Either `images` (base64 or URLs), which become codes, or `codes`, which are drawn with `seed`; `first`: from so
+    many codes of each, where a system can (SEED-LLaMA)."""
 
     images: list[str] = Field([], max_length=MAX_IMAGES)
     codes: list[Codes] = Field([], max_length=MAX_IMAGES)
     seed: Seed = 0
+    first: int | None = Field(None, ge=1, le=MAX_CODES)
 
     @model_validator(mode="after")
     def _either(self) -> TokensRequest:

@@ -27,7 +27,7 @@ def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
     places = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, place in places.items():
         if not place.exists():
-            raise CheckpointError(f"{place}: there is no such folder for --{name}.")
+            raise CheckpointError(f"{place}: no such folder for --{name}.")
     if kind == "lavit":  # an export holds both tokenizer and decoder, a trained pixel decoder its decoder
         exported = places["tokenizer"]
         decoders = [place / "decoder" for place in (places.get("pixels", exported), exported)]

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_pictures
+from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
@@ -74,10 +74,10 @@ class MultimodalSystem(Generator, HubUpload):
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
         loaded when the first image is drawn.
 
-        `device`, `dtype`: see `choose_device`; `quantization`, `compiled`: of `load_llm` and `Engine`; `offload`: each
-        part is on its device only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for
-        a system that never draws; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its folder
-        holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
+        `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device only
+        while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never draws;
+        `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file, if its
+        folder holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)
@@ -87,14 +87,16 @@ class MultimodalSystem(Generator, HubUpload):
             raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
-        images = choose_for_pictures(image_device or llm.device, dtype, llm, log)
-        drawing = choose_for_pictures(drawing_device or images.device, dtype, images, log)
+        images = choose_for_images(image_device or llm.device, dtype, llm, log)
+        drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
         parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
         if engine == "torch":
             system.engine = Engine(system.llm, system.tokenizer, compiled=compiled,
                                    device=llm.device if "llm" in parked else None)
+        if compiled:
+            system.images.compile()
         system._log_note(config.notice)
         return system
 

@@ -156,7 +156,7 @@ class SystemConfig:
         folder = hub.locate_system(name) or hub.local_folder(name)
         if folder is None or not str(name):
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
-            raise CheckpointError(f"{name}: there is no such folder{near}; give {', '.join(NAMES)} or a folder with "
+            raise CheckpointError(f"{name}: no such folder{near}; give {', '.join(NAMES)} or a folder with "
                                   f"system.json ({', '.join(hub.SHIPPED)}: in the repository's pretrained/).")
         model = read_json_object(folder / "config.json") if (folder / "config.json").is_file() else {}
         ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from seed_multimodal.batches import Collector
 from seed_multimodal.device import RELEASED_FP16, Runtime, choose_device, on_device
+from seed_multimodal.engines.batches import Collector
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.generation import random_seed

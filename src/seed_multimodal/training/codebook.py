@@ -1,6 +1,6 @@
-"""Stages of models with a codebook: warm-up without codes, k-means start, restart of dead codes, usage for the log.
+"""Stages of models with a codebook: warm-up without codes, k-means start, restart of dead codes, usage log.
 
-All of it is a function of (weights, step), so a killed run repeats it. Codes are changed on rank 0 and broadcast.
+Determined by (weights, step), so a resumed run repeats it. Codes are changed on rank 0 and broadcast.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from seed_multimodal.training.task import StageTask
 
 @dataclass
 class CodebookHealth:
-    """When a run's codes begin and move; everything is off by default.
+    """Schedule of codebook start and restarts; all off by default.
 
     Attributes:
-        codebook_warmup: optimiser steps without codes. kmeans_start: the codebook starts at k-means centres of
-            features of at least `kmeans_images` pictures. restart_every: optimiser steps between restarts of dead
+        codebook_warmup: optimizer steps without codes. kmeans_start: initialize the codebook by k-means of features
+            of at least `kmeans_images` images. restart_every: optimizer steps between restarts of dead
             codes (0: none), up to the share `restart_until` of the run.
     """
 
@@ -39,21 +39,20 @@ class CodebookHealth:
 
 
 class CodebookTask(StageTask):
-    """A stage of a model that may have a codebook, kept healthy by `health`, a `CodebookHealth` or settings with its
-    fields.
+    """A stage of a model with an optional codebook; `health`: a `CodebookHealth` or settings with its fields.
 
-    Such a model has `codebook_points` (features of a batch that are quantised, `[..., d]`, for the k-means start),
-    `quantize`, `use_codes` (whether codes are used yet), and of its last batch `codes` (None without) and `features`.
+    The model has `codebook_points` (features of a batch to quantize, `[..., d]`, for the k-means start), `quantize`,
+    `use_codes` (whether codes are used yet), and of its last batch `codes` (or None) and `features`.
     """
 
     def __init__(self, name: str, model: nn.Module, settings: StageConfig, health: Any, *, optimizer: Any = None
                  ) -> None:
         self.model: Any = model
         self.health = health
-        self.since_restart: Tensor | None = None  # how often each code was chosen, over all processes
+        self.since_restart: Tensor | None = None  # use count of each code, over all processes
         if hasattr(model, "codebook_points"):
             if health.codebook_warmup and not health.kmeans_start:
-                raise ConfigError("codebook_warmup trains without codes first, so it needs kmeans_start: true.")
+                raise ConfigError("codebook_warmup needs kmeans_start: true.")
             if health.codebook_warmup >= settings.max_steps:
                 raise ConfigError(f"codebook_warmup ({health.codebook_warmup} steps) leaves none of the run's "
                                   f"{settings.max_steps} steps for training with codes.")
@@ -61,20 +60,20 @@ class CodebookTask(StageTask):
                                              device=next(model.parameters()).device)
             self.since_log, self.uncounted = self.since_restart.clone(), self.since_restart.clone()
         super().__init__(name, model, settings, optimizer=optimizer)
-        # Buffers are equal by construction, or (code counts) each process's own.
+        # Buffers are equal by construction or (code counts) per process.
         self.ddp_options = {"broadcast_buffers": False,
                             "find_unused_parameters": getattr(model, "skips_parameters", False)}
 
     def batch(self, micro_step: int) -> Any:
-        """This process's batch on the model's device, a function of its argument alone."""
+        """This process's batch on the model's device, determined by `micro_step`."""
         raise NotImplementedError
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss of a batch, and its numbers."""
+        """Loss of a batch, and numbers to log."""
         raise NotImplementedError
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss; codes are counted, and used from the end of the warm-up on, when they start by k-means."""
+        """The loss; counts codes, and starts the codebook at the end of the warm-up."""
         step, inside = divmod(micro_step, self.settings.gradient_accumulation_steps)
         if self.since_restart is not None and not inside:
             self.model.use_codes = step >= self.health.codebook_warmup
@@ -86,14 +85,14 @@ class CodebookTask(StageTask):
         return found
 
     def start_codes(self) -> None:
-        """Start the codebook at k-means centres of the features of the run's first batches."""
+        """Initialize the codebook by k-means of features of the run's first batches."""
         batches = max(1, -(-self.health.kmeans_images // self.settings.batch_size))
         with evaluation_mode(self.model), torch.autocast(next(self.model.parameters()).device.type, enabled=False):
             features = [self.model.codebook_points(self.batch(number)) for number in range(batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
     def add_up(self) -> None:
-        """Add the processes' counts; all must call it: before a log line, a checkpoint, a restart of codes."""
+        """Sum the counts over processes (collective): before a log line, a checkpoint, a restart of codes."""
         if self.since_restart is not None:
             if dist.is_initialized():
                 dist.all_reduce(self.uncounted)
@@ -102,7 +101,7 @@ class CodebookTask(StageTask):
             self.uncounted.zero_()
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Dead codes move onto features of the last batch, when due."""
+        """Restart dead codes from features of the last batch, when due."""
         if self.since_restart is None or not self.health.restart_every:
             return None
         past, last = step - self.health.codebook_warmup, self.health.restart_until * self.settings.max_steps
@@ -113,7 +112,7 @@ class CodebookTask(StageTask):
         return None
 
     def status(self) -> dict[str, float]:
-        """The use of codes since the last log line."""
+        """Code usage since the last log line."""
         if self.since_restart is None:
             return {}
         self.add_up()
@@ -122,7 +121,7 @@ class CodebookTask(StageTask):
         return use
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """How often each code was chosen since the last restart of dead codes."""
+        """Use counts of codes since the last restart of dead codes."""
         self.add_up()
         return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
 
@@ -133,7 +132,7 @@ class CodebookTask(StageTask):
 
 
 def codebook_use(counts: Tensor) -> dict[str, float]:
-    """How often each code was chosen `[K]` → the share of codes that were, and their perplexity; empty if none was."""
+    """Use counts `[K]` → share of used codes and perplexity; empty if none was used."""
     if not counts.any():
         return {}
     entropy = torch.special.entr(counts.double() / counts.sum()).sum()  # in nats
@@ -142,7 +141,7 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode and no gradients inside; the mode before is restored."""
+    """Context with eval mode and no gradients."""
     training = model.training
     model.eval()
     try:

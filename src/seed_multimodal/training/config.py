@@ -9,29 +9,29 @@ from seed_multimodal.settings import setting
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant", "constant_with_warmup")
-WAIT_MINUTES = 30.0  # for a process that does not answer: default of `timeout_minutes` everywhere
+WAIT_MINUTES = 30.0  # default of `timeout_minutes`
 
 
 @dataclass(kw_only=True)
 class TrainerConfig:
-    """Settings of every training, with the names of transformers' `TrainingArguments` where it has them.
+    """Settings of all trainings, named as in transformers' `TrainingArguments` where possible.
 
     Attributes:
-        max_steps: optimiser steps, of `gradient_accumulation_steps` micro-steps in each process.
-        precision: what products are computed in; trained weights are kept in fp32.
-        max_grad_norm: 0 measures the norm only.
-        ema: decay of the averaged weights, which are the result (0: none; not with DeepSpeed).
-        device, dataloader_num_workers: of programs that choose the device and read data by these settings.
+        max_steps: optimizer steps, of `gradient_accumulation_steps` micro-steps in each process.
+        precision: autocast dtype; trained weights are kept in fp32.
+        max_grad_norm: 0 only measures the norm.
+        ema: decay of the averaged weights, which become the result (0: none; not with DeepSpeed).
+        device, dataloader_num_workers: only for programs that use them.
         report_to: any of tensorboard and wandb; the JSON log is always written.
-        curves: draw `curves.png` from the log at the end.
-        save_seconds, save_steps: when a checkpoint is due (0: not by that), besides the one at the end.
-        save_total_limit: checkpoints kept, the newest first; none deletes nothing.
-        save_frozen: whether checkpoints hold parameters that are not trained, too. Without, the caller builds them
-            again, from the same files, before a resume.
-        async_save: write checkpoints in a thread, during the next steps (not with DeepSpeed).
+        curves: plot `curves.png` from the log at the end.
+        save_seconds, save_steps: checkpoint interval (0: off), besides the one at the end.
+        save_total_limit: number of newest checkpoints to keep; none: all.
+        save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from the same files
+            before resuming.
+        async_save: write checkpoints in a thread during the next steps (not with DeepSpeed).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder.
-        start: a checkpoint, or a folder of them, whose weights (not the optimiser) the first step starts from.
-        timeout_minutes: how long a step, and any exchange, waits for another process.
+        start: a checkpoint, or a folder of them, to initialize the weights (not the optimizer) from.
+        timeout_minutes: timeout of steps and collective operations.
     """
 
     max_steps: int = setting(1000, least=1)
@@ -58,9 +58,9 @@ class TrainerConfig:
 
 @dataclass(kw_only=True)
 class StageConfig(TrainerConfig):
-    """Settings of one stage whose optimiser and schedule are the usual ones; a step takes `batch_size ·
-    gradient_accumulation_steps · processes` samples. The rate rises for `warmup_steps` to `learning_rate` and falls to
-    `learning_rate · min_lr_ratio`. `further`: a completed run continues if it is asked for more steps.
+    """Settings of one stage with the default optimizer and schedule; a step has `batch_size ·
+    gradient_accumulation_steps · processes` samples. The rate warms up for `warmup_steps` to `learning_rate` and decays
+    to `learning_rate · min_lr_ratio`. `further`: a completed run continues if `max_steps` was raised.
     """
 
     max_steps: int = setting(least=0)

@@ -1,6 +1,6 @@
-"""The processes of a run: joining, sums over all of them, requests to stop (SIGTERM), failures as one sentence.
+"""Process group of a run: initialization, sums, SIGTERM handling, translation of failures.
 
-Gradients travel through the engine, everything else over a gloo group of its own, which waits for no GPU.
+Gradients use the engine's group, everything else a separate gloo group.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _PEER_WORDS = ("Connection closed by peer", "Connection reset by peer", "Broken 
 
 
 class TrainingError(SeedError):
-    """A run that cannot continue: a loss that is not finite, no memory, a process that died, a disk that is full."""
+    """A run that cannot continue: non-finite loss, out of memory, dead process, full disk."""
 
 
 class ProcessGroup:
-    """All processes of a run, over torch.distributed's default group; without one this process is alone.
+    """All processes of torch.distributed's default group, or only this one.
 
-    Methods are collective: every process must call them in the same order. `first`: writes files and prints.
+    Methods are collective. `first`: whether this process writes files and prints.
     """
 
     def __init__(self, timeout_minutes: float = WAIT_MINUTES) -> None:
@@ -46,7 +46,7 @@ class ProcessGroup:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
     def agree(self, *flags: bool) -> list[bool]:
-        """For each flag: has any process raised it?"""
+        """Logical or of each flag over all processes."""
         return [total > 0 for total in self.sum(flags)]
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -58,10 +58,10 @@ class ProcessGroup:
         return [float(value) for value in total.tolist()]
 
     def gather(self, value: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Every process's (JSON) value, in the order of ranks."""
+        """The (JSON) values of all processes, by rank."""
         if self.world == 1:
             return [dict(value)]
-        # torch's own `all_gather_object` pickles; what comes over the network is read as JSON only.
+        # JSON, since torch's `all_gather_object` unpickles network data.
         own = torch.frombuffer(bytearray(json.dumps(dict(value)).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
         dist.all_gather(sizes, torch.tensor([len(own)]), self._group)
@@ -72,8 +72,8 @@ class ProcessGroup:
 
 
 def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = False) -> torch.device:
-    """Join the process group that torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK) describes; returns this
-    process's device. `group_of_one`: make a process group for a single process, too (DeepSpeed needs one).
+    """Join the process group of torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK); returns this process's device.
+    `group_of_one`: create a group for a single process, too (for DeepSpeed).
 
     Raises:
         ConfigError: more processes on this node than GPUs.
@@ -86,7 +86,7 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
                               "more processes per node than that.")
         place = torch.device("cuda", place.index if place.index is not None and world == 1 else local)
         torch.cuda.set_device(place)
-    elif place.type == "cpu":  # DeepSpeed, which transformers imports to save a model, warns of no GPU else
+    elif place.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     timeout, backend = timedelta(minutes=timeout_minutes), "nccl" if place.type == "cuda" else "gloo"
     if not dist.is_initialized() and world > 1:
@@ -97,18 +97,18 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
 
 
 def environment_place() -> tuple[int, int]:
-    """torchrun's RANK and WORLD_SIZE; 0 of 1 where they are not set."""
+    """torchrun's RANK and WORLD_SIZE; default 0 of 1."""
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @contextmanager
 def leaving_processes() -> Iterator[None]:
-    """End the process group at the end; after a failure not, because the others may never reach this point."""
+    """Destroy the process group on success; after a failure other processes may never reach this point."""
     clean = False
     try:
         yield
         clean = True
-    except SystemExit:  # stopped by SIGTERM, and saved
+    except SystemExit:  # saved after SIGTERM
         clean = True
         raise
     finally:
@@ -118,7 +118,7 @@ def leaving_processes() -> Iterator[None]:
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """While active, SIGTERM only sets the event: the loop then finishes its step and saves."""
+    """Context in which SIGTERM only sets the event; the loop then finishes its step and saves."""
     requested = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: requested.set())
     try:
@@ -129,8 +129,8 @@ def stop_request() -> Iterator[threading.Event]:
 
 @contextmanager
 def translate_errors(where: str, saved: str) -> Iterator[None]:
-    """Turns running out of memory and the loss of another process into TrainingErrors; `where`: what was being done
-    (`"step 12"`), `saved`: what is on the disk."""
+    """Converts out-of-memory and lost-process errors into TrainingError; `where`: current activity (`"step 12"`),
+    `saved`: description of the last checkpoint."""
     try:
         yield
     except SeedError:

@@ -7,14 +7,14 @@ from torch import nn
 
 
 class Ema:
-    """Exponential moving average of a module's parameters, kept in fp32 beside it."""
+    """Exponential moving average of a module's parameters, in fp32."""
 
     def __init__(self, modules: nn.Module, decay: float) -> None:
         self.decay = decay
         self.shadow = {n: p.detach().clone().float() for n, p in modules.named_parameters() if p.requires_grad}
 
     def update(self, modules: nn.Module, step: int) -> None:
-        """Update the average; the decay is lower at the start, so that early weights count little."""
+        """Update the average; the decay is lower in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         own = dict(modules.named_parameters())
         for name, average in self.shadow.items():

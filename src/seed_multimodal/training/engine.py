@@ -1,7 +1,7 @@
-"""The engines that update weights: accelerate's `Accelerator` for one process and DistributedDataParallel, and
-DeepSpeed with ZeRO 1, 2 and 3 from the original's JSON files.
+"""Training engines: accelerate's `Accelerator` (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3
+with the original's JSON files.
 
-Trained weights are kept in fp32 and products are computed in the run's precision (autocast).
+Trained weights are kept in fp32; forward passes use autocast.
 """
 
 from __future__ import annotations
@@ -27,21 +27,20 @@ from seed_multimodal.weights import read_file
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-_SMALLEST_SCALE = 2.0**-20  # 36 overflows in a row from GradScaler's first value: not a passing one
-_GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of an optimiser's group; its rate is set at each step
+_SMALLEST_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial scale
+_GIVEN = ("betas", "eps", "weight_decay", "lr_scale")  # of a parameter group; the rate is set at each step
 
 
 class Engine:
-    """A task's module and optimiser in one process, or in each of several (DDP); a task's `micro_step` calls `model`.
-    `sharded`: every process writes its own part of a checkpoint (`save_shards`)."""
+    """A task's module and optimizer in one process or DDP; the task's `micro_step` calls `model`. `sharded`: each
+    process writes its shard of a checkpoint (`save_shards`)."""
 
     kind, sharded = "plain", False
 
     def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device) -> None:
-        """Wrap a task's module. Raises ConfigError: several processes for a task that supports one only."""
+        """Wrap a task's module. Raises ConfigError: several processes for a single-process task."""
         if group.world > 1 and not task.parallel:
-            raise ConfigError(f"[{task.name}] {group.world} processes run this stage, but it is made for one, so each "
-                              "would train a model of its own.")
+            raise ConfigError(f"[{task.name}] this stage supports a single process, not {group.world}.")
         self.task, self.settings, self.group, self.device = task, settings, group, device
         self.module, self.optimizer = task.wrapped_part, task.optimizer
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
@@ -52,8 +51,8 @@ class Engine:
             device.type, enabled=settings.precision == "fp16" and not self.sharded)
 
     def _accelerator(self, **options: Any) -> Accelerator:
-        """`PartialState` is made first: an `Accelerator` for DeepSpeed must not get `cpu=True`, and without it and
-        without a GPU would count every process as number 0 of 1."""
+        """Creates `PartialState` first: an `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and
+        without a GPU it would ignore other processes."""
         from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedDataParallelKwargs
 
@@ -69,66 +68,66 @@ class Engine:
         return self.accelerator.prepare_model(self.module, device_placement=False)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Products in the run's precision."""
+        """Autocast in the run's precision."""
         precision = self.settings.precision
         return nullcontext() if precision == "fp32" else torch.autocast(self.device.type, DTYPES[precision])
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Context of a micro-step: gradients are exchanged after the last one of a step only."""
+        """Context of a micro-step: gradients are reduced only after a step's last one."""
         return nullcontext() if last or self.group.world == 1 else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-step."""
+        """Accumulate the gradients of a micro-step."""
         self.accelerator.backward(self.scaler.scale(loss))
 
     def clip(self) -> Tensor | None:
-        """Norm of the step's gradients before clipping; clips them. None: known after `update` only."""
+        """Clip the gradients; returns their norm before clipping, or None if only `update` knows it."""
         self.scaler.unscale_(self.optimizer)
         return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
     def update(self) -> dict[str, float]:
-        """Update the weights; an fp16 step whose gradients overflowed is skipped and the loss scale halved. Returns
-        numbers of the step that are known only now: fp16's `loss_scale`, DeepSpeed's `grad`."""
+        """Update the weights; on fp16 overflow the step is skipped and the loss scale halved. Returns further numbers
+        of the step: fp16's `loss_scale`, DeepSpeed's `grad`."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
     def set_rate(self, rate: float) -> None:
-        """Give all groups their learning rate."""
+        """Set the learning rate of all groups."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
 
     def problem(self, norm: float | None) -> str:
-        """What is wrong with the gradients ("": nothing); an fp16 step whose gradients overflow is skipped."""
+        """Error message for the gradients, or ""; a single fp16 overflow is no error."""
         if self.scaler.is_enabled() and self.scaler.get_scale() <= _SMALLEST_SCALE:
             return "The fp16 gradients overflow at any loss scale (use bf16 or fp32)"
         finite = norm is None or math.isfinite(norm) or self.settings.precision == "fp16"
         return "" if finite else f"The gradient norm became {norm}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and loss scaler."""
+        """States of optimizer and loss scaler."""
         return {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load(self, folder: Path, step: int) -> None:
-        """Fill the optimiser from a checkpoint; hyperparameters (weight decay, betas) stay as this run has set them.
-        Raises CheckpointError: a state of another optimiser."""
+        """Load the optimizer from a checkpoint, keeping this run's hyperparameters (weight decay, betas). Raises
+        CheckpointError: state of another optimizer."""
         state: Any = read_file(folder / OPTIMIZER)
         with keeping_hyperparameters(self.optimizer):
             try:
                 self.optimizer.load_state_dict(state["optimizer"])
             except (ValueError, KeyError) as error:
-                raise CheckpointError(f"{folder}: holds the state of another optimiser ({error}).") from error
+                raise CheckpointError(f"{folder}: has the state of another optimizer ({error}).") from error
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
 
     def close(self) -> None:
-        """Leave nothing behind for a second run in this process."""
+        """Reset global state for another run in this process."""
         _reset_accelerate()
 
 
 def _reset_accelerate() -> None:
-    """Reset accelerate's state of this process (by its own function, which has no public name)."""
+    """Reset accelerate's state of this process (through its private function)."""
     from accelerate.state import AcceleratorState, GradientState
 
     AcceleratorState._reset_state(True)
@@ -139,7 +138,7 @@ def _reset_accelerate() -> None:
 
 @contextmanager
 def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
-    """Inside, loading an optimiser's state leaves this run's weight decay and betas."""
+    """Context in which loading an optimizer's state keeps this run's weight decay and betas."""
     own = [{key: value for key, value in group.items() if key in _GIVEN} for group in optimizer.param_groups]
     yield
     for group, given in zip(optimizer.param_groups, own, strict=True):
@@ -151,18 +150,18 @@ def keeping_hyperparameters(optimizer: Any) -> Iterator[None]:
 
 def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: int, rows: int, hidden_size: int
                 ) -> tuple[dict[str, Any], list[str]]:
-    """A DeepSpeed configuration without "auto", and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's log,
-    `hidden_size`: of the model, from which buckets follow as in transformers.
+    """A DeepSpeed configuration with "auto" resolved, and remarks; `rows`: sequences of a micro-batch, for DeepSpeed's
+    log, `hidden_size`: of the model, for bucket sizes as in transformers.
 
     Raises:
-        ConfigError: no ZeRO stage, or a value that contradicts the run's.
+        ConfigError: no ZeRO stage, or a value that conflicts with the run's.
     """
     filled: dict[str, Any] = {key: dict(value) if isinstance(value, Mapping) else value
                               for key, value in config.items()}
     zero = filled.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
-    remarks = [f"the {key} of the DeepSpeed configuration is left out: optim has it" for key in
+    remarks = [f"{key} of the DeepSpeed configuration is ignored: set in optim" for key in
                ("optimizer", "scheduler") if filled.pop(key, None) is not None]
     micro_steps, rows_key = settings.gradient_accumulation_steps, "train_micro_batch_size_per_gpu"
     wanted = {"gradient_accumulation_steps": micro_steps, "gradient_clipping": settings.max_grad_norm,
@@ -170,7 +169,7 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
     for key, value in wanted.items():
         block, name = (filled.setdefault(key, {}), "enabled") if isinstance(value, bool) else (filled, key)
         if block.get(name, "auto") not in ("auto", value):
-            raise ConfigError(f"deepspeed: {key} is {block[name]} there, but {value} in trainer; make them equal.")
+            raise ConfigError(f"deepspeed: {key} is {block[name]}, but {value} in trainer; make them equal.")
         block[name] = value
     filled[rows_key] = rows if filled.get(rows_key) in ("auto", None) else int(filled[rows_key])
     filled |= {"train_batch_size": filled[rows_key] * micro_steps * world, "zero_allow_untested_optimizer": True,
@@ -182,17 +181,17 @@ def fill_config(config: Mapping[str, Any], settings: TrainerConfig, *, world: in
 
 
 class ZeroEngine(Engine):
-    """A task's module in DeepSpeed's engine; gradients, optimiser states and (stage 3) weights are sharded."""
+    """A task's module in DeepSpeed's engine; gradients, optimizer states and (stage 3) weights are sharded."""
 
     kind, sharded = "deepspeed", True
 
     def __init__(self, task: Task, settings: TrainerConfig, group: ProcessGroup, device: torch.device,
                  config: Mapping[str, Any]) -> None:
-        """Wrap a task's module; `config` is what `fill_config` gave. Raises ConfigError: an unsupported optimiser."""
+        """Wrap a task's module; `config`: from `fill_config`. Raises ConfigError: an unsupported optimizer."""
         if not isinstance(task.optimizer, torch.optim.Optimizer):
-            raise ConfigError("optim: muon runs on the plain engine only; use adamw or adamw_hf with DeepSpeed.")
+            raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
         if settings.ema:
-            raise ConfigError("trainer: ema is not kept with DeepSpeed; leave one of them out.")
+            raise ConfigError("trainer: ema is not supported with DeepSpeed.")
         self.config, self.stage = config, int(config["zero_optimization"]["stage"])
         super().__init__(task, settings, group, device)
 
@@ -214,22 +213,22 @@ class ZeroEngine(Engine):
         return model
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """DeepSpeed casts by itself."""
+        """No context: DeepSpeed casts itself."""
         return nullcontext()
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
-        """Tell DeepSpeed whether the step ends with this micro-step."""
+        """Set DeepSpeed's accumulation boundary."""
         self.model.set_gradient_accumulation_boundary(is_boundary=last)
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradients of a micro-step (accelerate's `backward` would make the optimiser step at once)."""
+        """Accumulate the gradients of a micro-step (accelerate's `backward` would also step the optimizer)."""
         self.model.backward(loss, scale_wrt_gas=False)
         if not last:
-            self.model.step()  # moves nothing, counts the micro-step
+            self.model.step()  # no update, counts the micro-step
 
     def clip(self) -> None:
-        """DeepSpeed clips inside its step."""
+        """No-op: DeepSpeed clips in its step."""
         return
 
     def update(self) -> dict[str, float]:
@@ -238,38 +237,38 @@ class ZeroEngine(Engine):
         return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The trained weights in 16 (or 32) bits; with ZeRO-3 gathered, and None but in the first process."""
+        """The trained weights in 16 (or 32) bits; gathered with ZeRO-3, where only the first process gets them."""
         if self.stage == 3:
             return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
         return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
 
     def close(self) -> None:
-        """Leave the environment as it was."""
+        """Restore the environment."""
         super().close()
         if self._lone:
             os.environ.pop("LOCAL_RANK", None)
 
     def save_shards(self, folder: Path, step: int) -> None:
-        """Write this process's shards and `latest`; all processes call it."""
+        """Write this process's shards and `latest`; collective."""
         self.model.save_checkpoint(str(folder), tag=f"global_step{step}", client_state={}, save_latest=True,
                                    exclude_frozen_parameters=True)
 
     def load(self, folder: Path, step: int) -> None:
-        """Read the shards back. Raises CheckpointError: they are of another run, damaged or unsafe."""
+        """Load the shards. Raises CheckpointError: of another run, damaged or unsafe."""
         with _weights_only(), keeping_hyperparameters(self.optimizer):
             try:
                 path, _ = self.model.load_checkpoint(str(folder), tag=f"global_step{step}", load_module_strict=False)
             except (RuntimeError, ValueError, KeyError, AssertionError, OSError) as error:
                 raise CheckpointError(f"{folder}: its ZeRO shards cannot be read ({first_line(error)}); "
-                                      "they belong to the same model, optimiser, ZeRO stage and number of processes."
+                                      "they need the same model, optimizer, ZeRO stage and number of processes."
                                       ) from error
         if path is None:
             raise CheckpointError(f"{folder}: its ZeRO shards cannot be read: global_step{step} is not complete.")
 
 
 def full_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The trained weights in fp32 on the CPU, from DeepSpeed's sharded copies of stages 1 and 2; all processes call it,
-    before the engine is closed."""
+    """The trained weights in fp32 on the CPU, from DeepSpeed's shards of stages 1 and 2; collective, before the engine
+    is closed."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
@@ -277,8 +276,7 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _prepare_deepspeed_for_cpu() -> None:
-    """Without it DeepSpeed compiles a collective operation for shared memory at its first start, which needs a C++
-    compiler and which gloo does as well."""
+    """Skip DeepSpeed's compilation of a shared-memory collective (needs a C++ compiler; gloo does as well)."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
@@ -287,7 +285,7 @@ def _prepare_deepspeed_for_cpu() -> None:
 
 @contextmanager
 def _weights_only() -> Iterator[None]:
-    """torch.load inside DeepSpeed refuses anything but tensors, plain containers and DeepSpeed's own loss scaler."""
+    """Restrict torch.load inside DeepSpeed to tensors, plain containers and DeepSpeed's loss scaler."""
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

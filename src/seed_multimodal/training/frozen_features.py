@@ -15,7 +15,7 @@ from seed_multimodal.weights import some_weights
 class FrozenFeatures:
     """uint8 pixels `[N, 3, S, S]` on the CPU → features `[N, ...]` on the device, without gradients.
 
-    `compute` makes them of pixels on the device by the model, `at_once` images in a forward pass.
+    `compute`: pixels on the device → features; `at_once`: images per forward pass.
     """
 
     def __init__(self, model: nn.Module, device: torch.device, compute: Callable[[Tensor], Tensor], at_once: int = 16

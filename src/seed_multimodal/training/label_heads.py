@@ -1,4 +1,4 @@
-"""Frozen label heads as teachers: what embeddings should still say about their images."""
+"""Frozen label heads as teachers of embeddings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from seed_multimodal.weights import assign_strictly, load_state_dict
 
 
 def load_label_heads(file: str | Path, labels: Sequence[str] | None = None) -> LabelHeads:
-    """Frozen heads of a file; `labels`: their order, which a file does not keep. Raises `CheckpointError`."""
+    """Frozen heads from a file; `labels`: their order, which the file does not store. Raises CheckpointError."""
     state = load_state_dict(file)
     sizes = {name.split(".")[1]: value.shape for name, value in state.items() if name.endswith(".weight")}
     heads = LabelHeads(next(iter(sizes.values()))[1], {name: sizes[name][0] for name in labels or sizes})
@@ -23,7 +23,7 @@ def load_label_heads(file: str | Path, labels: Sequence[str] | None = None) -> L
 
 
 def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence `[B]` of the labels of embeddings from those of the teacher's (no gradient); mean, fp32."""
+    """KL divergence `[B]` of the embeddings' labels from the teacher's (no gradient); mean over labels, fp32."""
     with torch.autocast(embedding.device.type, enabled=False):
         with torch.no_grad():
             target = heads(teacher.float())

@@ -1,4 +1,4 @@
-"""The numbers of a run: smoothed by a meter, written as a console line, JSON, TensorBoard scalars and to wandb."""
+"""Metrics of a run: smoothing, console lines, JSON log, TensorBoard and wandb."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import TrainerConfig
 from seed_multimodal.training.distributed import ProcessGroup
 
-_EXACT = ("lr", "loss_scale")  # set, not measured: shown as they are
+_EXACT = ("lr", "loss_scale")  # not smoothed
 
 
 class Meter:
-    """Exponentially smoothed numbers of each step, averaged over the processes at log lines, and samples per second.
-    `llm.metrics.TokenMeter` overrides it with sums over all tokens of a line's steps."""
+    """Exponentially smoothed numbers of each step, averaged over processes at log lines, and samples per second.
+    `llm.metrics.TokenMeter` uses sums over all tokens of a line's steps instead."""
 
     def __init__(self, samples: int) -> None:
-        """`samples`: of one step in one process."""
+        """`samples`: per step and process."""
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Numbers of a step from those of its micro-steps (`loss` is among them): means, `grad` (if the gradients' norm
-        is known already) and `lr`."""
+        """Numbers of a step from those of its micro-steps (including `loss`): means, `grad` (if the gradient norm is
+        known) and `lr`."""
         count = len(found)
         parts = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in found[0] if key != "loss"}
         if count > 1:
@@ -44,39 +44,38 @@ class Meter:
         return _numbers({"loss": loss, **({} if norm is None else {"grad": norm}), "lr": rate, **parts})
 
     def shared(self, numbers: Mapping[str, float]) -> list[float]:
-        """Those of a step's numbers that are summed over the processes at once; none: averages at log lines do."""
+        """Numbers of a step to be summed over processes immediately; by default none."""
         return []
 
     def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
-        """Fold in a step that was made; `sums`: of what `shared` gave, over all processes."""
+        """Add a step; `sums`: the values of `shared`, summed over processes."""
         for key, value in numbers.items():
             if key in _EXACT or not math.isfinite(self.smooth.get(key, math.nan)):
-                self.smooth[key] = value  # also when all before were not finite: fp16 often begins with an overflow
-            elif math.isfinite(value):  # an fp16 step that overflowed, and was skipped, has no norm
+                self.smooth[key] = value  # also after non-finite values: fp16 often starts with an overflow
+            elif math.isfinite(value):  # a skipped fp16 step has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
 
     def numbers(self) -> dict[str, float]:
-        """This process's numbers of a log line, which are merged over the processes: the smoothed ones."""
+        """This process's smoothed numbers for a log line, to be merged over processes."""
         return dict(self.smooth)
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """All processes' numbers of a log line, called after the line's steps, which `steps` and `seconds` count:
-        samples per second."""
+        """Global numbers for a log line about the last `steps` steps in `seconds`: samples per second."""
         return {"samples_per_s": self.samples * world * steps / seconds}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """The line as text: numbers, speed; the first without those that every line ends with."""
+        """The line as text: (numbers, speed)."""
         tail = ("step", "samples_per_s", "seconds_per_step", "eta_seconds", "peak_memory_mib", "wait_share", "tflops",
                 "mfu")
         return (" ".join(f"{key} {value:.4g}" for key, value in line.items() if key not in tail),
                 f"{line['samples_per_s']:.0f} samples/s")
 
     def state_dict(self) -> dict[str, Any]:
-        """The smoothed numbers, so that a resumed run does not begin to smooth anew."""
+        """The smoothed numbers."""
         return {"smooth": dict(self.smooth)}
 
     def own_state(self) -> dict[str, Any]:
-        """That part of the state which differs between processes."""
+        """The part of the state that differs between processes."""
         return self.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -85,18 +84,18 @@ class Meter:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers and scalar tensors as numbers, with one transfer from the device."""
+    """Numbers and scalar tensors as floats, with one transfer from the device."""
     tensors = [value.detach().reshape(()) for value in values.values() if isinstance(value, Tensor)]
     read = iter(torch.stack([value.to(tensors[0].device, torch.float32) for value in tensors]).tolist())
     return {key: next(read) if isinstance(value, Tensor) else float(value) for key, value in values.items()}
 
 
 class RunLog:
-    """Writes the numbers of steps every `logging_steps` steps; every process calls it for every step."""
+    """Writes log lines every `logging_steps` steps; every process calls it for every step."""
 
     def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
                  device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int) -> None:
-        """Open the logs; lines of steps after `kept`, of a killed run, are dropped. Raises ConfigError: no wandb."""
+        """Open the logs and drop lines of a killed run after step `kept`. Raises ConfigError: no wandb."""
         self.name, self.settings, self.file = name, settings, home / f"{name}.log.jsonl"
         self.group, self.device, self.meter, self.status = group, device, meter, status
         self.mark_step, self.mark = step, time.monotonic()
@@ -108,21 +107,21 @@ class RunLog:
             if "tensorboard" in settings.report_to:
                 from torch.utils.tensorboard import SummaryWriter
 
-                board = home / "tensorboard" / name  # one folder per task: a resume hides only its own events
+                board = home / "tensorboard" / name  # one folder per task, so that a resume hides only its events
                 with writing(board):
                     self.board = SummaryWriter(str(board), purge_step=step + 1)
             if "wandb" in settings.report_to:
                 self.wandb = _open_wandb(settings, home)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
-        """Write a line about the steps since the last one if it is due, and the numbers of an evaluation."""
+        """Write a log line when due, and the numbers of an evaluation."""
         if step % self.settings.logging_steps == 0 or step == self.settings.max_steps:
             self.finish(step)
         if evaluation:
             self.write({"step": step, **evaluation})
 
     def finish(self, step: int) -> None:
-        """Write a line about the steps since the last one, if there are any."""
+        """Write a log line about the remaining steps, if any."""
         if step == self.mark_step:
             return
         now, status = time.monotonic(), dict(self.status())
@@ -139,7 +138,7 @@ class RunLog:
                     "eta_seconds": (self.settings.max_steps - step) * seconds / steps, **merged})
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Put a line into all logs; the first process. Raises CheckpointError: the disk."""
+        """Write a line to all logs (first process). Raises CheckpointError: disk error."""
         if not self.group.first:
             return
         step = int(line["step"])
@@ -158,17 +157,17 @@ class RunLog:
             self.wandb.log(values, step=step)
 
     def pause(self, seconds: float) -> None:
-        """Leave time spent outside of steps (saving, an evaluation) out of the rates."""
+        """Exclude time spent outside of steps (saving, evaluation) from the rates."""
         self.mark += seconds
 
     def last_line_with(self, key: str) -> dict[str, float]:
-        """The last line of the first process's log that has a key (beginning so); the same in all processes."""
+        """The last line of the first process's log with a key of this prefix; equal in all processes."""
         lines = self.file.read_text(encoding="utf-8").splitlines() if self.group.first and self.file.is_file() else []
         found: dict[str, float] = next((json.loads(line) for line in reversed(lines) if f'"{key}' in line), {})
         return self.group.gather(found)[0]
 
     def close(self) -> None:
-        """Finish TensorBoard's and wandb's files."""
+        """Close TensorBoard and wandb."""
         if self.board is not None:
             with writing(self.file):
                 self.board.close()
@@ -187,7 +186,7 @@ class RunLog:
 
 
 def drop_lines_after(step: int, log: Path) -> None:
-    """Drop log lines of steps that a killed run made after its last save, and a torn line. Raises CheckpointError."""
+    """Drop log lines of a killed run after its last checkpoint, and an incomplete line. Raises CheckpointError."""
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.is_file() else []
     kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= step]
     if len(kept) < len(lines):
@@ -203,7 +202,7 @@ def _open_wandb(settings: TrainerConfig, home: Path) -> Any:
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:
-    """The processes' lines as one: counts (int) summed, the largest wait and memory, the rest averaged."""
+    """Merge the processes' lines: counts (int) summed, maximum of wait and memory, the rest averaged."""
     merged: dict[str, float] = {}
     for key in dict.fromkeys(key for line in lines for key in line):
         values = [line[key] for line in lines if key in line]
@@ -215,7 +214,7 @@ def merge(lines: list[dict[str, float]]) -> dict[str, float]:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Most memory in use so far, in MiB: allocated on the GPU, or resident in this process on other devices."""
+    """Peak memory in MiB: allocated on the GPU, or resident in this process on other devices."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,4 +1,4 @@
-"""Optimisers: AdamW, the original's AdamW, and Muon with AdamW; which one, and its rate, by settings."""
+"""Optimizers: AdamW, the original's AdamW, and Muon with AdamW; learning rate schedules."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")  # their matr
 
 @dataclass
 class OptimSettings:
-    """The optimiser and its rate; the defaults are the published pretraining recipe, whose weight decay reaches
-    everything that is trained, norms and embeddings included.
+    """Optimizer and learning rate; defaults are the published pretraining recipe, with weight decay on all trained
+    parameters, including norms and embeddings.
 
     Attributes:
         name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
-        part_rates: highest rate of parameters whose names begin so, where it is not `learning_rate` (names as in
-            `Task.module`; LaVIT: `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon.
-        warmup_steps: used instead of `warmup_ratio` (rounded up) if above 0.
-        min_lr_ratio: the last step's rate over the highest.
+        part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in `Task.module`; LaVIT:
+            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon.
+        warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
+        min_lr_ratio: the last step's rate over the peak.
         schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
     """
 
@@ -46,7 +46,7 @@ class OptimSettings:
 
 
 def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
-    """Learning rate of optimiser step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
+    """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
     by_micro_batch = settings.schedule_per_micro_batch
     return scheduled_rate(
         settings.lr_scheduler_type, step, settings.learning_rate, max_steps, floor=settings.min_lr_ratio,
@@ -55,7 +55,7 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW groups: matrices decay, vectors (biases, norms) do not; frozen parameters are left out."""
+    """AdamW groups of trained parameters: weight decay on matrices, not on vectors (biases, norms)."""
     return _by_decay([p for p in module.parameters() if p.requires_grad], weight_decay)
 
 
@@ -65,17 +65,17 @@ def _by_decay(trained: Sequence[Tensor], weight_decay: float) -> list[dict[str, 
 
 
 def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer | MuonWithAdamW:
-    """The optimiser of what is trained. Raises ConfigError: nothing is, or nothing of a part of `part_rates`."""
+    """The optimizer of the trained parameters. Raises ConfigError: none, or none with a prefix of `part_rates`."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
-        raise ConfigError("There is nothing to train: every parameter is frozen.")
+        raise ConfigError("Nothing to train: every parameter is frozen.")
     if settings.name == "muon":
         return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
     groups: list[dict[str, Any]] = []
     for part, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
         own = [trained.pop(name) for name in list(trained) if name.startswith(part)]
         if part and not own:
-            raise ConfigError(f"optim: part_rates: nothing that is trained is called {part}{nearest(part, trained)}.")
+            raise ConfigError(f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}.")
         scale = {"lr_scale": rate / settings.learning_rate} if part else {}
         groups += [{"params": own, "weight_decay": settings.weight_decay, **scale}] if own else []
     betas = (settings.adam_beta1, settings.adam_beta2)
@@ -117,7 +117,7 @@ class AdamWHf(torch.optim.Optimizer):
 
 class MuonWithAdamW:
     """Muon (Jordan 2024; `torch.optim.Muon`) for hidden matrices, AdamW for `OUTER_PARTS`, norms and biases. Muon's
-    steps are scaled to AdamW's size, so both take one learning rate."""
+    updates are scaled to AdamW's size, so both use one learning rate."""
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
@@ -129,7 +129,7 @@ class MuonWithAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of both parts."""
+        """Groups of both optimizers."""
         return [group for part in self.parts.values() for group in part.param_groups]
 
     def step(self) -> None:
@@ -143,10 +143,10 @@ class MuonWithAdamW:
             part.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """States of both parts by name."""
+        """States of both optimizers by name."""
         return {name: part.state_dict() for name, part in self.parts.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`; another optimiser's state is a `KeyError`."""
+        """Inverse of `state_dict`. Raises KeyError: another optimizer's state."""
         for name, part in self.parts.items():
             part.load_state_dict(state[name])

@@ -1,6 +1,6 @@
-"""Curves of training runs, drawn from their logs `NAME.log.jsonl`: a panel for each quantity, a colour for each run.
+"""Training curves from logs `NAME.log.jsonl`: a panel per quantity, a colour per run.
 
-Numbers of evaluations (`eval_loss`, `valid/SPLIT/loss`) are dots in the panel of the quantity that they measure.
+Evaluations (`eval_loss`, `valid/SPLIT/loss`) are dots in the panel of their quantity.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ Series = dict[tuple[str, str], dict[int, float]]  # (quantity, split of an evalu
 
 
 def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
-    """Draw all logs of a run's folder into its `curves.png`; a failure is logged, never raised."""
+    """Plot all logs of a run's folder to its `curves.png`; errors are logged, not raised."""
     out = Path(folder) / "curves.png"
     try:
         draw_runs([folder], out)
-    except Exception as error:  # noqa: BLE001 (the training is complete)
-        log(f"{out}: the curves were not drawn ({first_line(error)}).")
+    except Exception as error:  # noqa: BLE001 (training is complete)
+        log(f"{out}: the curves were not plotted ({first_line(error)}).")
 
 
 def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
-    """Draw runs (output folders with all their logs, or log files) over each other; returns the logs that were drawn.
+    """Plot runs (output folders with all their logs, or log files) in one figure; returns the plotted logs.
 
     Raises:
         DataError: no such run, no log in it, a log without numbers, a file that cannot be written.
-        ConfigError: `out` has an ending that matplotlib does not know.
+        ConfigError: `out` has a suffix that matplotlib does not support.
     """
     out = Path(out)
     logs: list[Path] = []
     for run in map(Path, runs):
         logs += [run] if run.is_file() else sorted(run.glob(f"*{SUFFIX}"))
         if not logs:
-            raise DataError(f"{run}: there is no log of a training run (NAME{SUFFIX}).")
+            raise DataError(f"{run}: no log of a training run (NAME{SUFFIX}).")
     figure = _figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs})
     with writing(out, DataError):
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -54,13 +54,13 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
 
 
 def read_log(log: Path) -> Series:
-    """The numbers of a log; of a step that was made twice the last. Raises DataError: it holds no numbers."""
+    """The numbers of a log; of a repeated step the last. Raises DataError: no numbers."""
     series: Series = {}
     for row in log.read_text(encoding="utf-8").splitlines():
         try:
             line = json.loads(row)
             step = int(line["step"])
-        except (ValueError, TypeError, KeyError):  # a run is writing it
+        except (ValueError, TypeError, KeyError):  # being written
             continue
         for key, value in line.items():
             quantity, split = key.removeprefix("eval_"), "evaluation" if key.startswith("eval_") else ""
@@ -69,7 +69,7 @@ def read_log(log: Path) -> Series:
             if quantity not in NOT_DRAWN and isinstance(value, int | float):
                 series.setdefault((quantity, split), {})[step] = value
     if not series:
-        raise DataError(f"{log}: holds no line with a step and its numbers.")
+        raise DataError(f"{log}: contains no line with a step and numbers.")
     return series
 
 

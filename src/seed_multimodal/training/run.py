@@ -1,4 +1,4 @@
-"""What the Hydra trainings share: a run's settings by groups, its engine and schedule, and what a resume compares."""
+"""Base of the Hydra trainings: settings by groups, engine, schedule, and resume checks."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from seed_multimodal.training.optimizers import OptimSettings, schedule
 from seed_multimodal.training.task import Task, other_numbers, refuse_other
 from seed_multimodal.training.trainer import run_task
 
-# Settings that change no number of the training, or are reported elsewhere (`RunTask.check_resume`).
+# Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
 QUIET = ("output_dir", "deepspeed", "eval_data", "data.batch_size", "data.held_out", "model.compile",
          "model.gradient_checkpointing", *(f"trainer.{name}" for name in (
              "resume", "max_steps", "logging_steps", "save_steps", "save_total_limit", "async_save", "eval_steps",
              "eval_batches", "report_to", "run_name", "dataloader_num_workers", "device", "timeout_minutes",
              "gradient_accumulation_steps", "gradient_checkpointing", "compile", "save_frozen", "sample_steps")))
-NOUNS = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimiser",
-         "samples_per_step": "samples per step"}  # what must be the same for a resume
+NOUNS = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimizer",
+         "samples_per_step": "samples per step"}  # must not change on resume
 COUNTS = {"world_size": "processes", "rows_per_step": "rows a step", "max_steps": "steps in all (the schedule follows)"}
 
 
 @dataclass
 class Run:
-    """A whole run: its groups as the task reads them, and `plain`, the resolved configuration."""
+    """A run's settings by group, and `plain`, the resolved configuration."""
 
     output_dir: Path
     plain: dict[str, Any]
@@ -48,12 +48,12 @@ class Run:
 
 
 class RunTask(Task):
-    """A `Task` by a configuration of groups; one run in one process.
+    """A `Task` from a configuration with groups; one run in one process.
 
     Attributes:
-        kinds: the groups that are needed, and the dataclass of each. optional: further groups.
-        readers: of groups that are more than their dataclass: (mapping, name for errors) → settings.
-        rows: of a micro-step in each process; width: of the model, for DeepSpeed's `auto` values.
+        kinds: dataclass of each required group. optional: further groups.
+        readers: custom readers of groups: (mapping, name for errors) → settings.
+        rows: per micro-step and process; width: of the model, for DeepSpeed's `auto` values.
     """
 
     name, record_file, checkpoint_folder, quiet_keys = "train", "summary.json", "", QUIET
@@ -65,11 +65,11 @@ class RunTask(Task):
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> Run:
-        """Check a resolved configuration. Raises ConfigError."""
+        """Parse a resolved configuration. Raises ConfigError."""
         check_keys(config, ("output_dir", *cls.kinds, *cls.optional), "configuration")
         missing = next((key for key in ("output_dir", *cls.kinds) if config.get(key) in (None, "")), None)
         if missing:
-            raise ConfigError(f"configuration: {missing} is needed.")
+            raise ConfigError(f"configuration: {missing} is required.")
         given: dict[str, Any] = {key: check_value(dict[str, Any], config[key], f"configuration: {key}")
                                  for key in (*cls.kinds, *cls.optional) if config.get(key) is not None}
         for key, value in given.items():
@@ -81,14 +81,14 @@ class RunTask(Task):
 
     @classmethod
     def train(cls, config: Mapping[str, Any]) -> dict[str, Any]:
-        """Train by a resolved configuration; returns the run's record, as `run_task`."""
+        """Train with a resolved configuration; returns the run's record, as `run_task`."""
         return run_task(cls.read(config), cls)
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         self.run, self.settings, self.group, self.device = run, run.trainer, group, device
         self.config = run.plain
         self.zero_stage = int(((run.deepspeed or {}).get("zero_optimization") or {}).get("stage", 0))
-        self.learning_rate(self.settings.max_steps - 1)  # a schedule with impossible options ends here
+        self.learning_rate(self.settings.max_steps - 1)  # raises on invalid schedule options
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""
@@ -98,7 +98,7 @@ class RunTask(Task):
                 replace_text(self.run.output_dir / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(self.run.plain)))
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
-        """The configuration's DeepSpeed block, filled."""
+        """The configuration's DeepSpeed block, with "auto" resolved."""
         if self.run.deepspeed is None:
             return None
         config, remarks = fill_config(self.run.deepspeed, self.settings, world=world, rows=self.rows,
@@ -107,13 +107,13 @@ class RunTask(Task):
         return config
 
     def samples_due(self, step: int) -> bool:
-        """Whether this process writes samples after a step: the first one, every `sample_steps` or `save_steps`."""
+        """Whether this process writes samples after a step: the first process, every `sample_steps` or `save_steps`."""
         every = self.settings.sample_steps
         every = self.settings.save_steps or self.settings.max_steps if every is None else every
         return self.group.first and every > 0 and step % every == 0
 
     def log_sizes(self, what: str) -> None:
-        """Say how much of the module is trained, and where."""
+        """Log the number of trained parameters, device and output folder."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.wrapped_part.parameters()]
         trained, total = sum(size for size, used in sizes if used), sum(size for size, _ in sizes)
         self._log(f"{what}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, processes: "
@@ -124,13 +124,13 @@ class RunTask(Task):
         return schedule(step, self.run.optim, self.settings.max_steps, self.settings.gradient_accumulation_steps)
 
     def identity(self, world: int) -> dict[str, Any]:
-        """Engine, optimiser and counts; subclasses add their model and the size of a step."""
+        """Engine, optimizer and counts; subclasses add their model and the step size."""
         return {"engine": "plain" if self.run.deepspeed is None else "deepspeed", "zero_stage": self.zero_stage,
                 "optimizer": self.run.optim.name, "world_size": world, "max_steps": self.settings.max_steps}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another engine, model, optimiser or number of samples, and with DeepSpeed another number of processes,
-        to which its shards belong."""
+        """Raise CheckpointError on another engine, model, optimizer or number of samples, and with DeepSpeed another
+        number of processes."""
         nouns = NOUNS | ({"world_size": "number of processes"} if self.run.deepspeed is not None else {})
         refuse_other(folder, saved, now, {key: noun for key, noun in nouns.items() if key in now}, self.start_hint)
         return other_numbers(saved, now, {key: noun for key, noun in COUNTS.items() if key in now})

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, so that a killed run resumes exactly, and the seeded order of samples."""
+"""Learning rates as pure functions of the step, for exact resuming, and the seeded sample order."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from seed_multimodal.training.config import StageConfig
 
 
 def learning_rate(step: int, settings: StageConfig) -> float:
-    """Rate of a stage's step: linear warm-up, then by default a cosine from `learning_rate` to `learning_rate ·
-    min_lr_ratio` at the last step. A stage's first step has a rate above 0 already."""
+    """Rate of a stage's step: linear warm-up from above 0, then by default cosine decay from `learning_rate` to
+    `learning_rate · min_lr_ratio` at the last step."""
     kind, highest, warmup = settings.lr_scheduler_type, settings.learning_rate, settings.warmup_steps
     if kind != "cosine":
         return scheduled_rate(kind, step + 1, highest, settings.max_steps, warmup=warmup, floor=settings.min_lr_ratio)
@@ -26,7 +26,7 @@ def learning_rate(step: int, settings: StageConfig) -> float:
 
 
 def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
-    """Warm-up steps as transformers resolves them, in floating point: 7 % of 50,000 steps are 3501."""
+    """Warm-up steps as transformers computes them, in floating point: 7 % of 50,000 steps are 3501."""
     return steps if steps > 0 else math.ceil(max_steps * ratio)
 
 
@@ -37,9 +37,9 @@ def scheduled_rate(kind: str, step: int, lr: float, max_steps: int, *, warmup: i
     Source: AILab-CVC/SEED `MultiModalLLM/src/train/optimization.py`.
 
     Args:
-        step: optimiser steps taken before this one; the first has a rate of 0 if there is a warm-up.
-        micro_batches: SEED-X's loop advances its schedule once per micro-batch; every step takes the rate of its last.
-        clamp: stay at the end's rate beyond `max_steps`; the original schedules rise again along the cosine.
+        step: optimizer step from 0; with warm-up the first has a rate of 0.
+        micro_batches: SEED-X's loop advances its schedule per micro-batch; a step uses the rate of its last one.
+        clamp: keep the final rate beyond `max_steps`; the original schedules rise again along the cosine.
     """
     if kind == "constant":
         return lr
@@ -57,6 +57,6 @@ def scheduled_rate(kind: str, step: int, lr: float, max_steps: int, *, warmup: i
 
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
-    """Indices of the samples of one step, int64 `[batch_size]`: walks seeded permutations of `range(total)`."""
+    """Sample indices of one step, int64 `[batch_size]`, from seeded permutations of `range(total)`."""
     parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
     return torch.from_numpy(np.concatenate([chosen for _, chosen in parts]))

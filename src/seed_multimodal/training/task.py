@@ -1,4 +1,4 @@
-"""What is trained: the interface of the trainer to a task, and the usual task, a module and a loss of each batch."""
+"""The trainer's interface to a task, and the usual task: a module and a loss per batch."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ WEIGHTS = "model.safetensors"
 
 
 class Task:
-    """One training: everything that differs between trainings. The trainer calls these methods.
+    """Everything that differs between trainings; methods are called by the trainer.
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
-        module: everything that is trained and saved; optimizer: trains (some of) its parameters.
-        meter: how the numbers of steps become a log line.
-        first_step: steps of an earlier run, of another format, whose weights and optimiser the task holds already.
+        module: the trained and saved module; optimizer: of (some of) its parameters.
+        meter: aggregates numbers of steps into log lines.
+        first_step: steps of an earlier run in another format, whose weights and optimizer are already loaded.
         parallel: whether several processes may train it; ddp_options: of DistributedDataParallel.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
-        config: the resolved configuration; `quiet_keys`: keys whose change is not reported at a resume.
-        start_hint: how a new run takes the weights of another.
+        config: the resolved configuration; `quiet_keys`: keys whose change is not reported on resume.
+        start_hint: option that initializes a new run from another run's weights.
     """
 
     name: str
@@ -51,106 +51,106 @@ class Task:
 
     @property
     def wrapped_part(self) -> nn.Module:
-        """What the engine wraps and `micro_step` calls."""
+        """The module that the engine wraps and `micro_step` calls."""
         return self.module
 
     @property
     def record_file(self) -> str:
-        """Name of the completed run's record."""
+        """File name of the completed run's record."""
         return f"{self.name}.done.json"
 
     @property
     def checkpoint_folder(self) -> str:
-        """Where in the run's folder the checkpoints are ("": in the folder itself)."""
+        """Subfolder of the checkpoints in the run's folder ("": the folder itself)."""
         return f"{self.name}.checkpoints"
 
     def prepare(self) -> None:
-        """Build `module` and `optimizer`; called when it is certain that the run may begin or resume."""
+        """Build `module` and `optimizer`; called after the resume checks."""
 
     def deepspeed_config(self, world: int) -> Mapping[str, Any] | None:
-        """What `engine.fill_config` gave, if the engine is to be DeepSpeed's; called after `prepare`."""
+        """Result of `engine.fill_config` to use DeepSpeed; called after `prepare`."""
         return None
 
     def prepared(self, run: Any) -> None:
-        """Called with the `Trainer` once everything is restored, before the first step."""
+        """Called with the `Trainer` after restoring, before the first step."""
 
     def learning_rate(self, step: int) -> float:
-        """Rate of optimiser step `step` (from 0); times a group's `lr_scale` if it has one."""
+        """Rate of optimizer step `step` (from 0); multiplied by a group's `lr_scale`."""
         raise NotImplementedError
 
     def begin_step(self, step: int) -> bool:
-        """Before the first micro-step of a step, in every process; False: the data of all processes have ended."""
+        """Called before the first micro-step of a step; False: the data of all processes have ended."""
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (`wrapped_part` as the engine has it),
-        and numbers to log. torch's generators are seeded from (seed, micro-step, rank) before every call."""
+        """Loss of micro-step `step · gradient_accumulation_steps + m` by `model` (the engine's `wrapped_part`), and
+        numbers to log. torch's generators are seeded from (seed, micro-step, rank) before each call."""
         raise NotImplementedError
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """After each optimiser step, with the number of steps made, in every process; may change weights if it leaves
-        all processes' equal. Numbers (of an evaluation) are logged, and the time of the call is left out of the speed.
+        """Called after each optimizer step with the number of completed steps; weights may be changed if equally in all
+        processes. Returned (evaluation) numbers are logged; the time of the call does not count in the speed.
         """
         return None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
-        """As `after_step`, once, after the last step of a run that was not stopped."""
+        """As `after_step`, after the last step of a run that was not stopped."""
         return None
 
     def status(self) -> Mapping[str, float]:
-        """More numbers of a log line: counts (int, summed over processes), measures (float, averaged)
+        """Further numbers of a log line: counts (int, summed over processes), measures (float, averaged)
         and `wait_seconds` (all time spent waiting for data; logged as `wait_share`)."""
         return {}
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """At the end, in every process: save the final weights (the first process only); returns more of the record."""
+        """Called at the end: save the final weights (only the first process); returns further values of the record."""
         return {}
 
     def summary(self, record: Mapping[str, Any]) -> list[str]:
-        """Lines that summarise the run at its end."""
+        """Lines of the final summary."""
         return [f"done: {json.dumps(record)}"]
 
     def identity(self, world: int) -> dict[str, Any]:
-        """What trainer_state.json records of the run, for `check_resume`."""
+        """Values for trainer_state.json, for `check_resume`."""
         return {"world_size": world}
 
     def frozen_models(self) -> Mapping[str, Sequence[float]]:
-        """By name `some_weights` of the frozen models that a step uses and `module` does not hold."""
+        """Name -> `some_weights` of frozen models outside of `module`."""
         return {}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse a checkpoint that this run cannot resume from; returns remarks on permitted differences."""
+        """Raise CheckpointError if this run cannot resume from a checkpoint; returns remarks on allowed differences."""
         return []
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """State of this process alone (position in the data, bad samples), JSON-able."""
+        """State of this process (data position, bad samples), JSON-serializable."""
         return {}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        """Restore from the `state_dict`s of all processes, in the order of ranks."""
+        """Restore from the `state_dict`s of all processes, by rank."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What a checkpoint holds of the module; `gathered`: trained weights of `wrapped_part`, of a sharded engine."""
+        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_part` from a sharded engine."""
         return dict(self.module.state_dict() if gathered is None else gathered)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights (and tokenizer files and the like) into a checkpoint; the first process."""
+        """Write the weights (and tokenizer files etc.) into a checkpoint; first process."""
         save_state_dict(weights, folder / WEIGHTS)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        """Fill the module from a checkpoint. Raises CheckpointError: weights of another model."""
+        """Load a checkpoint into the module. Raises CheckpointError: weights of another model."""
         if not (folder / WEIGHTS).is_file():
-            raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
+            raise CheckpointError(f"{folder}: contains no {WEIGHTS}.")
         assign_strictly(self.module, load_state_dict(folder / WEIGHTS), folder / WEIGHTS,
                         allow_missing=list(allow_missing))
 
 
 class StageTask(Task):
-    """One stage; a subclass has `step_loss`, and overrides the methods of `Task` in which it differs.
+    """One stage; subclasses define `step_loss` and override methods of `Task`.
 
     Args:
-        optimizer: by default AdamW on all parameters of `module` that need gradients.
-        parallel: False if the loss calls parts of `module` past its `forward`.
+        optimizer: by default AdamW on all parameters of `module` with gradients.
+        parallel: False if the loss calls submodules of `module` without its `forward`.
     """
 
     def __init__(self, name: str, module: nn.Module, settings: StageConfig, *, optimizer: Any = None,
@@ -170,43 +170,42 @@ class StageTask(Task):
         return learning_rate(step, self.settings)
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss. On CPUs attention by plain matrix products: the backward pass of the fused bf16 kernel is several
-        times slower there."""
+        """The loss. On CPUs attention uses plain matrix products, since the fused bf16 kernel's backward pass is
+        several times slower."""
         if next(self.module.parameters()).device.type != "cpu":
             return self.step_loss(model, micro_step)
         with sdpa_kernel(SDPBackend.MATH):
             return self.step_loss(model, micro_step)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """How large a step was; subclasses add their measures."""
+        """Step size; subclasses add their metrics."""
         shared = {"accumulate": self.settings.gradient_accumulation_steps, "processes": group.world}
         return {"stage": self.name, "batch_size": self.settings.batch_size,
                 **{key: count for key, count in shared.items() if count > 1}}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """Processes, and samples of a step over all of them, from which their order follows."""
+        """Number of processes and samples per step, which determine the sample order."""
         return {"processes": world,
                 "samples_per_step": self.settings.batch_size * self.settings.gradient_accumulation_steps * world}
 
     def check_resume(self, folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-        """Refuse another number of samples per step; other processes share them out in another way."""
+        """Raise CheckpointError on another number of samples per step; the number of processes may differ."""
         refuse_other(folder, saved, now, {"samples_per_step": "samples per step"}, self.start_hint)
         return other_numbers(saved, now, {"processes": "processes"})
 
 
 def refuse_other(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str],
                  instead: str) -> None:
-    """Refuse a checkpoint of another engine, model, optimiser or number of samples (`names`: key → noun); `instead`:
-    how a new run takes only the weights. Raises CheckpointError: they differ."""
+    """Raise CheckpointError on another engine, model, optimizer or number of samples (`names`: key → noun); `instead`:
+    option to load only the weights in a new run."""
     for key, noun in names.items():
         if saved.get(key) != now[key]:
             before, present = (json.dumps(value)[:200] for value in (saved.get(key), now[key]))
-            raise CheckpointError(f"{folder}: was saved by a run with {before} as its {noun}, this one has {present}, "
-                                  f"so it would not continue with the same numbers; use the same, or take only its "
-                                  f"weights ({instead}) in a new folder.")
+            raise CheckpointError(f"{folder}: was saved with {noun} {before}, this run has {present}; use the "
+                                  f"same, or start from its weights ({instead}) in a new folder.")
 
 
 def other_numbers(saved: Mapping[str, Any], now: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """A remark without full stop on each of the counts (`names`: key → noun) that differs from the checkpoint's."""
+    """A remark without full stop for each count (`names`: key → noun) that differs from the checkpoint's."""
     return [f"the checkpoint was saved with {saved.get(key)} {noun}, this run has {now[key]}"
             for key, noun in names.items() if saved.get(key) != now[key]]

@@ -1,5 +1,5 @@
-"""The one restartable training loop: every number of a step follows from (seed, step, process), so a run killed at any
-step and started again continues with bit-equal losses (on a CPU)."""
+"""The training loop. Randomness of a step is determined by (seed, step, process), so a killed and resumed run has
+bit-equal losses (on a CPU)."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def train(task: Task, settings: TrainerConfig, folder: str | Path, *, group: Pro
           device: torch.device | None = None) -> dict[str, Any]:
     """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there is one.
 
-    Under torchrun every process calls it, with a folder that all of them see. `group` is by default torch.distributed's
-    default group, or this process alone; `device` that of the task's module. Returns the run's record, also
-    `folder/task.record_file`: steps, seconds and the task's own measures.
+    Under torchrun every process calls it with the same shared folder. `group`: default torch.distributed's default
+    group, or this process; `device`: default that of the task's module. Returns the run's record, also written to
+    `folder/task.record_file`: steps, seconds and the task's metrics.
 
     Raises:
-        ConfigError: settings that contradict each other. CheckpointError: a checkpoint of another run.
-        TrainingError: a loss or gradient that is not finite, a disk that cannot be written, a process that died.
-        SystemExit: 143 after SIGTERM: the step was finished and saved.
+        ConfigError: conflicting settings. CheckpointError: a checkpoint of another run.
+        TrainingError: non-finite loss or gradient, disk error, dead process.
+        SystemExit: 143 after SIGTERM, with the step saved.
     """
     check_settings(settings, task.name)
     with contextlib.ExitStack() as stack:
@@ -70,8 +70,8 @@ class Trainer:
 
     def __init__(self, task: Task, settings: TrainerConfig, home: Path, group: ProcessGroup,
                  device: torch.device | None, stack: contextlib.ExitStack) -> None:
-        """Find the checkpoint to resume from, let the task build its module, restore; `stack` closes what is opened.
-        Raises as `train`."""
+        """Find the checkpoint to resume from, build the task's module, restore; `stack` closes resources. Raises as
+        `train`."""
         self.task, self.settings, self.home, self.group = task, settings, home, group
         self.store = CheckpointStore(home / task.checkpoint_folder, group, settings)
         stack.callback(self.store.finish)
@@ -89,7 +89,7 @@ class Trainer:
             if folder is not None:
                 load_task(folder, saved, task)
             elif settings.start:
-                self.log_line(f"weights taken from {settings.start} (step {warm_start(Path(settings.start), task)}).")
+                self.log_line(f"weights loaded from {settings.start} (step {warm_start(Path(settings.start), task)}).")
             self.frozen = frozen_state(task, settings.save_frozen)
             self.average = Ema(task.module, settings.ema) if settings.ema else None
             self.device = device or next(task.module.parameters()).device
@@ -117,7 +117,7 @@ class Trainer:
         task.prepared(self)
 
     def train(self) -> dict[str, Any]:
-        """Make the remaining steps; returns the record."""
+        """Run the remaining steps; returns the record."""
         self.engine.model.train()
         self.task.module.train()
         self.last_save = time.monotonic()
@@ -140,8 +140,8 @@ class Trainer:
                 return self._record()
 
     def _make_step(self) -> bool:
-        """One optimiser step of all processes; False: the data of all processes have ended. Raises TrainingError: a
-        loss or a gradient norm that is not finite, in any process."""
+        """One optimizer step of all processes; False: the data of all processes have ended. Raises TrainingError:
+        non-finite loss or gradient norm in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
         engine.set_rate(rate)
@@ -150,7 +150,7 @@ class Trainer:
         found = []
         for micro in range(count):
             number, last = self.step * count + micro, micro == count - 1
-            # Processes differ by more than any number of micro-steps, so no two draw the same numbers.
+            # The rank is multiplied by more than any number of micro-steps, so seeds are distinct.
             torch.manual_seed(self.settings.seed * 1_000_003 + number + self.group.rank * 1_000_003**2)
             with engine.accumulating(last):
                 with engine.autocast():
@@ -166,7 +166,7 @@ class Trainer:
             problem = engine.problem(numbers["grad"])
         if failed or problem:
             self.store.finish()
-            raise TrainingError(f"{problem or 'Another process met a number that is not finite'} at step "
+            raise TrainingError(f"{problem or 'Another process had a non-finite number'} at step "
                                 f"{self.step + 1}; {self.store.description()}.")
         task.meter.add(numbers, sums)
         if self.average is not None:
@@ -196,13 +196,13 @@ class Trainer:
         self.last_save = time.monotonic()
 
     def _end(self, stopped: bool, ended: bool) -> None:
-        """The last evaluation and checkpoint."""
+        """Last evaluation and checkpoint."""
         if ended and not self.step:
-            raise TrainingError("No source gave a single sequence to learn from (skipped records are named above), "
+            raise TrainingError("No source has a usable sequence (skipped records are listed above), "
                                 "so nothing was trained; see `seed data check`.")
         if ended:
             self.log.finish(self.step)
-            self.log_line(f"every source is used up after step {self.step}; the run ends here.")
+            self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
         if not stopped:
             numbers = self.task.after_last_step(self.step)
             if numbers:
@@ -214,7 +214,7 @@ class Trainer:
         self.store.finish()
 
     def _record(self) -> dict[str, Any]:
-        """The first process finishes the task and writes the record; every process returns it."""
+        """Finish the task and write the record (first process); returned by every process."""
         if self.average is not None:
             self.average.copy_to(self.task.module)
         self.task.module.eval()
@@ -225,7 +225,7 @@ class Trainer:
             with writing(file):
                 replace_text(file, json.dumps(record, indent=1))
             if self.settings.curves:
-                from seed_multimodal.training.plots import save_curves  # here: it needs matplotlib
+                from seed_multimodal.training.plots import save_curves  # imports matplotlib
 
                 save_curves(self.home, log=self.log_line)
             for line in self.task.summary(record):
@@ -233,15 +233,15 @@ class Trainer:
         return self.group.gather(record)[0]
 
     def log_line(self, text: str) -> None:
-        """Log a line of text, in the first process only."""
+        """Log a line of text in the first process."""
         if self.group.first:
             print(f"[{self.task.name}] {text}", flush=True)
 
 
 def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None = None) -> dict[str, Any]:
-    """Train a stage, or return the record `folder/NAME.done.json` of one that is done; see `train`.
+    """Train a stage, or return the record `folder/NAME.done.json` of a completed one; see `train`.
 
-    A done stage continues only if `further` is set, more steps are asked for and there is a checkpoint.
+    A completed stage continues only if `further` is set, `max_steps` was raised and a checkpoint exists.
     """
     home, settings = Path(folder), task.settings
     group = group or ProcessGroup(settings.timeout_minutes)
@@ -259,7 +259,7 @@ def train_stage(task: StageTask, folder: str | Path, group: ProcessGroup | None 
 
 
 def run_task(run: Any, kind: Callable[[Any, ProcessGroup, torch.device], Any]) -> dict[str, Any]:
-    """Train by the settings `run` (`trainer`, `deepspeed`, `output_dir`); `kind` makes a `Task` of them that also has
+    """Train with the settings `run` (`trainer`, `deepspeed`, `output_dir`); `kind` builds a `Task` that also has
     `settings` and `close()`. Under torchrun every process calls it. Returns the record, also `output_dir/summary.json`.
     """
     quiet_libraries()

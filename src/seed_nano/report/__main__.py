@@ -2,8 +2,8 @@
 
     python -m seed_nano.report --model pretrained/nano --out outputs/report --limit 250
 
-The first `--limit` scenes of each list are described, asked about, drawn and edited, twice as many rebuilt; 500 is the
-full report.
+The first `--limit` scenes of each list are captioned, asked about, drawn and edited, twice as many reconstructed; 500
+is the full report.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m seed_nano.report", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
-    parser.add_argument("--judge", help="the judge's folder (default: MODEL/judge, or the shipped one)")
-    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="folder to write into (%(default)s)")
+    parser.add_argument("--judge", help="folder of the judge (default: MODEL/judge, or the shipped one)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/report"), help="output folder (%(default)s)")
     parser.add_argument("--splits", default=",".join(HELD_OUT_SPLITS))
     parser.add_argument("--limit", type=whole_number(1), default=Sizes.scenes, help="scenes of a split (%(default)s, "
                         "the full report; all else in proportion)")
     parser.add_argument("--batch", type=whole_number(1), default=64)
-    parser.add_argument("--seed", type=whole_number(0), default=0, help="of the noise that images are drawn from")
+    parser.add_argument("--seed", type=whole_number(0), default=0, help="seed of the images' noise")
     parser.add_argument("--work", type=Path, help="a training's work folder: also write MODEL/README.md, with its "
                         "records")
     add_device(parser)

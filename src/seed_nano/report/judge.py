@@ -1,13 +1,12 @@
-"""The judge: a small ResNet that reads a scene's labels off an image, independently of the systems.
+"""The judge: a small ResNet classifier of a scene's labels, independent of the systems.
 
     python -m seed_nano.report.judge --out pretrained/nano/judge        # trains it
 
     judge = Judge.from_pretrained("pretrained/nano/judge")
     labels, vectors = judge.read(images)
 
-It is trained on scenes of all splits, with another seed and architecture than a system's vision encoder. For each
-layout the cells of the feature map have learned weights for the first and for the second thing, and one classifier
-names both, so a thing is learned once for all its places.
+It is trained on scenes of all splits, with another seed and architecture than a system's vision encoder. Each layout
+has learned weights of the feature map's cells for the first and the second thing; both share one classifier.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ from seed_nano.world.targets import JUDGED, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 
 SHIPPED, WEIGHTS = "pretrained/nano/judge", "model.safetensors"
-SHARPNESS = 10.0  # of the weights of cells, so that they are learned as fast as the rest
+SHARPNESS = 10.0  # scale of the cell weights, so that they train as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
 
 
 @dataclass
 class JudgeConfig:
-    """Sizes of a judge; `labels`: label -> its classes; `training`: how it was trained and how well it reads."""
+    """Sizes of a judge; `labels`: label -> its classes; `training`: training settings and accuracy."""
 
     labels: dict[str, list[str]] = field(default_factory=lambda: {name: list(row) for name, row in JUDGED.items()})
     image_size: int = 64
@@ -81,7 +80,7 @@ class Judge(nn.Module):
             stem = width
         self.body = nn.Sequential(*layers)
         classes = {name: len(row) for name, row in config.labels.items()}
-        cells = (config.image_size // 2 ** len(config.widths)) ** 2  # the stem and every stage halve the image
+        cells = (config.image_size // 2 ** len(config.widths)) ** 2  # stem and stages halve the image
         self.narrow = nn.Conv2d(stem, config.layout_width, 1)
         self.layout = nn.Linear(config.layout_width * cells + stem, classes["layout"])
         self.where = nn.Parameter(torch.zeros(classes["layout"], 2, cells))
@@ -92,13 +91,13 @@ class Judge(nn.Module):
         self.register_buffer("alone", torch.tensor(alone), persistent=False)
 
     def forward(self, pixels: Tensor, layout: Tensor | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """[B, 3, S, S] in -1..1 → logits `[B, classes]` by label, and the features [B, D] that they are read from.
+        """[B, 3, S, S] in -1..1 → logits `[B, classes]` by label, and features [B, D].
 
-        `layout` [B], the true class numbers in training, says where to look.
+        `layout` [B]: true classes in training, which select the cell weights.
         """
         grid = self.body(pixels)
         narrow = F.relu(self.narrow(grid)).flatten(1)
-        top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))  # tells three of one kind from one and two
+        top, bottom = (half.amax((2, 3)) for half in grid.chunk(2, 2))  # separates three of one kind from one and two
         layouts = self.layout(torch.cat([narrow, (top - bottom).abs()], 1))
         look = layouts.argmax(1) if layout is None else layout
         weights = (SHARPNESS * self.where[look]).softmax(2).to(grid.dtype)
@@ -116,12 +115,12 @@ class Judge(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Judge:
-        """Load `config.json` and `model.safetensors`, in fp32 and in evaluation mode. Raises CheckpointError: no judge
-        there, or other weights."""
+        """Load `config.json` and `model.safetensors`, in fp32 and eval mode. Raises CheckpointError: missing or other
+        weights."""
         file = Path(folder) / "config.json"
-        hint = "there is no judge in this folder; train one with `python -m seed_nano.report.judge`"
+        hint = "no judge in this folder; train one by `python -m seed_nano.report.judge`"
         judge, source = cls(JudgeConfig(**read_json_object(file, CheckpointError, hint))), file.parent / WEIGHTS
-        # the shipped weights name the parts of a block otherwise than torchvision
+        # the shipped weights have other names than torchvision's blocks
         state = {name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
                  for name, value in load_state_dict(source).items() if value.is_floating_point()}
         assign_strictly(judge, state, source, allow_missing=["*num_batches_tracked"])
@@ -137,7 +136,7 @@ class Judge(nn.Module):
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
-        """Of images of any size: class numbers int64 [N, 5], in the order of `config.labels`, and unit vectors for
+        """Images of any size → class indices int64 [N, 5], in the order of `config.labels`, and unit vectors for
         retrieval float32 [N, D]."""
         labels, vectors = [torch.zeros(0, len(self.config.labels), dtype=torch.long)], list[Tensor]()
         for start in range(0, len(images), batch):
@@ -153,13 +152,13 @@ class Judge(nn.Module):
 
 
 def pixels_of(image: Image.Image, size: int) -> Tensor:
-    """An image as float32 [1, 3, size, size] in -1..1; shrinking averages areas, so no detail is aliased."""
+    """An image as float32 [1, 3, size, size] in -1..1, reduced by area averaging."""
     pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
     return F.interpolate(pixels, size=(size, size), mode="area" if min(pixels.shape[-2:]) >= size else "bilinear")
 
 
 def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
-    """Folder of the judge: `given`, or the system's own if it has one, or the shipped one."""
+    """Folder of the judge: `given`, else the system's, else the shipped one."""
     if given is not None:
         return Path(given)
     own = (locate_system(model) or Path(model)) / "judge"
@@ -170,13 +169,13 @@ def find_judge(model: str | Path, given: str | Path | None = None) -> Path:
 
 
 def judge_scene(seed: int, index: int) -> Scene:
-    """Scene number `index` of the endless training stream: any composition of any things."""
+    """Scene `index` of the endless training stream: any composition of any things."""
     return draw_scene(random.Random(f"judge {seed} {index}"), NAMES + HELD_OUT)
 
 
 def augmentations(size: int) -> v2.Transform:
-    """Changes that imitate rebuilt images: shifted, tinted, blurred, coarse, banded, noisy. Never mirrored: labels say
-    left and right."""
+    """Augmentations that imitate reconstructions: shift, tint, blur, coarsening, banding, noise; no flips, since labels
+    include left and right."""
     moved = [v2.Pad(8, padding_mode="edge"), v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)), v2.CenterCrop(size)]
     some = [(moved, 0.3), ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
             ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3), ([v2.Resize(size // 2), v2.Resize(size)], 0.2),
@@ -187,7 +186,7 @@ def augmentations(size: int) -> v2.Transform:
 
 
 class JudgeTask(StageTask):
-    """The judge's training, resumable; the record holds its accuracy on real images of every split."""
+    """Resumable training of the judge; the record has its accuracy on real images of every split."""
 
     def __init__(self, settings: StageConfig, out: Path, device: torch.device, config: JudgeConfig | None = None,
                  scenes: Any = judge_scene, probes: int = 1000) -> None:
@@ -224,7 +223,7 @@ class JudgeTask(StageTask):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m seed_nano.report.judge", description="Train the judge.")
-    parser.add_argument("--out", type=Path, default=Path(SHIPPED), help="folder to write it into")
+    parser.add_argument("--out", type=Path, default=Path(SHIPPED), help="output folder")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record")
     parser.add_argument("--steps", type=int, default=1500)
 

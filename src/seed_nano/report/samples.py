@@ -1,7 +1,7 @@
-"""What a report asks of a system: the fixed scenes, questions and edits of a split.
+"""Evaluation samples of a report: fixed scenes, questions and edits of a split.
 
-Scenes are the lists of `world.evaluation`; the rest is a function of (split, sizes). Nothing is held out in any other
-way than the split's.
+Scenes are the lists of `world.evaluation`; the rest is determined by (split, sizes). Only the split's compositions are
+held out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TRIES = 600
 
 @dataclass(frozen=True)
 class Sizes:
-    """Scenes that are described, drawn and edited; rebuilt (`gallery`); seen in several sizes (`rungs`); questions."""
+    """Numbers of scenes (captioned, drawn, edited), reconstructions (`gallery`), sizes (`rungs`), questions."""
 
     scenes: int = 500
     gallery: int = 1000
@@ -30,14 +30,14 @@ class Sizes:
 
     @classmethod
     def limited(cls, limit: int) -> Sizes:
-        """All of them in the proportions of the full report, for `limit` scenes."""
+        """The proportions of the full report, for `limit` scenes."""
         full = cls()
         return cls(**{name: max(1, min(number, number * limit // full.scenes)) for name, number in vars(full).items()})
 
 
 @dataclass
 class Samples:
-    """The material of one split; a question comes with the number of its scene, an edit with the scene."""
+    """The samples of one split; a question has the index of its scene, an edit the scene."""
 
     split: str
     sizes: Sizes
@@ -47,9 +47,9 @@ class Samples:
 
 
 def make_samples(split: str, sizes: Sizes) -> Samples:
-    """Everything that a report asks about a split."""
+    """All samples of a split."""
     made = Samples(split, sizes, listed(split)[: max(sizes.gallery, sizes.scenes)])
-    if split == "things":  # only rebuilt
+    if split == "things":  # only reconstructed
         return made
 
     def shake(kind: str, index: int) -> random.Random:
@@ -69,16 +69,15 @@ def make_samples(split: str, sizes: Sizes) -> Samples:
 
 
 def _question(scenes: list[Scene], index: int, shake: random.Random) -> tuple[int, Question]:
-    """A question of kind number `index`, in turn, about the next scene that has an answer to it; where none has, of the
-    next kind."""
+    """A question of kind `index` (cyclic) about the next scene with an answer to it; if none, of the next kind."""
     number = len(scenes)
     places = (((index + tried) % number, KINDS[(index + tried // number) % len(KINDS)]) for tried in count())
     return next((row, found) for row, kind in places if (found := ask(scenes[row], kind, shake)) is not None)
 
 
 def _edit(kinds: list[str], shake: random.Random, index: int, within: Allowed, inside: Allowed) -> tuple[Scene, Edit]:
-    """An edit of kind number `index`, in turn, with a target of the split; where no edit of the kind can have one (what
-    removes a thing leaves no pair), one of a scene of the split. A kind that can be neither leaves `kinds`."""
+    """An edit of kind `index` (cyclic) with a target of the split; if the kind has none (removing a thing leaves no
+    pair), one of a scene of the split. A kind without either is removed from `kinds`."""
     while True:
         kind, second = kinds[index % len(kinds)], None
         for _ in range(TRIES):

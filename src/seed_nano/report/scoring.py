@@ -1,7 +1,7 @@
-"""Scores: labels read off images and captions, likeness of copies, and their means with intervals.
+"""Scores: label accuracy of images and captions, similarity of reconstructions, means with intervals.
 
-Images are read by the judge, captions by nano's grammar; both become (first thing, second thing, style, background,
-layout with counts). An answer without a whole image, a caption outside the grammar and a missing label are wrong.
+Images are classified by the judge, captions parsed by nano's grammar, both into (first thing, second thing, style,
+background, layout with counts). An incomplete image, a caption outside the grammar and a missing label count as wrong.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Section = dict[str, Any]
 Drawn = Sequence[Image.Image | None]
 BoolArray = NDArray[np.bool_]
 Words = tuple[str | None, ...]
-"""A word for each of `JUDGED`; None: missing."""
+"""A value for each of `JUDGED`; None: missing."""
 UNREAD: Words = (None,) * len(JUDGED)
-UNCHANGED = 0.05  # least share of unchanged pixels for their PSNR to count
-OVERLAP = 0.5  # least intersection over union of a box that counts as found
+UNCHANGED = 0.05  # minimum share of unchanged pixels for their PSNR
+OVERLAP = 0.5  # minimum intersection over union of a detected box
 RESAMPLES = 1000
 
 
 def all_words(scenes: Sequence[Scene]) -> list[Words]:
-    """The true words of scenes."""
+    """The true labels of scenes."""
     return [tuple(JUDGED[name][number] for name, number in label_ids(scene, JUDGED).items()) for scene in scenes]
 
 
 def caption_words(text: str) -> Words:
-    """The words of a caption."""
+    """The labels in a caption."""
     said = read_caption(text) or Labels()
     if not said.things:
         return UNREAD
@@ -51,8 +51,8 @@ def caption_words(text: str) -> Words:
     return said.things[0], said.things[1] if len(said.things) == 2 else NOTHING, said.style, said.background, layout
 
 
-def picture_words(judge: Judge, images: Drawn) -> list[Words]:
-    """The words that the judge reads off images."""
+def image_labels(judge: Judge, images: Drawn) -> list[Words]:
+    """The judge's labels of images."""
     classes = list(judge.config.labels.values())
     rows = iter(judge.labels([image for image in images if image is not None]).tolist())
     return [UNREAD if image is None else tuple(row[i] for row, i in zip(classes, next(rows), strict=True))
@@ -60,13 +60,13 @@ def picture_words(judge: Judge, images: Drawn) -> list[Words]:
 
 
 def right_labels(found: Sequence[Words], wanted: Sequence[Words]) -> BoolArray:
-    """[N, 5] which labels are right."""
+    """[N, 5] label correctness."""
     return np.array([[a == b for a, b in zip(one, other, strict=True)]
                      for one, other in zip(found, wanted, strict=True)], dtype=bool).reshape(-1, len(JUDGED))
 
 
 def score(found: Sequence[Words], wanted: Sequence[Words]) -> Section:
-    """Shares of answers with every label right (`all`), and with each label right."""
+    """Accuracy over all labels (`all`) and for each label."""
     right = right_labels(found, wanted)
     return {"all": bootstrap(np.all(right, axis=1)), **dict(zip(JUDGED, map(bootstrap, right.T), strict=True))}
 
@@ -78,8 +78,8 @@ def grouped(hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]) -> dict
 
 
 def retrieval(judge: Judge, images: Sequence[Image.Image], real: Sequence[Image.Image]) -> FloatArray:
-    """[N] 1.0 where the nearest real image to a copy, by the judge's features, is its original; `real` begins with the
-    originals, in order. A tie counts against the copy."""
+    """[N] 1.0 if the nearest real image to a reconstruction, by the judge's features, is its original; `real` starts
+    with the originals, in order. Ties count as wrong."""
     similarity = judge.read(images)[1] @ judge.read(real)[1].T
     return ((similarity >= similarity.diagonal()[:, None]).sum(1) == 1).double().numpy()
 
@@ -99,8 +99,8 @@ def likeness(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
 
 
 def unchanged_psnr(made: Drawn, before: Sequence[Image.Image], targets: Sequence[Image.Image]) -> Estimate:
-    """PSNR against the image before, over pixels equal before and in the target; a missing image has 0. Images with
-    hardly any such pixels do not count."""
+    """PSNR against the image before the edit, over pixels equal in it and the target; 0 for a missing image. Images
+    with few such pixels are skipped."""
     found = []
     for image, source, target in zip(made, before, targets, strict=True):
         one, other = np.array(source, np.float64), np.array(target, np.float64)
@@ -112,7 +112,7 @@ def unchanged_psnr(made: Drawn, before: Sequence[Image.Image], targets: Sequence
 
 
 def _psnr(error: float) -> float:
-    return 10 * math.log10(255**2 / max(float(error), 0.1))  # at most 58 dB: equal images have no number
+    return 10 * math.log10(255**2 / max(float(error), 0.1))  # at most 58 dB, since equal images have no finite value
 
 
 def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
@@ -134,12 +134,12 @@ def box_rates(hits: Sequence[int], found: Sequence[int], wanted: Sequence[int]) 
 
 
 def same_answer(answer: str, truth: str) -> bool:
-    """Whether two short answers are equal, as VQA compares them: without case, articles and punctuation."""
+    """Whether two short answers are equal under VQA normalization: case, articles and punctuation are ignored."""
     return vqa_answer(answer) == vqa_answer(truth)
 
 
 def matched(found: Sequence[Sequence[float]], wanted: Sequence[Sequence[float]]) -> int:
-    """How many of the wanted boxes are found: each by the best box that is left, with enough overlap."""
+    """Number of detected target boxes, greedily matched by overlap."""
     overlaps, hits = box_iou(*(torch.tensor(rows, dtype=torch.float64).reshape(-1, 4) for rows in (wanted, found))), 0
     for row in overlaps if len(found) else ():
         best = int(row.argmax())

@@ -1,6 +1,5 @@
-"""The sections of a report: each measures one ability on one split and returns its numbers; the rows of sheets it shows
-and the answers it packs go into the `Run`. A section's docstring is its definition in report.md; `TABLE` says which
-systems and splits have it.
+"""Sections of a report: each measures one ability on one split and returns its numbers; sheet rows and answers are
+added to the `Run`. A section's docstring is its definition in report.md; `TABLE` lists its systems and splits.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from seed_multimodal.images.sheet import Cell, Row, draw_boxes
 from seed_nano.report import scoring
 from seed_nano.report.judge import Judge
 from seed_nano.report.samples import SEED, Samples
-from seed_nano.report.scoring import Drawn, Section, all_words, picture_words, score
+from seed_nano.report.scoring import Drawn, Section, all_words, image_labels, score
 from seed_nano.world.records import detect_phrase
-from seed_nano.world.scene import Scene, boxes, empty_pictures, render
+from seed_nano.world.scene import Scene, boxes, empty_images, render
 from seed_nano.world.splits import HELD_OUT_SPLITS, scene_at
 from seed_nano.world.tasks import KINDS, ask
 from seed_nano.world.things import BACKGROUNDS
 from seed_nano.world.words import describe, normalise, sentence
 
-SIZES = (64, 128, 256, 400)  # pixels a side of the scenes of `sizes`
-BLIND = 3000  # training questions from which the most frequent answers are counted
-EMPTY_DRAWS = 8  # selections of each empty scene, where the selector samples
-COLUMNS = 10  # images in a row of a sheet
+SIZES = (64, 128, 256, 400)  # sides in pixels of the scenes of `sizes`
+BLIND = 3000  # training questions for the most frequent answers
+EMPTY_DRAWS = 8  # samples of the token selector for each empty scene
+COLUMNS = 10  # images per sheet row
 
 
 class Run:
-    """One split of one system while it is measured.
+    """State of the evaluation of one split of one system.
 
     Attributes:
-        side: of its images in pixels; real, encoded: its images, and as the system reads them; drawn: by `drawing`.
+        side: of its images in pixels; real, encoded: its images, original and encoded; drawn: by `drawing`.
         answers: for answers.json.gz. sheets: name -> rows.
     """
 
@@ -60,17 +59,16 @@ class Run:
         return [Image.fromarray(render(scene, self.side)) for scene in scenes]
 
     def read(self, images: Drawn, scenes: Sequence[Scene], name: str = "") -> tuple[list[scoring.Words], Section]:
-        """The words of drawn images by the judge (packed as the answers `name`), and the shares of right labels;
-        `scenes`: what was asked for."""
-        found = picture_words(self.judge, images)
+        """The judge's labels of drawn images (stored as answers `name`), and their accuracy; `scenes`: the targets."""
+        found = image_labels(self.judge, images)
         if name:
             self.answers[name] = [{"asked": describe(scene), "read": read}
                                   for scene, read in zip(scenes, found, strict=True)]
         return found, {"n": len(scenes), **score(found, all_words(scenes)), "ceiling": self.ceiling(scenes)}
 
     def ceiling(self, scenes: Sequence[Scene], real: Drawn = ()) -> Any:
-        """The judge's share of real images with every label right."""
-        return score(picture_words(self.judge, real or self.render(scenes)), all_words(scenes))["all"]
+        """The judge's accuracy over all labels of real images."""
+        return score(image_labels(self.judge, real or self.render(scenes)), all_words(scenes))["all"]
 
     def show(self, sheet: str, cells: Iterable[Cell | Image.Image | None], label: str | None = None) -> None:
         """Add a row to a sheet; the first of a split is labelled with its name."""
@@ -98,7 +96,7 @@ def tokens(run: Run) -> Section:
     decoded features, 1 − cosine to the vision encoder's, mean over patches; *blind*: the same of the mean image."""
     counts = np.array([len(one.codes) for one in run.encoded])
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
-    empty, repeats = empty_pictures(run.side), EMPTY_DRAWS if run.system.samples else 1
+    empty, repeats = empty_images(run.side), EMPTY_DRAWS if run.system.samples else 1
     bare = run.system.encode([Image.fromarray(one) for _ in range(repeats) for one in empty])
     for label, shown in (("no thing", bare[:len(empty)]), (None, run.encoded[:COLUMNS])):
         run.show("kept", [Cell(one.dimmed(), counted(len(one.codes), "token")) for one in shown], label)
@@ -244,10 +242,10 @@ def sizes(run: Run) -> Section:
     return found
 
 
-# ---- which systems have a section, on which splits; the aims
+# ---- systems and splits of sections; targets
 
 FIVE = HELD_OUT_SPLITS[:5]
-"""All splits but `things`, which are only rebuilt."""
+"""All splits except `things`, which are only reconstructed."""
 ALL = ("seed_llama", "seed_x", "lavit")
 Function = Callable[[Run], Section]
 TABLE: tuple[tuple[Function, Sequence[str], Sequence[str]], ...] = (

@@ -1,4 +1,4 @@
-"""The three systems as the report uses them: lists in, lists out, each image as its system reads and writes it.
+"""Adapters of the three systems with a common batch interface; images in the system's representation.
 
 SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `Written` features, LaVIT's `Tokens`.
 """
@@ -21,32 +21,31 @@ from seed_multimodal.language.messages import user_message
 from seed_multimodal.system.base import MultimodalSystem
 
 Images = Sequence[Image.Image]
-LONGEST_TEXT = 110  # tokens: an answer without end would delay its whole batch
+LONGEST_TEXT = 110  # tokens: an endless answer would delay its batch
 
 
 class System:
-    """Base: `inner` is the library's system, `batch` the number of prompts or images at a time, `seed` that of every
-    drawing and of sampling."""
+    """Base: `inner` is the library's system, `batch` the batch size, `seed` that of image generation and sampling."""
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         self.inner, self.batch, self.seed = inner, batch, seed
         self.image_size, self.codebook_size = inner.config.image_size or 64, inner.tokenizer.vocabulary.n_codes
 
     def facts(self) -> dict[str, Any]:
-        """Settings that the numbers depend on."""
+        """Settings that affect the numbers."""
         return {"dtype": str(self.inner.llm.dtype).removeprefix("torch."), "generation": self.inner.config.generation,
                 **vars(self.inner.images.decoder.defaults)}
 
     def encode(self, images: Images) -> list[Any]:
-        """Images as the language model reads them."""
+        """Images as input of the language model."""
         return list(images)
 
     def decode(self, encoded: Sequence[Any]) -> list[Image.Image]:
-        """Images drawn from what `encode`, `draw` and `edit` return."""
+        """Images decoded from the results of `encode`, `draw` and `edit`."""
         raise NotImplementedError
 
     def paint(self, written: Sequence[Any], **options: Any) -> list[Image.Image | None]:
-        """`decode`, with None where no whole image was written."""
+        """`decode`, with None for incomplete images."""
         whole = [one for one in written if one is not None]
         drawn = iter(self.decode(whole, **options) if whole else ())
         return [None if one is None else next(drawn) for one in written]
@@ -62,21 +61,21 @@ class System:
         return list(self.inner.ask(images, list(questions), **options))
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
-        """An image for each text, not yet decoded; None where the answer holds no whole image."""
+        """An undecoded image for each text; None if incomplete."""
         return self.write([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
-        """Each image after its instruction, as `draw` returns them."""
+        """Edited images, as returned by `draw`."""
         return self.write([[one, text] for one, text in zip(encoded, instructions, strict=True)], "edit")
 
     def write(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        """The image that answers each message."""
+        """The image in the answer to each message."""
         written = self.inner.write_images([user_message(one) for one in contents], task, batch_size=self.batch,
                                           seeds=[self.seed] * len(contents), seed=self.seed)
         return [one if len(one.values) == 1 else None for one in written]
 
     def shown(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
-        """Encoded images as the library's methods take them, and the options of answers about them."""
+        """Encoded images as arguments of the library's methods, and options of answers about them."""
         most = min(self.inner.settings().max_new_tokens, LONGEST_TEXT)
         return encoded, {"seed": self.seed, "batch_size": self.batch, "max_new_tokens": most}
 
@@ -109,8 +108,8 @@ class SeedXSystem(System):
 
 @dataclass(frozen=True)
 class Tokens:
-    """The codes of an image; of one that was encoded also the image, the selection's seed, and which patches `[g, g]`
-    were kept."""
+    """The codes of an image; if encoded also the image, the selection's seed, and the mask `[g, g]` of selected
+    patches."""
 
     codes: list[int]
     image: Image.Image | None = None
@@ -118,7 +117,7 @@ class Tokens:
     patches: Tensor | None = None
 
     def dimmed(self) -> Image.Image:
-        """The image with all but its kept patches greyed."""
+        """The image with unselected patches greyed out."""
         assert self.image is not None and self.patches is not None
         mask = Image.fromarray(255 * self.patches.numpy().astype(np.uint8))
         grey = Image.new("RGB", self.image.size, (128, 128, 128))
@@ -126,12 +125,12 @@ class Tokens:
 
 
 class LavitSystem(System):
-    """A LaVIT that reads and draws; image number n is encoded and written with `seed` + n."""
+    """A LaVIT; image n is encoded and generated with `seed` + n."""
 
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         super().__init__(inner, batch, seed)
         inner.log = None
-        inner.lemmatizer = lambda text: " ".join(text.lower().split())  # the same with and without spaCy
+        inner.lemmatizer = lambda text: " ".join(text.lower().split())  # independent of spaCy
         self.patches = inner.tokenizer.vocabulary.tokens_per_image
         self.samples = inner.images.selection == "draw"
 
@@ -161,8 +160,8 @@ class LavitSystem(System):
 
     @torch.inference_mode()
     def losses(self, encoded: Sequence[Any]) -> tuple[FloatArray, FloatArray]:
-        """1 − cosine between the vision encoder's features and those decoded from each image's codes, mean over
-        patches, [N]; and the same with the mean image in place of every image."""
+        """1 − cosine between the vision encoder's features and those decoded from the codes, mean over patches, [N];
+        and the same for the mean image."""
         half, seen, rebuilt = self.inner.images, list[Tensor](), list[Tensor]()
         for start in range(0, len(encoded), self.batch):
             rows = encoded[start:start + self.batch]

@@ -1,4 +1,4 @@
-"""The files of a report: report.json, answers.json.gz, the sheets, and by templates report.md and the model card."""
+"""Writes a report: report.json, answers.json.gz, sheets, and from templates report.md and the model card."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from seed_multimodal.weights import load_state_dict
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet
-TITLES = {  # of keys; {} stands for a key below
+TITLES = {  # of keys; {}: nested key
     "qa": "questions", "edit": "edits", "n": "samples", "first": "first thing", "second": "second thing",
     "layout": "layout and number", "exact": "exact sentence", "r1": "R@1", "f1": "F1", "ssim": "SSIM",
     "psnr": "PSNR, dB", "psnr_things": "PSNR of things, dB", "unchanged_psnr": "PSNR of what is unchanged, dB",
@@ -35,7 +35,7 @@ REPORT, CARD = (Path(__file__).with_name(name).read_text(encoding="utf-8") for n
 
 
 def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> None:
-    """Write all files into `out`. Raises ConfigError: a file cannot be written; what was written before it stays."""
+    """Write all files to `out`. Raises ConfigError: a file cannot be written."""
     with writing(out, ConfigError):
         out.mkdir(parents=True, exist_ok=True)
         replace_text(out / "report.json", json.dumps(plain(report), indent=1, ensure_ascii=False) + "\n")
@@ -46,8 +46,7 @@ def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> N
 
 
 def write_card(model: Path, work: Path, out: Path) -> None:
-    """Write the model card `model/README.md`: its parts, the records of the stages in the folder `work`, the report in
-    `out`."""
+    """Write the model card `model/README.md`: parts, stage records in the folder `work`, the report in `out`."""
     files = sorted([*work.rglob("*.done.json"), *work.rglob("summary.json")], key=lambda file: file.stat().st_mtime)
     stages = [(str(file.relative_to(work)), _listed(read_json_object(file))) for file in files]
     weights = [(f"`{file.parent.relative_to(model)}`", f"{sum(map(Tensor.numel, load_state_dict(file).values())):,}",
@@ -60,7 +59,7 @@ def write_card(model: Path, work: Path, out: Path) -> None:
 
 
 def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The aims that the measured splits cover, each with its value, the judge's ceiling and whether it is met."""
+    """The targets of the measured splits, each with value, the judge's ceiling and whether it is met."""
     found = []
     for path, wanted in AIMS[kind].items():
         section, _, figure = path.partition(".")
@@ -75,7 +74,7 @@ def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
-    """The whole report (plain JSON values) as Markdown; `images`: names of the sheets."""
+    """The report (JSON values) as Markdown; `images`: names of the sheets."""
     splits, parts = report["splits"], list[str]()
     for section, *_ in TABLE:
         name = section.__name__
@@ -102,7 +101,7 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 
 def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    """Label -> number of everything in a section."""
+    """Label -> number for all values of a section."""
     for key, inner in value.items():
         label = above.format(key) if "{}" in above else f"{above} {_label(key)}".strip()
         if isinstance(inner, Mapping) and "low" not in inner:
@@ -125,7 +124,7 @@ def _label(key: str) -> str:
 
 
 def _number(splits: Mapping[str, Any], *path: str) -> float | None:
-    """The figure at `path`, or None where it was not measured."""
+    """The value at `path`, or None if not measured."""
     value = plain(reduce(lambda values, key: values.get(key, {}), path, splits))
     return (value or {"value": None})["value"] if isinstance(value, Mapping) else value
 
@@ -142,7 +141,7 @@ def _aims_table(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
-    """The rows of all splits, as WebP of the best quality under `MAX_BYTES`."""
+    """The rows of all splits as WebP, with the best quality under `MAX_BYTES`."""
     names = []
     for name in dict.fromkeys(name for run in runs for name in run.sheets):
         sheet = contact_sheet([row for run in runs for row in run.sheets.get(name, ())], _label(name).capitalize(),

@@ -1,1 +1,1 @@
-"""The nano speed run: every part of the system trained from scratch, one stage after another."""
+"""Training of the nano systems from scratch, as a pipeline of stages."""

@@ -1,7 +1,7 @@
 """Train nano, nano-x or nano-lavit from scratch: `python -m seed_nano.train nano --preset pico --jobs 2`.
 
-Every stage resumes where it stopped; the last ones measure the finished system, which `SeedLlama`, `SeedX` or `Lavit`
-loads from `--out`.
+Stopped stages resume; the last stages evaluate the finished system, which `SeedLlama`, `SeedX` or `Lavit` loads from
+`--out`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from seed_nano.train.workspace import load_settings
 def main(arguments: list[str] | None = None) -> int:
     """Parse, run the stages, print a summary; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m seed_nano.train", description=__doc__,
-                                     epilog="Further words are settings: key=value.")
+                                     epilog="Further arguments are settings: key=value.")
     parser.add_argument("system", choices=[name.replace("_", "-") for name in PIPELINES])
     parser.add_argument("--preset", default="gpu",
                         help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings")
@@ -38,9 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="checkpoints, caches and logs (default: runs/SYSTEM-PRESET)")
     parser.add_argument("--out", type=Path, help="the finished system (default: WORK/system)")
     parser.add_argument("--only", default="", help="comma-separated stages")
-    parser.add_argument("--jobs", type=whole_number(1), default=1, help="stages that run side by side (1)")
+    parser.add_argument("--jobs", type=whole_number(1), default=1, help="stages that run in parallel (1)")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)  # a single stage of another run
-    parser.add_argument("--no-report", action="store_true", help="leave out the report")
+    parser.add_argument("--no-report", action="store_true", help="skip the report")
     words = sys.argv[1:] if arguments is None else arguments
     overrides = [word for word in words if "=" in word and not word.startswith("-")]  # argparse wants them in one place
     return run_program(parser, partial(_run, overrides), [word for word in words if word not in overrides],

@@ -1,4 +1,4 @@
-"""What is copied or written rather than trained: the starts, the language models, the finished system folders."""
+"""Stages without training: initial weights, language models, finished system folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from seed_nano.world.things import write_known_words
 
 
 def start(space: Any) -> None:
-    """The text tokenizer; of nano-x and nano-lavit an untrained U-Net, and where nano's autoencoder is."""
+    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and the path of nano's VAE."""
     space.train_words()
     config = space.config
     if space.system == "nano_x":
@@ -40,7 +40,7 @@ def start(space: Any) -> None:
 
 
 def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
-    """Remove the tensors from a CLIP folder that are equal in `file`, and name `file` instead; False if any differs."""
+    """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any differs."""
     own, shared = load_state_dict(folder / "model.safetensors"), clip_from_eva(load_state_dict(file), prefix)
     if not all(name in own and own[name].equal(value) for name, value in shared.items()):
         return False
@@ -51,7 +51,7 @@ def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
 
 
 def trained_folder(space: Workspace, stage: str) -> Path:
-    """The last checkpoint of an application's stage."""
+    """The last checkpoint of a stage."""
     return space.work / stage / f"checkpoint-{read_json_object(space.record(stage))['steps']}"
 
 

@@ -1,8 +1,8 @@
 """nano's unCLIP decoder (stages `unet`, `unet2`), and the layout decoders of nano-x and nano-lavit (stage `layout`).
 
-v-prediction under a cosine schedule that ends at a signal share below one: sampling starts from the latents that the
-embedding already determines (the layout decoder), so the U-Net only has to add what they leave open. `unet2` mixes in
-embeddings decoded from (partly corrupted) codes, which the decoder gets in use.
+v-prediction with a cosine schedule that ends at a signal share below one: sampling starts from the layout decoder's
+expected latents given the embedding, so the U-Net only adds the remaining detail. `unet2` mixes in embeddings decoded
+from (partly corrupted) codes, as at inference.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.targets import arranged_anchors, true_spots
 
 TRAIN_STEPS = 1000
-FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the first noise is about twice the layout's error, so that it covers it
-LAYOUT_SHARE = 3  # scenes that the layout learns from for each that the U-Net learns from: a scene costs it a quarter
-CONDITIONS = (0.15, 0.6, 0.25)  # of unet2: share of true embeddings, of those of codes, of those of corrupted codes
-CORRUPTED = 0.15  # most of the codes of a corrupted image
+FINAL_SIGNAL, SUCCESSORS_SIGNAL = 0.95, 0.98  # the initial noise is about twice the layout's error
+LAYOUT_SHARE = 3  # layout decoder's batch relative to the U-Net's; it costs a quarter per scene
+CONDITIONS = (0.15, 0.6, 0.25)  # of unet2: shares of true embeddings, from codes, from corrupted codes
+CORRUPTED = 0.15  # maximum share of corrupted codes of an image
 TOKENS = 8  # side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times as much
-# 2 to 12 steps and guidance 1 to 4 draw equally well (docs/experiments/layout.md): sampling starts near the layout.
+# 2 to 12 steps and guidance 1 to 4 are equally good (docs/experiments/layout.md): sampling starts near the layout.
 DECODE_DEFAULTS = {"num_inference_steps": 4, "guidance_scale": 1.0}
-NOISE = 0.35  # most, of nano-x's features, which have unit variance: for the errors of the LLM that generates them
-ITSELF = 0.15  # share of the conditions that are the image itself
-KEEPS = 32  # width of what decides where a condition stays
+NOISE = 0.35  # maximum noise on nano-x's unit-variance features, to imitate errors of the LLM
+ITSELF = 0.15  # share of samples conditioned on the target image
+KEEPS = 32  # width of the gate for unchanged regions
 
 
 def new_unet(channels: Sequence[int], attends: Sequence[bool], **sizes: Any) -> Any:
-    """An untrained `UNet2DConditionModel` that attends on some levels and in the middle."""
+    """An untrained `UNet2DConditionModel` with attention on some levels and in the middle."""
     from diffusers import UNet2DConditionModel
 
     return UNet2DConditionModel(
@@ -196,7 +196,7 @@ class UnetOfCodesTask(UnetTask):
 
 
 class LayoutTask(NanoTask):
-    """Expected latents of an image; goes to `folder`. Parts of the decoder in `known` keep those weights."""
+    """Train a layout decoder (expected latents of an image), saved to `folder`. Parts in `known` keep their weights."""
 
     latents: Tensor
 
@@ -227,7 +227,7 @@ class XLayoutTask(LayoutTask):
         super().__init__(space, space.out / "detokenizer", features, {"heads": load_label_heads(space)}, keeps=KEEPS)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """Half of the samples alone, half with the image before the edit as condition."""
+        """Half of the samples unconditional, half conditioned on the image before the edit."""
         settings, device = self.settings, self.space.device
         count = settings.batch_size
         rows = batch_indices(micro_step, count, len(self.features), settings.seed)
@@ -265,8 +265,8 @@ class LavitLayoutTask(LayoutTask):
 
 
 def kept_spots(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
-    """As `true_spots` of the images after an edit, `[N, K, 4]`, but things that stay stand at their anchors: the
-    condition image shows their spots."""
+    """`true_spots` of the images after an edit, `[N, K, 4]`, with unchanged things at their anchors, since the
+    condition image shows their positions."""
     found = true_spots([after for _, after in edits])
     for row, (before, after) in enumerate(edits):
         if before.style != after.style:

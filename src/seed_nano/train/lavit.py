@@ -1,9 +1,9 @@
-"""Stages `reader`, `tokenizer` and `narrow` of nano-lavit: selector, merger, codebook and decoder, on cached features.
+"""Stages `reader`, `tokenizer` and `narrow` of nano-lavit: token selector, token merger, codebook and decoder, on
+cached features.
 
-As the published stage 1, first without codes. Different: what linear layers (the reader) read from rebuilt features is
-drawn towards what they read from the encoder's, because the cosine of all features hardly tells one thing from another;
-the codebook is smaller, and its dead codes move. Codes are learnt best with more tokens than needed; `narrow` continues
-with fewer.
+As the published stage 1, first without codes. Differences: a loss matches a linear classifier's (the reader's) outputs
+on decoded and original features, because the feature cosine hardly distinguishes things; the codebook is smaller, with
+restarts of dead codes. Codes train best with more tokens than needed; `narrow` continues with fewer.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from seed_multimodal.weights import assign_strictly, load_state_dict, save_state
 from seed_nano.train.task import NanoTask, map_scenes
 from seed_nano.train.vision import LABELS, label_loss, labels_right
 from seed_nano.train.workspace import LavitWorkspace
-from seed_nano.world.scene import empty_pictures
+from seed_nano.world.scene import empty_images
 from seed_nano.world.targets import label_tensor
 
 PREFIX = "visual_encoder."  # of the vision encoder's weights in nano's tokenizer
 READER_FILE = "reader.safetensors"
-READ_WEIGHT = 0.3  # of what the reader says of rebuilt features
-EMPTY = 0.05  # empty scenes for each of the pool, which has none: they show with how few tokens an image can do
+READ_WEIGHT = 0.3  # of the reader's loss
+EMPTY = 0.05  # added share of empty scenes, which need few tokens
 WITHOUT_CODES = 0.15  # share of the steps
 
 
@@ -122,13 +122,12 @@ class ReadStage1(LavitStage1):
     """With the reader's distance between rebuilt features and the encoder's in the loss.
 
     Attributes:
-        readable_B: images of the batch that the reader counts for. It has learnt from scenes with things only: what
-            it says about an empty one is a guess, which would be paid for with tokens.
+        readable_B: images with a reader's loss; excludes empty scenes, which the reader was not trained on.
     """
 
     def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.reader = [reader]  # no part of what is trained and saved
+        self.reader = [reader]  # in a list, so that it is not a submodule
         self.readable_B = torch.ones(1, dtype=torch.bool)
 
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
@@ -157,7 +156,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
             weights=LavitStage1Weights(config.tokenizer.first_keep if first else config.tokenizer.keep,
                                        config.tokenizer.ratio))
         model.start_share()
-        empty_pixels = torch.from_numpy(empty_pictures(config.image_size)).permute(0, 3, 1, 2)
+        empty_pixels = torch.from_numpy(empty_images(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
         health = CodebookHealth(restart_every=max(1, settings.max_steps // 80), **start)
         LavitTokenizerTask.__init__(self, name, model, settings, self.batch, health)

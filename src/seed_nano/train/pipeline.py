@@ -1,7 +1,7 @@
-"""Runs a table of stages: finished ones are skipped, independent ones run side by side, a stopped run resumes.
+"""Runs a table of stages: finished stages are skipped, independent ones run in parallel, stopped runs resume.
 
-A stage is finished if its record exists and, unless it is a training, if its settings and the stages that it needs have
-not changed since. Finished trainings are never repeated: a warning lists what changed.
+A stage is finished if its record exists and, unless it is a training, its settings and required stages have not
+changed. Finished trainings are never repeated; a warning lists changed settings.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def render(space: Workspace, name: str, settings: str) -> Path:
 
 
 def _end_with_parent() -> None:
-    """Before a child's program starts: Linux kills it when this process is gone, even by SIGKILL."""
+    """In a child process: Linux kills it when this process ends, even by SIGKILL."""
     if sys.platform == "linux":
         LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
@@ -127,11 +127,11 @@ class Stage:
 
     @property
     def trained(self) -> bool:
-        """Whether it is a training, which takes long."""
+        """Whether the stage is a training."""
         return isinstance(self.run, Application | type)
 
     def settings(self, space: Workspace) -> dict[str, Any]:
-        """Settings that it depends on."""
+        """Settings that the stage depends on."""
         values = asdict(space.config)
         own = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
         train = {key: value for key, value in values.get(own, {}).items() if key not in QUIET}
@@ -139,12 +139,12 @@ class Stage:
                                if key in values}}
 
     def is_finished(self, space: Workspace) -> bool:
-        """Whether it can be skipped, which is logged."""
+        """Whether the stage can be skipped (logged)."""
         record, file = space.record(self.name), space.work / f"{self.name}.settings.json"
         if not record.is_file():
             return False
         before, now = read_json_object(file) if file.is_file() else {}, self.settings(space)
-        common = before.keys() & now.keys()  # a setting that was added or renamed since is no change
+        common = before.keys() & now.keys()  # added or renamed settings do not count
         changes = changed_settings({key: before[key] for key in common}, {key: now[key] for key in common})
         changes += [f"{need} was run again" for need in self.needs if (other := space.record(need)).is_file()
                     and other.stat().st_mtime_ns > record.stat().st_mtime_ns]
@@ -168,13 +168,13 @@ class Pipeline:
                  child: Sequence[str]) -> None:
         self.space, self.jobs, self.child = space, jobs, child
         self.wanted = [stage for stage in stages if stage.name in wanted]
-        self.before: dict[str, set[str]] = {}  # all stages that a stage needs, directly or not
+        self.before: dict[str, set[str]] = {}  # transitive requirements of a stage
         for stage in stages:
             self.before[stage.name] = set(stage.needs).union(*(self.before.get(need, ()) for need in stage.needs))
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def run(self) -> None:
-        """Run the stages; if one fails or this process is stopped, the others are stopped, too, as by SIGTERM."""
+        """Run the stages; if one fails or this process is stopped, the others get SIGTERM."""
         waiting, running = list(self.wanted), dict[Future[None], str]()
         with ended_by_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
             try:

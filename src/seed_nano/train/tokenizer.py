@@ -25,7 +25,7 @@ from seed_multimodal.training.llm.model import build_llm, save_trained
 from seed_multimodal.weights import load_state_dict
 from seed_nano.train.task import map_scenes
 from seed_nano.train.workspace import Workspace
-from seed_nano.world.records import Record, record_at, scenes_of, with_pictures
+from seed_nano.world.records import Record, record_at, scenes_of, with_images
 from seed_nano.world.scene import Scene
 
 CHECKPOINT = "checkpoint_0.pth"  # a LAVIS stage is one epoch
@@ -92,8 +92,8 @@ def write_start(space: Workspace) -> None:
 
 @torch.no_grad()
 def start_from_codebook(llama: Any, codebook: Tensor, sections: int, words: ImageVocabulary) -> None:
-    """Give codes that are neighbours in the codebook neighbouring word embeddings: a fixed random projection, at the
-    size of the random start. Each section has its own, because directions mean something else in each."""
+    """Initialize token embeddings of codes by a fixed random projection of the codebook, scaled as random embeddings,
+    so that similar codes have similar embeddings. Each section has its own projection."""
     rows = llama.model.embed_tokens.weight
     parts = codebook.float().reshape(sections, -1, codebook.shape[1])
     turn = torch.randn(sections, codebook.shape[1], rows.shape[1], generator=torch.Generator().manual_seed(0))
@@ -118,7 +118,7 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     def written(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, record in enumerate(records):
             picture = (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
-            content = json.dumps(with_pictures(record, picture), separators=(",", ":"))
+            content = json.dumps(with_images(record, picture), separators=(",", ":"))
             yield f"{kind}-{number:06d}", {"json": content.encode()}
 
     for (split, kind), records in made.items():

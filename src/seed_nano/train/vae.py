@@ -1,7 +1,7 @@
 """Stage `vae`: the small autoencoder whose 16×16 latents the U-Net draws (diffusers' `AutoencoderKL`).
 
-The pixels of things weigh four times: backgrounds are easy and hide what things look like. After training, latents are
-normalised to zero mean and unit variance inside `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1.
+Pixels of things have four times the weight, since backgrounds are easy. After training, latents are normalized to zero
+mean and unit variance inside `quant_conv` and `post_quant_conv`, so that `scaling_factor` is 1.
 """
 
 from __future__ import annotations

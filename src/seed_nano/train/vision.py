@@ -1,8 +1,8 @@
 """The vision encoders of nano (stage `clip`) and nano-x (stage `tower`).
 
-A contrast with captions would leave the identity of things out, so linear heads on the embedding name things, style,
-background and layout, and a linear read-out gives the image at 16×16 pixels. nano-x's starts from the first layers of
-nano's, imitates nano's embedding by a linear map, and also sees quarters and wholes of wide scenes.
+A contrastive loss on captions would lose the identity of things, so linear heads on the embedding classify things,
+style, background and layout, and a linear read-out predicts the image at 16×16 pixels. nano-x's encoder starts from the
+first layers of nano's, is distilled from nano's embedding by a linear map, and also trains on quarters and wide scenes.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ _NAMES = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_a
 
 
 class VisionTask(NanoTask):
-    """What both stages have in common: `vision`, and heads and read-out of its features `[B, E]`."""
+    """Base of both stages: `vision`, and heads and read-out of its features `[B, E]`."""
 
     vision: Any
     heads: LabelHeads
     readout: nn.Linear
 
     def read(self, features: Tensor, batch: Mapping[str, Tensor], naming: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The loss of naming plus that of the read-out, and numbers to log."""
+        """Classification plus read-out loss, and numbers to log."""
         device = self.space.device
         labels = batch["labels"][:, :len(LABELS)].to(device)
         pool = batch["image"].shape[-1] // REDUCED

@@ -1,4 +1,4 @@
-"""A text tokenizer of LLaMA's kind, with image words behind its pieces."""
+"""A LLaMA-style text tokenizer, with image tokens after the text tokens."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_files(folder: Path, model: bytes, n_codes: int, tokens_per_image: int,
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
     vocabulary, brackets = ImageVocabulary(n_text, n_codes, tokens_per_image), n_text + n_codes
-    if n_locations:  # in the released order
+    if n_locations:  # in the original order
         vocabulary = SeedXVocabulary(n_text, n_codes, tokens_per_image, n_locations, n_text, brackets, brackets + 2,
                                      brackets + 4, brackets + 4 + n_locations)
     special = {key: {"content": text, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}

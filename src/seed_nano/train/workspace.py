@@ -1,4 +1,4 @@
-"""What the stages of a run share: settings, folders, the text tokenizer, the pool of scenes, tensors computed once."""
+"""State shared by the stages of a run: settings, folders, text tokenizer, pool of scenes, cached tensors."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import StageConfig
 from seed_multimodal.weights import save_state_dict
 from seed_nano.train.words import train_words
-from seed_nano.world.records import OWN, from_last_picture, record_at, sentences, x_record_at
+from seed_nano.world.records import OWN, from_last_image, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at
@@ -49,7 +49,7 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     """
     path = Path(file) if str(file).endswith(".yaml") else PRESETS / system / f"{file}.yaml"
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such settings file.")
+        raise ConfigError(f"{path}: no such settings file.")
     defaults = _with_full_names(OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml")))
     kind = _settings_type(system, defaults)
     settings: Any = kind()
@@ -75,7 +75,7 @@ def _with_full_names(values: Any) -> Any:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether products in bf16 are computed as such; a CPU without them takes ten times as long as in fp32."""
+    """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in fp32."""
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -178,7 +178,7 @@ class XWorkspace(SuccessorWorkspace):
         """Scenes before and after an edit."""
         pairs = []
         for number in range(self.config.pool):
-            request, answer = from_last_picture(record_at("edits", self.config.seed, number))
+            request, answer = from_last_image(record_at("edits", self.config.seed, number))
             pairs.append((request["content"][0], answer["content"][1]))
         return pairs
 

@@ -1,1 +1,1 @@
-"""Nano's world: scenes composed of openly licensed drawings, with exact words, answers, boxes and edits."""
+"""Nano's data: scenes composed of openly licensed drawings, with exact captions, answers, boxes and edits."""

@@ -1,11 +1,11 @@
-"""Samples of the language models: the records that a user's own data would be, with scenes in the place of images.
+"""Training records of the language models, in the format of user data, with scenes in place of images.
 
     record_at("edits", seed, 17)     {"messages": [{"role": "user", "content": [Scene(…), "Swap their places."]}, …]}
     x_record_at("detect", 0, 17)     {"messages": [{"role": "user", "content": [View(…), "Where are the tigers?"]}, …]}
 
-A record is a function of its kind, seed and index. `record_at` makes those of nano; `x_record_at` those of nano-x, the
-small SEED-X: the same in the words of its requests, with images of many sizes, and its own with boxes and wide scenes.
-`with_pictures` replaces the scenes by something else (codes, file names).
+A record is determined by kind, seed and index. `record_at` builds those of nano; `x_record_at` those of nano-x, the
+small SEED-X: the same with its prompts and images of many sizes, and further kinds with boxes and wide scenes.
+`with_images` replaces the scenes by something else (codes, file names).
 """
 
 from __future__ import annotations
@@ -69,11 +69,11 @@ def _check_kind(kind: str, known: tuple[str, ...]) -> None:
 def scenes_of(record: Record) -> list[Scene]:
     """The scenes of a record, in order."""
     found: list[Scene] = []
-    with_pictures(record, found.append)
+    with_images(record, found.append)
     return found
 
 
-def from_last_picture(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def from_last_image(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages from the user's last image on."""
     messages = record["messages"]
     shows = [place for place, message in enumerate(messages)
@@ -90,13 +90,13 @@ def texts_of(record: Any) -> Iterator[str]:
             yield from texts_of(value)
 
 
-def with_pictures(value: Any, picture: Callable[[Any], Any]) -> Any:
-    """The same with `picture(scene)` in the place of every scene, wide one or view."""
+def with_images(value: Any, picture: Callable[[Any], Any]) -> Any:
+    """The same with `picture(scene)` in place of every scene, wide one or view."""
     if isinstance(value, Scene | WideScene | View):
         return picture(value)
     if isinstance(value, dict):
-        return {key: with_pictures(one, picture) for key, one in value.items()}
-    return [with_pictures(one, picture) for one in value] if isinstance(value, list | tuple) else value
+        return {key: with_images(one, picture) for key, one in value.items()}
+    return [with_images(one, picture) for one in value] if isinstance(value, list | tuple) else value
 
 
 def sentences(number: int = 500, seed: int = 0) -> list[str]:

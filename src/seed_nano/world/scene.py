@@ -1,4 +1,4 @@
-"""A scene of nano's world: which things stand where, in which style, on which background; and its image.
+"""A scene: things, their positions, style and background; and its image.
 
     render(Scene("noto", "meadow", "left of", ("tiger", "penguin")))        # uint8 [64, 64, 3]
 
@@ -34,7 +34,7 @@ LOW, MIDDLE, HIGH, SIDE, LARGE = 0.25, 0.5, 0.75, 0.44, 0.84
 WHERE = {"left": LOW, "middle": MIDDLE, "right": HIGH}
 
 LAYOUTS = ("large", *WHERE, "left of", "above", "many", "two kinds")
-"""One thing (large, or small at the left, middle, right); two kinds beside or above each other; n of one; n and m."""
+"""One thing (large, or small at the left, middle, right); two kinds next to or above each other; n of one; n and m."""
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 Box = tuple[float, float, float, float]
@@ -79,11 +79,11 @@ class Scene:
         kinds = 2 if self.layout in ("left of", "above", "two kinds") else 1
         if (self.style not in STYLES or self.background not in BACKGROUNDS or self.layout not in LAYOUTS
                 or not set(self.things) <= set(THINGS) or not kinds == len(set(self.things)) == len(self.counts)):
-            raise DataError(f"no such scene in nano's world: {self}")
+            raise DataError(f"no such nano scene: {self}")
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What a viewer can tell: everything but the jitter."""
+        """All visible properties, without the jitter."""
         return self.style, self.background, self.layout, self.things, self.counts
 
     def but(self, **changes: object) -> Scene:
@@ -142,8 +142,8 @@ def find_world(path: str | Path | None = None) -> Path:
     for place in places:
         if (place / "manifest.json").is_file():
             return place
-    raise DataError(f"{places[-1]}: nano's drawings are not there (no manifest.json). They ship with the repository, "
-                    "in data/nano: run from its root, or set SEED_NANO_DATA to that folder.")
+    raise DataError(f"{places[-1]}: nano's drawings were not found (no manifest.json). They are in the repository, in "
+                    "data/nano: run from its root, or set SEED_NANO_DATA to that folder.")
 
 
 @lru_cache(maxsize=4)
@@ -217,7 +217,7 @@ def paint(style: str, background: str, drawings: Sequence[Slot], size: int,
     return np.asarray(canvas.reduce(scale))
 
 
-def empty_pictures(size: int) -> np.ndarray:
+def empty_images(size: int) -> np.ndarray:
     """Every background without a thing, uint8 [E, size, size, 3], in the order of `BACKGROUNDS`."""
     return np.stack([paint(STYLES[0], name, [], size) for name in BACKGROUNDS])
 

@@ -1,4 +1,4 @@
-"""The record format `nano`: images that are drawn when they are opened, with their captions or as dialogues.
+"""The record format `nano`: images rendered when opened, with captions or dialogues.
 
     open_records(None, format="nano", options={"content": "edits", "number": 20_000})
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seed_multimodal.data.formats.record import Record
-from seed_nano.world.records import from_last_picture, record_at, with_pictures, x_record_at
+from seed_nano.world.records import from_last_image, record_at, with_images, x_record_at
 from seed_nano.world.scene import SIZE, Scene, WideScene, find_world, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
 from seed_nano.world.wide import View
@@ -65,7 +65,7 @@ class NanoSource:
             make = x_record_at if kind.startswith(X_KIND) else record_at
             made = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
             key = f"{self.split} {self.content} {self.seed} {row}"
-            fields = _fields(with_pictures(made, self._view), self.content)
+            fields = _fields(with_images(made, self._view), self.content)
             return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
         if self._listed:
             scene, key = self._listed[row], f"{self.split} {row}"
@@ -88,7 +88,7 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
         return {"image": made["image_ids"], "caption": made["text"], "text": made["text"]}
     if content == "documents":
         return {"images": made["image_ids"], "texts": made["texts"]}
-    asked, answered = (message["content"] for message in from_last_picture(made)[:2])
+    asked, answered = (message["content"] for message in from_last_image(made)[:2])
     fields = {"messages": [{"role": message["role"], "content": [
         {"image": part} if isinstance(part, View) else part for part in message["content"]]}
         for message in made["messages"]]}

@@ -1,8 +1,8 @@
-"""What is asked of a scene: questions with one exact answer, edits with the exact target, and verdicts.
+"""Tasks on scenes: questions with one exact answer, edits with the exact target, and verdicts.
 
-A verdict stands before an answer about a named thing: the things of the scene are compared with the name, one after
-another, in words. A small model that compares a word with the thing that it has just written binds names to places; one
-that answers at once does not (docs/explanation/nano.md). Systems return what follows `VERDICT_END`.
+A verdict precedes an answer about a named thing: it compares the scene's things with the name, one after another. Small
+models bind names to places with this chain of thought, but not without it (docs/explanation/nano.md). Systems return
+the text after `VERDICT_END`.
 """
 
 from __future__ import annotations

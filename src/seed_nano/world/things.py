@@ -1,4 +1,4 @@
-"""What nano's scenes are made of: things, styles, backgrounds and all fixed English, read from `vocabulary.yaml`."""
+"""Contents of nano's scenes: things, styles, backgrounds and all fixed texts, from `vocabulary.yaml`."""
 
 from __future__ import annotations
 

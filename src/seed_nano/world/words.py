@@ -30,7 +30,7 @@ _TURNED = {"left of": "right of", "above": "below"}
 
 @dataclass(frozen=True)
 class Labels:
-    """What a caption says of a scene; None or empty: it does not say."""
+    """The labels in a caption; None or empty: not mentioned."""
 
     style: str | None = None
     background: str | None = None
@@ -109,7 +109,7 @@ _CAPTION = re.compile(
 
 
 def read_caption(text: str) -> Labels | None:
-    """What a caption says, or None when it is no sentence of nano's grammar."""
+    """The labels in a caption, or None if it is not in nano's grammar."""
     read = _CAPTION.fullmatch(normalise(text))
     if read is None or (read["before"] and read["after"]):
         return None

@@ -33,11 +33,12 @@ from seed_multimodal.images.io import (
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
-from seed_multimodal.serving.dialogue import Conversation, Dialogue, new_conversation
+from seed_multimodal.serving.dialogue import TOO_LONG, Shown, Turn, check_rounds, message, prompt_text, receive, request
 
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 SEPARATOR = "\n"
-TEMPLATES = {"flows_8b.json": "conv_seed_vicuna", "flows_14b.json": "conv_seed_llama2"}
+STYLES = {"flows_8b.json": "roles", "flows_14b.json": "llama2"}
+ROLES = {"roles": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
 
 
 def check(folder: Path) -> None:
@@ -47,20 +48,17 @@ def check(folder: Path) -> None:
     tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
     for file in files_named(folder, "flows_*.json"):
         for flow in read_json(file):
-            Replay(flow, TEMPLATES[file.name], f"{file.stem} / {flow['name']}").run(tokenizer)
+            Replay(flow, STYLES[file.name], f"{file.stem} / {flow['name']}").run(tokenizer)
 
 
 def check_templates(cases: list[dict[str, Any]]) -> None:
     assert cases
     for case in cases:
-        conversation = new_conversation(case["template"])
-        if case["template"].endswith("_system"):
-            assert_same(conversation.system, case["system"], f"{case['template']}: system text")
-        assert_same((list(conversation.roles), SEPARATOR), (case["roles"], case["sep"]), case["template"])
-        conversation.system = case["system"]
-        for turn in case["turns"]:
-            conversation.append(turn["role"], turn["message"])
-        prompt = conversation.get_prompt({}.__getitem__)  # the templates' images are all codes
+        style = "llama2" if case["template"] == "conv_seed_llama2" else "roles"
+        assert_same((ROLES[style], SEPARATOR), (case["roles"], case["sep"]), case["template"])
+        turns = [turn["message"] for turn in case["turns"]]
+        prompt = {"text": prompt_text(style, [turn["text"] for turn in turns], case["system"]),
+                  "images": [codes for turn in turns for codes in turn["images_ids"]]}
         assert_same(prompt, case["prompt"], f"prompt of {case['template']}")
 
 
@@ -78,11 +76,13 @@ def plain_image(size: list[int], colour: Sequence[int] = (0, 0, 0)) -> Image.Ima
 
 
 class Replay:
-    """One recorded flow, done again with our dialogue, images kept in memory under numbered names."""
+    """One recorded flow, done again with our turns, images kept in memory under numbered names; `pending`: what was
+    written and chosen since the last answer, which the original kept apart, too."""
 
-    def __init__(self, flow: dict[str, Any], template: str, name: str) -> None:
-        self.flow, self.name = flow, name
-        self.dialogue = Dialogue(template, max_turns=flow["max_turns"])
+    def __init__(self, flow: dict[str, Any], style: str, name: str) -> None:
+        self.flow, self.style, self.name = flow, style, name
+        self.turns: list[Turn] = []
+        self.pending, self.errors = Turn([]), list[str]()
         self.images: dict[str, Image.Image] = {}
         self.posted = 0
 
@@ -94,38 +94,62 @@ class Replay:
                     self.do(step, tokenizer)
                 return
             self.do(step, tokenizer)
-            conversation = self.dialogue.conversation
-            actual = {"chatbot": with_errors(pairs(conversation), self.dialogue.errors),
-                      "messages": conversation.messages, "next_input_state": self.dialogue.pending}
+            actual = {"chatbot": with_errors(pairs(self.turns), self.errors), "messages": self.messages(),
+                      "next_input_state": entry(self.pending)}
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
-        made, name = self.dialogue.conversation, self.name
-        assert_same(made.get_prompt(self._encode), self.flow["prompt_at_end"], f"{name}: prompt at the end")
-        assert_same(_numbered(log_record(made)), _numbered(self.flow["dict_at_end"]), f"{name}: log record")
+        assert_same(request(self.style, self.turns, self._encode), self.flow["prompt_at_end"],
+                    f"{self.name}: prompt at the end")
+        assert_same(_numbered(self.log_record()), _numbered(self.flow["dict_at_end"]), f"{self.name}: log record")
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind, argument = step["step"], step["argument"]
-        if kind == "text":
-            self.dialogue.add_text(argument)
-        elif kind == "image":
-            if argument is not None:
-                self.dialogue.add_image(self._store(chat_image(plain_image(*argument))))
+        if kind == "text" and argument:
+            message(argument, ["an image"])  # refuses the placeholder
+            self._add(argument)
+        elif kind == "image" and argument is not None:
+            self._add(Shown(self._store(chat_image(plain_image(*argument)))))
         elif kind in ("regenerate", "clear"):
-            getattr(self.dialogue, kind)()
-        elif self.dialogue.waits():
-            assert kind == "bot", f"{self.name}: unknown step {kind!r}"
-            self.dialogue.refuse() if self.dialogue.too_long() else self._bot(tokenizer)
+            self.turns = self.turns[:-1 if kind == "regenerate" else 0]
+            self.pending, self.errors = Turn([]), []
+        elif kind == "bot" and self.turns and self.turns[-1].text.strip(" ?.;!/"):
+            try:
+                check_rounds(self.style, self.turns, self.flow["max_turns"])
+            except RequestError:
+                self.turns.append(Turn([TOO_LONG]))  # our page shows it as a status
+                self.pending, self.errors = Turn([]), []
+                return
+            self._bot(tokenizer)
+
+    def _add(self, part: str | Shown) -> None:
+        self.pending.parts.append(part)
+        self.turns = [*self.turns[:len(self.turns) // 2 * 2], self.pending]
+        self.errors = []
 
     def _bot(self, tokenizer: MultimodalTokenizer) -> None:
         assert self.posted < len(self.flow["http"]), f"{self.name}: a request the original did not send"
         recorded = self.flow["http"][self.posted]
         settings = {key: value for key, value in recorded["payload"].items() if key not in ("text", "images")}
         assert_same(settings["force_boi"], self.flow["force_image_gen"], f"{self.name}: force_boi")
-        body = self.dialogue.request(self._encode, **settings)
-        check_body(body, recorded["payload"], self.name)
+        check_body({**request(self.style, self.turns, self._encode), **settings}, recorded["payload"], self.name)
         self.check_prompt(recorded, tokenizer)
         self.posted += 1
-        self.dialogue.receive(recorded["response"], lambda text: self._store(image_from_base64(text)))
+        answer = receive(self.style, self.turns, recorded["response"],
+                         lambda text: self._store(image_from_base64(text)))
+        self.turns = [*self.turns, answer]
+        self.pending, self.errors = Turn([]), [note for note in answer.below if isinstance(note, str)]
+
+    def messages(self) -> list[dict[str, Any]]:
+        return [{"role": ROLES[self.style][number % 2], "message": entry(turn)}
+                for number, turn in enumerate(self.turns)]
+
+    def log_record(self) -> dict[str, Any]:
+        """The conversation as the released server logs it: images by file name only."""
+        messages = self.messages()
+        for one in messages:
+            one["message"]["images"] = [PurePath(path).name for path in one["message"]["images"]]
+        return {"system": "", "roles": ROLES[self.style], "messages": messages, "offset": 0, "sep": SEPARATOR,
+                "sep2": None}
 
     def check_prompt(self, recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         """The ids of the text that is sent, with the codes that the server returned for its images."""
@@ -161,18 +185,18 @@ def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
             assert_same(mine, theirs, f"{name}: codes in the request")
 
 
-def pairs(conversation: Conversation) -> list[list[str | None]]:
+def entry(turn: Turn) -> dict[str, Any]:
+    """A turn in the form of the original front-end."""
+    return {"text": turn.text, "images": [image.path for image in turn.images],
+            "images_ids": [image.codes for image in turn.images]}
+
+
+def pairs(turns: Sequence[Turn]) -> list[list[str | None]]:
     """Pairs of [user's text, assistant's text or None] as the original page shows them, images as Markdown."""
-    shown: list[list[str | None]] = []
-    for number, entry in enumerate(conversation.messages):
-        text, *rest = entry["message"]["text"].split(PLACEHOLDER)
-        for path, piece in zip(entry["message"]["images"], rest, strict=True):
-            text += (f"![](file={path})" if path else "<corrupt_image>") + piece
-        if number % 2 == 0:
-            shown.append([text, None])
-        else:
-            shown[-1][1] = text
-    return shown
+    texts = ["".join(part if isinstance(part, str) else f"![](file={part.path})" if part.path else "<corrupt_image>"
+                     for part in turn.parts) for turn in turns]
+    return [[text, texts[place + 1] if place + 1 < len(texts) else None]
+            for place, text in enumerate(texts) if place % 2 == 0]
 
 
 def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
@@ -181,15 +205,6 @@ def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[li
     if errors and shown:
         shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)
     return shown
-
-
-def log_record(conversation: Conversation) -> dict[str, Any]:
-    """The conversation as the released server logs it: images by file name only."""
-    messages = copy.deepcopy(conversation.messages)
-    for entry in messages:
-        entry["message"]["images"] = [PurePath(path).name for path in entry["message"]["images"]]
-    return {"system": conversation.system, "roles": list(conversation.roles), "messages": messages,
-            "offset": 0, "sep": SEPARATOR, "sep2": None}
 
 
 def _numbered(value: Any) -> Any:

@@ -100,7 +100,7 @@ def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     assert_same(response.status_code, 200, f"{what}, status")
     answer = response.get_json()
     if broke_off:
-        left_out = [said for said in answer["error_msg"] if said.endswith("was left out.")]
+        left_out = [line for line in answer["error_msg"] if line.endswith("was left out.")]
         assert_same(len(left_out), len(broke_off), f"{what}, images left out")
         return
     assert_same(response.content_type, case["content_type"], f"{what}, content type")

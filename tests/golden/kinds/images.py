@@ -2,7 +2,7 @@
 
 * `preprocessing`: every transform (within 2e-2, about one grey level and a half), caption texts, the keep rule, the
   training transform, and that unknown types are refused. Left out: `preprocess_decode` and `id_extraction` (they belong
-  to pre-tokenising); `image_tokenizer` (the released class draws fixed latents when it is built); that the released
+  to pre-tokenising); `image_tokenizer` (the original class draws fixed latents when it is built); that the original
   "clip" module refuses "blip" and the other way round (one `get_transform` serves both here).
 * `seedx_anyres`: SEED-X's any-resolution input: both rules and the grid they give, views and their places, the plain
   transform. Left out: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no released configuration:

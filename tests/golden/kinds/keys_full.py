@@ -130,7 +130,7 @@ def check_seed_x(name: str, table: Table) -> None:
         assert_same(name, "detokenizer_resampler.json", "table")
         adapter = sdxl_adapter()
         check_keys(adapter, table, name, "unet.")
-        unet = adapter.unet.state_dict()  # diffusers' own and no part of the table: number and size are the released
+        unet = adapter.unet.state_dict()  # diffusers' own and no part of the table: number and size are the original
         assert_same((len(unet), sum(map(torch.numel, unet.values()))), UNET, "keys and parameters of the U-Net")
         adapter.set_trainable("key_value")
         trained = sum(value.numel() for value in adapter.unet.parameters() if value.requires_grad)

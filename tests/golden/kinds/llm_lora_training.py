@@ -1,9 +1,9 @@
-"""LoRA training of the language model: forward, gradients, two optimiser steps, the adapter's file, the merge.
+"""LoRA training of the language model: forward, gradients, two optimizer steps, the adapter's file, the merge.
 
 Left out, because the reference is wrong there: `left.logits` and `left.cached_step_logits` (its attention ignores
 padding on the left and shows a cached step the first position only). Ours must equal the sequence without its padding
 in both, and `left.logits_no_mask` is checked as recorded. `original_module` copies carry no gradient here, where peft
-0.4 listed them as trained; they stay out of the optimiser and have no effect on anything recorded.
+0.4 listed them as trained; they stay out of the optimizer and have no effect on anything recorded.
 
 Some recordings kept references to the parameters, so that later steps wrote into what was to be the start:
 * `merged.*` equal to the base weights: LoRA is in the base already, and is taken out of it before anything else;
@@ -104,7 +104,7 @@ def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None
 
 
 def check_groups(model: Any, meta: dict[str, Any]) -> Any:
-    """One group with the recorded decay over everything trained; returns the optimiser."""
+    """One group with the recorded decay over everything trained; returns the optimizer."""
     recorded = meta["optimizer"]
     settings, group = recorded["defaults"], recorded["groups"][0]
     optimizer = build_optimizer(model, OptimSettings(

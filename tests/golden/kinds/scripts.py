@@ -1,4 +1,4 @@
-"""Kind `llm_inference_postprocess`: prompts and answers of the released inference scripts.
+"""Kind `llm_inference_postprocess`: prompts and answers of the original inference scripts.
 
 Checked: every prompt string and its ids (both ways of building them), the generation settings, what is printed, decoded
 or raised for every generated answer, and the caption-to-image evaluation's prompts, settings and codes.
@@ -67,7 +67,7 @@ def check_settings(given: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """The released scripts' post-processing, defects included, and our own of whole images."""
+    """The original scripts' post-processing, defects included, and our own of whole images."""
     name, words, ids = case["name"], tokenizer.vocabulary, [int(id) for id in case["generate_ids"]]
     printed, codes, error = original_split(ids, tokenizer)
     assert_same(printed, case["printed"], f"{name}: printed")

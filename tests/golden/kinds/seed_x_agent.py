@@ -4,7 +4,7 @@
   which the original lets see everything before them and ours does not (no loss looks there); scores of the logits
   processor as numbers, since ours forbids by -inf what the original sets to 0 (checked: the same words are forbidden,
   the same one is forced).
-* `seedx_inference`: prompts, masks, places of views, settings, printed texts and boxes of the released scripts. Left
+* `seedx_inference`: prompts, masks, places of views, settings, printed texts and boxes of the original scripts. Left
   out: names of the files that the scripts write (the commands' matter) and what they hand to the de-tokenizer.
 """
 

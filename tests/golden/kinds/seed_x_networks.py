@@ -1,9 +1,9 @@
-"""SEED-X's networks beside the agent: vision encoder, resamplers, SDXL adapters.
+"""SEED-X's networks next to the agent: vision encoder, resamplers, SDXL adapters.
 
 * `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized positions alone.
-* `seedx_resamplers`: perceivers between features and SDXL: the released one (`xlv2`), older ones, the attention pool.
+* `seedx_resamplers`: perceivers between features and SDXL: the original one (`xlv2`), older ones, the attention pool.
 * `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both pipelines. Where the
-  original is wrong, ours is checked to be right: keys and values that the optimiser got are trained (they were not),
+  original is wrong, ours is checked to be right: keys and values that the optimizer got are trained (they were not),
   the widened first convolution keeps its bias (it did not), 16 embeddings find 16 negative ones
   (`embeds16_with_vit_down` failed). `adapter.full_False` gradients of the resampler are compared all the same.
 """
@@ -81,7 +81,7 @@ def check_visual(folder: Path) -> None:
 
 
 class Plain(nn.Module):
-    """The original's unused `Resampler`, of the released perceiver's parts: one projection, then the norm."""
+    """The original's unused `Resampler`, of the original perceiver's parts: one projection, then the norm."""
 
     def __init__(self, sizes: dict[str, Any], output: int) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want:
         case, what = rest.rsplit(".", 1)
         if (kind == "edit") != model.adapter.reads_condition:
             continue
-        if case == "from_embeds":  # with the released guidance of 7.5
+        if case == "from_embeds":  # with the original guidance of 7.5
             embeds, options = given["embeds_pooled4"], {"num_inference_steps": 3}
         else:
             guidance = float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0

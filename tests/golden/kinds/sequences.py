@@ -178,7 +178,7 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
 
 
 def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """Shards through our readers: every kept sample as the released pipe gives it, then those as padded batches."""
+    """Shards through our readers: every kept sample as the original pipe gives it, then those as padded batches."""
     settings, expected = dict(recorded["settings"]), recorded["samples_sorted_by_text"]
     assert settings["reverse_ratio"] in (0, 1), "pipeline: the samples' direction is drawn, so they cannot be compared"
     kept = {row["text"] for row in expected}
@@ -193,7 +193,7 @@ def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> 
 
 def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, Any], rows: list[dict[str, Any]],
                   tokenizer: MultimodalTokenizer) -> None:
-    """The released data file of that pipe, read as it is, over the kept samples: ours are dropped after batching."""
+    """The original data file of that pipe, read as it is, over the kept samples: ours are dropped after batching."""
     given = {key: value for key, value in {**settings, **recorded["settings"]}.items() if key != "function"}
     target = f"src.data.torchdata_train.{settings['function']}"
     data = read_data_settings({"_target_": target, "data_dir": str(folder), **given, "packing": False})
@@ -209,7 +209,7 @@ def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, An
 
 
 def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
-    """A tar with the recorded samples as json; the members beside them, which are no records, as text."""
+    """A tar with the recorded samples as json; the members next to them, which are no records, as text."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -221,7 +221,7 @@ def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
 
 
 def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: MultimodalTokenizer) -> list[dict[str, Any]]:
-    """Every kept sample of a folder of shards as the released pipe gives it, sorted by text."""
+    """Every kept sample of a folder of shards as the original pipe gives it, sorted by text."""
     decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]})
     source, rows = open_records(str(folder)), []
     for number in range(len(source)):
@@ -236,7 +236,7 @@ def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: Multimodal
             rows.append({"__key__": record.key.rsplit("/", 1)[-1],
                          **pad(sequence, settings["max_length"], tokenizer.pad_id), **sequence.extra,
                          "filter_flag": True,
-                         "metadata": "{}"})  # the released pipe puts this where a decoder gives no metadata
+                         "metadata": "{}"})  # the original pipe puts this where a decoder gives no metadata
     return sorted(rows, key=lambda row: row["text"])
 
 

@@ -45,7 +45,7 @@ def environment() -> str:
 
 
 def picture(number: int) -> bytes:
-    """A picture that differs for each number, stored without loss."""
+    """An image that differs for each number, stored without loss."""
     pixels = np.random.default_rng(number).integers(0, 256, (22, 28, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -148,7 +148,7 @@ def running(open_rank: Callable[..., Any], world: int, content: Callable[[Any], 
 
 
 def pairs(batch: dict[str, Any]) -> dict[str, bytes]:
-    """Which pictures and captions; and the views of the pictures, to the last bit."""
+    """Which images and captions; and the views of the images, to the last bit."""
     from seed_multimodal.images.transforms import normalise
 
     drawn = batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
@@ -178,7 +178,7 @@ def pair_digests(case: str, folder: Path) -> dict[str, list[str]]:
     kind, world, workers = PAIRS[case]
     spec = write_pairs(folder)[kind]
     source = open_pairs(spec) if isinstance(spec, dict) else spec
-    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of pictures decoded in full
+    transform = TrainTransform(16, scaled_decoding=False)  # the recorded views are of images decoded in full
     return running(lambda **place: StepBatches(
         PairDataset(source, transform, BlipCaption(), seed=7, log=None), 2, seed=7, workers=workers, **place),
         world, pairs)

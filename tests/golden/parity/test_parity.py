@@ -3,7 +3,7 @@
 What is drawn is compared bit for bit everywhere, pixels and losses where processor and torch are those of the record;
 elsewhere losses within 3e-4, in bf16 within 3e-3, by which other machines' rounding differs after 30 steps of such
 small models (1.3e-3 in bf16 between an Intel Xeon and an AMD EPYC). A change that is to move numbers writes the record
-anew: `PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
+again: `PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def made_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
 def test_pairs(case: str, tmp_path: Path) -> None:
     found, expected = made_and_recorded("pairs", case, tmp_path)
     assert found["drawn"] == expected["drawn"]
-    if SAME_MACHINE and not case.startswith("nano"):  # of which the captions are kept, not the pictures
+    if SAME_MACHINE and not case.startswith("nano"):  # of which the captions are kept, not the images
         assert found["pixels"] == expected["pixels"]
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[..., bytes]:
-    """`jpeg(number, width=64, height=64)`: the bytes of a picture that differs for each number."""
+    """`jpeg(number, width=64, height=64)`: the bytes of an image that differs for each number."""
 
     def make(number: int, width: int = 64, height: int = 64) -> bytes:
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
@@ -76,7 +76,7 @@ def words() -> MultimodalTokenizer:
 
 @pytest.fixture(scope="session")
 def codes(words: MultimodalTokenizer) -> Callable[[int], list[int]]:
-    """`codes(n)`: the codes of picture n."""
+    """`codes(n)`: the codes of image n."""
 
     def make(number: int) -> list[int]:
         vocabulary = words.vocabulary
@@ -113,7 +113,7 @@ def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory, codes: Callable, shard: Callable, lines: Callable) -> Path:
-    """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two pictures
+    """captions/ (three tars of 40, 25 and 1 records, numbers 0..65), documents/ (one tar, 1000..1029, two images
     each), texts/ (two jsonl of 20 and 15 records, 2000..2034)."""
     folder = tmp_path_factory.mktemp("sets")
     number = 0

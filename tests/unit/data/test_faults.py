@@ -33,14 +33,14 @@ from seed_multimodal.seed.captions import BlipCaption
 WORDS = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_tokenizer"
 COUNT = 8  # samples of a set, of which number 3 is broken
 BAD = 3
-# fault -> what the sentence says of it. The faults of captions, then of records, then of pictures.
+# fault -> what the sentence says of it. The faults of captions, then of records, then of images.
 CAPTIONS = {"no caption": "has no", "null": "null|has no", "empty": "is empty", "blank": "is empty",
             "list with null": "not a text|no text", "list with blank": "is empty", "no list": "has no caption",
             "object": "not a text|no text|must be"}
 RECORDS = {"not json": "is not JSON", "not UTF-8": "UTF-8|utf-8", "a list": "is a JSON list", "twice": "has two",
            "torn": "torn or damaged"}
 PICTURES = {"no picture": "image", "null picture": "image", "picture gone": "not found", "no picture in it":
-            "not a picture", "cut off": "truncated or damaged", "0 bytes": "0 bytes"}
+            "not an image", "cut off": "truncated or damaged", "0 bytes": "0 bytes"}
 # format -> the faults that it can have
 PAIR_FORMATS = {
     "tar of json": [*CAPTIONS, "not json", "not UTF-8", "a list", "twice", "torn", "no picture", "no picture in it",
@@ -64,7 +64,7 @@ def caption_of(number: int, fault: str) -> Any:
 
 
 def picture_of(jpeg: Callable, number: int, fault: str) -> Any:
-    """The bytes of a sample's picture; `...` where it has none, None where it is null, "" where the file is gone."""
+    """The bytes of a sample's image; `...` where it has none, None where it is null, "" where the file is gone."""
     whole = jpeg(number)
     return {"no picture": ..., "null picture": None, "picture gone": "", "no picture in it": b"<html>404</html>" * 9,
             "cut off": whole[:-400], "0 bytes": b""}.get(fault, whole)
@@ -167,7 +167,7 @@ def trained(folder: Path, most: int = 20) -> Found:
 
 
 def evaluated(folder: Path, most: int = 20) -> Found:
-    """The tokenizer's evaluation, up to its pictures."""
+    """The tokenizer's evaluation, up to its images."""
     source, seen = open_pairs({"format": "auto", "files": str(folder)}), Pass()
     for _ in read_images(source, range(len(source)), 4, seen, lambda line: None):
         pass
@@ -175,7 +175,7 @@ def evaluated(folder: Path, most: int = 20) -> Found:
 
 
 def extracted(folder: Path, most: int = 20, kind: str = "caption") -> Found:
-    """An extraction, up to its pictures."""
+    """An extraction, up to its images."""
     settings = InputSettings(files=str(folder))
     dataset = TaskDataset(KINDS[kind], settings, seed_image_processor(16))
     used, bad = [], []
@@ -191,7 +191,7 @@ ALL = [(format, fault) for format, faults in PAIR_FORMATS.items() for fault in f
 
 
 @pytest.mark.parametrize(("format", "fault"), ALL)
-def test_a_sample_without_caption_or_picture_is_skipped(tmp_path: Path, jpeg: Callable, format: str,
+def test_a_sample_without_caption_or_image_is_skipped(tmp_path: Path, jpeg: Callable, format: str,
                                                         fault: str):
     faults = where_in([""] * COUNT, fault)
     write_pairs(tmp_path, format, faults, jpeg)

@@ -146,7 +146,7 @@ def test_quantised_weights_answer_with_whole_images(nano: Any, gguf: dict[str, P
 
 
 @pytest.mark.process
-def test_gguf_files_that_do_not_fit_are_told(nano: Any, gguf: dict[str, Path], tiny_folder: Path) -> None:
+def test_gguf_files_that_do_not_fit_are_reported(nano: Any, gguf: dict[str, Path], tiny_folder: Path) -> None:
     from seed_multimodal.engines.llama_cpp import LlamaCppEngine, find_gguf
 
     with pytest.raises(ConfigError, match="3 \\*.gguf files; choose one with --gguf"):

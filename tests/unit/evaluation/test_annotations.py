@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.errors import DataError, ImageError
-from seed_multimodal.evaluation.annotations import find_picture, read_captions, read_questions
+from seed_multimodal.evaluation.annotations import find_image_file, read_captions, read_questions
 
 COCO = {"images": [{"id": 7, "file_name": "COCO_val2014_000000000007.jpg"}, {"id": 0, "file_name": "b.jpg"}],
         "annotations": [{"id": 1, "image_id": 7, "caption": "one"}, {"id": 2, "image_id": 0, "caption": "two"},
@@ -129,6 +129,6 @@ def test_captions_of_another_file(tmp_path, item):
 def test_images_are_found_by_cocos_names(tmp_path):
     (tmp_path / "val2014").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / NAMED)
-    assert find_picture(7, tmp_path, tmp_path / "q.json", "here").name == NAMED[8:]
-    with pytest.raises(ImageError, match=r"^q.json: item 3: its picture is not there: .*COCO_val2014_000000000009.jpg"):
-        find_picture(9, tmp_path, tmp_path / "q.json", "q.json: item 3")
+    assert find_image_file(7, tmp_path, tmp_path / "q.json", "here").name == NAMED[8:]
+    with pytest.raises(ImageError, match=r"^q.json: item 3: its image was not found: .*COCO_val2014_000000000009.jpg"):
+        find_image_file(9, tmp_path, tmp_path / "q.json", "q.json: item 3")

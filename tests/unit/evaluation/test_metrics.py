@@ -17,7 +17,7 @@ def test_codebook_by_hand() -> None:
     # 6 zeros, 4 ones, 4 twos, 2 threes of 16.
     entropy = -(6 / 16 * math.log(6 / 16) + 2 * 4 / 16 * math.log(4 / 16) + 2 / 16 * math.log(2 / 16))
     assert stats["perplexity"] == round(math.exp(entropy), 4)
-    assert str(metrics.entropy_nats([3])) == "0.0"  # no -0.000 in a report of one picture
+    assert str(metrics.entropy_nats([3])) == "0.0"  # no -0.000 in a report of one image
     # First code: always 0. First two: (0, 1) three times, (0, 2) once. All four: 2, 1, 1.
     bits = stats["prefix_bits"]
     assert bits["1"] == 0

@@ -147,7 +147,7 @@ def test_bad_samples_are_named_counted_and_tried_again(data, tiny_folder, capsys
     assert vqa(data, tiny_folder) == 1
     said = capsys.readouterr().err
     assert "q.json: item 2: has no question" in said and "000000000004.jpg" in said
-    assert "item 10: its picture is not there" in said and "5 samples of 12 could not be used" in said
+    assert "item 10: its image was not found" in said and "5 samples of 12 could not be used" in said
     summary = read(data / "out" / "summary.json")
     assert (summary["answered"], summary["bad"], len(summary["bad_first"])) == (7, 5, 5)
     assert [one["answer"] for one in read(data / "out" / "results.json")].count("") >= 4  # wrong answers
@@ -256,7 +256,7 @@ def test_lavits_program_asks_vizwiz_first_whether_there_is_an_answer(data, tiny_
 def test_lavits_rules(data, tiny_lavit, tiny, tmp_path, monkeypatch):
     run = Run(TASKS["vqa"]["gqa"], data / "testdev.json", tmp_path)
     work = Questions(tiny_lavit, run, [])
-    assert [work._accuracy(said, Sample(0, "", references=["Red"])) for said in ("It is red.", "blue")] == [1.0, 0.0]
+    assert [work._accuracy(text, Sample(0, "", references=["Red"])) for text in ("It is red.", "blue")] == [1.0, 0.0]
     assert Questions(tiny, run, [])._accuracy("two dogs", Sample(0, "", references=["2 dogs"])) == 1.0
     assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit is asked as it was trained
     monkeypatch.setattr(tiny_lavit, "config", replace(tiny_lavit.config, original="lavit"))

@@ -152,7 +152,7 @@ def test_command_reads_folders_and_tables(stages, tmp_path, capsys, form):
     report = json.loads(capsys.readouterr().out)
     assert (report["n"], report["captions"], len(report["left_out"])) == (len(COLOURS), len(COLOURS), 2)
     reasons = " ".join(report["left_out"])
-    assert "not a picture" in reasons and re.search(r"has no (caption|\.txt)", reasons)
+    assert "not an image" in reasons and re.search(r"has no (caption|\.txt)", reasons)
 
 
 @pytest.mark.process
@@ -183,10 +183,10 @@ def test_shipped_tokenizer(tmp_path, limit):
 def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, capsys):
     image_encoder = NANO / "seed_tokenizer" / "diffusion_model"
     for arguments, sentence in (
-            (["--model", str(tmp_path / "absent")], "there is no such folder"),
+            (["--model", str(tmp_path / "absent")], "no such folder"),
             (["--model", "nano-x"], "nano-x: is a seed_x; this measures SEED-2's kind of tokenizer"),
-            (["--data", "elsewhere.txt"], "there is no such file or folder"),
-            (["--stage1", str(tmp_path / "no.pth")], "there is no such weights file"),
+            (["--data", "elsewhere.txt"], "no such file or folder"),
+            (["--stage1", str(tmp_path / "no.pth")], "no such weights file"),
             (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
             (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
             (["--decoder", str(image_encoder)], "embeddings have width 10, but this diffusion model needs width 256"),

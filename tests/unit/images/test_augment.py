@@ -24,7 +24,7 @@ def smooth(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("scale", [(0.5, 1.0), (0.2, 0.6)])
 def test_train_transform_equals_torchvision(scale: tuple[float, float]) -> None:
-    """Equal to torchvision's classes with the released settings, draw for draw."""
+    """Equal to torchvision's classes with the original settings, draw for draw."""
     picture = smooth(90, 70)
     theirs = transforms.Compose([
         transforms.RandomResizedCrop(32, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -62,8 +62,8 @@ def test_read_decoded_in_full_equals_the_original(stored: bytes) -> None:
     ((640, 480), 1, {}), ((480, 640), 1, {"progressive": True}), ((1001, 777), 1, {"subsampling": 0}),
     ((1403, 605), 6, {}), ((640, 480), 2, {}), ((640, 480), 3, {}), ((641, 479), 8, {})])
 def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
-    """After the same draws, of the crop with edges at whole pixels of the scaled picture; to within 38 dB of that view
-    of the picture decoded in full."""
+    """After the same draws, of the crop with edges at whole pixels of the scaled image; to within 38 dB of that view
+    of the image decoded in full."""
     stored, transform = photo(*size, turned, **options), TrainTransform(64)
     picture = open_image(stored)
     for seed in range(4):

@@ -1,4 +1,4 @@
-"""`Engine`: answers beside each other are those of transformers' `generate` alone, for every family."""
+"""`Engine`: answers next to each other are those of transformers' `generate` alone, for every family."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_load_llm_of_a_missing_model(tmp_path: Path) -> None:
                          ("pretrained/seed_llama_14b_sft", "seed-llama-14b-sft")):
         with pytest.raises(CheckpointError, match=rf"huggingface\.co/AILab-CVC/{name} into "):
             load_llm(folder)
-    with pytest.raises(CheckpointError, match=r"holds no config\.json; give the folder of a LLaMA"):
+    with pytest.raises(CheckpointError, match=r"contains no config\.json; give the folder of a LLaMA"):
         load_llm(tmp_path)
     with pytest.raises(CheckpointError, match="AILab-CVC/no-such-model") as caught:
         load_llm("AILab-CVC/no-such-model")
@@ -87,7 +87,7 @@ def test_load_llm_of_another_configuration(changed: Callable[..., Path], config:
 def test_load_llm_of_incomplete_and_foreign_tensors(changed: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"):
         load_llm(changed(tensors=lambda state: {key: state[key] for key in state if key != "model.norm.weight"}))
-    with pytest.warns(SeedWarning, match=r"does not know, and leaves out, 1 tensor: 'other\.w'"):
+    with pytest.warns(SeedWarning, match=r"1 tensor unknown to the model: 'other\.w'"):
         load_llm(changed(tensors=lambda state: {**state, "other.w": torch.ones(2)}))
     deeper = {"model.layers.2.input_layernorm.weight": torch.ones(32)}
     with pytest.raises(CheckpointError, match=r"unknown to the model of config\.json: 'model\.layers\.2"):

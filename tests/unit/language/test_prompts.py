@@ -1,4 +1,4 @@
-"""Templates: the released strings, and that a longer dialogue begins with the ids of a shorter one."""
+"""Templates: the original strings, and that a longer dialogue begins with the ids of a shorter one."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_read_drops_the_blank_that_begins_the_next_turn(words: MultimodalTokeniz
 
 
 def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
-    """Random sequences, broken pictures included: the events say what the parts say of the whole."""
+    """Random sequences, broken images included: the events say what the parts say of the whole."""
     rng = random.Random(0)
     v = words.vocabulary
     for _ in range(300):

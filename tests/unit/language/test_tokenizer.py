@@ -71,7 +71,7 @@ def test_encode_of_words_outside_the_codebook(tokenizer: MultimodalTokenizer) ->
 
 
 def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path: Path) -> None:
-    """The released folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
+    """The original folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
     folder = tmp_path / "released"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "special_tokens_map.json"

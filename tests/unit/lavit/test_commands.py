@@ -93,10 +93,10 @@ def test_programs(name, tiny_lavit_folder, shown, tmp_path, monkeypatch, capsys)
     assert (lines, files) == wanted[name]
 
 
-def test_a_mistyped_picture_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
+def test_a_mistyped_image_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert programs.lavit_script("multimodal_synthesis.py", "", ["absent.png", "in the snow"]) == 2
-    assert "absent.png: there is no such file" in capsys.readouterr().err
+    assert "absent.png: no such file" in capsys.readouterr().err
 
 
 @pytest.mark.process

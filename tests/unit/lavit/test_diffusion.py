@@ -120,7 +120,7 @@ def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: P
 
 def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
     """By the text encoder of Stable Diffusion's folder, where LaVIT's file is not."""
-    with pytest.raises(CheckpointError, match=f"holds no {EMPTY_TEXT}; download LaVIT"):
+    with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; download LaVIT"):
         read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
     tiny_seed1.diffusion_folder(tmp_path)
     empty = torch.tensor([[2, *[3] * (tiny_seed1.TEXT_TOKENS - 1)]])

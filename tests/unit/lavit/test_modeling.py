@@ -50,7 +50,7 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_merger_is_causal_over_kept_patches_and_sees_dropped_ones_by_cross_attention() -> None:
+def test_token_merger_is_causal_over_kept_patches_and_sees_dropped_ones_by_cross_attention() -> None:
     merger, features, keep = TokenMerger(TINY).eval(), torch.randn(2, PATCHES, WIDTH), torch.ones(2, PATCHES)
     keep[:, [3, 7]] = 0
     kept, before = keep[0] > 0, merger(features, keep)

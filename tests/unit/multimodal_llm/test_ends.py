@@ -47,7 +47,7 @@ def test_used_up_data_end_the_run_and_bad_records_are_in_the_summary(runs, tmp_p
     assert all("captions.jsonl" in where for where in named)
     assert any("line 4" in where for where in named) and any("line 61" in where for where in named)
     said = capsys.readouterr().out
-    assert "every source is used up" in said and "skipped" in said
+    assert "all sources are exhausted" in said and "skipped" in said
     evaluated = [line for line in runs.log_lines(out) if "eval_loss" in line]
     assert [line["step"] for line in evaluated] == [*range(10, summary["steps"] + 1, 10), summary["steps"]][
         :len(evaluated)]

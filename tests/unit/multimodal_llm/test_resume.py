@@ -40,7 +40,7 @@ def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
 @pytest.mark.slow
 def test_named_and_never(runs, train, tmp_path):
     out = train("out", "trainer.max_steps=2", "trainer.save_steps=1", "trainer.save_total_limit=2")
-    with pytest.raises(CheckpointError, match="holds checkpoints of an earlier run"):
+    with pytest.raises(CheckpointError, match="contains checkpoints of an earlier run"):
         train("out", "--resume", "never")
     with pytest.raises(CheckpointError, match="no checkpoint to resume"):
         train("other", "--resume", str(tmp_path / "nowhere"))
@@ -57,22 +57,22 @@ def test_named_and_never(runs, train, tmp_path):
     train("third", "trainer.max_steps=3", "--resume", str(tmp_path / "branch" / "checkpoint-3"))
     summary = json.loads((tmp_path / "third" / "summary.json").read_text())
     assert Path(summary["checkpoint"]) == tmp_path / "branch" / "checkpoint-3"
-    with pytest.raises(CheckpointError, match=r"was saved by a run with .* as its model.*take only its weights"):
+    with pytest.raises(CheckpointError, match=r"was saved with model .*start from its weights"):
         train("out", model={"lora": runs.LORA})
-    with pytest.raises(CheckpointError, match='with "adamw" as its optimiser, this one has "adamw_hf"'):
+    with pytest.raises(CheckpointError, match='with optimizer "adamw", this run has "adamw_hf"'):
         train("out", "optim.name=adamw_hf")
     with pytest.raises(ConfigError, match="length: 160 -> 128"):
         train("out", "trainer.max_steps=3", "data.length=128")
 
 
-def test_changed_settings_are_said_and_hold(runs, train, tmp_path, capsys):
-    """The saved optimiser does not bring back its weight decay; what changes no number is not mentioned."""
+def test_changed_settings_are_logged_and_apply(runs, train, tmp_path, capsys):
+    """The saved optimizer does not bring back its weight decay; what changes no number is not mentioned."""
     train("out", "trainer.max_steps=2", "optim.weight_decay=0.5")
     train("same", "trainer.max_steps=3", "optim.weight_decay=0.5", "--resume", str(tmp_path / "out" / "checkpoint-2"))
     assert "other settings" not in capsys.readouterr().out
     train("less", "trainer.max_steps=3", "optim.weight_decay=0.25", "trainer.logging_steps=3",
           "--resume", str(tmp_path / "out" / "checkpoint-2"))
-    assert "other settings than in the run that saved its state: optim.weight_decay: 0.5 -> 0.25.\n" in (
+    assert "settings changed since the checkpoint: optim.weight_decay: 0.5 -> 0.25.\n" in (
         capsys.readouterr().out)
     before, same, less = (load_file(tmp_path / folder / "model.safetensors") for folder in
                           ("out/checkpoint-2", "same/checkpoint-3", "less/checkpoint-3"))

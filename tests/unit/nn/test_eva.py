@@ -30,7 +30,7 @@ def test_class_token_first_and_every_patch_follows() -> None:
     assert difference.nonzero().tolist() == [[0, 1]]
 
 
-def test_a_clip_tower_s_weights_give_a_clip_tower_s_output() -> None:
+def test_a_clip_vision_encoder_s_weights_give_a_clip_vision_encoder_s_output() -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
@@ -87,7 +87,7 @@ def test_impossible_sizes_are_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_tower_runs_in_half_precision(dtype: torch.dtype) -> None:
+def test_vision_encoder_runs_in_half_precision(dtype: torch.dtype) -> None:
     vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = vit(image)

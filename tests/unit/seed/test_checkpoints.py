@@ -98,7 +98,7 @@ def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Pat
 def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     (folder / "eva_vit_g.pth").rename(tmp_path / "vision.pth")
-    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth: there is no such vision-encoder file; download"):
+    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth: no such vision-encoder file; download"):
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
     loaded = Seed2Tokenizer.from_pretrained(folder, vision=tmp_path / "vision.pth", config=seed2.config)
     assert torch.equal(loaded.encode(images), seed2.encode(images))
@@ -113,7 +113,7 @@ def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2To
 
 
 def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, images: Tensor) -> None:
-    """It holds SEED-1's decoder as a text branch beside SEED-2's image branch."""
+    """It holds SEED-1's decoder as a text branch next to SEED-2's image branch."""
     model = tiny_seed1.tokenizer()
     folder = tiny_seed1.released_folder(model, tmp_path / "a")
     state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(
@@ -129,7 +129,7 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
     ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer"),
-    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "does not know, and leaves out, 1 tensor")])
+    ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "1 tensor unknown to the model")])
 def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
     seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
 ) -> None:
@@ -147,7 +147,7 @@ def test_from_pretrained_damaged_or_unsafe_files_are_refused(seed2: Seed2Tokeniz
     state, whole = load_state_dict(file), file.read_bytes()
     torch.save(state | {"temp": Path("a")}, tmp_path / "unsafe.pt")
     unsafe = (tmp_path / "unsafe.pt").read_bytes()
-    for content, message in ((whole[:len(whole) // 2], ""), (unsafe, ": refused.*unsafe")):
+    for content, message in ((whole[:len(whole) // 2], ""), (unsafe, ": rejected.*unsafe")):
         file.write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"seed_quantizer\.pt{message}"):
             Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
@@ -199,7 +199,7 @@ def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: 
         ({"other": torch.zeros(2)}, 61, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'")):
         with pytest.raises(CheckpointError, match=message):
             load_blip2(Stage1Model(CONFIG, vocab_size=size, embed_dim=8), _saved(state, tmp_path / "a.pth"), None)
-    with pytest.raises(CheckpointError, match=r"absent\.pth: there is no such file; download https"):
+    with pytest.raises(CheckpointError, match=r"absent\.pth: no such file; download https"):
         load_blip2(Stage1Model(CONFIG, vocab_size=61, embed_dim=8), tmp_path / "absent.pth", None)
 
 
@@ -249,7 +249,7 @@ def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp
 
 
 def test_load_clip_vision_wrong_folders_are_refused(clip_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"absent: there is no such folder; download laion/CLIP-ViT-H-14"):
+    with pytest.raises(CheckpointError, match=r"absent: no such folder; download laion/CLIP-ViT-H-14"):
         load_clip_vision(tmp_path / "absent", log=None)
     (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
     state = load_state_dict(clip_folder / "model.safetensors")

@@ -126,7 +126,7 @@ def test_export_seed1_from_checkpoints_of_the_published_code(tmp_path: Path) -> 
     assert report.codes == trained.codes[0].tolist()
 
 
-def test_export_sizes_come_from_a_config_beside_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
+def test_export_sizes_come_from_a_config_next_to_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensors have another size"):
         trained.export(tmp_path / "out", config=None)
     file = trained.stage2.parent / "config.json"

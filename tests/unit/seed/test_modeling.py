@@ -23,7 +23,7 @@ def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
     return tiny_seed1.loud(Seed2Tokenizer(config)).eval()  # type: ignore[return-value]
 
 
-def test_released_sizes() -> None:
+def test_original_sizes() -> None:
     """The golden fixtures have every name and shape."""
     with torch.device("meta"):
         models = [Seed2Tokenizer(Seed2Config()), Seed2Tokenizer(Seed2Config(use_qformer_image=True)),

@@ -38,7 +38,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of nano's scenes and `pairs.json` beside them."""
+    """24 images of nano's scenes and `pairs.json` next to them."""
     return lavis_runs.write_pictures(tmp_path_factory.mktemp("pictures"))
 
 

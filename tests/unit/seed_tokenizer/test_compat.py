@@ -1,4 +1,4 @@
-"""LAVIS imports beside today's transformers, in a fresh process, and its absence is one sentence."""
+"""LAVIS imports next to today's transformers, in a fresh process, and its absence is one sentence."""
 
 from __future__ import annotations
 

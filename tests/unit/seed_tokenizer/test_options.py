@@ -1,4 +1,4 @@
-"""YAML files: the released defaults, LAVIS's merging, and one sentence for a wrong key, name or value."""
+"""YAML files: the original defaults, LAVIS's merging, and one sentence for a wrong key, name or value."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def registered():
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_load_config_has_the_released_values(name):
+def test_load_config_has_the_original_values(name):
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 

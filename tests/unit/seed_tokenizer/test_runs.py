@@ -1,4 +1,4 @@
-"""The runner in one process: LAVIS's optimiser and schedule, options that reach the models, accumulation, evaluation,
+"""The runner in one process: LAVIS's optimizer and schedule, options that reach the models, accumulation, evaluation,
 a run that is started again, and errors."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from lavis_runs import log_of, write_text_encoder
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict
 
-# Recorded from the original's scheduler: [epoch, iteration, rate] of the released stage-1 settings.
+# Recorded from the original's scheduler: [epoch, iteration, rate] of the original stage-1 settings.
 STAGE1_RATES = [[0, 0, 3e-07], [0, 1, 3.1485e-07], [0, 1999, 2.9985150000000002e-05], [0, 2000, 3e-05],
                 [0, 4999, 3e-05], [1, 0, 2.9339262969984572e-05], [1, 4999, 2.9339262969984572e-05], [5, 17, 1.65e-05],
                 [9, 4999, 3.6607370300154272e-06]]
@@ -128,7 +128,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
     assert "run.max_epoch: 1 -> 2." in capsys.readouterr().out
     assert list(losses_of(tmp_path / "stage1")) == list(range(1, 9)) and file.stat().st_mtime_ns == before
     run(yaml("stage1", f"run.resume_ckpt_path={file}", name="other"))
-    # The same weights, optimiser and batches: the second epoch has the same losses.
+    # The same weights, optimizer and batches: the second epoch has the same losses.
     whole, other = losses_of(tmp_path / "stage1"), losses_of(tmp_path / "other")
     assert list(other) == [5, 6, 7, 8] and all(other[step] == whole[step] for step in other)
     assert record_of(tmp_path / "other")["steps"] == 8
@@ -189,7 +189,7 @@ def test_main_with_errors_is_one_sentence(yaml, run, tmp_path, capsys):
     capsys.readouterr()
     wide = "model.qformer={width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}"
     cases = {
-        "there is no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
+        "no such stage-1 checkpoint": yaml("stage2", "model.pretrained=log/nothing.pth", name="a"),
         "did you mean 'n_embed'": yaml("stage2", "model.n_embd=3", name="b"),
         "/nowhere/*.tar": yaml("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", name="c"),
         "tensors have another size": yaml("stage2", f"model.pretrained={checkpoint}", wide, name="d"),

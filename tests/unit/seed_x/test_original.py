@@ -1,6 +1,6 @@
 """SEED-X's original programs in `src/inference/`, on a tiny checkpoint in the original layout and files.
 
-The YAML files are the repository's with the tiny sizes; weights have no sizes beside them, as the original ones.
+The YAML files are the repository's with the tiny sizes; weights have no sizes next to them, as the original ones.
 """
 
 from __future__ import annotations
@@ -158,11 +158,11 @@ def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.Cap
 @pytest.mark.slow
 def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    """A system's folder in the place of the released one, as `--model nano-x` is; our pictures stand in."""
+    """A system's folder in the place of the original one, as `--model nano-x` is; our images stand in."""
     monkeypatch.chdir(tmp_path)
     for name in PICTURES:
         assert seed_x_script(name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]) == 0
-    assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same picture
+    assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same image
     flags = ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]
     assert seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
 
@@ -210,8 +210,8 @@ def test_stray_key_of_the_original_is_accepted(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sizes_beside_the_weights_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repository's own YAML files, with the released sizes, read weights that bring theirs."""
+def test_sizes_next_to_the_weights_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository's own YAML files, with the original sizes, read weights that bring theirs."""
     tiny_seed_x.build_released(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     assert seed_x_script("eval_text2img_seed_x_i", ["--device", "cpu", "--out", "a.png", "--steps", "1"]) == 0

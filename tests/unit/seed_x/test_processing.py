@@ -1,4 +1,4 @@
-"""SEED-X's words, prompts and boxes. Prompts and boxes of the released scripts: the golden kind `seedx_inference`."""
+"""SEED-X's words, prompts and boxes. Prompts and boxes of the original scripts: the golden kind `seedx_inference`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from seed_multimodal.seed_x.processing import (
 GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seedx_sequences" / "tokenizer"
 
 
-def test_released_ids() -> None:
+def test_original_ids() -> None:
     words = SeedXVocabulary()
     ids = words.words
     assert words.size == 32330 and len(ids) == 330 and words == SeedXVocabulary()
@@ -33,7 +33,7 @@ def test_released_ids() -> None:
     assert [len(words.read_ids(views)) for views in (2, 3, 4, 5)] == [132, 198, 264, 330]
     assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_word(32103)
     assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
-    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)  # the authors' own picture
+    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)  # the authors' own image
 
 
 @pytest.mark.parametrize(("word", "id", "message"), [

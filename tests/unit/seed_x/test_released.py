@@ -1,4 +1,4 @@
-"""Facts about the released SEED-X, from the images that its authors committed with their scripts.
+"""Facts about the original SEED-X, from the images that its authors committed with their scripts.
 
 `vis/car.png` shows one box on `demo_images/car.jpg` (1200 x 1200). Its corners (302, 782) and (918, 1082) have one
 preimage on the grid of 224 places, so the answer's words are known. The check itself needs the weights, that image and
@@ -19,7 +19,7 @@ from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.system.config import SystemConfig
 
 CAR = Path(__file__).resolve().parents[3] / "demo_images" / "car.jpg"
-PHRASE = "In ths background with a blue sky on the road, there is a car"  # as in the released script
+PHRASE = "In ths background with a blue sky on the road, there is a car"  # as in the original script
 BOX, CORNERS, WORDS = Box(114, 174, 115, 56), (302, 782, 918, 1082), [32218, 32278, 32219, 32160]
 
 

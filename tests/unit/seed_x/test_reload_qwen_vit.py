@@ -32,6 +32,6 @@ def test_reload_both_formats_without_the_language_models_shard(
     assert reload_script([]) == 2 and "exists already" in capsys.readouterr().err
     shards[1].unlink()
     assert reload_script(["--force"]) == 2
-    assert f"{shards[1].name}: there is no such weights file" in capsys.readouterr().err
+    assert f"{shards[1].name}: no such weights file" in capsys.readouterr().err
     assert reload_script(["--source", str(tmp_path / "nowhere"), "--force"]) == 2
     assert "download Qwen/Qwen-VL-Chat" in capsys.readouterr().err

@@ -74,6 +74,9 @@ def test_generate_sends_previews_before_the_answer(client, tiny) -> None:
         assert one["preview"] == image_to_base64(preview) != plain["images"][0]
     status, answer = ask(client, text="USER: Hi\nASSISTANT:", images=[], max_new_tokens=2, temperature=0, previews=True)
     assert status == 200 and set(answer) == KEYS  # nothing to preview
+    response = client.post("/generate", json={**body, "force_boi": False, "max_new_tokens": 8, "words": True})
+    *words, answer = map(json.loads, response.get_data(as_text=True).splitlines())
+    assert len(words) > 1 and "".join(one["words"] for one in words).split() == answer["text"].split()
     assert ask(client, text="<image>", images=[[99]], previews=True)[0] == 400
 
 
@@ -164,9 +167,9 @@ def test_read_turns_gives_the_turns_of_a_rendered_conversation(template) -> None
     ({"text": "<image>", "images": [[16] * 32]}, "images[0] holds code 16; codes lie between 0 and 15."),
     ({"text": "<image>", "images": [[-1] * 32]}, "images[0] holds code -1"),
     ({"text": "<image>", "images": [[10**30] * 32]}, "codes lie between"),
-    ({"text": "<image>", "images": ["@@@"]}, "images[0]: this is not base64"),
+    ({"text": "<image>", "images": ["@@@"]}, "images[0]: not base64"),
     ({"text": "<image>", "images": [""]}, "images[0]: the file is empty"),
-    ({"text": "<image>", "images": [b64(b"no image at all")]}, "images[0]: not a picture in a known format"),
+    ({"text": "<image>", "images": [b64(b"no image at all")]}, "images[0]: not an image in a known format"),
     ({"text": "x", "images": [], "temperature": "hot"}, "'temperature': Input should be a valid number"),
     ({"text": "x", "images": [], "temperature": -1}, "'temperature': Input should be greater than or equal to 0."),
     ({"text": "x", "images": [], "top_p": 1.5}, "'top_p': Input should be less than or equal to 1."),
@@ -216,7 +219,7 @@ def test_generate_refuses_a_body_that_is_too_large(tiny) -> None:
 
 @pytest.mark.parametrize(("images", "sentence"), [
     ([Image.new("1", (700, 700))] * 3, "The images up to images[2] have 1.5 megapixels; a request may have 1."),
-    ([Image.new("1", (1100, 1000))], "images[0]: refused unread, because its header claims 1100x1000")])
+    ([Image.new("1", (1100, 1000))], "images[0]: rejected, because its header claims 1100x1000")])
 def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sentence) -> None:
     from seed_multimodal.serving import backend
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -18,11 +19,11 @@ from served import ask, body, noise, read, serving
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import Backend, Refused, Watch
-from seed_multimodal.serving.chat_page import KINDS, ChatPage
+from seed_multimodal.serving.dialogue import KINDS, Model
 from seed_multimodal.serving.schema import GenerateRequest
+from seed_multimodal.serving.visits import Page, Visit
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = {"max_turns": 1, "num_beams": 3, "max_new_tokens": 64, "temperature": 1.0, "top_p": 0.5}
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
@@ -99,25 +100,28 @@ def test_backend_stops_when_the_client_leaves(tiny_lavit: Lavit, text: str, imag
 
 
 @pytest.mark.process
-def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_path: Path) -> None:
+def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
-        page = ChatPage(address, KINDS["nano-lavit"], tmp_path)
-        dialogue = page.new_dialogue()
+        page, visit = Page([Model(address, KINDS["nano-lavit"])]), Visit()
         noise(1, (60, 40)).save(tmp_path / "shown.png")
-        for place in range(3):  # more rounds than `max_turns`
-            assert page.add(dialogue, str(tmp_path / "shown.png"), "What is it?") == ""
-            assert list(page.answer(dialogue, force_boi=False, ratio="3:2", **PAGE)) == []
-            said = dialogue.conversation.messages[-1]["message"]
-            assert len(dialogue.conversation.messages) == 2 * place + 2 and not dialogue.errors
-            assert said["text"] and said["images"] == []
-        assert page.add(dialogue, None, "a red apple") == ""
-        assert list(page.answer(dialogue, force_boi=True, ratio="3:2", **PAGE)) == []
-        drawn = dialogue.conversation.messages[-1]["message"]
-        assert Image.open(drawn["images"][0]).size == (80, 48) and drawn["images_ids"][0]
-        assert list(page.regenerate(dialogue, force_boi=True, ratio="2:3", **PAGE)) == []
-        again = dialogue.conversation.messages[-1]["message"]
-        assert Image.open(again["images"][0]).size == (48, 80) and len(page.messages(dialogue)) == 8
+
+        def reply(updates: Any) -> Any:
+            async def end() -> None:
+                _ = [update async for update in updates]
+            asyncio.run(end())
+            return visit.turns[-1]
+
+        settings = (1, 64, 0.0, 0.5, 3)
+        for place in range(3):
+            said = {"text": "What is it?", "files": [str(tmp_path / "shown.png")]}
+            answer = reply(page.on_submit(visit, said, False, "3:2", *settings))
+            assert answer.text and not answer.images and len(visit.turns) == 2 * place + 2 and not answer.below
+        drawn = reply(page.on_submit(visit, {"text": "a red apple", "files": []}, True, "3:2", *settings)).images[0]
+        assert Image.open(drawn.path).size == (80, 48) and drawn.codes
+        again = reply(page.on_retry(visit, True, "2:3", *settings)).images[0]
+        assert Image.open(again.path).size == (48, 80) and len(visit.turns) == 8
 
 
 @pytest.mark.parametrize(("named", "asked"), [
@@ -136,7 +140,7 @@ def test_start_script_starts_any_system(named: str, asked: str, tmp_path: Path) 
 
 @pytest.mark.process
 def test_page_needs_no_torch() -> None:
-    loaded = subprocess.run([sys.executable, "-c", "import sys, seed_multimodal.serving.gradio_app\n"
+    loaded = subprocess.run([sys.executable, "-c", "import sys, seed_multimodal.serving.page\n"
                              "print([name for name in ('torch', 'diffusers') if name in sys.modules])"],
                             capture_output=True, text=True, cwd=ROOT, check=True, env=None).stdout
     assert loaded.strip() == "[]"

@@ -183,10 +183,13 @@ def test_an_image_is_fetched_from_an_allowed_host(tiny, picture) -> None:
     client = create_app(tiny, limits=Limits(hosts=("127.0.0.1",))).test_client()
     answers = [client.post("/v1/images/tokens", json={"images": [f"http://127.0.0.1:{server.server_port}/{name}"]})
                for name in ("a.png", "moved", "a.gif")]
+    tricks = ["http://127.0.0.2\\@127.0.0.1/a.png", "http://127.0.0.1@127.0.0.2/", "ftp://127.0.0.1/a.png", "http://[::1]/"]
+    refused = [client.post("/v1/images/tokens", json={"images": [trick]}).json["error"]["message"] for trick in tricks]
+    assert all("nothing is fetched" in sentence for sentence in refused)
     server.shutdown()
     assert answers[0].json["data"] == [{"codes": tiny.tokenize(picture)[0].tolist()}]
     assert [one.status_code for one in answers] == [200, 400, 400]
-    assert "not a picture in a known format" in answers[2].json["error"]["message"]
+    assert "not an image in a known format" in answers[2].json["error"]["message"]
 
 
 def test_a_late_answer_is_cut_off(tiny) -> None:

@@ -16,10 +16,11 @@ from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.chat_page import KINDS, ChatPage
+from seed_multimodal.serving.dialogue import KINDS, Model, Shown, Turn, request
+from seed_multimodal.serving.visits import Page, Visit
+from seed_multimodal.serving.visits import shown as displayed
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
-PAGE = {"max_turns": 3, "num_beams": 1, "max_new_tokens": 64, "temperature": 0.0, "top_p": 0.5}
 NO_CODES = "images[0] holds codes, but the images of this model have none; send the image itself."
 
 
@@ -99,7 +100,7 @@ class Answering(SeedX):
         yield from self.ids
 
 
-def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:
+def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, monkeypatch: Any) -> None:
     """As shares of the last image; the page draws them on it, and sends them back as words."""
     words = tiny_x.tokenizer.vocabulary
     answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(words), 2]
@@ -109,20 +110,17 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) ->
     alone = ask(client, "[INST] Where is it? [/INST]\n")
     assert "boxes" not in alone and "no image that they could lie on" in alone["error_msg"][0]
 
-    page = ChatPage("", KINDS["seed-x-i"], tmp_path, post=lambda *_: iter([said]))
-    dialogue = page.new_dialogue()
-    for seed in range(2):
-        noise(seed).save(tmp_path / f"{seed}.png")
-        page.add(dialogue, str(tmp_path / f"{seed}.png"), None)
-    page.add(dialogue, None, "Where is it?")
-    assert list(page.answer(dialogue, force_boi=False, **PAGE)) == []
-    text, found = page.messages(dialogue)[1]["content"]
-    shown = Image.open(found["path"])
-    assert text == "a cat" and shown.getpixel((18, 5)) == shown.getpixel((29, 9)) == (0, 255, 0)
-    assert shown.getpixel((24, 7)) == noise(1).getpixel((24, 7))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page, visit = Page([Model("", KINDS["seed-x-i"])]), Visit()
+    shown = [Shown(visit.keep(noise(seed))) for seed in range(2)]
+    asked = Turn([*shown, "Where is it?"])
+    found = page.receive(visit, [asked], said)
+    assert found.text == said["text"] and displayed([asked, found])[1]["content"][0] == "a cat"
+    drawn = Image.open(found.below[0].path)
+    assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
+    assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
 
-    page.add(dialogue, None, "Thanks")
-    assert said["text"] in dialogue.request(lambda path: path)["text"]
+    assert said["text"] in request("llama2", [asked, found, Turn(["Thanks"])], str)["text"]
     turns = [Message("user", ("Where is it?",)), Message("assistant", (said["text"],)), Message("user", ("Thanks",))]
     ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))

@@ -98,7 +98,7 @@ def test_assemble_refuses_wrong_settings_and_missing_parts(
 ) -> None:
     parts, out = {"tokenizer": tiny_folder / "seed_tokenizer"}, tmp_path / "system"
     assert assemble("seed-llama", out, **parts, llm=tmp_path / "absent") == 2
-    assert f"{tmp_path / 'absent'}: there is no such folder for --llm" in capsys.readouterr().err
+    assert f"{tmp_path / 'absent'}: no such folder for --llm" in capsys.readouterr().err
     wrong = tmp_path / "settings.json"
     wrong.write_text('{"templat": "vicuna"}')
     assert assemble("seed-llama", out, **parts, settings=wrong) == 2

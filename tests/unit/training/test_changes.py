@@ -21,5 +21,5 @@ def test_every_difference_by_its_key() -> None:
 def test_many_are_counted() -> None:
     assert settings_remark(BEFORE, BEFORE, ()) == ""
     said = settings_remark(BEFORE, {**BEFORE, **{f"k{number}": 1 for number in range(9)}}, ())
-    assert said.startswith("other settings than in the run that saved its state: k0: 0 -> 1; k1: 0 -> 1; ")
+    assert said.startswith("settings changed since the checkpoint: k0: 0 -> 1; k1: 0 -> 1; ")
     assert said.endswith("; k7: 0 -> 1; 1 more")

@@ -37,20 +37,20 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training without the loop: twelve steps as one would write them by hand."""
     model, data = toy.toy_model()
     settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
-    optimiser = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
     average = Ema(model, 0.9)
     losses = []
     for step in range(12):
         torch.manual_seed(3 * 1_000_003 + step)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, settings)
         with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
             value = toy.toy_loss(model, data, batch_indices(step, 8, 64, 3), 0.1)
         losses.append(value.item())
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         average.update(model, step)
         toy.move_bias(model)
     average.copy_to(model)
@@ -127,7 +127,7 @@ def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: Module
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
-def test_given_optimiser_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
+def test_given_optimizer_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -165,9 +165,9 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     content = toy.content(tmp_path)
-    with pytest.raises(CheckpointError, match=r"run with 8 as its samples per step, this one has 16"):
+    with pytest.raises(CheckpointError, match=r"saved with samples per step 8, this run has 16"):
         toy.train(tmp_path, batch_size=16)
-    with pytest.raises(CheckpointError, match=r"run with 8 as its samples per step, this one has 24"):
+    with pytest.raises(CheckpointError, match=r"saved with samples per step 8, this run has 24"):
         toy.train(tmp_path, gradient_accumulation_steps=3)
 
     def resume(model: nn.Module, **more: Any) -> None:
@@ -177,11 +177,11 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="have another size, first '0.weight'"):
         resume(nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1)))
     model, _ = toy.toy_model()
-    with pytest.raises(CheckpointError, match="another optimiser"):
+    with pytest.raises(CheckpointError, match="another optimizer"):
         resume(model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
     every = torch.optim.AdamW(parameter_groups(model, 0.0))
     model[0].bias.requires_grad_(False)
-    with pytest.raises(CheckpointError, match="averaged weights belong to other trained parameters"):
+    with pytest.raises(CheckpointError, match="averaged weights are of other trained parameters"):
         resume(model, optimizer=every)
     assert toy.content(tmp_path) == content
     weights = toy.newest(tmp_path) / "model.safetensors"

@@ -36,7 +36,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
     said = process.communicate(timeout=200)[0]
-    assert said.count("refused: [single] 2 processes run this stage, but it is made for one") == 2, said
+    assert said.count("refused: [single] this stage supports a single process, not 2") == 2, said
     compare_states(toy, tmp_path, said)
     compare_losses(toy, tmp_path)
     compare_logs(tmp_path)
@@ -93,7 +93,7 @@ def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
 
 def assert_another_batch_is_refused(toy: ModuleType, folder: Path) -> None:
     content = toy.content(folder, "endless")
-    with pytest.raises(CheckpointError, match="run with 8 as its samples per step, this one has 4, so it would not"):
+    with pytest.raises(CheckpointError, match="saved with samples per step 8, this run has 4; use"):
         toy.train(folder, **ENDLESS)
     assert toy.content(folder, "endless") == content
 

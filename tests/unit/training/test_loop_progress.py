@@ -99,7 +99,7 @@ def test_tensorboard_events_are_readable_and_hide_what_is_made_again(toy: Module
         with pytest.raises(SystemExit):
             toy.train(tmp_path, report_to=["tensorboard"], logging_steps=1, stop_at=stop_at)
         if stop_at == 3:
-            shutil.rmtree(tmp_path / "toy.checkpoints")  # and begin anew
+            shutil.rmtree(tmp_path / "toy.checkpoints")  # and begin again
     toy.train(tmp_path, report_to=["tensorboard"], logging_steps=2)
     board = tmp_path / "tensorboard" / "toy"
     assert len(list(board.glob("events.out.tfevents.*"))) == 3

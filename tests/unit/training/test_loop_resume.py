@@ -76,7 +76,7 @@ def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleTyp
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
-    """A real file system that is really full: room for a checkpoint, but not for its successor beside it."""
+    """A real file system that is really full: room for a checkpoint, but not for its successor next to it."""
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
     if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
@@ -92,7 +92,7 @@ def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: 
     assert "files: ['losses.0.txt', 'toy.checkpoints']" in said and "state of step: 1" in said
 
 
-def test_file_size_limit_is_told_for_checkpoint_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
+def test_file_size_limit_is_reported_for_checkpoint_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
     """The system refuses to write on (RLIMIT_FSIZE) at several sizes; each time one sentence and the last state."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 

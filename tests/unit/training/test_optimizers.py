@@ -1,4 +1,4 @@
-"""Optimisers and schedules: the original's AdamW number by number, Muon beside AdamW, rates of the released runs."""
+"""Optimisers and schedules: the original's AdamW number by number, Muon next to AdamW, rates of the original runs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_adamw_hf_is_the_published_update() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
-def test_states_go_on_exactly(name: str) -> None:
+def test_states_continue_exactly(name: str) -> None:
     settings = OptimSettings(name=name, learning_rate=1e-2)
     whole, broken = toy(), toy()
     kept, first = build_optimizer(whole, settings), build_optimizer(broken, settings)
@@ -72,14 +72,14 @@ def test_states_go_on_exactly(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
 
 
-def test_weight_decay_reaches_norms_as_released() -> None:
+def test_weight_decay_reaches_norms_as_original() -> None:
     model = toy()
     trained = [p for p in model.parameters() if p.requires_grad]
     released = build_optimizer(model, OptimSettings()).param_groups
     assert [(len(g["params"]), g["weight_decay"]) for g in released] == [(len(trained), 0.05)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    with pytest.raises(ConfigError, match="nothing to train"):
+    with pytest.raises(ConfigError, match="Nothing to train"):
         build_optimizer(model, OptimSettings())
 
 
@@ -92,8 +92,8 @@ def test_schedules() -> None:
     assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
 
 
-def test_released_run_to_all_printed_digits() -> None:
-    """`trainer_state.json` of the released 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
+def test_original_run_to_all_printed_digits() -> None:
+    """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
     settings = OptimSettings(learning_rate=3e-5, warmup_ratio=0.03, min_lr_ratio=0.05)
     logged = {1: 5.0000000000000004e-08, 600: 3e-05, 631: 2.9999820442467018e-05, 761: 2.9995157068734853e-05,
               19989: 1.5000226082220341e-06, 20000: 1.5e-06}

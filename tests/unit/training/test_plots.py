@@ -32,8 +32,8 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("lines", "out", "sentence"), [
-    (None, "x.png", "nothing: there is no log of a training run"),
-    (["not json", '{"step": 1}'], "x.png", "stage2.log.jsonl: holds no line with a step and its numbers"),
+    (None, "x.png", "nothing: no log of a training run"),
+    (["not json", '{"step": 1}'], "x.png", "stage2.log.jsonl: contains no line with a step and numbers"),
     (['{"step": 1, "loss": 1}'], "x.doc", "Format 'doc' is not supported")])
 def test_plot_command_refuses_in_one_sentence(tmp_path: Path, lines: list[str] | None, out: str, sentence: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,4 +60,4 @@ def test_save_curves_never_fails(tmp_path: Path) -> None:
     save_curves(tmp_path / "run", lines.append)
     assert not lines and Image.open(tmp_path / "run" / "curves.png").size[0] > 1000
     save_curves(tmp_path / "empty", lines.append)
-    assert "curves.png: the curves were not drawn" in lines[0] and "no log of a training run" in lines[0]
+    assert "curves.png: the curves were not plotted" in lines[0] and "no log of a training run" in lines[0]

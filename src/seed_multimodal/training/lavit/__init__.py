@@ -1,1 +1,1 @@
-"""LaVIT's training on the one loop: its published recipe was never released as code."""
+"""LaVIT's training: the published recipe has no public code."""

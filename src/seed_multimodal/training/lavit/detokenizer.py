@@ -1,8 +1,8 @@
-"""LaVIT's pixel decoders as a task of the trainer: a U-Net learns to draw images from their own codes.
+"""LaVIT's pixel decoders as a trainer task: a U-Net learns to reconstruct images from their codes.
 
-The frozen tokenizer makes an image's codes and the frozen blocks of the code decoder features of these; the heads
-behind them are trained with the U-Net. OUTPUT_DIR/pixels is the result, for `LavitDetokenizer.from_pretrained`,
-and in it `decoder/`, for `CodeDecoder.from_pretrained`.
+The frozen tokenizer computes the codes, the frozen blocks of the code decoder features of these; the decoder's heads
+are trained with the U-Net. The result is OUTPUT_DIR/pixels, for `LavitDetokenizer.from_pretrained`, with `decoder/`,
+for `CodeDecoder.from_pretrained`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from seed_multimodal.training.llm.config import find_folder
 from seed_multimodal.training.pixel_decoder.task import ImageData, PixelTask
 from seed_multimodal.training.run import Run
 
-DECODER = "decoder"  # in the result's folder
-KEPT = ("scheduler", "layout", "seed_decode.json")  # of the folder that the training began with, beside the autoencoder
+DECODER = "decoder"  # subfolder of the result
+KEPT = ("scheduler", "layout", "seed_decode.json")  # copied from the initial folder, with the autoencoder
 Mode = Literal["draw", "threshold"]
 
 
 @dataclass
 class LavitPixelModel:
-    """What is trained, and what it is trained with.
+    """Trained and frozen models.
 
     Attributes:
         diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of SDXL's kind or of
             Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text encoder and tokenizer to make it).
         tokenizer: the dynamic tokenizer, as `load_dynamic_tokenizer`.
-        decoder: the code decoder, as `CodeDecoder.from_pretrained`; if its head is for the other kind of U-Net, the
-            training begins with a new one (`seed`).
-        start: an earlier result to begin with: U-Net and code decoder; "": those of `diffusion` and `decoder`.
-        trained: of the U-Net, `all` or `key_value`; the heads always are.
-        selection, selection_seed: which patches are kept, see `ImageCodes`.
+        decoder: the code decoder, as `CodeDecoder.from_pretrained`; a head for the other kind of U-Net is replaced by
+            a new one (`seed`).
+        start: an earlier result (U-Net and code decoder) to start from; "": those of `diffusion` and `decoder`.
+        trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
+        selection, selection_seed: of patches, see `ImageCodes`.
         dropout: see `LavitPixelLoss`.
     """
 
@@ -83,8 +83,8 @@ class LavitImages(ImageData):
 def image_codes(tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0) -> Tensor:
     """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order of the patches, -1 behind the last one.
 
-    `selection`: of patches, as of `DynamicTokenizer.select`; what is drawn follows from the image and `seed`, so that
-    an image always has the same codes.
+    `selection`: of patches, as of `DynamicTokenizer.select`; determined by the image and `seed`, so that an image
+    always has the same codes.
     """
     generators = [torch.Generator().manual_seed(sample_seed(seed, 0, zlib.crc32(one.numpy().tobytes())))
                   for one in pixels.cpu()] if selection == "draw" else None
@@ -123,7 +123,7 @@ class LavitPixelTask(PixelTask):
         place = Path(model.start) if model.start else self.folder
         unet = LavitDetokenizer.load_part(place, "unet")
         decoder, new = decoder_for(unet, place / DECODER if model.start else model.decoder, model.seed)
-        self._log(f"{model.decoder} has no head for this U-Net: a new one is trained." if new else "")
+        self._log(f"{model.decoder} has no head for this U-Net; training a new one." if new else "")
         self.width = decoder.config.context_dim
         null_embeds = None if is_sdxl(unet) else read_empty_text(self.folder, int(unet.config.cross_attention_dim))
         module = TrainedPixels(unet, decoder, null_embeds).train()

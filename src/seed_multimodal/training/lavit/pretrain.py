@@ -1,13 +1,13 @@
-"""Stage 2 of LaVIT, unified pre-training, as a task of the trainer: the language model's, with images in its rows.
+"""LaVIT's stage 2, unified pre-training, as a trainer task: the language model's task, with images in its rows.
 
-    [image, text]   continuous rows of the trained merger and projector are read; the text is learned
-    [text, image]   the frozen tokenizer's codes are learned, and image end
-    text            as ever
+    [image, text]   input: continuous features of the trained token merger and projector; target: the text
+    [text, image]   target: the frozen tokenizer's codes, and image end
+    text            target: the text
 
-The frozen vision encoder and token selector see images on the device; which patches are kept is a function of (seed,
-sample). Codes are made by stage 1's merger, which stays as it was, and what the language model reads by the trained
-one. In log lines `text_loss` is that of text, `image_loss` that of codes and image end. A checkpoint is a
-`language_model` folder of a released LaVIT. Source: specification §5.3.
+The frozen vision encoder and token selector run on the device; patch selection is determined by (seed, sample). Codes
+come from stage 1's frozen token merger, input features from the trained one. In log lines `text_loss` is that of text,
+`image_loss` that of codes and image end. A checkpoint is a `language_model` folder of an original LaVIT. Source:
+specification §5.3.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ from seed_multimodal.training.run import Run
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict, some_weights
 
 VISUAL = ("visual_weight.safetensors", "visual_weight.bin")
-PARTS = ("causal_encoder", "vit_proj")  # what is trained beside the language model, by the released names
+PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
 
 
 @dataclass
 class VisualModel:
-    """The frozen tokenizer of stage 1, and where the trained merger and projector start.
+    """The frozen tokenizer of stage 1, and the initialization of the trained token merger and projector.
 
     Attributes:
-        path: the tokenizer's folder, a released model's or ours (`lavit.checkpoints`).
-        start: a `visual_weight` file, or a folder with one; None: stage 1's merger, and a new projector (`seed`).
-        selection: `draw` (as released: each patch by its probability, a function of seed and sample here) or
+        path: the tokenizer's folder, an original model's or ours (`lavit.checkpoints`).
+        start: a `visual_weight` file, or a folder with one; None: stage 1's token merger, and a new projector (`seed`).
+        selection: `draw` (original: each patch by its probability; here determined by seed and sample) or
             `threshold`.
-        at_once: images that the frozen networks take at a time.
+        at_once: images per forward pass of the frozen networks.
     """
 
     path: str
@@ -64,10 +64,10 @@ class VisualModel:
 
 
 class UnifiedLoss(LossModule):
-    """`LossModule` with features in places of the rows. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
+    """`LossModule` with image features in the rows. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
 
-    The merger takes part in every step, with numbers that count for nothing where the batch has no image to read: all
-    processes compute gradients of the same parameters, and ZeRO-3 gathers them in one order.
+    The token merger runs in every step, on dummy input if the batch has no input image, so that all processes compute
+    gradients of the same parameters and ZeRO-3 gathers them in the same order.
     """
 
     def __init__(self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights) -> None:
@@ -89,13 +89,13 @@ class UnifiedLoss(LossModule):
         return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
 
     def read(self, features: Tensor, keep: Tensor) -> Tensor:
-        """Features `[n, N, D]`, kept or not `[n, N]` → what the language model reads `[n, N, width]`."""
+        """Features `[n, N, D]` and selection mask `[n, N]` → input of the language model `[n, N, width]`."""
         found: Tensor = self.vit_proj(self.causal_encoder(features.to(self.vit_proj.weight.dtype), keep))
         return found
 
 
 class PretrainTask(LlmTask):
-    """One run in one process. `visual`: the frozen tokenizer, whose merger makes codes and stays as it was."""
+    """One run in one process. `visual`: the frozen tokenizer, which computes codes."""
 
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
@@ -103,21 +103,21 @@ class PretrainTask(LlmTask):
     kinds = {**LlmTask.kinds, "visual_encoder": VisualModel}
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizers. Raises as `RunTask.train`; ConfigError for parts that do not belong together."""
+        """Open data and tokenizers. Raises as `RunTask.train`; ConfigError: mismatched tokenizers."""
         self.visual = load_dynamic_tokenizer(find_folder(run.visual_encoder.path))
         super().__init__(run, group, device)
         sizes, words = self.visual.config, self.tokenizer.vocabulary
         for name, there, here in (("codes", sizes.codebook_size, words.n_codes),
                                   ("patches an image", sizes.patches, words.tokens_per_image)):
             if there != here:
-                raise ConfigError(f"visual_encoder: the visual tokenizer has {there} {name}, but the words of the "
-                                  f"tokenizer {run.tokenizer} are for {here}.")
+                raise ConfigError(f"visual_encoder: the visual tokenizer has {there} {name}, but tokenizer "
+                                  f"{run.tokenizer} expects {here}.")
         self.check_views(sizes.vit.image_size, OpenedOptions.base_resolution)
 
-    # ------------------------------------------------------------------------------------------------- the training
+    # ------------------------------------------------------------------------------------------------- training
 
     def make_module(self) -> nn.Module:
-        """Merger and projector, in fp32, beside the language model; the frozen tokenizer moves to the device."""
+        """Token merger and projector, in fp32, with the language model; moves the frozen tokenizer to the device."""
         visual, settings = self.visual, self.run.visual_encoder
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -138,7 +138,7 @@ class PretrainTask(LlmTask):
 
     @torch.no_grad()
     def ready(self, batch: LlmBatch) -> ReadyBatch:
-        """The batch with its images: codes of those that are written, features of those that are read."""
+        """The batch with codes of target images and features of input images."""
         views, words = batch.views, self.tokenizer.vocabulary
         if views is None:
             return ReadyBatch(**vars(batch))
@@ -159,7 +159,7 @@ class PretrainTask(LlmTask):
                           kept=on_cpu[read].flatten().nonzero().flatten(), places=places)
 
     def _codes(self, features: Tensor, keep: Tensor) -> list[list[int]]:
-        """Features `[n, N, D]` and what is kept of them `[n, N]` → the codes of each image."""
+        """Features `[n, N, D]` and selection mask `[n, N]` → codes of each image."""
         at_once, codes = self.run.visual_encoder.at_once, list[list[int]]()
         for some, kept in zip(features.split(at_once), keep.split(at_once), strict=True) if len(features) else ():
             rows, counts = kept_rows(self.visual.merge(some, kept), kept)
@@ -172,14 +172,14 @@ class PretrainTask(LlmTask):
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask, batch.features,
                      batch.keep, batch.kept, batch.places)
 
-    # ---------------------------------------------------------------------------------------------- the checkpoints
+    # ---------------------------------------------------------------------------------------------- checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
-        """Stage 1's tokenizer, by whose codes images are written."""
+        """Stage 1's tokenizer."""
         return {"visual tokenizer": some_weights(self.visual)}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The language model's (or its adapter's), and merger and projector by their released names."""
+        """Weights of the language model (or its adapter), token merger and projector, with original names."""
         everything = dict(self.module.named_parameters()) if gathered is None else gathered
         visual = {name: value.detach() for name, value in everything.items() if name.startswith(PARTS)}
         others = None if gathered is None else {name: value for name, value in gathered.items() if name not in visual}
@@ -197,14 +197,14 @@ class PretrainTask(LlmTask):
 
 
 def load_visual(parts: Mapping[str, nn.Module], place: Path) -> None:
-    """Fill merger and projector from a file, or a folder with one.
+    """Load token merger and projector from a file, or a folder with one.
 
     Raises:
-        CheckpointError: there is none, or one of its tensors is missing or of another size.
+        CheckpointError: no file, or a tensor is missing or of another size.
     """
     file = first_file(place, VISUAL) if place.is_dir() else place
     if file is None or not file.is_file():
-        raise CheckpointError(f"{place}: there is no {VISUAL[0]}, the merger and projector of a language model.")
+        raise CheckpointError(f"{place}: no {VISUAL[0]} (token merger and projector of a language model).")
     state = load_state_dict(file)
     for name, part in parts.items():
         start = f"{name}."

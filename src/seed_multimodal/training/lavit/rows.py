@@ -1,9 +1,9 @@
-"""Rows with images of any number of tokens: what the token selector kept takes the place of what packing had planned.
+"""Rows with images of variable length: replaces the placeholders of packing by the selected patches.
 
-The data workers plan a number of places for each image (`data.decoders.lavit`); how many patches are kept, and their
-codes, are known on the device only. Here rows become longer or shorter by the difference, their sequences and their
-order stay. Packed rows keep their length where what was kept fits, so that attention is compiled for few lengths; the
-rest is padding. Where more was kept than planned, rows grow by eighths.
+Data workers plan a number of placeholders per image (`data.decoders.lavit`); the number of selected patches and their
+codes are known only on the device. Here rows grow or shrink by the difference; sequences and order stay. Packed rows
+keep their length if the selected patches fit (padded), so that attention is compiled for few lengths; otherwise they
+grow by eighths.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ _EIGHTH = 8
 
 @dataclass
 class ReadyBatch(LlmBatch):
-    """A micro-batch whose images are as long as they are.
+    """A micro-batch with the actual image lengths.
 
     Attributes:
-        features: [n, N, D] of the images that are read, on the device; keep: [n, N], 1 kept or 0; None without any.
-        kept: int64 [T], which rows of all their patches are kept. places: int64 [T], where these stand among all
-            positions of the batch.
+        features: [n, N, D] of input images, on the device; keep: [n, N], selection mask 0 or 1; None without images.
+        kept: int64 [T], indices of the selected patches. places: int64 [T], their positions in the flattened batch.
     """
 
     features: Tensor | None = None
@@ -39,7 +38,7 @@ class ReadyBatch(LlmBatch):
 
 
 class _Row(NamedTuple):
-    """A row without padding; `places` of features; `squares` of its sequences' lengths, added up."""
+    """A row without padding; `places` of features; `squares`: sum of squared sequence lengths."""
 
     ids: np.ndarray
     labels: np.ndarray
@@ -49,7 +48,7 @@ class _Row(NamedTuple):
 
 
 class _Image(NamedTuple):
-    """`words` planned places from `start` on, which become so many `tokens`: `codes`, or features that are read."""
+    """`words` placeholders from `start` on, replaced by `tokens` tokens: `codes`, or input features."""
 
     start: int
     words: int
@@ -59,11 +58,11 @@ class _Image(NamedTuple):
 
 def fill_rows(batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[int] | None], code_start: int,
               pad_id: int) -> tuple[LlmBatch, Tensor]:
-    """The batch with its images as they are, and the places of those that are read (int64 [T], in their order).
+    """The batch with its images' actual tokens, and the positions of input features (int64 [T]).
 
     Args:
-        counts: of each image the patches it keeps. codes: theirs of an image that is written, None of one that is
-            read, whose ids there are `code_start` and mean nothing.
+        counts: selected patches of each image. codes: of a target image; None for an input image, whose ids are
+            placeholders (`code_start`).
     """
     views, packed = batch.views, batch.attention_mask is None
     words = [] if views is None else views.words
@@ -95,7 +94,7 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
     """One row with its images."""
     ids, labels, positions = (one[line].numpy() for one in (batch.input_ids, batch.labels, batch.position_ids))
     used = len(ids) if batch.attention_mask is None else int(batch.attention_mask[line].sum())
-    if batch.attention_mask is None:  # padding is a last sequence without anything to learn
+    if batch.attention_mask is None:  # padding is a last sequence without loss
         last = int(np.flatnonzero(positions == 0)[-1])
         used = used if (labels[last:] != IGNORED).any() else last
     repeat = (np.arange(len(ids)) < used).astype(np.int64)
@@ -119,7 +118,7 @@ def _filled(batch: LlmBatch, line: int, images: Sequence[_Image], code_start: in
 
 
 def _padded(row: _Row, length: int, pad_id: int, packed: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels and positions of a row of this length; padding counts as a sequence of its own if `packed`."""
+    """Ids, labels and positions of a row of this length; padding is a separate sequence if `packed`."""
     rest = length - len(row.ids)
     after = np.arange(rest) + (0 if packed else len(row.ids))
     return (np.pad(row.ids, (0, rest), constant_values=pad_id),

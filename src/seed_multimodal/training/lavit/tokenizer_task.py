@@ -1,7 +1,7 @@
-"""Stage 1 of LaVIT as a task of the trainer: selector, merger, codebook and decoder from images alone.
+"""LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from images only.
 
-One run does both halves: `codebook_warmup` steps without codes, then the codebook's start and training with it. The log
-has `loss_cosine` (see `lavit.training.REFERENCE`), `kept`, `tokens` of an image with their spread, `codebook_used` and
+One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with codes. The log has
+`loss_cosine` (see `lavit.training.REFERENCE`), `kept`, `tokens` per image with their spread, `codebook_used` and
 `perplexity`.
 """
 
@@ -24,7 +24,7 @@ class LavitTokenizerTask(CodebookTask):
     """Trains a `LavitStage1`.
 
     Args:
-        batches: micro-step → this process's batch on the model's device, a function of its argument alone: normalised
+        batches: micro-step → this process's batch on the model's device, deterministic: normalized
             pixels `[B, 3, S, S]`, or features `[B, N, D]` of the frozen vision encoder.
         selector_lr_scale: see `stage1_groups`.
     """
@@ -49,13 +49,13 @@ class LavitTokenizerTask(CodebookTask):
         return output.loss, self.latest
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """The last step's numbers."""
+        """Numbers of the last step."""
         return {**super().finish(group), **{name: round(float(value), 4) for name, value in self.latest.items()}}
 
 
 def stage1_groups(model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """AdamW's groups of what is trained, the selector's with its own `lr_scale`, last. Too high a rate lets the
-    selector keep everything or nothing before merger and decoder have learnt anything."""
+    """AdamW's parameter groups, the token selector's last with its `lr_scale`. With too high a rate the token selector
+    collapses to all or none before token merger and decoder are trained."""
     selector = parameter_groups(model.tokenizer.token_predictor, weight_decay)
     own = {id(parameter) for group in selector for parameter in group["params"]}
     others = [{**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}

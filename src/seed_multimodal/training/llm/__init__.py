@@ -1,1 +1,1 @@
-"""The language model's training application: model, optimiser, engines, checkpoints, and the loop over packed data."""
+"""Training of the language model: model, data, loss, metrics and command line."""

@@ -3,11 +3,11 @@
     python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml trainer.max_steps=100 output_dir=log/run
     python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --deepspeed … --bf16 True
 
-A group (model, data, …) takes the name of one of its configurations or the path of any file. A flag becomes an
-override in its place of the line, and the last one wins; a group's file replaces what flags before it set.
+A group (model, data, …) is set to the name of one of its configurations or the path of a file. Flags are translated
+into overrides in command-line order; the last one wins, and a group's file replaces earlier settings of the group.
 
-Beside overrides and flags: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved
-configuration and stop), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
+Further options: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the resolved configuration
+and exit), `--help`, `--debug` (tracebacks). Under torchrun every process runs it.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import describe_settings, nearest
 from seed_multimodal.training.llm.config import find_folder
 
-# Program -> its configuration below `configs`, and its task below `training`.
+# Program -> configuration below `configs`, and task below `training`.
 PROGRAMS = {"train": ("train", "llm.task:LlmTask"),
             "train_seed_x_sft": ("train_seed_x_sft", "seed_x.tuning:TuningTask"),
             "train_lavit": ("train_lavit", "lavit.pretrain:PretrainTask"),
             "train_seed_x_detokenizer": ("seed_x_detokenizer/train", "seed_x.detokenizer:DetokenizerTask"),
             "train_lavit_detokenizer": ("lavit_detokenizer/train", "lavit.detokenizer:LavitPixelTask")}
 GROUPS = ("model", "data", "optim", "trainer", "tokenizer", "deepspeed", "eval_data", "visual_encoder", "agent")
-FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # a group's files lie in another's folder
+FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # groups that share another group's folder
 _SUFFIXES = (".yaml", ".yml", ".json")
 
 def _boolean(value: str) -> dict[str, str | None]:
-    """What the ways to write true and false mean: a value, or none."""
+    """Spellings of true and false -> value."""
     return {**dict.fromkeys(("true", "t", "yes", "y", "1"), value), **dict.fromkeys(("false", "f", "no", "n", "0"))}
 
 
-# Flag -> override; `{value}` as it is typed, `{text}` in quotes.
+# Flag -> override; `{value}`: as typed, `{text}`: quoted.
 FLAGS = {
     **{flag: f"{group}={{value}}" for flag, group in {  # a group's file
         "model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
@@ -68,7 +68,7 @@ FLAGS = {
     "use_cpu": "++trainer.device={value}", "no_cuda": "++trainer.device={value}",
     "evaluation_strategy": "++trainer.eval_steps={value}", "eval_strategy": "++trainer.eval_steps={value}",
     "save_strategy": "++trainer.save_steps={value}"}
-# Flag -> what typed values mean (None: no override): no others are known, or others stay as they are.
+# Flag -> translation of values (None: no override); other values are errors, or unchanged.
 _EVALUATE = {"no": "0", "steps": "${trainer.logging_steps}"}
 ONLY: dict[str, Mapping[str, str | None]] = {
     "bf16": _boolean("bf16"), "fp16": _boolean("fp16"), "use_cpu": _boolean("cpu"), "no_cuda": _boolean("cpu"),
@@ -77,7 +77,7 @@ ALSO = {"resume_from_checkpoint": {"True": "auto"}, "mixed_precision": {"no": "f
         "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
         "report_to": {"none": "", "all": "tensorboard"}}
 REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
-# Accepted without effect: the data configuration sets micro-batches and views, the engine most of the rest.
+# Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest by the engine.
 IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
            "ignore_data_skip", "resume_steps", "data_seed", "project_name", "image_transform", "logging_nan_inf_filter",
            "log_level", "log_level_replica", "logging_dir", "logging_strategy", "logging_first_step", "disable_tqdm",
@@ -92,26 +92,26 @@ OPTIONS = {"cp": "config_path", "cd": "config_path", "config_path": "config_path
            "cn": "config_name", "config_name": "config_name", "c": "cfg", "cfg": "cfg", "h": "help", "help": "help",
            "debug": "debug"}
 _BARE = ("bf16", "fp16", "use_cpu", "no_cuda", "gradient_checkpointing", "torch_compile", *REFUSED, *IGNORED,
-         "c", "cfg", "h", "help", "debug")  # may stand without a value
+         "c", "cfg", "h", "help", "debug")  # value optional
 _KNOWN = (*FLAGS, *REFUSED, *IGNORED, *OPTIONS)
-_OWN = ("resume", "device")  # flags of ours: they do not bring the original's defaults
+_OWN = ("resume", "device")  # new flags, which do not activate the original's defaults
 
 
 def main_process(program: str | Path) -> NoReturn:
-    """The training at `MultiModalLLM/src/train/PROGRAM.py` as a program."""
+    """Run the training `MultiModalLLM/src/train/PROGRAM.py` as a program."""
     file = Path(program).resolve()
     run_and_exit(lambda: main(file.stem, file.parents[2] / "configs"))
 
 
 def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
-    """Compose and train; returns the exit code (2: refused or failed, with one sentence on stderr; 143: SIGTERM)."""
+    """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143: SIGTERM)."""
     arguments, rank = list(sys.argv[1:] if argv is None else argv), os.environ.get("RANK", "0")
     name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
     return guarded(name, "--debug" in arguments, lambda: run(program, Path(configs), arguments))
 
 
 def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
-    """As `main`, with refusals raised."""
+    """As `main`, but raises errors."""
     given, file = translate(arguments), configs / f"{PROGRAMS[program][0]}.yaml"
     folder = Path(given.options.get("config_path", file.parent))
     name = given.options.get("config_name", file.stem).removesuffix(".yaml")
@@ -125,20 +125,20 @@ def run(program: str, configs: Path, arguments: Sequence[str]) -> int:
         print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
         return 0
     if given.ignored and os.environ.get("RANK", "0") == "0":
-        print(f"[train] without effect: {', '.join(given.ignored)}.", flush=True)
+        print(f"[train] ignored: {', '.join(given.ignored)}.", flush=True)
     task.train(config)
     return 0
 
 
 def help_text(file: Path, kinds: Mapping[str, type]) -> str:
-    """The comment that the configuration begins with, its groups' files, and the keys with their defaults."""
+    """The configuration's header comment, its groups' files, and the keys with their defaults."""
     text = file.read_text(encoding="utf-8").splitlines()
     lines = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda one: one[:1] == "#", text)]
     lines += ["", *str(__doc__).strip().splitlines()[-2:], "", f"Configurations in {file.parent}:"]
     for group in GROUPS:
         names = _configurations(group_folder(file.parent, group))
         lines += [f"  {group}: {', '.join(names)}"] if names else []
-    lines += ["", "Keys and their defaults (a group's file sets others; ???: needed):", "  output_dir=???"]
+    lines += ["", "Keys and defaults (overridden by a group's file; ???: required):", "  output_dir=???"]
     for group, kind in kinds.items():
         lines += [f"  {line}" for line in describe_settings(kind, group)]
     return "\n".join(lines)
@@ -148,8 +148,8 @@ def help_text(file: Path, kinds: Mapping[str, type]) -> str:
 
 
 class Translated(NamedTuple):
-    """A command line: overrides in the order of their effect, our own options, flags without effect, and whether any
-    flag of the original was used."""
+    """A parsed command line: overrides in order, our own options, ignored flags, and whether any flag of the original
+    was used."""
 
     overrides: list[str]
     options: dict[str, str]
@@ -158,8 +158,8 @@ class Translated(NamedTuple):
 
 
 def translate(arguments: Sequence[str]) -> Translated:
-    """Read `--flag value`, `--flag=value` and, for booleans, `--flag` and `--no_flag`, beside overrides. Raises
-    ConfigError: an unknown flag (the nearest is named), a wrong value, or what cannot be done."""
+    """Parse `--flag value`, `--flag=value`, boolean `--flag` and `--no_flag`, and overrides. Raises ConfigError: an
+    unknown flag, a wrong value, or an unsupported option."""
     flags, made = dict[str, str](), set[str]()
     overrides, options, ignored, words = list[str](), dict[str, str](), list[str](), list(arguments)
     while words:
@@ -176,12 +176,12 @@ def translate(arguments: Sequence[str]) -> Translated:
         elif flag in IGNORED:
             ignored.append(f"--{flag}")
         elif flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
-            raise ConfigError(f"--{flag}: is not built in; leave it out.")
+            raise ConfigError(f"--{flag}: not supported.")
         elif override := _override(flag, value):
             made.add(override)
             overrides.append(override)
     if "num_train_epochs" in flags and "max_steps" not in flags:
-        raise ConfigError("--num_train_epochs: is not built in; use --max_steps.")
+        raise ConfigError("--num_train_epochs: not supported; use --max_steps.")
     if "eval_steps" in flags:
         overrides = [one for one in overrides if not one.endswith(_EVALUATE["steps"])]
     return Translated(overrides, options, ignored, any(flag not in (*OPTIONS, *_OWN) for flag in flags))
@@ -192,8 +192,8 @@ def _is_flag(word: str) -> bool:
 
 
 def _read_flag(word: str, words: list[str]) -> tuple[str, str]:
-    """A flag's name and value, which is taken from the words after it. An override after a flag that needs no value is
-    not its value."""
+    """A flag's name and value, consumed from the following words. An override after a flag with optional value is not
+    its value."""
     flag, equals, value = word.lstrip("-").partition("=")
     flag = flag.replace("-", "_")
     if flag not in _KNOWN and flag.removeprefix("no_") in _BARE:
@@ -213,7 +213,7 @@ def _read_flag(word: str, words: list[str]) -> tuple[str, str]:
 
 
 def _override(flag: str, typed: str) -> str:
-    """The override that a flag means; "": none."""
+    """The override for a flag, or ""."""
     value: str | None = ALSO.get(flag, {}).get(typed, typed)
     if known := ONLY.get(flag):
         if typed.lower() not in known:
@@ -228,9 +228,8 @@ def _override(flag: str, typed: str) -> str:
 
 
 def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *, whole: bool = True) -> dict[str, Any]:
-    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files` choose groups. Hydra
-    applies the overrides and does nothing else. If not `whole`, a needed value may be missing (`???`). Raises
-    ConfigError."""
+    """Flags and overrides → the resolved configuration of `NAME.yaml`, whose `defaults` or `files` select groups. Hydra
+    only applies the overrides. If not `whole`, required values may be missing (`???`). Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize
     from hydra.core.config_store import ConfigStore
@@ -238,12 +237,12 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
 
     home = Path(folder).resolve()
     if not (home / f"{name}.yaml").is_file():
-        raise ConfigError(f"{home / name}.yaml: there is no such configuration file (--config-path, --config-name).")
+        raise ConfigError(f"{home / name}.yaml: no such configuration file (--config-path, --config-name).")
     given, primary = translate(arguments), read_yaml(home / f"{name}.yaml")
     choices = {str(group): str(file) for one in [*primary.pop("defaults", []), primary.pop("files", {})]
                if one != "_self_" for group, file in one.items()}
     special = "original" if name == "train" else f"{name}_original"
-    if given.original:  # what the command line leaves out has the original's defaults
+    if given.original:  # use the original's defaults
         choices |= {group: special for group in ("optim", "trainer") if (home / group / f"{special}.yaml").is_file()}
     overrides = []
     for word in given.overrides:
@@ -263,14 +262,14 @@ def compose(arguments: Sequence[str], folder: str | Path, name: str = "train", *
         plain: Any = OmegaConf.to_container(config, throw_on_missing=whole)
     except (HydraException, OmegaConfBaseException) as error:
         if key := getattr(error, "full_key", None):
-            raise ConfigError(f"configuration: {key} is needed.") from error
-        raise ConfigError(f"{first_line(error).rstrip('.')}; values with signs like = ( ) ' need quotes of their own, "
-                          f"beside the shell's: 'key=\"value\"'.") from error
+            raise ConfigError(f"configuration: {key} is required.") from error
+        raise ConfigError(f"{first_line(error).rstrip('.')}; values with characters like = ( ) ' need inner "
+                          f"quotes: 'key=\"value\"'.") from error
     return {str(key): value for key, value in plain.items()}
 
 
 def group_folder(home: Path, group: str) -> Path:
-    """Where a group's files lie: below the configurations, or beside them (DeepSpeed's, for all applications)."""
+    """The folder of a group's files: below the configurations, or next to them (DeepSpeed)."""
     folder = FOLDERS.get(group, group)
     return next((place / folder for place in (home, home.parent) if (place / folder).is_dir()), home / folder)
 
@@ -280,9 +279,9 @@ def _configurations(folder: Path) -> list[str]:
 
 
 def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
-    """The content of a group's configuration by its name or a file's path."""
+    """The content of a group's configuration, by name or file path."""
     folder = group_folder(home, group)
-    ours = choice.removeprefix("SEED-X/")  # which stands before the original's names of files
+    ours = choice.removeprefix("SEED-X/")  # prefix of the original's file names
     places = [Path(choice), *(folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)), Path(ours),
               home.parent / ours, home.parent.parent / ours]
     file = next((place for place in places if place.is_file()), None)
@@ -290,10 +289,10 @@ def _load(home: Path, group: str, choice: str) -> dict[str, Any]:
         if group == "tokenizer" and (find_folder(choice) / "tokenizer.model").is_file():
             return {"pretrained_model_name_or_path": choice}
         names = _configurations(folder)
-        raise ConfigError(f"{group}={choice}: there is no such file and no such configuration in {folder}"
+        raise ConfigError(f"{group}={choice}: no such file, and no such configuration in {folder}"
                           f"{nearest(Path(choice).stem, names)}; it has {', '.join(names) or 'none'}.")
     if file.suffix == ".json":
         return read_json_object(file, ConfigError)
     node: Any = OmegaConf.to_container(read_yaml(file), resolve=False)
-    # SEED-X's way to name DeepSpeed's json.
+    # SEED-X's name of DeepSpeed's JSON.
     return _load(home, group, str(node["hf_ds_config"])) if "hf_ds_config" in node else node

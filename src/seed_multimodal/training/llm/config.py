@@ -1,6 +1,6 @@
-"""Settings of a language model's run: the model, the trainer, and the prompts that it is tuned with.
+"""Settings of a language model's run: model, trainer and prompt template.
 
-A model's YAML is ours, or one of the original's, which nests a base and a peft configuration under `_target_` names.
+A model's YAML is ours or an original one, which nests a base and a PEFT configuration under `_target_` names.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from seed_multimodal.training.config import TrainerConfig
 
 ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_attention", "flash": "flash_attention_2"}
 SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
-# The original's dotted names: of peft around a base, of a base, of peft's configuration.
+# The original's targets: PEFT model, base model, PEFT configuration.
 PEFT_TARGETS = ("src.model.peft_model.get_peft_model_with_resize_embedding", SEED_X_PEFT)
 BASE_TARGETS = (
     "src.model.llama_xformer.LlamaForCausalLM.from_pretrained", "transformers.LlamaForCausalLM.from_pretrained",
@@ -36,19 +36,19 @@ _BASE_KEYS = ("pretrained_model_name_or_path", "torch_dtype", "low_cpu_mem_usage
 
 @dataclass
 class LlmModelSettings:
-    """A LLaMA and how it is trained. `dtype`, of weights that stay frozen, is the run's own unless it is given, so that
-    released fp16 weights stay exact in fp16 runs; what is trained is kept in fp32."""
+    """A LLaMA and how it is trained. `dtype`: of frozen weights, by default the run's precision, so that original fp16
+    weights stay exact in fp16 runs; trained weights are kept in fp32."""
 
     path: str | None = None  # folder of the base model, or
-    sizes: dict[str, Any] | None = None  # a `LlamaConfig` to start from random weights, with the tokenizer's vocabulary
+    sizes: dict[str, Any] | None = None  # a `LlamaConfig` for random weights, with the tokenizer's vocabulary
     dtype: str | None = setting(None, choices=tuple(DTYPES))
     quantization: str | None = setting(None, choices=(None, *BITSANDBYTES))  # of the frozen base (QLoRA)
     # auto: packed rows on CUDA by flash if installed, else by flex; padded rows and elsewhere by sdpa
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
-    train_embeddings: bool = False  # embeddings and head are trained whole beside the LoRA, not as copies (SEED-X)
-    adapter: str | None = None  # folder of a trained adapter (or of trained weights) to start from
-    seed: int = 0  # of new weights: random start, rows of new words, LoRA
+    train_embeddings: bool = False  # train embeddings and head with the LoRA, not as copies (SEED-X)
+    adapter: str | None = None  # folder of a trained adapter (or weights) to start from
+    seed: int = 0  # of new weights: random initialization, new token embeddings, LoRA
     template: str | None = setting(None, choices=TUNED_TEMPLATES)  # None: by the model's width, as at inference
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
@@ -58,15 +58,15 @@ class LlmModelSettings:
 class TrainerSettings(TrainerConfig):
     """Settings of a language model's training."""
 
-    # tokens: the mean over all learned tokens of a step (by default for packed data); batch: the mean of the
-    # micro-batches' means, as released
+    # tokens: mean over all learned tokens of a step (default for packed data); batch: mean of the micro-batches'
+    # means, as in the original
     loss_average: str | None = setting(None, choices=("tokens", "batch"))
     text_weight: float = setting(1.0, least=0)
     image_weight: float = setting(1.0, least=0)
     eval_steps: int = setting(0, least=0)  # 0 never evaluates
-    eval_batches: int = setting(16, least=1)  # micro-batches of the evaluation mixture per process
-    sample_steps: int | None = setting(None, least=0)  # answers go to `samples/` (0: never; None: `save_steps`)
-    peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; known devices need none
+    eval_batches: int = setting(16, least=1)  # evaluation micro-batches per process
+    sample_steps: int | None = setting(None, least=0)  # write answers to `samples/` (0: never; None: `save_steps`)
+    peak_tflops: float | None = setting(None, above=0)  # of one device, for the MFU; None: by device name
     gradient_checkpointing: bool | None = None  # overrides the model's, as `compile`
     compile: bool | None = None
 
@@ -79,13 +79,13 @@ class TokenizerSettings:
 
 
 def read_tokenizer(config: Mapping[str, Any], where: str = "tokenizer") -> Path:
-    """The folder of a mapping, ours or the original's. Raises ConfigError: none is given."""
+    """The folder in a mapping, ours or the original's. Raises ConfigError: none is set."""
     given = {key: value for key, value in config.items() if key in TokenizerSettings.__dataclass_fields__ and value}
     return find_folder(read_settings(TokenizerSettings, given, where).pretrained_model_name_or_path)
 
 
 def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmModelSettings:
-    """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     own = {str(key): value for key, value in config.items()}
     given = {key: own.pop(key) for key in list(own) if key not in LlmModelSettings.__dataclass_fields__}
     values = _original(given, where) if "_target_" in given else given
@@ -93,22 +93,22 @@ def read_model_settings(config: Mapping[str, Any], where: str = "model") -> LlmM
 
 
 def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
-    """The settings, if a model can be built from them. Raises ConfigError."""
+    """The settings, after consistency checks. Raises ConfigError."""
     check_settings(settings, where)
     if (settings.path is None) == (settings.sizes is None):
-        raise ConfigError(f"{where}: give either path (the folder of a LLaMA) or sizes (to start from random weights).")
+        raise ConfigError(f"{where}: set either path (the folder of a LLaMA) or sizes (for random weights).")
     if settings.quantization is not None and settings.path is None:
         raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
     if settings.quantization is not None and settings.lora is None and settings.adapter is None:
-        raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained itself; give lora.")
+        raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained; set lora.")
     return settings
 
 
 def for_run(model: LlmModelSettings, trainer: TrainerSettings, deepspeed: bool) -> LlmModelSettings:
-    """The settings adapted to the trainer and the engine; without autocast (fp32) all factors of a product must be of
-    one type. Raises ConfigError."""
+    """The settings adapted to trainer and engine; without autocast (fp32) all weights must have one dtype. Raises
+    ConfigError."""
     if deepspeed and model.quantization is not None:
-        raise ConfigError("A quantised base cannot be spread by DeepSpeed; use the plain engine.")
+        raise ConfigError("DeepSpeed does not support a quantized base; use the plain engine.")
     changes = {key: value for key in ("gradient_checkpointing", "compile")
                if (value := getattr(trainer, key)) is not None}
     dtype = "fp32" if trainer.precision == "fp32" else model.dtype or trainer.precision
@@ -116,21 +116,21 @@ def for_run(model: LlmModelSettings, trainer: TrainerSettings, deepspeed: bool) 
 
 
 def find_folder(path: str | Path) -> Path:
-    """A path as it is, else below the project's root or the folders around it; unchanged if nowhere."""
+    """A path as is, else below the project root or its parents; unchanged if not found."""
     given, root = Path(path).expanduser(), project_root()
     return next((place for place in (given, root / given, *(folder / given for folder in root.parents))
                  if place.exists()), given)
 
 
 def template_of(model: LlmModelSettings) -> str:
-    """The template of a model's prompts: set, or by its width, as at inference."""
+    """The prompt template of a model: configured, or by its width, as at inference."""
     config = find_folder(str(model.path)) / "config.json"
     sizes = read_json_object(config, ConfigError) if model.path is not None and config.is_file() else model.sizes or {}
     return model.template or template_for(sizes.get("hidden_size"))
 
 
 def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings that a file of the original's means: a base, or peft around one."""
+    """Our settings for an original file: a base, or PEFT around one."""
     if node["_target_"] not in PEFT_TARGETS:
         return _base(node, where)
     check_keys(node, (*_META, *_PEFT_KEYS), where)
@@ -149,15 +149,15 @@ def _base(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), where)
     check_keys(node, (*_META, *_BASE_KEYS), where)
     path = node.get("pretrained_model_name_or_path")
-    if path in (None, "", "???"):  # ???: still missing
-        raise ConfigError(f"{where}: pretrained_model_name_or_path is needed: the folder of a LLaMA.")
+    if path in (None, "", "???"):  # ???: not set
+        raise ConfigError(f"{where}: pretrained_model_name_or_path is required: the folder of a LLaMA.")
     quantization = next((bits for bits in ("8bit", "4bit") if node.get(f"load_in_{bits}")), None)
     given = {"dtype": node.get("torch_dtype"), "quantization": quantization}
     return {"path": str(path), **{key: value for key, value in given.items() if value}}
 
 
 def check_target(node: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a `_target_` that is not one of `known`, because nothing is imported by a name in a file."""
+    """Raise ConfigError for a `_target_` not in `known`; targets are never imported."""
     if (name := node.get("_target_")) not in known:
         raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(str(name), known)}; known are "
                           f"{', '.join(known)}.")

@@ -1,7 +1,7 @@
-"""LoRA through peft, as released: adapters on the linear layers, and whole modules trained beside them.
+"""LoRA through PEFT, as in the original: adapters on the linear layers, and fully trained modules.
 
-Adapter files keep the names of peft 0.4, which the original wrote. Tied embeddings stay tied, with one trained copy
-(left to itself peft would train two); files hold it under both names, because peft reads both.
+Adapter files keep the names of PEFT 0.4, as in the original. Tied embeddings stay tied, with one trained copy (by
+default PEFT trains two); files contain it under both names, because PEFT reads both.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # like r and lora_alpha part of what B · A means
+SHAPING = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern")  # scale B · A, as r and lora_alpha
 RECORDED = ("r", "lora_alpha", "lora_dropout", "bias", "lora_bias", "target_modules", "exclude_modules",
             "layers_to_transform", "layers_pattern", *SHAPING)
 EMBEDDING, HEAD = "base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
-# In this order: peft gives a name in the file to the first entry it contains, and `norm` is part of two others.
+# Order matters: PEFT assigns a name to the first entry it contains, and `norm` is part of two others.
 MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm")
 
 
 def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
-    """A `PeftModel` around a LLaMA, which is changed in place. `fields` of `peft.LoraConfig` that are left out are as
-    released. Raises ConfigError: an unknown field, or what peft refuses."""
+    """Wrap a LLaMA in a `PeftModel`, in place. Missing `fields` of `peft.LoraConfig` have the original's values. Raises
+    ConfigError: unknown or invalid fields."""
     from peft import LoraConfig, get_peft_model
 
     given = {key: list(value) if isinstance(value, list | tuple) else value for key, value in fields.items()}
@@ -49,7 +49,7 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
     try:
         config = LoraConfig(**values)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of deprecated names inside transformers
+            warnings.simplefilter("ignore")  # deprecated names in transformers
             torch.manual_seed(seed)
             model = get_peft_model(llama, config)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -60,12 +60,12 @@ def add_lora(llama: Any, fields: Mapping[str, Any], seed: int = 0) -> Any:
 
 
 def is_lora(model: Any) -> bool:
-    """Whether a model (not an engine's wrapper) is peft's."""
+    """Whether a model (not an engine's wrapper) is a PEFT model."""
     return hasattr(model, "peft_config")
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
-    """Trained weights of a `PeftModel` by the names of peft 0.4; tensors are the model's own, tied ones once."""
+    """Trained weights of a `PeftModel` with the names of PEFT 0.4; no copies, tied tensors once."""
     from peft import get_peft_model_state_dict
 
     found = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -77,14 +77,14 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
 
 
 def adapter_settings(model: Any) -> dict[str, Any]:
-    """The content of `adapter_config.json`, as any peft reads it."""
+    """The content of `adapter_config.json`, for any PEFT version."""
     values = model.peft_config["default"].to_dict()
     values = {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
     return {**values, "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
 
 
 def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Write `adapter_model.safetensors` and `adapter_config.json`; `state`: gathered elsewhere (ZeRO-3)."""
+    """Write `adapter_model.safetensors` and `adapter_config.json`; `state`: gathered weights (ZeRO-3)."""
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     tensors = dict(adapter_state(model) if state is None else state)
@@ -97,11 +97,11 @@ def save_adapter(model: Any, folder: str | Path, state: Mapping[str, Tensor] | N
 
 
 def load_adapter(model: Any, folder: Path) -> None:
-    """Fill a `PeftModel` with the weights of an adapter's folder (of peft 0.4, too). Raises CheckpointError: none is
-    there, or one of another model, rank or scale."""
+    """Load an adapter folder (also of PEFT 0.4) into a `PeftModel`. Raises CheckpointError: missing, or of another
+    model, rank or scale."""
     file = first_file(folder, ADAPTER_FILES)
     if file is None:
-        raise CheckpointError(f"{folder}: holds no adapter ({' or '.join(ADAPTER_FILES)}).")
+        raise CheckpointError(f"{folder}: contains no adapter ({' or '.join(ADAPTER_FILES)}).")
     if (folder / ADAPTER_CONFIG).is_file():
         refuse_other_scale(model, read_json_object(folder / ADAPTER_CONFIG), folder / ADAPTER_CONFIG)
     own, state = adapter_state(model), load_state_dict(file)
@@ -112,7 +112,7 @@ def load_adapter(model: Any, folder: Path) -> None:
 
 @torch.no_grad()
 def copy_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
-    """Copy tensors into those of the same names. Raises CheckpointError: some are missing, unknown or of another size.
+    """Copy tensors by name. Raises CheckpointError: missing or unknown tensors, or of another size.
     """
     for names, what in ((own.keys() - state.keys(), "missing"), (state.keys() - own.keys(), "unknown to the model")):
         if names:
@@ -126,16 +126,16 @@ def copy_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: 
 
 
 def recorded_lora(folder: Path) -> dict[str, Any] | None:
-    """The LoRA fields an adapter's folder was trained with; None if it holds no adapter."""
+    """The LoRA fields of a trained adapter's folder; None if it has no adapter."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     values = read_json_object(folder / ADAPTER_CONFIG)
     found = {key: values[key] for key in RECORDED if values.get(key) is not None}
-    return {**found, "modules_to_save": values.get("modules_to_save") or []}  # none is not the same as left out
+    return {**found, "modules_to_save": values.get("modules_to_save") or []}  # [] differs from unset
 
 
 def refuse_other_scale(model: Any, there: Mapping[str, Any], where: Path) -> None:
-    """Raise CheckpointError for recorded fields of a LoRA whose B · A means something else than the model's."""
+    """Raise CheckpointError if recorded LoRA fields scale B · A differently from the model's."""
     here = model.peft_config["default"]
     for key in ("r", "lora_alpha", *SHAPING):
         if (there.get(key) or None) != (getattr(here, key) or None):

@@ -1,8 +1,8 @@
-"""The language model's loss over packed or padded batches, with the head applied to learned tokens only.
+"""The language model's loss over packed or padded batches; the head is applied to learned tokens only.
 
-Packed rows (`attention_mask` None) hold several sequences whose `position_ids` restart at 0; the last token of one does
-not predict the next one's first. transformers keeps attention inside each of them, with flash attention in a single row
-only, so the rows are laid end to end there. Right padding needs no mask under causal attention, so none is made.
+Packed rows (`attention_mask` None) have several sequences whose `position_ids` restart at 0; the last token of one does
+not predict the first of the next. transformers separates their attention, with flash attention only in a single row, so
+rows are concatenated there. Right padding needs no mask under causal attention.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ LARGEST_LOGITS = 2**26  # 256 MiB in fp32
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Weights of text and image tokens; ids from `first_code` on (codes and brackets) are image tokens."""
+    """Weights of text and image tokens; ids from `first_code` on (codes, image start and end) are image tokens."""
 
     first_code: int
     text: float = 1.0
     image: float = 1.0
 
     def count(self, labels: Tensor, position_ids: Tensor | None) -> float:
-        """Weighted number of learned tokens of a batch on the CPU; `position_ids` of packed rows."""
+        """Weighted number of learned tokens of a CPU batch; `position_ids`: only of packed rows."""
         targets = learned_targets(labels, position_ids)
         learned, images = int((targets != IGNORED).sum()), int((targets >= self.first_code).sum())
         return self.text * (learned - images) + self.image * images
@@ -40,7 +40,7 @@ ALL_TEXT = LossWeights(2**31)
 class LossParts(NamedTuple):
     """Sums over the learned tokens of one batch, fp32 scalars; only `sum` carries a gradient.
 
-    `sum` and `count` are weighted (`sum / count` is the mean to minimise); the parts by kind are not.
+    `sum` and `count` are weighted (`sum / count` is the loss); the parts by token type are not.
     """
 
     sum: Tensor
@@ -57,12 +57,12 @@ class LossParts(NamedTuple):
 
 
 class LossModule(nn.Module):
-    """A model (LLaMA, or peft around one) whose forward is its loss, for engines that must wrap one forward pass (DDP,
-    DeepSpeed). Parameter names gain the prefix `llm.`.
+    """A module whose forward is the loss of a LLaMA or PEFT model, for engines that wrap one forward pass (DDP,
+    DeepSpeed). Parameter names get the prefix `llm.`.
 
     Args:
-        weights: by kind of token.
-        largest: entries of logits that may exist at once; more are made in chunks, and again in the backward pass.
+        weights: by token type.
+        largest: maximum size of the logits; more are computed in chunks, and recomputed in the backward pass.
     """
 
     def __init__(self, llm: nn.Module, weights: LossWeights = ALL_TEXT, largest: int = LARGEST_LOGITS) -> None:
@@ -71,15 +71,15 @@ class LossModule(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None,
                 attention_mask: Tensor | None = None, embeds: Tensor | None = None) -> LossParts:
-        """Of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: of the ids, where some of them are features."""
+        """Loss of a batch's tensors `[B, L]`; `embeds` `[B, L, width]`: input embeddings with image features."""
         llama = find_llama(self.llm)
         hidden, targets = _learned(llama, input_ids, labels, position_ids, attention_mask, embeds)
         return _parts(targets, _losses(llama, hidden, targets, self.largest), self.weights)
 
 
 def round_residual(module: nn.Module, precision: str) -> None:
-    """Round embeddings trained in fp32 where they leave their table, beside a half-precision base: they would make
-    every activation between layers fp32, twice the memory."""
+    """Round the output of embeddings trained in fp32 to a half-precision base's dtype; otherwise all activations
+    between layers would be fp32, twice the memory."""
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     if half is None or not any(p.dtype == half and not p.requires_grad for p in module.parameters()):
         return
@@ -93,7 +93,7 @@ def round_residual(module: nn.Module, precision: str) -> None:
 
 
 def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
-    """What each position but the last has to predict: `[B, L]` → `[B, L-1]`, -100 where nothing."""
+    """Shifted targets: `[B, L]` → `[B, L-1]`, -100 where none."""
     targets = labels[:, 1:]
     if position_ids is None:
         return targets
@@ -101,17 +101,17 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def find_llama(model: nn.Module) -> Any:
-    """The `LlamaForCausalLM` inside peft's, torch.compile's or an engine's wrappers (LoRA layers stay in it)."""
+    """The `LlamaForCausalLM` inside wrappers of PEFT, torch.compile or an engine (LoRA layers stay in it)."""
     for module in model.modules():
-        # Looked up in `_modules`, because peft's wrappers forward attribute access to the wrapped module.
+        # Looked up in `_modules`, because PEFT's wrappers forward attribute access to the wrapped module.
         if "lm_head" in module._modules and hasattr(module._modules.get("model"), "layers"):
             return module
-    raise TypeError(f"{type(model).__name__} holds no LLaMA.")
+    raise TypeError(f"{type(model).__name__} contains no LLaMA.")
 
 
 def use_attention(llama: Any, packed: bool) -> None:
-    """Attention for packed or padded rows, if the model has two kinds (`model.build_llm`). It stays until the next
-    forward pass, because activation checkpointing computes in the backward pass again."""
+    """Select attention for packed or padded rows, if the model has two kinds (`model.build_llm`). It stays set until
+    the next forward pass for activation checkpointing."""
     wanted = getattr(llama, "attentions", {}).get(packed)
     if wanted is not None and wanted != llama.config._attn_implementation:
         llama.set_attn_implementation(wanted)
@@ -119,7 +119,7 @@ def use_attention(llama: Any, packed: bool) -> None:
 
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
              embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Last hidden states that have something to predict `[T, width]`, and what `[T]`."""
+    """Last hidden states with a target `[T, width]`, and targets `[T]`."""
     if mask is not None:
         positions = None
         mask = mask if (mask[:, 1:] > mask[:, :-1]).any() else None  # padded on the right: causal attention hides it
@@ -137,7 +137,7 @@ def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, 
 
 
 def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
-    """Sums by kind of token from the losses `[T]` of the learned tokens `[T]`."""
+    """Sums by token type from the losses `[T]` of the learned tokens `[T]`."""
     image = targets >= weights.first_code
     text_sum, image_sum = torch.where(image, 0.0, values).sum(), torch.where(image, values, 0.0).sum()
     image_count = image.sum().float()
@@ -148,7 +148,7 @@ def _parts(targets: Tensor, values: Tensor, weights: LossWeights) -> LossParts:
 
 
 def _losses(llama: Any, hidden: Tensor, targets: Tensor, largest: int) -> Tensor:
-    """Cross-entropy of every row `[T]`, fp32."""
+    """Cross-entropy of each row `[T]`, fp32."""
     head, size = llama.lm_head, max(64, largest // int(llama.config.vocab_size))
     if len(targets) <= size:
         return _head_losses(head, hidden, targets)

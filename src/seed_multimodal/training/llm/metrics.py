@@ -1,7 +1,7 @@
-"""The numbers of a language model's run: its log lines, the FLOP of a token, and the summary at its end.
+"""Metrics of a language model's run: log lines, FLOP per token, final summary.
 
-Losses of a line are means over the steps since the line before; rates count those steps' seconds. `tokens` are
-positions that hold a token (useful), `positions` all that the model computed, padding included.
+Losses of a line are means over the steps since the previous line, rates use those steps' seconds. `tokens` are useful
+(non-padding) positions, `positions` all positions including padding.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from seed_multimodal.data.stream.mixture import add_counts
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter
 
-# Numbers of a step that are summed over micro-steps and processes.
+# Numbers summed over micro-steps and processes.
 _SUMS = ("loss", "text_sum", "text_count", "image_sum", "image_count", "tokens", "positions", "squares")
-FROZEN, TRAINED = 4, 6  # FLOP a number of a matrix costs per token, forward and backward
+FROZEN, TRAINED = 4, 6  # FLOP per token and matrix element, forward and backward
 
 
 class TokenMeter(Meter):
-    """Sums since the last log line; part of a checkpoint, so that a resumed run writes the same lines.
+    """Sums since the last log line; saved in checkpoints, so that a resumed run writes the same lines.
 
-    A token attends within its own sequence, so the FLOP of attention go by the sum of the squares of the lengths.
+    Attention is within sequences, so its FLOP are proportional to the sum of squared lengths.
     """
 
     def __init__(self) -> None:
         super().__init__(samples=0)
         self.flops: tuple[float, float, float] = (0.0, 0.0, 0.0)  # `token_flops` of sequences of length 1
         self.peak: float | None = None  # of one device, in TFLOP/s
-        self.divisor = 1.0  # of the loss summed over all processes; set before each step
+        self.divisor = 1.0  # of the loss summed over processes; set before each step
         self.total = {"tokens": 0.0, "positions": 0.0}  # over the run
-        self.timed = dict.fromkeys(_SUMS, 0.0)  # since the line before, as this process timed it
+        self.timed = dict.fromkeys(_SUMS, 0.0)  # since the last line, in this process
         self.last: dict[str, float] = {}
 
     def combine(self, found: Sequence[Mapping[str, Any]], norm: Tensor | None, rate: float) -> dict[str, float]:
-        """Sums over the micro-steps; `divisor` as it is for this step."""
+        """Sums over the micro-steps, with this step's `divisor`."""
         sums = {key: sum((one[key] for one in found[1:]), found[0][key]) for key in _SUMS}
         return super().combine([{**sums, "divisor": self.divisor}], norm, rate)
 
@@ -46,7 +46,7 @@ class TokenMeter(Meter):
         return [numbers[key] for key in _SUMS]
 
     def add(self, numbers: Mapping[str, float], sums: Sequence[float]) -> None:
-        """Fold in a step."""
+        """Add a step."""
         step = dict(zip(_SUMS, sums, strict=True))
         step["loss"] /= max(numbers["divisor"], 1e-8)
         self.last |= {"learning_rate": numbers["lr"], "grad_norm": numbers.get("grad", math.nan)}
@@ -57,11 +57,11 @@ class TokenMeter(Meter):
                 sums_of[key] += step[key]
 
     def numbers(self) -> dict[str, float]:
-        """Nothing: all are sums over the processes already."""
+        """Empty: all are summed over processes already."""
         return {}
 
     def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """The line of the steps since the last one."""
+        """The line for the steps since the last one."""
         sums, timed, (body, head, attention) = self.smooth, self.timed, self.flops
         self.last["loss"] = sums["loss"] / sums["steps"]
         line = dict(self.last)
@@ -79,7 +79,7 @@ class TokenMeter(Meter):
         return {**line, "mfu": tflops / self.peak} if self.peak else line
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
-        """A line in words."""
+        """A line as text."""
         shown = [f"{key} {line[key]:.4g}" for key in ("loss", "text_loss", "image_loss") if key in line]
         shown += [f"lr {line['learning_rate']:.3g}", f"grad {line['grad_norm']:.3g}"]
         return " ".join(shown), (f"{line['useful_tokens_per_s']:,.0f} useful of {line['tokens_per_s']:,.0f} tokens/s, "
@@ -90,7 +90,7 @@ class TokenMeter(Meter):
         return {**super().state_dict(), "total": dict(self.total), "last": self.last}
 
     def own_state(self) -> dict[str, Any]:
-        """Nothing: sums are of all processes."""
+        """Empty: sums are global."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -100,8 +100,8 @@ class TokenMeter(Meter):
 
 
 def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
-    """FLOP of training on one token, a multiply-add as two: in the layers' matrices, in the head (learned tokens), and
-    in attention over a sequence of `length`, its causal half; products that are made again do not count."""
+    """Training FLOP per token (multiply-add: 2) in the layers' matrices, in the head (learned tokens), and in causal
+    attention over a sequence of `length`; recomputation does not count."""
     llama = find_llama(model)
     config = llama.config
     body = sum((TRAINED if parameter.requires_grad else FROZEN) * _numbers(parameter)
@@ -113,13 +113,13 @@ def token_flops(model: nn.Module, length: float) -> tuple[int, int, float]:
 
 
 def _numbers(parameter: nn.Parameter) -> int:
-    """Numbers in a matrix, 0 for vectors; bitsandbytes packs two 4-bit ones into a byte and keeps the true shape."""
+    """Number of elements of a matrix, 0 for vectors; bitsandbytes packs two 4-bit values into a byte."""
     shape = getattr(getattr(parameter, "quant_state", None), "shape", None) or parameter.shape
     return shape[0] * shape[1] if len(shape) == 2 else 0
 
 
 def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The data reports of all processes (`LlmBatches.report`) as one: counts added, the first named records kept."""
+    """Merge the data reports of all processes (`LlmBatches.report`): sums of counts, first listed records."""
     tokens, positions = (sum(report[key] for report in reports) for key in ("tokens", "positions"))
     sources: dict[str, dict[str, Any]] = {}
     for report in reports:
@@ -129,14 +129,14 @@ def join_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def summary_lines(record: Mapping[str, Any]) -> list[str]:
-    """The summary at the end of a run: steps, tokens, sources, skipped records, output folder."""
+    """The final summary: steps, tokens, sources, skipped records, output folder."""
     lines = [f"{record['steps']} steps in {record['seconds']:.0f} s, {record['tokens']:,.0f} tokens in "
              f"{record['data']['fill'] * 100:.1f} % filled rows; the last loss was {record['loss'] or math.nan:.4g}."]
     for name, source in record["data"]["sources"].items():
         lines.append(f"  {name}: {source['sequences']:,} sequences, {source['tokens']:,} tokens, "
                      f"{source['epochs']:.2f} epochs")
-        lines += [f"    {entry['count']:,} skipped or cut ({reason}): {'; '.join(entry['first'])}"
+        lines += [f"    {entry['count']:,} skipped or truncated ({reason}): {'; '.join(entry['first'])}"
                   for reason, entry in source["skipped"].items()]
         if not source["sequences"]:
-            lines.append("    warning: nothing of it was used")
+            lines.append("    warning: no sequence of it was used")
     return [*lines, f"  checkpoint: {record['checkpoint']}"]

@@ -1,7 +1,7 @@
-"""The language model as it is trained: base or random start, the tokenizer's words, LoRA, precision, attention.
+"""Construction of the trained language model: base or random weights, vocabulary, LoRA, precision, attention.
 
-Weights that are trained are kept in fp32 beside a base of any precision, because steps of 1e-4 are lost in bf16 (peft
-itself would leave embeddings and norms in the base's precision).
+Trained weights are kept in fp32 with a base of any precision, because steps of 1e-4 are lost in bf16 (PEFT would leave
+embeddings and norms in the base's precision).
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from seed_multimodal.weights import load_state_dict
 
 
 def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device) -> nn.Module:
-    """The model on `device`, in train mode, with as many words as the `vocabulary` of the tokenizer.
+    """The model on `device`, in train mode, with the tokenizer's vocabulary size.
 
     Raises:
-        ConfigError: settings that do not fit each other or the tokenizer. CheckpointError: weights that do not fit.
+        ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
     """
     check(settings)
     place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
@@ -50,24 +50,24 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     force_special_ids(llama)
     fit_vocabulary(llama, tokenizer, settings.seed)
     llama.attentions = {packed: attention_kind(settings.attention, place, packed) for packed in (True, False)}
-    try:  # where packed and padded rows differ, `loss.use_attention` changes it by the batch
+    try:  # `loss.use_attention` may change it per batch
         llama.set_attn_implementation(llama.attentions[True])
-    except (ImportError, ValueError) as error:  # flash without its package, or on hardware it is not made for
+    except (ImportError, ValueError) as error:  # flash without its package or on unsupported hardware
         raise ConfigError(f"attention {settings.attention}: {first_line(error)}") from error
     model: Any = llama
     if settings.lora is not None:
         model = add_lora(llama, settings.lora, settings.seed)
         ends = {"embed_tokens": llama.get_input_embeddings(), "lm_head": llama.get_output_embeddings()}
         for name, end in ends.items():
-            if settings.train_embeddings and not hasattr(end, "modules_to_save"):  # else peft trains a copy
+            if settings.train_embeddings and not hasattr(end, "modules_to_save"):  # else PEFT trains a copy
                 end.requires_grad_(True)
             if rows < words.size and not any(parameter.requires_grad for parameter in end.parameters()):
-                raise ConfigError(f"The base gets new words, but {name} is not trained: put it under "
+                raise ConfigError(f"The base gets new tokens, but {name} is not trained: add it to "
                                   "lora.modules_to_save.")
         if source is not None:
             load_adapter(model, find_folder(source))
     for parameter in model.parameters():
-        if parameter.requires_grad:  # in place: tied embeddings stay one parameter
+        if parameter.requires_grad:  # in place, so tied embeddings stay one parameter
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
@@ -81,26 +81,26 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The weights a checkpoint must hold: the adapter (names of peft 0.4), or all weights, tied ones once."""
+    """The weights of a checkpoint: the adapter (names of PEFT 0.4), or all weights, tied ones once."""
     if is_lora(model):
         return adapter_state(model)
     return {name: value.detach() for name, value in model.named_parameters()}
 
 
 def load_trained(model: nn.Module, folder: Path) -> None:
-    """Inverse of `save_trained`. Raises CheckpointError: no weights there, or those of another model."""
+    """Inverse of `save_trained`. Raises CheckpointError: no weights, or of another model."""
     if is_lora(model):
         load_adapter(model, folder)
         return
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        raise CheckpointError(f"{folder}: holds no model*.safetensors; was it trained with LoRA?")
+        raise CheckpointError(f"{folder}: contains no model*.safetensors; was it trained with LoRA?")
     state = {name: value for file in files for name, value in load_state_dict(file).items()}
     copy_weights(trained_state(model), state, str(folder))
 
 
 def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> Path:
-    """Write what was trained: an adapter's folder, or a plain LLaMA folder; `state`: gathered elsewhere (ZeRO-3)."""
+    """Write the trained weights as an adapter or a plain LLaMA folder; `state`: gathered weights (ZeRO-3)."""
     if is_lora(model):
         return save_adapter(model, folder, state)
     llama: Any = find_llama(model)
@@ -109,14 +109,14 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
 
 
 def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
-    """Give the model the tokenizer's words; new rows of both embeddings from N(0, initializer_range). Raises
-    ConfigError: a model of another vocabulary."""
+    """Resize the embeddings to the tokenizer's vocabulary; new rows from N(0, initializer_range). Raises ConfigError: a
+    model of another vocabulary."""
     words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
     if rows == words.size:
         return
     if not words.n_text <= rows < words.size:
-        raise ConfigError(f"The model has {rows} words, but the tokenizer has {words.n_text} text pieces and "
-                          f"{words.size} words in all; they do not belong together.")
+        raise ConfigError(f"The model has {rows} tokens, but the tokenizer has {words.n_text} text tokens and "
+                          f"{words.size} tokens in all.")
     llama.resize_token_embeddings(words.size, mean_resizing=False)
     generator, spread = torch.Generator().manual_seed(seed), llama.config.initializer_range
     for end in {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}.values():
@@ -125,8 +125,8 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
 
 
 def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
-    """transformers' name of an attention implementation, for packed or padded rows. These need only the causal mask,
-    which SDPA's fast kernels know, and have many lengths, for each of which flex attention would be compiled."""
+    """transformers' name of an attention implementation, for packed or padded rows. Padded rows need only a causal mask
+    (fast in SDPA) and have many lengths, for each of which flex attention would be compiled."""
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda" or not packed:
@@ -137,14 +137,14 @@ def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
 
 
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
-    """The LLaMA without its adapters; all in fp32 if all of it is trained."""
+    """The LLaMA without adapters; in fp32 if fully trained."""
     dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
     if settings.quantization is None:
         return load_llm(folder, dtype=dtype)
-    # Read afresh: a 4-bit model that has generated on a CPU is packed another way and gives no gradients.
+    # Loaded again: a 4-bit model that has generated on a CPU has another packing and no gradients.
     return load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
 
 

@@ -1,4 +1,4 @@
-"""Answers during a training: what the model writes after the beginnings of a few sequences, beside what it learns."""
+"""Sample answers during training: continuations of a few sequences, with the targets."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ COUNT, GREEDY = 4, GenerationSettings(max_new_tokens=48, do_sample=False)
 
 
 def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch: LlmBatch, embeds: Tensor) -> str:
-    """Write and return, for the first sequences of a batch, the beginning, the model's answer and the learned one;
-    `embeds` `[B, L, D]`: what the model reads of the batch, images included."""
+    """Write and return, for the first sequences of a batch, prompt, model's answer and target; `embeds` `[B, L, D]`:
+    input embeddings of the batch, including images."""
     ids, rows = batch.input_ids.flatten().tolist(), embeds.flatten(0, -2)
     use_attention(llama, packed=False)
     blocks: list[str] = []
@@ -37,8 +37,8 @@ def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch:
 
 
 def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:
-    """Of each sequence that learns something, as places in the flattened batch: its start, the first learned word
-    (where it begins with an image, that after the image), its end."""
+    """Positions in the flattened batch of each sequence with targets: start, first target (after a leading target
+    image), end."""
     words, found = tokenizer.vocabulary, list[tuple[int, int, int]]()
     ids, labels, positions = (one.flatten().tolist() for one in (batch.input_ids, batch.labels, batch.position_ids))
     starts = [place for place, position in enumerate(positions) if position == 0]
@@ -54,7 +54,7 @@ def beginnings(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[in
 
 @contextmanager
 def read_by(llama: Any) -> Iterator[list[Tensor]]:
-    """What the decoder reads inside, `[B, L, D]` of each pass."""
+    """Context that records the decoder's input embeddings, `[B, L, D]` per forward pass."""
     def keep(module: Any, arguments: Any, given: dict[str, Any]) -> None:
         embeds = given.get("inputs_embeds")
         found.append(module.embed_tokens(given["input_ids"]) if embeds is None else embeds)

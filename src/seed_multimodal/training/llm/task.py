@@ -1,7 +1,7 @@
-"""The language model as a task of the loop: its data, model and loss, and the files of a run.
+"""The language model's trainer task: data, model, loss, and the files of a run.
 
-With packed data each learned token of a step weighs the same wherever it lies: the processes add up their counts before
-the first backward pass. Else the micro-batches' means are averaged, as released.
+With packed data all learned tokens of a step have equal weight: processes sum their counts before the first backward
+pass. Otherwise the micro-batches' means are averaged, as in the original.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 from seed_multimodal.training.run import Run, RunTask
 from seed_multimodal.training.trainer import Trainer
 
-_LEAST = 1e-8  # of a step with nothing to learn
+_LEAST = 1e-8  # divisor of a step without targets
 
 
 class LlmTask(RunTask):
@@ -88,53 +88,53 @@ class LlmTask(RunTask):
         self.sampled: LlmBatch | None = None
 
     def prepare(self) -> None:
-        """Build the model and its optimiser."""
+        """Build the model and its optimizer."""
         super().prepare()
         self.llm = build_llm(self.run.model, self.tokenizer, self.device)
         self.width = int(find_llama(self.llm).config.hidden_size)
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.run.optim)
-        self.meter.flops = token_flops(self.llm, 1.0)  # now: ZeRO-3 takes the weights apart
+        self.meter.flops = token_flops(self.llm, 1.0)  # before ZeRO-3 shards the weights
         self.meter.peak = self.settings.peak_tflops or known_peak(self.device, DTYPES[self.settings.precision])
         if self.run.deepspeed is None:
             round_residual(self.module, self.settings.precision)
 
     def check_views(self, side: int, default: int) -> None:
-        """Refuse sources whose views, by default of `default` pixels, the vision encoder does not read."""
+        """Raise ConfigError if views of a source (default: `default` pixels) do not fit the vision encoder."""
         for source in (source for data in (self.run.data, self.run.eval_data) if data for source in data.sources):
             found = source.options.get("base_resolution", default)
             if source.decoder in FEATURE_DECODERS and found != side:
-                raise ConfigError(f"data: base_resolution of the source {source.name} is {found}, but the vision "
-                                  f"encoder reads views of {side} pixels a side.")
+                raise ConfigError(f"data: base_resolution of source {source.name} is {found}, but the vision "
+                                  f"encoder's input is {side} pixels a side.")
 
     def make_module(self) -> nn.Module:
-        """What is trained, around `llm`."""
+        """The trained module, around `llm`."""
         return LossModule(self.llm, self.loss_weights)
 
     def prepared(self, run: Trainer) -> None:
-        """Log what is trained."""
+        """Log the trained parameters."""
         self.loop = run
-        # The last evaluation may be younger than the checkpoint of its step.
+        # The last evaluation may be newer than the checkpoint of its step.
         run.evaluation = run.log.last_line_with("eval_") or run.evaluation
         what = f"{self.rows} packed rows of {self.run.data.length:,}" if self.run.data.packing else "padded rows"
         self.log_sizes(f"{run.engine.kind}, micro-steps of {what}, the loss a mean over "
                        f"{'tokens' if self.by_tokens else 'micro-batches'}; ")
 
     def begin_step(self, step: int) -> bool:
-        """Load the step's micro-batches (fewer where this process's data end) and count their learned tokens."""
+        """Load the step's micro-batches (fewer at the end of the data) and count their learned tokens."""
         count = self.settings.gradient_accumulation_steps
         self.batches = [self.ready(batch) for batch in itertools.islice(self.data, count)]
         learned = sum(self.loss_weights.count(one.labels, one.position_ids if one.attention_mask is None else None)
                       for one in self.batches)
         total, left = self.group.sum([learned, float(len(self.batches))])
         world = self.group.world
-        self.each = left / world  # micro-batches that a process has, on average
+        self.each = left / world  # mean micro-batches per process
         self.share = world / max(total, _LEAST) if self.by_tokens else 1.0 / max(self.each, _LEAST)
         self.meter.divisor = total if self.by_tokens else world
         return left > 0
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """This micro-batch's share of the loss; a blank one's where this process has fewer than the others."""
+        """This micro-batch's share of the loss; of a blank batch if this process has fewer than others."""
         place = micro_step % self.settings.gradient_accumulation_steps
         real = self.batches[place] if place < len(self.batches) else None
         parts = self.losses(model, real or self.ready(blank_batch()))
@@ -145,22 +145,22 @@ class LlmTask(RunTask):
                                     "positions": real.input_ids.numel() if real else 0}
 
     def ready(self, batch: LlmBatch) -> LlmBatch:
-        """A batch of the data as `losses` takes it."""
+        """A batch prepared for `losses`."""
         return batch
 
     def losses(self, model: nn.Module, batch: LlmBatch) -> Any:
-        """`loss.LossParts` of a `ready` batch by `wrapped_part`."""
+        """`loss.LossParts` of a `ready` batch."""
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Write samples and evaluate when it is due."""
+        """Write samples and evaluate when due."""
         if self.zero_stage < 3 and self.samples_due(step):
             self._write_samples(step)
         return self._evaluate() if self.evaluation and step % self.settings.eval_steps == 0 else None
 
     def after_last_step(self, step: int) -> Mapping[str, float] | None:
-        """Evaluate if that was not done after this step."""
+        """Evaluate, unless done after this step."""
         return self._evaluate() if self.evaluation and self.loop.evaluation.get("step") != step else None
 
     def status(self) -> Mapping[str, float]:
@@ -170,7 +170,7 @@ class LlmTask(RunTask):
         self.data.close()
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        """For summary.json: the data of all processes, and measures."""
+        """For summary.json: data of all processes, and metrics."""
         return {"data": join_reports(group.gather(self.data.report())), "processes": group.world,
                 "rows": self.rows, "micro_steps": self.settings.gradient_accumulation_steps, **self.meter.total,
                 "loss": self.meter.last.get("loss"), "evaluation": self.loop.evaluation,
@@ -180,9 +180,9 @@ class LlmTask(RunTask):
         return summary_lines(record)
 
     def _held_out(self) -> list[LlmBatch]:
-        """Evaluation batches, read before the first step so that mistakes in them show at once; none: no evaluation.
+        """Evaluation batches, read before the first step so that errors show early; none: no evaluation.
 
-        Every process has as many, under DDP and ZeRO-3 each forward pass is a collective operation.
+        All processes have the same number, since forward passes are collective under DDP and ZeRO-3.
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
@@ -192,7 +192,7 @@ class LlmTask(RunTask):
         return found + [blank_batch()] * (most - len(found))
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty if there is nothing to learn in them."""
+        """Mean losses of the evaluation data of all processes; empty without targets."""
         model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
             model.eval()
@@ -206,7 +206,7 @@ class LlmTask(RunTask):
 
     @torch.no_grad()
     def _write_samples(self, step: int) -> None:
-        """Answers to the beginnings of the same sequences every time, in `samples/` and TensorBoard."""
+        """Write answers to the same prompts every time, to `samples/` and TensorBoard."""
         if self.sampled is None:
             self.sampled = self.ready(self.evaluation[0]) if self.evaluation else self.batches[0]
         llama, file = find_llama(self.llm), self.run.output_dir / "samples" / f"step-{step}.txt"
@@ -221,7 +221,7 @@ class LlmTask(RunTask):
 
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:
-        """Numbers of the log out of the sums over all batches; empty if nothing is learned in them."""
+        """Log numbers from the sums over all batches; empty without targets."""
         parts = {"eval_text_loss": text / max(text_count, 1), "eval_image_loss": image / max(image_count, 1)}
         line = {"eval_loss": total / max(count, _LEAST), **(parts if image_count else {})}
         return line if text_count + image_count else {}
@@ -247,7 +247,7 @@ class LlmTask(RunTask):
         return {name: short[name] for name in trained_state(self.llm)}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """An adapter's or a plain LLaMA folder, with the tokenizer's files."""
+        """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
         save_trained(self.llm, folder, weights)
         self.tokenizer.save_pretrained(folder)
 
@@ -256,8 +256,8 @@ class LlmTask(RunTask):
 
 
 def blank_batch() -> LlmBatch:
-    """A batch with nothing to learn, for a process whose data have ended before the others'. It is padded: the
-    attention of packed rows may be compiled for each length."""
+    """A batch without targets, for a process whose data ended before others'. Padded, since attention of packed rows
+    may be compiled for each length."""
     ids = torch.zeros(1, 2, dtype=torch.int64)
     return LlmBatch(ids, torch.full_like(ids, IGNORED), torch.arange(2)[None], torch.ones_like(ids), tokens=0,
                     learned=0, sequences=0, squares=0)

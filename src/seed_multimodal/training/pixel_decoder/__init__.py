@@ -1,1 +1,1 @@
-"""Training of U-Nets that draw images from conditions; SEED-X and LaVIT bring their conditions."""
+"""Training of conditional U-Nets, shared by SEED-X and LaVIT."""

@@ -1,7 +1,7 @@
-"""A pixel decoder's training as a task of the trainer: settings, and a U-Net that learns to draw images.
+"""A pixel decoder's trainer task: settings, and a U-Net that learns to reconstruct images.
 
-A subclass (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) has what a frozen model makes of images,
-what is trained, the loss of a batch and how to draw.
+Subclasses (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) define the frozen conditioning model, the
+trained modules, the loss of a batch and sampling.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ from seed_multimodal.training.metrics import Meter
 from seed_multimodal.training.optimizers import OptimSettings, build_optimizer
 from seed_multimodal.training.run import Run, RunTask
 
-NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # of a diffusers folder on the hub
-SMALL = 256  # side of images of which the autoencoder takes one at a time; of smaller ones it takes several
-SAMPLES, SAMPLE_STEPS = 4, 20  # images drawn during a training, and denoising steps of each
+NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # files of a diffusers repository
+SMALL = 256  # the VAE encodes larger images one at a time, smaller ones in batches
+SAMPLES, SAMPLE_STEPS = 4, 20  # sample images during training, and their denoising steps
 
 
 @dataclass
@@ -58,8 +58,8 @@ class ImageSource:
 
     Attributes:
         files: folders of images, tars, lists (jsonl, json) or tables; options: further arguments of `formats.pairs`.
-        condition_key: of edits: the key of the image before (`source_image`; `image_key` names that after).
-        weight: share of the draws, relative to the other sources'.
+        condition_key: for edits, the key of the image before the edit (`source_image`; `image_key`: after it).
+        weight: relative share of draws.
     """
 
     name: str
@@ -72,7 +72,7 @@ class ImageSource:
     options: dict[str, Any] = setting(factory=dict)
 
     def open(self) -> Pairs:
-        """Its images. Raises as `open_images`."""
+        """Open the images. Raises as `open_images`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
         return open_images({key: getattr(self, key) for key in keys if getattr(self, key)} | self.options)
 
@@ -83,8 +83,8 @@ class ImageData:
 
     Attributes:
         resolution, sizes, keep_ratio, tower_size: see `pairs_dataset.DrawnView`.
-        max_bad_in_a_row: this many unusable images one after another end the run.
-        held_out: a source whose first images are drawn during the training; None: the first source's.
+        max_bad_in_a_row: consecutive unusable images that stop the run.
+        held_out: source of the sample images during training; None: the first source.
     """
 
     sources: list[ImageSource]
@@ -100,17 +100,17 @@ class ImageData:
 
     @property
     def view(self) -> DrawnView:
-        """What is drawn and seen of an image."""
+        """Target and conditioning crops of an image."""
         return DrawnView(self.resolution, self.tower_size, self.keep_ratio, self.sizes, self.seen_by)
 
 
 @dataclass
 class PixelTrainer(TrainerConfig):
-    """Settings of the trainer. Without `save_frozen` a resume reads the frozen part of the U-Net where the run began;
-    the result of a run is always whole.
+    """Settings of the trainer. Without `save_frozen`, resuming loads the frozen part of the U-Net from its original
+    files; the result of a run is always complete.
 
     Attributes:
-        sample_steps: held-out images are drawn into `samples/` every so many steps (0: never; None: `save_steps`).
+        sample_steps: interval of sample images in `samples/` (0: never; None: `save_steps`).
     """
 
     save_frozen: bool = False
@@ -118,21 +118,21 @@ class PixelTrainer(TrainerConfig):
 
 
 class PixelTask(RunTask):
-    """One run in one process; a subclass has what follows here without a value."""
+    """One run in one process; subclasses set the class attributes without a value."""
 
     start_hint = "model.start"
     kinds: ClassVar[Mapping[str, Any]] = {"data": ImageData, "optim": OptimSettings, "trainer": PixelTrainer}
-    reads_condition = False  # whether samples hold a condition image
-    result: ClassVar[str]  # folder of what is trained in the run's
-    kind: ClassVar[type[Detokenizer]]  # what draws with it
-    frozen: ClassVar[str]  # name of the model of the conditions
-    diffusion: ClassVar[str]  # field of the model's settings: the diffusers folder of VAE and noise schedule
-    same: ClassVar[tuple[str, ...]]  # its fields that must be the same for a resume
-    conditions: Callable[[], FrozenFeatures]  # makes what is learned from of `seen` pixels
-    build: Callable[[], Any]  # what training begins with, on the CPU, with what is trained switched on; has a `unet`
+    reads_condition = False  # whether samples have a condition image
+    result: ClassVar[str]  # subfolder of the result
+    kind: ClassVar[type[Detokenizer]]  # detokenizer class of the result
+    frozen: ClassVar[str]  # name of the conditioning model
+    diffusion: ClassVar[str]  # setting with the diffusers folder of VAE and noise schedule
+    same: ClassVar[tuple[str, ...]]  # settings that must not change on resume
+    conditions: Callable[[], FrozenFeatures]  # features of `seen` pixels
+    build: Callable[[], Any]  # the initial module on the CPU, with `requires_grad` set; has a `unet`
     losses: Callable[..., Mapping[str, Tensor]]  # `total_loss` and `mse` of samples of one size, see `micro_step`
-    save_result: Callable[[Any, Path], None]  # writes what was trained, whole
-    detokenizer: Callable[[Any], Detokenizer]  # draws with the trained modules and a scheduler
+    save_result: Callable[[Any, Path], None]  # writes the complete result
+    detokenizer: Callable[[Any], Detokenizer]  # from the trained modules and a scheduler
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
@@ -148,11 +148,11 @@ class PixelTask(RunTask):
         self.held_out: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
 
     def embeds(self, seen: Tensor) -> Any:
-        """Features of images as `detokenizer` takes them."""
+        """Features of images for `detokenizer`."""
         return seen.float()
 
     def prepare(self) -> None:
-        """Build data, models and optimiser."""
+        """Build data, models and optimizer."""
         super().prepare()
         run, data = self.run, self.run.data
         self.schedule = DDPMScheduler.from_config(self.kind.load_part(self.folder, "scheduler").config)
@@ -173,10 +173,10 @@ class PixelTask(RunTask):
         self.optimizer = build_optimizer(self.module, run.optim)
 
     def check_side(self, side: int) -> None:
-        """Refuse views of another size than the encoder's."""
+        """Raise ConfigError if views have another size than the encoder's input."""
         if side != self.run.data.tower_size:
-            raise ConfigError(f"data: tower_size is {self.run.data.tower_size}, but the {self.frozen} sees {side} "
-                              "pixels a side.")
+            raise ConfigError(f"data: tower_size is {self.run.data.tower_size}, but the {self.frozen} expects "
+                              f"{side} pixels a side.")
 
     def _drawn(self, source: Any) -> DrawnPairs:
         data = self.run.data
@@ -190,8 +190,8 @@ class PixelTask(RunTask):
                        "step; ")
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        """The loss of a batch, size by size; what is random follows from the batch's place in the order, however many
-        processes share a step. On CPUs attention by plain matrix products, as `StageTask`."""
+        """The loss of a batch, by image size; randomness is determined by the sample's position, independent of the
+        number of processes. On CPUs attention uses plain matrix products, as in `StageTask`."""
         place = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, place))
         kernel = sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else contextlib.nullcontext()
@@ -209,7 +209,7 @@ class PixelTask(RunTask):
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        """Draw held-out images from their own conditions, beside the originals, with the same noise every time."""
+        """Reconstruct held-out images next to the originals, with fixed noise."""
         if not self.samples_due(step):
             return
         if not self.held_out:
@@ -235,7 +235,7 @@ class PixelTask(RunTask):
             self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
     def close(self) -> None:
-        """End what reads data; a run that was not prepared reads none."""
+        """Stop the data workers, if started."""
         if hasattr(self, "batches"):
             self.batches.close()
 
@@ -244,13 +244,13 @@ class PixelTask(RunTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         folder, module = self.run.output_dir / self.result, self.module
-        if self.run.deepspeed is not None:  # its weights are in half precision; what is trained is kept in fp32, spread
+        if self.run.deepspeed is not None:  # its weights are in half precision; the trained fp32 weights are sharded
             trained = full_weights(module)
             module = self.build() if group.first else module
             if group.first:
                 module.load_state_dict(trained, strict=False)
         if group.first:
-            with making_folder(folder, folder, TrainingError) as made:  # never a new U-Net beside an old decoder
+            with making_folder(folder, folder, TrainingError) as made:  # U-Net and decoder are replaced together
                 self.save_result(module, made)
         return {"processes": group.world, "samples_per_step": self._samples(group.world),
                 "bad_samples": len(self.batches.bad_samples()), self.result: str(folder),
@@ -259,21 +259,21 @@ class PixelTask(RunTask):
     # ---------------------------------------------------------------------------------------------- the checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
-        """What conditions and latents are made with."""
+        """Conditioning model and VAE."""
         return {self.frozen: self.features.seen.some_weights, "autoencoder": self.features.moments.some_weights}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """See `RunTask`; the order of samples follows from how many a step takes over all processes."""
+        """See `RunTask`; the sample order depends on the samples per step."""
         model = asdict(self.model)
         return {**super().identity(world), "model": {name: model[name] for name in self.same},
                 "samples_per_step": self._samples(world)}
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """The bad samples that this process found."""
+        """Bad samples of this process."""
         return self.account.state_dict()
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
-        for state in states[rank::self.group.world]:  # there may have been more processes, or fewer
+        for state in states[rank::self.group.world]:  # the number of processes may differ
             self.account.load_state_dict(state)
 
     def _samples(self, world: int) -> int:
@@ -281,22 +281,21 @@ class PixelTask(RunTask):
 
 
 def latent_moments(vae: Any, device: torch.device, at_once: int = 16) -> FrozenFeatures:
-    """Images → mean and logarithm of the variance of their latents `[N, 2 C, h, w]`, not scaled; in float32 whatever
-    the run's precision, because SDXL's autoencoder overflows in float16."""
+    """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`; always float32, because SDXL's VAE
+    overflows in float16."""
     return FrozenFeatures(vae, device, lambda pixels: vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters,
                           at_once)
 
 
 class ImageFeatures:
-    """Conditions and latents of a batch of `DrawnPairs` of one size, on the device; of frozen models."""
+    """Conditions and latents of a batch of `DrawnPairs` of one size, computed on the device by frozen models."""
 
     def __init__(self, seen: FrozenFeatures, moments: FrozenFeatures) -> None:
         self.seen, self.moments, self.device = seen, moments, moments.device
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """`seen`; `moments`; with condition images `condition` `[B, C, h, w]`, the means of their latents, zeros where
-        a sample has none."""
+        """`seen`; `moments`; with condition images `condition` `[B, C, h, w]`, their mean latents (zeros if none)."""
         with torch.autocast(self.device.type, enabled=False):
             made = {"seen": self.seen(batch["seen"]), "moments": self.moments(batch["image"])}
             if "condition" in batch:
@@ -309,7 +308,7 @@ class ImageFeatures:
 
 
 def drawn_latents(moments: Tensor, scaling: float, generator: torch.Generator | None = None) -> Tensor:
-    """Latents `[B, C, h, w]` of their distributions, times the autoencoder's factor; `generator` on the CPU."""
+    """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor; `generator` on the CPU."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
     return (mean + (0.5 * log_variance.clamp(-30, 20)).exp() * noise) * scaling

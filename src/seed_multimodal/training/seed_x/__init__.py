@@ -1,1 +1,1 @@
-"""Trainings of SEED-X's parts on the one loop."""
+"""Trainings of SEED-X."""

@@ -1,7 +1,7 @@
-"""SEED-X's de-tokenizer as a task of the loop: both stages of the SDXL adapter, from pictures and edits.
+"""SEED-X's de-tokenizer as a trainer task: both stages of the SDXL adapter, from images and edits.
 
-Stage 1: the resampler and the U-Net's keys and values learn to draw from a frozen vision encoder's embeddings. Stage
-2: the first convolution also reads the latents of a condition image, the source of an edit or zeros.
+Stage 1: resampler and U-Net's keys and values, conditioned on a frozen vision encoder's embeddings. Stage 2: the first
+convolution also reads the latents of a condition image, the source of an edit or zeros.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from seed_multimodal.training.run import Run
 
 @dataclass(frozen=True)
 class ConditionDropout:
-    """Shares of the samples without embeddings, without the condition image, and without both: our choice, as
-    InstructPix2Pix's."""
+    """Shares of samples without embeddings, without condition image, and without both; our choice, as in
+    InstructPix2Pix."""
 
     embeds: float = setting(0.05, least=0, most=1)
     picture: float = setting(0.05, least=0, most=1)
     both: float = setting(0.05, least=0, most=1)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Which samples lose their embeddings, and which their condition image: bool `[count]` each, on the CPU."""
+        """Samples without embeddings and samples without condition image: bool `[count]` each, on the CPU."""
         at = torch.rand(count, generator=generator)
         both = at < self.both
         embeds = both | (at - self.both < self.embeds)
@@ -55,17 +55,16 @@ class ConditionDropout:
 
 @dataclass
 class DetokenizerModel:
-    """What is trained, and what it is trained with.
+    """Trained and frozen models.
 
     Attributes:
-        stage: 1: drawing from embeddings; 2: beside a condition image.
-        sdxl: SDXL's diffusers folder: U-Net (without `start`), autoencoder and noise schedule.
-        tower: the vision encoder's weights, as `QwenVit.from_pretrained`; tower_sizes: None for the released ones, or
-            those beside the weights.
-        start: an adapter to begin with, for stage 2 the first stage's; "": SDXL's U-Net and a new resampler.
+        stage: 1: from embeddings; 2: also from a condition image.
+        sdxl: SDXL's diffusers folder: U-Net (without `start`), VAE and noise schedule.
+        tower: the vision encoder's weights, as `QwenVit.from_pretrained`; tower_sizes: None: stored sizes or original.
+        start: an adapter to start from, for stage 2 that of stage 1; "": SDXL's U-Net and a new resampler.
         resampler, seed: of a new resampler.
-        trained: `key_value` (and the resampler; the paper's first stage) or `all` (the released second stage).
-        tokens: embeddings of an image after pooling, 64 by the paper; 0: no pooling.
+        trained: `key_value` (and the resampler; first stage of the paper) or `all` (original second stage).
+        tokens: embeddings of an image after pooling, 64 in the paper; 0: no pooling.
     """
 
     sdxl: Path
@@ -125,19 +124,19 @@ class DetokenizerTask(PixelTask):
                               condition_latents=features.get("condition"), generator=generator)
 
     def save_result(self, module: SDXLAdapter, folder: Path) -> None:
-        """For `SDXLAdapter.from_pretrained`."""
+        """Write the adapter for `SDXLAdapter.from_pretrained`."""
         module.save_pretrained(folder)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """As the base's, with the resampler's sizes: a checkpoint that holds frozen weights is an adapter, too."""
+        """As the base class, with the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
         replace_text(folder / SIZES, json.dumps(asdict(self.module.resampler.sizes), indent=1) + "\n")
 
 
 @torch.no_grad()
 def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
-    """Normalised pixels → features `[N, tokens, K]`, of neighbours pooled; `tokens` 0: no pooling. Raises ConfigError:
-    they cannot be pooled to so many."""
+    """Normalized pixels → pooled features `[N, tokens, K]`; `tokens` 0: no pooling. Raises ConfigError: impossible
+    number."""
     dtype = next(encoder.parameters()).dtype
     seen = encoder(pixels.to(dtype)).to(dtype)
     if tokens and seen.shape[1] % tokens:
@@ -148,23 +147,23 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
 def adapter_losses(adapter: Any, schedule: Any, latents: Tensor, image_embeds: Tensor, time_ids: Tensor, *,
                    dropout: ConditionDropout, empty_features: Tensor, condition_latents: Tensor | None = None,
                    generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps, by a `generator` on the CPU.
+    """Losses (`Noised.losses`) of an `SDXLAdapter` at random time steps; `generator` on the CPU.
 
     Args:
-        latents: `[B, C, h, w]`, times the autoencoder's scaling factor. image_embeds: `[B, N, W]`.
-        time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, the vision encoder's of an empty image.
-        condition_latents: `[B, C, h, w]` without that factor, for a second stage.
+        latents: `[B, C, h, w]`, times the VAE's scaling factor. image_embeds: `[B, N, W]`.
+        time_ids: `[B, 6]` (`size_ids`). empty_features: `[1, N, W]`, of an empty image.
+        condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
     """
-    without_embeds, without_picture = (which.to(latents.device) for which in dropout.draw(len(latents), generator))
+    without_embeds, without_image = (which.to(latents.device) for which in dropout.draw(len(latents), generator))
     noised = Noised.draw(schedule, latents, generator)
     embeds = torch.where(without_embeds[:, None, None], empty_features.to(image_embeds), image_embeds)
     if condition_latents is not None:
-        condition_latents = condition_latents * ~without_picture[:, None, None, None]
+        condition_latents = condition_latents * ~without_image[:, None, None, None]
     return noised.losses(adapter(noised.latents, noised.steps, embeds, time_ids, condition_latents))
 
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
-    """What training begins with, on the CPU, with what is trained switched on. Raises CheckpointError."""
+    """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
     sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_WHERE)
     adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train() if settings.start else SDXLAdapter.from_unet(
         SdxlDetokenizer.load_part(sdxl, "unet"), settings.resampler, settings.seed)

@@ -1,10 +1,10 @@
-"""Instruction tuning of SEED-X as a task of the trainer: the language model's, with images as features on both sides.
+"""SEED-X's instruction tuning as a trainer task: the language model's task, with input and target image features.
 
-The frozen vision encoder turns views into features on the device; `ContinuousLVLM` gives both losses. Trained are the
-language model (a LoRA, its embeddings and norms, or all of it), both resamplers and the vectors of a view's place: a
-checkpoint's `model.safetensors`, by the released names, for `load_agent`. In log lines `text_loss` is that of words and
-`image_loss` the distance of written features; `loss` is their weighted sum, padded micro-batches' means as released, in
-packed ones each learned word and each written image of a step weighing the same.
+The frozen vision encoder runs on the device; `ContinuousLVLM` computes both losses. Trained are the language model
+(LoRA, embeddings and norms, or all weights), both resamplers and the position vectors of views; they are a checkpoint's
+`model.safetensors`, with the original names, for `load_agent`. In log lines `text_loss` is the token loss, `image_loss`
+the feature regression loss and `loss` their weighted sum: means of padded micro-batches, as in the original; with
+packing, tokens and target images of a step have equal weights.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class AgentModel:
     """The resamplers and the losses.
 
     Attributes:
-        path: weights to start from, as `load_agent` reads them (also with a language model's or a LoRA's among them);
-            None: new ones, by `seed`. Sizes recorded beside them (`agent.json`) win over the resamplers' given here.
+        path: weights to start from, as for `load_agent` (may include a language model or LoRA); None: new ones, by
+            `seed`. Sizes stored with them (`agent.json`) override the resamplers' settings.
         losses: weights of the two losses and the like.
     """
 
@@ -73,8 +73,8 @@ class AgentModel:
 
 @dataclass
 class EncoderModel:
-    """The frozen vision encoder: its weights, as `QwenVit.from_pretrained`, which takes `at_once` views at a time.
-    `sizes`: None for those beside the weights, or the released ones."""
+    """The frozen vision encoder: weights, as `QwenVit.from_pretrained`; `at_once`: views per forward pass; `sizes`:
+    None: those stored with the weights, or the original ones."""
 
     path: str
     sizes: QwenVitConfig | None = None
@@ -82,7 +82,7 @@ class EncoderModel:
 
 
 def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
-    """Settings of a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
         check_target(given, AGENT_TARGETS, where)
@@ -93,7 +93,7 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
                  for name in _RESAMPLERS if isinstance(given.get(name), Mapping)}
         given |= {**parts, **({"path": path} if path else {}), "losses": losses | (given.get("losses") or {})}
     made = read_settings(AgentModel, given, where)
-    file = _beside(made)
+    file = _agent_json(made)
     recorded = read_json_object(file) if file is not None else {}
     for name in _RESAMPLERS:
         if recorded.get(name):
@@ -102,8 +102,8 @@ def read_agent(config: Mapping[str, Any], where: str = "agent") -> AgentModel:
 
 
 def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> EncoderModel:
-    """Settings of a mapping: ours, or the original's with its `_target_`, in which keys without a meaning are ignored
-    (the released file has one with a stray quotation mark). Raises ConfigError."""
+    """Settings from a mapping: ours, or the original's with its `_target_`, where unused keys are ignored (the original
+    file has one with a stray quotation mark). Raises ConfigError."""
     given = {str(key): value for key, value in config.items()}
     if "_target_" in given:
         check_target(given, ENCODER_TARGETS, where)
@@ -111,7 +111,7 @@ def read_encoder(config: Mapping[str, Any], where: str = "visual_encoder") -> En
         given = {"path": given.get(_PATH), "sizes": sizes,
                  **{key: value for key, value in given.items() if key == "at_once"}}
     if not given.get("path"):
-        raise ConfigError(f"{where}: path (in the original's files {_PATH}) is needed: the vision encoder's weights.")
+        raise ConfigError(f"{where}: path (in the original's files {_PATH}) is required: the vision encoder's weights.")
     return read_settings(EncoderModel, given, where)
 
 
@@ -122,19 +122,19 @@ class TuningTask(LlmTask):
     start_hint = "agent.path"
     kinds = {**LlmTask.kinds, "visual_encoder": EncoderModel, "agent": AgentModel}
     readers = {**LlmTask.readers, "visual_encoder": read_encoder, "agent": read_agent}
-    words_per_image = 1.0  # learned words to written images of this step, in all processes
+    words_per_image = 1.0  # ratio of learned tokens to target images of this step, over all processes
 
     def __init__(self, run: Run, group: ProcessGroup, device: torch.device) -> None:
-        """Open data and tokenizer. Raises as `RunTask.train`; ConfigError for a tokenizer of another system."""
+        """Open data and tokenizer. Raises as `RunTask.train`; ConfigError: a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
-            raise ConfigError("trainer: SEED-X's losses are weighed by agent.losses.lm_loss_scale and rec_loss_scale.")
+            raise ConfigError("trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and rec_loss_scale.")
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
 
-    # ------------------------------------------------------------------------------------------------- the training
+    # ------------------------------------------------------------------------------------------------- training
 
     def make_module(self) -> nn.Module:
-        """The agent around the language model; opens the vision encoder, too."""
+        """The agent around the language model; also loads the vision encoder."""
         settings, dtype = self.run.visual_encoder, DTYPES[self.settings.precision]
         encoder = QwenVit.from_pretrained(find_folder(settings.path), config=settings.sizes, device=self.device,
                                           dtype=dtype, log=self._log)
@@ -153,7 +153,7 @@ class TuningTask(LlmTask):
         return build_agent(self.llm, agent).to(self.device)
 
     def begin_step(self, step: int) -> bool:
-        """Load the step's micro-batches and count their learned words and written images."""
+        """Load the step's micro-batches and count their learned tokens and target images."""
         more = super().begin_step(step)
         (images,) = self.group.sum([float(sum(map(_written, self.batches)))])
         self.words_per_image = self.meter.divisor / max(images, 1.0)
@@ -170,8 +170,8 @@ class TuningTask(LlmTask):
                          learned, images.detach() * written, written)
 
     def inputs(self, batch: LlmBatch) -> dict[str, Any]:
-        """A batch as `ContinuousLVLM.forward` takes it, on the device. Padding is on the right, so that causal
-        attention hides it; packed rows go by their positions."""
+        """Arguments of `ContinuousLVLM.forward` for a batch, on the device. Padding is on the right, so causal
+        attention masks it; packed rows are separated by position ids."""
         views, packed = batch.views, batch.attention_mask is None
         features = None if views is None else self.encoder(views.pixels)
         batch = replace(batch, views=None).to(self.device)
@@ -180,7 +180,7 @@ class TuningTask(LlmTask):
                  "ids_gen_mask": marks == WRITTEN, "position_ids": batch.position_ids if packed else None}
         llama = find_llama(self.llm)
         use_attention(llama, packed)
-        if packed and "flash" in str(llama.config._attn_implementation):  # it knows one row of several sequences
+        if packed and "flash" in str(llama.config._attn_implementation):  # needs packing in a single row
             found = {name: value.reshape(1, -1) for name, value in found.items()}
         read = None if views is None else copy_to(self.device, ~views.written)
         return {**found, "attention_mask": None, "image_embeds": features, "embeds_cmp_mask": read,
@@ -189,30 +189,30 @@ class TuningTask(LlmTask):
 
     def evaluation_line(self, total: float, count: float, text: float, text_count: float, image: float,
                         image_count: float) -> dict[str, float]:
-        """As `LlmTask`, with both means weighed as in training."""
+        """As `LlmTask`, with both means weighted as in training."""
         found = super().evaluation_line(total, count, text, text_count, image, image_count)
         scales = self.run.agent.losses
         mean = scales.lm_loss_scale * text / max(text_count, 1) + scales.rec_loss_scale * image / max(image_count, 1)
         return {**found, "eval_loss": mean} if found else {}
 
-    # ---------------------------------------------------------------------------------------------- the checkpoints
+    # ---------------------------------------------------------------------------------------------- checkpoints
 
     def frozen_models(self) -> dict[str, list[float]]:
         """The vision encoder."""
         return {"vision encoder": self.encoder.some_weights}
 
     def identity(self, world: int) -> dict[str, Any]:
-        """As the language model's, with the resamplers' sizes."""
+        """As `LlmTask`, with the resamplers' sizes."""
         found = super().identity(world)
         sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
         return {**found, "model": {**found["model"], **sizes}}
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What is trained, by the released names."""
+        """The trained weights, with original names."""
         return {name: value.detach() for name, value in (self._trained() if gathered is None else gathered).items()}
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """The trained weights, what builds their model, and the tokenizer's files."""
+        """Write the trained weights, the model's settings, and the tokenizer's files."""
         save_state_dict(weights, folder / WEIGHTS)
         lora = None if not is_lora(self.llm) else {
             key: value for key, value in adapter_settings(self.llm).items() if key in LORA_FIELDS and value is not None}
@@ -232,23 +232,23 @@ class TuningTask(LlmTask):
 
 
 def build_agent(llm: Any, settings: AgentModel) -> ContinuousLVLM:
-    """New resamplers around a language model, or those of `settings.path`. Raises CheckpointError: as `load_agent`;
-    another scale of a LoRA."""
+    """New resamplers around a language model, or those of `settings.path`. Raises CheckpointError: as `load_agent`, or
+    another LoRA scale."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         agent = ContinuousLVLM(llm, Resampler(settings.input_resampler), Resampler(settings.output_resampler),
                                settings.losses)
     if settings.path is not None:
-        file = _beside(settings)
+        file = _agent_json(settings)
         recorded = read_json_object(file) if file is not None else {}
         if file is not None and is_lora(llm) and isinstance(recorded.get("lora"), Mapping):
-            refuse_other_scale(llm, recorded["lora"], file)  # no tensor's size shows it
+            refuse_other_scale(llm, recorded["lora"], file)  # not visible in tensor sizes
         load_agent(agent, find_folder(settings.path))
     return agent
 
 
-def _beside(settings: AgentModel) -> Path | None:
-    """`agent.json` of the weights to start from, if it is there."""
+def _agent_json(settings: AgentModel) -> Path | None:
+    """`agent.json` of the initial weights, if it exists."""
     if settings.path is None:
         return None
     place = find_folder(settings.path)

@@ -62,7 +62,7 @@ def test_system_message_of_a_record(words):
     assert words.decode(own.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
 
 
-# ---- pictures
+# ---- images
 
 
 def test_a_view_is_drawn(words, image):

@@ -38,7 +38,7 @@ def learned(sequence: ImageSequence) -> list[int]:
 
 
 def test_a_caption_either_way(words: LavitTokenizer):
-    """6 places are planned for a picture of 16 patches (three eighths)."""
+    """6 places are planned for an image of 16 patches (three eighths)."""
     start, end, code, text = 290, 291, 292, words.text_ids("a red cat")
     read = make(words, "caption", {"image": PICTURE, "text": "a red cat"}, img_first_ratio=1.0)
     assert read.ids == [start, *[code] * 6, end, *text, words.eos_id] and learned(read) == [*text, words.eos_id]

@@ -53,8 +53,8 @@ def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalT
         assert sequence.ids[:len(asked[0])] in asked
 
 
-def test_a_placeholder_says_where_the_picture_stands(words: MultimodalTokenizer):
-    """As at inference; it is never learned as letters, and no picture stands anywhere else."""
+def test_a_placeholder_shows_where_the_image_stands(words: MultimodalTokenizer):
+    """As at inference; it is never learned as letters, and no image stands anywhere else."""
     prompts = SeedXPrompts(words)
     ask, edit = make(words, "conversation"), make(words, "edit")
     first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0))
@@ -86,7 +86,7 @@ def test_decode_filtered_pairs(words, options, change, reason):
     assert reason in dropped if reason else not dropped
 
 
-def test_pictures_are_never_cut(words: MultimodalTokenizer):
+def test_images_are_never_cut(words: MultimodalTokenizer):
     fields = {"image": SQUARE, "data": ["What? " * 9, "It is a cat. " * 9]}
     decoder = make(words, "conversation")
     whole = decoder.decode(fields, SeededRandom(1))

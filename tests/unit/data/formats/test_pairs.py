@@ -1,4 +1,4 @@
-"""Sources of picture-caption pairs: what they read, and the sentences for what they cannot."""
+"""Sources of image-caption pairs: what they read, and the sentences for what they cannot."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
     assert [pairs.read(i).captions for i in range(3)] == [["one – eins"], ["two", "cut ?"], ["three"]]
     assert [pairs.read(i).image for i in range(3)] == [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "2.jpg")]
     assert pairs.read(1).name == f"{tmp_path}/a.json: item 1" and pairs.read(2).name == f"{tmp_path}/b.json: item 0"
-    assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # beside the list
+    assert Pairs(tmp_path / "a.json").read(0).image == tmp_path / "0.jpg"  # next to the list
 
 
 @pytest.mark.parametrize(("content", "words"), [

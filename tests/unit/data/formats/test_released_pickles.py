@@ -1,4 +1,4 @@
-"""The released pickled shards: read as data, converted once; code in them is refused and never run."""
+"""The original pickled shards: read as data, converted once; code in them is refused and never run."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_read_pickle_bombs(monkeypatch):
 
 
 def old_shard(path: Path, start: int, count: int, extra: dict[str, bytes] | None = None) -> list[dict]:
-    """A shard as the released tool wrote it; gives what its samples mean."""
+    """A shard as the original tool wrote it; gives what its samples mean."""
     rng = np.random.default_rng(start)
     items = [{"image_ids": rng.integers(0, 8192, 32).tolist(), "text": f"text {n} ä", "metadata": {"n": n}}
              for n in range(start, start + count)]

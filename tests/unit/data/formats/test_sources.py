@@ -149,7 +149,7 @@ def test_open_records_finds_files(tmp_path):
     with pytest.raises(DataError, match="contains tar and jsonl files|contains jsonl and tar files"):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # counts beside shards are no data
+    assert fields(open_records(tmp_path, format="tar")) == [caption(1)]  # counts next to shards are no data
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
     assert [both.read(n).key for n in (0, 1)] == ["k", "line 1"]
     odd = written(tmp_path / "notes.txt", '{"text": "b"}')

@@ -165,7 +165,7 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.A
     files.rm("/d", recursive=True)
 
 
-def test_write_index_beside_a_remote_shard(memory: fsspec.AbstractFileSystem, tmp_path: Path,
+def test_write_index_next_to_a_remote_shard(memory: fsspec.AbstractFileSystem, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch):
     TarFile("memory://d/a.tar").write_index()
     assert memory.exists(f"/d/{FOLDER}/a.tar.npz")

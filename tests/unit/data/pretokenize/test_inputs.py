@@ -39,7 +39,7 @@ def decode(kind: str, settings: InputSettings, workers: int = 0) -> list[tuple[D
 # ---- descriptions
 
 
-def test_released_files_are_read():
+def test_original_files_are_read():
     caption = read_input_settings({**load("caption_torchdata_preprocess"), "data_dir": ["a", "b"]})
     assert (caption.similarity_thr, caption.min_resolution, caption.min_aspect_ratio) == (0.25, 180, 0.55)
     assert caption.files == ["a", "b"] and caption.format == "tar" and not caption.use_caption_in_metadata
@@ -92,7 +92,7 @@ def test_presets_and_mappings_of_fields():
 # ---- files and shards
 
 
-def test_a_folder_of_pictures_with_texts(tmp_path, jpeg):
+def test_a_folder_of_images_with_texts(tmp_path, jpeg):
     for number in range(3):
         (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
         if number:
@@ -175,7 +175,7 @@ def test_read_transform(tmp_path, jpeg):
     assert read_transform(config, ImageTransform(48)) == ImageTransform(48, False, "bilinear")
 
 
-def test_views_depend_on_picture_and_number_only(jpeg):
+def test_views_depend_on_image_and_number_only(jpeg):
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
     assert view(image, 0, 5, "a") is image
     first, again, second, other = (view(image, n, 5, name) for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b")))

@@ -1,4 +1,4 @@
-"""Every kind of records, from real pictures on disk to what the decoders make of it, with the nano tokenizer."""
+"""Every kind of records, from real images on disk to what the decoders make of it, with the nano tokenizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 @pytest.fixture(scope="module")
 def codec() -> CodeImages:
-    """The nano system's own way from a picture to codes."""
+    """The nano system's own way from an image to codes."""
     return open_images("nano", device="cpu")
 
 
@@ -102,7 +102,7 @@ def test_views_of_captions(make, codec, images, words):
     assert [record["text"] for record in found] == [["a", "b"], "c", "d"]
     for record, codes in zip(found, codes_of(codec, images, 0, 1, 0), strict=True):
         assert len(record["views"]) == 3 and record["views"][0] == record["image_ids"] == codes
-    assert found[0]["views"] == found[2]["views"]  # of the same picture
+    assert found[0]["views"] == found[2]["views"]  # of the same image
     assert "a" in decode(words, "pretrain.caption", found[0], first_text=1.0)
 
 

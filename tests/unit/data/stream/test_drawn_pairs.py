@@ -1,4 +1,4 @@
-"""What a de-tokenizer learns to draw: views and size conditions of pictures of folders, tars and lists of edits."""
+"""What a de-tokenizer learns to draw: views and size conditions of images of folders, tars and lists of edits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image
 
 
 def test_both_views_are_of_the_same_part() -> None:
-    """The outer sixths of a wide picture are cut off both; squashed, nothing is."""
+    """The outer sixths of a wide image are cut off both; squashed, nothing is."""
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
     for make in (VIEW.drawn, VIEW.seen):
@@ -39,11 +39,11 @@ def test_both_views_are_of_the_same_part() -> None:
     ((48, 32), True, [32, 48, 0, 4, 16, 16]), ((32, 48), True, [48, 32, 4, 0, 16, 16]),
     ((16, 16), True, [16, 16, 0, 0, 16, 16]), ((48, 32), False, [32, 48, 0, 0, 16, 16])])
 def test_size_conditions(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
-    """Of the file, of the cut in the resized picture, of the drawing; heights first."""
+    """Of the file, of the cut in the resized image, of the drawing; heights first."""
     assert DrawnView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
 
-def test_pictures_need_no_captions(tmp_path: Path) -> None:
+def test_images_need_no_captions(tmp_path: Path) -> None:
     """Of a folder, and of a tar; with captions required, both are refused."""
     (tmp_path / "folder").mkdir()
     half("red", "blue").save(tmp_path / "folder" / "a.png")
@@ -66,7 +66,7 @@ def test_pictures_need_no_captions(tmp_path: Path) -> None:
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
 
-def test_edits_bring_the_picture_before(tmp_path: Path) -> None:
+def test_edits_bring_the_image_before(tmp_path: Path) -> None:
     half("red", "blue").save(tmp_path / "before.png")
     half("blue", "red").save(tmp_path / "after.png")
     lines = [{"source_image": "before.png", "target_image": "after.png"}, {"target_image": "after.png"},
@@ -95,7 +95,7 @@ SIZES = ((16, 16), (16, 24), (24, 16))
     ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]), ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
     ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
 def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
-    """Its centre, cut as little as can be; the tower sees the same part, squashed."""
+    """Its centre, cut as little as can be; the vision encoder sees the same part, squashed."""
     view, image = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
     kept = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
@@ -108,7 +108,7 @@ def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int
         assert (made[2, 2:-2, 2:-2] > 240).all() and (made[0, 2:-2, 2:-2] < 15).all()
 
 
-def test_a_squashed_picture_has_one_size_by_its_key() -> None:
+def test_a_squashed_image_has_one_size_by_its_key() -> None:
     """All of it is drawn; each size has its share of the keys."""
     view, image = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]

@@ -77,7 +77,7 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
 
 
 def test_next_padded_is_the_original_form(config: Callable, words, numbers: Callable) -> None:
-    """Rows equal the released form of the sequences at the batch's positions, cut where they are too long."""
+    """Rows equal the original form of the sequences at the batch's positions, cut where they are too long."""
     settings = read_data_settings(config(packing=False))
     batches, mixture, drawn = LlmBatches(settings, words), Mixture(settings, words), Counter()
     for batch in itertools.islice(batches, 25):

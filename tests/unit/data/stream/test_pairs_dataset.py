@@ -67,7 +67,7 @@ def test_get_of_broken_images(tmp_path: Path, jpeg: Callable, write_tar: Callabl
     data = PairDataset(Pairs(broken), PLAIN, log=logged.append)
     assert [data.get(index, 0)["index"] for index in range(12)] == [0, 1, 2, 6, 6, 6, 6, 7, 9, 9, 10, 0]
     assert [key for key, _ in data.bad] == ["003", "004", "005", "008", "011"]
-    for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no image", "not a picture", "truncated"],
+    for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no image", "not an image", "truncated"],
                                     strict=True):
         assert reason.startswith(f"{broken}: sample {key}: ") and words in reason and "\n" not in reason
     assert logged == [f"skipped: {reason}" for _, reason in data.bad]  # each once, though met several times

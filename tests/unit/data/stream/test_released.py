@@ -1,4 +1,4 @@
-"""The released data files: both mixtures as the tables have them, other files of that form, and what is refused."""
+"""The original data files: both mixtures as the tables have them, other files of that form, and what is refused."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_builder_has_its_decoder() -> None:
 
 
 def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
-    """Our pretraining file with the folders of small sets in place of the released ones, read back from YAML."""
+    """Our pretraining file with the folders of small sets in place of the original ones, read back from YAML."""
     config = yaml.safe_load(PRETRAIN.read_text())
     folders = {"caption": sets / "captions", "interleaved": sets / "documents", "text": sets / "texts"}
     config["datapipes"] = [pipe for pipe in config["datapipes"] if "video" not in pipe["_target_"]]
@@ -86,7 +86,7 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     return read_data_settings(load_yaml(file))
 
 
-def test_a_released_file_runs_on_small_shards(sets: Path, words, tmp_path: Path) -> None:
+def test_a_original_file_runs_on_small_shards(sets: Path, words, tmp_path: Path) -> None:
     for packing in (True, False):
         batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
         found = list(itertools.islice(batches, 20))

@@ -1,4 +1,4 @@
-"""Pictures in the one stream: real files of all the formats, opened, cut and laid beside their words; bad ones."""
+"""Images in the one stream: real files of all the formats, opened, cut and laid next to their words; bad ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    """A tokenizer with pictures of 4 words."""
+    """A tokenizer with images of 4 words."""
     return train_words(MultimodalTokenizer, ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
                        tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4, n_locations=16)
 
@@ -67,7 +67,7 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
 
 @pytest.mark.process
 def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    """The source is read in two equal views, the target written in one; the drawn picture is shown again."""
+    """The source is read in two equal views, the target written in one; the drawn image is shown again."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(image(name))
     edit = lines(tmp_path / "edit.jsonl", [{"source_image": "red.png", "target_image": "/blue.png",
@@ -82,7 +82,7 @@ def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> No
     check_marks(one, words)
     assert one.views is not None and one.views.written.tolist() == [False, False, True]
     assert [colour_of(view) for view in one.views.pixels] == ["red", "red", "blue"]
-    chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # the images lie beside the list
+    chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # the images lie next to the list
     several = next(batches_of(words, chat))
     with batches_of(words, chat, workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, several.views.pixels)
@@ -92,7 +92,7 @@ def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> No
     assert several.views.written.tolist() == [False, False, True, False, False, True]
 
 
-def test_a_wide_picture_is_read_in_parts(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_a_wide_image_is_read_in_parts(words: MultimodalTokenizer, tmp_path: Path) -> None:
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
@@ -104,7 +104,7 @@ def test_a_wide_picture_is_read_in_parts(words: MultimodalTokenizer, tmp_path: P
 
 
 def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    """With and without a json; unlike pairs, small pictures and over-long captions are counted, nothing is turned into
+    """With and without a json; unlike pairs, small images and over-long captions are counted, nothing is turned into
     another sample."""
     file = tmp_path / "0.tar"
     members = {"a.png": image("red"), "a.txt": b"red", "b.png": image("blue"), "b.txt": b"blue",

@@ -68,7 +68,7 @@ def test_caption_words_by_label() -> None:
 
 
 def test_score_counts_missing_images_as_wrong() -> None:
-    found = scoring.picture_words(Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))])
+    found = scoring.image_labels(Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))])
     assert found == [scoring.UNREAD, *scoring.all_words([PAIR])]
     assert scoring.score(found, scoring.all_words([PAIR] * 2))["all"].value == 0.5
 

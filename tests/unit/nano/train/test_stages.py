@@ -71,9 +71,9 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
     for scene, row in zip(scenes, spots, strict=True):
         names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
         assert names == [slot.thing for slot in scene.slots()]
-    told = layout(x, spots)[0].flatten(1)
+    out = layout(x, spots)[0].flatten(1)
     alike = (spots.flatten(1)[:, None] == spots.flatten(1)).all(-1)
-    assert torch.equal((told[:, None] - told).abs().amax(-1) < 1e-4, alike)  # but for rounding, which differs by row
+    assert torch.equal((out[:, None] - out).abs().amax(-1) < 1e-4, alike)  # but for rounding, which differs by row
 
 
 def test_cached_computes_again_what_no_longer_fits(tmp_path: Path) -> None:

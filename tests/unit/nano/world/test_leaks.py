@@ -33,10 +33,10 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
     for text in texts_of(sample):
         found += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
-            said = read_caption(caption)
-            held = held_compositions(said.things, said.counts, said.style, said.background)
-            if said.style and said.background and said.layout:
-                held |= held_out(Scene(said.style, said.background, said.layout, said.things, said.counts))
+            labels = read_caption(caption)
+            held = held_compositions(labels.things, labels.counts, labels.style, labels.background)
+            if labels.style and labels.background and labels.layout:
+                held |= held_out(Scene(labels.style, labels.background, labels.layout, labels.things, labels.counts))
             found.append((caption, held))
     return [(words, splits) for words, splits in found if splits]
 

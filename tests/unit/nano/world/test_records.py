@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from seed_multimodal.language.prompts import answer_in
-from seed_nano.world.records import ASKED, EDIT_SORTS, KINDS, OWN, from_last_picture, record_at, scenes_of, x_record_at
+from seed_nano.world.records import ASKED, EDIT_SORTS, KINDS, OWN, from_last_image, record_at, scenes_of, x_record_at
 from seed_nano.world.splits import SPLITS, held_out, scene_at
 from seed_nano.world.tasks import VERDICT_END
 from seed_nano.world.words import normalise
@@ -38,11 +38,11 @@ def test_record_at_with_a_pool() -> None:
 
 
 def test_questions_and_edits_take_their_sorts_in_turn() -> None:
-    texts = [from_last_picture(record_at("questions", 1, index))[1]["content"][0]
+    texts = [from_last_image(record_at("questions", 1, index))[1]["content"][0]
              for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))]
     answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
     assert set(answers) == {"yes", "no"} and abs(answers["yes"] - 150) < 40
-    where = [from_last_picture(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))]
+    where = [from_last_image(record_at("questions", 1, index)) for index in range(3, 60, len(ASKED))]
     assert all(turns[0]["content"][1].startswith(("Where", "On which side")) for turns in where)
     swapped = [record_at("edits", 1, index) for index in range(EDIT_SORTS.index("swap"), 110, len(EDIT_SORTS))]
     for *_, before, after in map(scenes_of, swapped):
@@ -52,7 +52,7 @@ def test_questions_and_edits_take_their_sorts_in_turn() -> None:
 def test_answers_about_a_named_thing_follow_a_verdict() -> None:
     seen = 0
     for index in range(60):
-        turns = from_last_picture(record_at("questions", 5, index))
+        turns = from_last_image(record_at("questions", 5, index))
         for asked, answered in zip(turns[::2], turns[1::2], strict=True):
             before, mark, answer = answered["content"][0].partition(VERDICT_END)
             named = asked["content"][-1].startswith(NAMING)

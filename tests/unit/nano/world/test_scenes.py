@@ -107,7 +107,7 @@ def test_scenes_of_a_held_out_split(split):
 
 
 def test_an_unknown_thing_split_or_kind_is_named():
-    with pytest.raises(DataError, match="no such scene"):
+    with pytest.raises(DataError, match="no such nano scene"):
         Scene("noto", "blue", "large", ("dogs",))
     for make in (lambda: scene_at(0, 0, "pair"), lambda: scenes("pair"), lambda: record_at("stories", 0, 0, "pair")):
         with pytest.raises(DataError, match=r"unknown split 'pair' \(did you mean 'pairs'\?\)"):

@@ -31,7 +31,7 @@ def test_open_pairs_of_a_held_out_split():
 
 @pytest.mark.parametrize(("options", "error", "words"), [
     ({"split": "vall"}, DataError, r"unknown split 'vall' \(did you mean 'val'"),
-    ({"files": "nowhere"}, DataError, "nano's drawings are not there"),
+    ({"files": "nowhere"}, DataError, "nano's drawings were not found"),
     ({"numbr": 3}, ConfigError, r"unknown key 'numbr' \(did you mean 'number'")])
 def test_open_pairs_with_a_wrong_option(options, error, words):
     with pytest.raises(error, match=words):

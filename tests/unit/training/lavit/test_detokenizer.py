@@ -1,4 +1,4 @@
-"""Training of LaVIT's pixel decoders: both kinds, from real pictures of several sizes; resumed, drawn with."""
+"""Training of LaVIT's pixel decoders: both kinds, from real images of several sizes; resumed, drawn with."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_pixel_decoder_is_trained_and_draws(parts: Path, tmp_path: Path, head:
 
 
 @pytest.mark.slow
-def test_the_loss_falls_and_a_run_goes_on_from_a_result(parts: Path, tmp_path: Path) -> None:
+def test_the_loss_falls_and_a_run_continues_from_a_result(parts: Path, tmp_path: Path) -> None:
     """By Muon, as nano's recipes; keys and values alone; a second run begins where the first ended."""
     noisy = {"selection": "threshold", "dropout": 0.0}
     train(config(parts, tmp_path / "one", model=noisy, optim={"name": "muon", "learning_rate": 0.01},
@@ -121,7 +121,7 @@ def test_without_conditions_it_is_the_unconditional_half_of_drawing(parts: Path,
 # ---- codes
 
 
-def test_a_pictures_codes_are_its_own() -> None:
+def test_a_images_codes_are_its_own() -> None:
     """Drawn patches follow from the image, in any batch; another seed or rule has other codes."""
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     tokenizer = tiny_tokenizer()
@@ -139,8 +139,8 @@ def test_a_pictures_codes_are_its_own() -> None:
 
 @pytest.mark.parametrize(("changes", "error", "said"), [
     ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
-    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer sees 16 pixels a side"),
-    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: there is no such folder"),
+    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer expects 16 pixels a side"),
+    ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: no such folder"),
 ])
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],
                                  said: str) -> None:
@@ -149,7 +149,7 @@ def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str,
     assert "\n" not in str(caught.value)
 
 
-def test_a_run_does_not_go_on_with_other_codes(parts: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_continue_with_other_codes(parts: Path, tmp_path: Path) -> None:
     """Another tokenizer or autoencoder in the same folder; the same ones in another may."""
     for name in ("tokenizer", "highres", "decoder", "pictures"):
         shutil.copytree(parts / name, tmp_path / "one" / name)
@@ -160,13 +160,13 @@ def test_a_run_does_not_go_on_with_other_codes(parts: Path, tmp_path: Path) -> N
     vae = tmp_path / "two" / "highres" / "vae" / "diffusion_pytorch_model.safetensors"
     whole = load_state_dict(vae)
     save_state_dict({name: value + 0.5 for name, value in whole.items()}, vae)
-    with pytest.raises(CheckpointError, match="was trained with another autoencoder than this run has"):
+    with pytest.raises(CheckpointError, match="was trained with another autoencoder"):
         train(config(tmp_path / "two", tmp_path / "run", **changes))
     save_state_dict(whole, vae)
     assert train(config(tmp_path / "two", tmp_path / "run", **changes))["steps"] == 2
     save_dynamic_tokenizer(tiny_tokenizer(1), tmp_path / "two" / "tokenizer")
     changes["trainer"]["max_steps"] = 3
-    with pytest.raises(CheckpointError, match="was trained with another tokenizer than this run has; give the same"):
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer; use the same"):
         train(config(tmp_path / "two", tmp_path / "run", **changes))
 
 

@@ -38,7 +38,7 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
 
 def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Codes are those of the frozen tokenizer by each sample's seed; the losses of packed rows are those of each
-    sequence alone, whose pictures the trained merger and projector read; image start and prompts are not learned."""
+    sequence alone, whose images the trained merger and projector read; image start and prompts are not learned."""
     task = task_of(parts.config_of(home, tmp_path, data={"length": 240}))
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
@@ -102,7 +102,7 @@ def same(codes: Tensor, pictures: list[Tensor]) -> bool:
     return bool(pictures) and pictures[0].ndim == 1 and codes.tolist() == pictures[0].tolist()
 
 
-def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_a_run_does_not_continue_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     """Another visual tokenizer in the same folder; the same one in another may."""
     shutil.copytree(home / "visual", tmp_path / "visual")
 
@@ -114,7 +114,7 @@ def test_a_run_does_not_go_on_with_other_codes(parts: ModuleType, home: Path, tm
     assert train(2, home / "visual")["steps"] == 2
     torch.manual_seed(9)
     save_dynamic_tokenizer(DynamicTokenizer(parts.SIZES), tmp_path / "visual")
-    with pytest.raises(CheckpointError, match="was trained with another visual tokenizer than this run has"):
+    with pytest.raises(CheckpointError, match="was trained with another visual tokenizer"):
         train(3, tmp_path / "visual")
 
 
@@ -138,13 +138,13 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
     task = task_of(config)
     task.prepare()
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved)
-    with pytest.raises(CheckpointError, match="there is no visual_weight.safetensors"):
+    with pytest.raises(CheckpointError, match="no visual_weight.safetensors"):
         task_of(parts.config_of(home, tmp_path, visual_encoder={"start": str(home / "words")})).prepare()
 
 
 @pytest.mark.slow
 def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Merged by the tool, and put beside the visual tokenizer of stage 1 as `language_model`."""
+    """Merged by the tool, and put next to the visual tokenizer of stage 1 as `language_model`."""
     PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
                               trainer={"max_steps": 2}))
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
@@ -165,7 +165,7 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
 
 
 def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """As many as each picture keeps, the same however often they are made, and read by the decoder."""
+    """As many as each image keeps, the same however often they are made, and read by the decoder."""
     shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
               "pretrained_model_name_or_path": str(home / "visual")}
     for name in ("one", "other"):
@@ -195,7 +195,7 @@ def test_rates_of_both_groups(parts: ModuleType, home: Path, tmp_path: Path) -> 
                      frozenset({"llm"}): 1.0}
     new = task.llm.get_input_embeddings().weight[300:].detach()
     assert len(new) == 10 and float(new.std()) == pytest.approx(0.02, rel=0.15)  # as LLaMA's own words
-    with pytest.raises(ConfigError, match="optim: part_rates.*called vit_prj"):
+    with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
         task_of(parts.config_of(home, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
 
 
@@ -216,16 +216,16 @@ def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> N
     assert {"codes out of range", "empty text"} < set(reasons)
     assert any("do not fit" in reason for reason in reasons)
     for changes, sentence in (
-            ({"visual_encoder": None}, "visual_encoder is needed"),
+            ({"visual_encoder": None}, "visual_encoder is required"),
             ({"tokenizer": {"pretrained_model_name_or_path": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")}},
-             "has 8 codes, but the words"),
+             "has 8 codes, but tokenizer"),
             ({"visual_encoder": {"selection": "top"}}, "selection"),
-            ({"model": {"quantization": "8bit"}}, "cannot be trained itself; give lora")):
+            ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora")):
         config = parts.config_of(home, tmp_path, **{key: value for key, value in changes.items() if value is not None})
         with pytest.raises(ConfigError, match=sentence):
             task_of({key: value for key, value in config.items() if changes.get(key, "") is not None})
     data["sources"][0]["options"] = {}
-    with pytest.raises(ConfigError, match="captions is 224, but the vision encoder reads views of 16"):
+    with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
         task_of(parts.config_of(home, tmp_path, data={"sources": data["sources"][:1]}))
 
 

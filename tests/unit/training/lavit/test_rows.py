@@ -1,4 +1,4 @@
-"""Rows whose pictures are as long as what is kept of them."""
+"""Rows whose images are as long as what is kept of them."""
 
 from __future__ import annotations
 

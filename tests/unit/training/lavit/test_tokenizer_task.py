@@ -80,7 +80,7 @@ def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
 
 
-def test_the_selector_has_its_own_rate_and_frozen_parts_none() -> None:
+def test_the_token_selector_has_its_own_rate_and_frozen_parts_none() -> None:
     model = toy.stage1()
     groups = stage1_groups(model, 0.1, 0.25)
     scales = {id(parameter): group.get("lr_scale", 1.0) for group in groups for parameter in group["params"]}
@@ -90,7 +90,7 @@ def test_the_selector_has_its_own_rate_and_frozen_parts_none() -> None:
     assert not any(part in name for name in trained for part in ("tokenizer.encoder.", "vit_proj", "unet_", "quantize"))
 
 
-def test_a_frozen_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
+def test_a_frozen_token_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
     def selector(model: LavitStage1) -> torch.Tensor:
         return torch.cat([part.detach().flatten() for part in model.tokenizer.token_predictor.parameters()])
 

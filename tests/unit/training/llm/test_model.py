@@ -110,7 +110,7 @@ def test_a_random_start_depends_on_its_seed_only() -> None:
         build(None, sizes={**SIZES, "hiddensize": 1})
 
 
-def test_lora_as_released(bases: dict[str, Path]) -> None:
+def test_lora_as_original(bases: dict[str, Path]) -> None:
     model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in model.named_parameters():
@@ -159,14 +159,14 @@ def without(folder: Path, key: str) -> Path:
     return folder
 
 
-def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_adapters_continue_and_foreign_ones_are_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     model = build(bases["all"], lora=LORA)
     step(model)
     folder = save_trained(model, tmp_path / "one")
     again = build(bases["all"], lora=LORA, adapter=folder)
     assert all(torch.equal(value, adapter_state(again)[name]) for name, value in trained_state(model).items())
     assert sum(p.requires_grad for p in again.parameters()) == sum(p.requires_grad for p in model.parameters())
-    named = build(bases["all"], adapter=folder)  # a released `model_id`: its file says how it was trained
+    named = build(bases["all"], adapter=folder)  # an original `model_id`: its file says how it was trained
     assert trained_state(named).keys() == trained_state(model).keys() and named.peft_config["default"].lora_alpha == 8
     old = tmp_path / "old"  # as peft 0.4 wrote it
     old.mkdir()
@@ -184,7 +184,7 @@ def test_adapters_go_on_and_foreign_ones_are_refused(bases: dict[str, Path], tmp
         copy_weights(state, {**state, "x": state[name]}, "x")
     with pytest.raises(CheckpointError, match="but the model needs"):
         copy_weights(state, {**state, name: torch.zeros(3, 3)}, "x")
-    with pytest.raises(CheckpointError, match="holds no adapter"):
+    with pytest.raises(CheckpointError, match="contains no adapter"):
         load_adapter(model, tmp_path)
 
 
@@ -238,20 +238,20 @@ def test_adapters_learn_on_a_quantised_base(bases: dict[str, Path], tmp_path: Pa
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(g is not None for g in grads.values())
     assert all(float(g.abs().max()) > 0 for name, g in grads.items() if "lora_B" in name)
-    with pytest.raises(ConfigError, match="cannot be trained itself"):
+    with pytest.raises(ConfigError, match="base cannot be trained"):
         build(bases["all"], quantization=quantization)
     # A trained adapter brings its own LoRA; trained whole weights do not.
     again = build(bases["all"], quantization=quantization, adapter=save_trained(model, tmp_path))
     assert trained_state(again).keys() == trained_state(model).keys()
-    with pytest.raises(ConfigError, match="cannot be trained itself"):
+    with pytest.raises(ConfigError, match="base cannot be trained"):
         build(bases["all"], quantization=quantization, adapter=bases["all"])
 
 
 def test_a_foreign_vocabulary_is_refused(bases: dict[str, Path]) -> None:
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
-    with pytest.raises(ConfigError, match="The model has 70 words, but the tokenizer has 80 text pieces"):
+    with pytest.raises(ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
-    with pytest.raises(ConfigError, match="gets new words, but embed_tokens is not trained"):
+    with pytest.raises(ConfigError, match="gets new tokens, but embed_tokens is not trained"):
         build(bases["text"], lora={**LORA, "modules_to_save": ["norm"]})
     with pytest.raises(ConfigError, match="lora: .*mismatched target modules"):
         build(bases["all"], lora={"target_modules": ["qproj"]})
@@ -263,7 +263,7 @@ def plain(file: Path) -> dict:
     return OmegaConf.to_container(load_yaml(file), resolve=True)
 
 
-def test_released_files_are_read() -> None:
+def test_original_files_are_read() -> None:
     settings = read_model_settings(plain(CONFIGS / "vicuna_7b_lora.yaml"))
     assert settings.path == "pretrained/vicuna-7b-v1.1" and settings.dtype is None  # the run's
     assert settings.lora is not None and settings.lora["modules_to_save"] == list(MODULES_TO_SAVE)
@@ -283,13 +283,13 @@ def test_released_files_are_read() -> None:
 @pytest.mark.parametrize(("config", "sentence"), [
     ({"path": "x", "atention": "eager"}, "did you mean 'attention'"),
     ({"path": "x", "attention": "flesh"}, "did you mean 'flash'"),
-    ({}, "give either path"),
-    ({"path": "x", "sizes": {}}, "give either path"),
+    ({}, "set either path"),
+    ({"path": "x", "sizes": {}}, "set either path"),
     ({"path": "x", "gradient_checkpointing": "some"}, "gradient_checkpointing"),
     ({"_target_": "os.system", "path": "x"}, "'os.system' is not allowed"),
     ({"_target_": "peft.LoraConfig", "r": 1}, "'peft.LoraConfig' is not allowed"),
     ({"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "???"},
-     "pretrained_model_name_or_path is needed")])
+     "pretrained_model_name_or_path is required")])
 def test_wrong_settings_are_refused(config: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         read_model_settings(config)

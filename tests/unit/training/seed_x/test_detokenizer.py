@@ -65,10 +65,10 @@ def test_a_second_stage_begins_as_its_first(parts: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("stage", "changes", "error", "said"), [
-    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder sees 16 pixels a side"),
+    (1, {"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder expects 16 pixels a side"),
     (1, {"data": {"sources": []}}, ConfigError, "sources must list at least one source"),
     (1, {"model": {"tokens": 5}}, ConfigError, "The encoder's 16 embeddings cannot be pooled to 5"),
-    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "there is no such folder; SEED-X's vision encoder"),
+    (1, {"model": {"tower": "/nowhere"}}, CheckpointError, "no such folder; SEED-X's vision encoder"),
     (1, {"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
 ])
 def test_settings_that_cannot_be(parts: Path, tmp_path: Path, stage: int, changes: dict[str, Any],
@@ -103,7 +103,7 @@ def test_features_do_not_follow_the_runs_precision(parts: Path) -> None:
 
 
 @pytest.mark.slow
-def test_bad_pictures_are_named_and_counted(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_images_are_named_and_counted(parts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for path in (parts / "pictures").iterdir():
@@ -160,7 +160,7 @@ def test_averaged_weights_are_the_result(parts: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: int) -> None:
-    """At each checkpoint by default, beside the originals and into TensorBoard; no step's numbers change."""
+    """At each checkpoint by default, next to the originals and into TensorBoard; no step's numbers change."""
     held = {"name": "held", "files": str(parts / "after")}
     drawing = {"report_to": ["tensorboard"], "sample_steps": None}
     train(config(parts, tmp_path / "run", stage, trainer=drawing, data={"held_out": held}))
@@ -178,7 +178,7 @@ def test_pixel_task_draws_held_out_images(parts: Path, tmp_path: Path, stage: in
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_published_configurations_are_read(stage: int) -> None:
-    """At the released sizes; what the paper gives is in them."""
+    """At the original sizes; what the paper gives is in them."""
     chosen = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
     run = DetokenizerTask.read(compose([*chosen, "output_dir=x"], CONFIGS))
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]

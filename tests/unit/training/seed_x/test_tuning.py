@@ -33,7 +33,8 @@ def configured(parts: ModuleType, home: Path, output: Path, case: str, **trainer
 @pytest.mark.process
 @pytest.mark.slow
 def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """What is trained beside a LoRA, by the released names; the loader of agents takes it, a new run starts from it."""
+    """What is trained next to a LoRA, by the original names; the loader of agents takes it, a new run starts from
+    it."""
     config = configured(parts, home, tmp_path / "out", "lora", max_steps=2)
     TuningTask.train(config)
     folder = tmp_path / "out" / "checkpoint-2"
@@ -61,9 +62,9 @@ def test_a_checkpoint_is_an_agent(parts: ModuleType, home: Path, tmp_path: Path)
     with pytest.raises(CheckpointError, match="agent.json: lora_alpha is 8, but the model"):
         TuningTask.train(parts.config_of(home, tmp_path / "no", lora=True, **given))
     heads = {**parts.RESAMPLERS["output_resampler"], "num_heads": 2}
-    found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # sizes beside weights win
+    found = read_agent({**parts.RESAMPLERS, "path": str(folder), "output_resampler": heads})  # stored sizes win
     assert found.output_resampler.num_heads == 4
-    with pytest.raises(CheckpointError, match="its optimiser, .*agent.path. in a new folder"):
+    with pytest.raises(CheckpointError, match="optimizer .*agent.path. in a new folder"):
         TuningTask.train(parts.config_of(home, tmp_path / "out", optim={"name": "muon"}, lora=True))
 
 
@@ -78,7 +79,7 @@ def test_train_llm_on_a_quantised_base(parts: ModuleType, home: Path, tmp_path: 
 
 
 def test_packed_rows_have_the_losses_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Each sequence alone, weighted by its words and pictures, gives what the packed row gives: features stand at their
+    """Each sequence alone, weighted by its words and images, gives what the packed row gives: features stand at their
     words, and no sequence sees another."""
     task = TuningTask(TuningTask.read(configured(parts, home, tmp_path, "packed")), ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -146,7 +147,7 @@ def test_held_out_losses_are_measured_and_change_nothing(packing: bool, parts: M
 
 
 def test_the_rate_moves_once_a_step(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """The released loop moved it at every micro-step; a switch does so, too."""
+    """The original loop moved it at every micro-step; a switch does so, too."""
     rates = {}
     for legacy in (False, True):
         config = parts.config_of(home, tmp_path, optim={"schedule_per_micro_batch": legacy, "warmup_ratio": 0.0},
@@ -184,10 +185,10 @@ def test_the_original_files_are_read() -> None:
 @pytest.mark.parametrize("changes, sentence", [
     ({"agent": {"embed_dim": 40, "kv_dim": 16}}, "embed_dim is 40, but must be 48: the language model"),
     ({"agent": {"kv_dim": 20}}, "input_resampler.kv_dim is 20, but must be 16"),
-    ({"trainer": {"image_weight": 2.0}}, "are weighed by agent.losses"),
+    ({"trainer": {"image_weight": 2.0}}, "are weighted by agent.losses"),
     ({"tokenizer": {"pretrained_model_name_or_path": "pretrained/nano/seed_tokenizer"}}, "not SEED-X's"),
-    ({"data": 3}, "^data: base_resolution of the source chat is 448, but the vision encoder"),
-    ({"agent": None}, "agent is needed")])
+    ({"data": 3}, "^data: base_resolution of source chat is 448, but the vision encoder"),
+    ({"agent": None}, "agent is required")])
 def test_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
                                ) -> None:
     given = dict(changes)

@@ -35,11 +35,11 @@ TALKS = [
     ("", None), ("   ", None),  # no record at all
     (talk("What is it?", f"It is {BOX.format(4)}."), None),
     (talk("What is it?", "It is red", image="gone.jpg"), "not found below"),
-    (talk("What is it?", "It is red", image="broken.jpg"), "picture"),
-    (talk("What is it?", "It is red", image="text.jpg"), "picture"),
+    (talk("What is it?", "It is red", image="broken.jpg"), "not an image"),
+    (talk("What is it?", "It is red", image="text.jpg"), "not an image"),
     (talk("What is it?"), "nothing to learn"),
     (talk("<image><image> What is it?", "It is red"), "placeholder"),
-    (talk(LONG * 2, "It is red."), " tokens"),  # the answer, or the picture before it, would be cut away
+    (talk(LONG * 2, "It is red."), " tokens"),  # the answer, or the image before it, would be cut away
     ('{"image": "red.jpg", "data": ["What', "json"),
     ("[1, 2]", "object"),
 ]
@@ -62,7 +62,7 @@ TURNS = [
 
 
 def write_bad(parts: ModuleType, home: Path, folder: Path) -> dict[str, Any]:
-    """The files and their mixture; the tar is cut short inside its last picture."""
+    """The files and their mixture; the tar is cut short inside its last image."""
     images = folder / "pictures"
     images.mkdir(parents=True)
     for file in (home / "pictures").iterdir():

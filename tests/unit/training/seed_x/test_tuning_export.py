@@ -75,7 +75,7 @@ def test_a_checkpoint_becomes_a_system(run: tuple[TuningTask, Path], home: Path,
 @pytest.mark.parametrize("frozen", [True, False])
 def test_an_export_with_the_names_of_an_old_peft(frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path
                                                  ) -> None:
-    """As `zero_to_fp32.py` wrote it from the released code: all tensors in one file, no settings beside it."""
+    """As `zero_to_fp32.py` wrote it from the original code: all tensors in one file, no settings next to it."""
     task, checkpoint = run
     state = {name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
              if frozen or name in task.weights()}

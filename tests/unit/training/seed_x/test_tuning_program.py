@@ -56,7 +56,7 @@ def test_the_published_recipe_is_the_default() -> None:
         ("seed_x.edit", 320, 6)] * 2
     optim = given.optim
     assert schedule(500, optim, 20000, 2) == pytest.approx(1e-4) and schedule(19999, optim, 20000, 2) < 5.1e-6
-    legacy = replace(optim, schedule_per_micro_batch=True)  # the released loop's rate, which rises again
+    legacy = replace(optim, schedule_per_micro_batch=True)  # the original loop's rate, which rises again
     found = {step: schedule(step, legacy, 20000, 2) / 1e-4 for step in (250, 5000, 10000, 15000, 19999)}
     assert found == pytest.approx({250: 1.0, 5000: 0.544, 10000: 0.05, 15000: 0.544, 19999: 0.9985}, abs=2e-3)
 
@@ -85,7 +85,7 @@ def test_what_the_command_line_leaves_out_is_as_in_the_original() -> None:
 
 def test_flags_that_cannot_be() -> None:
     for flags, sentence in ((["--num_train_epochs", "3"], "use --max_steps"),
-                            (["--fsdp_plugin", "x.yaml"], "not built in"),
+                            (["--fsdp_plugin", "x.yaml"], "not supported"),
                             (["--agent_modl", "x.yaml"], "did you mean '--agent_model'")):
         with pytest.raises(ConfigError, match=sentence):
             compose(flags, CONFIGS, NAME)

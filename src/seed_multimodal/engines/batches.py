@@ -1,4 +1,4 @@
-"""Work of several threads in one batch, and results that are kept: what the image side of a system computes once."""
+"""Batching of work from several threads, and a cache of results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from seed_multimodal.device import is_out_of_memory
 
 @dataclass(eq=False)
 class Job:
-    """What one thread brought; `key`: settings that must be equal in a batch; `results`: one for each row."""
+    """One thread's work; `key`: settings that must be equal in a batch; `results`: one per row."""
 
     key: Any
     rows: Sequence[Any]
@@ -24,11 +24,11 @@ class Job:
 
 
 class Collector:
-    """`collector(key, rows)` gives `work(key, rows)`, a list with a result for each row; one thread at a time works,
-    for itself and those that came while another did.
+    """`collector(key, rows)` returns `work(key, rows)`, a list with a result per row; one thread at a time works on its
+    own rows and those queued meanwhile.
 
-    `most`: rows of a batch of several threads. `wait`: seconds that a batch waits for as many threads as came lately; a
-    single user does not wait.
+    `most`: maximum rows of a joint batch. `wait`: seconds to wait for as many threads as recently; a single thread does
+    not wait.
     """
 
     def __init__(self, work: Callable[[Any, Sequence[Any]], Sequence[Any]], most: int = 8, wait: float = 0.02) -> None:
@@ -57,7 +57,7 @@ class Collector:
                 self._changed.notify_all()
 
     def _next(self) -> list[Job]:
-        """The jobs that have waited longest, of one key."""
+        """The oldest waiting jobs with the same key."""
         if self._expected > 1:
             self._changed.wait_for(lambda: len(self._waiting) >= self._expected, self.wait)
         self._expected, batch, count = max(len(self._waiting), self._expected - 1), list[Job](), 0
@@ -70,7 +70,7 @@ class Collector:
         return batch
 
     def _run(self, batch: Sequence[Job]) -> None:
-        """Give the jobs their results; those of a batch that fails are tried one by one."""
+        """Compute the jobs' results; jobs of a failed batch are retried one by one."""
         try:
             results = iter(self.work(batch[0].key, [row for job in batch for row in job.rows]))
             for job in batch:
@@ -87,13 +87,13 @@ class Collector:
 
 
 class Remembered:
-    """What was made of the last images, by the content of their pixels."""
+    """Cache of results by pixel content."""
 
     def __init__(self, most: int) -> None:
         self.most, self.known = most, dict[bytes, Any]()  # oldest use first
 
     def of(self, pixels: Sequence[Tensor], make: Callable[[list[Tensor]], Sequence[Any]]) -> list[Any]:
-        """For each row of pixels what `make` makes of it; `make` gets the rows that are not known, together."""
+        """Results of `make` for each row of pixels; `make` is called once with the rows not in the cache."""
         names = [hashlib.blake2b(row.contiguous().cpu().numpy(), digest_size=16).digest() for row in pixels]
         new = {name: row for name, row in zip(names, pixels, strict=True) if name not in self.known}
         self.known |= zip(new, make([*new.values()]) if new else (), strict=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seed_multimodal.batches import Collector
+from seed_multimodal.engines.batches import Collector
 
 
 def together(collector: Collector, calls: Sequence[tuple[Any, Sequence[Any]]]) -> tuple[list[Any], list[Any]]:
