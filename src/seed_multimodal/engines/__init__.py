@@ -1,1 +1,1 @@
-"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion servers)."""
+"""Many requests at once: common batches of images; language models of llama.cpp and of completion servers."""
