@@ -224,9 +224,6 @@ class SeededDraw:
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
 
 
-# ---- inside
-
-
 def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     """Embeddings [L, D] of a prompt, a forced `<img>` last."""
     words = [*(prompt.ids if prompt.embeds is None else ()), *forced]

@@ -66,7 +66,9 @@ class Generator:
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force an image; a limit that was not `given` is raised to leave room for it."""
-        needed = 0 if "max_new_tokens" in given else self.tokenizer.vocabulary.least_codes + 1
+        needed = self.tokenizer.vocabulary.least_codes + 1
+        if "max_new_tokens" in given and settings.max_new_tokens < needed:
+            raise ConfigError(f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}.")
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     # ---- answers
