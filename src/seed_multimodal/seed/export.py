@@ -89,8 +89,7 @@ def export_tokenizer(
     sizes = sizes or tokenizer.config_class.released(state)
     if words is not None and (words.n_codes, words.tokens_per_image) != (sizes.codebook_size, sizes.num_query):
         raise CheckpointError(f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
-                              f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image; train "
-                              f"stage 2 with model.n_embed={words.n_codes}, or take other words.")
+                              f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image.")
     model = tokenizer.from_released(sizes, state, " and ".join(files))
     picture = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(picture)[None]
