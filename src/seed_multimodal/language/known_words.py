@@ -29,7 +29,7 @@ class KnownWords:
     def unknown(self, text: str) -> list[str]:
         """Unknown words of a text in order, each once, in lower case."""
         plain = re.sub(r"'s\b|(?<=[dest])n't\b", "", text.lower().replace("\u2019", "'").replace("_", " "))
-        known = {*self.words, *" ".join(self.names).split()}
+        known = {*self.words, *_WORD.findall(" ".join(self.names).lower())}
         return [word for word in dict.fromkeys(_WORD.findall(plain)) if word not in known
                 and (len(word) > 1 or not word.isascii() or word.isdigit())]
 
