@@ -1,1 +1,2 @@
-"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion servers)."""
+"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion
+servers)."""

@@ -1,10 +1,10 @@
-"""Generation with well-formed images, for every family.
+"""Constrained generation of well-formed images, for all families.
 
-An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
-words in order, of which only the model's states count; LaVIT: 1 to 256 codes, steered by guidance. Each prompt of a
-batch draws from a generator of its own, so it gets what it would get alone.
+An image is `<img>`, its codes, `</img>`; codes occur nowhere else. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
+placeholder tokens in order, of which only the hidden states are used; LaVIT: 1 to 256 codes, with guidance. Each prompt
+of a batch has its own random generator, so results do not depend on the batch.
 
-Note: SEED-X's original processor sets forbidden words to 0 instead of -inf, so that they win where all scores are
+Note: SEED-X's original processor sets forbidden tokens to 0 instead of -inf, so they are chosen if all scores are
 negative (always with beams).
 """
 
@@ -24,23 +24,23 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
-# Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
+# Below it sampling is greedy (scores differ by more than 0.0001 of it), above it scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
 BEAMS, SAMPLING = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"), (
     "temperature", "top_p", "top_k")
 
 
 class Stopped(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside `generate` when `should_stop` is true."""
+    """Raised in `generate` when `should_stop` is true."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate; the defaults are those of SEED-LLaMA's scripts, except that images are kept well-formed.
+    """Generation settings; defaults of SEED-LLaMA's scripts, with well-formed images.
 
-    `temperature` 0 and `top_p` 0 mean greedy. `seed` None takes one number from torch's global generator. `guidance`: 1
-    is off (LaVIT's images). `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
-    `num_return_sequences`: answers to each prompt, drawn with `seed`, `seed` + 1, … or the best beams.
+    `temperature` 0 and `top_p` 0: greedy. `seed` None: drawn from torch's global generator. `guidance`: of LaVIT's
+    images, 1: off. `force_image`: append `<img>` to every prompt and return it as part of the answer.
+    `num_return_sequences`: answers per prompt, sampled with `seed`, `seed` + 1, … or the best beams.
     """
 
     max_new_tokens: int = setting(512, least=1)
@@ -64,19 +64,19 @@ class GenerationSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
 
 @dataclass
 class Prompt:
-    """What the language model reads."""
+    """Input of the language model."""
 
-    ids: Sequence[int] = ()  # `<s>` first where the family has one
-    embeds: Tensor | None = None  # [L, D], instead of `ids` where features are read
-    answered: Sequence[int] = ()  # the tokens at the end that belong to the answer already
-    negative: Sequence[int] | None = None  # what guidance steers away from, `<img>` included; None: `<img>` alone
-    note: str = ""  # of `Answer`
+    ids: Sequence[int] = ()  # with `<s>` if the family uses it
+    embeds: Tensor | None = None  # [L, D], instead of `ids` for feature inputs
+    answered: Sequence[int] = ()  # final tokens that are part of the answer
+    negative: Sequence[int] | None = None  # unconditional prompt for guidance, including `<img>`; None: `<img>`
+    note: str = ""  # for `Answer`
     source: Any = None  # the image that is edited
 
     def __len__(self) -> int:
@@ -84,16 +84,16 @@ class Prompt:
 
 
 class HiddenStates:
-    """The language model's last states (after its final norm) at the words of answers (with beams, the chosen):
-    give it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
+    """Collects the last hidden states (after the final norm) at the tokens of answers (with beams, the best): pass it
+    to `generate` or an engine, then call `at(row, places)`, also during generation."""
 
     def __init__(self) -> None:
-        self.rows = defaultdict[int, list[Tensor]](list)  # of each answer a state [D] for each pass
-        self.first = 0  # the answer's word that the first pass ends at
+        self.rows = defaultdict[int, list[Tensor]](list)  # per answer a state [D] for each pass
+        self.first = 0  # index of the answer's token at the end of the first pass
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
-        """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
-        `GenerationError`: a word that nothing follows)."""
+        """States `[len(places), D]` at tokens of answer `row` (that of token n is computed when token n + 1 is chosen).
+        Raises GenerationError: a token without successor."""
         steps = [place - self.first for place in places]
         if steps and not 0 <= min(steps) <= max(steps) < len(self.rows[row]):
             raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
@@ -104,13 +104,13 @@ class HiddenStates:
 def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings, *,
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
              original: bool = False, should_stop: Callable[[], bool] | None = None) -> list[list[int]]:
-    """Answers by transformers' `generate`, for beams (without them `Engine` gives the same, faster): ids up to and
-    including the end, `prompt.answered` and a forced `<img>` first. Raises `GenerationError` for a prompt too long for
-    the model, no room for a forced image, and scores that are not numbers.
+    """Answers by transformers' `generate`, for beam search (`Engine` is equal and faster without): ids including the
+    end token, starting with `prompt.answered` and a forced `<img>`. Raises GenerationError: prompt too long, no space
+    for a forced image, NaN scores.
 
     Args:
-        seeds: the first is that of all; None: `settings.seed`. ends: tokens that end an answer; None: `</s>`.
-        original: only the rules for images of the original code (see `ImageSpans`).
+        seeds: only the first is used; None: `settings.seed`. ends: end tokens; None: `</s>`.
+        original: only the original code's image constraints (see `ImageSpans`).
         should_stop: called before each token; true raises `Stopped`.
     """
     from transformers import GenerationConfig, LogitsProcessorList
@@ -143,7 +143,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     recording = nullcontext() if states is None else llm.get_decoder().register_forward_hook(
         lambda module, given, output: passes.append(output.last_hidden_state[:, -1].clone()))
     with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=settings.samples), recording:
-        if settings.samples:  # transformers draws from the global generator
+        if settings.samples:  # transformers uses the global generator
             torch.manual_seed(random_seed() if seed is None else seed)
         output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
                               logits_processor=processors)
@@ -173,10 +173,10 @@ def random_seed() -> int:
 
 
 class ImageSpans:
-    """A logits processor that forbids every next token that would break an image. Its state is read from the generated
-    ids, so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: new tokens in all
-    (`<img>` is forbidden where `</img>` would not fit any more); `original`: of SEED-X's image words forbid only those
-    that the original code forbids."""
+    """A logits processor that forbids tokens which would break an image. Its state is derived from the generated ids,
+    so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: maximum new tokens (`<img>`
+    is forbidden if `</img>` would not fit); `original`: forbid only those of SEED-X's image tokens that the original
+    code forbids."""
 
     def __init__(self, words: ImageVocabulary, opened: bool = False, budget: int | None = None,
                  original: bool = False) -> None:
@@ -188,7 +188,7 @@ class ImageSpans:
         return self.masked(scores, *self.span_state(input_ids), left)
 
     def masked(self, scores: Tensor, inside: Tensor, done: Tensor, left: Tensor | None) -> Tensor:
-        """The same by the state of each row: inside an image, with so many words of it, and new tokens left."""
+        """The same from the state of each row: inside an image, image tokens so far, and remaining tokens."""
         words = self.words
         needs_code = inside & (done < words.tokens_per_image)
         forbidden = inside[:, None].repeat(1, scores.shape[1])
@@ -197,20 +197,20 @@ class ImageSpans:
         next_code = needs_code[:, None].expand(-1, codes)
         if words.in_order:
             next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
-            scores = scores.masked_fill(inside[:, None], 0.0)  # never learned, but certain: costs a beam nothing
+            scores = scores.masked_fill(inside[:, None], 0.0)  # not trained, but certain: no cost for a beam
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.original:
             forbidden[:, words.patches:words.patches + 2] = True
         no_room = inside if left is None else left < words.image_length
         forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
         forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
-        forbidden[:, words.size:] = True  # padding rows of a larger output layer
+        forbidden[:, words.size:] = True  # padding rows of the output layer
         return scores.masked_fill(forbidden, float("-inf"))
 
     def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and words since its `<img>` `[B]`."""
+        """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and tokens since its `<img>` `[B]`."""
         rows, length = input_ids.shape
-        if self.words.in_order and length:  # the last word says it
+        if self.words.in_order and length:  # known from the last token
             last = input_ids[:, -1]
             code, opened = last - self.words.code_start, last == self.words.boi_id
             return opened | ((code >= 0) & (code < self.words.tokens_per_image)), torch.where(opened, 0, code + 1)
@@ -222,8 +222,8 @@ class ImageSpans:
 
 
 class SeededDraw:
-    """The last logits processor of sampling: draws one token from a generator of its own, as transformers' `generate`
-    after `torch.manual_seed(seed)` would, and forbids all others."""
+    """The last logits processor of sampling: samples one token with its own generator, as transformers' `generate`
+    after `torch.manual_seed(seed)`, and forbids all others."""
 
     def __init__(self, seed: int, settings: GenerationSettings, device: torch.device) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -235,7 +235,7 @@ class SeededDraw:
         self.warpers = list(filter(None, warpers))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores [1, V]` → 0 for the drawn token, -inf for the others."""
+        """`scores [1, V]` → 0 for the sampled token, -inf for the others."""
         narrowed = scores
         for warp in self.warpers:
             narrowed = warp(input_ids, narrowed)
@@ -247,14 +247,14 @@ class SeededDraw:
 
 
 def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
-    """Embeddings [L, D] of a prompt, a forced `<img>` last."""
+    """Embeddings [L, D] of a prompt, with a forced `<img>` at the end."""
     words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
     rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
     return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
 def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
-    """New tokens there is room for; a forced image needs its codes and `</img>`."""
+    """Available new tokens; a forced image needs its codes and `</img>`."""
     context = int(llm.config.max_position_embeddings)
     if length >= context:
         raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; make it "
@@ -268,7 +268,7 @@ def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVo
 
 
 def row_processors(settings: GenerationSettings, seed: int | None, end: list[int], device: torch.device) -> list[Any]:
-    """The logits processors after the rules for images; with a `seed` the last one draws."""
+    """The logits processors after the image constraints; with a `seed` the last one samples."""
     from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     processors: list[Any] = []
@@ -280,7 +280,7 @@ def row_processors(settings: GenerationSettings, seed: int | None, end: list[int
 
 
 def check_finite(is_finite: bool) -> None:
-    """Scores must be numbers: NaN would end a CUDA process. Raises `GenerationError`."""
+    """Check scores for NaN, which would crash a CUDA process. Raises GenerationError."""
     if not is_finite:
         raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
                               "dtype too narrow (try --dtype float32).")

@@ -22,7 +22,7 @@ class SlotCache:
         self.slots = self.length = self.used = 0
 
     def grow(self, slots: int, length: int) -> None:
-        """Make room for so many rows and positions."""
+        """Grow to this number of rows and positions."""
         self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
         for number, layer in enumerate(self.layers):
             if layer[0].shape[::2] != (self.slots, self.length):

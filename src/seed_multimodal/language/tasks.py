@@ -1,6 +1,6 @@
-"""Request sentences of each task: training data is written with them, systems ask with them.
+"""Prompts of each task, for training data and inference.
 
-`DESCRIBE_PROMPT` and `QA_SUFFIX` are the sentences that the original models were tuned on.
+`DESCRIBE_PROMPT` and `QA_SUFFIX` are the original models' tuning prompts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on
 
 @dataclass(frozen=True)
 class TaskPrompts:
-    """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
+    """Prompts of one system; a `tasks` object in `system.json` overrides single ones.
 
     The responses open a forced answer, before `<img>`. `draw_words`, `edit_words`: tokens in which the model may say
     what the image will show, before an image is forced. `answer_after`: ends a written verdict before the answer.
@@ -39,30 +39,30 @@ class TaskPrompts:
     answer_after: str = ""
 
     def draw_request(self, caption: str) -> str:
-        """The user's sentence that asks for an image of `caption` (its own trailing dots and blanks dropped)."""
+        """The prompt for an image of `caption` (without trailing dots and blanks)."""
         return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())
 
     def detect_request(self, phrase: str) -> str:
-        """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
+        """The prompt for the location of `phrase`; a phrase that ends like a sentence is used as is."""
         phrase = phrase.strip()
         return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
 
     def question(self, question: str) -> str:
-        """`question` with what asks for one word, unless it already ends in it."""
+        """`question` with the short-answer suffix, unless it ends with it."""
         question = question.strip()
         return question if question.endswith(self.qa_suffix.strip()) else self.qa_prefix + question + self.qa_suffix
 
 
 def answer_in(text: str, after: str) -> str:
-    """What follows `after` in a model's text (see `TaskPrompts.answer_after`); all of it where there is none."""
+    """The text after `after` (see `TaskPrompts.answer_after`); all of it without one."""
     return (text.partition(after)[2] if after else "") or text
 
 
 DEFAULT_TASKS = TaskPrompts()
-# One of the original models' own pairs of request and response (same index in their instruction-tuning data).
+# A request and response of the original instruction-tuning data (same index).
 RELEASED_TASKS = TaskPrompts(draw="Please generate an image of {caption}.", draw_response="", edit_response="")
-# Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66
-# of which are the image's.
+# Prompts of SEED-X's scripts. Its tuned models write a sentence before the image; the scripts allow 120 tokens, 66 of
+# them for the image.
 SEED_X_TASKS = TaskPrompts(
     describe="Describe this image briefly.", qa_suffix="", draw="Generate an image: {caption}", draw_response="",
     edit_response="", detect="Where is {phrase}? Show me the location.", draw_words=54, edit_words=54)

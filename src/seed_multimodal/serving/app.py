@@ -54,7 +54,7 @@ INSIDE = "The server failed inside; its log has the details."
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IDLE_SECONDS = 20  # after which an idle connection is closed
 HEADER_BYTES = 16 << 10
-SPARE_THREADS = 8  # for errors and /health, beside one for each request that runs or waits
+SPARE_THREADS = 8  # for errors and /health, next to one for each request that runs or waits
 
 
 def create_app(system: MultimodalSystem, *, limits: Limits | None = None, token: str = "") -> Flask:

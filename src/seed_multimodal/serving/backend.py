@@ -70,7 +70,7 @@ class Watch:
 
     @contextlib.contextmanager
     def holding(self, lock: Any) -> Iterator[None]:
-        """Wait for a lock or semaphore as long as there is somebody to answer, and hold it inside."""
+        """Hold a lock or semaphore; stop waiting if the client disconnects."""
         while not lock.acquire(timeout=LOOK_SECONDS):
             self.check()
         try:

@@ -1,7 +1,7 @@
 """What the chat page knows of models and conversations; no Gradio, no torch.
 
 A conversation is a list of turns, the user's first; a turn is texts and images in order. It is posted as the original
-front-end did: one text in the model's template with an `<image>` for each image, beside the images or their codes.
+front-end did: one text in the model's template with an `<image>` for each image, next to the images or their codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 @dataclass(frozen=True)
 class Kind:
     """The differences between models; `style`: of prompts, "roles" (USER: …), "questions" (Question: …), "llama2"
-    ([INST] …) or "alone" (the last turn only); `can`: tabs beside the chat; `whole`: images are sent as they are, not
+    ([INST] …) or "alone" (the last turn only); `can`: tabs next to the chat; `whole`: images are sent as they are, not
     squashed; `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
 
     style: str

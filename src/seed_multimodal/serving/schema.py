@@ -87,7 +87,7 @@ class GenerateResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel, extra="allow"):
-    """One sentence: `error`, beside the keys of an answer; below `/v1` an object with `message`, `type`, `param` and
+    """One sentence: `error`, next to the keys of an answer; below `/v1` an object with `message`, `type`, `param` and
     `code`."""
 
     error: str | dict[str, str | None]
