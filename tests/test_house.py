@@ -479,7 +479,8 @@ def test_paths_of_the_documentation_exist():
 
 # Our old words for what the field names otherwise; code in backticks and quotations are not looked at.
 OLD_WORDS = re.compile(r"(?i)(?<!-)\b(?:towers?(?![:.])|pictures?|rooms?(?! for|,? *\|)|told|whoever|somebody|nobody|"
-                       r"beside|anew|speakers?|paint(?:s|ed)?|goes on|legs?|line of stages|released|(?<!token )(?:mergers?|selectors?))\b")
+                       r"beside|anew|speakers?|paint(?:s|ed)?|goes on|legs?|line of stages|released|"
+                       r"(?<!token )(?:mergers?|selectors?))\b")
 SPEAKING = {"add_argument", "add_parser", "ArgumentParser", "log", "log_line", "print", "warn"}
 
 

@@ -1,2 +1,1 @@
-"""Many requests at once: common batches of images, and language models outside torch (llama.cpp, completion
-servers)."""
+"""Batching of image requests, and language models outside of torch (llama.cpp, completion servers)."""

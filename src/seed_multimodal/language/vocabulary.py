@@ -133,8 +133,7 @@ class SeedXVocabulary(ImageVocabulary):
 
     @classmethod
     def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
-        """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: the first of a kind is
-        missing."""
+        """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
         starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
         return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)

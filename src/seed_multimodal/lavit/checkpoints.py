@@ -5,8 +5,7 @@
               language_model/visual_weight.bin        for understanding: a second token merger, and the projector
     ours      config.json, model.safetensors          everything, `encoder.*` included
               visual_weight.safetensors               for understanding; without it model.safetensors serves for both
-              vision encoder.json                              {"file": …, "prefix": …}: `encoder.*` is in that file of
-              another
+              tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file of another
                                                       system, under names with this prefix
 
 Each `.bin` may be a `.safetensors`. Sizes: `config.json` (original: in `visual_tokenizer/`), else the original ones.

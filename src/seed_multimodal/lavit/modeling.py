@@ -8,8 +8,7 @@
 
 The vision encoder is used without its final norm and class token. The language model has continuous rows as input and
 codes as output; the original model has a token merger for each. With half-precision layers everything runs under
-autocast and the residual streams stay fp32, as in the original; codes are compared in fp32 (in bf16 some codes would
-change).
+autocast; residual streams stay fp32, as in the original, and codes are compared in fp32 (bf16 changes some codes).
 
 Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B batch,
 H heads, N patches (Q of queries, K of keys), D vision width, T rows of all images, C code width.

@@ -157,9 +157,8 @@ class LaVITforGeneration(_Model):
 
         Args:
             prompts: a text or several; with `is_token_prompt` rows of ids.
-            uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image start; None: the
-            image
-                start.
+            uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image start; None: only
+                the image start.
             options: as of `LaVITforUnderstanding.generate`; `num_return_images` of each prompt.
         """
         words = self.system.tokenizer

@@ -59,9 +59,8 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """The original files of a tokenizer, later ones laid over earlier ones; `decoder`: a tensor that only it has;
-    `where`: which files come from where; `wrapped`: the files hold `{"model": tensors}` (the vision encoder's never
-    does)."""
+    """The original files of a tokenizer; later files override earlier ones. `decoder`: a tensor that only it has;
+    `where`: sources of the files; `wrapped`: files contain `{"model": tensors}` (never the vision encoder's)."""
 
     name: str
     files: tuple[str, ...]

@@ -47,16 +47,14 @@ class Stage1Model(nn.Module):
 
     Only the last query, which attends to all others, is compared with the caption's first token. Projections and logits
     are always fp32: with a temperature of 0.07, bf16 products cause several per cent of error in the gradient. Ours,
-    off by default: `embedding_dim` adds a head that regresses an image embedding of that width from the first k
-    queries.
+    off by default: `embedding_dim` adds a head that regresses an image embedding from the first k queries.
 
     Args:
         config: sizes; only `vit`, `qformer` and `num_query` matter here.
         vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
         lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
-        gather_gradient: whether features of other processes carry gradient; None as in the original: not, and with a
-        process
-            group of any size a process's own features do not either.
+        gather_gradient: whether features of other processes carry gradient; None, as in the original: not, nor a
+            process's own features if there is a process group.
     """
 
     def __init__(self, config: Seed2Config, *, vocab_size: int = 30523, embed_dim: int = 256,
@@ -399,8 +397,7 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
     def scale_start(self) -> None:
         """Random weights around the codebook and in the decoder that keep the size of what goes through them.
 
-        PyTorch's, as in the original, shrink it at each of these layers: then hundreds of steps go by before codes
-        matter.
+        PyTorch's, as in the original, shrink it at each layer, so codes have no effect for hundreds of steps.
         """
         for part in (self.encode_task_layer, self.decode_task_layer, getattr(self, "image_down", ())):
             gain = 2.0 if part is getattr(self, "image_down", None) else 1.0  # ReLU lets half of it through

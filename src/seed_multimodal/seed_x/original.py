@@ -32,8 +32,7 @@ STRAY = "image_start_id"  # a key of the original vision encoder's file, there w
 
 @dataclass(frozen=True)
 class Described:
-    """A part: its key of `SystemConfig`, where it is, its sizes (None: those next to the weights), its LoRA's
-    fields."""
+    """A part: key of `SystemConfig`, path, sizes (None: those next to the weights), fields of its LoRA."""
 
     key: str
     path: Path = Path()

@@ -23,8 +23,7 @@ OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_s
 
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
                     settings: Mapping[str, Any] | None = None, *, force: bool = False) -> Path:
-    """Create a system folder from its `parts` (folders or files); `settings` override those derived from the
-    weights."""
+    """Create a system folder from its `parts` (folders or files); `settings` override the derived ones."""
     places = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, place in places.items():
         if not place.exists():
@@ -67,8 +66,7 @@ def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: di
 
 
 def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any], whole: bool = False) -> None:
-    """Copy parts into a system's folder and write its `system.json`; `whole`: include referenced files of other
-    systems."""
+    """Copy parts into a system's folder and write its `system.json`; `whole`: with files of other systems."""
     for name, source in parts.items():
         _copy(source, folder / name, whole)
     if kind == "lavit" and (folder / "llm" / VISUAL).is_file():

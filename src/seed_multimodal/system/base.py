@@ -156,8 +156,7 @@ class MultimodalSystem(Generator, HubUpload):
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
         """Generate an image of `text`; a list for a list of texts or `num_images`. `seed`: one for all texts, or one
-        each; image n has `seed` + n. `verbatim`: `text` is the complete prompt. Raises GenerationError: no complete
-        image."""
+        each; image n has `seed` + n. `verbatim`: `text` is the complete prompt. Raises GenerationError: no image."""
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
