@@ -463,6 +463,12 @@ def test_documentation_keeps_its_budget():
         assert (ROOT / name).read_text(encoding="utf-8").count("\n") <= most
 
 
+def test_the_architecture_lists_every_package():
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    packages = [folder.parent.name for folder in PACKAGE.glob("*/__init__.py")]
+    assert not [name for name in packages if f"`{name}`" not in text]
+
+
 def test_paths_of_the_documentation_exist():
     """Files below folders of the repository that pages name, whole or by their beginning."""
     folders = ("src", "scripts", "tests", "configs", "MultiModalLLM", "SEED_Tokenizer", "benchmarks", "docs", "data")

@@ -50,17 +50,17 @@ class OpenAIEngine(OutsideEngine):
             while not request.finished:
                 if request.inside and settings.constrain:
                     count = min(words.tokens_per_image - request.done, request.left)
-                    self._read(request, (), allowed_token_ids=self._codes, min_tokens=count, max_tokens=count)
+                    self._piece(request, (), allowed_token_ids=self._codes, min_tokens=count, max_tokens=count)
                     self._take(request, words.eoi_id)
                     continue
                 least = min(max(settings.min_new_tokens - len(request.ids), 0), request.left)
                 no_room = settings.constrain and request.left < words.image_length
-                self._read(request, stops, min_tokens=least, max_tokens=request.left,
+                self._piece(request, stops, min_tokens=least, max_tokens=request.left,
                            logit_bias={str(words.boi_id): -100} if no_room else None)
         except Exception as error:  # noqa: BLE001 of this answer alone
             request.end(error)
 
-    def _read(self, request: Request, stops: Sequence[int], **limits: Any) -> None:
+    def _piece(self, request: Request, stops: Sequence[int], **limits: Any) -> None:
         """Stream one segment of an answer."""
         settings, count, choice = request.settings, len(request.ids), dict[str, Any]()
         body = {"model": self.model, "prompt": [*request.prompt.ids, *request.forced, *request.ids], "stream": True,

@@ -122,8 +122,8 @@ def add_model(app: Flask, backend: Backend) -> None:
         return backend.place(request.path, request.content_length or 0, gone)
 
     def images(kind: str, made: Any) -> Any:
-        write: Callable[[Any], Any] = {"b64_json": image_to_base64, "url": data_url, "codes": list}[kind]
-        return {"created": int(time.time()), "data": [{kind: write(one)} for one in made]}
+        write: dict[str, Callable[[Any], Any]] = {"b64_json": image_to_base64, "url": data_url, "codes": list}
+        return {"created": int(time.time()), "data": [{kind: write[kind](one)} for one in made]}
 
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> Any:
@@ -180,7 +180,8 @@ def completion(model: str, asked: ChatRequest, changes: Iterator[dict[str, Any]]
             choice = {"index": 0, "delta": delta, "finish_reason": finish}
             yield {"object": "chat.completion.chunk", **made, "choices": [choice]}
     if not asked.stream:
-        yield ChatCompletion(**made, usage=usage, choices=[{"message": message, "finish_reason": finish}]).model_dump()
+        choices = [{"message": message, "finish_reason": finish}]
+        yield ChatCompletion.model_validate({**made, "usage": usage, "choices": choices}).model_dump()
     elif (asked.stream_options or {}).get("include_usage"):
         yield {"object": "chat.completion.chunk", **made, "choices": [], "usage": usage}
 

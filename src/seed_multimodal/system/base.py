@@ -76,9 +76,8 @@ class MultimodalSystem(Generator, HubUpload):
 
         `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device
         only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never
-        draws; `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA also "llama.cpp" (`gguf`: the file,
-        if its folder holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub
-        names.
+        draws; `compiled`: by `torch.compile`; `engine`: "torch", or of SEED-LLaMA "llama.cpp" (`gguf`: the file, if its
+        folder holds several) or "openai" (`url`: of the server); `parts`: keys of `SystemConfig`, folders or hub names.
         """
         config = name if isinstance(name, SystemConfig) else SystemConfig.find(name, **parts)
         kind: type[Self] = family(config.system)

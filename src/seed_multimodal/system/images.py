@@ -82,7 +82,8 @@ class ImageCodec:
                  drawing_device: torch.device | None = None, at_least: int | None = None,
                  offload: Collection[str] = ()) -> None:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
-        self.at_least, self._load_decoder, self._decoder = at_least, load_decoder, None
+        self.at_least, self._load_decoder = at_least, load_decoder
+        self._decoder: Any = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encoded, self._drawn = Collector(self.encode_batch, most=32, wait=0.005), Collector(self.draw_batch)
         self.offload(offload)
