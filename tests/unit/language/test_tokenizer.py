@@ -100,7 +100,7 @@ def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer) -> None:
     ("tokenizer.model", b"", "missing or empty"), ("tokenizer.model", b"junk", "not a SentencePiece model"),
     ("added_tokens.json", b"{", "not valid json"), ("added_tokens.json", b"{}", "it must have"),
     ("added_tokens.json", b'{"<img_00000>": 331}', "it must have"),
-    ("config.json", b'{"codebook_size": 12}', "has words for 24 codes, 5 to a picture, but .* has 12, 5 to")])
+    ("config.json", b'{"codebook_size": 12}', "has words for 24 codes, 5 per image, but .* has 12, 5 per")])
 def test_from_pretrained_of_a_damaged_folder(tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes,
                                              message: str) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
