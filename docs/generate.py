@@ -50,8 +50,6 @@ OPTIONS = {
                        "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
                        "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
                        "Drawing: LaVIT": "lavit.diffusion:LavitSettings"}),
-    "system-json": ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to "
-                    "the folder.", {"Keys": "system.config:SystemConfig", "tasks": "language.tasks:TaskPrompts"}),
 }
 # Public classes, and their members that users call (none: all).
 PYTHON = {
@@ -81,12 +79,12 @@ def pages() -> Iterator[tuple[str, str]]:
     yield "cli", _commands()
     yield "programs", _programs()
     for name, (opening, tables) in OPTIONS.items():
-        title = {"system-json": "system.json"}.get(name, f"Options: {name.replace('-', ' ')}")
         kinds = {key: _kind(place) for key, place in tables.items()}
         first = next(iter(kinds.values()))
-        yield name, "\n\n".join([f"# {title}", opening, *(
+        yield name, "\n\n".join([f"# Options: {name.replace('-', ' ')}", opening, *(
             _table(key, kind, first if issubclass(kind, first) and kind is not first else None)
             for key, kind in kinds.items())])
+    yield "system-json", _system_json()
     yield "http", _http()
     yield "python", "\n\n".join(["# Python", *(
         f"::: seed_multimodal.{name}\n    options: {{members: {members.split() or 'null'}}}"
@@ -141,6 +139,26 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
         rows.append(f"| `{entry.name}` | {_cell(type_name)} | {_cell(shown)} | {_cell(notes.get(entry.name, ''))} |")
     return "\n".join([f"## {key}", "", opening, "", "| key | type or choices | default | meaning |",
                       "| --- | --- | --- | --- |", *rows])
+
+
+def _system_json() -> str:
+    """Keys of `system.json`: of all systems, then parts and settings of each family."""
+    from seed_multimodal.language.tasks import TaskPrompts
+    from seed_multimodal.system.config import COMMON, PARTS, SETTINGS, SystemConfig
+
+    notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]
+    fields = {entry.name: entry.default for entry in dataclasses.fields(SystemConfig)}
+    opening = ("A system's folder has a `system.json` with these keys; all have defaults. Paths are relative to the "
+               "folder; keys that begin with `_` are remarks. `seed assemble` writes one.")
+    parts = ["# system.json", opening, "\n".join(["## All systems", "", *head, *(
+        f"| `{key}` | `{_cell(_short(fields[key]))}` | {_cell(notes.get(key, ''))} |" for key in COMMON)])]
+    for kind in PARTS:
+        rows = [f"| `{key}` | {f'`{path}`' if path else '–'} | folder: {what} |"
+                for key, (what, path) in PARTS[kind].items()]
+        rows += [f"| `{key}` | `{_cell(_short(default))}` | {_cell(notes.get(key, ''))} |"
+                 for key, default in SETTINGS[kind].items()]
+        parts.append("\n".join([f'## "system": "{kind}"', "", *head, *rows]))
+    return "\n\n".join([*parts, _table("tasks", TaskPrompts)])
 
 
 def _short(value: Any) -> str:

@@ -80,7 +80,7 @@ class SystemConfig:
     """All settings of a system before loading; `original`: short name of the original model with these files (LaVIT's
     `tokenizer` is then the complete folder, its `decoder` a file)."""
 
-    system: str = "seed_llama"
+    system: str = "seed_llama"  # seed_llama, seed_x or lavit
     name: str = ""
     original: str = ""
     llm: Path | None = None
@@ -93,20 +93,20 @@ class SystemConfig:
     decoder: Path | None = None
     pixels: Path | None = None
     safety: Path | None = None
-    template: str = "vicuna"
-    image_size: int | None = setting(None, least=1)
-    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))
+    template: str = "vicuna"  # of prompts: vicuna or llama2
+    image_size: int | None = setting(None, least=1)  # pixels a side that the tokenizer reads
+    transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))  # keywords of `get_transform`
     tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
     grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
     edit_grids: tuple[str, ...] = ("1x1",)
-    head: Literal["highres", "lowres"] = "highres"
-    selection: Literal["draw", "threshold"] = "draw"
-    generation: dict[str, Any] = field(default_factory=dict)
+    head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
+    selection: Literal["draw", "threshold"] = "draw"  # of tokens: by their probability, or those above 0.5
+    generation: dict[str, Any] = field(default_factory=dict)  # defaults of generation; LaVIT: by task
     tasks: TaskPrompts = DEFAULT_TASKS
-    answer_after: str = ""
-    previews: tuple[int, ...] = setting((), least=1)  # numbers of codes at which a stream emits previews
-    notice: str = ""  # note about the weights, logged at loading
-    known_words: Path | None = None
+    answer_after: str = ""  # as `tasks.answer_after`
+    previews: tuple[int, ...] = setting((), least=1)  # after how many codes a stream shows an image
+    notice: str = ""  # what people should know of the weights; logged when they are loaded
+    known_words: Path | None = None  # JSON file of the words that it learned
     sizes: Mapping[str, Any] = field(default_factory=dict)  # of parts without `config.json`
     lora: Mapping[str, Any] | None = None  # fields of the LoRA whose weights are in `agent`
 
