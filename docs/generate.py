@@ -143,7 +143,7 @@ def _table(key: str, kind: Any, base: Any = None) -> str:
 
 def _system_json() -> str:
     """Keys of `system.json`: of all systems, then parts and settings of each family."""
-    from seed_multimodal.language.tasks import TaskPrompts
+    from seed_multimodal.language.prompts import TaskPrompts
     from seed_multimodal.system.config import COMMON, PARTS, SETTINGS, SystemConfig
 
     notes, head = _notes(SystemConfig), ["| key | default | meaning |", "| --- | --- | --- |"]

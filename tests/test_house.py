@@ -305,9 +305,8 @@ LINES = {
     "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
-        "engines": 450, "evaluation": 1620, "serving": 1735, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
-        "data/pretokenize": 900, "data": 5200, "training": 4700,
-        "language": 2040}.items()},  # not at its budget (1,900 with the engine) yet
+        "engines": 450, "evaluation": 1800, "serving": 1735, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
+        "data/pretokenize": 900, "data": 5200, "training": 4700, "language": 1900}.items()},
     "SEED_Tokenizer": 1500}
 
 
@@ -486,7 +485,7 @@ def test_paths_of_the_documentation_exist():
 # Our old words for what the field names otherwise; code in backticks and quotations are not looked at.
 OLD_WORDS = re.compile(r"(?i)(?<!-)\b(?:towers?(?![:.])|pictures?|rooms?(?! for|,? *\|)|told|whoever|somebody|nobody|"
                        r"beside|anew|speakers?|paint(?:s|ed)?|goes on|legs?|line of stages|released|"
-                       r"(?<!token )(?:mergers?|selectors?))\b")
+                       r"(?<!token )(?:mergers?|selectors?))\b(?!:)")
 SPEAKING = {"add_argument", "add_parser", "ArgumentParser", "log", "log_line", "print", "warn"}
 
 

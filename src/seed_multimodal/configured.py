@@ -40,8 +40,8 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     Raises:
         CheckpointError: missing weights. ConfigError: a missing file, or one that builds something else.
     """
-    from seed_multimodal.language.prompts import template_for
-    from seed_multimodal.language.tasks import RELEASED_TASKS
+    from seed_multimodal.language.engine import Engine
+    from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.seed.original import SeedLlamaTokenizer
     from seed_multimodal.seed.pipeline import SeedLlama
@@ -67,7 +67,7 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     config = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     system = SeedLlama(config, words.text, llm, words.images)
-    system.set_engine(compiled, None)
+    system.engine = Engine(llm, words.text, compiled=compiled)
     return system
 
 

@@ -57,8 +57,8 @@ def drawn(answer: Any) -> list[Cell]:
     """The images of an answer, with the text before each."""
     cells, words = list[Cell](), ""
     for part in answer.parts:
-        if hasattr(part, "text"):
-            words = f"{words} {part.text}".strip()
+        if isinstance(part, str):
+            words = f"{words} {part}".strip()
         elif part.image is not None:
             cells.append(Cell(part.image, words))
             words = ""

@@ -17,7 +17,7 @@ from seed_multimodal.cli.common import add_common, cat_image, chosen_settings, l
 from seed_multimodal.config import load_yaml
 from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, run_program, whole_number
 from seed_multimodal.errors import counted
-from seed_multimodal.language.tasks import DEMO_QUESTIONS
+from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 # For `eval_caption_to_images.py` without a file.
 CAPTIONS = ("A small wooden house on a snowy hill in the evening", "A lighthouse at the sea in a storm, oil painting",

@@ -18,7 +18,7 @@ from seed_multimodal.cli.common import cat_image
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, log_line, run_program, whole_number
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tasks import DEMO_QUESTIONS
+from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 

@@ -109,7 +109,7 @@ def plot(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Join, write, read back, compare; print which part came from where."""
-    from seed_multimodal.language.tokenizer import check_codebook, read_files
+    from seed_multimodal.language.tokenizer import read_files
     from seed_multimodal.lavit.export import export_stage1
     from seed_multimodal.seed.export import export_tokenizer
 
@@ -117,14 +117,11 @@ def export(args: argparse.Namespace) -> int:
         folders = export_stage1(args.lavit, args.out, vision=args.vision, config=args.config, force=args.force)
         emit(args, {"tokenizer": str(folders[0]), "decoder": str(folders[1])}, "\n".join(map(str, folders)))
         return DONE
-    beside, check = {}, None
-    if args.text_tokenizer:
-        words = read_files(Path(args.text_tokenizer))
-        beside, check = words.raw, partial(check_codebook, args.text_tokenizer, words.vocabulary)
+    words = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
     image = args.image or (cat_image() if cat_image().is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, image=image, beside=beside, check=check,
-                              force=args.force)
+                              kind=args.kind, released=args.released, image=image, beside=words.raw if words else None,
+                              words=words.vocabulary if words else None, force=args.force)
     emit(args, {"folder": str(report.folder), "kind": report.kind, "parts": report.parts,
                 "image": str(image or "generated"), "codes": report.codes}, "\n".join(report.lines()))
     return DONE

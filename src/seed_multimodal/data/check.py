@@ -113,7 +113,7 @@ def _check_record(mixture: Mixture, source: int, index: int, words: MultimodalTo
     report.too_long += len(found[0]) > mixture.settings.shape(source)[1]
     if mixture.decoders[source].name not in LETTERS:
         for text in _texts(mixture.records[source].read(index).fields):
-            report.control.update("<img_…>" if word.startswith("<img_") else word for word in words.control_words(text))
+            report.control.update("<img_…>" if word.startswith("<img_") else word for word in words.cut(text)[1::2])
 
 
 def _texts(value: Any) -> Iterator[str]:

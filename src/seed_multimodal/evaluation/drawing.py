@@ -19,7 +19,7 @@ from seed_multimodal.evaluation.answers import Line, Run, open_sample
 from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import Prompt
 from seed_multimodal.seed.checkpoints import load_clip_vision
 from seed_multimodal.seed.pipeline import SeedLlama
@@ -98,7 +98,8 @@ def unconditional_codes(system: SeedLlama, options: Mapping[str, Any]) -> list[i
     """The codes generated after `<s><img>`, the original script's negative condition."""
     settings = replace(system.settings(**options), force_image=True)
     ids = system.generate([Prompt([system.tokenizer.bos_id])], settings)[0]
-    codes = [list(part.codes) for part in split_answer(ids, system.tokenizer) if isinstance(part, ImagePart)]
+    parts = AnswerReader(system.tokenizer).read_all(ids).parts
+    codes = [list(part.codes) for part in parts if isinstance(part, ImagePart)]
     if not codes:
         raise GenerationError("The model generates no complete image without a caption.")
     return codes[0]

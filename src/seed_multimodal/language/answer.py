@@ -10,9 +10,12 @@ Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "i
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from PIL import Image
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -20,20 +23,14 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 Event = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class TextPart:
-    """Text of the answer, decoded without special tokens."""
-
-    text: str
-
-
-@dataclass(frozen=True)
+@dataclass
 class ImagePart:
-    """A complete image: its codes, all inside the codebook (for SEED-X: placeholder indices), and the index of the
-    first one in the generated ids."""
+    """A whole image: its codes, all inside the codebook (of SEED-X the numbers of its places), where in the generated
+    ids the first of them stands, and the image itself if it was drawn."""
 
     codes: list[int]
     place: int = field(default=0, compare=False, kw_only=True)
+    image: Image.Image | None = field(default=None, compare=False, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -44,12 +41,7 @@ class BrokenImagePart:
     reason: str
 
 
-AnswerPart = TextPart | ImagePart | BrokenImagePart
-
-
-def split_answer(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
-    """The parts of generated ids (without the prompt), up to the first `</s>`; white space alone is dropped."""
-    return AnswerReader(tokenizer).read_all(ids).parts
+AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without special tokens
 
 
 class AnswerReader:
@@ -62,7 +54,11 @@ class AnswerReader:
 
     def __init__(self, tokenizer: MultimodalTokenizer, stops: Sequence[str] = (), previews: Sequence[int] = (),
                  after: str = "") -> None:
-        self.tokenizer, self.stops, self.previews, self.after = tokenizer, tuple(filter(None, stops)), previews, after
+        self.tokenizer, self.previews, self.after = tokenizer, previews, after
+        stops = [stop for stop in stops if stop]
+        begun = [stop[:length] for stop in stops for length in range(len(stop), 0, -1)]
+        self._stop = re.compile(f" *(?:{'|'.join(map(re.escape, stops)) or '(?!)'})")
+        self._held = re.compile(rf" *(?:{'|'.join(map(re.escape, begun))})?\Z|\ufffd+\Z")
         self.ids: list[int] = []
         self.parts: list[AnswerPart] = []
         self.finished = False
@@ -71,8 +67,8 @@ class AnswerReader:
 
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's event holds its `ImagePart`."""
-        words = self.tokenizer.vocabulary
-        in_image = self._run[:1] == [words.boi_id]
+        words, first = self.tokenizer.vocabulary, self._run[:1]
+        in_image = first == [words.boi_id]
         if self.finished or (in_image and words.counts_for_nothing(token)):
             return []
         if token == self.tokenizer.eos_id:
@@ -80,7 +76,8 @@ class AnswerReader:
             self.ids += [] if self.finished else [token]
             self.finished = True
             return events
-        events = [] if self._continues(token) else self._flush()
+        changes = not in_image and any(words.is_image_word(token) != words.is_image_word(one) for one in first)
+        events = self._flush() if changes or token == words.boi_id else []
         if token == words.boi_id:
             events.append({"type": "image_start"})
         self.ids.append(token)
@@ -107,22 +104,13 @@ class AnswerReader:
         self.finished = True
         return events
 
-    def _continues(self, token: int) -> bool:
-        """Whether `token` belongs to the present run: a text, an image from its `<img>` on, or stray codes."""
-        words = self.tokenizer.vocabulary
-        if not self._run or self._run[0] == words.boi_id:
-            return token != words.boi_id
-        if words.is_code_id(self._run[0]):
-            return words.is_code_id(token)
-        return not words.is_image_word(token)
-
     def _flush(self) -> list[Event]:
         """End the present run and return its content."""
         run, words = self._run, self.tokenizer.vocabulary
         if not run or not words.is_image_word(run[0]):
             events = self._new_text(final=True) if run else []
-            text = self.tokenizer.decode(run, skip_special_tokens=True)
-            self.parts += [TextPart(text)] if text.strip() else []
+            text = self._text()
+            self.parts += [text] if text.strip() else []
             self._run, self._sent = [], 0
             return events
         start, end = len(self.ids) - len(run), len(run)
@@ -137,59 +125,38 @@ class AnswerReader:
             events += self.read(token)
         return events + self._flush()
 
+    def _text(self) -> str:
+        return self.tokenizer.decode(self._run, skip_special_tokens=True)
+
     def _new_text(self, final: bool) -> list[Event]:
-        text = self.tokenizer.decode(self._run, skip_special_tokens=True)
+        """What the run adds to the text; a stop after its first word ends the answer, and is dropped."""
+        text = self._text()
         start = text.find(self.after) + len(self.after) if self.after and self.after in text else 0
         if self.after and not start and not final:
             return []
-        stop = self._first_stop(text, start)
-        if stop is not None:
-            self._cut(start)
-            text, final, self.finished = text[:stop].rstrip(" "), True, True
-        end = len(text) if final else len(text) - self._unsettled(text)
+        first = re.compile(r"\S").search(text, start)
+        stop = first and self._stop.search(text, first.start())
+        held = None if final else self._held.search(text)
+        end = stop.start() if stop else held.start() if held else len(text)
+        while stop and len(self._text()) > end:
+            self._run.pop()
+            self.ids.pop()
+        self.finished = self.finished or stop is not None
         new, self._sent = text[max(self._sent, start):end], max(self._sent, end)
         return [{"type": "text", "text": new}] if new else []
 
-    def _first_stop(self, text: str, start: int) -> int | None:
-        """Where in a text the first stop begins; blanks alone before it do not count as an answer."""
-        start += len(text[start:]) - len(text[start:].lstrip())
-        places = [place for place in (text.find(stop, start) for stop in self.stops) if place >= 0]
-        return min(places, default=None)
 
-    def _cut(self, start: int) -> None:
-        """Drop the tokens of the stop, and all after it."""
-        while self._run:
-            text = self.tokenizer.decode(self._run, skip_special_tokens=True)
-            opened = any(_overlap(text, stop) for stop in self.stops)
-            if self._first_stop(text, start) is None and not opened and not text.endswith(" "):
-                break
-            self._run.pop()
-            self.ids.pop()
-
-    def _unsettled(self, text: str) -> int:
-        """Characters at the end of `text` that later tokens may still change."""
-        half_character = len(text) - len(text.rstrip("\ufffd"))
-        return max([half_character, *(_overlap(text, f"{blank}{stop}") for stop in self.stops for blank in ("", " "))])
-
-
-def _image_part(ids: list[int], vocabulary: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
-    least, wanted = vocabulary.least_codes, vocabulary.tokens_per_image
-    opened, closed = ids[0] == vocabulary.boi_id, ids[-1] == vocabulary.eoi_id
+def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:
+    least, wanted = words.least_codes, words.tokens_per_image
+    opened, closed, reason = ids[0] == words.boi_id, ids[-1] == words.eoi_id, ""
     inside = ids[int(opened):len(ids) - int(closed)]
+    codes = [id - words.code_start for id in inside if words.is_code_id(id)]
     if not opened:
-        return BrokenImagePart(ids, "Image words without an opening <img>.")
-    if not closed and least == wanted:
-        return BrokenImagePart(ids, f"An image broke off after {len(inside)} of {wanted} codes.")
-    if not all(vocabulary.is_code_id(id) for id in inside):
-        return BrokenImagePart(ids, "An image holds words that are no image codes.")
-    if not least <= len(inside) <= wanted:
-        return BrokenImagePart(ids, f"An image has {len(inside)} codes instead of {wanted}.")
-    codes = vocabulary.id_to_code(inside)
-    if vocabulary.in_order and codes != list(range(wanted)):
-        return BrokenImagePart(ids, "The words of an image are not in their order.")
-    return ImagePart(codes, place=start + 1)
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(text), len(stop)), 0, -1) if text.endswith(stop[:n])), 0)
+        reason = "Image words without an opening <img>."
+    elif not closed and least == wanted:
+        reason = f"An image broke off after {len(inside)} of {wanted} codes."
+    elif not least <= len(inside) <= wanted:
+        reason = f"An image has {len(inside)} codes instead of {wanted}."
+    elif len(codes) < len(inside) or (words.in_order and codes != list(range(wanted))):
+        reason = "An image holds other words than its codes in their order."
+    return BrokenImagePart(ids, reason) if reason else ImagePart(codes, place=start + 1)

@@ -36,11 +36,10 @@ from seed_multimodal.language.generation import (
     room_for,
     row_processors,
 )
-from seed_multimodal.language.slot_cache import SlotCache
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-NO_DRAWS = GenerationSettings(do_sample=False)
 KEPT = 4  # conversations whose keys and values are held at least
+STEP = 128  # the cache grows in multiples of so many positions
 TAIL = 16  # positions at the end of a conversation that its next turn may replace (its stop, a verdict)
 
 
@@ -48,26 +47,25 @@ class Request:
     """A running request: iterate over its tokens; errors are raised by the iteration."""
 
     def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
-                 ends: Sequence[int] | None = None, states: tuple[HiddenStates, int] | None = None,
-                 should_stop: Callable[[], bool] | None = None, is_guide: bool = False) -> None:
+                 ends: Sequence[int] | None = None, states: dict[int, Tensor] | None = None,
+                 should_stop: Callable[[], bool] | None = None) -> None:
         words = engine.tokenizer.vocabulary
         forced = [words.boi_id] if settings.force_image else []
         self.answered = [*prompt.answered, *forced]  # initial ids of the answer
         self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] once it has a row
         self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
-        self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # in an image, and its tokens so far
-        self.settings, self.should_stop, self.states = settings, should_stop, None
-        if states is not None:
-            states[0].first, self.states = len(self.answered) - 1, states[0].rows[states[1]]
+        self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
+        self.settings, self.should_stop, self.states = settings, should_stop, states
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
         self.processors: list[Any] = []
         self.ids, self.start = list[int](), 0  # and how much of the prompt its row held already
-        self.is_guide, self.finished = is_guide, False
-        self.pair = [self]  # with what guidance steers away from, which has the next row
+        self.finished, self.pair = False, [self]  # with what guidance steers away from, which has the next row
         if settings.guidance != 1:
-            self.pair.append(Request(engine, Prompt(prompt.negative or [words.boi_id]), NO_DRAWS, is_guide=True))
+            away = Prompt(prompt.negative or [words.boi_id])
+            self.pair.append(Request(engine, away, GenerationSettings(do_sample=False)))
+            self.pair[1].pair = []
         self.tokens: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __iter__(self) -> Iterator[int]:
@@ -83,6 +81,57 @@ class Request:
         """End the token stream."""
         self.finished = True
         self.tokens.put(error)
+
+
+class SlotCache:
+    """Keys and values of every layer, `[slots, H, length, d]` each; every row is written at its own positions."""
+
+    copies = True  # parts of rows
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self.first = 0  # row of the present pass
+        self.positions = torch.zeros(0)  # of its tokens, [rows, n]
+        self.slots = self.length = self.used = 0
+
+    def grow(self, slots: int, length: int) -> None:
+        """Make room for so many rows and positions."""
+        self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
+        for number, layer in enumerate(self.layers):
+            if layer[0].shape[::2] != (self.slots, self.length):
+                new = [old.new_zeros(self.slots, old.shape[1], self.length, old.shape[3]) for old in layer]
+                for table, old in zip(new, layer, strict=True):
+                    table[:len(old), :, :old.shape[2]] = old
+                self.layers[number] = (new[0], new[1])
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of a row to another."""
+        for layer in self.layers:
+            for table in layer:
+                table[target, :, :length] = table[source, :, :length]
+
+    def swap(self, one: int, other: int) -> None:
+        """Exchange two rows."""
+        for layer in self.layers:
+            for table in layer:
+                table[[one, other]] = table[[other, one]]
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+        """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
+        if layer == len(self.layers):
+            self.layers.append(tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
+                                     for new in (keys, values)))
+            for table in self.layers[layer]:
+                torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
+        rows = torch.arange(self.first, self.first + len(keys), device=keys.device)[:, None]
+        held_keys, held_values = self.layers[layer]
+        held_keys[rows, :, self.positions] = keys.transpose(1, 2)
+        held_values[rows, :, self.positions] = values.transpose(1, 2)
+        present = slice(self.first, self.first + len(keys))
+        return held_keys[present, :, :self.used], held_values[present, :, :self.used]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.used
 
 
 @dataclass(eq=False)
@@ -104,14 +153,14 @@ class Row:
 class Engine:
     """Answers to prompts by a language model; `slots`: rows at once (guidance takes two). `compiled`: `torch.compile`
     makes the tokens (on CUDA as CUDA graphs), with a cache of `slots` whole contexts; the first token then takes from
-    seconds to minutes."""
+    seconds to minutes. `device`: where a model computes that is on the CPU while it rests."""
 
-    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, *, compiled: bool = False) -> None:
+    def __init__(self, llm: Any, tokenizer: MultimodalTokenizer, slots: int = 16, *, compiled: bool = False,
+                 device: torch.device | None = None) -> None:
         self.llm, self.tokenizer, self.slots, self.compiled = llm, tokenizer, max(slots, 2), compiled
         self.spans, self.cache = ImageSpans(tokenizer.vocabulary), SlotCache()
         self.rows: list[Row] = []  # those with a request come first
-        self.active = 0
-        self.device: torch.device | None = None  # device of an off-loaded model's computation
+        self.active, self.device = 0, device
         self._decode = torch.compile(self._pass, mode="reduce-overhead") if compiled else self._pass
         self._thread = ThreadPoolExecutor(1, "seed-engine")
         self._lock, self._waiting, self._busy = threading.Lock(), deque[Request](), False
@@ -122,8 +171,8 @@ class Engine:
     # ---- called from any thread
 
     def submit(self, prompt: Prompt, settings: GenerationSettings, **how: Any) -> Request:
-        """Submit a request without beams; raises `GenerationError` as `generate`. `how`: `seed`, `ends`, `should_stop`
-        as there; `states`: receiver of the last hidden states, and the answer's index."""
+        """Begin an answer without beams; raises `GenerationError` as `generate`. `how`: `seed`, `ends`, `should_stop`
+        as there; `states`: where the last hidden states go (see `HiddenStates`)."""
         request = Request(self, prompt, settings, **how)
         self._begin([request])
         return request
@@ -139,14 +188,11 @@ class Engine:
                  states: HiddenStates | None = None, **how: Any) -> list[list[int]]:
         """The ids of each answer, `prompt.answered` and a forced `<img>` first; `how`: of `submit`."""
         count = settings.num_return_sequences
-        if seeds is None:
-            unknown = settings.samples and settings.seed is None
-            seeds = [random_seed() if unknown else settings.seed or 0 for _ in prompts]
+        first = [settings.seed] * len(prompts) if seeds is None else seeds
+        own = [None if seed is None else (seed + number) % 2**63 for seed in first for number in range(count)]
         prompts = [prompt for prompt in prompts for _ in range(count)]
-        seeds = [(seed + number) % 2**63 for seed in seeds for number in range(count)]
-        sinks = [None if states is None else (states, row) for row in range(len(prompts))]
-        requests = [Request(self, prompt, settings, seed=seed, states=sink, **how)
-                    for prompt, seed, sink in zip(prompts, seeds, sinks, strict=True)]
+        requests = [Request(self, prompt, settings, seed=seed, states=None if states is None else states[row], **how)
+                    for row, (prompt, seed) in enumerate(zip(prompts, own, strict=True))]
         self._begin(requests)
         try:
             return [[*request.answered, *request] for request in requests]
@@ -275,7 +321,7 @@ class Engine:
     def _choose(self, requests: Sequence[Request], scores: Tensor, states: Tensor) -> None:
         """Select and emit the next token of each request, and free the rows of finished ones."""
         finite = torch.isfinite(scores.amax(-1)).tolist()
-        leaders = [row for row, request in enumerate(requests) if not request.is_guide]
+        leaders = [row for row, request in enumerate(requests) if request.pair]
         for row in leaders:
             for guide in requests[row].pair[1:]:
                 given, away = scores[[row, requests.index(guide)]].log_softmax(-1)
@@ -292,8 +338,8 @@ class Engine:
         chosen = scores.argmax(-1).tolist()
         for row in leaders:
             request = requests[row]
-            if request.states is not None:
-                request.states.append(states[row].clone())
+            if request.states is not None:  # of the word before
+                request.states[len(request.answered) + len(request.ids) - 1] = states[row].clone()
             for one in request.pair:
                 one.ids.append(chosen[row])
             self._sent(request, chosen[row], finite[row])
@@ -310,15 +356,14 @@ class Engine:
             check_finite(is_finite)
         except Exception as error:  # noqa: BLE001 ends this request only
             request.end(error)
-        else:
-            words = self.tokenizer.vocabulary
-            request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
-            request.done = 0 if token == words.boi_id else request.done + 1
-            request.left -= 1
-            if not request.finished:
-                request.tokens.put(token)
-            if token in request.ends or not request.left:
-                request.end()
+        words = self.tokenizer.vocabulary
+        request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
+        request.done = 0 if token == words.boi_id else request.done + 1
+        request.left -= 1
+        if not request.finished:
+            request.tokens.put(token)
+        if token in request.ends or not request.left:
+            request.end()
         for guide in request.pair[1:]:
             guide.finished = request.finished
 

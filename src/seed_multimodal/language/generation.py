@@ -1,23 +1,20 @@
 """Constrained generation of well-formed images, for all families.
 
-An image is `<img>`, its codes, `</img>`; codes occur nowhere else. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
-placeholder tokens in order, of which only the hidden states are used; LaVIT: 1 to 256 codes, with guidance. Each prompt
-of a batch has its own random generator, so results do not depend on the batch.
-
-Note: SEED-X's original processor sets forbidden tokens to 0 instead of -inf, so they are chosen if all scores are
-negative (always with beams).
+An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
+words in order, of which only the model's states count; LaVIT: 1 to 256 codes, steered by guidance. Each prompt of a
+batch draws from a generator of its own, so it gets what it would get alone.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -83,21 +80,19 @@ class Prompt:
         return len(self.ids) if self.embeds is None else len(self.embeds)
 
 
-class HiddenStates:
-    """Collects the last hidden states (after the final norm) at the tokens of answers (with beams, the best): pass it
-    to `generate` or an engine, then call `at(row, places)`, also during generation."""
+class HiddenStates(defaultdict[int, dict[int, Tensor]]):
+    """The language model's last states `[D]` (after its final norm) of each answer at its words, by their places: give
+    it to `generate` or an engine, then `at(row, places)`; also while the answer is made."""
 
     def __init__(self) -> None:
-        self.rows = defaultdict[int, list[Tensor]](list)  # per answer a state [D] for each pass
-        self.first = 0  # index of the answer's token at the end of the first pass
+        super().__init__(dict)
 
     def at(self, row: int, places: Sequence[int]) -> Tensor:
-        """States `[len(places), D]` at tokens of answer `row` (that of token n is computed when token n + 1 is chosen).
-        Raises GenerationError: a token without successor."""
-        steps = [place - self.first for place in places]
-        if steps and not 0 <= min(steps) <= max(steps) < len(self.rows[row]):
+        """States `[len(places), D]` at words of answer `row` (that of word n is computed when word n + 1 is chosen;
+        `GenerationError`: a word that nothing follows)."""
+        if not self[row].keys() >= set(places):
             raise GenerationError("The answer ends inside an image, so there is no state at its last word.")
-        return torch.stack([self.rows[row][step] for step in steps])
+        return torch.stack([self[row][place] for place in places])
 
 
 @torch.inference_mode()
@@ -119,10 +114,11 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         return []
     words, seed = tokenizer.vocabulary, settings.seed if seeds is None else seeds[0]
     forced = [words.boi_id] if settings.force_image else []
-    embed = llm.get_input_embeddings()
-    embeds, mask = pad_left([embedded(prompt, forced, embed) for prompt in prompts], embed, tokenizer.pad_id)
-    budget, device = room_for(embeds.shape[1], settings, llm, words), embeds.device
     answered = [[*prompt.answered, *forced] for prompt in prompts]
+    rows = [embedded(prompt, forced, llm.get_input_embeddings()) for prompt in prompts]
+    embeds = pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True, padding_side="left")
+    budget, device = room_for(embeds.shape[1], settings, llm, words), embeds.device
     end = [tokenizer.eos_id] if ends is None else list(ends)
 
     def check(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -136,35 +132,24 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         opened = answered[0][-1:] == [words.boi_id]
         processors.insert(1, ImageSpans(words, opened, None if original else budget, original))
     config = GenerationConfig(
-        max_new_tokens=budget, use_cache=True, return_dict_in_generate=True, bos_token_id=tokenizer.bos_id,
-        eos_token_id=end, pad_token_id=tokenizer.pad_id, do_sample=settings.samples,
+        max_new_tokens=budget, use_cache=True, bos_token_id=tokenizer.bos_id, eos_token_id=end,
+        pad_token_id=tokenizer.pad_id, do_sample=settings.samples,
         **{name: getattr(settings, name) for name in (*BEAMS, *(SAMPLING if settings.samples else ()))})
-    passes: list[Tensor] = []
-    recording = nullcontext() if states is None else llm.get_decoder().register_forward_hook(
-        lambda module, given, output: passes.append(output.last_hidden_state[:, -1].clone()))
-    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=settings.samples), recording:
-        if settings.samples:  # transformers uses the global generator
+    with torch.random.fork_rng([device] if device.type == "cuda" else [], enabled=settings.samples):
+        if settings.samples:  # transformers draws from the global generator
             torch.manual_seed(random_seed() if seed is None else seed)
-        output = llm.generate(inputs_embeds=embeds, attention_mask=mask, generation_config=config,
-                              logits_processor=processors)
-    if states is not None:
-        states.first, count = len(answered[0]) - 1, len(output.sequences)
-        alone = torch.arange(count)[:, None].expand(-1, len(passes))  # the row of each pass that led to each answer
-        chosen: Any = output.beam_indices if settings.num_beams > 1 else alone
-        states.rows.update((row, [step[place] for step, place in zip(passes, chosen[row].tolist(), strict=False)])
-                           for row in range(count))
-    answers = output.sequences.tolist()
-    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in answers]
-    return [[*answered[row // settings.num_return_sequences], *ids[:lengths[row]]] for row, ids in enumerate(answers)]
-
-
-def pad_left(rows: Sequence[Tensor], embed: Any, pad_id: int) -> tuple[Tensor, Tensor]:
-    """Rows [n, D] → [B, L, D], padded on the left with the embedding of `pad_id`, and mask [B, L]."""
-    longest = max(map(len, rows))
-    pad = embed(torch.tensor([pad_id], device=rows[0].device))
-    embeds = torch.stack([torch.cat([pad.expand(longest - len(row), -1), row]) for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=embeds.device)
-    return embeds, mask
+        made = llm.generate(inputs_embeds=embeds, attention_mask=mask.to(device), generation_config=config,
+                            logits_processor=processors).tolist()
+    each = settings.num_return_sequences
+    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in made]
+    answers = [[*answered[row // each], *ids[:lengths[row]]] for row, ids in enumerate(made)]
+    if states is not None and words.in_order:  # the only words whose states are read
+        for row, ids in enumerate(answers):
+            prompt = prompts[row // each]
+            whole = embedded(prompt, ids[len(prompt.answered):], llm.get_input_embeddings())
+            passed = llm.get_decoder()(inputs_embeds=whole[None]).last_hidden_state[0]
+            states[row] = dict(enumerate(passed[len(whole) - len(ids):-1]))
+    return answers
 
 
 def random_seed() -> int:
@@ -210,10 +195,6 @@ class ImageSpans:
     def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and tokens since its `<img>` `[B]`."""
         rows, length = input_ids.shape
-        if self.words.in_order and length:  # known from the last token
-            last = input_ids[:, -1]
-            code, opened = last - self.words.code_start, last == self.words.boi_id
-            return opened | ((code >= 0) & (code < self.words.tokens_per_image)), torch.where(opened, 0, code + 1)
         before = torch.full((rows, 1), self.words.boi_id if self.opened else -1, device=input_ids.device)
         ids, places = torch.cat([before, input_ids], 1), torch.arange(length + 1, device=input_ids.device)
         opened, closed = (torch.where(ids == word, places, -1).amax(1) for word in (self.words.boi_id,
@@ -241,9 +222,6 @@ class SeededDraw:
             narrowed = warp(input_ids, narrowed)
         drawn = torch.multinomial(narrowed.softmax(-1), 1, generator=self.generator)
         return torch.full_like(scores, float("-inf")).scatter_(1, drawn, 0.0)
-
-
-# ---- inside
 
 
 def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:

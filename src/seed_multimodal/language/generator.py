@@ -11,14 +11,13 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.answer import AnswerReader, Event, ImagePart
+from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, Stopped, generate
-from seed_multimodal.language.messages import Answer, DrawnPart
+from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
@@ -36,28 +35,19 @@ class Generator:
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
         self.tokenizer, self.llm, self.engine = tokenizer, llm, Engine(llm, tokenizer)
 
-    def set_engine(self, compiled: bool, device: torch.device | None) -> None:
-        """`compiled`: of `Engine`; `device`: where a language model computes that is on the CPU while it rests."""
-        self.engine = Engine(self.llm, self.tokenizer, compiled=compiled)
-        self.engine.device = device
-
     # ---- a subclass defines
 
     def own_defaults(self, task: str) -> dict[str, Any]:
         """Generation settings of a task that override `defaults`."""
         return {}
 
-    def stops(self, task: Task) -> Sequence[str]:
-        """Text that ends an answer."""
-        return ()
-
     def ends(self, task: Task) -> Sequence[int] | None:
         """Tokens that end an answer; None: `</s>`."""
         return None
 
     def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        """Reader that truncates an answer at its end and splits it into events."""
-        return AnswerReader(self.tokenizer, self.stops(task), previews)
+        """What cuts an answer at its end (tokens: `ends`), and into events."""
+        return AnswerReader(self.tokenizer, previews=previews)
 
     # ---- settings
 
@@ -75,12 +65,10 @@ class Generator:
         return read_settings(GenerationSettings, values, "Generation setting")
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
-        """Settings that force an image, with a sufficient default limit. Raises ConfigError: a `given` limit is too
-        small."""
+        """Settings that force an image; a limit that was not `given` is raised to leave room for it."""
         needed = self.tokenizer.vocabulary.least_codes + 1
         if "max_new_tokens" in given and settings.max_new_tokens < needed:
-            raise ConfigError(f"An image needs {needed} new tokens: max_new_tokens {settings.max_new_tokens} is too "
-                              f"small for a request that must be answered with one.")
+            raise ConfigError(f"An image needs {needed} new tokens, but max_new_tokens is {settings.max_new_tokens}.")
         return replace(settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed))
 
     # ---- answers
@@ -95,16 +83,15 @@ class Generator:
         answers: list[list[int]] = self.engine.run(with_beams)
         return answers
 
-    def read_answer(self, ids: Sequence[int], task: Task, note: str = "") -> Answer:
-        """The parts of an answer, truncated at its end."""
+    def read_answer(self, ids: Sequence[int], task: Task) -> Answer:
+        """The parts of an answer, cut at its end."""
         read = self.reader(task).read_all(ids)
-        return Answer(tuple(read.parts), tuple(read.ids), note, self.answer_after)
+        return Answer(tuple(read.parts), tuple(read.ids), answer_after=self.answer_after)
 
     def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
                should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
         """Events of one answer, with decoded images; the last is `done` with the complete `Answer`."""
         reader = self.reader(task, previews if settings.num_beams == 1 else ())
-        images: list[Image.Image | None] = []
 
         def show(events: Sequence[Event]) -> Iterator[Event]:
             for event in events:
@@ -112,8 +99,8 @@ class Generator:
                     raise Stopped
                 if event["type"] in ("image", "image_preview"):
                     event["image"] = draw(event)
-                if event.pop("part", None) is not None:
-                    images.append(event["image"])
+                if (part := event.pop("part", None)) is not None:
+                    part.image = event["image"]
                 yield event
 
         with contextlib.suppress(Stopped):
@@ -124,10 +111,7 @@ class Generator:
                     if reader.finished:
                         break
             yield from show(reader.close())
-        rest = iter(images)
-        parts = [DrawnPart(part.codes, next(rest, None), place=part.place) if isinstance(part, ImagePart) else part
-                 for part in reader.parts]
-        yield {"type": "done", "answer": Answer(tuple(parts), tuple(reader.ids), prompt.note, self.answer_after,
+        yield {"type": "done", "answer": Answer(tuple(reader.parts), tuple(reader.ids), prompt.note, self.answer_after,
                                                 len(prompt))}
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
@@ -137,6 +121,6 @@ class Generator:
             yield from self.generate([prompt], settings, task, states=states, should_stop=should_stop)[0]
         else:
             request = self.engine.submit(prompt, settings, ends=self.ends(task), should_stop=should_stop,
-                                         states=None if states is None else (states, 0))
+                                         states=None if states is None else states[0])
             yield from request.answered
             yield from request

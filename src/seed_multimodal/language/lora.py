@@ -75,10 +75,10 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
 def merge_into(llama: Any, trained: TrainedWeights) -> None:
     """Put whole tensors in their places, and merge low-rank matrices. Raises `CheckpointError` for tensors that the
     model does not have, or of another size."""
-    ends = [trained.whole.get(name) for name in (EMBEDDING, HEAD)]
-    apart = any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora) or (
-        ends[1] is not None and (ends[0] is None or not torch.equal(ends[0], ends[1])))
-    if llama.config.tie_word_embeddings and apart:  # untie the embeddings
+    embedding, head = (trained.whole.get(name) for name in (EMBEDDING, HEAD))
+    apart = (head is not None and (embedding is None or not torch.equal(embedding, head))) or any(
+        name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora)
+    if llama.config.tie_word_embeddings and apart:  # one matrix cannot be both embeddings any more
         llama.config.tie_word_embeddings = False
         llama.lm_head.weight = torch.nn.Parameter(llama.model.embed_tokens.weight.clone())
     own = dict(llama.named_parameters(remove_duplicate=False))
@@ -141,9 +141,8 @@ def merge_adapter(
             save_state_dict(changes.agent, folder / AGENT_FOLDER / "model.safetensors")
         if agent_config is not None:
             (folder / AGENT_FOLDER / "config.json").write_text(json.dumps(agent_config, indent=1), encoding="utf-8")
-    merged = len({name.rpartition(".lora_")[0] for name in changes.lora})
-    return (f"{out}: {len(llama.state_dict())} tensors, {merged} with LoRA merged in, {len(changes.whole)} replaced by "
-            f"trained ones, {llama.config.vocab_size} words; {len(changes.agent)} tensors of resamplers.")
+    return (f"{out}: {len(llama.state_dict())} tensors, {len(changes.lora) // 2} with LoRA merged in, "
+            f"{len(changes.whole)} replaced by trained ones; {len(changes.agent)} tensors of resamplers.")
 
 
 def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any) -> Any:
@@ -159,9 +158,7 @@ def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any)
             raise CheckpointError(f"{trained.source}: {missing[0]!r} is missing from it.")
     else:
         raise ConfigError("A base model is needed: the LLaMA folder that the adapter was trained on.")
-    trained_ends = [trained.whole[name] for name in (EMBEDDING, HEAD) if name in trained.whole]
-    complete = len(trained_ends) == 2 or (trained_ends and llama.config.tie_word_embeddings)
-    words = len(trained_ends[0]) if complete else llama.config.vocab_size
+    words = min(len(trained.whole.get(name, llama.model.embed_tokens.weight)) for name in (EMBEDDING, HEAD))
     if tokenizer is not None and words != tokenizer.vocabulary.size:
         raise CheckpointError(f"{trained.source}: has {words} words, but the tokenizer has "
                               f"{tokenizer.vocabulary.size}; they do not belong together.")

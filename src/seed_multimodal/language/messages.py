@@ -21,8 +21,8 @@ from torch import Tensor
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_from_base64, is_file
-from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart, TextPart
-from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.language.answer import AnswerPart, BrokenImagePart, ImagePart
+from seed_multimodal.language.prompts import answer_in
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 ROLES = ("system", "user", "assistant")
@@ -47,15 +47,8 @@ class Message:
 
 
 @dataclass(frozen=True)
-class DrawnPart(ImagePart):
-    """An image of the answer: its codes, and the image if the system has a decoder."""
-
-    image: Image.Image | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
 class Answer:
-    """One answer of the model: `TextPart`, `DrawnPart` and `BrokenImagePart` in order, and views of them."""
+    """One answer of the model: texts, `ImagePart`s and `BrokenImagePart`s in order, and views of them."""
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
@@ -70,8 +63,8 @@ class Answer:
 
     @property
     def images(self) -> list[Image.Image]:
-        """All decoded images."""
-        return [part.image for part in self.parts if isinstance(part, DrawnPart) and part.image is not None]
+        """All images that were drawn."""
+        return [part.image for part in self.parts if isinstance(part, ImagePart) and part.image is not None]
 
     @property
     def codes(self) -> list[list[int]]:
@@ -89,7 +82,7 @@ class Answer:
 
     def _texts(self, *image: str) -> list[str]:
         return [text for part in self.parts for text in (
-            [answer_in(part.text.strip(), self.answer_after)] if isinstance(part, TextPart) else image)]
+            [answer_in(part.strip(), self.answer_after)] if isinstance(part, str) else image)]
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
@@ -140,21 +133,18 @@ def all_shown(images: Any) -> list[Any]:
     return [item for one in ([images] if is_single(images) else images) for item in shown(one)]
 
 
-def requests_about(images: Any, texts: str | Sequence[str]) -> tuple[list[list[Message]], bool]:
-    """A conversation for each image, and whether it is a single request (a list is a batch, a nested list one request);
-    `texts`: one for all images, or one each."""
+def requests_about(images: Any, texts: str | Sequence[str], request: Callable[[str], str] = str
+                   ) -> tuple[list[list[Message]], bool]:
+    """A conversation about each image, and whether it is one alone (a list is a batch, a nested list one request);
+    `texts`: one for all images, or one each; `request`: the sentence of a text."""
     single = is_single(images)
     groups = [shown(one) for one in ([images] if single else images)]
     said = [texts] * len(groups) if isinstance(texts, str) else texts
     if len(said) != len(groups) or not all(groups):
         raise RequestError(f"{len(groups)} images were given with {len(said)} texts." if all(groups) else
                            f"Request {groups.index([])} has no image.")
+    said = [request(text) for text in said]
     return [user_message([*group, *filter(None, [text])]) for group, text in zip(groups, said, strict=True)], single
-
-
-def each_text(change: Callable[[str], str], texts: str | Sequence[str]) -> str | list[str]:
-    """Apply a function to a text, or to each of a list."""
-    return change(texts) if isinstance(texts, str) else [change(one) for one in texts]
 
 
 def _message(message: Any, number: int) -> Message:
@@ -182,19 +172,13 @@ def _item(item: Any, number: int) -> Any:
             item = next((item[key] for key in ("image", "url", "image_url") if key in item), item)
         item = item.get("url", item) if isinstance(item, Mapping) else item
         if isinstance(item, str):
-            return _file(item, number)
-    if isinstance(item, TextPart):
-        return item.text
+            if item.startswith("data:"):
+                return image_from_base64(item, name=f"The image of message {number}")
+            if "://" in item:
+                raise RequestError(f"Message {number}: {item[:80]} is an address, and nothing is downloaded; give the "
+                                   f"file.")
+            return Path(item)
     if isinstance(item, (str, ImagePart)) or is_image(item) or is_codes(item):
         return item
     raise RequestError(f"Message {number} holds {str(item)[:80]}; content is text, images (PIL, Path, bytes, array), "
                        f"codes (a list of whole numbers), or parts of a chat message with the type text or image.")
-
-
-def _file(name: str, number: int) -> Any:
-    """The image of a chat message's URL, or its file."""
-    if name.startswith("data:"):
-        return image_from_base64(name, name=f"The image of message {number}")
-    if "://" in name:
-        raise RequestError(f"Message {number}: {name[:80]} is a URL; download it and pass the file.")
-    return Path(name)

@@ -1,4 +1,4 @@
-"""Prompt templates: turns of text and images → segments for `MultimodalTokenizer.encode_parts`.
+"""Prompt templates: turns of text and images → spans for `MultimodalTokenizer.encode_parts`; and request sentences.
 
     vicuna (8B, nano)   USER: {user}\\nASSISTANT:{answer}\\nUSER: {user}\\nASSISTANT:…
     llama2 (14B)        [INST] {user} [/INST]\\n{answer}\\n[INST] {user} [/INST]\\n…
@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from seed_multimodal.errors import ConfigError
 
 Part = str | Sequence[int]
-Turn = tuple[str, str | Sequence[Part]]  # role, and texts and images (as codes) in order
-ROLES = ("user", "assistant")
+Turn = tuple[str, str | Sequence[Part]]  # "user" or "assistant", and texts and images (as codes) in order
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,10 @@ class PromptTemplate:
     system_suffix: str = ""
 
     @property
-    def user_marker(self) -> str:
-        """Prefix of user turns."""
-        return self.user_prefix.rstrip()
-
-    @property
     def turn_marker(self) -> str:
-        """Prefix of a user's turn after an answer, used as stop string: the original models were trained without end
-        token between turns."""
-        return self.separator + self.user_marker
+        """What opens a user's turn after an answer, where the answer ends: the original models saw no end token between
+        turns, so some of their answers run into the next question."""
+        return self.separator + self.user_prefix.rstrip()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""
@@ -87,3 +81,66 @@ def get_template(name: str) -> PromptTemplate:
     if name not in TEMPLATES:
         raise ConfigError(f"Unknown prompt template {name!r}: use {', '.join(TEMPLATES)}.")
     return TEMPLATES[name]
+
+
+# ---- request sentences: training data is written with them, systems ask with them (the first two: the original ones)
+
+DESCRIBE_PROMPT = "Please provide an accurate and concise description of the given image."
+QA_SUFFIX = " Please provide an accurate answer consisting of only one word or phrase."
+DESCRIBE_VIDEO_PROMPT = "Please provide an accurate and concise description of the given video."
+DRAW_PROMPT = "Please draw {caption}."
+DRAW_RESPONSE = "Here is the picture."
+EDIT_RESPONSE = "Here it is."  # also to a request for an image in a conversation that has one already
+
+# Requests of the original inference scripts: about an image, for an image, for a change of an image.
+DEMO_QUESTIONS = ("What is this animal?", "Can you generate an image of a dog on the green grass?",
+                  "Can you make the cat wear sunglasses?")
+
+
+@dataclass(frozen=True)
+class TaskPrompts:
+    """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
+
+    The responses open a forced answer, before `<img>`. `draw_words`, `edit_words`: tokens in which the model may say
+    what the image will show, before an image is forced. `answer_after`: ends a written verdict before the answer.
+    """
+
+    describe: str = DESCRIBE_PROMPT
+    qa_prefix: str = ""
+    qa_suffix: str = QA_SUFFIX
+    draw: str = DRAW_PROMPT
+    draw_response: str = DRAW_RESPONSE
+    edit_response: str = EDIT_RESPONSE
+    detect: str = "{phrase}"
+    draw_words: int = 0
+    edit_words: int = 0
+    answer_after: str = ""
+
+    def draw_request(self, caption: str) -> str:
+        """The user's sentence that asks for an image of `caption` (its own trailing dots and blanks dropped)."""
+        return self.draw.replace("{caption}", caption.strip().rstrip(".").strip())
+
+    def detect_request(self, phrase: str) -> str:
+        """The user's sentence that asks where `phrase` is; one that ends like a sentence is a request of its own."""
+        phrase = phrase.strip()
+        return phrase if phrase.endswith((".", "?", "!")) else self.detect.replace("{phrase}", phrase)
+
+    def question(self, question: str) -> str:
+        """`question` with what asks for one word, unless it already ends in it."""
+        question = question.strip()
+        return question if question.endswith(self.qa_suffix.strip()) else self.qa_prefix + question + self.qa_suffix
+
+
+def answer_in(text: str, after: str) -> str:
+    """What follows `after` in a model's text (see `TaskPrompts.answer_after`); all of it where there is none."""
+    return (text.partition(after)[2] if after else "") or text
+
+
+DEFAULT_TASKS = TaskPrompts()
+# One of the original models' own pairs of request and response (same index in their instruction-tuning data).
+RELEASED_TASKS = TaskPrompts(draw="Please generate an image of {caption}.", draw_response="", edit_response="")
+# Requests of SEED-X's scripts. Its tuned models say a sentence before the image; the scripts gave them 120 tokens, 66
+# of which are the image's.
+SEED_X_TASKS = TaskPrompts(
+    describe="Describe this image briefly.", qa_suffix="", draw="Generate an image: {caption}", draw_response="",
+    edit_response="", detect="Where is {phrase}? Show me the location.", draw_words=54, edit_words=54)

@@ -89,8 +89,8 @@ class MultimodalTokenizer:
         return self._files.added[word] if word in self._files.added else self._sp.PieceToId(word)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """One string → ids, parsing names of control tokens; `add_bos`: prepend `<s>`."""
-        pieces = self._cut(plain_text(text))
+        """One string → ids, names of control words in it included; `add_bos` puts `<s>` in front."""
+        pieces = self.cut(plain_text(text))
         for place in range(1, len(pieces), 2):
             strip_left, strip_right = self._files.special.get(pieces[place], (True, True))
             if strip_left:
@@ -102,14 +102,9 @@ class MultimodalTokenizer:
             ids += [self._control[piece]] if place % 2 else self._sp.EncodeAsIds(piece)
         return ids
 
-    def control_words(self, text: str) -> list[str]:
-        """Control tokens that `encode` would parse in a text, in order."""
-        return self._cut(text)[1::2]
-
-    def _cut(self, text: str) -> list[str]:
-        """Alternating text segments (possibly empty) and control tokens, starting and ending with text."""
-        pieces: list[str] = []
-        start = 0
+    def cut(self, text: str) -> list[str]:
+        """Segments of text and the control words between them; a segment (possibly empty) first and last."""
+        pieces, start = list[str](), 0
         for match in self._words.finditer(text):
             if match[0] in self._control:  # <img_99999> matches the pattern, but is not a token
                 pieces += [text[start:match.start()], match[0]]
@@ -148,18 +143,14 @@ class MultimodalTokenizer:
         return " ".join([*texts, self._decode_segment(segment)] if segment else texts)
 
     def _decode_segment(self, ids: list[int]) -> str:
-        text = ""
-        pieces: list[int] = []
-        after_special = False
+        text, pieces = "", list[int]()
         for place, id in enumerate(ids):
             if id not in self._special_ids:
                 pieces.append(id)
-                after_special = False
                 continue
-            text += " " if place and not after_special else ""
+            text += " " if place and ids[place - 1] not in self._special_ids else ""
             text += self._sp.DecodeIds(pieces) + self._sp.IdToPiece(id)
             pieces = []
-            after_special = True
         return text + self._sp.DecodeIds(pieces)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
@@ -184,42 +175,10 @@ def plain_text(text: str) -> str:
     return text
 
 
-def read_files(folder: Path) -> TokenizerFiles:
-    """Read and check a tokenizer folder. Raises CheckpointError: a missing or damaged file, or token ids that do not
-    match the layout."""
-    files = read_text_files(folder, needed=(MODEL, ADDED))
-    added, n_text = read_json_object(folder / ADDED), files.vocabulary.n_text
-    per_image, n_codes = files.config.get("tokens_per_image"), sum(1 for name in added if _CODE_WORD.fullmatch(name))
-    try:
-        if PATCH not in added:
-            vocabulary = ImageVocabulary(n_text, n_codes, int(per_image or 32))
-        else:
-            vocabulary = SeedXVocabulary.of_words(added, n_text, int(per_image or 64))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder / ADDED}: the image words cannot be read ({error!r}).") from error
-    words = vocabulary.words
-    if added != words:
-        wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
-        raise CheckpointError(f"{folder / ADDED}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} "
-                              f"text pieces and {n_codes} codes it must have {words.get(wrong)}.")
-    if (folder / "config.json").is_file() and "codebook_size" in (sizes := read_json_object(folder / "config.json")):
-        check_codebook(folder, vocabulary, sizes["codebook_size"],
-                       sizes.get("num_query", vocabulary.tokens_per_image), folder)
-    files.added, files.vocabulary = added, vocabulary
-    return files
-
-
-def check_codebook(words: str | Path, vocabulary: ImageVocabulary, codes: int, per_image: int,
-                   tokenizer: str | Path) -> None:
-    """Raise CheckpointError if the vocabulary's codes do not match an image tokenizer."""
-    if (codes, per_image) != (vocabulary.n_codes, vocabulary.tokens_per_image):
-        raise CheckpointError(f"{words}: has words for {vocabulary.n_codes} codes, {vocabulary.tokens_per_image} per "
-                              f"image, but the image tokenizer {tokenizer} has {codes}, {per_image} per image; "
-                              f"train stage 2 with model.n_embed={vocabulary.n_codes}, or use another text tokenizer.")
-
-
-def read_text_files(folder: Path, needed: Sequence[str] = (MODEL,)) -> TokenizerFiles:
-    """Read a plain LLaMA tokenizer; only `n_text` of its vocabulary is used."""
+def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
+    """Read and check a tokenizer folder; raises `CheckpointError` for a file that is missing or damaged, and for words
+    with other ids than the layout gives them. Without `spelled` words only `n_text` counts of the vocabulary."""
+    needed = (MODEL, ADDED) if spelled else (MODEL,)
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
                               "pretrained/README.md lists the original one, pretrained/nano contains one.")
@@ -234,9 +193,27 @@ def read_text_files(folder: Path, needed: Sequence[str] = (MODEL,)) -> Tokenizer
         raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
-    config, entries = (read_json_object(folder / name) if name in raw else {} for name in (CONFIG, SPECIAL))
+    added, config, entries = (read_json_object(folder / name) if name in raw else {}
+                              for name in (ADDED, CONFIG, SPECIAL))
     vocabulary = ImageVocabulary(processor.GetPieceSize())
-    return TokenizerFiles(processor, vocabulary, {}, _special_words(entries), config, raw)
+    if spelled:
+        vocabulary = _vocabulary(added, vocabulary.n_text, config.get("tokens_per_image"), folder / ADDED)
+    return TokenizerFiles(processor, vocabulary, added if spelled else {}, _special_words(entries), config, raw)
+
+
+def _vocabulary(added: dict[str, int], n_text: int, per_image: int | None, file: Path) -> ImageVocabulary:
+    n_codes = sum(1 for name in added if _CODE_WORD.fullmatch(name))
+    try:
+        vocabulary = (SeedXVocabulary.of_words(added, n_text, int(per_image or 64)) if PATCH in added else
+                      ImageVocabulary(n_text, n_codes, int(per_image or 32)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
+    words = vocabulary.words
+    if added != words:
+        wrong = min(name for name in {*added, *words} if added.get(name) != words.get(name))
+        raise CheckpointError(f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
+                              f"and {n_codes} codes it must have {words.get(wrong)}.")
+    return vocabulary
 
 
 def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:

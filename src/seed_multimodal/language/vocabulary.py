@@ -111,10 +111,6 @@ class ImageVocabulary:
             raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
         return [self.boi_id, *self.code_to_id(codes), self.eoi_id]
 
-    def image_text(self, codes: Iterable[int]) -> str:
-        """`<img><img_00005>…</img>`, for prompts written as one string; any number of codes."""
-        return BOI + "".join(code_token(int(code)) for code in codes) + EOI
-
 
 @dataclass(frozen=True)
 class SeedXVocabulary(ImageVocabulary):

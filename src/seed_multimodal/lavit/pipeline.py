@@ -32,7 +32,7 @@ from seed_multimodal.language.messages import (
     read_messages,
     user_message,
 )
-from seed_multimodal.language.tasks import TaskPrompts
+from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.lavit.checkpoints import load_both
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer, LavitSettings
@@ -189,11 +189,9 @@ class Lavit(MultimodalSystem):
     def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
         return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
 
-    def stops(self, task: Task) -> Sequence[str]:
-        return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
-
     def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        return AnswerReader(self.tokenizer, self.stops(task), previews, self.answer_after if task == "ask" else "")
+        stops = {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
+        return AnswerReader(self.tokenizer, stops, previews, self.answer_after if task == "ask" else "")
 
     def said(self, answer: Answer, task: Task) -> str:
         if task != "ask":

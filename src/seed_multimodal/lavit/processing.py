@@ -25,8 +25,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, CodesError, SeedWarning, how_to_install
-from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_text_files
+from seed_multimodal.errors import CheckpointError, SeedWarning, how_to_install
+from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.captions import question_text
 from seed_multimodal.settings import check_value
@@ -62,10 +62,6 @@ class LavitWords(ImageVocabulary):
         """The fewest codes of an image."""
         return 1
 
-    def image_text(self, codes: Iterable[int]) -> str:
-        """No text stands for LaVIT's image words: raises CodesError."""
-        raise CodesError("LaVIT's image codes cannot be written as text; give them as numbers.")
-
 
 class LavitTokenizer(MultimodalTokenizer):
     """A plain LLaMA tokenizer with `LavitWords`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
@@ -84,7 +80,7 @@ class LavitTokenizer(MultimodalTokenizer):
         Raises:
             CheckpointError: a file that is missing or damaged; more pieces than `words` has text.
         """
-        files = read_text_files(Path(folder))
+        files = read_files(Path(folder), spelled=False)
         pieces = files.vocabulary.n_text
         sizes = {name: check_value(int, files.config[key], f"{folder}/tokenizer_config.json: {key}", least=1)
                  for name, key in (("n_codes", "image_codes"), ("tokens_per_image", "tokens_per_image"))

@@ -11,7 +11,7 @@ determines SEED-2 or SEED-1; checkpoints of the published training code have bot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from seed_multimodal.disk import making_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.seed.checkpoints import ENCODER_PARTS, VISION, VISION_FILES, VISION_URL, own_config, read_vision
 from seed_multimodal.seed.configuration import TokenizerConfig
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
@@ -53,21 +54,20 @@ def export_tokenizer(
     stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
     config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
     image: Image.Image | str | Path | None = None, beside: Mapping[str, bytes] | None = None,
-    check: Callable[[int, int, str | Path], None] | None = None, force: bool = False,
+    words: ImageVocabulary | None = None, force: bool = False,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder and compare the codes of an image before and after writing.
 
     Args:
         stage1: may be left out if stage 2 trained the encoder. vision: file or CLIP folder of the vision encoder, if no
             stage holds it.
-        config: sizes, or a config.json; default: ours next to a checkpoint, else the original ones.
-        kind: `seed2`, `seed1` or `auto`. original: also write the files of the original layout.
-        next to: further files for the folder; check: called with the number of codes, that of an image's, and the
-            checkpoint, to refuse them if those files do not fit.
+        config: sizes, or a config.json; default: ours beside a checkpoint, else the released ones.
+        kind: `seed2`, `seed1` or `auto`. released: also write the files of the released layout.
+        beside: further files for the folder; words: the vocabulary in them.
         force: replace a folder that is not empty.
 
     Raises:
-        CheckpointError: a part that no file holds, tensors of another size, codes that differ.
+        CheckpointError: a part that no file holds, tensors of another size, codes that differ, `words` of others.
         ConfigError: `out` exists and is not empty, holds what is read, or cannot be written.
     """
     shown, target = Path(out), output_folder(out, force=force, what="the tokenizer", read=[stage1, stage2, vision])
@@ -87,8 +87,9 @@ def export_tokenizer(
         origin |= dict.fromkeys(files[str(vision)], str(vision))
     state = {part: files[file][part] for part, file in origin.items()}
     sizes = sizes or tokenizer.config_class.released(state)
-    if check is not None:
-        check(sizes.codebook_size, sizes.num_query, stage2)
+    if words is not None and (words.n_codes, words.tokens_per_image) != (sizes.codebook_size, sizes.num_query):
+        raise CheckpointError(f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
+                              f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image.")
     model = tokenizer.from_released(sizes, state, " and ".join(files))
     picture = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
     pixels = seed_image_processor(sizes.vit.image_size)(picture)[None]

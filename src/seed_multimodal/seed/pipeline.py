@@ -19,7 +19,7 @@ from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
@@ -165,8 +165,8 @@ class SeedLlama(MultimodalSystem):
         system.engine = engine or system.engine
         return system
 
-    def stops(self, task: Task) -> Sequence[str]:
-        return (self.template.turn_marker,)
+    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
+        return AnswerReader(self.tokenizer, [self.template.turn_marker], previews)
 
     def prompt_ids(self, turns: Sequence[Any], system: str = "") -> list[int]:
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""

@@ -19,22 +19,20 @@ from seed_multimodal.engines.batches import Remembered
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.lora import merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
-    DrawnPart,
     Message,
     all_shown,
-    each_text,
     is_codes,
     is_image,
     requests_about,
 )
-from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.language.prompts import answer_in
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -201,8 +199,8 @@ class SeedX(MultimodalSystem):
 
     # ---- defined by families
 
-    def stops(self, task: Task) -> Sequence[str]:
-        return (self.template.turn_marker,) if self.config.tuned else ()
+    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
+        return AnswerReader(self.tokenizer, [self.template.turn_marker] if self.config.tuned else (), previews)
 
     def said(self, answer: Answer, task: Task) -> str:
         return without_words(answer.text).strip()
@@ -227,7 +225,7 @@ class SeedX(MultimodalSystem):
             own = [next(images) for _ in message.images]
             seen += own
             sources += [one.image for one in own]
-            sources += [part.image for part in message.content if isinstance(part, DrawnPart) and part.image]
+            sources += [part.image for part in message.content if isinstance(part, ImagePart) and part.image]
             if message.role != "system":
                 turns.append((message.role, self._spans(message, [len(one.features) for one in own])))
         alone = [part for _, content in turns for part in content]
@@ -277,8 +275,7 @@ class SeedX(MultimodalSystem):
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows
         instructions is asked for it; the base model completes it, so its last words name the thing."""
-        asked = each_text(self.tasks.detect_request, phrase) if self.config.tuned else phrase
-        conversations, single = requests_about(images, asked)
+        conversations, single = requests_about(images, phrase, self.tasks.detect_request if self.config.tuned else str)
         written = self.write(conversations, "detect", self.settings("detect", **options), batch_size=batch_size)
         detections = [self.detection(one.request.source, one.answer.ids, not self.config.tuned) for one in written]
         return detections[0] if single else detections

@@ -18,11 +18,10 @@ from PIL import Image
 
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
-from seed_multimodal.language.answer import BrokenImagePart, TextPart
+from seed_multimodal.language.answer import BrokenImagePart, ImagePart
 from seed_multimodal.language.generation import random_seed
-from seed_multimodal.language.messages import Answer, DrawnPart, Message
-from seed_multimodal.language.prompts import PromptTemplate
-from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.language.messages import Answer, Message
+from seed_multimodal.language.prompts import PromptTemplate, answer_in
 from seed_multimodal.language.vocabulary import BOX, PLACEHOLDER
 from seed_multimodal.serving.schema import (
     ChatRequest,
@@ -217,8 +216,8 @@ class Backend:
         return codes if len(codes) >= words.least_codes else None
 
     def _said(self, role: str, parts: Sequence[Any]) -> list[Any]:
-        """Content of a message; an image of an earlier answer is passed unchanged if it has no codes."""
-        return [DrawnPart(list(range(self.words.tokens_per_image)), part)
+        """Content of a message; an image of an answer as the model wrote it, where it has no codes."""
+        return [ImagePart(list(range(self.words.tokens_per_image)), image=part)
                 if role == "assistant" and self.words.in_order and isinstance(part, Image.Image) else part
                 for part in parts if part is not None and part != ""]
 
@@ -287,16 +286,16 @@ class Backend:
         """An answer as text and images in order; `images_ids`: of the request."""
         response, pieces = GenerateResponse(images_ids=images_ids), []
         for part in answer.parts:
-            if isinstance(part, TextPart):
-                # A placeholder that the model generates as text must not count as an image.
-                pieces.append(part.text.replace(PLACEHOLDER, "<image >").strip())
+            if isinstance(part, str):
+                # The model may spell the placeholder in ordinary letters: it must not count as an image.
+                pieces.append(part.replace(PLACEHOLDER, "<image >").strip())
                 continue
             pieces.append(PLACEHOLDER)
             if isinstance(part, BrokenImagePart):
                 image, problem = None, part.reason
                 codes = [id - self.words.code_start for id in part.ids if self.words.is_code_id(id)]
             else:
-                image, problem, codes = getattr(part, "image", None), "This system cannot draw.", list(part.codes)
+                image, problem, codes = part.image, "This system cannot draw.", list(part.codes)
             response.images.append("" if image is None else image_to_base64(image))
             response.images_ids.append(None if self.words.in_order and image is not None else codes)
             response.error_msg += [problem] if image is None else []
@@ -385,11 +384,13 @@ def data_url(image: Image.Image) -> str:
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
-    """Role and text of each turn of a conversation in a template, up to the answer; empty for other text."""
-    if not template.user_prefix or not text.startswith(template.user_marker):
+    """Role and text of each turn of a conversation written in a template, up to where an answer begins; none where the
+    text is something else."""
+    opening = template.user_prefix.rstrip()
+    if not opening or not text.startswith(opening):
         return []
     turns: list[tuple[str, str]] = []
-    for piece in text.removeprefix(template.user_marker).split(template.turn_marker):
+    for piece in text.removeprefix(opening).split(template.turn_marker):
         said, closed, answer = piece.partition(template.user_suffix.rstrip())
         if not closed:
             return []

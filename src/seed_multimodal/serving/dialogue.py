@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError, SeedError
-from seed_multimodal.language import tasks as sentences
+from seed_multimodal.language import prompts as sentences
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.lavit.ratios import RATIOS
 from seed_multimodal.serving.client import Client

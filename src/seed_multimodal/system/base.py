@@ -19,6 +19,7 @@ from seed_multimodal.device import BESIDE_8BIT, choose_device, choose_for_images
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.engine import Engine
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, Prompt, random_seed
 from seed_multimodal.language.generator import Generator, Task
 from seed_multimodal.language.known_words import read_known_words
@@ -26,7 +27,6 @@ from seed_multimodal.language.messages import (
     Answer,
     Message,
     all_shown,
-    each_text,
     is_image,
     read_messages,
     requests_about,
@@ -93,7 +93,8 @@ class MultimodalSystem(Generator, HubUpload):
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
         if engine == "torch":
-            system.set_engine(compiled, llm.device if "llm" in parked else None)
+            system.engine = Engine(system.llm, system.tokenizer, compiled=compiled,
+                                   device=llm.device if "llm" in parked else None)
         if compiled:
             system.images.compile()
         system._log_note(config.notice)
@@ -144,9 +145,8 @@ class MultimodalSystem(Generator, HubUpload):
 
     def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
             **options: Any) -> Any:
-        """Answer a question (one for all images, or one each); `short`: with the tuned short-answer prompt."""
-        asked = each_text(self.tasks.question, question) if short else question
-        return self._say(images, asked, "ask", batch_size, options)
+        """The answer to a question (one for all images, or one each); `short`: as the system was tuned to be asked."""
+        return self._say(images, question, "ask", batch_size, options, self.tasks.question if short else str)
 
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any) -> Any:
         """Detect `phrase` in an image, for systems that answer with boxes (SEED-X)."""
@@ -268,10 +268,10 @@ class MultimodalSystem(Generator, HubUpload):
         """Codes of images; `seeds`: of stochastic encoders."""
         return self.images.encode(images)
 
-    def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int,
-             options: dict[str, Any]) -> Any:
-        """The text of the answer about each image, without decoding images in it."""
-        conversations, single = requests_about(images, texts)
+    def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int, options: dict[str, Any],
+             request: Callable[[str], str] = str) -> Any:
+        """The text of the answer about each image; images in it are not drawn."""
+        conversations, single = requests_about(images, texts, request)
         several = options.pop("seed") if isinstance(options.get("seed"), (list, tuple, range)) else None
         settings = self.settings(task, **options)
         seed = settings.seed if several is None else several

@@ -20,8 +20,7 @@ from typing import Any, Literal
 from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.prompts import template_for
-from seed_multimodal.language.tasks import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts
+from seed_multimodal.language.prompts import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts, template_for
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 INSIDE = "diffusion_model"  # of a tokenizer's folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from seed_multimodal.language.tasks import DESCRIBE_PROMPT, DRAW_PROMPT, DRAW_RESPONSE, EDIT_RESPONSE
+from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DRAW_PROMPT, DRAW_RESPONSE, EDIT_RESPONSE
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import Allowed, scene_where
 from seed_nano.world.tasks import after, ask_any, make_any_edit

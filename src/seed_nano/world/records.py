@@ -16,7 +16,7 @@ from itertools import count
 from typing import Any, TypeVar
 
 from seed_multimodal.errors import DataError
-from seed_multimodal.language import tasks as prompts
+from seed_multimodal.language import prompts
 from seed_multimodal.language.vocabulary import BOX, BOX_END, location_word
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.settings import nearest

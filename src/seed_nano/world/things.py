@@ -54,12 +54,11 @@ def background_words(background: str, rng: random.Random) -> str:
 
 
 def write_known_words(file: Path) -> None:
-    """Write a system's list of known words: names, ordinary English, numbers up to four, and known names for others."""
+    """Write a system's list of known words: names, ordinary English, numbers up to four."""
     phrases = [phrase for table in (BACKGROUND_PHRASES, WHERE_PHRASES, RELATIONS) for forms in table.values()
                for phrase in forms]
     words = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES, *(word for phrase in phrases for word in phrase.split())}
-    examples = VOCABULARY["examples"] | dict.fromkeys(VOCABULARY["larger_numbers"].split(), list(NUMBERS.values()))
     known = {"about": f"{len(NAMES)} things, up to four of each",
              "names": sorted({form for name in NAMES for form in (name, plural(name))}),
-             "words": sorted(words), "examples": examples}
+             "words": sorted(words)}
     replace_text(file, json.dumps(known, ensure_ascii=False))

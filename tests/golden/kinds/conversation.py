@@ -32,7 +32,7 @@ from seed_multimodal.images.io import (
     request_image,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
+from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
 from seed_multimodal.serving.dialogue import TOO_LONG, Shown, Turn, check_rounds, message, prompt_text, receive, request
 
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
@@ -156,8 +156,8 @@ class Replay:
         payload = recorded["payload"]
         spans = payload["text"].split(PLACEHOLDER)
         codes = recorded["response"]["images_ids"][:len(payload["images"])]
-        text = spans[0] + "".join(tokenizer.vocabulary.image_text(row) + span
-                                  for row, span in zip(codes, spans[1:], strict=True))
+        words = [tokenizer.tokens(tokenizer.vocabulary.code_to_id(row)) for row in codes]
+        text = spans[0] + "".join(f"{BOI}{''.join(row)}{EOI}{span}" for row, span in zip(words, spans[1:], strict=True))
         assert_same([tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
                     self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
 

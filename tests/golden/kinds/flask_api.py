@@ -26,7 +26,7 @@ from torch import nn
 
 from seed_multimodal.images.io import image_from_base64
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.tasks import RELEASED_TASKS
+from seed_multimodal.language.prompts import RELEASED_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages, SeedLlama
 from seed_multimodal.serving.app import create_app

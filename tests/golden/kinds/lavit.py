@@ -21,7 +21,7 @@ from runner import assert_all_close, assert_close, assert_same, part, read_case,
 from torch import Tensor
 
 from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, Prompt, pad_left
+from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig, causal_mask, dropped_mask
@@ -240,22 +240,23 @@ def check_understanding(folder: Path) -> None:
     embed = torch.sin(torch.arange(words.code_start * width, dtype=torch.float32)).view(-1, width).__getitem__
     features = [inputs[f"features.{place}"] for place in range(len(cases["counts"]))]
     assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
-    images, mask = pad_left([read_prompt(embed, words, [row]) for row in features], embed, 2)
-    assert_close(images, outputs["visual.embeds"], 1e-6, what="images")
-    assert_same(mask.tolist(), outputs["visual.attention"].tolist(), "mask of the images")
+    images = [read_prompt(embed, words, [row]) for row in features]
+    check_padded(images, outputs["visual.embeds"], outputs["visual.attention"], "images")
     prompts = zip(inputs["prompt_ids"], inputs["prompt_attention"], strict=True)
     texts = [ids[seen.bool()].tolist() for ids, seen in prompts]
     rows = [read_prompt(embed, words, [row], text) for row, text in zip(features, texts, strict=True)]
-    joined, mask = pad_left(rows, embed, 2)
-    recorded, seen = outputs["joined.embeds"], outputs["joined.attention"]  # padded for each part by itself
-    more = recorded.shape[1] - joined.shape[1]
-    assert_close(joined, recorded[:, more:], 1e-6, what="images and questions")
-    assert_same(mask.tolist(), seen[:, more:].tolist(), "mask of images and questions")
-    assert not seen[:, :more].any()
+    check_padded(rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions")
     check_texts(cases)
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
         check_settings(settings, cases[f"{recorded_task}_generation_settings"], words)
+
+
+def check_padded(rows: Sequence[Tensor], recorded: Tensor, seen: Tensor, what: str) -> None:
+    """Rows are the ends of recorded ones, which are padded on the left."""
+    for row, wanted, mask in zip(rows, recorded, seen, strict=True):
+        assert_close(row, wanted[-len(row):], 1e-6, what=what)
+        assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
 
 def check_texts(cases: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from runner import assert_same, golden_tokenizer_folder, read_json
 
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -42,7 +42,7 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
     assert len(case["prompts"]) == len(case["calls"]) > 0
     for prompt, call in zip(case["prompts"], case["calls"], strict=True):
         turn = ("user", user_content(prompt["text"], template.user_prefix, template.user_suffix))
-        spans = [span if isinstance(span, str) else tokenizer.vocabulary.image_text(span)
+        spans = [span if isinstance(span, str) else "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(span)))
                  for span in template.render([turn])]
         assert_same("<s>" + "".join(spans), prompt["text"], "prompt string")
         assert_same([tokenizer.encode(prompt["text"])], call["input_ids"], "ids of the prompt string")
@@ -75,7 +75,7 @@ def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     assert_same(error, case.get("error"), f"{name}: exception")
     assert_same(codes is not None and error is None, bool(case["saved"]), f"{name}: whether an image is saved")
     if codes and len(codes) == words.tokens_per_image and min(codes) >= 0:
-        ours = [part.codes for part in split_answer(ids, tokenizer) if isinstance(part, ImagePart)]
+        ours = [part.codes for part in AnswerReader(tokenizer).read_all(ids).parts if isinstance(part, ImagePart)]
         assert_same(ours[:1], [codes], f"{name}: the first image of the parsed answer")
 
 

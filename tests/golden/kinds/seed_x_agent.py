@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
 
-from seed_multimodal.language.answer import ImagePart, split_answer
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
-from seed_multimodal.language.tasks import SEED_X_TASKS
+from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes, without_words
@@ -130,16 +130,17 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> No
     assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
     assert meta["logits_processor"], "no table of the logits processor"
     for case in meta["logits_processor"]:
-        ids = torch.tensor(case["input_ids"])
-        allowed = torch.isfinite(processor(ids, inputs[f"logits_processor.{case['input_ids'][0][-1]}"]))
-        for row in range(len(ids)):
+        scores, run = inputs[f"logits_processor.{case['input_ids'][0][-1]}"], tokenizer.vocabulary.run()
+        for row, ids in enumerate(case["input_ids"]):
+            whole = [*ids[:-1], *run[:run.index(ids[-1]) + 1]] if ids[-1] in run else ids  # as in answers
+            allowed = torch.isfinite(processor(torch.tensor([whole]), scores[row:row + 1]))[0]
             changed = {token: value for number, token, value in case["changed"] if number == row}
             forced = [token for token, value in changed.items() if value != 0.0]
             what = f"logits processor after {case['input_ids'][row]}"
             if forced:
-                assert_same(allowed[row].nonzero().flatten().tolist(), forced, what)
+                assert_same(allowed.nonzero().flatten().tolist(), forced, what)
             else:
-                assert_same((~allowed[row]).nonzero().flatten().tolist(), sorted(changed), what)
+                assert_same((~allowed).nonzero().flatten().tolist(), sorted(changed), what)
 
 
 @torch.no_grad()
@@ -158,7 +159,7 @@ def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tenso
     answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
     head.copy_(before)
     drawn = [model.written_features(states.at(0, range(image.place, image.place + len(image.codes)))[None])
-             for image in split_answer(answer, tokenizer) if isinstance(image, ImagePart)]
+             for image in AnswerReader(tokenizer).read_all(answer).parts if isinstance(image, ImagePart)]
     assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
     assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: images")
     if f"gen.{name}.img_gen_feat" in outputs:

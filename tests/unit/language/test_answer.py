@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from seed_multimodal.language.answer import BrokenImagePart, ImagePart, TextPart, split_answer
+from seed_multimodal.language.answer import AnswerPart, AnswerReader, BrokenImagePart, ImagePart
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [1, 2, 3, 4, 5]
 
 
+def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
+    return AnswerReader(tokenizer).read_all(ids).parts
+
+
 def test_texts_and_images_in_order(tokenizer: MultimodalTokenizer) -> None:
     ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
     assert split_answer(ids, tokenizer) == [
-        TextPart("Here is one."), ImagePart(CODES), TextPart("And another:"), ImagePart(CODES[::-1]), ImagePart(CODES)]
+        "Here is one.", ImagePart(CODES), "And another:", ImagePart(CODES[::-1]), ImagePart(CODES)]
     assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 
@@ -22,7 +26,7 @@ def test_broken_images_are_named_and_the_rest_continues(tokenizer: MultimodalTok
     good = words.image_ids(CODES)
     cases = [
         ([boi, code, code, eoi], "2 codes instead of 5"), ([boi, eoi], "0 codes instead of 5"),
-        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "no image codes"),
+        ([boi, *[code] * 6, eoi], "6 codes instead of 5"), ([boi, code, 17, code, code, code, eoi], "other words"),
         ([code, code], "without an opening"), ([eoi], "without an opening"), ([boi], "broke off after 0 of 5"),
         ([boi, code, code], "broke off after 2 of 5")]
     for ids, reason in cases:
@@ -32,4 +36,4 @@ def test_broken_images_are_named_and_the_rest_continues(tokenizer: MultimodalTok
             assert len(broken) == 1 and broken[0].ids == ids and reason in broken[0].reason, reason
             assert parts[-1] == ImagePart(CODES) and len(parts) == 2 + bool(before)
     parts = split_answer([boi, code, *text], tokenizer)
-    assert isinstance(parts[0], BrokenImagePart) and parts[1] == TextPart("after")
+    assert isinstance(parts[0], BrokenImagePart) and parts[1] == "after"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,14 @@ import torch
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.language.engine import Engine
-from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
+from seed_multimodal.language.generation import (
+    GenerationSettings,
+    HiddenStates,
+    ImageSpans,
+    Prompt,
+    embedded,
+    generate,
+)
 
 GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
 WILD = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
@@ -73,15 +81,17 @@ def test_several_answers_have_seeds_of_their_own(tiny: Any) -> None:
         one, replace(WILD, seed=6))[0]
 
 
-def test_states_are_those_of_generate(tiny_x: Any) -> None:
-    together = HiddenStates()
-    settings = replace(GREEDY, force_image=True, max_new_tokens=80)
-    answers = Engine(tiny_x.llm, tiny_x.tokenizer, 4).generate(prompts(tiny_x), settings, states=together)
-    for row, (one, ids) in enumerate(zip(prompts(tiny_x), answers, strict=True)):
+def test_states_are_those_of_a_plain_pass(tiny_x: Any) -> None:
+    settings, embed = replace(GREEDY, force_image=True, max_new_tokens=80), tiny_x.llm.get_input_embeddings()
+    for beams, answer in ((1, Engine(tiny_x.llm, tiny_x.tokenizer, 4).generate),
+                          (2, partial(generate, tiny_x.llm, tiny_x.tokenizer))):
         states = HiddenStates()
-        generate(tiny_x.llm, tiny_x.tokenizer, [one], settings, states=states)
-        places = range(1, len(ids) - 1)
-        torch.testing.assert_close(together.at(row, places), states.at(0, places), rtol=1e-4, atol=1e-5)
+        answers = answer(prompts(tiny_x), replace(settings, num_beams=beams), states=states)
+        for row, (one, ids) in enumerate(zip(prompts(tiny_x), answers, strict=True)):
+            with torch.inference_mode():
+                passed = tiny_x.llm.model(inputs_embeds=embedded(one, ids, embed)[None]).last_hidden_state[0]
+            places = range(1, len(ids) - 1)
+            torch.testing.assert_close(states.at(row, places), passed[len(one) + 1:-1], rtol=1e-4, atol=1e-5)
 
 
 def test_threads_and_cancelled_neighbours(system: Any) -> None:

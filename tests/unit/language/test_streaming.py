@@ -7,7 +7,7 @@ from itertools import groupby
 
 import pytest
 
-from seed_multimodal.language.answer import AnswerReader, ImagePart, TextPart, split_answer
+from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.words import train_words
 
@@ -71,7 +71,7 @@ def test_read_drops_the_blank_that_begins_the_next_turn(words: MultimodalTokeniz
 
 
 def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
-    """Random sequences, broken images included: the events say what `split_answer` says of the whole."""
+    """Random sequences, broken images included: the events say what the parts say of the whole."""
     rng = random.Random(0)
     v = words.vocabulary
     for _ in range(300):
@@ -86,8 +86,8 @@ def test_any_ids_read_as_they_split(words: MultimodalTokenizer) -> None:
         read = [item for kind, group in kinds for item in (
             ["".join(event["text"] for event in group).strip()] if kind == "text" else
             [event.get("codes") or event["reason"] for event in group])]
-        assert read == [part.text.strip() if isinstance(part, TextPart) else part.codes if isinstance(part, ImagePart)
-                        else part.reason for part in split_answer(ids, words)], ids
+        assert read == [part.strip() if isinstance(part, str) else part.codes if isinstance(part, ImagePart)
+                        else part.reason for part in AnswerReader(words).read_all(ids).parts], ids
 
 
 def test_a_verdict_before_the_answer_is_not_given_out(words: MultimodalTokenizer) -> None:

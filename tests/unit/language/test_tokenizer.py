@@ -18,7 +18,7 @@ CODES = [3, 0, 23, 7, 7]
 def test_train_gives_llamas_layout(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
     words = tokenizer.vocabulary
     assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
-    assert len(tokenizer) == words.size == 356
+    assert words.size == 356
     assert tokenizer.tokens([0, 1, 2, 13, words.boi_id]) == ["<unk>", "<s>", "</s>", "<0x0A>", "<img>"]
     assert json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"] == words.eoi_id
 
@@ -45,7 +45,7 @@ def test_train_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
 def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer) -> None:
     image = tokenizer.vocabulary.image_ids(CODES)
     tight = tokenizer.encode("USER:") + image + tokenizer.encode("hello")
-    text = tokenizer.vocabulary.image_text(CODES)
+    text = "".join(tokenizer.tokens(image))
     assert tokenizer.encode(f"USER: \n{text} \t hello") == tight
     assert tokenizer.encode_parts(["USER: \n", CODES, " \t hello"]) == tight
     assert tokenizer.encode_parts(["USER: ", CODES, "hello"], strip=False) == (
@@ -89,7 +89,7 @@ def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer) -> None:
     for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
         with pytest.raises(CodesError):
             tokenizer.encode_parts(["x", codes])
-    for id in (-1, len(tokenizer)):
+    for id in (-1, tokenizer.vocabulary.size):
         with pytest.raises(CodesError, match=f"id {id} "):
             tokenizer.decode([5, id])
     with pytest.raises(RequestError, match="plain Unicode"):
@@ -99,8 +99,7 @@ def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer) -> None:
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("tokenizer.model", b"", "missing or empty"), ("tokenizer.model", b"junk", "not a SentencePiece model"),
     ("added_tokens.json", b"{", "not valid json"), ("added_tokens.json", b"{}", "it must have"),
-    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have"),
-    ("config.json", b'{"codebook_size": 12}', "has words for 24 codes, 5 per image, but .* has 12, 5 per")])
+    ("added_tokens.json", b'{"<img_00000>": 331}', "it must have")])
 def test_from_pretrained_of_a_damaged_folder(tokenizer_folder: Path, tmp_path: Path, name: str, content: bytes,
                                              message: str) -> None:
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")

@@ -7,8 +7,8 @@ import json
 import pytest
 from PIL import Image
 
-from seed_multimodal.language.answer import TextPart
-from seed_multimodal.language.messages import Answer, DrawnPart
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.messages import Answer
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
 from seed_nano.world.words import scene_of
@@ -32,10 +32,10 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
 
 
 def test_drawn_gives_each_image_the_words_before_it():
-    image = DrawnPart([0] * 32, Image.new("RGB", (8, 8), (9, 200, 9)))
-    cells = quickstart.drawn(Answer((TextPart("One."), image, TextPart("Two."), TextPart("Three."), image)))
+    image = ImagePart([0] * 32, image=Image.new("RGB", (8, 8), (9, 200, 9)))
+    cells = quickstart.drawn(Answer(("One.", image, "Two.", "Three.", image)))
     assert [cell.caption for cell in cells] == ["One.", "Two. Three."]
-    assert quickstart.drawn(Answer((TextPart("One."),))) == []
+    assert quickstart.drawn(Answer(("One.",))) == []
 
 
 def test_never_trained_on_names_what_is_held_out():

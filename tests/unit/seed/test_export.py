@@ -168,5 +168,5 @@ def test_export_command(trained: Trained, tmp_path: Path, capsys: pytest.Capture
     words = NANO / "seed_tokenizer"
     assert command("--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", words) == 2
     errors = capsys.readouterr().err
-    assert "has words for 1024 codes, 32 per" in errors and "has 50, 32 per image" in errors
+    assert "has 50 codes, 32 to an image" in errors and "has words for 1024, 32 to an image" in errors
     assert not (tmp_path / "c").exists()

@@ -15,7 +15,7 @@ from PIL import Image
 from served import Running, noise, read
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
-from seed_multimodal.language.messages import DrawnPart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import data_url
 from seed_multimodal.serving.schema import Limits
@@ -211,7 +211,7 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
     turns = [{"role": "user", "content": "Draw."}, message, {"role": "user", "content": "And now?"}]
     again = client.post("/v1/chat/completions", json={**asked, "messages": turns})
     whole, place = [*range(tiny_x.tokenizer.vocabulary.tokens_per_image)], message["images"][0]["offset"]
-    said = [message["content"][:place], DrawnPart(whole, expected.images[0]), message["content"][place:]]
+    said = [message["content"][:place], ImagePart(whole, image=expected.images[0]), message["content"][place:]]
     wanted = tiny_x.chat([turns[0], {"role": "assistant", "content": [*filter(None, said)]}, turns[-1]],
                          max_new_tokens=12, temperature=0.0)
     assert again.json["choices"][0]["message"]["content"].strip() == wanted.text.strip()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
-from seed_multimodal.language.answer import split_answer
+from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.generation import GenerationSettings, Prompt, generate
 from seed_multimodal.language.messages import Answer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -28,7 +28,7 @@ def write_samples(file: Path, llama: Any, tokenizer: MultimodalTokenizer, batch:
     blocks: list[str] = []
     for start, first, end in beginnings(batch, tokenizer)[:COUNT]:
         answer = generate(llama, tokenizer, [Prompt(embeds=rows[start:first])], GREEDY)[0]
-        asked, made, learned = (Answer(split_answer(part, tokenizer))
+        asked, made, learned = (Answer(AnswerReader(tokenizer).read_all(part).parts)
                                 for part in (ids[start:first], answer, ids[first:end]))
         blocks.append(f"{asked}\n  model:   {made}\n  learned: {learned}\n")
     file.parent.mkdir(exist_ok=True)

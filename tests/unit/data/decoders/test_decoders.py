@@ -23,7 +23,7 @@ def records(words: MultimodalTokenizer) -> dict[str, dict[str, Any]]:
     edit = {"source_image_ids": one, "target_image_ids": two, "instruction": "snow"}
     dialogue = {"question": "Question: a? Question: b?", "answer": "Answer: c Answer: d"}
     turns = ["hello", "hi", "what?", "that."]
-    written = words.vocabulary.image_text(one)
+    written = "".join(words.tokens(words.vocabulary.image_ids(one)))
     return {
         "pretrain.caption": {"image_ids": one, "text": "a cat"},
         "pretrain.interleaved": {"image_ids": [one, None, two], "texts": [None, "then", None], "metadata": {}},

@@ -23,7 +23,7 @@ from seed_multimodal.data.pretokenize.inputs import (
 from seed_multimodal.data.pretokenize.kinds import KINDS
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
-from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
 ROOT = Path(__file__).resolve().parents[4]
 CONFIGS = ROOT / "MultiModalLLM" / "configs"

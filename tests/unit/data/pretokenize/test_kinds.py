@@ -19,7 +19,7 @@ from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
-from seed_multimodal.language.tasks import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.pipeline import CodeImages
 from seed_multimodal.system.images import open_images

@@ -1,11 +1,11 @@
-"""The list of known words: nano's own sentences are known, other words are named with known examples."""
+"""The list of known words: nano's own sentences are known."""
 
 from pathlib import Path
 
 import pytest
 
 from seed_multimodal.language.known_words import KnownWords, read_known_words
-from seed_multimodal.language.tasks import SEED_X_TASKS
+from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from seed_multimodal.language.tasks import answer_in
+from seed_multimodal.language.prompts import answer_in
 from seed_nano.world.records import ASKED, EDIT_SORTS, KINDS, OWN, from_last_image, record_at, scenes_of, x_record_at
 from seed_nano.world.splits import SPLITS, held_out, scene_at
 from seed_nano.world.tasks import VERDICT_END
