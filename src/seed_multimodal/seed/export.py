@@ -61,8 +61,8 @@ def export_tokenizer(
     Args:
         stage1: may be left out if stage 2 trained the encoder. vision: file or CLIP folder of the vision encoder, if no
             stage holds it.
-        config: sizes, or a config.json; default: ours beside a checkpoint, else the released ones.
-        kind: `seed2`, `seed1` or `auto`. released: also write the files of the released layout.
+        config: sizes, or a config.json; default: ours next to a checkpoint, else the original ones.
+        kind: `seed2`, `seed1` or `auto`. released: also write the files of the original layout.
         beside: further files for the folder; words: the vocabulary in them.
         force: replace a folder that is not empty.
 
