@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ast
+import io
 import os
 import re
 import stat
 import subprocess
 import sys
 import textwrap
+import tokenize
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -104,7 +106,7 @@ def test_a_python_without_the_environment_prints_how_to_get_one():
 
 
 def test_every_optional_import_names_its_extra():
-    """Whoever installed the core alone is told which extra brings what is missing."""
+    """Missing packages are reported with the extra that has them."""
     extras, core = project()["optional-dependencies"], {name_of(r) for r in project()["dependencies"]}
     told = {package_of(module): extra for extra, modules in EXTRAS.items() for module in modules}
     assert {name for name in distributions(SOURCES) if name not in core} <= set(told)
@@ -349,8 +351,8 @@ def test_nothing_unsafe_or_tied_to_one_device():
 
 # ---- the import graph
 
-# A room may import itself and what stands before it. Other modules of the package's root are below all rooms, or above.
-ROOMS = ("images", "nn", "language", "engines", "diffusion", "system", "seed", "seed_x", "lavit", "data", "training",
+# A package may import itself and those before it. Other modules of the root are below all packages, or above.
+PACKAGES = ("images", "nn", "language", "engines", "diffusion", "system", "seed", "seed_x", "lavit", "data", "training",
          "configured", "evaluation", "serving", "cli")
 ABOVE = ("quickstart", "__main__", "")  # "" is the package itself, which names its public objects
 
@@ -405,14 +407,14 @@ def test_a_circle_is_found():
 
 
 def rank(module: str) -> int:
-    """How high a module of the package stands."""
-    room = module.removeprefix("seed_multimodal").strip(".").partition(".")[0]
-    return ROOMS.index(room) if room in ROOMS else len(ROOMS) if room in ABOVE else -1
+    """Position of a module in the import order."""
+    name = module.removeprefix("seed_multimodal").strip(".").partition(".")[0]
+    return PACKAGES.index(name) if name in PACKAGES else len(PACKAGES) if name in ABOVE else -1
 
 
-def test_arrows_point_one_way():
+def test_imports_point_one_way():
     graph = import_graph(PACKAGE)
-    # The version is a number that any room may print; the package imports rooms on first use only.
+    # The version is a number that any package may print; the package imports subpackages on first use only.
     wrong = [f"{name} imports {one}" for name, found in graph.items() for one in found
              if rank(one) > rank(name) and one != "seed_multimodal"]
     for name in graph:
@@ -476,3 +478,40 @@ def test_paths_of_the_documentation_exist():
             if "PROGRAM" not in path and not any(any(place.glob(f"{path.rstrip('.')}*")) for place in places):
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+# ---- words
+
+# Our old words for what the field names otherwise; code in backticks and quotations are not looked at.
+OLD_WORDS = re.compile(r"(?i)(?<!-)\b(?:towers?(?![:.])|pictures?|rooms?(?! for|,? *\|)|told|whoever|somebody|nobody|"
+                       r"beside|anew|speakers?|paint(?:s|ed)?|goes on|legs?|line of stages|released|"
+                       r"(?<!token )(?:mergers?|selectors?))\b(?!:)")
+SPEAKING = {"add_argument", "add_parser", "ArgumentParser", "log", "log_line", "print", "warn"}
+
+
+def user_text(source: Path) -> Iterator[tuple[int, str]]:
+    """(line, text) of comments, docstrings, error messages, logs and help texts; of Markdown all but code."""
+    text = source.read_text(encoding="utf-8")
+    if source.suffix == ".md":
+        code = re.compile(r"(?ms)^```.*?^```|\]\(.*?\)|</?picture>")
+        yield from enumerate(code.sub(lambda match: "\n" * match[0].count("\n"), text).split("\n"), 1)
+        return
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+    for node in ast.walk(ast.parse(text)):
+        name = getattr(node.func, "attr", getattr(node.func, "id", "")) if isinstance(node, ast.Call) else ""
+        if isinstance(node, ast.Raise) or name in SPEAKING or name.endswith(("Error", "Record")):
+            yield from ((inner.lineno, inner.value) for inner in ast.walk(node)
+                        if isinstance(inner, ast.Constant) and isinstance(inner.value, str))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            yield node.lineno, str(node.value.value)
+
+
+def test_text_uses_the_fields_words():
+    sources = [ROOT / "README.md", ROOT / "demo_recon.py", *(ROOT / "docs").rglob("*.md"), *(
+        path for folder in ("src", "SEED_Tokenizer", "MultiModalLLM", "scripts", "gradio_demo", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py"))]
+    found = {f"{source.relative_to(ROOT)}:{line}: {word[0]}" for source in sources for line, text in user_text(source)
+             for word in OLD_WORDS.finditer(re.sub(r"`[^`]*`|“[^”]*”|\"[^\"\n]*\"", "", text))}
+    assert not found

@@ -70,7 +70,7 @@ class Talk:
 
 def chat(args: argparse.Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
-    images = [open_image(file) for file in args.image]  # before the weights, which take minutes
+    images = [open_image(file) for file in args.image]  # before loading the weights
     writable_folder(args.out, ConfigError)
     talk = Talk(load_system(args), args)
     talk.images = images

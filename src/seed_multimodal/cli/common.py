@@ -1,6 +1,6 @@
-"""Shared by the commands: flags, loading a system, one result for each image or text, and saving.
+"""Shared code of commands: flags, loading of systems, processing of items, saving.
 
-Results go to stdout; what runs where, progress and errors go to stderr.
+Results are printed to stdout; device, progress and errors to stderr.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from seed_multimodal.progress import quiet_libraries
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 KEPT_RATIOS = ("restore", "keep", "square")  # `seed_x.views.Ratio`
-ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # of one image or text; others end the command
+ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)  # errors of one item; others end the command
 SETTINGS = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "guidance",  # of generation; of drawing
             "num_inference_steps", "guidance_scale", "image_guidance_scale", "ratio", "height", "width", "preset")
 
@@ -48,7 +48,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     parser.add_argument("--model", default=model, help="nano, nano-x and nano-lavit (shipped), 8b, 14b, seed-x, "
                         "seed-x-i, seed-x-edit, lavit, or a system folder (default: %(default)s)")
     entry.add_device(parser)
-    parser.add_argument("--seed", type=int, default=seed, help="the same seed gives the same result")
+    parser.add_argument("--seed", type=int, default=seed, help="random seed")
     if out:
         parser.add_argument("--out", default=out, help="folder, or a file for one image (default: %(default)s)")
     if batch_size:
@@ -65,7 +65,7 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
     if drawing:
         parser.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="denoising steps")
         parser.add_argument("--guidance-scale", type=float, help="of the de-tokenizer")
-        parser.add_argument("--preset", choices=("original", "fast"), help="scheduler of the drawing")
+        parser.add_argument("--preset", choices=("original", "fast"), help="scheduler of image generation")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def chosen_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_system(args: argparse.Namespace, **options: Any) -> Any:
-    """The system that the flags describe; `options`: of `MultimodalSystem.from_pretrained`, over the flags."""
+    """The system set by the flags; `options`: of `MultimodalSystem.from_pretrained`, override the flags."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.base import MultimodalSystem
@@ -109,7 +109,7 @@ def load_system(args: argparse.Namespace, **options: Any) -> Any:
 
 
 def load_images(args: argparse.Namespace, **options: Any) -> Any:
-    """The image side alone of the system that the flags describe; `options`: of `open_images`, over the flags."""
+    """The image encoder and decoder set by the flags; `options`: of `open_images`, override the flags."""
     with loading(args):
         from seed_multimodal.device import limit_threads
         from seed_multimodal.system.images import open_images
@@ -127,7 +127,7 @@ def _flags(args: argparse.Namespace, *more: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def loading(args: argparse.Namespace) -> Iterator[None]:
-    """Libraries are quiet unless `--debug`, and what they print goes to stderr."""
+    """Silence libraries unless `--debug`, and redirect their output to stderr."""
     quiet_libraries(args.debug)
     with contextlib.redirect_stdout(sys.stderr):
         yield
@@ -151,7 +151,7 @@ def run_batches(args: argparse.Namespace, names: Sequence[str], show: Callable[[
                 work: Callable[[Sequence[str]], Sequence[Any]], size: int) -> int:
     """`show` each image or text with its result of `work` on batches of `size`; returns the exit code.
 
-    Of a batch that fails, each is done alone; what fails alone is one sentence, and counted.
+    Items of a failed batch are retried one by one; failures are logged and counted.
     """
     failed = []
     for start in range(0, len(names), size):

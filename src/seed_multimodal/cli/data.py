@@ -52,7 +52,7 @@ def convert(args: argparse.Namespace) -> int:
 
 
 def index(args: argparse.Namespace) -> int:
-    """Write the indexes of shards and files of lines beside them."""
+    """Write the indexes of shards and JSONL files next to them."""
     from seed_multimodal.data.formats.sources import write_indexes
 
     count = write_indexes(args.files, args.procs)
@@ -80,7 +80,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     converter.add_argument("--out", required=True, metavar="DIR")
     converter.add_argument("--workers", type=whole_number(1), default=1, help="processes (default: 1)")
     converter.set_defaults(work=convert)
-    indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files beside them, ahead")
+    indexer = commands.add_parser("index", help="write the indexes of shards and .jsonl files in advance")
     indexer.add_argument("files", nargs="+", metavar="SHARDS", help="files, patterns, folders, URLs")
     indexer.add_argument("--procs", type=whole_number(1), default=1, metavar="N", help="processes (default: 1)")
     indexer.set_defaults(work=index)

@@ -1,7 +1,7 @@
-"""`seed init`: the parts of a small model, to train it on one's own data.
+"""`seed init`: initial weights and settings of a small model, to train on your own data.
 
-What a training leaves frozen (vision encoder, autoencoder, words, codes) is a copy of the shipped small system's; what
-it trains begins at random, in the sizes of `starts.yaml`.
+Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained parts are random, with
+the sizes in `starts.yaml`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The programs in `src/lavit/` with LaVIT's original names; what was written in their notebooks is each flag's default.
+"""The programs in `src/lavit/` with LaVIT's original names; defaults of flags are the values in the notebooks.
 
-Without flags they repeat the originals with their weights; `--model nano-lavit`, or a folder, takes others. Images of
-this repository stand in for the originals'.
+Without flags they run as the originals, with images of this repository; `--model nano-lavit`, or a folder, selects
+other weights.
 """
 
 from __future__ import annotations

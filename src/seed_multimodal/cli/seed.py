@@ -1,7 +1,7 @@
 """The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in `scripts/`.
 
-Without flags they repeat the originals with their weights. Other language models get the same requests through their
-own tasks (ask, draw, edit), because they were tuned on other sentences.
+Without flags they run as the originals. Other language models get the same requests through their tasks (ask, draw,
+edit), because they are tuned on other prompts.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pretrained", help="folder of the tokenizer (default: pretrained)")
     parser.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder")
     add_device(parser, None, "by --precision")
-    parser.add_argument("--ckpt", help="Stable Diffusion 1.4 (default: beside the tokenizer, or in pretrained/)")
+    parser.add_argument("--ckpt", help="Stable Diffusion 1.4 (default: next to the tokenizer, or in pretrained/)")
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
     parser.add_argument("--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)")

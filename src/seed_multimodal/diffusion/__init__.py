@@ -1,1 +1,1 @@
-"""What the de-tokenizers of all model families share: loading, the denoising loop, layouts, training losses."""
+"""Shared code of de-tokenizers: loading, denoising loop, layouts, training losses."""

@@ -1,8 +1,8 @@
-"""Base of the de-tokenizers: embeddings of images become images by diffusers' U-Nets, autoencoders and schedulers.
+"""Base of the de-tokenizers: image embeddings → images by diffusers' U-Nets, VAEs and schedulers.
 
     images = detokenizer(embeds, seeds=[1, 2, 3], num_inference_steps=20)
 
-A drawing depends on its embeddings and its seed, never on the rest of its batch. Latents are float32 between steps.
+An image depends on its embeddings and seed, not on the rest of the batch. Latents are float32 between steps.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from seed_multimodal.weights import refuse_tensors
 
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
 Generators = Sequence[torch.Generator]
-FAST_STEPS = 12  # of DPM-Solver++ 2M: as near to many steps as 20 of PNDM
+FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
     "unet": ("diffusers", "UNet2DConditionModel"), "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer"),
     "image_normalizer": ("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer"),
     "safety_checker": ("diffusers.pipelines.stable_diffusion.safety_checker", "StableDiffusionSafetyChecker"),
     "feature_extractor": ("transformers", "CLIPImageProcessor")}
-OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part → the sub-folder that must be there
+OPTIONAL = {"text_encoder": "text_encoder", "tokenizer": "text_encoder",  # part → the sub-folder that must exist
             "safety_checker": "safety_checker", "feature_extractor": "safety_checker"}
 
 
 @dataclass(frozen=True)
 class DrawingSettings:
-    """Defaults may stand in a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels;
+    """Defaults may be set by a folder's `seed_decode.json`; guidance up to 1: one run of the U-Net; sizes in pixels;
     `preset`: "original", the folder's scheduler, or "fast", DPM-Solver++ 2M with at most `FAST_STEPS` steps."""
 
     num_inference_steps: int = setting(20, least=1, most=1000)
@@ -59,7 +59,7 @@ class Detokenizer:
     settings_class: ClassVar[type[DrawingSettings]] = DrawingSettings
     part_names: ClassVar[tuple[str, ...]] = ("text_encoder", "layout", "unet", "vae", "safety_checker")  # with weights
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
-    decode_at_once: ClassVar[int] = 1  # latents in one call of the autoencoder, whose memory grows with their number
+    decode_at_once: ClassVar[int] = 1  # batch size of the VAE decoder
     denoise: Callable[..., Tensor]  # (settings, generators, **`rows`) → latents [B, C, h, w]
     reads_condition = False
     embedding_dim: int
@@ -75,7 +75,7 @@ class Detokenizer:
         self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels along a side of one latent
 
     def check_settings(self, **given: Any) -> Any:
-        """The defaults with the given settings over them (None: the default). Raises `ConfigError`."""
+        """The defaults, overridden by settings that are not None. Raises ConfigError."""
         chosen = {name: value for name, value in given.items() if value is not None}
         if chosen.get("preset") == "fast":
             chosen.setdefault("num_inference_steps", min(self.defaults.num_inference_steps, FAST_STEPS))
@@ -97,10 +97,10 @@ class Detokenizer:
     def __call__(self, embeds: Any, *, negative_embeds: Tensor | None = None,
                  condition_images: Sequence[Image.Image | None] | None = None, seeds: Sequence[int] | None = None,
                  batch_size: int | None = None, **settings: Any) -> list[Image.Image]:
-        """Draw an image of each row of `embeds`; `settings`: fields of `settings_class`; seeds None: random ones.
+        """Generate an image for each row of `embeds`; `settings`: fields of `settings_class`; seeds None: random.
 
-        `negative_embeds`: to steer away from, one for all or one each; `condition_images`: of SEED-X's second stage, an
-        image or None for each drawing; `batch_size`: images at a time, None for all. Raises `ConfigError`.
+        `negative_embeds`: unconditional embeddings for guidance, one for all or one each; `condition_images`: for
+        SEED-X's second stage, an image or None each; `batch_size`: images at a time, None: all. Raises ConfigError.
         """
         chosen = self.check_settings(**settings)
         conditions = self.rows(embeds, negative_embeds, chosen)
@@ -148,7 +148,7 @@ class Detokenizer:
 
     def start(self, generators: Generators, size: tuple[int, int], embeds: Tensor | None,
               condition: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
-        """What sampling starts from, `[B, C, h, w]`: noise by each image's generator, or what a layout makes of it."""
+        """Initial latents `[B, C, h, w]`: noise by each image's generator, or mixed with a layout's latents."""
         height, width = (side // self.factor for side in size)
         if self.layout is not None and embeds is not None:
             return self.layout.warm_latents(embeds.to(self.device), generators, self.scheduler, condition,
@@ -184,7 +184,7 @@ class Detokenizer:
 
     @property
     def parts(self) -> dict[str, nn.Module]:
-        """Everything with weights, in the order of use."""
+        """All parts with weights, in order of use."""
         return {name: part for name in self.part_names if (part := getattr(self, name, None)) is not None}
 
     def to(self, device: str | torch.device) -> Self:
@@ -198,7 +198,7 @@ class Detokenizer:
         return self
 
     def enable_cpu_offload(self, device: str | torch.device) -> Self:
-        """Keep each part on the CPU except while it computes on `device`; returns self."""
+        """Keep each part on the CPU except during its computation on `device`; returns self."""
         from accelerate import cpu_offload_with_hook
 
         self.to("cpu").device = torch.device(device)
@@ -229,7 +229,7 @@ class Detokenizer:
             config = read_json_object(place / name / "scheduler_config.json", CheckpointError, cls.where)
             return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
         folder = vae_folder(place) if name == "vae" else place / name
-        if not folder.is_dir():  # diffusers would take it for a hub name
+        if not folder.is_dir():  # diffusers would treat it as a hub name
             raise CheckpointError(f"{folder}: no such folder; {cls.where}.")
         module, kind = CLASSES[name]
         part_class = getattr(importlib.import_module(module), kind)
@@ -246,7 +246,7 @@ class Detokenizer:
         part, info = part
         refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")  # the libraries only warn
         if name == "unet":
-            part.register_to_config(_name_or_path="")  # no machine's path in what is saved
+            part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
 
 

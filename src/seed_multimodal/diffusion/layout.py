@@ -1,5 +1,5 @@
-"""Layouts for the small U-Nets of the shipped models, read from an embedding: expected latents, from which sampling
-starts (their noise schedules end at a signal share above zero), and cross-attention tokens of the places."""
+"""Layout decoders of the shipped models' small U-Nets: predict expected latents from an embedding, from which sampling
+starts (their noise schedules end at a signal share above zero), and cross-attention tokens of positions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 
-LAYOUT = "layout"  # folder of a layout decoder, beside the U-Net's or an adapter's weights
+LAYOUT = "layout"  # folder of a layout decoder, next to the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose things are named less surely than the heads do
 REACH = 1.2  # side of a thing's feature map over the side of its anchor: outlines and shadows stand out a little
 
@@ -25,7 +25,7 @@ def pooled_tokens(features: Tensor, count: int) -> Tensor:
 
 
 class LabelHeads(nn.Module):
-    """Linear classifiers of an embedding of that width, one for each label; `classes`: label → number of classes."""
+    """Linear classifiers of an embedding, one for each label; `classes`: label → number of classes."""
 
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class LayoutDecoder(PretrainedNetwork):
         return mean, patches[..., :0] if self.token is None else self.token(patches)
 
     def read(self, embedding: Tensor) -> Tensor:
-        """The embedding as the heads read it."""
+        """Input of the heads."""
         if self.reading is None:
             return embedding
         return self.reading(embedding.unflatten(1, (-1, self.reading.in_features))).flatten(1)

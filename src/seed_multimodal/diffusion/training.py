@@ -1,4 +1,4 @@
-"""What the trainings of U-Nets share: noise and targets, size conditions, which parameters are trained."""
+"""Shared training code of U-Nets: noise and targets, size conditions, trained parameters."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ def size_ids(size: tuple[int, int], *, original: tuple[int, int] | None = None, 
 
 
 def train_unet(unet: Any, which: Trained) -> None:
-    """Switch on the gradients of a whole U-Net ("all"), or of the keys and values of its attentions."""
+    """Enable gradients of a whole U-Net ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))

@@ -1,1 +1,1 @@
-"""Many requests at once: common batches of images; language models of llama.cpp and of completion servers."""
+"""Batching of image requests, and language models outside of torch (llama.cpp, completion servers)."""

@@ -18,7 +18,7 @@ from seed_multimodal.language.tokenizer import read_files
 from seed_multimodal.progress import Progress
 from seed_multimodal.weights import load_checkpoint, refuse_tensors
 
-loggers: list[Any] = []  # llama.cpp keeps calling the last
+loggers: list[Any] = []  # keeps the callback alive for llama.cpp
 WHOLE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 IN_BLOCK = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
             "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
@@ -26,8 +26,8 @@ IN_BLOCK = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_at
 
 
 def export_gguf(folder: str | Path, words: str | Path, out: str | Path, quant: str) -> Path:
-    """Write the language model in `folder`, with the vocabulary of the tokenizer folder `words`, to the file `out`.
-    Raises CheckpointError: weights that are missing, damaged or not those of config.json."""
+    """Export the language model in `folder`, with the vocabulary of the tokenizer folder `words`, to the file `out`.
+    Raises CheckpointError: missing or damaged weights, or not matching config.json."""
     out, files = Path(out), read_files(Path(words))
     config = llama_config(folder, files.vocabulary)
     if config.rope_parameters["rope_type"] != "default" or config.attention_bias or config.mlp_bias:
@@ -48,7 +48,7 @@ def interleaved(weight: Tensor, heads: int) -> Tensor:
 
 
 def _write(file: Path, folder: str | Path, words: Any, config: Any) -> None:
-    """The file with 16 bits a weight, 32 of the norms; one tensor in memory at a time."""
+    """Write the file with 16 bits per weight, 32 for norms; one tensor in memory at a time."""
     import gguf
 
     tied, state = ("lm_head.weight",) if config.tie_word_embeddings else (), load_checkpoint(folder)
@@ -75,7 +75,7 @@ def _write(file: Path, folder: str | Path, words: Any, config: Any) -> None:
 
 
 def _add_settings(writer: Any, config: Any, words: Any) -> None:
-    """Sizes and vocabulary: the pieces, and the image words behind them."""
+    """Sizes and vocabulary: text tokens, then image tokens."""
     pieces, added = words.processor, sorted(words.added, key=words.added.__getitem__)
     ids = range(pieces.GetPieceSize())
     kinds = [2 if pieces.IsUnknown(id) else 3 if pieces.IsControl(id) else 6 if pieces.IsByte(id) else 1 for id in ids]

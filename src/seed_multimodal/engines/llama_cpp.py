@@ -1,4 +1,4 @@
-"""`LlamaCppEngine`: ids in, scores out by llama.cpp; all else (spans, seeds, stops, prefixes) is `Engine`'s."""
+"""`LlamaCppEngine`: logits by llama.cpp; constraints, sampling, stops and prefix reuse as in `Engine`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.language.llama import llama_config
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-CACHE_BYTES = 1 << 30  # of keys and values: as many rows as fit, at least one
+CACHE_BYTES = 1 << 30  # of the KV cache; limits the number of rows
 BATCH = 512  # tokens of a call
 
 
 class Sequences:
-    """llama.cpp's cache as `SlotCache`: rows are its sequences, which change places without being moved."""
+    """llama.cpp's cache as `SlotCache`: rows are sequences, swapped by id without moving data."""
 
     def __init__(self) -> None:
         self.ids = torch.zeros(0, dtype=torch.long)  # the sequence of each row
@@ -41,7 +41,7 @@ def find_gguf(folder: str | Path, file: str | Path | None = None) -> Path:
     if len(files) > 1:
         raise ConfigError(f"{folder}: holds {len(files)} *.gguf files; choose one with --gguf.")
     if not files or not files[0].is_file():
-        raise CheckpointError(f"{file or folder}: there is no GGUF file; `seed export-gguf` makes one.")
+        raise CheckpointError(f"{file or folder}: no GGUF file; create it by `seed export-gguf`.")
     return files[0]
 
 
@@ -73,7 +73,7 @@ class LlamaCppEngine(OutsideEngine):
         self._context, self._batch = llama_cpp.llama_init_from_model(model, settings), llama_cpp.llama_batch_init(
             BATCH, 0, 1)
         if not self._context:
-            raise CheckpointError(f"{file}: memory does not suffice for {slots} conversations of {length} tokens.")
+            raise CheckpointError(f"{file}: out of memory for {slots} conversations of {length} tokens.")
         weakref.finalize(self, lambda context: (llama_cpp.llama_free(context), llama_cpp.llama_model_free(model)),
                          self._context)
 
@@ -81,7 +81,7 @@ class LlamaCppEngine(OutsideEngine):
         """As of `Engine`; the states are empty."""
         import llama_cpp
 
-        tokens: list[tuple[int, int, int, bool]] = []  # id, position, sequence, whether its scores are needed
+        tokens: list[tuple[int, int, int, bool]] = []  # id, position, sequence, whether logits are needed
         memory, batch, scores = llama_cpp.llama_get_memory(self._context), self._batch, list[Any]()
         for row, sequence in enumerate(self.cache.ids[self.cache.first:][:len(embeds)].tolist()):
             count, start = int(last[row]) + 1, int(positions[row, 0])

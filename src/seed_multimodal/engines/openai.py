@@ -1,4 +1,4 @@
-"""`OpenAIEngine`: a completion server (vLLM, SGLang) computes the language model; prompts and answers are ids.
+"""`OpenAIEngine`: inference by a completion server (vLLM, SGLang), with prompts and answers as ids.
 
     text:   prompt ids, stop_token_ids [<img>, </s>]                       ─► ids up to <img>
     image:  prompt + answer, allowed_token_ids codes, min = max_tokens 32  ─► 32 codes, then </img>; and text again
@@ -25,7 +25,7 @@ class OpenAIEngine(OutsideEngine):
 
     def __init__(self, tokenizer: MultimodalTokenizer, url: str | None, slots: int = 16) -> None:
         if not url:
-            raise ConfigError("The engine openai needs the server's address: --url http://127.0.0.1:8000.")
+            raise ConfigError("The engine openai needs the server's URL: --url http://127.0.0.1:8000.")
         self.url, key = url.rstrip("/").removesuffix("/v1") + "/v1", os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
         with self._called("get", "models") as response:
@@ -43,7 +43,7 @@ class OpenAIEngine(OutsideEngine):
                 self._workers.submit(self._answer, self._waiting.popleft())
 
     def _answer(self, request: Request) -> None:
-        """All pieces of an answer."""
+        """All segments of an answer."""
         words, settings = self.tokenizer.vocabulary, request.settings
         stops = [*request.ends, words.boi_id] if settings.constrain else request.ends
         try:
@@ -61,7 +61,7 @@ class OpenAIEngine(OutsideEngine):
             request.end(error)
 
     def _piece(self, request: Request, stops: Sequence[int], **limits: Any) -> None:
-        """One piece of an answer, as its tokens come."""
+        """Stream one segment of an answer."""
         settings, count, choice = request.settings, len(request.ids), dict[str, Any]()
         body = {"model": self.model, "prompt": [*request.prompt.ids, *request.forced, *request.ids], "stream": True,
                 "return_token_ids": True, "stop_token_ids": [*stops], "temperature": 0.0,
@@ -80,7 +80,7 @@ class OpenAIEngine(OutsideEngine):
         if choice.get("finish_reason") is None:
             raise RequestError(f"{self.url} broke off its answer.")
         if stops and choice["finish_reason"] == "stop" and not {*request.ids[count:][-1:]} & {*stops}:
-            stop = choice.get("stop_reason", choice.get("matched_stop"))  # a server may leave it out of the ids
+            stop = choice.get("stop_reason", choice.get("matched_stop"))  # may be missing in the ids
             self._take(request, stop if isinstance(stop, int) else self.tokenizer.eos_id)
 
     def _take(self, request: Request, token: int) -> None:
@@ -90,7 +90,7 @@ class OpenAIEngine(OutsideEngine):
 
     @contextlib.contextmanager
     def _called(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
-        """The server's answer to a request; a refusal or failure is one sentence."""
+        """The server's response. Raises RequestError."""
         import requests
 
         url = f"{self.url}/{path}"
@@ -99,7 +99,7 @@ class OpenAIEngine(OutsideEngine):
                 if told.status_code != 200:
                     raise RequestError(f"{url} answered with status {told.status_code}: {told.text[:300]}")
                 yield told
-        except (ValueError, LookupError, TypeError) as error:  # no address, no JSON, no ids
+        except (ValueError, LookupError, TypeError) as error:  # invalid URL, JSON or ids
             raise RequestError(f"{url} is not the address of a completion server that returns token ids, such as "
                                "http://127.0.0.1:8000 of vLLM or SGLang.") from error
         except requests.exceptions.RequestException as error:

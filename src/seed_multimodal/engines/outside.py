@@ -1,4 +1,4 @@
-"""What stands in for a language model that torch does not hold, and the choice of its engine."""
+"""Stand-in for a language model outside of torch, and selection of its engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 @dataclass
 class StandIn:
-    """In place of the language model: its sizes; the embedding of an id is the id itself (exact in float32)."""
+    """Stand-in for the language model: its sizes; the embedding of an id is the id (exact in float32)."""
 
     config: Any
     device, dtype, weight, parameters = torch.device("cpu"), "of the engine", torch.zeros(0), tuple

@@ -1,7 +1,7 @@
 """An answer's tokens → texts and images in order, at once or as events while it is generated.
 
-An image is `least_codes` to `tokens_per_image` codes between `<img>` and `</img>` (which may be missing where their
-number is free); anything else that looks like one becomes a `BrokenImagePart`, and the rest is parsed on.
+An image is `least_codes` to `tokens_per_image` codes between `<img>` and `</img>` (optional if their number is
+variable); a malformed image becomes a `BrokenImagePart`, and parsing continues.
 
 Events: `{"type": "text", "text": …}`, `{"type": "image_start"}`, `{"type": "image", "image": PIL, "codes": […]}`,
 `{"type": "image_broken", "reason": …}`, and last `{"type": "done", "answer": Answer}`; where previews are asked for,
@@ -35,7 +35,7 @@ class ImagePart:
 
 @dataclass(frozen=True)
 class BrokenImagePart:
-    """Image words that are no image: the ids as generated (brackets included) and one sentence why."""
+    """Malformed image tokens: the generated ids (including image start and end) and the reason."""
 
     ids: list[int]
     reason: str

@@ -1,12 +1,12 @@
-"""`Engine`: answers to many prompts at once by one language model, each the same as alone.
+"""`Engine`: continuous batching of one language model; each answer equals the one computed alone.
 
     engine = Engine(llm, tokenizer, slots=8)
     request = engine.submit(prompt, settings)      # from any thread
-    for token in request: ...                      # leaving the loop ends the answer
+    for token in request: ...                      # leaving the loop cancels the request
 
-A prompt waits for a row of the cache, in order of arrival, and takes one that holds its beginning if there is one; what
-is new is read in one pass together with other new prompts, then every pass adds a token to each row. One thread
-computes. Rows are independent: positions, rules for images, budget, generator, stop and states are each row's own.
+Prompts are queued for a row of the KV cache, preferably one with a common prefix; new tokens are prefilled together
+with other new prompts, then each forward pass adds a token to every row. One thread computes. Each row has its own
+positions, image constraints, token budget, random generator, stop tokens and hidden states.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ TAIL = 16  # positions at the end of a conversation that its next turn may repla
 
 
 class Request:
-    """One answer on its way: iterate over its tokens. An error that ends it is raised there."""
+    """A running request: iterate over its tokens; errors are raised by the iteration."""
 
     def __init__(self, engine: Engine, prompt: Prompt, settings: GenerationSettings, *, seed: int | None = None,
                  ends: Sequence[int] | None = None, states: dict[int, Tensor] | None = None,
                  should_stop: Callable[[], bool] | None = None) -> None:
         words = engine.tokenizer.vocabulary
         forced = [words.boi_id] if settings.force_image else []
-        self.answered = [*prompt.answered, *forced]  # ids that belong to the answer already
-        self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] from when it has a row
+        self.answered = [*prompt.answered, *forced]  # initial ids of the answer
+        self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] once it has a row
         self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
         self.settings, self.should_stop, self.states = settings, should_stop, states
@@ -78,7 +78,7 @@ class Request:
             self.finished = True
 
     def end(self, error: BaseException | None = None) -> None:
-        """No more tokens come."""
+        """End the token stream."""
         self.finished = True
         self.tokens.put(error)
 
@@ -143,7 +143,7 @@ class Row:
     freed: float = 0  # when its last answer ended
 
     def common(self, embeds: Tensor) -> int:
-        """How many positions it holds of a prompt, of which the last token is always computed."""
+        """Length of the cached prefix of a prompt; the last token is always computed."""
         if self.held is None:
             return 0
         n = min(len(self.held), len(embeds) - 1)
@@ -168,7 +168,7 @@ class Engine:
             self.rows = [Row() for _ in range(self.slots)]
             self.cache.grow(self.slots, int(llm.config.max_position_embeddings) + 1)
 
-    # ---- for any thread
+    # ---- called from any thread
 
     def submit(self, prompt: Prompt, settings: GenerationSettings, **how: Any) -> Request:
         """Begin an answer without beams; raises `GenerationError` as `generate`. `how`: `seed`, `ends`, `should_stop`
@@ -201,7 +201,7 @@ class Engine:
                 request.finished = True
 
     def run(self, work: Callable[[], Any]) -> Any:
-        """Use the language model for something else (beams) between two passes; returns what `work` returns."""
+        """Run other work (beams) with the language model between two passes; returns its result."""
         def call() -> Any:
             self._place_model(True)
             try:
@@ -215,13 +215,13 @@ class Engine:
 
     @torch.inference_mode()
     def _advance(self) -> None:
-        """One more token for every answer, new ones included; and again while there are any."""
+        """Loop: one more token for every request, while there are any."""
         self._place_model(True)
         try:
             self._admit()
             if self.active:
                 self._step()
-        except Exception as error:  # noqa: BLE001 a pass failed, as for want of memory: its answers end with it
+        except Exception as error:  # noqa: BLE001 a failed pass, such as out of memory, ends its requests
             for row in self.rows[:self.active]:
                 assert row.request is not None
                 row.request.end(error)
@@ -234,21 +234,21 @@ class Engine:
         self._place_model(self._busy)
 
     def _place_model(self, working: bool) -> None:
-        """An off-loaded model is on its device while there is work."""
+        """Context that moves an off-loaded model to its device while there is work."""
         place = self.device if working else torch.device("cpu")
         if self.device is not None and self.llm.device != place:
             self.llm.to(place)
             torch.cuda.empty_cache()
 
     def _admit(self) -> None:
-        """Give waiting requests a row each, and read their prompts in one pass."""
+        """Assign rows to queued requests, and prefill their prompts in one pass."""
         new: list[Request] = []
         while self._waiting and self.active + len(self._waiting[0].pair) <= self.slots:
             request = self._waiting.popleft()
             try:
                 for one in request.pair:
                     one.embeds = embedded(one.prompt, one.forced, self.llm.get_input_embeddings())
-            except Exception as error:  # noqa: BLE001 words that are none, of this prompt alone
+            except Exception as error:  # noqa: BLE001 invalid ids in this prompt
                 request.end(error)
             for one in [] if request.finished else request.pair:
                 self._place(one)
@@ -270,7 +270,7 @@ class Engine:
         place = shared.index(start) if start else 0
         held = self.rows[place].held if start else None
         if held is None or place < self.active or (copies and len(held) > start + TAIL):
-            source = place  # another conversation, which goes on: a copy of what it shares
+            source = place  # a running conversation: copy the common prefix
             if self.active == len(self.rows) or len(self.rows) < min(KEPT, self.slots):
                 self.rows.append(Row())
                 self.cache.grow(len(self.rows), 0)
@@ -319,7 +319,7 @@ class Engine:
         return self.llm.get_output_embeddings()(state).float(), state
 
     def _choose(self, requests: Sequence[Request], scores: Tensor, states: Tensor) -> None:
-        """Choose the next token of each answer, send it, and free the rows of answers that end."""
+        """Select and emit the next token of each request, and free the rows of finished ones."""
         finite = torch.isfinite(scores.amax(-1)).tolist()
         leaders = [row for row, request in enumerate(requests) if request.pair]
         for row in leaders:
@@ -349,12 +349,12 @@ class Engine:
                 self._free(place, request)
 
     def _sent(self, request: Request, token: int, is_finite: bool) -> None:
-        """Send a token, unless the answer is over; follow the rules for images."""
+        """Emit a token, unless the request is finished; track image state."""
         try:
             if request.should_stop is not None and request.should_stop():
                 raise Stopped
             check_finite(is_finite)
-        except Exception as error:  # noqa: BLE001 of this answer alone
+        except Exception as error:  # noqa: BLE001 ends this request only
             request.end(error)
         words = self.tokenizer.vocabulary
         request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
@@ -368,7 +368,7 @@ class Engine:
             guide.finished = request.finished
 
     def _free(self, place: int, request: Request) -> None:
-        """The row keeps what it holds, for a prompt that begins with it."""
+        """Free the row, keeping its content for prefix reuse."""
         row, embed = self.rows[place], self.llm.get_input_embeddings()
         fed = torch.tensor(request.ids[:-1], dtype=torch.long, device=request.embeds.device)
         row.request, row.held, row.freed = None, torch.cat([request.embeds, embed(fed)]), time.monotonic()

@@ -1,4 +1,4 @@
-"""Generation with well-formed images, for every family.
+"""Constrained generation of well-formed images, for all families.
 
 An image is `<img>`, its codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64
 words in order, of which only the model's states count; LaVIT: 1 to 256 codes, steered by guidance. Each prompt of a
@@ -21,23 +21,23 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
-# Below it the likeliest token is certain (scores differ by more than 0.0001 of it), and above scores do not overflow.
+# Below it sampling is greedy (scores differ by more than 0.0001 of it), above it scores do not overflow.
 COLDEST, HOTTEST = 1e-5, 1e5
 BEAMS, SAMPLING = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping"), (
     "temperature", "top_p", "top_k")
 
 
 class Stopped(Exception):  # noqa: N818 (a signal, not an error)
-    """Raised inside `generate` when `should_stop` is true."""
+    """Raised in `generate` when `should_stop` is true."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How to generate; the defaults are those of SEED-LLaMA's scripts, except that images are kept well-formed.
+    """Generation settings; defaults of SEED-LLaMA's scripts, with well-formed images.
 
-    `temperature` 0 and `top_p` 0 mean greedy. `seed` None takes one number from torch's global generator. `guidance`: 1
-    is off (LaVIT's images). `force_image` puts `<img>` at the end of every prompt and returns it as part of the answer.
-    `num_return_sequences`: answers to each prompt, drawn with `seed`, `seed` + 1, … or the best beams.
+    `temperature` 0 and `top_p` 0: greedy. `seed` None: drawn from torch's global generator. `guidance`: of LaVIT's
+    images, 1: off. `force_image`: append `<img>` to every prompt and return it as part of the answer.
+    `num_return_sequences`: answers per prompt, sampled with `seed`, `seed` + 1, … or the best beams.
     """
 
     max_new_tokens: int = setting(512, least=1)
@@ -61,19 +61,19 @@ class GenerationSettings:
 
     @property
     def samples(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return self.do_sample and self.temperature >= COLDEST and self.top_p > 0
 
 
 @dataclass
 class Prompt:
-    """What the language model reads."""
+    """Input of the language model."""
 
-    ids: Sequence[int] = ()  # `<s>` first where the family has one
-    embeds: Tensor | None = None  # [L, D], instead of `ids` where features are read
-    answered: Sequence[int] = ()  # the tokens at the end that belong to the answer already
-    negative: Sequence[int] | None = None  # what guidance steers away from, `<img>` included; None: `<img>` alone
-    note: str = ""  # of `Answer`
+    ids: Sequence[int] = ()  # with `<s>` if the family uses it
+    embeds: Tensor | None = None  # [L, D], instead of `ids` for feature inputs
+    answered: Sequence[int] = ()  # final tokens that are part of the answer
+    negative: Sequence[int] | None = None  # unconditional prompt for guidance, including `<img>`; None: `<img>`
+    note: str = ""  # for `Answer`
     source: Any = None  # the image that is edited
 
     def __len__(self) -> int:
@@ -99,13 +99,13 @@ class HiddenStates(defaultdict[int, dict[int, Tensor]]):
 def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt], settings: GenerationSettings, *,
              seeds: Sequence[int] | None = None, states: HiddenStates | None = None, ends: Sequence[int] | None = None,
              original: bool = False, should_stop: Callable[[], bool] | None = None) -> list[list[int]]:
-    """Answers by transformers' `generate`, for beams (without them `Engine` gives the same, faster): ids up to and
-    including the end, `prompt.answered` and a forced `<img>` first. Raises `GenerationError` for a prompt too long for
-    the model, no room for a forced image, and scores that are not numbers.
+    """Answers by transformers' `generate`, for beam search (`Engine` is equal and faster without): ids including the
+    end token, starting with `prompt.answered` and a forced `<img>`. Raises GenerationError: prompt too long, no space
+    for a forced image, NaN scores.
 
     Args:
-        seeds: the first is that of all; None: `settings.seed`. ends: tokens that end an answer; None: `</s>`.
-        original: only the rules for images of the original code (see `ImageSpans`).
+        seeds: only the first is used; None: `settings.seed`. ends: end tokens; None: `</s>`.
+        original: only the original code's image constraints (see `ImageSpans`).
         should_stop: called before each token; true raises `Stopped`.
     """
     from transformers import GenerationConfig, LogitsProcessorList
@@ -158,10 +158,10 @@ def random_seed() -> int:
 
 
 class ImageSpans:
-    """A logits processor that forbids every next token that would break an image. Its state is read from the generated
-    ids, so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: new tokens in all
-    (`<img>` is forbidden where `</img>` would not fit any more); `original`: of SEED-X's image words forbid only those
-    that the original code forbids."""
+    """A logits processor that forbids tokens which would break an image. Its state is derived from the generated ids,
+    so it works in batches and with beams. `opened`: the prompt ends in `<img>`; `budget`: maximum new tokens (`<img>`
+    is forbidden if `</img>` would not fit); `original`: forbid only those of SEED-X's image tokens that the original
+    code forbids."""
 
     def __init__(self, words: ImageVocabulary, opened: bool = False, budget: int | None = None,
                  original: bool = False) -> None:
@@ -173,7 +173,7 @@ class ImageSpans:
         return self.masked(scores, *self.span_state(input_ids), left)
 
     def masked(self, scores: Tensor, inside: Tensor, done: Tensor, left: Tensor | None) -> Tensor:
-        """The same by the state of each row: inside an image, with so many words of it, and new tokens left."""
+        """The same from the state of each row: inside an image, image tokens so far, and remaining tokens."""
         words = self.words
         needs_code = inside & (done < words.tokens_per_image)
         forbidden = inside[:, None].repeat(1, scores.shape[1])
@@ -182,18 +182,18 @@ class ImageSpans:
         next_code = needs_code[:, None].expand(-1, codes)
         if words.in_order:
             next_code = next_code & (torch.arange(codes, device=scores.device) == done[:, None])
-            scores = scores.masked_fill(inside[:, None], 0.0)  # never learned, but certain: costs a beam nothing
+            scores = scores.masked_fill(inside[:, None], 0.0)  # not trained, but certain: no cost for a beam
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.original:
             forbidden[:, words.patches:words.patches + 2] = True
         no_room = inside if left is None else left < words.image_length
         forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
         forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
-        forbidden[:, words.size:] = True  # padding rows of a larger output layer
+        forbidden[:, words.size:] = True  # padding rows of the output layer
         return scores.masked_fill(forbidden, float("-inf"))
 
     def span_state(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and words since its `<img>` `[B]`."""
+        """`input_ids [B, n]` → whether each row ends inside an image `[B]`, and tokens since its `<img>` `[B]`."""
         rows, length = input_ids.shape
         before = torch.full((rows, 1), self.words.boi_id if self.opened else -1, device=input_ids.device)
         ids, places = torch.cat([before, input_ids], 1), torch.arange(length + 1, device=input_ids.device)
@@ -203,8 +203,8 @@ class ImageSpans:
 
 
 class SeededDraw:
-    """The last logits processor of sampling: draws one token from a generator of its own, as transformers' `generate`
-    after `torch.manual_seed(seed)` would, and forbids all others."""
+    """The last logits processor of sampling: samples one token with its own generator, as transformers' `generate`
+    after `torch.manual_seed(seed)`, and forbids all others."""
 
     def __init__(self, seed: int, settings: GenerationSettings, device: torch.device) -> None:
         from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -216,7 +216,7 @@ class SeededDraw:
         self.warpers = list(filter(None, warpers))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores [1, V]` → 0 for the drawn token, -inf for the others."""
+        """`scores [1, V]` → 0 for the sampled token, -inf for the others."""
         narrowed = scores
         for warp in self.warpers:
             narrowed = warp(input_ids, narrowed)
@@ -225,14 +225,14 @@ class SeededDraw:
 
 
 def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
-    """Embeddings [L, D] of a prompt, a forced `<img>` last."""
+    """Embeddings [L, D] of a prompt, with a forced `<img>` at the end."""
     words = [*(prompt.ids if prompt.embeds is None else ()), *forced]
     rows = embed(torch.tensor(words, dtype=torch.long, device=embed.weight.device))
     return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
 def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
-    """New tokens there is room for; a forced image needs its codes and `</img>`."""
+    """Available new tokens; a forced image needs its codes and `</img>`."""
     context = int(llm.config.max_position_embeddings)
     if length >= context:
         raise GenerationError(f"The prompt has {length} tokens, but the model's context ends at {context}; make it "
@@ -246,7 +246,7 @@ def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVo
 
 
 def row_processors(settings: GenerationSettings, seed: int | None, end: list[int], device: torch.device) -> list[Any]:
-    """The logits processors after the rules for images; with a `seed` the last one draws."""
+    """The logits processors after the image constraints; with a `seed` the last one samples."""
     from transformers import MinNewTokensLengthLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
     processors: list[Any] = []
@@ -258,7 +258,7 @@ def row_processors(settings: GenerationSettings, seed: int | None, end: list[int
 
 
 def check_finite(is_finite: bool) -> None:
-    """Scores must be numbers: NaN would end a CUDA process. Raises `GenerationError`."""
+    """Check scores for NaN, which would crash a CUDA process. Raises GenerationError."""
     if not is_finite:
         raise GenerationError("The language model's scores are not numbers: its weights may be damaged, or the "
                               "dtype too narrow (try --dtype float32).")

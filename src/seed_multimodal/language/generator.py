@@ -1,4 +1,4 @@
-"""`Generator`: a language model, its tokenizer and the settings of each task; answers in batches or token by token.
+"""`Generator`: a language model with tokenizer and task settings; batched or streamed answers.
 
     prompts ─► generate ─► ids ─► AnswerReader ─► events, or the parts of an `Answer`
 """
@@ -22,14 +22,14 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import nearest, read_settings
 
 Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
-Draw = Callable[[dict[str, Any]], Image.Image | None]  # the event of an image, or of its first codes → the image
+Draw = Callable[[dict[str, Any]], Image.Image | None]  # event of an image or preview → image
 
 
 class Generator:
-    """Generates answers, for any number of threads; a subclass says what its settings are and where its answers end."""
+    """Thread-safe generation of answers; subclasses define settings and end of answers."""
 
     defaults: ClassVar[dict[str, dict[str, Any]]] = {}  # generation settings by task
-    drawing_settings: tuple[str, ...] = ()  # options that are no generation settings
+    drawing_settings: tuple[str, ...] = ()  # options that are not generation settings
     answer_after = ""  # see `TaskPrompts`
 
     def __init__(self, tokenizer: MultimodalTokenizer, llm: Any) -> None:
@@ -38,7 +38,7 @@ class Generator:
     # ---- a subclass defines
 
     def own_defaults(self, task: str) -> dict[str, Any]:
-        """Generation settings for a task over `defaults`."""
+        """Generation settings of a task that override `defaults`."""
         return {}
 
     def ends(self, task: Task) -> Sequence[int] | None:
@@ -52,8 +52,8 @@ class Generator:
     # ---- settings
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
-        """The defaults for a task with `options` over them; an unknown option raises `ConfigError` with the nearest. A
-        given temperature, top_p or top_k switches sampling on (without beams), unless `do_sample` is given."""
+        """The defaults of a task, overridden by `options`. A temperature, top_p or top_k enables sampling (without
+        beams), unless `do_sample` is set. Raises ConfigError: an unknown option, with the nearest."""
         known = [entry.name for entry in fields(GenerationSettings)]
         for name in options:
             if name not in known:
@@ -90,7 +90,7 @@ class Generator:
 
     def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
                should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
-        """Events of one answer, its images drawn; the last is `done` with the whole `Answer`."""
+        """Events of one answer, with decoded images; the last is `done` with the complete `Answer`."""
         reader = self.reader(task, previews if settings.num_beams == 1 else ())
 
         def show(events: Sequence[Event]) -> Iterator[Event]:
@@ -105,7 +105,7 @@ class Generator:
 
         with contextlib.suppress(Stopped):
             tokens: Any = self._tokens(prompt, settings, task, should_stop=should_stop, **how)
-            with contextlib.closing(tokens):  # leaving early ends the answer
+            with contextlib.closing(tokens):  # leaving early cancels the request
                 for token in tokens:
                     yield from show(reader.read(token))
                     if reader.finished:
@@ -116,7 +116,7 @@ class Generator:
 
     def _tokens(self, prompt: Prompt, settings: GenerationSettings, task: Task, states: HiddenStates | None = None,
                 should_stop: Callable[[], bool] | None = None) -> Iterator[int]:
-        """Tokens of one answer as they come; with beams all at the end, when the best one is known."""
+        """Stream the tokens of one answer; with beams all at the end."""
         if settings.num_beams > 1:
             yield from self.generate([prompt], settings, task, states=states, should_stop=should_stop)[0]
         else:

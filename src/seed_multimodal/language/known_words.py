@@ -1,4 +1,4 @@
-"""The words that a system learned, in a file that its `system.json` may name:
+"""Vocabulary of a system's training data, in a file named by its `system.json`:
 
     {"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …]}
 """
@@ -14,7 +14,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 
-# A word in any alphabet, not the end of `2nd`; a number; or an emoji.
+# A word in any alphabet (not the end of `2nd`), a number, or an emoji.
 _WORD = re.compile(r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]")
 
 

@@ -1,7 +1,7 @@
-"""Loading the language model: stock `LlamaForCausalLM` with corrected special ids.
+"""Loading of the language model: stock `LlamaForCausalLM` with corrected special ids.
 
-Released 8B files carry the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache), with which generation
-never stops and padding takes the row of `</img>`; bos 1, eos 2, pad 0 are set before the weights are read.
+The original 8B files have the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache), with which generation
+never stops and padding uses the row of `</img>`; bos 1, eos 2, pad 0 are set before loading.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from seed_multimodal.weights import refuse_tensors, warn_tensors
 BOS, EOS, PAD = 1, 2, 0
 SPECIAL = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD, "use_cache": True}
 BITSANDBYTES, TORCHAO = ("8bit", "4bit"), ("int8", "int4")
-ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; they are computed here
+ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
 def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
@@ -45,8 +45,8 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
                 output_loading_info=True, ignore_mismatched_sizes=True, device_map={"": place}, **options)
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
-        unsafe = "they hold more than tensors (unsafe pickle content); re-save them as safetensors"
+    except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
+        unsafe = "they have unsafe pickle content; re-save them as safetensors"
         reason = unsafe if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
     resized = [f"{name} (file {tuple(stored)}, model {tuple(own)})" for name, stored, own in info["mismatched_keys"]]
@@ -61,7 +61,7 @@ def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dt
 
 
 def force_special_ids(model: Any) -> None:
-    """Set bos 1, eos 2, pad 0 and the key-value cache, and drop every other default of generation."""
+    """Set bos 1, eos 2, pad 0 and the KV cache, and drop all other generation defaults."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(**SPECIAL)
@@ -109,6 +109,6 @@ def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) ->
     if device.type == "cpu":  # groups of 64 weights; kept as int8 there
         return {"quantization_config": TorchAoConfig(torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64)))}
     if dtype != torch.bfloat16:
-        raise ConfigError(f"int4 weights on {device} need bfloat16 beside them, not {dtype}: give --dtype bfloat16.")
+        raise ConfigError(f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype bfloat16.")
     return {"quantization_config": TorchAoConfig(torchao.Int4WeightOnlyConfig(
         group_size=64, int4_packing_format="tile_packed_to_4d"))}

@@ -1,5 +1,5 @@
-"""Trained checkpoints (peft's adapter folders, what DeepSpeed's `zero_to_fp32.py` writes of a run, tuned SEED-X agents)
-merged into a LLaMA by peft, and saved as a plain folder.
+"""Merging of trained checkpoints (PEFT adapters, output of DeepSpeed's `zero_to_fp32.py`, tuned SEED-X agents) into a
+plain LLaMA folder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from seed_multimodal.weights import load_checkpoint, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 ADAPTER_CONFIG = "adapter_config.json"
-AGENT_CONFIG = "agent.json"  # beside the tensors of a tuned SEED-X: sizes of the resamplers, LoRA
+AGENT_CONFIG = "agent.json"  # stored with a tuned SEED-X: sizes of the resamplers, LoRA
 LLM_FOLDER, AGENT_FOLDER = "llm", "agent"
-VISUAL = "visual_weight.safetensors"  # LaVIT's token merger and projection, copied as they are
+VISUAL = "visual_weight.safetensors"  # LaVIT's token merger and projection, copied
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 PREFIX = "base_model.model."
 _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
-_FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # the base's own, saved beside the adapter
+_FROZEN = (".original_module.", ".base_layer.", "rotary_emb.inv_freq")  # base weights saved with the adapter
 _SHAPE = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "fan_in_fan_out")
 
 
@@ -40,7 +40,7 @@ class TrainedWeights:
     """The tensors of a trained checkpoint."""
 
     source: Path
-    lora: dict[str, Tensor] = field(default_factory=dict)  # low-rank matrices, by peft's names without their prefix
+    lora: dict[str, Tensor] = field(default_factory=dict)  # low-rank matrices, PEFT names without prefix
     whole: dict[str, Tensor] = field(default_factory=dict)  # tensors that replace the base's, by its names
     agent: dict[str, Tensor] = field(default_factory=dict)  # SEED-X's resamplers
     agent_config: dict[str, Any] = field(default_factory=dict)  # the content of `agent.json`
@@ -49,7 +49,7 @@ class TrainedWeights:
 
 def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> TrainedWeights:
     """Read an adapter folder, a checkpoint of SEED-X's tuning, or a file or folder of `zero_to_fp32.py`; `lora`: fields
-    of `LoraConfig` where there is no `adapter_config.json` or `agent.json`."""
+    of `LoraConfig` if there is no `adapter_config.json` or `agent.json`."""
     place = Path(source)
     trained = TrainedWeights(place)
     adapter = next((place / name for name in ADAPTER_FILES if (place / name).is_file()), place)
@@ -86,7 +86,7 @@ def merge_into(llama: Any, trained: TrainedWeights) -> None:
         if name not in own or own[name].shape != value.shape:
             size = tuple(own[name].shape) if name in own else "missing"
             raise CheckpointError(f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}.")
-        own[name].data = value.to(own[name])  # not in place: it may be a view of the base's file
+        own[name].data = value.to(own[name])  # not in place, since it may be memory-mapped
     if trained.lora:
         _merge_lora(llama, trained)
 
@@ -96,12 +96,12 @@ def _merge_lora(llama: Any, trained: TrainedWeights) -> None:
 
     config = trained.config
     if not config.get("r") or not config.get("lora_alpha"):
-        raise CheckpointError(f"{trained.source}: holds LoRA matrices, but nothing says their r and lora_alpha "
+        raise CheckpointError(f"{trained.source}: has LoRA matrices, but no r and lora_alpha "
                               f"({ADAPTER_CONFIG}, or peft_config of the model's configuration).")
     values = {key: config[key] for key in _SHAPE if key in config}
     values |= {"target_modules": sorted({name.rpartition(".lora_")[0] for name in trained.lora})}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tied embeddings, and of deprecated names inside transformers
+        warnings.simplefilter("ignore")  # tied embeddings, deprecated names in transformers
         try:
             model = get_peft_model(llama, LoraConfig(**values)).eval()
             result = set_peft_model_state_dict(model, {PREFIX + name: value for name, value in trained.lora.items()})
@@ -121,7 +121,7 @@ def merge_adapter(
 ) -> str:
     """Write a plain LLaMA folder, complete or not at all; of a tuned SEED-X its subfolders `llm` and `agent`, for which
     `agent` gives the content of `config.json`. `trained`: as of `read_trained`, or the folder of a whole model, which
-    needs no `base`; `tokenizer`: saved beside the weights. Returns a summary for the log."""
+    needs no `base`; `tokenizer`: saved next to the weights. Returns a summary for the log."""
     place = Path(trained)
     target = output_folder(out, force=force, what="the merged model", read=(base, place))
     is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
@@ -146,12 +146,12 @@ def merge_adapter(
 
 
 def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any) -> Any:
-    """The base in fp32, with the rows that the trained embeddings have."""
+    """The base in fp32, resized to the trained embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if base is not None:
         llama = load_llm(base)
-    elif trained.agent_config.get("llm"):  # trained whole; its configuration is in agent.json
+    elif trained.agent_config.get("llm"):  # fully trained; configuration in agent.json
         llama = LlamaForCausalLM(LlamaConfig(**trained.agent_config["llm"])).eval()
         missing = [name for name, _ in llama.named_parameters() if name not in trained.whole]
         if missing:

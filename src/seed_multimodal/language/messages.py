@@ -1,10 +1,10 @@
-"""What goes into a conversation and what comes out.
+"""Messages of a conversation, and answers.
 
 A message is `{"role": "user" | "assistant" | "system", "content": …}`. Content is one text, or a list of texts (`str`),
 images (PIL, `Path`, bytes, an array) and codes (a list of ints), in any order and number; an assistant's may be the
-`Answer` that an earlier call returned. A bare `str` is always text: give file names as `Path`, or as chat messages of
-transformers and OpenAI do: `{"type": "text", "text": …}`, `{"type": "image", "image": "cat.png"}`,
-`{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}`. Nothing is downloaded.
+`Answer` of an earlier call. A bare `str` is always text: pass file names as `Path`, or in the format of transformers
+and OpenAI: `{"type": "text", "text": …}`, `{"type": "image", "image": "cat.png"}`, `{"type": "image_url", "image_url":
+{"url": "data:image/png;base64,…"}}`. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Message:
-    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order. A conversation of one message with
-    the role "raw" is continued as it is, without a template."""
+    """A role, and texts, images, codes and `ImagePart`s of earlier answers in order. A single message with the role
+    "raw" is continued without a template."""
 
     role: str
     content: tuple[Any, ...]
@@ -42,7 +42,7 @@ class Message:
 
     @property
     def images(self) -> list[Any]:
-        """The images that are to be read."""
+        """The input images."""
         return [item for item in self.content if is_image(item)]
 
 
@@ -52,13 +52,13 @@ class Answer:
 
     parts: Sequence[AnswerPart]
     ids: Sequence[int] = ()  # the generated tokens
-    note: str = ""  # a sentence about unknown words, or turns that were left out
-    answer_after: str = ""  # of `TaskPrompts`; `parts` keep a verdict that the model wrote first, the texts do not
+    note: str = ""  # note about unknown words or dropped turns
+    answer_after: str = ""  # of `TaskPrompts`; a leading verdict stays in `parts`, not in texts
     prompt_tokens: int = field(default=0, compare=False)  # of `chat`
 
     @property
     def text(self) -> str:
-        """All text, without the images' places."""
+        """All text, without images."""
         return " ".join(self._texts())
 
     @property
@@ -68,16 +68,16 @@ class Answer:
 
     @property
     def codes(self) -> list[list[int]]:
-        """The codes of every whole image."""
+        """The codes of every complete image."""
         return [list(part.codes) for part in self.parts if isinstance(part, ImagePart)]
 
     @property
     def problems(self) -> list[str]:
-        """One sentence for each broken image."""
+        """A message for each broken image."""
         return [part.reason for part in self.parts if isinstance(part, BrokenImagePart)]
 
     def __str__(self) -> str:
-        """The text with `<image>` where images stand."""
+        """The text with `<image>` in place of images."""
         return " ".join(self._texts(PLACEHOLDER))
 
     def _texts(self, *image: str) -> list[str]:
@@ -86,7 +86,7 @@ class Answer:
 
 
 def read_messages(messages: Sequence[Any]) -> list[Message]:
-    """The messages of a conversation; raises `RequestError` where they are not of the form above."""
+    """Parse the messages of a conversation. Raises RequestError: invalid messages."""
     read = [_message(message, number) for number, message in enumerate(messages)]
     if not read or read[-1].role not in ("user", "raw"):
         raise RequestError("A conversation is a list of messages; the last one must be the user's: it gets the answer.")
@@ -99,14 +99,14 @@ def user_message(content: Sequence[Any]) -> list[Message]:
 
 
 def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
-    """A conversation without its first request and what follows it up to the next; the same if there is only one."""
+    """A conversation without its first turn; unchanged if there is only one."""
     users = [place for place, message in enumerate(conversation) if message.role == "user"]
     start = next(place for place, message in enumerate(conversation) if message.role != "system")
     return [*conversation[:start], *conversation[users[1] if len(users) > 1 else start:]]
 
 
 def is_image(value: object) -> bool:
-    """Whether `value` is an image that can be opened; a `str` is a text rather than a file's name."""
+    """Whether `value` is an image; a `str` is text, not a file name."""
     return (isinstance(value, (Image.Image, Path, bytes)) or is_file(value)
             or (isinstance(value, np.ndarray) and not is_codes(value)))
 
@@ -119,12 +119,12 @@ def is_codes(value: object) -> bool:
 
 
 def is_single(content: object) -> bool:
-    """Whether `content` is one text, file name, image or row of codes, rather than a list of them."""
+    """Whether `content` is a single text, file name, image or row of codes."""
     return isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
 
 
 def shown(image: Any) -> list[Any]:
-    """The images of one request: one, or a list of them; a string is a file's name."""
+    """The images of one request: one or a list; strings are file names."""
     return [Path(item) if isinstance(item, str) else item for item in ([image] if is_single(image) else image)]
 
 
@@ -164,7 +164,7 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _item(item: Any, number: int) -> Any:
-    """The text, image or codes of one item of a message, also in the form of transformers or OpenAI."""
+    """The text, image or codes of a message's item, also in the format of transformers or OpenAI."""
     if isinstance(item, Mapping):
         if item.get("type") == "text" and isinstance(item.get("text"), str):
             return item["text"]

@@ -2,11 +2,11 @@
 
     vicuna (8B, nano)   USER: {user}\\nASSISTANT:{answer}\\nUSER: {user}\\nASSISTANT:…
     llama2 (14B)        [INST] {user} [/INST]\\n{answer}\\n[INST] {user} [/INST]\\n…
-    plain (pretrained)  {everything, one after the other}
+    plain (pretrained)  {concatenated content}
 
-`<s>` goes in front of the whole (`add_bos=True`); there is no end token between turns. An answer is a span of its own,
-as in the instruction-tuning data: "ASSISTANT:" followed by a span starting with the dummy blank. So the ids of a
-rendered dialogue begin with the ids of every shorter one, and training and inference share this function.
+The prompt starts with `<s>` (`add_bos=True`); there is no end token between turns. An answer is a separate segment, as
+in the instruction-tuning data: "ASSISTANT:" followed by a segment starting with the dummy blank. So the ids of a
+shorter dialogue are a prefix of a longer one's, and training and inference share this function.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Turn = tuple[str, str | Sequence[Part]]  # "user" or "assistant", and texts and 
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """The words around a user's turn, and around an instruction (`system`) before all turns."""
+    """Text around a user's turn, and around a system message before all turns."""
 
     name: str
     user_prefix: str
@@ -38,7 +38,7 @@ class PromptTemplate:
         return self.separator + self.user_prefix.rstrip()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
-        """Spans of a dialogue; after a user turn it ends where the answer begins."""
+        """Segments of a dialogue; after a user turn it ends where the answer starts."""
         spans: list[Part] = []
         opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
         for role, content in turns:
@@ -47,13 +47,13 @@ class PromptTemplate:
         return spans
 
     def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
-        """Spans of one turn; `opening` goes before a user's."""
+        """Segments of one turn; `opening`: prefix of a user's."""
         parts = [content] if isinstance(content, str) else content
         return merge_text([opening + self.user_prefix, *parts, self.user_suffix] if role == "user" else parts)
 
 
 def merge_text(parts: Sequence[Part]) -> list[Part]:
-    """Join neighbouring texts and drop empty ones: a span is what stands between images."""
+    """Join adjacent texts and drop empty ones."""
     merged: list[Part] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
@@ -68,7 +68,7 @@ TEMPLATES = {template.name: template for template in (
     PromptTemplate("llama2", "[INST] ", " [/INST]\n", "\n", "<<SYS>>\n", "\n<</SYS>>\n\n"),
     PromptTemplate("plain", "", "", ""),
 )}
-TUNED_TEMPLATES = ("vicuna", "llama2")  # of models that answer
+TUNED_TEMPLATES = ("vicuna", "llama2")  # of instruction-tuned models
 
 
 def template_for(hidden_size: int | None) -> str:

@@ -1,17 +1,17 @@
-"""Text and images → token ids and back, exactly as the slow LLaMA tokenizer of transformers 4.30.2 did it.
+"""Text and images → token ids and back, equal to the slow LLaMA tokenizer of transformers 4.30.2.
 
-The original models were trained with that version; later ones treat the blanks around `<img>`, `</img>` and the codes
-differently. The rules, on the plain `sentencepiece` package:
+The original models were trained with that version; later ones handle blanks around `<img>`, `</img>` and the codes
+differently. The rules, on top of the `sentencepiece` package:
 
-* encode: the text is cut at every special or added word, longest match first; white space next to an added word is
-  dropped on both sides (not next to `<s>`, `</s>`, `<unk>`); each remaining segment is encoded on its own, so its first
-  piece starts with the dummy blank.
-* decode: segments of ordinary pieces and every added word are joined by single blanks; `</s>` is no added word, so it
-  is written inside its segment, and a special word that does not open its segment puts a blank BEFORE the segment so
-  far (a quirk callers depend on).
+* encode: the text is split at special and added tokens, longest match first; white space next to an added token is
+  stripped on both sides (not next to `<s>`, `</s>`, `<unk>`); each segment is encoded separately, so its first piece
+  starts with the dummy blank.
+* decode: text segments and added tokens are joined by single blanks; `</s>` is not an added token, so it stays in its
+  segment, and a special token that is not first in its segment puts a blank BEFORE the segment so far (a quirk callers
+  depend on).
 
-A tokenizer folder holds `tokenizer.model` (SentencePiece), `added_tokens.json` (word → id), and optionally
-`special_tokens_map.json` (white space next to special words) and `tokenizer_config.json` (`tokens_per_image`).
+A tokenizer folder has `tokenizer.model` (SentencePiece), `added_tokens.json` (token → id), and optionally
+`special_tokens_map.json` (white space next to special tokens) and `tokenizer_config.json` (`tokens_per_image`).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 
 @dataclass
 class TokenizerFiles:
-    """The content of a tokenizer folder; without names of image words (LaVIT) the vocabulary is the caller's."""
+    """The content of a tokenizer folder; without names of image tokens (LaVIT) the caller sets the vocabulary."""
 
     processor: spm.SentencePieceProcessor
     vocabulary: ImageVocabulary
     added: dict[str, int]
-    special: dict[str, tuple[bool, bool]]  # special word → whether white space is dropped before and after it
+    special: dict[str, tuple[bool, bool]]  # special token → whether white space is stripped before and after it
     config: dict[str, Any]
-    raw: dict[str, bytes]  # file name → its bytes, for saving them again
+    raw: dict[str, bytes]  # file name → content, for saving
 
 
 class MultimodalTokenizer:
-    """A SentencePiece model, the image words on top, and the released rules of white space."""
+    """A SentencePiece model with image tokens, and the original white space rules."""
 
     bos_id, eos_id = 1, 2
-    unk_id = pad_id = 0  # the released tokenizer pads with <unk>
-    spelled = True  # whether image words have names
+    unk_id = pad_id = 0  # the original tokenizer pads with <unk>
+    spelled = True  # whether image tokens have names
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
@@ -64,17 +64,17 @@ class MultimodalTokenizer:
         special_ids = {word: self.word_id(word) for word in files.special}
         self._special_ids = frozenset(special_ids.values())
         self._control = {**files.added, **special_ids}
-        # Numbered words by their shape: an alternative for each of thousands would be tried one by one.
+        # One pattern for all numbered tokens, since thousands of alternatives would be slow.
         others = sorted((word for word in self._control if not _NUMBERED_WORD.fullmatch(word)), key=len, reverse=True)
         self._words = re.compile("|".join([_NUMBERED_WORD.pattern, *map(re.escape, others)]))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read a folder; raises `CheckpointError` if a file is missing or damaged or numbers the words otherwise."""
+        """Load a folder. Raises CheckpointError: a missing or damaged file, or other token ids."""
         return cls(read_files(Path(folder)))
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the folder as it was read."""
+        """Write the folder's original files."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         for name, content in self._files.raw.items():
@@ -85,7 +85,7 @@ class MultimodalTokenizer:
         return self.vocabulary.size
 
     def word_id(self, word: str) -> int:
-        """Id of a piece or word (`▁hell`, `<img_00005>`); `unk_id` for what is none."""
+        """Id of a token (`▁hell`, `<img_00005>`); `unk_id` if unknown."""
         return self._files.added[word] if word in self._files.added else self._sp.PieceToId(word)
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
@@ -106,15 +106,15 @@ class MultimodalTokenizer:
         """Segments of text and the control words between them; a segment (possibly empty) first and last."""
         pieces, start = list[str](), 0
         for match in self._words.finditer(text):
-            if match[0] in self._control:  # <img_99999> may have the shape, but is no word
+            if match[0] in self._control:  # <img_99999> matches the pattern, but is not a token
                 pieces += [text[start:match.start()], match[0]]
                 start = match.end()
         return [*pieces, text[start:]]
 
     def encode_parts(self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False) -> list[int]:
-        """Texts, codes of images and `Ids` → ids; control words (`</s>`, `<img>`, …) in texts are ordinary letters.
-        `strip`: drop white space next to images, as the original tokenizer does; `add_bos`: put `<s>` in front. Raises
-        `CodesError` for other than the codes of one image, `RequestError` for a text that is not Unicode."""
+        """Texts, codes of images and `Ids` → ids; control tokens (`</s>`, `<img>`, …) in texts are plain text. `strip`:
+        strip white space next to images, as the original tokenizer; `add_bos`: prepend `<s>`. Raises CodesError: not
+        the codes of one image; RequestError: text that is not Unicode."""
         ids = [self.bos_id] if add_bos else []
         for place, part in enumerate(parts):
             if not isinstance(part, str):
@@ -128,7 +128,7 @@ class MultimodalTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text, image words written out; raises `CodesError` for an id outside the vocabulary."""
+        """Ids → text, with names of image tokens. Raises CodesError: an id outside the vocabulary."""
         texts: list[str] = []
         segment: list[int] = []
         for id in self.checked_ids(ids):
@@ -154,20 +154,20 @@ class MultimodalTokenizer:
         return text + self._sp.DecodeIds(pieces)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → their pieces or words (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
+        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `decode`."""
         return [self._added_names[id] if id in self._added_names else self._sp.IdToPiece(id)
                 for id in self.checked_ids(ids)]
 
     def checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """A row of ids as plain ints; raises `CodesError` for one outside the vocabulary."""
+        """A row of ids as ints. Raises CodesError: an id outside the vocabulary."""
         values = [int(id) for id in ids]
         if outside := [id for id in values if not 0 <= id < self.vocabulary.size]:
-            raise CodesError(f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} words.")
+            raise CodesError(f"Token id {outside[0]} is outside the vocabulary of {self.vocabulary.size} tokens.")
         return values
 
 
 def plain_text(text: str) -> str:
-    """The text itself; raises `RequestError` if it holds lone surrogates (bytes that are not UTF-8)."""
+    """The text. Raises RequestError: lone surrogates (bytes that are not UTF-8)."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -180,8 +180,8 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
     with other ids than the layout gives them. Without `spelled` words only `n_text` counts of the vocabulary."""
     needed = (MODEL, ADDED) if spelled else (MODEL,)
     if not os.path.isdir(folder):
-        raise CheckpointError(f"{folder}: no such tokenizer folder (it must hold {' and '.join(needed)}); "
-                              "pretrained/README.md says where the released one comes from, pretrained/nano has one.")
+        raise CheckpointError(f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
+                              "pretrained/README.md lists the original one, pretrained/nano contains one.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
     for name in needed:
         if not raw.get(name):
@@ -217,8 +217,8 @@ def _vocabulary(added: dict[str, int], n_text: int, per_image: int | None, file:
 
 
 def _special_words(entries: dict[str, Any]) -> dict[str, tuple[bool, bool]]:
-    """Special word → whether white space is dropped before and after it: as a dictionary entry says; on both sides of
-    a plain string (as in transformers 4.30.2); on no side of LLaMA's own three."""
+    """Special token → whether white space is stripped before and after it: by the dictionary entry; on both sides for a
+    plain string (as in transformers 4.30.2); on no side for LLaMA's own three."""
     values = [entry for value in entries.values() for entry in (value if isinstance(value, list) else [value])]
     words = dict.fromkeys(NAMES.values(), (False, False))
     words |= {entry: (True, True) for entry in values if isinstance(entry, str)}

@@ -1,7 +1,7 @@
-"""Ids of the image tokens: one per code, behind the text pieces, and the two brackets around an image.
+"""Ids of image tokens: one per code, after the text tokens, and image start and end.
 
-SEED-LLaMA has 32,000 + 8,192 + 2 = 40,194 words; an image is always `<img>` + 32 codes + `</img>`. SEED-X's image words
-are placeholders, always the same in the same order, where the model reads and writes continuous features.
+SEED-LLaMA has 32,000 + 8,192 + 2 = 40,194 tokens; an image is always `<img>` + 32 codes + `</img>`. SEED-X's image
+tokens are placeholders in fixed order for continuous features.
 """
 
 from __future__ import annotations
@@ -14,36 +14,36 @@ from typing import ClassVar
 from seed_multimodal.errors import CodesError
 
 BOI, EOI = "<img>", "</img>"
-PLACEHOLDER = "<image>"  # stands for an image in texts shown to people; never a word of the vocabulary
+PLACEHOLDER = "<image>"  # placeholder of an image in displayed texts; not in the vocabulary
 PATCH, PATCH_END = "<patch>", "</patch>"  # around one view of an image (SEED-X)
 BOX, BOX_END = "<box_start>", "<box_end>"  # around a box's four locations (SEED-X)
 BOX_WORDS = re.compile(r"(?:<(?:loc-\d+|box_start|box_end)>\s*)+")
 
 
 class Ids(tuple[int, ...]):
-    """A part of a prompt given by its ids; texts beside it lose their white space there, as beside an image."""
+    """A part of a prompt as ids; white space next to it is stripped, as next to an image."""
 
 
 def code_token(code: int) -> str:
-    """The word of one code: `<img_00012>`."""
+    """The token of a code: `<img_00012>`."""
     return f"<img_{code:05d}>"
 
 
 def location_word(place: int) -> str:
-    """The word of a place on the grid of boxes: `<loc-112>`."""
+    """The token of a location on the grid of boxes: `<loc-112>`."""
     return f"<loc-{place}>"
 
 
 @dataclass(frozen=True)
 class ImageVocabulary:
-    """Sizes of the vocabulary's parts, and the arithmetic between codes (0..n_codes-1) and ids."""
+    """Sizes of the vocabulary, and conversion between codes (0..n_codes-1) and ids."""
 
     n_text: int = 32000
     n_codes: int = 8192
     tokens_per_image: int = 32
-    in_order: ClassVar[bool] = False  # an image's words are always the first codes, one after the other
-    begun_only: ClassVar[bool] = False  # only the prompt begins an image
-    free_inside: ClassVar[int] = 0  # ids below it are possible inside an image, and left out of it
+    in_order: ClassVar[bool] = False  # an image's tokens are always the first codes in order
+    begun_only: ClassVar[bool] = False  # images are started only by the prompt
+    free_inside: ClassVar[int] = 0  # ids below it may occur inside an image, and are skipped
 
     @property
     def code_start(self) -> int:
@@ -59,45 +59,45 @@ class ImageVocabulary:
 
     @property
     def size(self) -> int:
-        """Number of words in all."""
+        """Total number of tokens."""
         return self.n_text + self.n_codes + 2
 
     @property
     def image_length(self) -> int:
-        """Ids of one image, brackets included."""
+        """Number of ids of one image, including start and end."""
         return self.tokens_per_image + 2
 
     @property
     def least_codes(self) -> int:
-        """The fewest codes of an image."""
+        """Minimum number of codes of an image."""
         return self.tokens_per_image
 
     def counts_for_nothing(self, id: int) -> bool:
-        """Whether `id` is possible inside an image, and left out of it."""
+        """Whether `id` may occur inside an image, and is skipped."""
         return id < self.free_inside or (self.begun_only and id == self.boi_id)
 
     @property
     def words(self) -> dict[str, int]:
-        """Every word behind the text pieces, and its id."""
+        """All tokens after the text tokens, and their ids."""
         codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
         return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
 
     def is_code_id(self, id: int) -> bool:
-        """Whether `id` is the word of an image code."""
+        """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes
 
     def is_image_word(self, id: int) -> bool:
-        """Whether `id` is an image code or one of the brackets around them."""
+        """Whether `id` is an image code, image start or image end."""
         return self.is_code_id(id) or id in (self.boi_id, self.eoi_id)
 
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
-        """Codes → ids; raises `CodesError` for a code outside 0..n_codes-1."""
+        """Codes → ids. Raises CodesError: a code outside 0..n_codes-1."""
         ids = [self.code_start + int(code) for code in codes]
         self.id_to_code(ids)
         return ids
 
     def id_to_code(self, ids: Iterable[int]) -> list[int]:
-        """Ids → codes; raises `CodesError` for an id that is no image code."""
+        """Ids → codes. Raises CodesError: an id that is not an image code."""
         codes = [int(id) - self.code_start for id in ids]
         for place, code in enumerate(codes):
             if not 0 <= code < self.n_codes:
@@ -105,7 +105,7 @@ class ImageVocabulary:
         return codes
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
-        """`<img>`, the codes, `</img>` as ids; raises `CodesError` for another number of codes or wrong ones."""
+        """`<img>`, the codes, `</img>` as ids. Raises CodesError: wrong codes or number of codes."""
         least, most = self.least_codes, self.tokens_per_image
         if not least <= len(codes) <= most:
             raise CodesError(f"An image has {most if least == most else f'{least} to {most}'} codes, not {len(codes)}.")
@@ -114,8 +114,8 @@ class ImageVocabulary:
 
 @dataclass(frozen=True)
 class SeedXVocabulary(ImageVocabulary):
-    """SEED-X's words; the defaults are the original ones (32,330 in all). `brackets`, `patches`, `locations`,
-    `boxes`: the ids of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing word follows the opening one."""
+    """SEED-X's vocabulary; defaults are the original's (32,330 tokens). `brackets`, `patches`, `locations`, `boxes`:
+    the ids of `<img>`, `<patch>`, `<loc-0>` and `<box_start>`; the closing token follows the opening one."""
 
     n_codes: int = 100
     tokens_per_image: int = 64
@@ -129,7 +129,7 @@ class SeedXVocabulary(ImageVocabulary):
 
     @classmethod
     def of_words(cls, added: Mapping[str, int], n_text: int, tokens_per_image: int) -> SeedXVocabulary:
-        """The vocabulary of a tokenizer's added words, in any order; `KeyError`: the first of a kind is missing."""
+        """The vocabulary from a tokenizer's added tokens, in any order. Raises KeyError: a kind is missing."""
         counts = [sum(word.startswith(start) for word in added) for start in ("<img_", "<loc-")]
         starts = [int(added[word]) for word in (code_token(0), BOI, PATCH, location_word(0), BOX)]
         return cls(n_text, counts[0], tokens_per_image, counts[1], *starts)
@@ -153,19 +153,19 @@ class SeedXVocabulary(ImageVocabulary):
         return self.n_text + self.n_codes + self.n_locations + 6
 
     def is_image_word(self, id: int) -> bool:
-        """`<patch>` and `</patch>` are such words, too."""
+        """Includes `<patch>` and `</patch>`."""
         return super().is_image_word(id) or id in (self.patches, self.patches + 1)
 
     def run(self, tokens: int = 0) -> list[int]:
-        """`<img>`, its placeholders (`tokens` of them; 0: as many as an image has), `</img>`."""
+        """`<img>`, `tokens` placeholders (0: the default), `</img>`."""
         return [self.boi_id, *range(self.codes, self.codes + (tokens or self.tokens_per_image)), self.eoi_id]
 
     def read_ids(self, views: int, tokens: int = 0) -> Ids:
-        """The words of an image in `views` that the model reads: each part in `<patch>` … `</patch>`, the whole image
-        last; `tokens`: words of one view, 0: as many as an image has."""
+        """Tokens of an input image in `views`: each tile in `<patch>` … `</patch>`, the whole image last; `tokens`: per
+        view, 0: the default."""
         whole = self.run(tokens)
         return Ids([*[self.patches, *whole[1:-1], self.patches + 1] * (views - 1), *whole])
 
     def places(self, ids: Sequence[int]) -> list[int]:
-        """Indices of the placeholders, where features are put."""
+        """Indices of the placeholders for features."""
         return [place for place, id in enumerate(ids) if self.codes <= id < self.codes + self.tokens_per_image]

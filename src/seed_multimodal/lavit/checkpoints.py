@@ -2,7 +2,7 @@
 
     original  visual_tokenizer/eva_vitg_psz14.bin     vision encoder
               visual_tokenizer/tokenizer_encoder.bin  token selector, token merger, codebook and the layers before it
-              language_model/visual_weight.bin        for understanding: another token merger, and the projector
+              language_model/visual_weight.bin        for understanding: a second token merger, and the projector
     ours      config.json, model.safetensors          everything, `encoder.*` included
               visual_weight.safetensors               for understanding; without it model.safetensors serves for both
               tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file of another
@@ -34,20 +34,20 @@ State = dict[str, Tensor]
 ENCODER, READER = "encoder.", ("causal_encoder.", "vit_proj.")
 ORIGINAL = tuple((f"{name}.safetensors", f"{name}.bin") for name in ("tokenizer_encoder", "eva_vitg_psz14"))
 READER_FILES = ("visual_weight.safetensors", "visual_weight.bin")
-TRAINING_STATE = ("quantize.*", "decoder.*")  # beside the codebook's rows
+TRAINING_STATE = ("quantize.*", "decoder.*")  # next to the codebook's rows
 
 
 def load_dynamic_tokenizer(folder: str | Path, *, device: str | torch.device = "cpu",
                            dtype: torch.dtype = torch.float32, config: LavitTokenizerConfig | None = None
                            ) -> DynamicTokenizer:
-    """The tokenizer that makes codes, in eval mode and frozen, of an original folder or ours.
+    """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
 
     Args:
-        dtype: of linear and convolution layers; all else stays as stored (fp32 in the original).
-        config: sizes where no config.json gives them; None: the original ones.
+        dtype: of linear and convolution layers; the rest stays as stored (fp32 in the original).
+        config: sizes if there is no config.json; None: the original ones.
 
     Raises:
-        CheckpointError: a file that is missing, unsafe or damaged, or tensors that are missing or of another size.
+        CheckpointError: missing, unsafe or damaged files, or tensors that are missing or of another size.
         ConfigError: a damaged config.json.
     """
     place, prefix = Path(folder).expanduser(), ""
@@ -86,7 +86,7 @@ def load_both(folder: str | Path, language_model: str | Path | None = None, **op
 
 
 def with_merger(model: DynamicTokenizer, state: Mapping[str, Tensor], source: str | Path) -> DynamicTokenizer:
-    """A tokenizer that shares all of `model` but token merger and projector, which are those in `state`."""
+    """A tokenizer that shares all of `model` except token merger and projector, which are loaded from `state`."""
     width = next((len(value) for name, value in state.items() if name.startswith("vit_proj.")), model.config.llm_width)
     with torch.device("meta"):
         parts = nn.ModuleDict({"causal_encoder": TokenMerger(model.config),

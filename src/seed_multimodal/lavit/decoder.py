@@ -1,11 +1,11 @@
-"""LaVIT's decoder: a variable number of codebook rows becomes patch features and the conditions of a U-Net.
+"""LaVIT's decoder: a variable number of codebook rows → patch features → conditions of a U-Net.
 
     decoder = CodeDecoder.from_pretrained("LaVIT-7B-v2", head="highres")
     conditions = decoder([tokenizer.embed_codes(codes) for codes in images])
 
-Learned queries, one for each patch, attend to the rows and to each other. The position of a row is its rank among the
-image's rows. Two heads exist: `highres` makes the conditions of SDXL, `lowres` those of Stable Diffusion 1. Rows that
-pad a shorter image are masked (the original subtracts 10,000 from their scores, which gives the same numbers).
+Learned queries, one per patch, attend to the rows and to each other. The position of a row is its index in the image.
+Two heads exist: `highres` for SDXL, `lowres` for Stable Diffusion 1. Padding rows are masked (the original subtracts
+10,000 from their scores, with equal results).
 
 Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B images, n rows of one
 image, L rows of the longest, C code width, N queries, D width, F features.

@@ -1,12 +1,12 @@
-"""LaVIT's pixel decoders: codebook rows of images become conditions of a U-Net, and these an image.
+"""LaVIT's pixel decoders: codebook rows → conditions of a U-Net → image.
 
     detokenizer = LavitDetokenizer.from_pretrained("pretrained/LaVIT-7B-v2/highres_pixel_decoding", decoder)
     images = detokenizer(rows, ratio="3:2", seeds=[42])
 
-Two were released. A U-Net of SDXL's kind (`highres_pixel_decoding`) reads prompt and pooled embeddings and sizes;
-guidance steers away from zeros. One of Stable Diffusion 1's kind (`pixel_decoding`) reads prompt embeddings alone;
-guidance steers away from the empty text's embeddings (`uncond_embeddings.bin`), and the rest of that prompt is masked.
-Sizes are float32 whatever the U-Net's precision (in bfloat16 a height of 375 pixels would become 376).
+The original has two. An SDXL-class U-Net (`highres_pixel_decoding`) is conditioned on prompt and pooled embeddings and
+sizes; its unconditional embeddings are zeros. A Stable Diffusion 1 U-Net (`pixel_decoding`) is conditioned on prompt
+embeddings; its unconditional ones are those of the empty text (`uncond_embeddings.bin`), with the rest masked. Sizes
+are always float32 (in bfloat16 a height of 375 pixels would become 376).
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class LavitDetokenizer(Detokenizer):
         unchecked; `dtype`: of the U-Net.
 
         Raises:
-            CheckpointError: something is not there (with what to download), damaged, or does not fit the rest.
+            CheckpointError: missing (with download instructions), damaged or mismatched parts.
         """
         place = find_folder(folder, NEEDED, LAVIT_WHERE)
         parts = cls.load_parts(place, dtype, "scheduler", "unet", "vae")
@@ -128,7 +128,7 @@ def is_sdxl(unet: Any) -> bool:
 
 
 def unconditional(prompt: Tensor, null_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What guidance steers away from, `[B, N, W]` as a prompt, and which of its embeddings count (None: all)."""
+    """Unconditional prompt embeddings `[B, N, W]` for guidance, and their mask (None: all)."""
     away = torch.zeros_like(prompt)
     if null_embeds is None:
         return away, None

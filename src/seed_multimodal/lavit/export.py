@@ -1,4 +1,4 @@
-"""A checkpoint of LaVIT's stage 1 becomes folders that the library loads: `tokenizer` and `decoder`."""
+"""Export of a checkpoint of LaVIT's stage 1 to folders `tokenizer` and `decoder`."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def export_stage1(checkpoint: str | Path, out: str | Path, *, vision: str | Path
     """Write `out/tokenizer` (without projector) and `out/decoder` (its untrained U-Net heads are random).
 
     `vision`: the vision encoder of the run, unless the checkpoint holds it; `config`: sizes, by default the
-    `config.json` beside the checkpoint.
+    `config.json` next to the checkpoint.
 
     Raises:
         CheckpointError: not such a checkpoint, no vision encoder or another one than in the training.

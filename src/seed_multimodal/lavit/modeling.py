@@ -1,4 +1,4 @@
-"""LaVIT's dynamic tokenizer: an image becomes as many tokens as its content needs.
+"""LaVIT's dynamic tokenizer: images → a variable number of tokens.
 
     pixels ─ EVA ViT ─► features ─ token selector ─► kept patches ─ token merger ─► rows ─┬─ projector ─► LLM input
                                                                                           └─ quantizer ─► codes
@@ -6,9 +6,9 @@
     tokenizer = load_dynamic_tokenizer(folder)                            # checkpoints.py
     codes = tokenizer.encode(pixels, mode="threshold")                    # [LongTensor[n]], 0 … codebook_size − 1
 
-The vision encoder is used without its final norm and class token. The language model reads continuous rows and writes
-codes; the original model has one token merger for each. With half-precision layers everything runs under autocast and
-the residual streams stay fp32, as in the original; codes are compared in fp32 (in bf16 some codes would change).
+The vision encoder is used without its final norm and class token. The language model has continuous rows as input and
+codes as output; the original model has a token merger for each. With half-precision layers everything runs under
+autocast; residual streams stay fp32, as in the original, and codes are compared in fp32 (bf16 changes some codes).
 
 Source: arXiv 2309.04669 and its code; parameter names are the original ones. Shape suffixes: B batch,
 H heads, N patches (Q of queries, K of keys), D vision width, T rows of all images, C code width.

@@ -1,11 +1,11 @@
-"""LaVIT as its original programs called it: `build_model` and the classes it returns, around `Lavit`.
+"""LaVIT's original interface: `build_model` and the classes it returns, around `Lavit`.
 
     model = build_model("pretrained/LaVIT-7B-v2", model_dtype="bf16", understanding=True).to("cuda")
     model.generate({"image": "cat.jpg"})                               # ["a cat sitting on a table"]
     model = build_model("pretrained/LaVIT-7B-v2", understanding=False)
     model.generate_image("a red apple", width=1024, height=1024)[0].save("apple.png")
 
-Names, arguments and defaults are the original ones; as there, everything random comes from torch's global generators.
+Names, arguments and defaults are the original ones; randomness comes from torch's global generators.
 `.to(…)` and an autocast around calls are not needed; `image_size`, `use_xformers` and `local_files_only` have no
 effect; `load_tokenizer=False` leaves the tokenizer on the CPU.
 """
@@ -122,7 +122,7 @@ class LaVITforUnderstanding(_Model):
 
 
 class LaVITforGeneration(_Model):
-    """Drawings of words, and of images and words; arguments as of `build_model`."""
+    """Images from texts, and from images and texts; arguments as of `build_model`."""
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
@@ -157,8 +157,8 @@ class LaVITforGeneration(_Model):
 
         Args:
             prompts: a text or several; with `is_token_prompt` rows of ids.
-            uncond_input_ids: what guidance steers away from, ids `[B, L]` with the image's start at the end; None: that
-                start alone.
+            uncond_input_ids: unconditional prompt for guidance, ids `[B, L]` ending with the image start; None: only
+                the image start.
             options: as of `LaVITforUnderstanding.generate`; `num_return_images` of each prompt.
         """
         words = self.system.tokenizer
@@ -172,7 +172,7 @@ class LaVITforGeneration(_Model):
         return torch.tensor([[words.pad_id] * (longest + 1 - len(ids)) + ids[1:] for ids in answers])
 
     def generate_image_embeds(self, image_tokens: Tensor) -> Any:
-        """What the pixel decoder reads, from rows of ids `[R, L]`."""
+        """Input of the pixel decoder, from rows of ids `[R, L]`."""
         return self.images.decoder.decoder([self.images.writer.embed_codes(codes.to(self.images.device))
                                             for codes in self._codes(image_tokens)])
 
@@ -183,7 +183,7 @@ class LaVITforGeneration(_Model):
 
 
 class LaVITDetokenizer(_Model):
-    """Images drawn again from their codes, without a language model."""
+    """Reconstruction of images from their codes, without a language model."""
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
                  pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:

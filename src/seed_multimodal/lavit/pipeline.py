@@ -1,9 +1,9 @@
-"""LaVIT: an image has as many tokens as there is to see; it is drawn in six ratios, and from images and words together.
+"""LaVIT: images with a variable number of tokens; image generation in six ratios, from texts and images.
 
     image ─► token selector, token merger ─► rows ─► LLaMA ─► words                              describe, ask
     words and codes of images ─► LLaMA, guided ─► codes ─► decoder ─► U-Net ─► image               draw, edit
 
-It was not trained for conversations: `chat` answers one message.
+It is not trained for conversations: `chat` answers single messages.
 """
 
 from __future__ import annotations
@@ -56,15 +56,15 @@ DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "m
 
 
 class Negative(str):
-    """A part of a message: words that guidance steers away from."""
+    """A part of a message: negative prompt."""
 
 
 class CodeRows(ImageCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    `writer`: the tokenizer whose codes are drawn; `reader`: the one that the language model sees with, None: this
-    system cannot read images; `selection`: "draw" patches by the seed, or those above the "threshold". Seeds choose
-    patches: one for all images, or one each; None: torch's global generator.
+    `writer`: the tokenizer for codes; `reader`: the one for the language model's input, None: no image input;
+    `selection`: "draw" patches by the seed, or those above the "threshold". Seeds determine the selection: one for all
+    images, or one each; None: torch's global generator.
     """
 
     drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
@@ -77,7 +77,7 @@ class CodeRows(ImageCodec):
 
     @property
     def section(self) -> int:
-        """The codebook is in one piece."""
+        """The codebook has a single section."""
         return int(self.writer.config.codebook_size)
 
     def encode(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
@@ -87,7 +87,7 @@ class CodeRows(ImageCodec):
     def read(self, images: Sequence[Any], *, seed: Any = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model; `CheckpointError`: no weights of the second stage."""
         if self.reader is None:
-            raise CheckpointError("This system has no weights that read images (token merger and projector of the "
+            raise CheckpointError("This system has no weights for image input (token merger and projector of the "
                                   "second stage), so it cannot describe images or answer.")
         return self._rows(self.reader.continuous, images, seed)
 
@@ -174,7 +174,7 @@ class Lavit(MultimodalSystem):
                                       f"and {found}.")
         return cls(config, words, llm, images, log)
 
-    # ---- what a family defines
+    # ---- defined by families
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         settings = super().settings(task, **options)
@@ -258,7 +258,7 @@ class Lavit(MultimodalSystem):
         return "ask" if message.text.strip() else "describe"
 
     def compose(self, parts: Sequence[Any], seed: Any = 0, *, num_images: int = 1, **options: Any) -> Any:
-        """An image of texts (`str`), images and codes in their order; a list of `num_images`. Raises as `draw`."""
+        """Generate an image from texts (`str`), images and codes in order; a list of `num_images`. Raises as `draw`."""
         images = self._draw([user_message(parts)], "edit", seed, num_images, 16, options)
         return images[0] if num_images == 1 else images
 

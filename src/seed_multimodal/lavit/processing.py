@@ -1,10 +1,10 @@
-"""LaVIT's words, its prompts, and what becomes of its answers.
+"""LaVIT's vocabulary, prompts, and parsing of answers.
 
     0 … 31999   text pieces (0 <unk>, 1 <s>, 2 </s>, which also pads)
     32000/32001 start and end of an image
     32002 + k   visual code k; an image has 1 … 256 of them
 
-Image words are numbers only: no text stands for them. No prompt begins with `<s>`.
+Image tokens have ids only, no text. Prompts do not start with `<s>`.
 
     caption, answer   start, features, end, text     text is optional
     drawing           text and codes in order, start    continued with codes, end
@@ -64,7 +64,7 @@ class LavitWords(ImageVocabulary):
 
 
 class LavitTokenizer(MultimodalTokenizer):
-    """A plain LLaMA tokenizer beside `LavitWords`: text ⇄ ids without `<s>`; image words are left out of texts."""
+    """A plain LLaMA tokenizer with `LavitWords`: text ⇄ ids without `<s>`; image tokens are skipped in texts."""
 
     pad_id = 2
     spelled = False

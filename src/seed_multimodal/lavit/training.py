@@ -1,18 +1,17 @@
 """Training of LaVIT's tokenizer and of its pixel decoders.
 
-Stage 1: token selector, token merger and codebook learn by rebuilding the features of a frozen encoder.
+Stage 1: token selector, token merger and codebook are trained to reconstruct the features of a frozen encoder.
 
     loss = mean over patches of (1 − cos(x, x̂)) + λ (ρ − share of kept patches)² [+ commitment to the codes]
 
-The share counts over the batch of all processes, so an image with more content may keep more. The token selector learns
-from what its decisions change: one patch of an image is decided the other way, the image is rebuilt again, and the
-difference in its loss is the gradient of that patch's probability. (A straight-through gradient is many times the real
-change for a dropped patch.)
+The share is computed over the batch of all processes, so an image with more content may keep more. The token selector's
+gradient is estimated by flipping the decision of one patch per image: the change in reconstruction loss is the gradient
+of that patch's probability. (A straight-through gradient is many times the real change for a dropped patch.)
 
-Pixel decoders: a U-Net that begins as Stable Diffusion's is conditioned by the features that a frozen code decoder
-makes of an image's own codes, and learns by its own noise-prediction loss. Our choices, where neither paper nor
-repository say more: some images lose their conditions (`dropout`), replaced by what guidance steers away from; the
-heads (`unet_proj*`, `unet_attnpool`) are trained with the U-Net.
+Pixel decoders: a U-Net initialized from Stable Diffusion is conditioned on a frozen code decoder's features of an
+image's codes, and trained with the noise-prediction loss. Our choices, unspecified in paper and repository: conditions
+are dropped (`dropout`), replaced by the unconditional ones; heads (`unet_proj*`, `unet_attnpool`) are trained with the
+U-Net.
 
 Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept rows of all images.
 """
@@ -39,7 +38,7 @@ from seed_multimodal.seed.training import cosine
 from seed_multimodal.settings import setting
 
 REFERENCE = 0.18  # cosine loss at which the original tokenizer converged (about 0.3 with codes from the start)
-TRIED = 2  # of one image in so many a decision is tried the other way, which costs a forward pass
+TRIED = 2  # flip a decision of every n-th image, which costs a forward pass
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
 
 
@@ -116,7 +115,7 @@ class LavitStage1(nn.Module):
     def forward(self, batch: Tensor, *, quantize: bool | None = None, generator: Generators = None,
                 noise: Tensor | None = None) -> LavitStage1Output:
         """Loss of a batch of pixels `[B, 3, S, S]` or patch features `[B, N, D]`; `quantize`: with codes, by default as
-        `use_codes`; `generator`, `noise`: of the selector's draw."""
+        `use_codes`; `generator`, `noise`: of the token selection."""
         quantize = self.use_codes if quantize is None else quantize
         features_BND = self.patch_features(batch)
         selection = self.select(features_BND, quantize and self.freeze_selector, generator, noise)
@@ -143,7 +142,7 @@ class LavitStage1(nn.Module):
 
     def select(self, features_BND: Tensor, frozen: bool = False, generator: Generators = None,
                noise: Tensor | None = None) -> Selection:
-        """The selector's draw, in eval mode with a fixed seed by default; without gradient if `frozen`."""
+        """The token selection, in eval mode with a fixed seed by default; without gradient if `frozen`."""
         if not self.training and generator is None and noise is None:
             generator = torch.Generator(features_BND.device).manual_seed(0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
@@ -192,7 +191,7 @@ class LavitStage1(nn.Module):
 
     @torch.no_grad()
     def start_share(self) -> None:
-        """Set the selector's last biases so that it begins by keeping about the share ρ, not one half."""
+        """Set the token selector's last biases to initially keep about the share ρ, not one half."""
         keep = min(max(self.weights.keep, 1e-3), 1 - 1e-3)
         self.tokenizer.token_predictor.out_conv[4].bias.copy_(torch.tensor([keep, 1 - keep]).log())
 

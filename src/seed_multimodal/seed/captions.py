@@ -1,7 +1,7 @@
-"""Captions as stage 1 reads them: LAVIS's text clean-up, then word pieces of BERT or of a multimodal tokenizer.
+"""Caption tokenization of stage 1: LAVIS's text clean-up, then word pieces of BERT or of a multimodal tokenizer.
 
-    BERT            `bert-base-uncased` and one more word, `[DEC]`, as released: `[CLS] words [SEP] [PAD] …`
-    own tokenizer   its text pieces and one more id, the end: `<s> words END 0 …`
+    BERT            `bert-base-uncased` and one more token, `[DEC]`, as in the original: `[CLS] words [SEP] [PAD] …`
+    own tokenizer   its text tokens and an end id: `<s> words END 0 …`
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _RUNS = re.compile(r"\s{2,}")
 
 
 def caption_text(caption: str, prompt: str = "", max_words: int = 50) -> str:
-    """Lower case, punctuation turned into blanks, runs of white space collapsed, the first `max_words` words.
+    """Lower case, punctuation replaced by blanks, white space collapsed, the first `max_words` words.
     As in LAVIS's `blip_caption` a single tab or newline inside a caption survives."""
     text = _PUNCTUATION.sub(" ", caption.lower())
     text = _RUNS.sub(" ", text).rstrip("\n").strip(" ")
@@ -74,7 +74,7 @@ class BertWords:
 
 
 class PieceWords:
-    """The same from a multimodal tokenizer's folder; 0 is padding."""
+    """Word pieces of a multimodal tokenizer's folder; 0 is padding."""
 
     def __init__(self, source: str | Path, max_length: int, full: bool = True) -> None:
         self.tokenizer = MultimodalTokenizer.from_pretrained(source)

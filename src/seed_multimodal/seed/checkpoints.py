@@ -1,14 +1,14 @@
-"""Reading SEED tokenizers and the weights that their training starts from.
+"""Loading of SEED tokenizers and of the initial weights of their training.
 
     our folder        config.json + model.safetensors
-    released SEED-2   seed_quantizer.pt + eva_vit_g.pth
-    released SEED-1   causal_qformer.pth + seed_tokenizer.pth (laid over the first) + eva_vit_g.pth
-    a file            the last file of one of these, with the others beside it; `vision=` names the vision encoder's
+    original SEED-2   seed_quantizer.pt + eva_vit_g.pth
+    original SEED-1   causal_qformer.pth + seed_tokenizer.pth (laid over the first) + eva_vit_g.pth
+    a file            the last file of one of these, next to the others; `vision=`: file of the vision encoder
     a hub id          `owner/name` of one of these
 
-Each file may be a `.safetensors` instead. Every tensor is accounted for: known training-only names are ignored and
-reported, unknown ones too, with a warning; a missing or misshapen tensor is an error. Files are mapped into memory:
-weights on the CPU in the file's precision stay views of the file.
+Each file may be a `.safetensors` instead. Known training-only tensors are ignored and reported, unknown ones ignored
+with a warning; a missing tensor or one of another shape is an error. Files are memory-mapped: weights on the CPU in the
+file's precision stay views of the file.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ BLIP2_WHERE = ("download https://storage.googleapis.com/sfr-vision-language-rese
 CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
 CLIP_WHERE = f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
 
-# Tensors that a tokenizer may do without: stage 1's text path and heads, target encoders, a moving-average codebook,
-# the other tokenizer's decoder, what rebuilds the Q-Former's output in stage 2's loss, the end of the vision encoder.
+# Optional tensors: stage 1's text path and heads, target encoders, a moving-average codebook, the other tokenizer's
+# decoder, stage 2's reconstruction blocks, the end of the vision encoder.
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
 UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
 KNOWN = (
@@ -59,8 +59,8 @@ KNOWN = (
 
 @dataclass(frozen=True)
 class Layout:
-    """Released files of a tokenizer, later ones laid over earlier ones; `decoder`: a tensor that only it has; `where`:
-    which files come from where; `wrapped`: the files hold `{"model": tensors}` (the vision encoder's never does)."""
+    """The original files of a tokenizer; later files override earlier ones. `decoder`: a tensor that only it has;
+    `where`: sources of the files; `wrapped`: files contain `{"model": tensors}` (never the vision encoder's)."""
 
     name: str
     files: tuple[str, ...]
@@ -69,12 +69,12 @@ class Layout:
     wrapped: bool = False
 
     def find(self, folder: Path) -> list[Path]:
-        """Those of the files that are in a folder, as safetensors or as released."""
+        """Those of the files that are in a folder, as safetensors or as in the original."""
         found = (first_file(folder, (str(Path(name).with_suffix(".safetensors")), name)) for name in self.files)
         return [file for file in found if file is not None]
 
     def advice(self, folder: str | Path) -> str:
-        """What to download into `folder`, without a full stop."""
+        """Download instructions for `folder`, without a full stop."""
         return f"put {self.where} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
 
 
@@ -88,7 +88,7 @@ SEED1 = Layout("SEED-1", ("causal_qformer.pth", "seed_tokenizer.pth"), "distill_
 
 
 def read_tokenizer(kind: Any, source: str | Path, vision: str | Path | None, config: Any) -> tuple[Any, State, str]:
-    """Sizes and tensors of a tokenizer by their released names, and the files that they are from.
+    """Sizes and tensors of a tokenizer by their original names, and the files that they are from.
 
     Args:
         kind: `Seed1Tokenizer` or `Seed2Tokenizer`; the other arguments and errors are those of its `from_pretrained`.
@@ -109,7 +109,7 @@ def read_tokenizer(kind: Any, source: str | Path, vision: str | Path | None, con
 
 
 def find_files(source: str | Path, kind: Any) -> list[Path]:
-    """Weight files that a source stands for, without the vision encoder's; `CheckpointError` if one is not there."""
+    """Weight files of a source, without the vision encoder's. Raises CheckpointError: one is missing."""
     place, layout = Path(source).expanduser(), kind.layout
     if not os.path.exists(place):  # Path.exists raises for a name that is too long
         if not is_hub_name(source):
@@ -154,7 +154,7 @@ def read_vision(source: str | Path, sizes: EvaConfig | None = None) -> State:
     (default: all).
 
     Raises:
-        CheckpointError: not there (names the download), damaged, or another model's.
+        CheckpointError: missing (with download instructions), damaged, or of another model.
     """
     listed = Path(source) / CONFIG
     if listed.is_file() and str(read_json_object(listed).get("model_type")).startswith("clip"):
@@ -178,7 +178,7 @@ def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport
 
 
 def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
-    """Put EVA's tensors into a vision encoder; raises `CheckpointError` if one is missing or of another size."""
+    """Load EVA's tensors into a vision encoder. Raises CheckpointError: missing tensor or another size."""
     return assign_strictly(vit, fit_positions(state, vit.config), source, foreign=True,
                            allow_unexpected=[*UNUSED_IN_VISION, f"blocks.{vit.config.depth}.*"])
 
@@ -200,7 +200,7 @@ def load_clip_vision(source: str | Path, *, device: str | torch.device = "cpu", 
     mode; its `.image_embeds` are stage 2's target.
 
     Raises:
-        CheckpointError: not there (names what to put where), damaged, or weights of another size than its config.json.
+        CheckpointError: missing (with instructions), damaged, or weights of another size than in config.json.
     """
     from transformers import CLIPVisionModelWithProjection
 
@@ -239,11 +239,11 @@ def _load_clip(kind: Any, source: str | Path, device: str | torch.device, dtype:
 
 
 def load_blip2(model: Any, source: str | Path, log: Log = print) -> LoadReport:
-    """Start a `Stage1Model` from `blip2_pretrained.pth` (a file, its folder or a hub id): Q-Former with text path,
+    """Initialize a `Stage1Model` from `blip2_pretrained.pth` (a file, its folder or a hub id): Q-Former with text path,
     `ln_vision`, projections and temperature; never the vision encoder.
 
     Raises:
-        CheckpointError: not there (names the download), damaged, another model's, or of another size.
+        CheckpointError: missing (with download instructions), damaged, of another model or size.
     """
     file = find_file(source, BLIP2_FILES, BLIP2_WHERE)
     state = load_state_dict(file)

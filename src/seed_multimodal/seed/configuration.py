@@ -1,4 +1,4 @@
-"""Sizes of the SEED tokenizers. The defaults are the released models; `config.json` holds those of ours."""
+"""Sizes of the SEED tokenizers. The defaults are the original models; `config.json` holds those of ours."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class TokenizerConfig:
     """Sizes that both tokenizers have.
 
     Ours: `normalize_codes` compares and decodes codes on the unit sphere; with `codebook_sections` = `num_query` each
-    position chooses from its own part of the codebook (released: 1, all choose from all).
+    position chooses from its own part of the codebook (original: 1, all choose from all).
     """
 
     model_type: ClassVar[str]
@@ -62,7 +62,7 @@ class TokenizerConfig:
 
     @classmethod
     def released(cls, names: Container[str]) -> Self:
-        """Sizes of a released file that holds tensors of these names."""
+        """Sizes of an original file that holds tensors of these names."""
         return cls()
 
 
@@ -88,7 +88,7 @@ class Seed2Config(TokenizerConfig):
 
     @classmethod
     def released(cls, names: Container[str]) -> Self:
-        """The released file has the head `image_down`; checkpoints of the published training code have the other."""
+        """The original file has the head `image_down`; checkpoints of the published training code have the other."""
         return cls() if "image_down.0.weight" in names else cls(use_qformer_image=True, reverse_depth=4)
 
 

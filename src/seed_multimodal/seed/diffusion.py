@@ -3,9 +3,9 @@
     detokenizer = UnclipDetokenizer.from_pretrained("pretrained/stable-diffusion-2-1-unclip")
     images = detokenizer(tokenizer.decode(codes), seeds=[0])
 
-SEED-1's embeddings stand in the place of a text prompt's; SEED-2's is a CLIP image embedding. Noise level 0 of unCLIP
-still adds a little noise to it, so the seed counts there, too. The original programs drew one image at a time from one
-noise tensor; here every image has its own noise. There is no watermark.
+SEED-1's embeddings replace a text prompt's; SEED-2's is a CLIP image embedding. Noise level 0 of unCLIP still adds a
+little noise to it, so it depends on the seed, too. The original programs generate one image at a time from one noise
+tensor; here every image has its own noise. There is no watermark.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SD_WHERE = (f"download the diffusers folder of Stable Diffusion 1.4 (hf download
 
 
 class SeedDetokenizer(Detokenizer):
-    """What both share: how they are loaded."""
+    """Common loading code."""
 
     float32, decode_at_once = ("safety_checker",), 8
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -39,7 +39,7 @@ class SeedDetokenizer(Detokenizer):
         """Load a diffusers folder; `safety_checker`: use the folder's, if it holds one (a flagged image is black).
 
         Raises:
-            CheckpointError: not there (with what to download), not complete, or damaged.
+            CheckpointError: missing (with download instructions), incomplete, or damaged.
         """
         names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
         place = find_folder(folder, [f"{name}/*" for name in names], cls.where)
@@ -125,7 +125,7 @@ class UnclipDetokenizer(SeedDetokenizer):
         return torch.cat([mixed, sinusoid.to(mixed)], dim=1)
 
     def prompt(self, embeds: Tensor) -> Tensor:
-        """What the cross-attention reads, `[B, n, D]`: the layout's tokens, the empty prompt, or zeros."""
+        """Input of the cross-attention `[B, n, D]`: the layout's tokens, the empty prompt, or zeros."""
         if self.layout is not None:
             return self.layout(self.layout.flat(embeds))[1]
         if self.text_encoder is not None:

@@ -1,12 +1,12 @@
-"""From training to use: the checkpoints of the two stages and the vision encoder become one tokenizer folder.
+"""Export: joins checkpoints of both stages and the vision encoder into one tokenizer folder.
 
     stage 1           Qformer (its query path), query_tokens, ln_vision; visual_encoder if it was trained
     stage 2           quantize, task layers, blocks, positions, decoder; parts of the encoder if they were trained on
     vision encoder    eva_vit_g.pth, unless a stage holds it
 
-Training checkpoints leave frozen parts out, so each part is taken from the latest file that has it. Stage 2's decoder
-decides between SEED-2 and SEED-1; checkpoints of the published training code hold both and are SEED-2's unless `seed1`
-is asked for.
+Training checkpoints omit frozen parts, so each part is taken from the latest file that has it. Stage 2's decoder
+determines SEED-2 or SEED-1; checkpoints of the published training code have both and are exported as SEED-2 unless
+`seed1` is set.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1
 
 @dataclass(frozen=True)
 class Export:
-    """What an export wrote: the file that each part came from, and the codes of the test image."""
+    """Report of an export: source file of each part, and codes of the test image."""
 
     folder: Path
     kind: str
@@ -44,7 +44,7 @@ class Export:
     codes: list[int]
 
     def lines(self) -> list[str]:
-        """The report, one sentence a line."""
+        """The report as lines."""
         lines = [f"{file}: gave {', '.join(part for part, source in self.parts.items() if source == file)}."
                  for file in dict.fromkeys(self.parts.values())]
         return [*lines, f"{self.folder}: codes of the test image: {' '.join(map(str, self.codes))}"]
@@ -61,8 +61,8 @@ def export_tokenizer(
     Args:
         stage1: may be left out if stage 2 trained the encoder. vision: file or CLIP folder of the vision encoder, if no
             stage holds it.
-        config: sizes, or a config.json; default: ours beside a checkpoint, else the released ones.
-        kind: `seed2`, `seed1` or `auto`. released: also write the files of the released layout.
+        config: sizes, or a config.json; default: ours next to a checkpoint, else the original ones.
+        kind: `seed2`, `seed1` or `auto`. released: also write the files of the original layout.
         beside: further files for the folder; words: the vocabulary in them.
         force: replace a folder that is not empty.
 
@@ -137,7 +137,7 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
 
 
 def released_files(model: SeedTokenizer) -> dict[str, dict[str, Any]]:
-    """The content of each file of a tokenizer's released layout, the vision encoder's last."""
+    """The content of each file of a tokenizer's original layout, the vision encoder's last."""
     layout = model.layout
     files: dict[str, dict[str, Any]] = {name: {} for name in (*layout.files, VISION_FILES[-1])}
     for name, value in model.state_dict().items():

@@ -1,11 +1,11 @@
-"""SEED-1 and SEED-2: an image becomes 32 codes of a codebook, and 32 codes become what a diffusion model draws from.
+"""SEED-1 and SEED-2: images → 32 codes of a codebook → embeddings that condition a diffusion model.
 
     images ─► visual_encoder ─► ln_vision ─► Qformer(query_tokens) ─► encode_task_layer ─► quantize ─► codes
     codes ─► codebook rows ─► decode_task_layer ─► positions, blocks ─► head ─► embeddings
 
 SEED-2's head (`image_down`, or the Reverse Q-Former in the published training code) gives one image embedding, SEED-1's
-Reverse Q-Former 77 text-like embeddings. Attribute names are the released ones.
-Note: code k depends on queries 0..k only (causal), so the first k codes are an image of their own.
+Reverse Q-Former 77 text-like embeddings. Attribute names are the original ones.
+Note: code k depends only on queries 0..k (causal), so the first k codes can be decoded alone.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")  # of SEED-1's dec
 
 
 class SeedTokenizer(PretrainedNetwork):
-    """The encoder and the codebook. A subclass makes its parameters, calls `add_encoder`, then adds its decoder."""
+    """Encoder and codebook. Subclasses call `add_encoder`, then add their decoder."""
 
     layout: ClassVar[Layout]
     query_tokens: nn.Parameter
@@ -42,7 +42,7 @@ class SeedTokenizer(PretrainedNetwork):
         self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02))
 
     def add_encoder(self, ema_decay: float | None) -> None:
-        """Vision encoder, Q-Former, codebook and the layers around it, in the released order."""
+        """Vision encoder, Q-Former, codebook and the layers around it, in the original order."""
         config = self.config
         width, d = config.qformer.width, config.codebook_dim
         self.visual_encoder = EvaVit(config.vit)
@@ -57,16 +57,16 @@ class SeedTokenizer(PretrainedNetwork):
     def from_pretrained(cls, folder: str | Path, *, vision: str | Path | None = None, config: Any = None,
                         device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
                         log: Callable[[str], None] | None = None) -> Self:
-        """Load our folder, released files, one file or a hub id (see `seed.checkpoints`), in eval mode and frozen.
+        """Load our folder, original files, one file or a hub id (see `seed.checkpoints`), in eval mode and frozen.
 
         Args:
-            vision: file of the vision encoder, if it is not in or beside `folder`.
-            config: sizes; default: our `config.json` beside the weights, else the released ones.
+            vision: file of the vision encoder, if it is not in or next to `folder`.
+            config: sizes; default: our `config.json` next to the weights, else the original ones.
             log: receives one line about what was loaded and ignored.
 
         Raises:
-            CheckpointError: nothing there (names what to put where), a damaged or unsafe file, or tensors that are
-                missing or of another size.
+            CheckpointError: missing (with instructions), damaged or unsafe files, or tensors that are missing or of
+                another size.
         """
         sizes, state, files = read_tokenizer(cls, folder, vision, config)
         model = cls.from_released(sizes, state, files, device=device, dtype=dtype)
@@ -76,24 +76,24 @@ class SeedTokenizer(PretrainedNetwork):
 
     @classmethod
     def from_released(cls, config: Any, state: Mapping[str, Tensor], source: str, **placing: Any) -> Self:
-        """A tokenizer from tensors by their released names; raises as `from_pretrained`."""
+        """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
         return cls.from_state_dict(config, fit_positions(state, config.vit, VISION), source, foreign=True,
                                    allow_missing=["*position_ids"],
                                    allow_unexpected=[*KNOWN, f"{VISION}blocks.{config.vit.depth}.*"], **placing)
 
     @classmethod
     def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a training checkpoint by their released names."""
+        """The tensors of a training checkpoint by their original names."""
         return dict(state)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.query_tokens.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the weights; images are cast to it."""
+        """Dtype of the weights; images are cast to it."""
         return self.query_tokens.dtype
 
     # ---- image → codes
@@ -130,7 +130,7 @@ class SeedTokenizer(PretrainedNetwork):
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
         `lengths` `[B]`: decode each row from its first codes only; the rows of the others are zeros, as in a stage 2
-        trained with `nested`. Released weights were not trained for this and need not give a similar image.
+        trained with `nested`. The original weights were not trained for this and need not give a similar image.
         """
         size, parts = batch_size or max(1, len(codes)), []
         with evaluating(self):
@@ -163,7 +163,7 @@ class SeedTokenizer(PretrainedNetwork):
 
 
 class Seed2Tokenizer(SeedTokenizer):
-    """SEED-2; the state dict has the released 881 keys (with the Reverse Q-Former of 12 layers 1134)."""
+    """SEED-2; the state dict has the original 881 keys (with the Reverse Q-Former of 12 layers 1134)."""
 
     layout, config_class, model_type = SEED2, Seed2Config, Seed2Config.model_type
     config: Seed2Config
@@ -200,7 +200,7 @@ class Seed2Tokenizer(SeedTokenizer):
 
 
 class Seed1Tokenizer(SeedTokenizer):
-    """SEED-1; the state dict has the released 917 keys. The reverse queries see each other freely."""
+    """SEED-1; the state dict has the original 917 keys. The reverse queries see each other freely."""
 
     layout, config_class, model_type = SEED1, Seed1Config, Seed1Config.model_type
     config: Seed1Config
@@ -223,7 +223,7 @@ class Seed1Tokenizer(SeedTokenizer):
 
     @classmethod
     def released_names(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The published training code holds this decoder as its text branch beside SEED-2's image branch, which then
+        """The published training code holds this decoder as its text branch next to SEED-2's image branch, which then
         owns the names without `_text`."""
         own = {name.replace("_text", ""): value for name, value in state.items() if name.startswith(TEXT_NAMES)}
         if not own:
@@ -266,8 +266,8 @@ def fast_encode(tokenizer: nn.Module, dtype: torch.dtype = torch.float32, *, com
                 mode: str | None = None) -> Callable[[Tensor], Tensor]:
     """A faster `tokenizer.encode`: in a precision, with compiled blocks; the tokenizer is changed in place.
 
-    fp16 converts the whole model, as released; bf16 has too few bits for the sums of 39 blocks, so only matrix products
-    are in it, under autocast. The first call with a new batch size compiles. `mode`: of `torch.compile`.
+    fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of 39 blocks, so only matrix
+    products are in it, under autocast. The first call with a new batch size compiles. `mode`: of `torch.compile`.
     """
     mixed = dtype == torch.bfloat16
     if mixed:

@@ -8,8 +8,8 @@
     model = Seed1.from_pretrained("pretrained")
     images = model.reconstruct(["images/cat.jpg"])                       # or model.draw(model.tokenize([…]))
 
-Names, defaults and results are the originals'. Unlike them, drawing is seeded, de-tokenizers load on first use, and
-batches of any size work. What transformers' tokenizer class has beyond these members is missing.
+Names, defaults and results are the originals'. Differences: image generation is seeded, de-tokenizers load on first
+use, batches of any size are supported. Other members of transformers' tokenizer class are missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
 YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
-DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # beside SEED-1's tokenizer
+DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
 
 
 class SeedLlamaTokenizer:
@@ -62,7 +62,7 @@ class SeedLlamaTokenizer:
             diffusion_path: default: the folder's `diffusion_model`, else `pretrained/stable-diffusion-2-1-unclip`.
 
         Raises:
-            CheckpointError: a part that is not there: what to download and where to put it.
+            CheckpointError: a missing part, with download instructions.
         """
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
@@ -78,12 +78,12 @@ class SeedLlamaTokenizer:
 
     @property
     def num_image_tokens(self) -> int:
-        """How many codes there are."""
+        """Number of codes."""
         return self.text.vocabulary.n_codes
 
     @property
     def device(self) -> torch.device:
-        """Where images are encoded and drawn."""
+        """Device of the image tokenizer."""
         return self.images.device
 
     def encode_image(self, image_path: Any = None, image_pil: Image.Image | None = None,
@@ -146,11 +146,11 @@ class Seed1:
         """Load the tokenizer (see `seed.checkpoints`) now, and Stable Diffusion 1 when the first image is drawn.
 
         Args:
-            diffusion: default: in or beside `folder`, else `pretrained/stable-diffusion-v1-4`.
+            diffusion: default: in or next to `folder`, else `pretrained/stable-diffusion-v1-4`.
             config: sizes of weights without config.json that are not of the original width.
 
         Raises:
-            CheckpointError: weights that are missing (what to download and where to put it), or damaged.
+            CheckpointError: missing (with download instructions) or damaged weights.
         """
         place = locate(folder) or Path(folder)
         home = place.parent if place.is_file() else place

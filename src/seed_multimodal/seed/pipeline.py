@@ -1,4 +1,4 @@
-"""SEED-LLaMA: images are 32 codes each, which its language model reads and writes.
+"""SEED-LLaMA: a language model over text tokens and images of 32 codes.
 
     images ─► Seed2Tokenizer ─► codes ─► prompt ids ─► LLaMA ─► answer ids ─► texts and codes ─► unCLIP ─► images
 """
@@ -34,7 +34,7 @@ from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import INSIDE, SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Runtimes
 
-REMEMBERED = 1024  # images whose codes are kept, about 0.5 KB each
+REMEMBERED = 1024  # images in the cache of codes, about 0.5 KB each
 
 
 class CodeImages(ImageCodec):
@@ -63,7 +63,7 @@ class CodeImages(ImageCodec):
         return torch.stack([self.transform(self.open(image)) for image in images])
 
     def encode(self, images: Sequence[Any]) -> Tensor:
-        """Images → codes [B, 32] int64 on the CPU; those of the last images are kept by their content."""
+        """Images → codes [B, 32] int64 on the CPU, with a cache by content."""
         if not len(images):
             return torch.empty(0, self.model.config.num_query, dtype=torch.long)
         return self.encode_pixels(self.pixels(images))
@@ -101,8 +101,8 @@ class CodeImages(ImageCodec):
         """Codes → images.
 
         Args:
-            codes: draw from so many of the codes only: one number for all images, or one each.
-            negative_codes: codes of an image to steer away from, or of one each. settings: of `UnclipDetokenizer`.
+            codes: use only this many of the codes: one number for all images, or one each.
+            negative_codes: negative condition for guidance, one for all or one each. settings: of `UnclipDetokenizer`.
 
         Raises:
             CodesError: codes outside the codebook.

@@ -1,8 +1,8 @@
 """The causal Q-Former: 32 learned queries read an image in order; a text path shares its attention in stage 1.
 
-A BERT (post-norm) with cross-attention to the image in every second layer. As released: queries get no position
+A BERT (post-norm) with cross-attention to the image in every second layer. As in the original: queries get no position
 embedding, their order comes only from the vectors and the causal mask; queries and text have separate feed-forward
-layers; masked scores get -10000. Parameter names are the released ones
+layers; masked scores get -10000. Parameter names are the original ones
 (`bert.encoder.layer.N.attention.self.query.weight` …).
 """
 
@@ -50,7 +50,7 @@ class _Residual(nn.Module):
 
 
 class _AttentionLayer(nn.Module):
-    """Attention over `source` with its output projection; `self` and `output` are the released names."""
+    """Attention over `source` with its output projection; `self` and `output` are the original names."""
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()

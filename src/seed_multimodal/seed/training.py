@@ -1,6 +1,6 @@
-"""Training of the SEED tokenizers: stage 1 (contrast with captions), stage 2 of SEED-2 and of SEED-1 (codebook).
+"""Training of the SEED tokenizers: stage 1 (contrastive with captions), stage 2 of SEED-2 and of SEED-1 (codebook).
 
-Parameter names are the released training checkpoints', so each stage takes the earlier one's tensors by name.
+Parameter names are the original training checkpoints', so each stage takes the earlier one's tensors by name.
 """
 
 from __future__ import annotations
@@ -43,19 +43,18 @@ class Stage1Output:
 
 
 class Stage1Model(nn.Module):
-    """The causal Q-Former learns, by contrast with captions, to put an image into 32 ordered queries.
+    """Stage 1: the causal Q-Former is trained with a contrastive loss to encode an image into 32 ordered queries.
 
-    Only the last query, which sees all others, is compared with the caption's first token. Projections and logits are
-    computed in fp32 under autocast too: divided by a temperature of 0.07, bf16 products alone put several per cent of
-    error into the gradient. Ours, off by default: `embedding_dim` adds a head that regresses an image embedding of that
-    width from the first k queries.
+    Only the last query, which attends to all others, is compared with the caption's first token. Projections and logits
+    are always fp32: with a temperature of 0.07, bf16 products cause several per cent of error in the gradient. Ours,
+    off by default: `embedding_dim` adds a head that regresses an image embedding from the first k queries.
 
     Args:
         config: sizes; only `vit`, `qformer` and `num_query` matter here.
-        vocab_size: word pieces of the text tokenizer (released: BERT's 30522 and `[DEC]`).
-        lm_head: keep BERT's prediction head: unused and frozen, but part of the released checkpoint.
-        gather_gradient: whether features of other processes carry gradient; None as released: not, and with a process
-            group of any size a process's own features do not either.
+        vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
+        lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
+        gather_gradient: whether features of other processes carry gradient; None, as in the original: not, nor a
+            process's own features if there is a process group.
     """
 
     def __init__(self, config: Seed2Config, *, vocab_size: int = 30523, embed_dim: int = 256,
@@ -212,15 +211,15 @@ class Stage2Base(SeedTokenizer):
 
         loss = 5 · codebook + 2 · (1 - cosine to the Q-Former's output) + 0.5 · MSE of the decoder's embeddings
 
-    As released the frozen Q-Former stays in train mode, so its dropout makes codes and targets noisy. Ours, off by
-    default: training the Q-Former too, corrupted codes, a prefix of the codes, and no quantizer (warm-up).
+    As in the original, the frozen Q-Former stays in train mode, so dropout makes codes and targets noisy. Ours, off by
+    default: training the Q-Former, corrupted codes, prefixes of codes, and warm-up without quantizer.
 
     Args:
         ema_decay: moving-average codebook instead of the codebook loss.
         freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder never).
-        frozen_dropout: leave the frozen Q-Former in train mode, as released.
+        frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
         corrupt: each sample gets a fraction of its codes, uniform in [0, corrupt], replaced by random ones before
-            decoding (training mode only), so that the decoder survives a language model's errors.
+            decoding (training mode only), so that the decoder is robust to a language model's errors.
         nested: probability that a sample is decoded from its first k codes only, k uniform (training mode only), so
             that early codes carry the most; the rows after them are zeros.
     """
@@ -240,8 +239,8 @@ class Stage2Base(SeedTokenizer):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """As usual, but vision and text encoder, and a frozen Q-Former if asked for, stay in eval mode (as released,
-        SEED-2's CLIP does not)."""
+        """As usual, but vision and text encoder, and a frozen Q-Former if asked for, stay in eval mode (as in the
+        original, SEED-2's CLIP does not)."""
         super().train(mode)
         quiet = ["visual_encoder", "text_encoder"]
         quiet += ["Qformer"] if self.freeze_qformer and not self.frozen_dropout else []
@@ -346,7 +345,7 @@ class Stage2Base(SeedTokenizer):
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine along the last axis without an epsilon, as released: `[..., D]` → `[...]`."""
+    """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
     a, b = a.float(), b.float()
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
@@ -398,7 +397,7 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
     def scale_start(self) -> None:
         """Random weights around the codebook and in the decoder that keep the size of what goes through them.
 
-        PyTorch's, as released, shrink it at each of these layers: then hundreds of steps go by before codes matter.
+        PyTorch's, as in the original, shrink it at each layer, so codes have no effect for hundreds of steps.
         """
         for part in (self.encode_task_layer, self.decode_task_layer, getattr(self, "image_down", ())):
             gain = 2.0 if part is getattr(self, "image_down", None) else 1.0  # ReLU lets half of it through

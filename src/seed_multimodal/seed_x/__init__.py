@@ -1,1 +1,1 @@
-"""SEED-X: images as continuous features for a language model, drawn again by SDXL."""
+"""SEED-X: images as continuous features for a language model, decoded by SDXL."""

@@ -1,6 +1,6 @@
 """SEED-X's SDXL adapter: an SDXL U-Net whose text conditions a resampler makes from visual embeddings.
 
-The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were released, each as one file of
+The resampler is a perceiver (Jaegle et al. 2021, as in IP-Adapter). Two stages were published, each as one file of
 `unet.*` (1,680 keys) and `resampler.*` (62): the first draws from embeddings alone (4 input channels), the second also
 reads the latents of a condition image (8). The second's first convolution begins as the first's with zeros for the new
 channels; the original code forgot to copy that convolution's bias.
@@ -35,11 +35,11 @@ FIRST_LAYER = "unet.conv_in.weight"
 
 @dataclass(frozen=True)
 class ResamplerSizes:
-    """Sizes of `ResamplerXLV2`; the defaults are those of both released adapters.
+    """Sizes of `ResamplerXLV2`; the defaults are those of both original adapters.
 
     `num_queries`: Q, the length of the prompt. `output1_dim`, `output2_dim`: widths of the two text encoders' hidden
     states; the pooled output has the second. `normalize`: scale each channel's values over the embeddings of an image
-    to length 1 (released: off).
+    to length 1 (original: off).
     """
 
     dim: int = setting(1024, least=1)
@@ -55,7 +55,7 @@ class ResamplerSizes:
 
 
 class ResamplerXLV2(nn.Module):
-    """Visual embeddings `[B, N, embedding_dim]`, any N (released: 64 or 256), → prompt and pooled embeddings."""
+    """Visual embeddings `[B, N, embedding_dim]`, any N (original: 64 or 256), → prompt and pooled embeddings."""
 
     def __init__(self, sizes: ResamplerSizes | None = None) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class PerceiverAttention(nn.Module):
 
 
 class SDXLAdapter(nn.Module):
-    """U-Net (4 input channels, or 8 to read a condition image) and resampler, the released checkpoints' two parts."""
+    """U-Net (4 input channels, or 8 to read a condition image) and resampler, the original checkpoints' two parts."""
 
     load_report: LoadReport | None = None
 
@@ -152,7 +152,7 @@ class SDXLAdapter(nn.Module):
 
     def set_trainable(self, which: Trained = "key_value") -> list[nn.Parameter]:
         """Switch on what is trained, and return those parameters: the resampler, and the whole U-Net ("all", as in the
-        released second stage) or its keys and values, with the first convolution of a second stage ("key_value", as in
+        original second stage) or its keys and values, with the first convolution of a second stage ("key_value", as in
         the paper's first stage; the original code never switched them on)."""
         train_unet(self.unet, which)
         self.unet.conv_in.requires_grad_(which == "all" or self.reads_condition)
@@ -173,7 +173,7 @@ class SDXLAdapter(nn.Module):
 
         Args:
             checkpoint: a file, or the folder (or hub name) that holds one. sdxl: SDXL's folder, for `unet/config.json`.
-            sizes: of the resampler, where no `resampler.json` lies with the weights; None: the released ones.
+            sizes: of the resampler, where no `resampler.json` lies with the weights; None: the original ones.
 
         Raises:
             CheckpointError: a file that is missing, damaged, not complete, or of an adapter of another size.

@@ -1,11 +1,11 @@
-"""SEED-X's de-tokenizer: visual embeddings become an image by SDXL, in the second stage with a condition image.
+"""SEED-X's de-tokenizer: visual embeddings → image by SDXL, in the second stage with a condition image.
 
     detokenizer = SdxlDetokenizer.from_pretrained("pretrained/stable-diffusion-xl-base-1.0",
                                                   "pretrained/seed_detokenizer/second_stage")
     detokenizer.set_null_embeds(vision_encoder, 448)
     images = detokenizer(features, condition_images=[source], seeds=[42])
 
-Guidance steers away from what the vision encoder sees in pixels of zero, CLIP's mean colour. The second stage guides as
+The unconditional embeddings are the vision encoder's for zero pixels, CLIP's mean colour. The second stage guides as
 InstructPix2Pix (Brooks et al. 2023, equation 3), with three runs of the U-Net a step:
 
     none + guidance_scale · (both − image) + image_guidance_scale · (image − none)

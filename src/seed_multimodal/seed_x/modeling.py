@@ -1,13 +1,13 @@
-"""`ContinuousLVLM`: a stock LLaMA that reads images as features and writes them as features (SEED-X's "agent").
+"""`ContinuousLVLM`: a stock LLaMA with continuous image features as input and output (SEED-X's "agent").
 
                 features [256, 4096] ─► input resampler + place of the view ─► 64 embeddings ─┐
     tokens ─► embeddings ─────────────────────────────────────────────────────────────────────┴► LLaMA ─► tokens
                                                   states at 64 image words ─► output resampler ─► features [64, 4096]
 
-Training: cross-entropy of the tokens, and the distance of the written features to those of the image, averaged over
-each 4 neighbours. The states are those AT the image words, after the final norm, not those that predict them. Both
-resamplers take part in every step, with weight zero where the batch has no image for them, so that all processes
-compute gradients of the same parameters and ZeRO-3 gathers them in one order.
+Training: cross-entropy of tokens, and the distance of output features to those of the image, averaged over 4
+neighbours. The states are those AT the image tokens, after the final norm, not those that predict them. Both resamplers
+run in every step, with weight zero if the batch has no image for them, so that all processes compute gradients of the
+same parameters and ZeRO-3 gathers them in the same order.
 
 Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names are the original ones.
 """
@@ -106,13 +106,13 @@ class ContinuousLVLM(nn.Module):
             return functional.mse_loss(written, target.float())
         return (1 - functional.cosine_similarity(written, target.float(), dim=-1)).mean()
 
-    # ---- reading and writing
+    # ---- inference
 
     def embed(self, ids: Tensor, mask: Tensor, features: Tensor | None, positions: Tensor | None,
               views: list[int] | None = None) -> Tensor:
         """Tokens [B, L] → embeddings [B, L, D], with features [n, N, K] of views, whose centres are `positions` [n, 2],
         in the places of `mask` (bool [B, L]), in order. `views` of each image: then each image is read alone, so that
-        it has the same embeddings beside any others."""
+        it has the same embeddings next to any others."""
         embeds: Tensor = self.llm.get_input_embeddings()(ids)
         if features is None:
             return embeds

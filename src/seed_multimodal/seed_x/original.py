@@ -3,8 +3,8 @@
     config = config_of_files({"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}, tuned=True)
     SeedX.from_pretrained(config)
 
-`config.ALIASES` leads each name to a function here, which loads nothing: it says where the weights are and which sizes
-they have. Sizes beside the weights (`config.json`, `resampler.json`) win over the YAML's.
+`config.ALIASES` maps each name to a function here that loads nothing and returns path and sizes of the weights. Sizes
+stored with the weights (`config.json`, `resampler.json`) override the YAML's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STRAY = "image_start_id"  # a key of the original vision encoder's file, there w
 
 @dataclass(frozen=True)
 class Described:
-    """A part: its key of `SystemConfig`, where it is, its sizes (None: those beside the weights), its LoRA's fields."""
+    """A part: key of `SystemConfig`, path, sizes (None: those next to the weights), fields of its LoRA."""
 
     key: str
     path: Path = Path()
@@ -90,8 +90,8 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
     """The parts that YAML files (of `KEYS` and `image_transform`) describe; `adapter` needs `sdxl`'s diffusers folder.
 
     Raises:
-        CheckpointError: parts that are missing: all of them, and what to put where. ConfigError: a file that is missing
-            or describes something else.
+        CheckpointError: missing parts, with instructions. ConfigError: a missing file, or one that describes something
+            else.
     """
     parts = {kind: _read(file, kind) for kind, file in files.items() if kind != "image_transform"}
     places: dict[str, Any] = {part.key: part.path for part in parts.values() if part.key != "discrete_model"}
@@ -108,7 +108,7 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
 
 
 def _build(file: str | Path) -> Any:
-    """What a YAML file, here or below the repository root, describes."""
+    """The part described by a YAML file, in the current folder or below the repository root."""
     try:
         return instantiate(locate(file) or Path(file))
     except ConfigError as error:
@@ -123,7 +123,7 @@ def _read(file: str | Path, kind: str) -> Described:
 
 
 def _sized(key: str, path: str, sizes: Any, beside: str = "config.json") -> Described:
-    """A part whose own sizes win, where they are beside its weights."""
+    """A part; sizes stored with its weights override those of the YAML."""
     place = locate(path)
     known = place is not None and ((place if place.is_dir() else place.parent) / beside).is_file()
     return Described(key, Path(path), None if known else sizes)

@@ -1,4 +1,4 @@
-"""SEED-X: its language model reads images as features of their views, and writes them as features at 64 fixed words.
+"""SEED-X: a language model with image features of several views as input, and features at 64 placeholders as output.
 
     images ─► views ─► QwenVit ─► features ─► agent (LLaMA and two resamplers) ─► texts, boxes and features ─► SDXL
 """
@@ -64,13 +64,13 @@ from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import ImageCodec, Log, Runtimes, one_seed_each
 
-REMEMBERED = 16  # images whose features are kept: about 10 MB each in float16
+REMEMBERED = 16  # images in the cache of features: about 10 MB each in float16
 AT_ONCE = 8  # views in one pass of the vision encoder
 
 
 @dataclass(frozen=True)
 class Seen:
-    """An image as the language model reads it: features [V, N, K] of its views, their centres [V, 2], itself."""
+    """An encoded input image: features [V, N, K] of its views, their centres [V, 2], and the image."""
 
     features: Tensor
     positions: Tensor
@@ -79,8 +79,8 @@ class Seen:
 
 @dataclass(frozen=True)
 class Detection:
-    """What was found in an image: `boxes` (left, top, right, bottom) in whole pixels, cut off at its edges, the same in
-    224ths (`grid`), the answer with its words of boxes, and a sentence about each malformed box."""
+    """Detected `boxes` (left, top, right, bottom) in pixels, clipped to the image, the same in 224ths (`grid`), the
+    answer with its box tokens, and a message for each malformed box."""
 
     image: Image.Image
     boxes: list[tuple[int, int, int, int]]
@@ -94,7 +94,7 @@ class Detection:
 
 
 class FeatureImages(ImageCodec):
-    """Images ⇄ features; `grids`: into which images are cut that are read, `edit_grids` those that are edited."""
+    """Images ⇄ features; `grids`: tile grids of input images, `edit_grids`: of images to edit."""
 
     own_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
@@ -137,7 +137,7 @@ class FeatureImages(ImageCodec):
     def check_drawing(self, **settings: Any) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
         super().check_drawing(**settings)
-        if self.decoder.null_embeds is None:  # what guidance steers away from
+        if self.decoder.null_embeds is None:  # unconditional embeddings for guidance
             with self.encoding():
                 self.decoder.set_null_embeds(self.model, self.views.image_size)
 
@@ -197,7 +197,7 @@ class SeedX(MultimodalSystem):
                                   f"{read.kv_dim or read.embed_dim}; they do not belong together.")
         return cls(config, words, agent, images, log)
 
-    # ---- what a family defines
+    # ---- defined by families
 
     def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
         return AnswerReader(self.tokenizer, [self.template.turn_marker] if self.config.tuned else (), previews)
@@ -270,7 +270,7 @@ class SeedX(MultimodalSystem):
         sources = [request.source if edits else None for request in requests]
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, conditions=sources, **drawing)
 
-    # ---- tasks of its own
+    # ---- further tasks
 
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = 16, **options: Any) -> Any:
         """Where `phrase` is in an image: a `Detection`; a list of them for a list of images. A model that follows

@@ -1,11 +1,11 @@
-"""What SEED-X is asked and answers: prompts with images in several views, boxes as words, answers as text.
+"""SEED-X's prompts with images in several views, boxes as tokens, and parsing of answers.
 
     tuned (SEED-X-I, -Edit)   [INST] {image}{request} [/INST]\\n{answer}\\n[INST] {request} [/INST]\\n…
     base (SEED-X)             Question: {image}{question}\\nAnswer:   {image}{phrase} [[ <box_start>   {caption}
 
 Each turn is encoded on its own, as in the training data. An image is `<patch>` … `</patch>` for each part of it and
 `<img>` … `</img>` for the whole (`SeedXVocabulary.read_ids`). A box is `<box_start>`, the places of its centre (x, y),
-its width and its height in 224ths of the image's, `<box_end>`. Source: SEED-X's released code (inference scripts,
+its width and its height in 224ths of the image's, `<box_end>`. Source: SEED-X's original code (inference scripts,
 `decode_llava_data`).
 """
 
@@ -34,14 +34,14 @@ class ReadImage:
 
 @dataclass(frozen=True)
 class WrittenImage:
-    """An image of an earlier answer, as the model wrote it: its words alone, without features."""
+    """An image of an earlier answer: its tokens, without features."""
 
 
 Content = str | ReadImage | WrittenImage
 
 
 class SeedXPrompts:
-    """Requests as token ids, `<s>` in front."""
+    """Prompts as token ids, starting with `<s>`."""
 
     def __init__(self, tokenizer: MultimodalTokenizer) -> None:
         self.tokenizer, self.vocabulary = tokenizer, seed_x_words(tokenizer)
@@ -132,7 +132,7 @@ def place_images(text: str, images: Sequence[int]) -> list[Content]:
 
 
 def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
-    """Generated ids as the released `generate` writes them: without `<img>` and the image words of whole images;
+    """Generated ids as the original `generate` writes them: without `<img>` and the image words of whole images;
     `</img>`, `</s>`, locations, box words and images that broke off stay."""
     words = seed_x_words(tokenizer)
     inside = words.run()[1:-1]
@@ -146,7 +146,7 @@ def answer_text(ids: Iterable[int], tokenizer: MultimodalTokenizer) -> str:
 
 
 def without_words(text: str) -> str:
-    """An answer for people, as the released scripts print it: everything of the form `<…>` is left out."""
+    """The displayed answer, as in the original scripts: without anything of the form `<…>`."""
     return _WORD.sub("", text)
 
 

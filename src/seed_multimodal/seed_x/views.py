@@ -2,7 +2,7 @@
 
 An image is squashed onto a grid of square views that suits its shape and size, cut into them, and followed by one view
 of the whole. Two rules propose a grid each and the smaller wins; the first of the list wins a tie. Even 1x1 gives two
-views, which are then equal. Source: SEED-X's released code (`any_res.py`); the rule of the paper's eq. 1 is another
+views, which are then equal. Source: SEED-X's original code (`any_res.py`); the rule of the paper's eq. 1 is another
 one, which the models were not trained with.
 """
 
@@ -69,7 +69,7 @@ def choose_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid
 
 def fullest_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
     """The grid inside which the image, its shape kept, has most pixels of its own; a tie goes to the one with least
-    left over (the released `select_best_resolution`)."""
+    left over (the original `select_best_resolution`)."""
     width, height = size
 
     def merit(grid: Grid) -> tuple[int, int]:
@@ -82,7 +82,7 @@ def fullest_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Gri
 
 
 def most_alike_grid(size: tuple[int, int], grids: Sequence[Grid], side: int) -> Grid:
-    """The grid whose shape is nearest to the image's; a tie goes to the nearest area (the released
+    """The grid whose shape is nearest to the image's; a tie goes to the nearest area (the original
     `select_best_resolution_v2`)."""
     width, height = size
 

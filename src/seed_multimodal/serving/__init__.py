@@ -1,1 +1,1 @@
-"""Room `serving`: request schema, engine, Flask backend and Gradio page. Imports `systems`; nothing imports it."""
+"""Serving: request schema, model back end, HTTP server and web page."""

@@ -1,4 +1,4 @@
-"""The HTTP backend: `/generate` as the original server has it, OpenAI's routes below `/v1`, state and figures.
+"""The HTTP server: the original's `/generate`, OpenAI's routes below `/v1`, health and metrics.
 
 Errors are JSON with one sentence (below `/v1` in OpenAI's form): 400 a request that cannot be answered, 401 no token,
 404/405 a wrong address or method, 413 a body that is too large, 415 not JSON, 429 (with Retry-After) too many requests,
@@ -52,13 +52,13 @@ NEEDS_TOKEN = ("{host} is reachable from other machines: set a password that cli
                "variable SEED_TOKEN.")
 INSIDE = "The server failed inside; its log has the details."
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-IDLE_SECONDS = 20  # after which an idle connection is closed
+IDLE_SECONDS = 20  # timeout of idle connections
 HEADER_BYTES = 16 << 10
-SPARE_THREADS = 8  # for errors and /health, beside one for each request that runs or waits
+SPARE_THREADS = 8  # for errors and /health, besides one per running or queued request
 
 
 def create_app(system: MultimodalSystem, *, limits: Limits | None = None, token: str = "") -> Flask:
-    """A Flask application that serves one system; `token`: what clients must send as `Authorization: Bearer …`."""
+    """A Flask application that serves one system; `token`: required as `Authorization: Bearer …`."""
     from flask import Flask, abort, request
 
     backend = Backend(system, limits)
@@ -115,7 +115,7 @@ def add_model(app: Flask, backend: Backend) -> None:
     from flask import abort, request
 
     def place() -> Any:
-        """A place in the queue; the body is read when it is the request's turn."""
+        """Context with a slot in the queue; the body is read when the request is admitted."""
         if request.path != "/v1/images/edits" and not request.is_json:
             abort(415)
         gone = request.environ.get("waitress.client_disconnected", lambda: False)
@@ -132,7 +132,7 @@ def add_model(app: Flask, backend: Backend) -> None:
                 yield from backend.generate(read_request(GenerateRequest, request.get_data(cache=False)), watch)
 
         made = pieces()
-        first = next(made)  # raises what is wrong with the request
+        first = next(made)  # raises errors of the request
         return streamed(app, first, made, JSON_LINES) if "images" not in first else [first, *made][0]
 
     @app.post("/v1/chat/completions")
@@ -169,7 +169,7 @@ def add_model(app: Flask, backend: Backend) -> None:
 
 
 def completion(model: str, asked: ChatRequest, changes: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The changes of an answer as OpenAI's chunks, or the whole answer as one object."""
+    """An answer as OpenAI's chunks, or as one object."""
     made = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
     message: dict[str, Any] = {"role": "assistant"}
     for number, change in enumerate(changes):
@@ -187,7 +187,7 @@ def completion(model: str, asked: ChatRequest, changes: Iterator[dict[str, Any]]
 
 
 def streamed(app: Flask, first: dict[str, Any], rest: Iterator[dict[str, Any]], kind: str) -> Any:
-    """An answer in pieces: JSON lines or server-sent events; an error on the way is the last of them."""
+    """A streamed answer: JSON lines or server-sent events; an error is sent as the last one."""
     write = "data: {}\n\n".format if kind == EVENTS else "{}\n".format
 
     def pieces() -> Iterator[str]:
@@ -206,7 +206,7 @@ def streamed(app: Flask, first: dict[str, Any], rest: Iterator[dict[str, Any]], 
 
 
 def add_errors(app: Flask, backend: Backend) -> None:
-    """Every error as one sentence, in the form of the route's protocol."""
+    """Error handlers, in the format of the route's protocol."""
     from flask import jsonify, request
     from werkzeug.exceptions import HTTPException
 
@@ -240,7 +240,7 @@ def add_errors(app: Flask, backend: Backend) -> None:
 
 
 def error_json(openai: bool, sentence: str, status: int = 500, field: str | None = None) -> dict[str, Any]:
-    """The body of an error: OpenAI's, or `error` and the keys of an answer for clients that read only those."""
+    """The body of an error: OpenAI's, or `error` with the keys of an answer."""
     if not openai:
         return {"error": sentence, **GenerateResponse(error_msg=[sentence]).to_json()}
     kind = {401: "authentication_error", 429: "rate_limit_error"}.get(status, "invalid_request_error")
@@ -286,7 +286,7 @@ def serve(
         app, sockets=[sock], threads=limits.max_running + limits.max_waiting + SPARE_THREADS, connection_limit=512,
         asyncore_use_poll=True, channel_timeout=IDLE_SECONDS, max_request_header_size=HEADER_BYTES,
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
-        channel_request_lookahead=1,  # reads on while a request is answered, which shows that a client has left
+        channel_request_lookahead=1,  # keep reading during a request, to detect disconnects
         log_socket_errors=False, ident="SEED Multimodal")
     if log is not None:
         log(f"Init Done... answering at http://{host}:{sock.getsockname()[1]}/generate (Ctrl-C stops).")

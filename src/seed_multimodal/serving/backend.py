@@ -1,7 +1,7 @@
-"""One system behind the server: a bounded queue, limits checked before work, and requests as calls of the system.
+"""Back end of the server: one system, a bounded queue, limits, and translation of requests into calls.
 
-A text of `/generate` in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is read as that
-conversation, any other text is continued as it is. LaVIT has no template: its messages stand alone.
+A text of `/generate` in the system's template (`USER: …\\nASSISTANT:`, `[INST] … [/INST]\\n`) is parsed as a
+conversation, other text is continued. LaVIT has no template: it answers single messages.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ if TYPE_CHECKING:
 
 SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
 FORMATS = ("PNG", "JPEG", "WEBP")
-ADDRESS = re.compile(r"https?://([\w.-]+)(?::\d+)?(?:/.*)?", re.ASCII)  # nothing that parsers read differently
-LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
-LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
+ADDRESS = re.compile(r"https?://([\w.-]+)(?::\d+)?(?:/.*)?", re.ASCII)  # only URLs that parsers read equally
+LOOK_SECONDS = 0.2  # interval of disconnect checks of queued requests
+LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: larger requests and images are processed one at a time
 
 
 class Refused(SeedError):
-    """A request that is not answered, with its HTTP status; `seconds`: after which a client may try again."""
+    """A rejected request with its HTTP status; `seconds`: for Retry-After."""
 
     def __init__(self, sentence: str, status: int = 503, seconds: int = 0) -> None:
         self.status, self.seconds = status, seconds
@@ -52,7 +52,7 @@ class Refused(SeedError):
 
 
 class Watch:
-    """Whether an answer must end: its client has left, the server stops, or its time is over."""
+    """Whether an answer must end: client disconnected, server stopping, or time limit reached."""
 
     def __init__(self, gone: Callable[[], bool], seconds: float) -> None:
         self.gone, self.until = gone, time.monotonic() + seconds
@@ -69,7 +69,7 @@ class Watch:
 
     @contextlib.contextmanager
     def holding(self, lock: Any) -> Iterator[None]:
-        """Wait for a lock or semaphore as long as there is somebody to answer, and hold it inside."""
+        """Hold a lock or semaphore; stop waiting if the client disconnects."""
         while not lock.acquire(timeout=LOOK_SECONDS):
             self.check()
         try:
@@ -79,7 +79,7 @@ class Watch:
 
 
 class Backend:
-    """Answers requests with one system; `stopping` ends all answers."""
+    """Answers requests with one system; `stopping` cancels all answers."""
 
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -115,7 +115,7 @@ class Backend:
 
     @contextlib.contextmanager
     def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
-        """A place among the running requests, for one of `size` bytes; raises `Refused` where too many wait."""
+        """Context with a slot for a request of `size` bytes. Raises Refused: queue full."""
         limits = self.limits
         watch = Watch(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
         with self._counting:
@@ -136,17 +136,17 @@ class Backend:
                 self.admitted -= 1
 
     def _alone(self, large: bool, watch: Watch) -> contextlib.AbstractContextManager[None]:
-        """Large requests are read one at a time, so that memory suffices."""
+        """Context that admits large requests one at a time, to limit memory."""
         return watch.holding(self._large) if large else contextlib.nullcontext()
 
     # ---- images
 
     def read_images(self, items: Sequence[Any], names: str, watch: Watch) -> list[Any]:
-        """The images of a request, opened; of a system that reads codes, their codes. `items`: text (base64 or an
-        address), an `ImageUrl`, the bytes of a file, or codes, which stay; `names`: for errors, with their number.
+        """The opened images of a request, or their codes for systems with codes. `items`: base64 text or a URL, an
+        `ImageUrl`, file content, or codes; `names`: for errors, with their number.
 
         Raises:
-            RequestError: codes that are none, or too many pixels in all.
+            RequestError: invalid codes, or too many pixels.
         """
         limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=FORMATS)
         read, pixels = list[Any](), 0
@@ -173,14 +173,14 @@ class Backend:
         return read
 
     def _whole(self, items: Sequence[Any], watch: Watch) -> list[Any]:
-        """As `read_images`; an image that broke off is refused."""
+        """As `read_images`, but raises for an incomplete image."""
         read = self.read_images(items, "image {}", watch)
         if None in read:
             raise RequestError(f"image {read.index(None)} has fewer than {self.words.least_codes} codes.")
         return read
 
     def _file(self, text: str, name: str, limits: ImageLimits, watch: Watch) -> bytes:
-        """The file in a base64 text, or at an address on one of the allowed hosts."""
+        """The file in a base64 text, or at a URL on an allowed host."""
         if "://" not in text[:12]:
             return bytes_from_base64(text, name, limits)
         import requests
@@ -204,7 +204,7 @@ class Backend:
         return file
 
     def _codes(self, codes: list[int], name: str) -> list[int] | None:
-        """The codes of an image; None where they are fewer than an image has."""
+        """The codes of an image; None if incomplete."""
         words = self.words
         if words.in_order and codes != list(range(min(len(codes), words.tokens_per_image))):
             raise RequestError(f"{name} holds codes, but the images of this model have none; send the image itself.")
@@ -224,7 +224,7 @@ class Backend:
     # ---- POST /generate
 
     def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Words and previews of images if they are asked for, and last the answer."""
+        """Text and previews of images if requested, and last the answer."""
         images = self.read_images(asked.images, "images[{}]", watch)
         number, stream = -1, asked.words or asked.previews and self.system.images.progressive
         options = {"force_image": asked.force_boi, **self._options(asked)}
@@ -246,7 +246,7 @@ class Backend:
 
     def _chat(self, messages: Sequence[Any], watch: Watch, stream: bool, options: dict[str, Any]
               ) -> Iterator[dict[str, Any]]:
-        """Events of an answer, which are counted; without `stream` the last one alone."""
+        """Events of an answer, with metrics; without `stream` only the last one."""
         start, chat = time.monotonic(), self.system.chat(messages, stream=stream, should_stop=watch, **options)
         for number, event in enumerate(chat if stream else [{"type": "done", "answer": chat}]):
             if number == 0:
@@ -259,7 +259,7 @@ class Backend:
             yield event
 
     def _messages(self, asked: GenerateRequest, images: Sequence[Any]) -> list[Message]:
-        """The conversation in a request's text; `images`: opened images, codes, or None for what is left out."""
+        """The conversation in a request's text; `images`: opened images, codes, or None for skipped ones."""
         rest = iter(images)
 
         def content(role: str, text: str) -> tuple[Any, ...]:
@@ -275,7 +275,7 @@ class Backend:
         return [Message("raw", content("raw", text.rstrip() if asked.force_boi else text))]
 
     def _options(self, asked: GenerateRequest) -> dict[str, Any]:
-        """Generation settings; LaVIT keeps its own where the client names none."""
+        """Generation settings; defaults of LaVIT are its own."""
         named = SETTINGS if self.template is not None else asked.model_fields_set & set(SETTINGS)
         options = {name: getattr(asked, name) for name in named}
         if asked.force_boi and "max_new_tokens" in options:
@@ -305,7 +305,7 @@ class Backend:
 
     def _notes(self, answer: Answer, images: Sequence[Any], watch: Watch, prompt: str = ""
                ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The boxes of an answer on the last image before it, and sentences about the answer."""
+        """The boxes of an answer on the last image before it, and notes about the answer."""
         notes, boxes = [answer.note] if answer.note else [], list[dict[str, Any]]()
         if watch.late():
             notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
@@ -355,7 +355,7 @@ class Backend:
             "total_tokens": answer.prompt_tokens + used}}
 
     def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> list[Image.Image]:
-        """Images of a text, or of `files` changed as it says."""
+        """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
         options = {"num_images": asked.n, **({"ratio": asked.ratio} if asked.ratio else {})}
         if files:

@@ -1,4 +1,4 @@
-"""Client of the backend, for programs that ask many things at once; a failure is one sentence."""
+"""Asynchronous client of the server."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
 
 @dataclass
 class Client:
-    """One backend; `address`: of its `/generate`."""
+    """A server; `address`: URL of its `/generate`."""
 
     address: str
 
     async def generate(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """What `POST /generate` answers: words and previews, and last the answer. Leaving it cancels the request.
+        """Stream the response of `POST /generate`: text and previews, and last the answer. Leaving it cancels the
+        request.
 
         Raises:
-            RequestError: no server there, a time-out, a refusal (the server's sentence), or another kind of server.
+            RequestError: no server, timeout, an error response, or another kind of server.
         """
         async for piece in self._ask("POST", self.address, json={**body, "previews": True, "words": True}):
             if not {"preview", "words", "text"} & set(piece):
@@ -48,7 +49,7 @@ class Client:
         try:
             async with (httpx.AsyncClient(timeout=seconds, headers=headers) as client,
                         client.stream(method, address, **body) as response):
-                async for line in response.aiter_lines():  # one, or one for each piece
+                async for line in response.aiter_lines():  # one per chunk
                     yield _piece(line, address, response.status_code)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise RequestError(f"{address!r} is no address; it looks like http://127.0.0.1:7890/generate.") from error
@@ -60,7 +61,7 @@ class Client:
 
 
 def _piece(line: str, address: str, status: int) -> dict[str, Any]:
-    """A line of an answer; raises `RequestError` for an error."""
+    """Parse a line of a response. Raises RequestError for an error."""
     try:
         piece = json.loads(line)
     except ValueError as error:
@@ -75,7 +76,7 @@ def _piece(line: str, address: str, status: int) -> dict[str, Any]:
 
 async def together(streams: Sequence[AsyncIterator[Any]], running: set[asyncio.Task[None]]
                    ) -> AsyncIterator[tuple[int, Any]]:
-    """Number and piece of each stream as it comes, or its `SeedError`; cancelling the tasks in `running` ends them."""
+    """Merge streams: (index, item or `SeedError`); cancelling the tasks in `running` ends them."""
     queue = asyncio.Queue[tuple[int, Any] | None]()
 
     async def read(number: int, stream: AsyncIterator[Any]) -> None:

@@ -1,7 +1,7 @@
-"""What the chat page knows of models and conversations; no Gradio, no torch.
+"""Models and conversations of the chat page, without Gradio and torch.
 
-A conversation is a list of turns, the user's first; a turn is texts and images in order. It is posted as the original
-front-end did: one text in the model's template with an `<image>` for each image, beside the images or their codes.
+A conversation is a list of turns, the user's first; a turn is texts and images in order. It is posted as by the
+original front end: one text in the model's template with an `<image>` for each image, and the images or their codes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 @dataclass(frozen=True)
 class Kind:
     """The differences between models; `style`: of prompts, "roles" (USER: …), "questions" (Question: …), "llama2"
-    ([INST] …) or "alone" (the last turn only); `can`: tabs beside the chat; `whole`: images are sent as they are, not
+    ([INST] …) or "alone" (the last turn only); `can`: tabs next to the chat; `whole`: images are sent as they are, not
     squashed; `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
 
     style: str
@@ -97,7 +97,7 @@ class Turn:
 
 
 def message(text: str, paths: Sequence[str]) -> Turn:
-    """What a user has written and chosen; raises `RequestError` for nothing, and for the placeholder of images."""
+    """The user's input. Raises RequestError: empty, or contains the image placeholder."""
     if PLACEHOLDER in text:
         raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
     if not paths and not text.strip(" ?.;!/"):
@@ -112,7 +112,7 @@ def check_rounds(style: str, turns: Sequence[Turn], rounds: int) -> None:
 
 
 def prompt_text(style: str, texts: Sequence[str], system: str = "") -> str:
-    """Turns as the prompt of a model, without `<s>`."""
+    """The prompt for turns, without `<s>`."""
     if style == "alone":
         return texts[-1]
     if style == "llama2":
@@ -135,7 +135,7 @@ def receive(style: str, turns: Sequence[Turn], answer: Mapping[str, Any], save: 
     """The answer to `turns` as a turn; the codes of their images are filled in.
 
     Raises:
-        RequestError: an answer whose parts do not fit together.
+        RequestError: an inconsistent answer.
     """
     asked = [image for turn in (turns[-1:] if style == "alone" else turns) for image in turn.images]
     first, *pieces = answer["text"].split(PLACEHOLDER)
@@ -153,12 +153,12 @@ def receive(style: str, turns: Sequence[Turn], answer: Mapping[str, Any], save: 
 
 @dataclass
 class Model(Client):
-    """A backend and what is known of its model."""
+    """A server and the properties of its model."""
 
     kind: Kind
 
     async def learn(self) -> str:
-        """Ask the backend which model it has; returns a sentence if it does not answer."""
+        """Query the server's model; returns a message if it does not respond."""
         try:
             async for answer in self.ask("/v1/models"):
                 name = str(answer["data"][0]["id"]).rpartition("/")[2]

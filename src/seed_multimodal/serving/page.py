@@ -1,8 +1,8 @@
-"""The page in the browser: a chat with images both ways, and a tab for each further thing that a model can.
+"""The web page: a chat with images in both directions, and a tab for each further task of the model.
 
-The page holds no model: it asks backends over HTTP. Its handlers (`visits`) are coroutines, so that one thread serves
-all visitors. Works without internet: no analytics, no share link, no fonts from elsewhere. A visitor's images lie in a
-folder of his own, removed when his session or the program ends, by SIGTERM too.
+The page has no model: it sends requests to servers over HTTP. Its handlers (`visits`) are coroutines, so one thread
+serves all visitors. Works offline: no analytics, share links or external fonts. Each visitor's images are in a separate
+folder, removed at the end of the session or program, also on SIGTERM.
 
 Run: `bash scripts/start_backend_nano.sh` and `bash scripts/start_frontend_nano.sh`, then open the address it prints.
 """
@@ -40,7 +40,7 @@ CSS = """
 
 
 def build(page: Page) -> gr.Blocks:
-    """The page's layout and its wiring."""
+    """Layout and event handlers of the page."""
     kind = page.models[0].kind
     how: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None}
     with gr.Blocks(title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)) as demo:
@@ -51,7 +51,7 @@ def build(page: Page) -> gr.Blocks:
                                  label="Model", visible=len(page.models) > 1, elem_id="model")
             gr.Button("Light / dark", size="sm", min_width=110, scale=0, elem_id="dark").click(
                 None, js="() => { document.body.classList.toggle('dark') }")
-        with gr.Tabs():  # Gradio hides no tab that was there from the start
+        with gr.Tabs():  # Gradio cannot hide initial tabs
             with gr.Tab("Chat"):
                 chat = gr.Chatbot(label="Conversation", show_label=False, elem_id="chat", buttons=["copy"], height=None,
                                   render_markdown=False, editable="user", group_consecutive_messages=False,
@@ -110,7 +110,7 @@ def build(page: Page) -> gr.Blocks:
 
 
 def settings_of(kind: Kind) -> list[Any]:
-    """What an answer is made with: the original demo's sliders, with its ranges and the model's own defaults."""
+    """Generation settings: the original demo's sliders and ranges, with the model's defaults."""
     with gr.Row():
         force = gr.Checkbox(label="Answer with an image", elem_id="force", min_width=160)
         ratio = gr.Dropdown(list(kind.ratios), label="Width : height", visible=bool(kind.ratios))
@@ -127,7 +127,7 @@ def settings_of(kind: Kind) -> list[Any]:
 
 
 def image_of(label: str, name: str) -> Any:
-    """A box for an image; its file is opened by `Page.take`, whose sentences name what is wrong."""
+    """An image input; its file is opened by `Page.take`, which reports errors."""
     image = gr.Image(type="filepath", label=label, sources=["upload", "clipboard"], height=240, elem_id=name,
                      buttons=["fullscreen"])
     image.preprocess = lambda upload: upload and upload.path  # type: ignore[method-assign]
@@ -136,7 +136,7 @@ def image_of(label: str, name: str) -> Any:
 
 def results(name: str, label: str, handler: Callable[..., Any], visit: Any, inputs: list[Any], *, columns: int = 1,
             on: Any = None) -> None:
-    """A button, one that stops it, a status, and the images that come."""
+    """Start button, stop button, status and output images."""
     with gr.Column():
         with gr.Row():
             run = gr.Button(label, variant="primary", elem_id=name)

@@ -1,4 +1,4 @@
-"""The JSON of every route, requests and answers, validated by pydantic; `openapi` describes them.
+"""JSON schemas of all requests and responses, validated by pydantic; `openapi` documents them.
 
 `POST /generate` has the field names and defaults of the original demo server (`seed`, `previews`, `words`, `ratio` and
 `boxes` are additions); routes below `/v1` have those of OpenAI's API, and further fields for images and their codes.
@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
-JSON_LINES, EVENTS = "application/x-ndjson", "text/event-stream"  # media types of answers in pieces
+JSON_LINES, EVENTS = "application/x-ndjson", "text/event-stream"  # media types of streams
 MAX_CODES, MAX_IMAGES, MAX_TEXT = 1024, 16, 32_000  # codes of one image; images and characters of a request
 MAX_VALUES = 200_000  # of a body
 Codes = Annotated[list[int], Field(max_length=MAX_CODES)]
@@ -87,7 +87,7 @@ class GenerateResponse(BaseModel):
 
 
 class ErrorResponse(BaseModel, extra="allow"):
-    """One sentence: `error`, beside the keys of an answer; below `/v1` an object with `message`, `type`, `param` and
+    """One sentence: `error`, next to the keys of an answer; below `/v1` an object with `message`, `type`, `param` and
     `code`."""
 
     error: str | dict[str, str | None]
@@ -175,7 +175,7 @@ class ChatRequest(BaseModel):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that were sent, as `MultimodalSystem.chat` calls them."""
+        """The settings sent by the client, named as in `MultimodalSystem.chat`."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "ratio": self.ratio,
                  "max_new_tokens": self.max_completion_tokens or self.max_tokens}
         return {"force_image": self.force_image or self.modalities == ["image"],
@@ -248,7 +248,7 @@ class ImagesResponse(BaseModel):
     data: list[ImageData]
 
 
-# ---- reading and describing them
+# ---- parsing and documentation
 
 
 class FieldError(RequestError):
@@ -263,15 +263,15 @@ def read_request(kind: type[Model], body: bytes | Mapping[str, Any]) -> Model:
     """Parse and validate a request: JSON, or the fields of a form.
 
     Raises:
-        FieldError: one sentence with the field that is missing, of the wrong type or out of range.
+        FieldError: a missing field, or one of the wrong type or out of range.
     """
-    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:  # each takes fifty times its bytes when it is parsed
+    if isinstance(body, bytes) and body.count(b",") > MAX_VALUES:  # parsing needs fifty times the bytes
         raise FieldError("", "The request body holds too many values.")
     try:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(dict(body))
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-        first = max(errors, key=lambda one: len(one["loc"]))  # the kind of value that fits best
+        first = max(errors, key=lambda one: len(one["loc"]))  # the best matching type
         raise FieldError(_path(first), _sentence(first)) from None
 
 

@@ -1,1 +1,1 @@
-"""What a system is made of: its `system.json`, where its parts are, and what it was trained on."""
+"""Systems: `system.json`, parts, and the `MultimodalSystem` class."""

@@ -1,5 +1,5 @@
-"""A system folder made of parts (`seed assemble`) or of a system: parts are copied under the names in `system.json`,
-without what only training needs; `tower.json` and `vae.json`, which name files of other systems, are rewritten."""
+"""System folders from parts (`seed assemble`) or from a system: copies parts under the names in `system.json`, without
+training files; rewrites `tower.json` and `vae.json`, which refer to files of other systems."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ OF_TRAINING = shutil.ignore_patterns("optimizer*", "trainer_state.json", "data_s
 
 def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
                     settings: Mapping[str, Any] | None = None, *, force: bool = False) -> Path:
-    """Make a system folder of the folders or files of its `parts`; `settings` go over those that the weights decide."""
+    """Create a system folder from its `parts` (folders or files); `settings` override the derived ones."""
     places = {name: Path(source).expanduser() for name, source in parts.items()}
     for name, place in places.items():
         if not place.exists():
             raise CheckpointError(f"{place}: no such folder for --{name}.")
-    if kind == "lavit":  # an export holds both tokenizer and decoder, a trained pixel decoder its decoder
+    if kind == "lavit":  # an export has tokenizer and decoder, a trained pixel decoder its decoder
         exported = places["tokenizer"]
         decoders = [place / "decoder" for place in (places.get("pixels", exported), exported)]
         if "decoder" not in places and (decoder := next(filter(Path.is_dir, decoders), None)):
@@ -38,7 +38,7 @@ def assemble_system(kind: str, out: str | Path, parts: Mapping[str, str | Path],
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
-    """Write a system with a model card as one folder that names no others; parts that are missing are left out."""
+    """Write a system with a model card as one self-contained folder; missing parts are skipped."""
     if config.original == "lavit":
         raise ConfigError(f"{config.name}: its parts are one folder in the original's layout already; copy that.")
     kind = config.system
@@ -66,7 +66,7 @@ def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: di
 
 
 def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[str, Any], whole: bool = False) -> None:
-    """Copy parts into a system's folder and write its `system.json`; `whole`: also files of others that they name."""
+    """Copy parts into a system's folder and write its `system.json`; `whole`: with files of other systems."""
     for name, source in parts.items():
         _copy(source, folder / name, whole)
     if kind == "lavit" and (folder / "llm" / VISUAL).is_file():
@@ -84,7 +84,7 @@ def join(kind: str, folder: Path, parts: Mapping[str, Path], settings: Mapping[s
 
 
 def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
-    """Settings that the weights decide."""
+    """Settings derived from the weights."""
     sizes = {name: read_json_object(parts[name] / "config.json") for name in ("tokenizer", "llm", "decoder")
              if name in parts and (parts[name] / "config.json").is_file()}
     if kind == "seed_llama":
@@ -94,7 +94,7 @@ def _of_weights(kind: str, parts: Mapping[str, Path]) -> dict[str, Any]:
 
 
 def _copy(source: Path, place: Path, whole: bool) -> None:
-    """A folder's files, or one file into the folder `place`."""
+    """Copy a folder's files, or one file, into the folder `place`."""
     place.mkdir(parents=True, exist_ok=True)
     if source.is_file():
         shutil.copy2(source, place / source.name)

@@ -3,7 +3,7 @@
     messages ─► prompts ─► generate ─► ids ─► parts: texts and images ─► ImageCodec.draw
 
     system = MultimodalSystem.from_pretrained("nano")
-    system.describe([["cat.png", "dog.png"]])      # two images in one prompt; of one image a text
+    system.describe([["cat.png", "dog.png"]])      # two images in one prompt; a single image returns a text
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from seed_multimodal.system.config import SystemConfig
 from seed_multimodal.system.images import OFFLOADED, ImageCodec, Log, Runtimes, family, one_seed_each
 
 BATCH = 16
-BAR_FROM = 32  # requests from which there is a progress bar
-PREVIEW_STEPS = 2  # of nano's twelve: nearly as near to the whole image as twelve, at a quarter of their time
+BAR_FROM = 32  # number of requests that shows a progress bar
+PREVIEW_STEPS = 2  # of nano's twelve: nearly as accurate, in a quarter of the time
 
 
 @dataclass
 class Written:
-    """An answer before its images are drawn; `values`: of each whole image its codes, or its features [N, W]."""
+    """An answer before image decoding; `values`: codes, or features [N, W], of each complete image."""
     answer: Answer
     values: Sequence[Any]
     request: Prompt
 
 
 class MultimodalSystem(Generator, HubUpload):
-    """A loaded system; make one with `from_pretrained`. Methods take `GenerationSettings` and those of the de-tokenizer
-    (`num_inference_steps`, …) as keywords. What several threads ask for is computed in common batches."""
+    """A loaded system, see `from_pretrained`. Methods accept `GenerationSettings` and settings of the de-tokenizer
+    (`num_inference_steps`, …) as keywords. Requests of several threads are batched."""
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: ImageCodec,
                  log: Log = None) -> None:
@@ -63,7 +63,7 @@ class MultimodalSystem(Generator, HubUpload):
         self.tasks: Any = config.tasks
         self.drawing_settings, self.answer_after = images.drawing_settings, config.answer_after
         for task in ("describe", "draw", "chat"):
-            self.settings(task)  # wrong defaults in system.json are reported now
+            self.settings(task)  # reports wrong defaults in system.json early
 
     @classmethod
     def from_pretrained(cls, name: str | Path | SystemConfig | None = None, *, device: str = "auto",
@@ -72,7 +72,7 @@ class MultimodalSystem(Generator, HubUpload):
                         load_decoder: bool = True, compiled: bool = False, engine: str = "torch",
                         url: str | None = None, gguf: str | Path | None = None, **parts: Any) -> Self:
         """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder; the de-tokenizer is
-        loaded when the first image is drawn.
+        loaded on first use.
 
         `device`, `dtype`: see `choose_device`; `quantization`: of `load_llm`; `offload`: each part is on its device
         only while it works, or these of "llm", "encoder" and "decoder"; `load_decoder`: False for a system that never
@@ -106,7 +106,7 @@ class MultimodalSystem(Generator, HubUpload):
 
         return save_system(self.config, folder, force=force)
 
-    # ---- a family defines
+    # ---- defined by families
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log) -> Self:
@@ -114,11 +114,11 @@ class MultimodalSystem(Generator, HubUpload):
 
     def requests(self, conversations: Sequence[Sequence[Message]], task: Task, opening: str = "",
                  seeds: Sequence[int | None] | None = None) -> list[Prompt]:
-        """Conversations as prompts, which end with `opening`; `seeds`: of encoders that draw (LaVIT's)."""
+        """Conversations as prompts that end with `opening`; `seeds`: of stochastic encoders (LaVIT's)."""
         raise NotImplementedError
 
     def values(self, parts: Sequence[ImagePart], states: HiddenStates, row: int) -> Sequence[Any]:
-        """What `images.draw` takes for images of answer `row`."""
+        """Input of `images.draw` for images of answer `row`."""
         return [part.codes for part in parts]
 
     def draw_values(self, values: Sequence[Any], requests: Sequence[Prompt], seeds: Sequence[int], batch_size: int,
@@ -126,21 +126,21 @@ class MultimodalSystem(Generator, HubUpload):
         return self.images.draw(values, seeds=seeds, batch_size=batch_size, **drawing)
 
     def said(self, answer: Answer, task: Task) -> str:
-        """The text of an answer, for people."""
+        """The displayed text of an answer."""
         return answer.text
 
     def own_defaults(self, task: str) -> dict[str, Any]:
         return dict(self.config.generation)
 
     def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
-        """Which task's settings and prompts a conversation is answered with."""
+        """The task whose settings and prompts apply to a conversation."""
         return "chat"
 
     # ---- tasks
 
     def describe(self, images: Any, prompt: str | Sequence[str] | None = None, *, batch_size: int = BATCH,
                  **options: Any) -> Any:
-        """What an image shows: a text; a list of texts for a list of images. `prompt` replaces the usual request."""
+        """Describe an image; a list of texts for a list of images. `prompt` replaces the default prompt."""
         return self._say(images, self.tasks.describe if prompt is None else prompt, "describe", batch_size, options)
 
     def ask(self, images: Any, question: str | Sequence[str], *, short: bool = True, batch_size: int = BATCH,
@@ -149,13 +149,13 @@ class MultimodalSystem(Generator, HubUpload):
         return self._say(images, question, "ask", batch_size, options, self.tasks.question if short else str)
 
     def detect(self, images: Any, phrase: str | Sequence[str], *, batch_size: int = BATCH, **options: Any) -> Any:
-        """Where `phrase` is in an image, for systems that answer with boxes (SEED-X)."""
-        raise ConfigError(f"{self.config.name} answers without boxes, so it cannot say where things are; SEED-X can.")
+        """Detect `phrase` in an image, for systems that answer with boxes (SEED-X)."""
+        raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
 
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
-        """An image of `text`; a list for a list of texts, or of `num_images`. `seed`: one for all texts, or one each;
-        image n has `seed` + n. `verbatim`: `text` is the whole request. Raises `GenerationError`: no whole image."""
+        """Generate an image of `text`; a list for a list of texts or `num_images`. `seed`: one for all texts, or one
+        each; image n has `seed` + n. `verbatim`: `text` is the complete prompt. Raises GenerationError: no image."""
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
@@ -164,13 +164,13 @@ class MultimodalSystem(Generator, HubUpload):
 
     def edit(self, images: Any, instruction: str | Sequence[str], seed: Any = 0, *, num_images: int = 1,
              batch_size: int = BATCH, **options: Any) -> Any:
-        """An image after `instruction`; a list of images for a list of images. Raises as `draw`."""
+        """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
         conversations, single = requests_about(images, instruction)
         edited = self._draw(conversations, "edit", seed, num_images, batch_size, options)
         return edited[0] if single and num_images == 1 else edited
 
     def reconstruct(self, images: Any, seed: Any = 0, *, batch_size: int = 8, **drawing: Any) -> list[Image.Image]:
-        """Images, or their codes, drawn again: a list."""
+        """Reconstruct images, or decode their codes."""
         items = all_shown(images)
         seeds = one_seed_each(seed, len(items))
         rows = [row for row, item in enumerate(items) if is_image(item)]
@@ -223,13 +223,13 @@ class MultimodalSystem(Generator, HubUpload):
         return events if stream else next(event["answer"] for event in events if event["type"] == "done")
 
     def note(self, *messages: Message) -> str:
-        """One sentence about words that the system did not learn, or nothing."""
+        """A note about unknown words, or empty."""
         known = self.config.known_words
         return read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
 
     def write(self, conversations: Sequence[Sequence[Message]], task: Task, settings: GenerationSettings,
               opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH) -> list[Written]:
-        """Answers to conversations, in batches; their images are not drawn yet."""
+        """Answers to conversations, in batches, before image decoding."""
         written: list[Written] = []
         check_value(int, batch_size, "batch_size", least=1)
         log = self.log if len(conversations) >= BAR_FROM else None
@@ -248,7 +248,7 @@ class MultimodalSystem(Generator, HubUpload):
 
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
                      seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
-        """Answers that hold one image, not drawn yet, after some words (`TaskPrompts`); forced where none follows."""
+        """Answers with one image, before decoding, after an optional text (`TaskPrompts`); forced if missing."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
@@ -265,7 +265,7 @@ class MultimodalSystem(Generator, HubUpload):
         return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
     def codes_of(self, images: Sequence[Any], seeds: Sequence[int]) -> Any:
-        """Codes of images; `seeds`: of encoders that draw."""
+        """Codes of images; `seeds`: of stochastic encoders."""
         return self.images.encode(images)
 
     def _say(self, images: Any, texts: str | Sequence[str], task: Task, batch_size: int, options: dict[str, Any],
@@ -288,19 +288,19 @@ class MultimodalSystem(Generator, HubUpload):
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
         self._log_note(self.note(*(one[-1] for one in conversations)))
-        each = num_images if self.settings(task, **options).samples else 1  # else the same codes for all of a text
+        each = num_images if self.settings(task, **options).samples else 1  # greedy answers to a text are equal
         written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
                                     seeds=seeds[::num_images // each], **options)
         written = [one for one in written for _ in range(num_images // each)]
         for one in written:
             if len(one.values) != 1:
-                raise GenerationError("The model's answer holds no whole image"
+                raise GenerationError("The model's answer has no complete image"
                                       + (f": {one.answer.problems[0]}" if one.answer.problems else "."))
         return self.draw_values([one.values[0] for one in written], [one.request for one in written], seeds,
                                 min(batch_size, 8), drawing)
 
     def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
-        """The prompt of a conversation; where it is longer than the context, its oldest turns are left out."""
+        """The prompt of a conversation; the oldest turns are dropped to fit the context."""
         context, rest = int(self.llm.config.max_position_embeddings), conversation
         room = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
         while True:

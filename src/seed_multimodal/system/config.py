@@ -1,11 +1,11 @@
-"""One description of a system: the keys of `system.json`, where its parts are, and where the originals' come from.
+"""Description of a system: keys of `system.json`, location of its parts, sources of the originals.
 
     config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
-    config.require("llm", "tokenizer")     # CheckpointError: what to download and where to put it
+    config.require("llm", "tokenizer")     # CheckpointError with download instructions
 
 A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the weights, defaults in
 `SETTINGS`), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
-`agent`), a LLaMA in the place of SEED-LLaMA's, or an image tokenizer alone.
+`agent`), a LLaMA for SEED-LLaMA, or an image tokenizer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from seed_multimodal.language.prompts import DEFAULT_TASKS, RELEASED_TASKS, SEED
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 INSIDE = "diffusion_model"  # of a tokenizer's folder
-# Parts of each system: what it is, and its path in a system's folder.
+# Parts of each system: description, and path in a system's folder.
 PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "seed_llama": {"llm": ("language model", "seed_llama"), "tokenizer": ("image tokenizer", "seed_tokenizer"),
                    "detokenizer": ("diffusion model", f"seed_tokenizer/{INSIDE}"), "vision": ("vision encoder", None)},
@@ -37,8 +37,8 @@ PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
               "pixels": ("pixel decoder (unet, vae and scheduler)", "pixels"), "safety": ("safety checker", None)}}
 DRAWING = ("detokenizer", "sdxl", "decoder", "pixels")
 BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}  # of the original SEED-LLaMA
-BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer alone, as its evaluation resizes
-# Keys of `system.json` with their defaults: of each system, and of all.
+BICUBIC = {**BILINEAR, "interpolation": "bicubic"}  # of a tokenizer without language model, as in its evaluation
+# Keys of `system.json` with defaults: per system, and common ones.
 SETTINGS: dict[str, dict[str, Any]] = {
     "seed_llama": {"template": "vicuna", "image_size": 224, "transform": {}, "generation": {}, "tasks": DEFAULT_TASKS},
     "seed_x": {"tuned": True, "grids": ("1x1", "1x2", "1x3", "2x1", "3x1", "1x4", "4x1", "2x2"),
@@ -47,7 +47,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lavit": {"head": "highres", "selection": "draw", "generation": {}, "answer_after": ""}}
 COMMON = ("system", "notice", "previews", "known_words")
 
-# The originals' inference scripts (top_k 50 is the library default that they run under).
+# Settings of the originals' inference scripts (top_k 50: library default).
 RELEASED_GENERATION = {"max_new_tokens": 512, "do_sample": True, "temperature": 1.0, "top_p": 0.5, "top_k": 50}
 _SEED_LLAMA = {
     "system": "seed_llama", "tokenizer": hub.PARTS["tokenizer"].folder, "detokenizer": hub.PARTS["unclip"].folder,
@@ -76,8 +76,8 @@ NAMES = (*hub.SHIPPED, *ORIGINALS)
 
 @dataclass(kw_only=True)
 class SystemConfig:
-    """Everything a system needs to know before it loads a tensor; `original` is the short name of the original whose
-    files these are (LaVIT's `tokenizer` is then the whole folder, its `decoder` a file)."""
+    """All settings of a system before loading; `original`: short name of the original model with these files (LaVIT's
+    `tokenizer` is then the complete folder, its `decoder` a file)."""
 
     system: str = "seed_llama"  # seed_llama, seed_x or lavit
     name: str = ""
@@ -95,8 +95,8 @@ class SystemConfig:
     template: str = "vicuna"  # of prompts: vicuna or llama2
     image_size: int | None = setting(None, least=1)  # pixels a side that the tokenizer reads
     transform: dict[str, Any] = field(default_factory=lambda: dict(BICUBIC))  # keywords of `get_transform`
-    tuned: bool = True  # to follow instructions; SEED-X without it continues texts
-    grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # views of images that are read
+    tuned: bool = True  # instruction-tuned; otherwise SEED-X continues texts
+    grids: tuple[str, ...] = SETTINGS["seed_x"]["grids"]  # tile grids of input images
     edit_grids: tuple[str, ...] = ("1x1",)
     head: Literal["highres", "lowres"] = "highres"  # which of LaVIT's pixel decoders
     selection: Literal["draw", "threshold"] = "draw"  # of tokens: by their probability, or those above 0.5
@@ -112,13 +112,13 @@ class SystemConfig:
     @classmethod
     def find(cls, name: str | Path | None, *, system: str | None = None, **given: Any) -> SystemConfig:
         """The config of a name or folder (None: of the given `llm`) of the kind `system`; `given`: parts (paths or hub
-        names), `template`, `tuned` and `head`; `require` checks whether parts are there."""
+        names), `template`, `tuned` and `head`; `require` checks that parts exist."""
         given = {key: value for key, value in given.items() if value is not None}
         name, head = given.get("llm", "") if name is None else name, given.get("head")
         short = ALIASES.get(str(name), str(name).lower())
         config = cls._original(short, head=head) if short in ORIGINALS else cls._of_folder(name, head)
         if system not in (None, config.system):
-            raise ConfigError(f"{name}: is another system, {config.system}, no {system}.")
+            raise ConfigError(f"{name}: is a {config.system} system, not {system}.")
         check_keys(given, (*PARTS[config.system], "template", "tuned", "head"), f"Parts of {config.name}")
         for key, value in given.items():
             setattr(config, key, hub.local_folder(value) or Path(value) if key in PARTS[config.system] else value)
@@ -128,8 +128,8 @@ class SystemConfig:
 
     @classmethod
     def read(cls, folder: Path) -> SystemConfig:
-        """The `system.json` of a folder; keys that begin with `_` are remarks. Raises `ConfigError` for no JSON, an
-        unknown key (the nearest is named) or a wrong value."""
+        """Read the `system.json` of a folder; keys starting with `_` are comments. Raises ConfigError: invalid JSON, an
+        unknown key (with the nearest) or a wrong value."""
         from seed_multimodal.images.transforms import get_transform
 
         file = folder / "system.json"
@@ -152,7 +152,7 @@ class SystemConfig:
 
     @classmethod
     def _of_folder(cls, name: str | Path, head: str | None) -> SystemConfig:
-        """A shipped system, or what a folder or hub repository holds."""
+        """A shipped system, or the system in a folder or hub repository."""
         folder = hub.locate_system(name) or hub.local_folder(name)
         if folder is None or not str(name):
             near = "" if str(name).lower() in NAMES else nearest(str(name).lower(), NAMES)
@@ -197,7 +197,7 @@ class SystemConfig:
         return config
 
     def _usual_places(self) -> dict[str, Path]:
-        """Where the parts of an original belong, below the repository root."""
+        """Local paths of an original's parts, below the repository root."""
         low = self.head == "lowres"
         usual = ORIGINALS.get(self.original, {})
         return {key: Path(usual[key].replace("highres_", "") if low else usual[key])
@@ -205,16 +205,16 @@ class SystemConfig:
 
     @property
     def can_draw(self) -> bool:
-        """Whether all parts that only draw are on this disk."""
+        """Whether all decoder parts exist."""
         return self.has(*(key for key in DRAWING if key in PARTS[self.system]))
 
     def has(self, *parts: str) -> bool:
-        """Whether these parts are on this disk."""
+        """Whether these parts exist."""
         return not any(self._missing(key) is not None for key in parts)
 
     def require(self, *parts: str) -> SystemConfig:
-        """Itself, with these parts on this disk (an original's from the hub, where that is allowed); `CheckpointError`
-        says of missing parts what to download and where to put it."""
+        """This config, with these parts available (an original's from the hub, if allowed). Raises CheckpointError with
+        download instructions for missing parts."""
         origins = {key: _origin(place) for key, place in self._usual_places().items()}
         for key in parts:
             if key in origins and not self.has(key) and getattr(self, key) == self._usual_places()[key]:
@@ -235,7 +235,7 @@ class SystemConfig:
         raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
 
     def _missing(self, key: str) -> str | None:
-        """The first path of a part that is not there ("": none is named); None: it is complete."""
+        """The first missing path of a part ("": no path); None: complete."""
         place = getattr(self, key)
         if place is None:
             return None if key == "words" else ""
@@ -244,12 +244,12 @@ class SystemConfig:
 
 
 def _origin(place: Path) -> tuple[hub.ReleasedPart, str]:
-    """The repository of an original's part, by the folder below `pretrained/`, and the part's path in it."""
+    """The hub repository of an original's part, and the part's path in it."""
     source = max((part for part in hub.PARTS.values() if place.is_relative_to(part.folder)),
                  key=lambda part: len(part.folder))
     return source, place.relative_to(source.folder).as_posix()
 
 
 def _there(place: Path) -> Path | None:
-    """A path here or below the repository root; tensors may be in `.safetensors` for `.bin`."""
+    """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
     return hub.locate(place) or (hub.locate(place.with_suffix(".safetensors")) if place.suffix == ".bin" else None)

@@ -1,4 +1,4 @@
-"""The image side of a system (vision encoder, and de-tokenizer when it first draws); where its parts compute."""
+"""Image encoder and decoder of a system (the de-tokenizer is loaded on first use), and devices of its parts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OFFLOADED = frozenset(("llm", "encoder", "decoder"))
 
 @dataclass(frozen=True)
 class Runtimes:
-    """Where parts compute; `offload`: those of "llm", "encoder" and "decoder" that are on the CPU while they rest."""
+    """Devices of parts; `offload`: those of "llm", "encoder" and "decoder" that stay on the CPU while idle."""
 
     llm: Runtime
     images: Runtime
@@ -42,7 +42,7 @@ class Runtimes:
 
     @property
     def llm_home(self) -> torch.device:
-        """Where the language model is loaded."""
+        """The device on which the language model is loaded."""
         return torch.device("cpu") if "llm" in self.offload else self.llm.device
 
 
@@ -54,7 +54,7 @@ def family(name: str) -> Any:
 
 def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype: Any = "auto", offload: bool = False,
                 log: Log = None) -> Any:
-    """The `ImageCodec` of a system without its language model, or of an image tokenizer alone."""
+    """The `ImageCodec` of a system, without its language model, or of an image tokenizer."""
     config = name if isinstance(name, SystemConfig) else SystemConfig.find(name)
     config.require("vision" if config.system == "seed_x" else "tokenizer")
     runtime = choose_device(device, dtype, log, fp16=RELEASED_FP16)
@@ -63,15 +63,15 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
 
 
 class ImageCodec:
-    """Images ⇄ codes or features. A family defines `encode(images)`, which gives codes or features, and `draw(values,
-    *, seeds, batch_size, **settings)`, which makes PIL images of them; what several threads want is computed together
-    by its `encode_batch` and `draw_batch`, which get a row for each image. `load_decoder` makes the de-tokenizer;
-    larger images are reduced to `at_least` or more on a side while they are opened."""
+    """Images ⇄ codes or features. Families define `encode(images)` → codes or features, and `draw(values, *, seeds,
+    batch_size, **settings)` → PIL images; requests of several threads are batched by `encode_batch` and `draw_batch`,
+    with a row per image. `load_decoder` builds the de-tokenizer; larger images are reduced to `at_least` or more on a
+    side while opening."""
 
-    progressive: ClassVar[bool] = False  # whether the first codes of an image can be drawn
+    progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
-    own_settings: ClassVar[tuple[str, ...]] = ()  # of these, what the de-tokenizer does not know
-    name, advice = "This system", ""  # in the sentence about a missing de-tokenizer
+    own_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
+    name, advice = "This system", ""  # for the message about a missing de-tokenizer
     compiled = False
     encode: Callable[..., Any]
     draw: Callable[..., list[Image.Image]]
@@ -84,7 +84,7 @@ class ImageCodec:
         self.model, self.device, self.drawing_device = model, device, drawing_device or device
         self.at_least, self._load_decoder = at_least, load_decoder
         self._decoder: Any = None
-        self._lock = threading.RLock()  # held while the encoder computes and the de-tokenizer is loaded
+        self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encoded, self._drawn = Collector(self.encode_batch, most=32, wait=0.005), Collector(self.draw_batch)
         self.offload(offload)
 
@@ -94,7 +94,7 @@ class ImageCodec:
 
     @property
     def decoder(self) -> Any:
-        """The de-tokenizer, loaded at its first use; raises `CheckpointError` if there is none."""
+        """The de-tokenizer, loaded on first use. Raises CheckpointError: none."""
         with self._lock:
             if self._decoder is None:
                 if self._load_decoder is None:
@@ -108,7 +108,7 @@ class ImageCodec:
             return self._decoder
 
     def offload(self, parts: Collection[str]) -> None:
-        """Keep these of "encoder" and "decoder" on the CPU while they do not work, and the others not."""
+        """Keep these of "encoder" and "decoder" on the CPU while idle."""
         self._offload = parts
         self.model.to("cpu" if "encoder" in parts else self.device)
         if self._decoder is not None:
@@ -123,7 +123,7 @@ class ImageCodec:
                 block.compile()
 
     def check_drawing(self, **settings: Any) -> None:
-        """Raise for unknown settings of `draw` and a missing de-tokenizer before the language model works for it."""
+        """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
         self.decoder.check_settings(**{name: value for name, value in settings.items()
                                        if name not in self.own_settings})
 
@@ -132,19 +132,19 @@ class ImageCodec:
         return open_image(image, name=name, at_least=self.at_least)
 
     def drawn(self, settings: dict[str, Any], batch_size: int, *columns: Any) -> list[Image.Image]:
-        """Images that `draw_batch` makes of these columns of its rows, with those of other threads."""
+        """Decode rows with `draw_batch`, batched with those of other threads."""
         rows = [*zip(*columns, strict=True)]
         return self._drawn({**settings, "batch_size": batch_size if len(rows) > batch_size else None}, rows)
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
-        """Inside, the encoder is on its device, and this thread alone uses it."""
+        """Context with the encoder on its device, exclusively for this thread."""
         with self._lock, on_device(self.model, self.device if "encoder" in self._offload else None):
             yield
 
 
 def one_seed_each(seed: Any, count: int) -> list[int]:
-    """The seeds of drawings: one for all, one each, or None (random); `CodesError` for another number of them."""
+    """The seeds of images: one for all, one each, or None (random). Raises CodesError: another number."""
     several = seed if isinstance(seed, (list, tuple, range)) else [seed] * count
     seeds = [random_seed() if one is None else check_value(int, one, "A drawing's seed", **SEEDS) for one in several]
     if len(seeds) != count:

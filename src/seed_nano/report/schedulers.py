@@ -2,7 +2,7 @@
 
     python -m seed_nano.report.schedulers images/*.png --model pretrained/nano --guidance 10 --start noise
 
-`PNDM`: as released with Stable Diffusion 2.1; `DDIM`: the shipped folders', preset "original"; `fast`: that preset.
+`PNDM`: Stable Diffusion 2.1's own; `DDIM`: the shipped folders', preset "original"; `fast`: that preset.
 """
 
 from __future__ import annotations

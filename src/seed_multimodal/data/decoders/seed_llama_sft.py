@@ -215,7 +215,7 @@ class Video(Tuned):
 
 @dataclass(frozen=True)
 class TurnOptions(DecoderOptions):
-    """`system_message`: without loss. `sep`: between turns. `roles`: names of the speakers, only in pre-training."""
+    """`system_message`: without loss. `sep`: between turns. `roles`: names of the roles, only in pre-training."""
 
     roles: tuple[str, str] = ("USER", "ASSISTANT")
     sep: str = "\n"
