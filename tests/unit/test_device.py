@@ -154,7 +154,7 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
     pictures += [shown(main, name) for name in ("tokenize", "reconstruct")] + [
         shown(seed.recon_script), shown(main, "eval", "tokenizer")]
     for text in talking:
-        assert "--quantization {8bit,4bit}" in text, text[:200]
+        assert "--quantization {8bit,4bit,int8,int4} " in text, text[:200]
     for text in talking + pictures:
         assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
 
