@@ -115,7 +115,7 @@ def test_nano_is_trained_resumed_and_answers(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.timeout(900)
 def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report")
+    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=16")
 
     seed = SeedX.from_pretrained(work / "system", log=None)
     picture, wide = (Image.fromarray(image) for image in (render(scene_at(0, 0, "val")),
@@ -134,7 +134,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.timeout(900)
 def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report")
+    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=16")
     with safe_open(work / "system" / "tokenizer" / "model.safetensors", "pt") as handle:  # nano's encoder is not copied
         assert not [name for name in handle.keys() if name.startswith("encoder.")]  # noqa: SIM118
 
