@@ -28,8 +28,8 @@ class OpenAIEngine(OutsideEngine):
             raise ConfigError("The engine openai needs the server's URL: --url http://127.0.0.1:8000.")
         self.url, key = url.rstrip("/").removesuffix("/v1") + "/v1", os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with self._called("get", "models") as response:
-            card = json.loads(response.content)["data"][0]
+        with self._called("get", "models") as answer:
+            card = json.loads(answer.content)["data"][0]
         words, self.model = tokenizer.vocabulary, card["id"]
         super().__init__(StandIn(SimpleNamespace(vocab_size=words.size, max_position_embeddings=int(
             card.get("max_model_len") or 2048))), tokenizer, slots)
@@ -54,9 +54,9 @@ class OpenAIEngine(OutsideEngine):
                     self._take(request, words.eoi_id)
                     continue
                 least = min(max(settings.min_new_tokens - len(request.ids), 0), request.left)
-                no_room = settings.constrain and request.left < words.image_length
+                no_space = settings.constrain and request.left < words.image_length
                 self._piece(request, stops, min_tokens=least, max_tokens=request.left,
-                           logit_bias={str(words.boi_id): -100} if no_room else None)
+                           logit_bias={str(words.boi_id): -100} if no_space else None)
         except Exception as error:  # noqa: BLE001 of this answer alone
             request.end(error)
 
@@ -69,8 +69,8 @@ class OpenAIEngine(OutsideEngine):
         if request.seed is not None:
             body |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or -1,
                      "seed": (request.seed + count) % 2**63}
-        with self._called("post", "completions", body) as response:
-            for line in response.iter_lines():
+        with self._called("post", "completions", body) as answer:
+            for line in answer.iter_lines():
                 if line.startswith(b"data: {"):
                     for choice in json.loads(line[5:]).get("choices", ()):
                         for token in choice["token_ids"] or ():
@@ -90,15 +90,16 @@ class OpenAIEngine(OutsideEngine):
 
     @contextlib.contextmanager
     def _called(self, method: str, path: str, body: dict[str, Any] | None = None) -> Iterator[Any]:
-        """The server's response. Raises RequestError."""
+        """The server's answer. Raises RequestError."""
         import requests
 
         url = f"{self.url}/{path}"
         try:
-            with requests.request(method, url, json=body, headers=self._headers, stream=True, timeout=(5, 600)) as told:
-                if told.status_code != 200:
-                    raise RequestError(f"{url} answered with status {told.status_code}: {told.text[:300]}")
-                yield told
+            with requests.request(method, url, json=body, headers=self._headers, stream=True,
+                                  timeout=(5, 600)) as answer:
+                if answer.status_code != 200:
+                    raise RequestError(f"{url} answered with status {answer.status_code}: {answer.text[:300]}")
+                yield answer
         except (ValueError, LookupError, TypeError) as error:  # invalid URL, JSON or ids
             raise RequestError(f"{url} is not the address of a completion server that returns token ids, such as "
                                "http://127.0.0.1:8000 of vLLM or SGLang.") from error
