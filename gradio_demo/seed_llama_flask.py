@@ -36,8 +36,6 @@ def build_parser() -> argparse.ArgumentParser:
                         help="address to listen on; 0.0.0.0 shows it to other machines, and needs a token")
     parser.add_argument("--token-file", "--token_file", type=Path,
                         help="file with a password that clients send as a bearer token (default: $SEED_TOKEN)")
-    parser.add_argument("--allow-host", "--allow_host", action="append", default=[],
-                        help="a host whose http(s) addresses may be given as images; may be repeated (default: none)")
     parser.add_argument("--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)")
     parser.add_argument("--llm_device", default="auto", help="device of the language model (default: auto)")
     parser.add_argument("--tokenizer_device", default="auto", help="device that reads and draws (default: auto)")
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"{error} Images are read and described.")
     limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_running=args.max_running,
-                    max_waiting=args.max_waiting, seconds=args.max_seconds, hosts=tuple(args.allow_host))
+                    max_waiting=args.max_waiting, seconds=args.max_seconds)
     serve(create_app(system, limits=limits, token=token), host=args.host, port=args.port)
     return 0
 

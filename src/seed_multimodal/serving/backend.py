@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,9 +37,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
 FORMATS = ("PNG", "JPEG", "WEBP")
-ADDRESS = re.compile(r"https?://([\w.-]+)(?::\d+)?(?:/.*)?", re.ASCII)  # only URLs that parsers read equally
-LOOK_SECONDS = 0.2  # interval of disconnect checks of queued requests
-LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: larger requests and images are processed one at a time
+LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
+LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
 
 
 class Refused(SeedError):
@@ -142,8 +140,8 @@ class Backend:
     # ---- images
 
     def read_images(self, items: Sequence[Any], names: str, watch: Watch) -> list[Any]:
-        """The opened images of a request, or their codes for systems with codes. `items`: base64 text or a URL, an
-        `ImageUrl`, file content, or codes; `names`: for errors, with their number.
+        """The images of a request, opened; of a system that reads codes, their codes. `items`: base64, an
+        `ImageUrl`, the bytes of a file, or codes, which stay; `names`: for errors, with their number.
 
         Raises:
             RequestError: invalid codes, or too many pixels.
@@ -156,7 +154,9 @@ class Backend:
                 read.append(self._codes(item, name))
                 continue
             text = item.url if isinstance(item, ImageUrl) else item
-            read.append(file := text if isinstance(text, bytes) else self._file(text, name, limits, watch))
+            if isinstance(text, str) and "://" in text[:12]:
+                raise RequestError(f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,….")
+            read.append(file := text if isinstance(text, bytes) else bytes_from_base64(text, name, limits))
             pixels += math.prod(image_size(file, name=name, limits=limits))
             if pixels > self.limits.max_pixels:
                 raise RequestError(f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
@@ -179,30 +179,6 @@ class Backend:
             raise RequestError(f"image {read.index(None)} has fewer than {self.words.least_codes} codes.")
         return read
 
-    def _file(self, text: str, name: str, limits: ImageLimits, watch: Watch) -> bytes:
-        """The file in a base64 text, or at a URL on an allowed host."""
-        if "://" not in text[:12]:
-            return bytes_from_base64(text, name, limits)
-        import requests
-
-        address = ADDRESS.fullmatch(text)
-        if not address or address[1] not in self.limits.hosts:
-            raise RequestError(f"{name}: nothing is fetched but from hosts that --allow-host names; send the image "
-                               f"itself, as data:image/png;base64,….")
-        try:
-            with requests.get(text, timeout=10, stream=True, allow_redirects=False) as answer:
-                if answer.status_code != 200:
-                    raise ValueError
-                file = b""
-                for piece in answer.iter_content(1 << 16):
-                    file += piece
-                    if len(file) > limits.max_bytes or watch():
-                        break
-        except (requests.RequestException, ValueError) as error:
-            raise RequestError(f"{name}: nothing came from this address.") from error
-        limits.check_bytes(len(file), name)
-        return file
-
     def _codes(self, codes: list[int], name: str) -> list[int] | None:
         """The codes of an image; None if incomplete."""
         words = self.words
@@ -224,15 +200,13 @@ class Backend:
     # ---- POST /generate
 
     def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Text and previews of images if requested, and last the answer."""
+        """Previews of images if they are asked for, and last the answer."""
         images = self.read_images(asked.images, "images[{}]", watch)
-        number, stream = -1, asked.words or asked.previews and self.system.images.progressive
+        number, stream = -1, asked.previews and self.system.images.progressive
         options = {"force_image": asked.force_boi, **self._options(asked)}
         for event in self._chat(self._messages(asked, images), watch, stream, options):
             number += event["type"] == "image_start"
-            if event["type"] == "text" and asked.words:
-                yield {"words": event["text"]}
-            if event["type"] == "image_preview" and asked.previews:
+            if event["type"] == "image_preview":
                 yield {"picture": number, "codes": len(event["codes"]), "preview": image_to_base64(event["image"])}
         answer = event["answer"]
         response = self._render(answer, [sent if isinstance(sent, list) else image if isinstance(image, list) else None

@@ -1,56 +1,56 @@
-"""Asynchronous client of the server."""
+"""Client of the backend, for a page that asks many things at once; a failure is one sentence."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from seed_multimodal.errors import RequestError, SeedError
+from seed_multimodal.serving.dialogue import KINDS, Kind
 
-USER_AGENT = "SEED Multimodal client"
 CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
 
 
 @dataclass
-class Client:
-    """A server; `address`: URL of its `/generate`."""
+class Model:
+    """A backend (the address of its `/generate`), and what is known of its model."""
 
     address: str
+    kind: Kind
 
-    async def generate(self, body: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """Stream the response of `POST /generate`: text and previews, and last the answer. Leaving it cancels the
-        request.
+    async def learn(self) -> str:
+        """Ask the backend which model it has; returns a sentence if it does not answer."""
+        try:
+            async for answer in self.ask("/v1/models"):
+                name = str(answer["data"][0]["id"]).rpartition("/")[2]
+                self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
+        except SeedError as error:
+            return str(error)
+        return ""
+
+    async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
+        """The JSON of a route, or of each event; `body`: `json`, or `files` and `data`, as of httpx. Leaving it cancels
+        the request.
 
         Raises:
             RequestError: no server, timeout, an error response, or another kind of server.
         """
-        async for piece in self._ask("POST", self.address, json={**body, "previews": True, "words": True}):
-            if not {"preview", "words", "text"} & set(piece):
-                raise RequestError(f"{self.address} answered with something else than text and images; is it a SEED "
-                                   f"backend?")
-            yield piece
-
-    async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of another route; `body`: `json`, or `files` and `data`, as of httpx. Raises as `generate`."""
-        address = self.address.removesuffix("/generate").rstrip("/") + route
-        async for piece in self._ask("POST" if body else "GET", address, **body):
-            yield piece
-
-    async def _ask(self, method: str, address: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
         import httpx
 
+        address = self.address.removesuffix("/generate").rstrip("/") + route
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
-        headers = {"User-Agent": USER_AGENT, **({"Authorization": f"Bearer {token}"} if token else {})}
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
         seconds = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         try:
             async with (httpx.AsyncClient(timeout=seconds, headers=headers) as client,
-                        client.stream(method, address, **body) as response):
-                async for line in response.aiter_lines():  # one per chunk
-                    yield _piece(line, address, response.status_code)
+                        client.stream("POST" if body else "GET", address, **body) as response):
+                async for line in response.aiter_lines():
+                    if line and line != "data: [DONE]":
+                        yield _read(line.removeprefix("data: "), address)
         except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
             raise RequestError(f"{address!r} is no address; it looks like http://127.0.0.1:7890/generate.") from error
         except httpx.ReadTimeout as error:
@@ -60,18 +60,16 @@ class Client:
                                f"and try again.") from error
 
 
-def _piece(line: str, address: str, status: int) -> dict[str, Any]:
-    """Parse a line of a response. Raises RequestError for an error."""
+def _read(line: str, address: str) -> dict[str, Any]:
+    """One JSON object of an answer; raises `RequestError` for an error."""
     try:
-        piece = json.loads(line)
-    except ValueError as error:
-        raise RequestError(f"{address} answered with status {status} and no JSON; is it the address of a SEED backend?"
-                           ) from error
-    said = piece.get("error") if isinstance(piece, dict) else None
-    if said or status != 200 or not isinstance(piece, dict):
-        said = said.get("message") if isinstance(said, dict) else said
-        raise RequestError(str(said) if said else f"The backend refused the request (status {status}).")
-    return piece
+        piece: dict[str, Any] = json.loads(line)
+        if "error" not in piece:
+            return piece
+    except (ValueError, TypeError) as error:
+        raise RequestError(f"{address} answered without JSON; is it the address of a SEED backend?") from error
+    said = piece["error"]
+    raise RequestError(str(said["message"] if isinstance(said, dict) else said))
 
 
 async def together(streams: Sequence[AsyncIterator[Any]], running: set[asyncio.Task[None]]

@@ -18,7 +18,8 @@ import gradio as gr
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.serving.dialogue import Kind, Model, kind_of
+from seed_multimodal.serving.client import Model
+from seed_multimodal.serving.dialogue import Kind, kind_of
 from seed_multimodal.serving.visits import IMAGES, UPLOADS, Page, Visit, examples, said
 
 CODES = 32  # of an image of SEED-LLaMA

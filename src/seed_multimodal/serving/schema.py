@@ -1,7 +1,7 @@
 """JSON schemas of all requests and responses, validated by pydantic; `openapi` documents them.
 
-`POST /generate` has the field names and defaults of the original demo server (`seed`, `previews`, `words`, `ratio` and
-`boxes` are additions); routes below `/v1` have those of OpenAI's API, and further fields for images and their codes.
+`POST /generate` has the field names and defaults of the original demo server (`seed`, `previews`, `ratio` and `boxes`
+are additions); routes below `/v1` have those of OpenAI's API, and further fields for images and their codes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Codes = Annotated[list[int], Field(max_length=MAX_CODES)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Beams = Annotated[int, Field(ge=1, le=8)]
 NewTokens = Annotated[int, Field(ge=1, le=2048)]
 Shape = Annotated[str, Field(max_length=20)]
 Model = TypeVar("Model", bound=BaseModel)
@@ -29,8 +30,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of the server; `max_pixels`: of all images of a request, from their headers; `seconds`: of an answer;
-    `hosts`: from which images are fetched."""
+    """Limits of the server; `max_pixels`: of all images of a request, from their headers; `seconds`: of an answer."""
 
     max_body_bytes: int = 64 << 20
     max_image_bytes: int = 20 << 20
@@ -38,7 +38,6 @@ class Limits:
     max_running: int = 16
     max_waiting: int = 16
     seconds: float = 600.0
-    hosts: tuple[str, ...] = ()
 
 
 # ---- POST /generate
@@ -53,13 +52,12 @@ class GenerateRequest(BaseModel):
     text: str = Field(max_length=MAX_TEXT)
     images: list[str | Codes] = Field(max_length=MAX_IMAGES)
     temperature: Temperature = 0.7
-    num_beams: int = Field(1, ge=1, le=8)
+    num_beams: Beams = 1
     max_new_tokens: NewTokens = 256
     top_p: Share = 0.5
     force_boi: bool = False
     seed: Seed | None = None
     previews: bool = False
-    words: bool = False
     ratio: Shape | None = None
 
     @model_validator(mode="after")
@@ -97,17 +95,17 @@ class ErrorResponse(BaseModel, extra="allow"):
 
 
 class ImageUrl(BaseModel):
-    """`url`: `data:image/…;base64,…`, or an address on a host that the server may fetch from."""
+    """`url`: `data:image/…;base64,…`; nothing is fetched."""
 
     url: str
 
 
 class Part(BaseModel):
-    """A text, an image (`image_url`) or its codes (`image_codes`) of a message. Of an image of an answer: its codes, if
-    it has any; its number (`index`); the characters of the answer's text before it (`offset`); `preview`: it is drawn
-    from its first codes, and a better one of the same `index` follows."""
+    """A text, or an image: `image_url`, or its `codes`, which are read instead. Of an image of an answer: its number
+    (`index`); the characters of the answer's text before it (`offset`); `preview`: it is drawn from its first codes,
+    and a better one of the same `index` follows."""
 
-    type: Literal["text", "image_url", "image_codes"]
+    type: Literal["text", "image_url"]
     text: str = ""
     image_url: ImageUrl | None = None
     codes: Codes | None = None
@@ -122,7 +120,7 @@ class Part(BaseModel):
     @model_validator(mode="after")
     def _complete(self) -> Part:
         if self.type != "text" and not self.value:
-            raise ValueError(f"A part {self.type!r} lacks 'image_url' or 'codes'")
+            raise ValueError("An image lacks 'image_url' or 'codes'")
         return self
 
 
@@ -155,6 +153,7 @@ class ChatRequest(BaseModel):
     temperature: Temperature | None = None
     top_p: Share | None = None
     seed: Seed | None = None
+    num_beams: Beams | None = None
     n: Literal[1] | None = None
     stream: bool = False
     stream_options: dict[str, Any] | None = None
@@ -177,7 +176,7 @@ class ChatRequest(BaseModel):
     def settings(self) -> dict[str, Any]:
         """The settings sent by the client, named as in `MultimodalSystem.chat`."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "seed": self.seed, "ratio": self.ratio,
-                 "max_new_tokens": self.max_completion_tokens or self.max_tokens}
+                 "num_beams": self.num_beams, "max_new_tokens": self.max_completion_tokens or self.max_tokens}
         return {"force_image": self.force_image or self.modalities == ["image"],
                 **{name: value for name, value in given.items() if value is not None}}
 
@@ -220,8 +219,8 @@ class ImagesRequest(BaseModel):
 
 
 class TokensRequest(BaseModel):
-    """Either `images` (base64 or URLs), which become codes, or `codes`, which are drawn with `seed`; `first`: from so
-    many codes of each, where a system can (SEED-LLaMA)."""
+    """Either `images` (base64 or data URLs), which become codes, or `codes`, which are drawn with `seed`; `first`: from
+    so many codes of each, where a system can (SEED-LLaMA)."""
 
     images: list[str] = Field([], max_length=MAX_IMAGES)
     codes: list[Codes] = Field([], max_length=MAX_IMAGES)

@@ -21,13 +21,12 @@ from seed_multimodal.errors import ImageError, RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.vocabulary import BOX_WORDS
-from seed_multimodal.serving.client import together
-from seed_multimodal.serving.dialogue import Kind, Model, Shown, Turn, check_rounds, message, receive, request
+from seed_multimodal.serving.client import Model, together
+from seed_multimodal.serving.dialogue import Kind, Shown, Turn, check_rounds, message, messages
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 STORED_SIDE, WHOLE_SIDE = 512, 1792  # of what `chat_image` makes of an image; four views of 448 pixels (SEED-X)
-LOST_IMAGE = "(an image that could not be drawn)"
 STILL = "The model is still answering: wait for it, or press Stop."
 AGAIN = 0.7  # temperature of a second answer where the first was the likeliest one
 WAITING, STOPPED, NO_IMAGE = "Waiting for the model …", "Stopped.", "Choose an image first."
@@ -110,37 +109,36 @@ class Page:
         model = self.model(visit)
         settings: dict[str, Any] = {"ratio": ratio} if force else {}
         if not model.kind.ratios:
-            settings = {"num_beams": int(beams), "max_new_tokens": int(tokens), "temperature": temperature,
-                        "top_p": top_p}
-        check_rounds(model.kind.style, turns, int(rounds))
-        body = await asyncio.to_thread(request, model.kind.style, turns, lambda path: self.encode(visit, path))
-        body |= {**settings, "force_boi": bool(force), "seed": random.randrange(2**31)}
-        words, previews = "", dict[int, Shown]()
-        async for _, piece in together([model.generate(body)], visit.running):
+            settings = {"num_beams": int(beams), "max_tokens": int(tokens), "temperature": temperature, "top_p": top_p}
+        turns = turns[-1:] if model.kind.alone else turns
+        check_rounds(turns, int(rounds))
+        said = await asyncio.to_thread(messages, turns, model.kind.around, lambda path: self.encode(visit, path))
+        body = {"messages": said, **settings, "force_image": bool(force), "seed": random.randrange(2**31),
+                "stream": True, "previews": True}
+        answer, done, boxes = Turn([]), False, list[dict[str, Any]]()
+        async for _, piece in together([model.ask("/v1/chat/completions", json=body)], visit.running):
             if isinstance(piece, SeedError):
                 raise piece
-            if "text" in piece:
-                yield await asyncio.to_thread(self.receive, visit, turns, piece)
-                return
-            if "preview" in piece:
-                previews[piece["picture"]] = Shown(await asyncio.to_thread(visit.decode, piece["preview"]))
-            words += piece.get("words", "")
-            yield Turn([words, *previews.values()])
-        if not words.strip():
+            change, done = piece["choices"][0]["delta"], piece["choices"][0]["finish_reason"] is not None
+            await asyncio.to_thread(answer.add, change, visit.decode)
+            boxes += change.get("boxes", ())
+            if not done and (change.get("content") or "images" in change):
+                yield answer
+        answer.end()
+        answer.below += [*await asyncio.to_thread(self.framed, visit, turns, boxes), *([] if done else [STOPPED])]
+        if not done and not answer.parts:
             raise RequestError(STOPPED)
-        yield Turn([words.strip()], [STOPPED])
+        yield answer
 
-    def receive(self, visit: Visit, turns: list[Turn], piece: dict[str, Any]) -> Turn:
-        turn = receive(self.model(visit).kind.style, turns, piece, visit.decode)
-        known = [image for one in turns for image in one.images]
-        on: dict[str, list[list[int]]] = {}
-        for found in piece.get("boxes", ()):
-            path = known[found["image"]].path
+    def framed(self, visit: Visit, turns: Sequence[Turn], boxes: Sequence[dict[str, Any]]) -> list[Shown]:
+        """The images of a conversation that an answer's boxes lie on, with these boxes."""
+        known, on = [image.path for turn in turns for image in turn.images], dict[str, list[list[int]]]()
+        for found in boxes:
+            path = known[found["image"]]
             size = io.open_image(path).size
             on.setdefault(path, []).append([int(share * side) for share, side in
                                             zip(found["box"], (*size, *size), strict=True)])
-        turn.below += [Shown(visit.keep(draw_boxes(io.open_image(path), corners))) for path, corners in on.items()]
-        return turn
+        return [Shown(visit.keep(draw_boxes(io.open_image(path), corners))) for path, corners in on.items()]
 
     async def reply(self, visit: Visit, turns: list[Turn], settings: Sequence[Any], sent: Any = None
                     ) -> AsyncIterator[tuple[Any, ...]]:
@@ -329,7 +327,7 @@ def shown(turns: Sequence[Turn]) -> list[dict[str, Any]]:
         content: list[Any] = []
         for part in [*turn.parts, *turn.below]:
             if isinstance(part, Shown):
-                content.append({"path": part.path, "alt_text": "image"} if part.path else LOST_IMAGE)
+                content.append({"path": part.path, "alt_text": "image"})
             elif words := BOX_WORDS.sub(" ", part).strip():
                 content.append(words)
         messages.append({"role": ("user", "assistant")[number % 2], "content": content or ["…"]})

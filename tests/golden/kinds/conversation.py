@@ -4,8 +4,9 @@ Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) a
 messages, pending message, posted bodies (images as pixels), the model's input ids, the final prompt and the log record.
 Not covered: request headers and addresses; image files' md5 names (they depend on the PNG encoder: compared by order);
 the state of the original's buttons, of which the page has other ones; the server's answers and settings (kind
-`flask_api`); and what the original does after it crashed on a typed `<image>`: here that text is refused when it is
-added, and the flow ends there.
+`flask_api`); the prompt of no turns; codes of shown images, which our page leaves to the server (filled in here); and
+what the original does after it crashed on a typed `<image>`: here that text is refused when it is added, and the flow
+ends there.
 """
 
 from __future__ import annotations
@@ -31,14 +32,17 @@ from seed_multimodal.images.io import (
     image_to_base64,
     request_image,
 )
+from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
-from seed_multimodal.serving.dialogue import TOO_LONG, Shown, Turn, check_rounds, message, prompt_text, receive, request
+from seed_multimodal.serving.dialogue import TOO_LONG, Shown, Turn, check_rounds, message, messages
+from seed_multimodal.serving.schema import ChatRequest, ImageUrl
 
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 SEPARATOR = "\n"
-STYLES = {"flows_8b.json": "roles", "flows_14b.json": "llama2"}
-ROLES = {"roles": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
+STYLES = {"flows_8b.json": "vicuna", "flows_14b.json": "llama2"}
+ROLES = {"vicuna": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
+AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
 
 
 def check(folder: Path) -> None:
@@ -54,10 +58,13 @@ def check(folder: Path) -> None:
 def check_templates(cases: list[dict[str, Any]]) -> None:
     assert cases
     for case in cases:
-        style = "llama2" if case["template"] == "conv_seed_llama2" else "roles"
+        if not case["turns"]:
+            continue
+        style = "llama2" if case["template"] == "conv_seed_llama2" else "vicuna"
         assert_same((ROLES[style], SEPARATOR), (case["roles"], case["sep"]), case["template"])
         turns = [turn["message"] for turn in case["turns"]]
-        prompt = {"text": prompt_text(style, [turn["text"] for turn in turns], case["system"]),
+        rendered = render(style, [[turn["text"]] for turn in turns], case["system"])
+        prompt = {"text": rendered,
                   "images": [codes for turn in turns for codes in turn["images_ids"]]}
         assert_same(prompt, case["prompt"], f"prompt of {case['template']}")
 
@@ -98,8 +105,7 @@ class Replay:
                       "next_input_state": entry(self.pending)}
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), where)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
-        assert_same(request(self.style, self.turns, self._encode), self.flow["prompt_at_end"],
-                    f"{self.name}: prompt at the end")
+        assert_same(self.request(), self.flow["prompt_at_end"], f"{self.name}: prompt at the end")
         assert_same(_numbered(self.log_record()), _numbered(self.flow["dict_at_end"]), f"{self.name}: log record")
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
@@ -112,9 +118,9 @@ class Replay:
         elif kind in ("regenerate", "clear"):
             self.turns = self.turns[:-1 if kind == "regenerate" else 0]
             self.pending, self.errors = Turn([]), []
-        elif kind == "bot" and self.turns and self.turns[-1].text.strip(" ?.;!/"):
+        elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
-                check_rounds(self.style, self.turns, self.flow["max_turns"])
+                check_rounds(self.turns, self.flow["max_turns"])
             except RequestError:
                 self.turns.append(Turn([TOO_LONG]))  # our page shows it as a status
                 self.pending, self.errors = Turn([]), []
@@ -131,13 +137,35 @@ class Replay:
         recorded = self.flow["http"][self.posted]
         settings = {key: value for key, value in recorded["payload"].items() if key not in ("text", "images")}
         assert_same(settings["force_boi"], self.flow["force_image_gen"], f"{self.name}: force_boi")
-        check_body({**request(self.style, self.turns, self._encode), **settings}, recorded["payload"], self.name)
+        check_body({**self.request(), **settings}, recorded["payload"], self.name)
         self.check_prompt(recorded, tokenizer)
         self.posted += 1
-        answer = receive(self.style, self.turns, recorded["response"],
-                         lambda text: self._store(image_from_base64(text)))
-        self.turns = [*self.turns, answer]
+        self.turns = [*self.turns, answer := self.receive(recorded["response"])]
         self.pending, self.errors = Turn([]), [note for note in answer.below if isinstance(note, str)]
+
+    def request(self) -> dict[str, Any]:
+        """The text that the model reads, and the images, of what our page posts."""
+        sent = ChatRequest.model_validate({"messages": messages(self.turns, ("", ""), self._encode)}).messages
+        said = [[part if isinstance(part, str) else PLACEHOLDER for part in one.parts] for one in sent]
+        return {"text": render(self.style, said), "images": [
+            part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
+            for one in sent for part in one.parts if not isinstance(part, str)]}
+
+    def receive(self, answer: dict[str, Any]) -> Turn:
+        """The recorded answer as a stream brings it; the codes of the posted images are noted as the original did."""
+        asked = [image for turn in self.turns for image in turn.images]
+        for image, codes in zip(asked, answer["images_ids"], strict=False):
+            image.codes = image.codes or codes
+        first, *pieces = answer["text"].split(PLACEHOLDER)
+        turn = Turn([first] if first else [], list(answer["error_msg"]))
+        for text, codes, piece in zip(answer["images"], answer["images_ids"][len(asked):], pieces, strict=True):
+            if text:
+                turn.add({"images": [{"image_url": {"url": text}, "codes": codes, "preview": False}]},
+                         lambda text: self._store(image_from_base64(text)))
+            else:
+                turn.parts.append(Shown("", codes))
+            turn.add({"content": piece}, str)
+        return turn
 
     def messages(self) -> list[dict[str, Any]]:
         return [{"role": ROLES[self.style][number % 2], "message": entry(turn)}
@@ -187,8 +215,21 @@ def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
 
 def entry(turn: Turn) -> dict[str, Any]:
     """A turn in the form of the original front-end."""
-    return {"text": turn.text, "images": [image.path for image in turn.images],
+    return {"text": text_of(turn), "images": [image.path for image in turn.images],
             "images_ids": [image.codes for image in turn.images]}
+
+
+def text_of(turn: Turn) -> str:
+    return "".join(PLACEHOLDER if isinstance(part, Shown) else part for part in turn.parts)
+
+
+def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
+    """The original's prompt by our template; ours puts the blank after "ASSISTANT:" when the answer is encoded."""
+    blank = " " if style == "vicuna" else ""
+    said = [(("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
+            for number, parts in enumerate(turns)]
+    end = AFTER_AN_ANSWER[style] if len(turns) % 2 == 0 else ""
+    return "".join(str(span) for span in get_template(style).render(said, system)) + end
 
 
 def pairs(turns: Sequence[Turn]) -> list[list[str | None]]:

@@ -19,7 +19,8 @@ from served import ask, body, noise, read, serving
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import Backend, Refused, Watch
-from seed_multimodal.serving.dialogue import KINDS, Model
+from seed_multimodal.serving.client import Model
+from seed_multimodal.serving.dialogue import KINDS
 from seed_multimodal.serving.schema import GenerateRequest
 from seed_multimodal.serving.visits import Page, Visit
 
@@ -117,7 +118,7 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
         for place in range(3):
             said = {"text": "What is it?", "files": [str(tmp_path / "shown.png")]}
             answer = reply(page.on_submit(visit, said, False, "3:2", *settings))
-            assert answer.text and not answer.images and len(visit.turns) == 2 * place + 2 and not answer.below
+            assert answer.parts and not answer.images and len(visit.turns) == 2 * place + 2 and not answer.below
         drawn = reply(page.on_submit(visit, {"text": "a red apple", "files": []}, True, "3:2", *settings)).images[0]
         assert Image.open(drawn.path).size == (80, 48) and drawn.codes
         again = reply(page.on_retry(visit, True, "2:3", *settings)).images[0]

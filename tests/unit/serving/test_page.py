@@ -15,14 +15,13 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.client import Client, together
-from seed_multimodal.serving.dialogue import KINDS, Model, Shown, Turn, kind_of, receive, request
+from seed_multimodal.serving.client import Model, together
+from seed_multimodal.serving.dialogue import KINDS, Shown, Turn, kind_of, messages
 from seed_multimodal.serving.page import build
 from seed_multimodal.serving.visits import STILL, STOPPED, Page, Visit, shown, strip
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
-ANSWER = {"text": "Here: <image>", "images": ["cGl4ZWxz"], "images_ids": [[1, 2]], "error_msg": []}
 
 
 @pytest.fixture(scope="module")
@@ -67,21 +66,27 @@ def contents(turns: list[Turn]) -> list[Any]:
 # ---- turns
 
 
-def test_receive_refuses_an_answer_that_does_not_fit() -> None:
-    turns = [Turn(["draw"])]
-    for wrong in ({**ANSWER, "images_ids": []}, {**ANSWER, "text": "no placeholder"}):
-        with pytest.raises(RequestError):
-            receive("roles", turns, wrong, lambda text: "a.png")
+def test_messages_send_known_codes() -> None:
+    turns = [Turn([Shown("a.png"), "What?"]), Turn(["A ", Shown("b.png", [1, 2])])]
+    assert messages(turns, ("Q: ", ""), lambda path: f"bytes of {path}") == [
+        {"role": "user", "content": [
+            {"type": "text", "text": "Q: "},
+            {"type": "image_url", "image_url": {"url": "data:image/png;base64,bytes of a.png"}},
+            {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "image_url", "codes": [1, 2]}]}]
 
 
-def test_request_sends_known_codes() -> None:
-    turns = [Turn([Shown("a.png")])]
-    body = request("llama2", turns, lambda path: f"bytes of {path}")
-    assert body == {"text": "[INST] <image> [/INST]\n", "images": ["bytes of a.png"]}
-    turns += [receive("llama2", turns, {"text": "A cat.", "images": [], "images_ids": [[7]], "error_msg": []}, str),
-              Turn(["Sure?"])]
-    assert request("llama2", turns, lambda path: "never asked")["images"] == [[7]]
-    assert request("alone", turns, lambda path: "")["images"] == []
+def test_turn_joins_what_a_stream_brings() -> None:
+    def image(codes: int, preview: bool) -> dict[str, Any]:
+        return {"images": [{"image_url": {"url": f"{codes}.png"}, "codes": [1] * codes, "preview": preview}]}
+
+    turn = Turn([])
+    for change in ({"content": "Here"}, {"content": " it is. "}, image(8, True), image(32, False), image(8, True),
+                   {"notes": ["An image broke off."]}):
+        turn.add(change, str)
+    assert [one.path for one in turn.images] == ["32.png", "8.png"]
+    turn.end()
+    assert contents([turn]) == [["Here it is.", {"path": "32.png", "alt_text": "image"}, "An image broke off."]]
 
 
 def test_kind_of_names_the_models() -> None:
@@ -93,13 +98,6 @@ def test_strip_gives_equal_codes_equal_colours() -> None:
     fields = strip([7, 1000, 7]).split("<span")[1:]
     colours = [field.split('style="')[1].split('"')[0] for field in fields]
     assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in strip([7, 1000, 7])
-
-
-def test_shown_puts_a_broken_image_in_its_place() -> None:
-    answer = receive("roles", [], {"text": "Here <image> done", "images": [""], "images_ids": [[1, 2]],
-                                   "error_msg": ["An image has 2 codes instead of 32."]}, str)
-    assert contents([Turn(["draw"]), answer])[1] == [
-        "Here", "(an image that could not be drawn)", "done", "An image has 2 codes instead of 32."]
 
 
 # ---- the chat
@@ -116,7 +114,7 @@ def test_on_submit_keeps_a_conversation_with_images_both_ways(page: Page, file: 
     drawn = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
     assert len({path for paths in drawn for path in paths}) >= 3, "previews, then the image"
     assert Image.open(drawn[-1][0]).size == (16, 16)
-    assert all(image.codes for turn in visit.turns for image in turn.images)  # later turns send codes, not images
+    assert len(visit.turns[-1].images[0].codes) == 32  # which later turns send
 
 
 def test_on_retry_edit_and_undo_change_the_conversation(page: Page, file: str) -> None:
@@ -128,7 +126,7 @@ def test_on_retry_edit_and_undo_change_the_conversation(page: Page, file: str) -
     send(page, visit, "And?")
     edited: Any = SimpleNamespace(index=(0, 0), value="What is it?")
     all_of(page.on_edit(visit, edited, *PLAIN))
-    assert len(visit.turns) == 2 and visit.turns[0].text == "<image>What is it?"
+    assert len(visit.turns) == 2 and visit.turns[0].parts[1:] == ["What is it?"] and visit.turns[0].images
     _, _, box = page.on_undo(visit)
     assert visit.turns == [] and box["value"]["text"] == "What is it?" and len(box["value"]["files"]) == 1
     assert send(page, visit, box["value"]["text"], *box["value"]["files"]) and len(visit.turns) == 2
@@ -214,12 +212,11 @@ def test_together_gives_pieces_and_errors_of_all_streams() -> None:
 
 
 def test_client_names_what_is_wrong(address: str) -> None:
-    for wrong, sentence in ((address.replace("generate", "elsewhere"), "nothing at this address"),
-                            ("127.0.0.1", "is no address")):
+    for wrong, route, sentence in (
+            (address, "/elsewhere", "nothing at this address"), ("127.0.0.1", "", "is no address"),
+            (address, "/v1/chat/completions", "lacks 'messages'"), (address, "/metrics", "without JSON")):
         with pytest.raises(RequestError, match=sentence):
-            all_of(Client(wrong).generate({"text": "x", "images": []}))
-    with pytest.raises(RequestError, match="lacks 'images'"):
-        all_of(Client(address).generate({"text": "x"}))
+            all_of(Model(wrong, KINDS["nano"]).ask(route, **({} if route == "/metrics" else {"json": {}})))
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))

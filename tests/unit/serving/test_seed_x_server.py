@@ -16,7 +16,9 @@ from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.dialogue import KINDS, Model, Shown, Turn, request
+from seed_multimodal.serving.backend import data_url
+from seed_multimodal.serving.client import Model
+from seed_multimodal.serving.dialogue import KINDS, Shown, Turn
 from seed_multimodal.serving.visits import Page, Visit
 from seed_multimodal.serving.visits import shown as displayed
 
@@ -114,13 +116,16 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, mo
     page, visit = Page([Model("", KINDS["seed-x-i"])]), Visit()
     shown = [Shown(visit.keep(noise(seed))) for seed in range(2)]
     asked = Turn([*shown, "Where is it?"])
-    found = page.receive(visit, [asked], said)
-    assert found.text == said["text"] and displayed([asked, found])[1]["content"][0] == "a cat"
+    found = Turn([said["text"]], [*page.framed(visit, [asked], said["boxes"])])
+    assert displayed([asked, found])[1]["content"][0] == "a cat"
     drawn = Image.open(found.below[0].path)
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
     assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
+    asked_v1 = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(noise(1))}},
+                                            {"type": "text", "text": "Where is it?"}]}
+    written = client.post("/v1/chat/completions", json={"messages": [asked_v1]}).json["choices"][0]["message"]
+    assert written["content"].split() == said["text"].split() and written["boxes"] == [{**said["boxes"][0], "image": 0}]
 
-    assert said["text"] in request("llama2", [asked, found, Turn(["Thanks"])], str)["text"]
     turns = [Message("user", ("Where is it?",)), Message("assistant", (said["text"],)), Message("user", ("Thanks",))]
     ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))
