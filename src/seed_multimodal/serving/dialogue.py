@@ -21,7 +21,7 @@ Example = tuple[str, str]  # a text, and the name of a demo image or nothing
 
 @dataclass(frozen=True)
 class Kind:
-    """The differences between models; `can`: tabs beside the chat; `whole`: images are sent as they are, not squashed;
+    """The differences between models; `can`: tabs next to the chat; `whole`: images are sent as they are, not squashed;
     `alone`: a message is read without those before it; `around`: what goes before and after it; `ratios`: shapes that
     it draws in, with its own settings rather than the sliders'."""
 
