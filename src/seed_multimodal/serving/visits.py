@@ -75,7 +75,7 @@ class Visit:
     async def take(self, upload: str | None) -> Message:
         """An uploaded image as a part of a message, checked, and stored as the model is shown it."""
 
-        def store() -> Message:
+        def store(upload: str) -> Message:
             image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE)
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             whole = self.model.kind.whole
@@ -86,7 +86,7 @@ class Visit:
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.stored:
-            self.stored[upload] = await asyncio.to_thread(store)
+            self.stored[upload] = await asyncio.to_thread(store, upload)
         return self.stored[upload]
 
     # ---- the chat
