@@ -35,8 +35,9 @@ from seed_multimodal.images.io import (
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
+from seed_multimodal.serving.client import Kind, Model
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
-from seed_multimodal.serving.visits import TOO_LONG, Message, check_rounds, extend, user_message
+from seed_multimodal.serving.visits import TOO_LONG, Message, Visit, extend, user_message
 
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 SEPARATOR = "\n"
@@ -127,7 +128,7 @@ class Replay:
             self.pending, self.errors = message("user"), []
         elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
-                check_rounds(self.turns, self.flow["max_turns"])
+                self.body(self.flow["max_turns"])
             except RequestError:
                 self.turns.append(message("assistant", text(TOO_LONG)))  # our page shows it as an error
                 self.pending, self.errors = message("user"), []
@@ -150,9 +151,14 @@ class Replay:
         self.turns = [*self.turns, answer := self.receive(recorded["response"])]
         self.pending, self.errors = message("user"), [note["text"] for note in answer["below"]]
 
+    def body(self, rounds: int = 10**6) -> dict[str, Any]:
+        """What our page posts; raises RequestError for more rounds."""
+        visit = Visit([model := Model("", Kind(""))], model)
+        return visit.request(self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
+
     def request(self) -> dict[str, Any]:
         """The text that the model reads, and the images, of what our page posts."""
-        sent = ChatRequest.model_validate({"messages": self.turns}).messages
+        sent = ChatRequest.model_validate(self.body()).messages
         said = [[part if isinstance(part, str) else PLACEHOLDER for part in one.parts] for one in sent]
         return {"text": render(self.style, said), "images": [
             part.url.partition(",")[2] if isinstance(part, ImageUrl) else part

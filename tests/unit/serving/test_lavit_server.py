@@ -108,7 +108,7 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
         noise(1, (60, 40)).save(tmp_path / "shown.png")
 
         def submit(text: str, *files: str) -> None:
-            asyncio.run(visit.on_submit({"text": text, "files": files}))
+            visit.on_submit({"text": text, "files": files})
 
         def reply(*settings: Any) -> Any:
             async def end() -> None:

@@ -109,7 +109,7 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) ->
     assert "boxes" not in alone and "no image that they could lie on" in alone["error_msg"][0]
 
     noise(1).save(tmp_path / "last.png")
-    drawn = framed(str(tmp_path / "last.png"), said["boxes"])
+    drawn = framed([{"content": [{"path": str(tmp_path / "last.png")}]}], said["boxes"])
     answer_v1 = {"role": "assistant", "content": [{"type": "text", "text": said["text"]}]}
     assert shown([answer_v1])[0]["content"] == ["a cat"]
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
