@@ -152,7 +152,7 @@ def test_on_submit_gives_the_message_back_without_a_backend(page: Page, address:
     assert len(visit.turns) == 2
     before = contents(visit.turns)
     page.models[0].address = address.replace("generate", "elsewhere")
-    assert "nothing at this address" in all_of(page.on_retry(visit, *PLAIN))[-1][1]
+    assert "URL was not found" in all_of(page.on_retry(visit, *PLAIN))[-1][1]
     assert contents(visit.turns) == before
 
 
@@ -213,8 +213,8 @@ def test_together_gives_pieces_and_errors_of_all_streams() -> None:
 
 def test_client_names_what_is_wrong(address: str) -> None:
     for wrong, route, sentence in (
-            (address, "/elsewhere", "nothing at this address"), ("127.0.0.1", "", "is no address"),
-            (address, "/v1/chat/completions", "lacks 'messages'"), (address, "/metrics", "without JSON")):
+            (address, "/elsewhere", "URL was not found"), ("127.0.0.1", "", "is no address"),
+            (address, "/v1/chat/completions", "messages: Field required"), (address, "/metrics", "without JSON")):
         with pytest.raises(RequestError, match=sentence):
             all_of(Model(wrong, KINDS["nano"]).ask(route, **({} if route == "/metrics" else {"json": {}})))
 
