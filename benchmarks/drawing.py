@@ -43,7 +43,6 @@ def random_detokenizer(runtime: Runtime) -> UnclipDetokenizer:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time each task."""
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     steps = {} if options.steps is None else {"num_inference_steps": options.steps}
     tasks: dict[str, Callable[..., Any]]  # what draws so many images

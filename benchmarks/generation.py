@@ -5,12 +5,13 @@
     python benchmarks/generation.py --model laptop --dtype bfloat16   1.24 B random weights; `llama.cpp`: Q4_K_M
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so many at once, of
-different lengths, in `Engine`; `compiled`: the same with compiled decoding.
+different lengths, in `Engine`; `compiled`: the same with compiled decoding; `int8`: and with torchao's 8-bit weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import tempfile
 from typing import Any
 
@@ -74,10 +75,18 @@ def run(options: argparse.Namespace) -> None:
             file = export_gguf(folder, WORDS, f"{folder}/q4_k_m.gguf", "q4_k_m")
             return timed(batch, LlamaCppEngine(words, folder, file, batch))
 
+    def int8(batch: int) -> Timed:
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        model = copy.deepcopy(llm)
+        quantize_(model.get_decoder(), Int8WeightOnlyConfig())
+        return timed(batch, Engine(model, words, batch, compiled=True))
+
     variants = {"plain": plain, "engine": lambda batch: timed(batch, Engine(llm, words, batch)),
-                "compiled": lambda batch: timed(batch, Engine(llm, words, batch, compiled=True))}
-    compare("generation", "tokens", variants | ({"llama.cpp": llama_cpp} if options.model == "laptop" else {}), options,
-            runtime, {"prompt_tokens": options.prompt, "new_tokens": options.new})
+                "compiled": lambda batch: timed(batch, Engine(llm, words, batch, compiled=True)),
+                **({"llama.cpp": llama_cpp} if options.model == "laptop" else {}), "int8": int8}
+    compare("generation", "tokens", variants, options, runtime,
+            {"prompt_tokens": options.prompt, "new_tokens": options.new})
 
 
 if __name__ == "__main__":

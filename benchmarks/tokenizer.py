@@ -1,4 +1,4 @@
-"""Time the SEED-2 tokenizer: images → 32 codes, and codes → embedding. One JSON line per variant and batch size.
+"""Time the SEED-2 tokenizer: images → 32 codes. One JSON line per variant and batch size.
 
     python benchmarks/tokenizer.py                                    pretrained/nano
     python benchmarks/tokenizer.py --device cuda --model original     random weights, 1.15 B parameters
@@ -28,7 +28,6 @@ from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed2Tokenizer, fast_encode
 from seed_multimodal.system.config import SystemConfig
 
-VARIANTS = ("plain", "modules", "compiled")
 COMPARED, CLIENTS = 64, 8  # images whose codes are compared with float32's; threads that encode one image each
 
 
@@ -58,7 +57,7 @@ def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[T
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time encoding, then decoding."""
+    """Time encoding, alone and by threads."""
     runtime = choose_device(options.device, options.dtype, log=None, fp16=RELEASED_FP16)
     master = load(options.model, runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
@@ -84,13 +83,11 @@ def run(options: argparse.Namespace) -> None:
     singly = {name: lambda batch, each=each: Timed(
         lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)
         for name, each in (("plain", map), ("clients", pool.map))}
-    names = (*VARIANTS, "graph") if runtime.device.type == "cuda" else VARIANTS
+    names = ("plain", "modules", "compiled", *(["graph"] if runtime.device.type == "cuda" else []))
     settings = {"parameters": sum(p.numel() for p in master.parameters())}
     compare("tokenizer encode", "images", {name: lambda batch, name=name: encoding(name, batch) for name in names},
             options, runtime, settings)
     compare("tokenizer clients", "images", singly, options, runtime, settings, [CLIENTS])
-    compare("tokenizer decode", "embeddings", {
-        "plain": lambda batch: Timed(lambda: model.decode(exact[:batch]), batch)}, options, runtime, settings)
 
 
 if __name__ == "__main__":

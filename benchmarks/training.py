@@ -7,8 +7,7 @@
 Language model, on captions of an image's 32 codes and 6 to 40 text tokens; rates count useful tokens (no padding).
 `plain` is the original's step: one caption a row, padded to 200 tokens, transformers' loss over all positions,
 activation checkpointing. `packed`: rows packed, loss on learned tokens only. On CUDA `compiled` also compiles the
-layers, `selective` checkpoints every other one of these, and `kept` none.
-Tokenizer: `plain` are the modules; `compiled` (CUDA) compiles the step's forward pass.
+layers (of the tokenizer: the forward pass), and `kept` keeps activations, too.
 """
 
 from __future__ import annotations
@@ -39,8 +38,6 @@ from seed_multimodal.training.llm.model import build_llm
 VICUNA_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
              "max_position_embeddings": 2048}
 PADDED_LENGTH, LEAST_TEXT, MOST_TEXT = 200, 6, 40
-# Of the language model; `kept` keeps activations, the others compute them again.
-VARIANTS = ("plain", "packed", "compiled", "kept")
 
 
 def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config]:
@@ -94,7 +91,7 @@ def training_step(model: nn.Module, loss: Callable[[], Tensor], runtime: Runtime
 def llm_step(options: argparse.Namespace, runtime: Runtime, rows: int, variant: str) -> Timed:
     """A step of the language model on `rows` packed rows, or as many positions of padded ones."""
     sizes, words, _ = read_sizes(options.model)
-    length = options.length or (2048 if options.model == "original" else 256)
+    length = 2048 if options.model == "original" else 256
     packing = variant != "plain"
     if not packing:
         rows, length = max(1, rows * length // PADDED_LENGTH), PADDED_LENGTH
@@ -147,9 +144,9 @@ def run(options: argparse.Namespace) -> None:
     """Time both trainings."""
     runtime = choose_device(options.device, options.dtype, log=None)
     cuda = runtime.device.type == "cuda"
-    parts = {"llm": (llm_step, "useful_tokens", [*VARIANTS] if cuda else ["plain", "packed"],
+    parts = {"llm": (llm_step, "useful_tokens", ["plain", "packed", *(["compiled", "kept"] if cuda else [])],
                      8 if options.model == "original" else 16),
-             "tokenizer": (tokenizer_step, "images", ["plain", "compiled"] if cuda else ["plain"], 64)}
+             "tokenizer": (tokenizer_step, "images", ["plain", *(["compiled"] if cuda else [])], 64)}
     for part in options.parts:
         make, unit, names, batch = parts[part]
         compare(f"training {part}", unit, {name: lambda batch, make=make, name=name: make(options, runtime, batch, name)
@@ -159,5 +156,4 @@ def run(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = benchmark_parser(__doc__, [])
     parser.add_argument("--parts", nargs="+", choices=("llm", "tokenizer"), default=["llm", "tokenizer"])
-    parser.add_argument("--length", type=int, help="positions of a packed row (nano 256, original 2,048)")
     start(run, parser)

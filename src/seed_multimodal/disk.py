@@ -66,12 +66,10 @@ def writing(place: str | Path, kind: type[SeedError] = CheckpointError) -> Itera
 
 def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
     """Create the folder if missing and check that it is writable. Raises `kind`: not writable."""
-    try:
+    with writing(folder, kind):
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
-    except OSError as error:
-        raise kind(f"{folder}: cannot be written ({disk_reason(error)}).") from error
     return Path(folder)
 
 

@@ -145,12 +145,6 @@ def add_engine(parser: _ActionsContainer) -> None:
                         "the only *.gguf in the language model's folder)")
 
 
-def add_offload(parser: _ActionsContainer) -> None:
-    """`--offload`, for programs with several models on one device."""
-    parser.add_argument("--offload", action="store_true",
-                        help="keep models on the device only while they work: less memory, slower")
-
-
 def whole_number(least: int) -> Callable[[str], int]:
     """A flag's type: whole numbers from `least` on."""
     def number(text: str) -> int:

@@ -12,7 +12,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 PROGRAMS = {  # flags; what is timed, and in which units
     "tokenizer": (["--batches", "1", "3", "--variants", "plain", "packed"],
-                  {"tokenizer encode": "images", "tokenizer clients": "images", "tokenizer decode": "embeddings"}),
+                  {"tokenizer encode": "images", "tokenizer clients": "images"}),
     "generation": (["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
                    {"generation": "tokens"}),
     "drawing": (["--batches", "2", "--steps", "1"], {"draw": "images", "edit": "images", "reconstruct": "images"}),

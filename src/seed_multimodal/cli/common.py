@@ -55,7 +55,8 @@ def add_common(parser: argparse.ArgumentParser, model: str = "nano", *, seed: in
         parser.add_argument("--batch-size", type=whole_number(1), default=batch_size, help="default: %(default)s")
     if language:
         entry.add_language_model(parser)
-        entry.add_offload(parser)
+        parser.add_argument("--offload", action="store_true",
+                            help="keep models on the device only while they work: less memory, slower")
         entry.add_engine(parser)
     if generation:
         parser.add_argument("--max-new-tokens", type=int)

@@ -132,7 +132,7 @@ def drawing(run: Run) -> Section:
     made = run.system.paint(run.drawn)
     run.show("drawings", [Cell(image, asked=describe(scene)) for image, scene in
                           zip(made[:COLUMNS], run.scenes, strict=False)])
-    return {**run.read(made, run.scenes, "drawn")[1], "without_picture": made.count(None)}
+    return {**run.read(made, run.scenes, "drawn")[1], "without_image": made.count(None)}
 
 
 def wide_drawing(run: Run) -> Section:
@@ -147,7 +147,7 @@ def wide_drawing(run: Run) -> Section:
     real = square([image.resize(size, Image.Resampling.BICUBIC) for image in run.real[:len(run.scenes)]])
     run.show("wide_drawings", [Cell(image, asked=describe(scene)) for image, scene in
                                zip(made[:COLUMNS], run.scenes, strict=False)])
-    return {**run.read(square(made), run.scenes, "wide_drawn")[1], "without_picture": made.count(None),
+    return {**run.read(square(made), run.scenes, "wide_drawn")[1], "without_image": made.count(None),
             "size": size, "ceiling": run.ceiling(run.scenes, real)}
 
 
@@ -171,7 +171,7 @@ def edit(run: Run) -> Section:
     run.show("edits", cells[9:18])
     return {**shares, "stayed": bootstrap(np.all(right | ~stays, axis=1)),
             "unchanged": bootstrap(np.all(scoring.right_labels(found, all_words(sources)), axis=1)),
-            "without_picture": made.count(None), "unchanged_psnr": scoring.unchanged_psnr(made, before, targets),
+            "without_image": made.count(None), "unchanged_psnr": scoring.unchanged_psnr(made, before, targets),
             "kinds": scoring.grouped(np.all(right, axis=1), [edit.kind for _, edit in edits], range(len(edits)))}
 
 
