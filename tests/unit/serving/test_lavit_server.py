@@ -20,10 +20,9 @@ from werkzeug.exceptions import ServiceUnavailable
 from seed_multimodal.lavit.pipeline import Lavit
 from seed_multimodal.serving.app import create_app
 from seed_multimodal.serving.backend import Backend, Watch
-from seed_multimodal.serving.client import Model
-from seed_multimodal.serving.dialogue import KINDS
+from seed_multimodal.serving.client import KINDS, Model
 from seed_multimodal.serving.schema import GenerateRequest
-from seed_multimodal.serving.visits import Page, Visit
+from seed_multimodal.serving.visits import Visit
 
 ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -101,24 +100,28 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
     """Questions, then a drawing of what was drawn and said; earlier messages are not sent again."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     with serving(tiny_lavit_folder) as (address, _):
-        page, visit = Page([Model(address, KINDS["nano-lavit"])]), Visit()
+        visit = Visit([model := Model(address, KINDS["nano-lavit"])], model)
         noise(1, (60, 40)).save(tmp_path / "shown.png")
 
-        def reply(updates: Any) -> Any:
+        def submit(text: str, *files: str) -> None:
+            asyncio.run(visit.on_submit({"text": text, "files": files}))
+
+        def reply(*settings: Any) -> Any:
             async def end() -> None:
-                _ = [update async for update in updates]
+                _ = [update async for update in visit.reply(*settings, 1, 64, 0.0, 0.5, 3)]
             asyncio.run(end())
             return visit.turns[-1]
 
-        settings = (1, 64, 0.0, 0.5, 3)
         for place in range(3):
-            said = {"text": "What is it?", "files": [str(tmp_path / "shown.png")]}
-            answer = reply(page.on_submit(visit, said, False, "3:2", *settings))
-            assert answer.parts and not answer.images and len(visit.turns) == 2 * place + 2 and not answer.below
-        drawn = reply(page.on_submit(visit, {"text": "a red apple", "files": []}, True, "3:2", *settings)).images[0]
-        assert Image.open(drawn.path).size == (80, 48) and drawn.codes
-        again = reply(page.on_retry(visit, True, "2:3", *settings)).images[0]
-        assert Image.open(again.path).size == (48, 80) and len(visit.turns) == 8
+            submit("What is it?", str(tmp_path / "shown.png"))
+            answer = reply(False, "3:2")
+            assert [part["type"] for part in answer["content"]] == ["text"] and len(visit.turns) == 2 * place + 2
+            assert not answer["below"]
+        submit("a red apple")
+        drawn = reply(True, "3:2")["content"][0]
+        assert Image.open(drawn["path"]).size == (80, 48) and drawn["codes"]
+        visit.on_retry()
+        assert Image.open(reply(True, "2:3")["content"][0]["path"]).size == (48, 80) and len(visit.turns) == 8
 
 
 @pytest.mark.parametrize(("named", "asked"), [

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import served
-from PIL import Image
 from served import noise, read
 
 from seed_multimodal.images.io import image_to_base64
@@ -17,10 +16,7 @@ from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.client import Model
-from seed_multimodal.serving.dialogue import KINDS, Shown, Turn
-from seed_multimodal.serving.visits import Page, Visit
-from seed_multimodal.serving.visits import shown as displayed
+from seed_multimodal.serving.visits import framed, shown
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
 NO_CODES = "Images of SEED-X have no codes; give the image itself."
@@ -108,7 +104,7 @@ class Answering(SeedX):
         yield from self.ids
 
 
-def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, monkeypatch: Any) -> None:
+def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:
     """As shares of the last image; the page draws them on it, and sends them back as words."""
     words = tiny_x.tokenizer.vocabulary
     answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(words), 2]
@@ -119,13 +115,10 @@ def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, monkey
     text = ask(client, "[INST] Where is it? [/INST]\n")["text"]
     assert text == said["content"].strip()
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page, visit = Page([Model("", KINDS["seed-x-i"])]), Visit()
-    shown = [Shown(visit.keep(noise(seed))) for seed in range(2)]
-    asked = Turn([*shown, "Where is it?"])
-    found = Turn([text], [*page.framed(visit, [asked], said["boxes"])])
-    assert displayed([asked, found])[1]["content"][0] == "a cat"
-    drawn = Image.open(found.below[0].path)
+    noise(1).save(tmp_path / "last.png")
+    drawn = framed(str(tmp_path / "last.png"), said["boxes"])
+    answer_v1 = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    assert shown([answer_v1])[0]["content"] == ["a cat"]
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
     assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
 
