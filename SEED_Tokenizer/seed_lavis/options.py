@@ -170,6 +170,7 @@ class RunOptions:
     clip_grad: float = setting(0.0, least=0)  # largest gradient norm (0: none)
     ema: float = setting(0.0, least=0, most=0.999999)  # decay of the averaged weights (0: none)
     tensorboard: bool = False
+    curves: bool = True  # plot `curves.png` at the end
     save_seconds: float = setting(300.0, least=0)  # between checkpoints for resuming
     save_every_steps: int = setting(0, least=0)
     keep_checkpoints: int = setting(0, least=0)  # the first and so many of the newest `.pth` files (0: all)

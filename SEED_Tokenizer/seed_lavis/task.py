@@ -29,7 +29,7 @@ from seed_multimodal.training.distributed import ProcessGroup
 # Settings that change no number of the training: not reported when they differ at a resume.
 QUIET = tuple(f"run.{key}" for key in (
     "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps", "keep_checkpoints", "num_workers",
-    "tensorboard", "valid_splits", "test_splits", "evaluate", "batch_size_eval", "timeout_minutes", "device",
+    "tensorboard", "curves", "valid_splits", "test_splits", "evaluate", "batch_size_eval", "timeout_minutes", "device",
     "world_size", "distributed", "dist_url"))
 REMEMBERED = ("latest", "codes", "features")  # attributes that `forward` leaves on the models
 
@@ -53,7 +53,8 @@ class TokenizerTask(CodebookTask):
             weight_decay=run.weight_decay, max_grad_norm=run.clip_grad, ema=run.ema, precision=runner.precision,
             seed=run.seed, save_seconds=run.save_seconds, logging_steps=run.log_freq, save_steps=run.save_every_steps,
             gradient_accumulation_steps=run.accum_grad_iters, save_frozen=False,
-            report_to=["tensorboard"] if run.tensorboard else [], further=True, timeout_minutes=run.timeout_minutes)
+            report_to=["tensorboard"] if run.tensorboard else [], curves=run.curves, further=True,
+            timeout_minutes=run.timeout_minutes)
         super().__init__(runner.model.stage, runner.model, settings, runner.model.options, optimizer=runner.optimizer)
         self.config = OmegaConf.to_container(runner.config.config)
 

@@ -40,6 +40,7 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
                                 "length": 360, "rows": 3}), encoding="utf-8")
     run("src/train/train.py", f"model={model}", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano",
         f"trainer.max_steps={steps}", f"output_dir={out}", *more)
+    assert (out / "curves.png").is_file()
     return out / f"checkpoint-{steps}"
 
 

@@ -53,6 +53,7 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path: Path) -> None:
     sbatch("stage2", "--options", f"run.output_dir={tmp_path}/2", f"model.pretrained={trained}", *few,
            CONFIG="lavis/projects/nano/pretrain_codebook.yaml")
     assert next((tmp_path / "2").rglob("checkpoint_0.pth")).is_file()
+    assert len(list(tmp_path.rglob("curves.png"))) == 2
 
 
 @pytest.mark.process

@@ -17,13 +17,14 @@ APPLICATION = ROOT / "SEED_Tokenizer"
 TINY = ["model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64}",
         "model.qformer={width: 32, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropout: 0.0}",
         "run.batch_size_train=8", "run.iters_per_epoch=4", "run.max_epoch=2", "run.warmup_steps=2", "run.log_freq=1",
-        "run.batch_size_eval=4"]
+        "run.batch_size_eval=4", "run.curves=False"]
 TINY_STAGE2 = ["model.n_embed=64", "model.codebook_embed_dim=8", "model.decode_heads=2", "model.kmeans_images=16"]
 TINY_LAVIT = [
     "model.merger={merger_depth: 1, merger_heads: 6, merger_mlp_width: 64, llm_width: 8}",
     "model.decoder={head: lowres, width: 48, depth: 1, heads: 6, mlp_width: 64, prompt_dim: 8}", "model.n_embed=32",
     "model.kmeans_images=16", "model.codebook_warmup=2", "model.restart_every=2", "run.batch_size_train=8",
-    "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8"]
+    "run.iters_per_epoch=2", "run.max_epoch=3", "run.warmup_steps=2", "run.log_freq=1", "run.batch_size_eval=8",
+    "run.curves=False"]
 TINY_SEED1 = ["model.arch=seed1_codebook_text", "model.text_tokens=9", "model.text_features_dim=24",
               "model.reverse_depth=1"]
 PROJECTS = {"stage1": "nano/pretrain_qformer.yaml", "stage2": "nano/pretrain_codebook.yaml",

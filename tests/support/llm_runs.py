@@ -25,8 +25,8 @@ WORDS = "a red fox sits on the green hill under one small yellow moon while two 
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 # Each in a file of its own: how a user's configuration looks.
 TRAINER = {"max_steps": 8, "precision": "fp32", "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 1,
-           "dataloader_num_workers": 0, "logging_steps": 1, "report_to": [], "save_steps": 100, "resume": "auto",
-           "device": "cpu", "timeout_minutes": 2}
+           "dataloader_num_workers": 0, "logging_steps": 1, "report_to": [], "curves": False, "save_steps": 100,
+           "resume": "auto", "device": "cpu", "timeout_minutes": 2}
 OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
 
 

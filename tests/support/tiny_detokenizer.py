@@ -21,7 +21,7 @@ APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"
 RUN = {"optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
        "trainer": {"max_steps": 4, "precision": "fp32", "device": "cpu", "dataloader_num_workers": 0, "report_to": [],
-                   "logging_steps": 1, "save_steps": 2, "sample_steps": 0}}
+                   "curves": False, "logging_steps": 1, "save_steps": 2, "sample_steps": 0}}
 TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, output_dim=tiny_sdxl.WIDTH,
                       n_queries=16, position_grid=4, pool_heads=2)
 
@@ -65,7 +65,7 @@ def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
     data = "tiny_edits" if stage == 2 else "tiny"
     return ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny", f"model.sdxl={parts / 'sdxl'}",
             f"model.tower={parts / 'tower'}", f"model.stage={stage}", "trainer.max_steps=12", "trainer.save_steps=3",
-            f"output_dir={output}", *more]
+            "trainer.curves=false", f"output_dir={output}", *more]
 
 
 def losses(output: Path) -> list[float]:

@@ -105,7 +105,8 @@ def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> li
 
 
 def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    return [f"output_dir={output}", f"trainer.max_steps={steps}", f"trainer.save_steps={save}", *more]
+    return [f"output_dir={output}", f"trainer.max_steps={steps}", f"trainer.save_steps={save}",
+            "trainer.curves=false", *more]
 
 
 def _llm(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:

@@ -29,6 +29,10 @@ SLOW = (
     "transformers.models.clip.modeling_clip", "transformers.generation.utils", "diffusers",
     "diffusers.models.autoencoders.autoencoder_kl", "diffusers.models.unets.unet_2d_condition",
     "diffusers.pipelines.stable_diffusion.pipeline_stable_unclip_img2img", "webdataset", "tensorboard",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "deepspeed", "seed_multimodal.training.llm.cli",
+    "seed_multimodal.training.llm.task", "seed_multimodal.training.seed_x.tuning",
+    "seed_multimodal.training.seed_x.detokenizer", "seed_multimodal.training.lavit.pretrain",
+    "seed_multimodal.training.lavit.detokenizer", "seed_multimodal.seed.training", "seed_nano.world.source",
 )
 
 
