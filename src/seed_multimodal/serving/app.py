@@ -4,8 +4,7 @@ Errors are JSON with one sentence (below `/v1` in OpenAI's form): 400 a request 
 404/405 a wrong address or method, 413 a body that is too large, 415 not JSON, 429 (with Retry-After) too many requests,
 503 the server is being stopped, 500 a programming error. Another address than loopback needs a token.
 
-Run `bash scripts/start_backend_nano.sh`, or in Python
-`serve(create_app(MultimodalSystem.from_pretrained("nano")), listen("127.0.0.1", 7890))`.
+Run `bash scripts/start_backend_nano.sh`, or in Python `serve(create_app(system), listen("127.0.0.1", 7890))`.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-RETRY_SECONDS = 5
-SPARE_THREADS = 8  # for errors and /health, besides one per running or queued request
 
 
 def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None, token: str = "") -> Flask:
@@ -61,7 +58,7 @@ def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None,
     @app.errorhandler(Exception)
     def refuse(error: Exception) -> Any:
         sentence, status = explained(error)
-        headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else {}
+        headers = {"Retry-After": "5"} if status == 429 else {}
         return jsonify(error_json(request.path.startswith("/v1"), sentence, status)), status, headers
 
     for path, view in (("/health", backend.health), ("/ready", backend.ready), ("/metrics", backend.metrics),
@@ -83,9 +80,6 @@ def add_model(app: Flask, backend: Backend) -> None:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(kind, request.get_data(cache=False))
 
-    def images(data: Any) -> Any:
-        return {"created": int(time.time()), "data": data}
-
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> Any:
         with place() as watch:
@@ -105,7 +99,7 @@ def add_model(app: Flask, backend: Backend) -> None:
     @app.post("/v1/images/generations")
     def generations() -> Any:
         with place() as watch:
-            return images(backend.draw(read(schema.ImagesRequest), [], watch))
+            return backend.draw(read(schema.ImagesRequest), [], watch)
 
     @app.post("/v1/images/edits")
     def edits() -> Any:
@@ -114,12 +108,12 @@ def add_model(app: Flask, backend: Backend) -> None:
             files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
             if not files or "mask" in request.files:
                 raise RequestError("Send one or more files as 'image'; masks are not supported.")
-            return images(backend.draw(asked, [file.read() for file in files], watch))
+            return backend.draw(asked, [file.read() for file in files], watch)
 
     @app.post("/v1/images/tokens")
     def tokens() -> Any:
         with place() as watch:
-            return images(backend.tokenize(read(schema.TokensRequest), watch))
+            return backend.tokenize(read(schema.TokensRequest), watch)
 
 
 def completion(model: str, stream: bool, changes: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -150,7 +144,7 @@ def streamed(app: Flask, first: dict[str, Any], rest: Iterator[dict[str, Any]]) 
         yield "data: [DONE]\n\n"
 
     headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return app.response_class(pieces(), mimetype=schema.EVENTS, headers=headers)
+    return app.response_class(pieces(), mimetype="text/event-stream", headers=headers)
 
 
 def explained(error: Exception) -> tuple[str, int]:
@@ -196,8 +190,8 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
             ctypes.CDLL(None).mallopt(option, value)
     logging.getLogger("waitress").setLevel(logging.ERROR)  # neither lost connections nor its queue
     server: Any = waitress.create_server(
-        app, sockets=[sock], threads=limits.max_running + limits.max_waiting + SPARE_THREADS, connection_limit=512,
-        channel_timeout=20, log_socket_errors=False, ident="SEED Multimodal",
+        app, sockets=[sock], threads=limits.max_running + limits.max_waiting + 8,  # 8 for errors and /health
+        connection_limit=512, channel_timeout=20, log_socket_errors=False, ident="SEED Multimodal",
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
         channel_request_lookahead=1)  # keep reading during a request, to detect disconnects
     log(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")

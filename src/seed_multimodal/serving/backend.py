@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
 SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio"}
-FORMATS = ("PNG", "JPEG", "WEBP")
-LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
 LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
 
 
@@ -54,8 +52,8 @@ class Watch:
 
     @contextlib.contextmanager
     def holding(self, lock: Any, needed: bool = True) -> Iterator[None]:
-        """Hold a lock or semaphore; stop waiting if the client disconnects."""
-        while needed and not lock.acquire(timeout=LOOK_SECONDS):
+        """Hold a lock or semaphore; stop waiting if the client disconnects (looked at every 0.2 s)."""
+        while needed and not lock.acquire(timeout=0.2):
             self.check()
         try:
             yield
@@ -129,7 +127,7 @@ class Backend:
         Raises:
             RequestError: not an image, or too many pixels.
         """
-        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=FORMATS)
+        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP"))
         files, pixels = dict[int, bytes](), 0
         for number, item in enumerate(items):
             if isinstance(item, list):
@@ -250,26 +248,28 @@ class Backend:
         return [{"image": len(images) - 1, "box": tuple(edge / whole for edge in one)}
                 for one in corners if images], found.problems
 
-    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> list[dict[str, Any]]:
+    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> dict[str, Any]:
         """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
         options = {"num_images": asked.n, **({"ratio": asked.ratio} if asked.ratio else {})}
         drawn = (self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options) if files
                  else self.system.draw([asked.prompt], seed, **options))
         self.images.labels("drawn").inc(len(drawn))
-        return [{"b64_json": image_to_base64(image)} for image in drawn]
+        return {"created": int(time.time()), "data": [{"b64_json": image_to_base64(image)} for image in drawn]}
 
-    def tokenize(self, asked: TokensRequest, watch: Watch) -> list[dict[str, Any]]:
+    def tokenize(self, asked: TokensRequest, watch: Watch) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
         if self.words.in_order:
             raise RequestError("The images of this model have no codes.")
         if asked.codes:
             first = {"codes": asked.first} if asked.first else {}
             drawn = self.system.reconstruct(asked.codes, asked.seed, **first)
-            return [{"b64_json": image_to_base64(image)} for image in drawn]
-        rows = self.read_images(asked.images, watch)
-        rows = rows if isinstance(self.system, SeedLlama) else self.system.tokenize(rows)
-        return [{"codes": [int(code) for code in row]} for row in rows]
+            data: list[Any] = [{"b64_json": image_to_base64(image)} for image in drawn]
+        else:
+            images = self.read_images(asked.images, watch)
+            rows = images if isinstance(self.system, SeedLlama) else self.system.tokenize(images)
+            data = [{"codes": [int(code) for code in row]} for row in rows]
+        return {"created": int(time.time()), "data": data}
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:

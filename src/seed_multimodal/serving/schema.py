@@ -17,7 +17,6 @@ from seed_multimodal import __version__
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
-EVENTS = "text/event-stream"
 MAX_IMAGES, MAX_TEXT = 16, 32_000  # images and characters of a request
 MAX_VALUES = 200_000  # of a body
 Codes = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=1024)]  # of one image
@@ -199,11 +198,10 @@ def openapi() -> dict[str, Any]:
         "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")}
     for path, kind in POSTED.items():
         sent = {"application/json": {"schema": refs[kind, "validation"]}}
-        made: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
-        if path == "/generate":
-            made["application/json"]["schema"] = refs[GenerateResponse, "validation"]
-        elif path == "/v1/chat/completions":
-            made[EVENTS] = {}
+        answer = refs[GenerateResponse, "validation"] if path == "/generate" else {"type": "object"}
+        made: dict[str, Any] = {"application/json": {"schema": answer}}
+        if path == "/v1/chat/completions":
+            made["text/event-stream"] = {}
         elif path == "/v1/images/edits":
             file = {"required": ["image"], "properties": {"image": {"type": "string", "format": "binary"}}}
             sent = {"multipart/form-data": {"schema": {"allOf": [refs[kind, "validation"], file]}}}
