@@ -190,10 +190,9 @@ def _notes(kind: type) -> dict[str, str]:
 
 def _http() -> str:
     """Routes and schemas of the server's OpenAPI document."""
-    from seed_multimodal import __version__
     from seed_multimodal.serving.schema import openapi
 
-    document = openapi(__version__)
+    document = openapi()
     rows = [f"| `{method.upper()} {path}` | {_body(operation.get('requestBody'))} | "
             f"{_body(operation['responses']['200'])} |"
             for path, methods in document["paths"].items() for method, operation in methods.items()]
@@ -211,7 +210,7 @@ def _http() -> str:
 
 def _body(part: Any) -> str:
     """What a request or an answer holds, linked to its table."""
-    if part is None:
+    if not part or "content" not in part:
         return "–"
     names = re.findall(r"#/components/schemas/(\w+)", json.dumps(part["content"]))
     types = [kind for kind in part["content"] if kind != "application/json"]

@@ -65,12 +65,12 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.configured import system_from_configs
     from seed_multimodal.device import limit_threads
     from seed_multimodal.progress import quiet_libraries
-    from seed_multimodal.serving.app import check_address, create_app, serve
+    from seed_multimodal.serving.app import create_app, listen, serve
     from seed_multimodal.serving.schema import Limits
     from seed_multimodal.system.base import MultimodalSystem
 
     token = (args.token_file.read_text() if args.token_file else os.environ.get("SEED_TOKEN", "")).strip()
-    check_address(args.host, args.port, token)
+    sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
     files = {"model": args.model, "tokenizer": args.tokenizer, "image_transform": args.image_transform}
     loading = {"dtype": args.dtype, "quantization": args.quantization, "compiled": args.compiled}
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{error} Images are read and described.")
     limits = Limits(max_pixels=args.max_megapixels * 1_000_000, max_running=args.max_running,
                     max_waiting=args.max_waiting, seconds=args.max_seconds)
-    serve(create_app(system, limits=limits, token=token), host=args.host, port=args.port)
+    serve(create_app(system, limits=limits, token=token), sock)
     return 0
 
 

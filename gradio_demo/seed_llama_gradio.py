@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout that is not installed
 
 from seed_multimodal.entry import run_program  # noqa: E402
+from seed_multimodal.serving.client import KINDS  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -22,9 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--request_address", default="http://127.0.0.1:7890/generate", help="the backend's address")
     parser.add_argument("--url", action="append", default=[], metavar="ADDRESS",
                         help="a further backend, any number of times; the page asks it which model it has")
-    parser.add_argument("--model_type", default="seed-llama-14b", help="nano, seed-llama-8b, "
-                        "seed-llama-14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit or nano-lavit (default: "
-                        "seed-llama-14b)")
+    parser.add_argument("--model_type", default="seed-llama-14b", choices=KINDS,
+                        help="used until the backend is asked (default: seed-llama-14b)")
     return parser
 
 
@@ -32,8 +32,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve the page."""
     from seed_multimodal.serving.page import launch
 
-    launch(addresses=[args.request_address, *args.url], model_type=args.model_type, server_name=args.server_name,
-           server_port=args.server_port)
+    launch([args.request_address, *args.url], KINDS[args.model_type], args.server_name, args.server_port)
     return 0
 
 

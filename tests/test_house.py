@@ -116,9 +116,9 @@ def test_every_optional_import_names_its_extra():
 
 def test_what_an_extra_brings_is_not_imported_with_a_module():
     """So that a program starts without it, and `entry.guarded` says which extra it needs; lmms-eval imports its own
-    plug-in, and the page is imported when it is served."""
-    optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {"lmms-eval", "gradio"}
-    at_once = {f"{path.relative_to(PACKAGE)}: {package_of(name)}" for path in SOURCES
+    plug-in, and the server and the page are imported when they are started."""
+    optional = {package_of(module) for modules in EXTRAS.values() for module in modules} - {"lmms-eval"}
+    at_once = {f"{path.relative_to(PACKAGE)}: {package_of(name)}" for path in SOURCES if path.parent.name != "serving"
                for node in ast.parse(path.read_text()).body for name in names_of(node)
                if package_of(name) in optional}
     assert not at_once
@@ -306,7 +306,7 @@ LINES = {
     "src/seed_multimodal": 27_000, "src/seed_nano": 5000, "MultiModalLLM": 150, "benchmarks": 900, "tests": 26_000,
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
-        "engines": 450, "evaluation": 1800, "serving": 1680, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
+        "engines": 450, "evaluation": 1800, "serving": 1230, "cli": 1800, "data/formats": 1640, "data/decoders": 1400,
         "data/pretokenize": 900, "data": 5200, "training": 4700, "language": 1900}.items()},
     "SEED_Tokenizer": 1500}
 

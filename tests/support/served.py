@@ -20,7 +20,7 @@ import warm_python
 from PIL import Image
 
 from seed_multimodal.images.io import image_to_base64
-from seed_multimodal.serving.app import create_app, serve
+from seed_multimodal.serving.app import create_app, listen, serve
 from seed_multimodal.serving.schema import Limits
 
 PROGRAM = str(Path(__file__).resolve().parents[2] / "gradio_demo" / "seed_llama_flask.py")
@@ -54,7 +54,7 @@ class Running:
     def __init__(self, system: Any, token: str = "", **limits: int) -> None:
         said: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
-        threading.Thread(target=serve, args=(app,), kwargs={"port": 0, "log": said.append}, daemon=True).start()
+        threading.Thread(target=serve, args=(app, listen("127.0.0.1", 0), said.append), daemon=True).start()
         self.wait_until(lambda: said)
         self.address = said[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])

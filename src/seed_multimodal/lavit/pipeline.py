@@ -228,7 +228,7 @@ class Lavit(MultimodalSystem):
             if isinstance(item, Negative):
                 negative = [*words.text_ids(item), words.vocabulary.boi_id]
             elif isinstance(item, str):
-                ids += words.text_ids(item)
+                ids += words.text_ids(item.strip())
             else:
                 row = next(codes) if is_image(item) else item.codes if isinstance(item, ImagePart) else item
                 ids += words.vocabulary.code_to_id(self.images.check_codes(row).tolist())

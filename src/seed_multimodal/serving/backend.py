@@ -14,39 +14,24 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 
-from seed_multimodal.errors import RequestError, SeedError
+from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
-from seed_multimodal.language.answer import BrokenImagePart, ImagePart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import random_seed
 from seed_multimodal.language.messages import Answer, Message
-from seed_multimodal.language.prompts import PromptTemplate, answer_in
-from seed_multimodal.language.vocabulary import BOX, PLACEHOLDER
-from seed_multimodal.serving.schema import (
-    ChatRequest,
-    GenerateRequest,
-    GenerateResponse,
-    ImagesRequest,
-    ImageUrl,
-    Limits,
-    TokensRequest,
-)
+from seed_multimodal.language.prompts import PromptTemplate
+from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.serving.schema import ChatRequest, GenerateRequest, ImagesRequest, ImageUrl, Limits, TokensRequest
 
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
-SETTINGS = ("temperature", "num_beams", "max_new_tokens", "top_p")
-FORMATS = ("PNG", "JPEG", "WEBP")
-LOOK_SECONDS = 0.2  # how often a waiting request checks whether its client is still connected
+SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio"}
 LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
-
-
-class Refused(SeedError):
-    """A rejected request with its HTTP status; `seconds`: for Retry-After."""
-
-    def __init__(self, sentence: str, status: int = 503, seconds: int = 0) -> None:
-        self.status, self.seconds = status, seconds
-        super().__init__(sentence)
 
 
 class Watch:
@@ -63,251 +48,176 @@ class Watch:
 
     def check(self) -> None:
         if self.gone():
-            raise Refused("The connection was closed before the answer was ready.")
+            raise ServiceUnavailable("The connection was closed before the answer was ready.")
 
     @contextlib.contextmanager
-    def holding(self, lock: Any) -> Iterator[None]:
-        """Hold a lock or semaphore; stop waiting if the client disconnects."""
-        while not lock.acquire(timeout=LOOK_SECONDS):
+    def holding(self, lock: Any, needed: bool = True) -> Iterator[None]:
+        """Hold a lock or semaphore; stop waiting if the client disconnects (looked at every 0.2 s)."""
+        while needed and not lock.acquire(timeout=0.2):
             self.check()
         try:
             yield
         finally:
-            lock.release()
+            if needed:
+                lock.release()
 
 
 class Backend:
     """Answers requests with one system; `stopping` cancels all answers."""
 
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
-        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
         self.system: Any = system
         self.limits = limits or Limits()
         self.words = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
-        self.reads_codes = self.template is not None and not self.words.in_order  # of images, as SEED-LLaMA does
-        self.stopping, self._started, self._seconds = threading.Event(), time.monotonic(), 1.0
-        self.name, self.created, self.admitted, self.answered = system.config.name, int(time.time()), 0, 0
+        self.stopping, self.created, self.admitted, self.answered = threading.Event(), int(time.time()), 0, 0
         self._counting, self._large = threading.Lock(), threading.RLock()
         self._slots = threading.Semaphore(self.limits.max_running)
-        self.metrics = CollectorRegistry()
-        self.requests = Counter("seed_requests", "Answers", ["route", "status"], registry=self.metrics)
-        self.seconds = Histogram("seed_request_seconds", "Time of an answer", ["route"], registry=self.metrics)
-        self.first = Histogram("seed_first_token_seconds", "Time to the first event", registry=self.metrics)
-        self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.metrics)
-        self.images = Counter("seed_images", "Images", ["kind"], registry=self.metrics)
-        for name, value in (("running", lambda: self.running), ("waiting", lambda: self.admitted - self.running)):
-            Gauge(f"seed_{name}", f"Requests {name}", registry=self.metrics).set_function(value)
+        self.registry = CollectorRegistry()
+        self.requests = Counter("seed_requests", "Answers", ["route", "status"], registry=self.registry)
+        self.seconds = Histogram("seed_request_seconds", "Time of an answer", ["route"], registry=self.registry)
+        self.first = Histogram("seed_first_token_seconds", "Time to the first event", registry=self.registry)
+        self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=self.registry)
+        self.images = Counter("seed_images", "Images", ["kind"], registry=self.registry)
+        for name in ("running", "waiting"):
+            gauge = Gauge(f"seed_{name}", f"Requests {name}", registry=self.registry)
+            gauge.set_function(lambda name=name: self.health()[name])  # type: ignore[misc]
 
-    @property
-    def running(self) -> int:
-        return min(self.admitted, self.limits.max_running)
+    # ---- state: never waits for the model
 
-    def health(self) -> dict[str, object]:
-        """Answer of `GET /health`; never waits for the model."""
-        return {"status": "ok", "busy": self.running > 0, "running": self.running,
-                "waiting": self.admitted - self.running, "answered": self.answered,
-                "seconds_up": round(time.monotonic() - self._started, 1), "codes": self.words.n_codes,
-                "tokens_per_image": self.words.tokens_per_image}
+    def health(self) -> dict[str, Any]:
+        running = min(self.admitted, self.limits.max_running)
+        return {"status": "ok", "running": running, "waiting": self.admitted - running, "answered": self.answered}
+
+    def ready(self) -> tuple[dict[str, bool], int]:
+        return {"ready": not self.stopping.is_set()}, 503 if self.stopping.is_set() else 200
+
+    def metrics(self) -> tuple[bytes, dict[str, str]]:
+        return generate_latest(self.registry), {"Content-Type": CONTENT_TYPE_LATEST}
+
+    def models(self) -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": self.system.config.name, "object": "model", "created": self.created,
+                                            "owned_by": "seed-multimodal"}]}
 
     @contextlib.contextmanager
     def place(self, route: str, size: int, disconnected: Callable[[], bool]) -> Iterator[Watch]:
-        """Context with a slot for a request of `size` bytes. Raises Refused: queue full."""
+        """Context with a slot for a request of `size` bytes. Raises TooManyRequests."""
         limits = self.limits
         watch = Watch(lambda: self.stopping.is_set() or disconnected(), limits.seconds)
         with self._counting:
             if self.admitted >= limits.max_running + limits.max_waiting:
-                wait = min(max(math.ceil(self._seconds * self.admitted / limits.max_running), 1), 600)
-                raise Refused(f"The model is busy and {limits.max_waiting} requests wait already; try again in {wait} "
-                              f"seconds.", 429, wait)
+                raise TooManyRequests(f"The model is busy and {limits.max_waiting} requests wait already; try again "
+                                      f"later.")
             self.admitted += 1
         try:
-            with watch.holding(self._slots), self._alone(size > LARGE_BODY, watch):
-                start = time.monotonic()
-                yield watch
+            with watch.holding(self._slots), watch.holding(self._large, size > LARGE_BODY):
+                with self.seconds.labels(route).time():
+                    yield watch
                 self.answered += 1
-                self._seconds += 0.2 * (time.monotonic() - start - self._seconds)
-                self.seconds.labels(route).observe(time.monotonic() - start)
         finally:
             with self._counting:
                 self.admitted -= 1
 
-    def _alone(self, large: bool, watch: Watch) -> contextlib.AbstractContextManager[None]:
-        """Context that admits large requests one at a time, to limit memory."""
-        return watch.holding(self._large) if large else contextlib.nullcontext()
+    # ---- answers
 
-    # ---- images
-
-    def read_images(self, items: Sequence[Any], names: str, watch: Watch) -> list[Any]:
-        """The images of a request, opened; of a system that reads codes, their codes. `items`: base64, an
-        `ImageUrl`, the bytes of a file, or codes, which stay; `names`: for errors, with their number.
+    def read_images(self, items: Sequence[Any], watch: Watch) -> list[Any]:
+        """The images of a request, opened; for SEED-LLaMA their codes. `items`: base64, an `ImageUrl`, the bytes of a
+        file, or codes, which stay.
 
         Raises:
-            RequestError: invalid codes, or too many pixels.
+            RequestError: not an image, or too many pixels.
         """
-        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=FORMATS)
-        read, pixels = list[Any](), 0
+        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP"))
+        files, pixels = dict[int, bytes](), 0
         for number, item in enumerate(items):
-            name = names.format(number)
             if isinstance(item, list):
-                read.append(self._codes(item, name))
                 continue
-            text = item.url if isinstance(item, ImageUrl) else item
+            name, text = f"image {number}", item.url if isinstance(item, ImageUrl) else item
             if isinstance(text, str) and "://" in text[:12]:
                 raise RequestError(f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,….")
-            read.append(file := text if isinstance(text, bytes) else bytes_from_base64(text, name, limits))
-            pixels += math.prod(image_size(file, name=name, limits=limits))
-            if pixels > self.limits.max_pixels:
+            files[number] = text if isinstance(text, bytes) else bytes_from_base64(text, name, limits)
+            pixels += math.prod(image_size(files[number], name=name, limits=limits))
+            if pixels > limits.max_pixels:
                 raise RequestError(f"The images up to {name} have {pixels / 1e6:.1f} megapixels; a request may have "
-                                   f"{self.limits.max_pixels / 1e6:g}.")
-        with self._alone(pixels > LARGE_IMAGES, watch):
-            places = [place for place, item in enumerate(read) if isinstance(item, bytes)]
-            self.images.labels("read").inc(len(places))
-            opened: Any = [open_image(read[place], name=names.format(place), limits=limits,
-                                      at_least=self.system.images.at_least) for place in places]
-            if opened and self.reads_codes:
+                                   f"{limits.max_pixels / 1e6:g}.")
+        with watch.holding(self._large, pixels > LARGE_IMAGES):
+            self.images.labels("read").inc(len(files))
+            opened: Any = [open_image(file, name=f"image {number}", limits=limits, at_least=self.system.images.at_least)
+                           for number, file in files.items()]
+            if opened and isinstance(self.system, SeedLlama):
                 opened = self.system.images.encode(opened).tolist()
-        for place, image in zip(places, opened, strict=True):
-            read[place] = image
-        return read
+        read = dict(zip(files, opened, strict=True))
+        return [read.get(number, item) for number, item in enumerate(items)]
 
-    def _whole(self, items: Sequence[Any], watch: Watch) -> list[Any]:
-        """As `read_images`, but raises for an incomplete image."""
-        read = self.read_images(items, "image {}", watch)
-        if None in read:
-            raise RequestError(f"image {read.index(None)} has fewer than {self.words.least_codes} codes.")
-        return read
-
-    def _codes(self, codes: list[int], name: str) -> list[int] | None:
-        """The codes of an image; None if incomplete."""
-        words = self.words
-        if words.in_order and codes != list(range(min(len(codes), words.tokens_per_image))):
-            raise RequestError(f"{name} holds codes, but the images of this model have none; send the image itself.")
-        if len(codes) > words.tokens_per_image:
-            raise RequestError(f"{name} has {len(codes)} codes; an image has {words.tokens_per_image}.")
-        wrong = next((code for code in codes if not 0 <= code < words.n_codes), None)
-        if wrong is not None:
-            raise RequestError(f"{name} holds code {wrong:.6g}; codes lie between 0 and {words.n_codes - 1}.")
-        return codes if len(codes) >= words.least_codes else None
-
-    def _said(self, role: str, parts: Sequence[Any]) -> list[Any]:
-        """Content of a message; an image of an answer as the model wrote it, where it has no codes."""
-        return [ImagePart(list(range(self.words.tokens_per_image)), image=part)
-                if role == "assistant" and self.words.in_order and isinstance(part, Image.Image) else part
-                for part in parts if part is not None and part != ""]
-
-    # ---- POST /generate
-
-    def generate(self, asked: GenerateRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Previews of images if they are asked for, and last the answer."""
-        images = self.read_images(asked.images, "images[{}]", watch)
-        number, stream = -1, asked.previews and self.system.images.progressive
-        options = {"force_image": asked.force_boi, **self._options(asked)}
-        for event in self._chat(self._messages(asked, images), watch, stream, options):
-            number += event["type"] == "image_start"
-            if event["type"] == "image_preview":
-                yield {"picture": number, "codes": len(event["codes"]), "preview": image_to_base64(event["image"])}
-        answer = event["answer"]
-        response = self._render(answer, [sent if isinstance(sent, list) else image if isinstance(image, list) else None
-                                         for sent, image in zip(asked.images, images, strict=True)])
-        response.error_msg += [f"images[{place}] broke off after {len(item)} of {self.words.tokens_per_image} codes "
-                               f"and was left out." for place, item in enumerate(asked.images)
-                               if images[place] is None]
-        response.boxes, notes = self._notes(answer, images, watch, asked.text)
-        response.error_msg += notes
-        yield response.to_json()
-
-    def _chat(self, messages: Sequence[Any], watch: Watch, stream: bool, options: dict[str, Any]
+    def _chat(self, turns: Sequence[tuple[str, Sequence[Any]]], watch: Watch, options: dict[str, Any]
               ) -> Iterator[dict[str, Any]]:
-        """Events of an answer, with metrics; without `stream` only the last one."""
-        start, chat = time.monotonic(), self.system.chat(messages, stream=stream, should_stop=watch, **options)
-        for number, event in enumerate(chat if stream else [{"type": "done", "answer": chat}]):
+        """Events of the answer to a conversation (role and parts of each turn), with metrics; the last has `notes`."""
+        start, messages, notes = time.monotonic(), list[Message](), list[str]()
+        whole, least = list(range(self.words.tokens_per_image)), self.words.least_codes
+        for role, parts in turns:
+            content = [part for part in parts if part != "" and not (isinstance(part, list) and len(part) < least)]
+            notes += [f"An image broke off after {len(part)} of {len(whole)} codes and was left out."
+                      for part in parts if isinstance(part, list) and len(part) < least]
+            if role == "assistant" and self.words.in_order:  # images without codes, as the model wrote them
+                content = [ImagePart(whole, image=part) if isinstance(part, Image.Image) else part for part in content]
+            messages.append(Message(role, tuple(content)))
+        for number, event in enumerate(self.system.chat(messages, stream=True, should_stop=watch, **options)):
             if number == 0:
                 self.first.observe(time.monotonic() - start)
             if event["type"] == "done":
                 watch.check()
-                self.tokens.labels("prompt").inc(event["answer"].prompt_tokens)
-                self.tokens.labels("completion").inc(len(event["answer"].ids))
-                self.images.labels("drawn").inc(len(event["answer"].images))
+                answer: Answer = event["answer"]
+                self.tokens.labels("prompt").inc(answer.prompt_tokens)
+                self.tokens.labels("completion").inc(len(answer.ids))
+                self.images.labels("drawn").inc(len(answer.images))
+                notes += [answer.note] if answer.note else []
+                notes += [f"The answer was cut off after {self.limits.seconds:g} seconds."] if watch.late() else []
+                event["notes"] = notes
             yield event
 
-    def _messages(self, asked: GenerateRequest, images: Sequence[Any]) -> list[Message]:
-        """The conversation in a request's text; `images`: opened images, codes, or None for skipped ones."""
+    def generate(self, asked: GenerateRequest, watch: Watch) -> dict[str, Any]:
+        """The answer of `POST /generate`."""
+        images = self.read_images(asked.images, watch)
         rest = iter(images)
 
-        def content(role: str, text: str) -> tuple[Any, ...]:
+        def parts(text: str) -> list[Any]:
             first, *texts = text.split(PLACEHOLDER)
-            return tuple(self._said(role, [first, *(item for after in texts for item in (next(rest), after))]))
+            return [first, *(part for after in texts for part in (next(rest), after))]
 
-        text = asked.text
-        if self.template is None:
-            return [Message("user", tuple(item.strip() if isinstance(item, str) else item
-                                          for item in content("user", text)))]
-        if turns := read_turns(text, self.template) if self.system.config.tuned else []:
-            return [Message(role, content(role, said)) for role, said in turns]
-        return [Message("raw", content("raw", text.rstrip() if asked.force_boi else text))]
-
-    def _options(self, asked: GenerateRequest) -> dict[str, Any]:
-        """Generation settings; defaults of LaVIT are its own."""
-        named = SETTINGS if self.template is not None else asked.model_fields_set & set(SETTINGS)
-        options = {name: getattr(asked, name) for name in named}
+        turns = read_turns(asked.text, self.template) if self.template and self.system.config.tuned else []
+        if not turns:
+            turns = [("raw" if self.template else "user", asked.text.rstrip() if asked.force_boi else asked.text)]
+        options = asked.model_dump(include=SETTINGS, exclude_unset=self.template is None)
         if asked.force_boi and "max_new_tokens" in options:
-            options["max_new_tokens"] = max(options["max_new_tokens"], self.words.least_codes + 1)
-        return {**options, "seed": asked.seed, **({"ratio": asked.ratio} if asked.ratio else {})}
-
-    def _render(self, answer: Answer, images_ids: list[list[int] | None]) -> GenerateResponse:
-        """An answer as text and images in order; `images_ids`: of the request."""
-        response, pieces = GenerateResponse(images_ids=images_ids), []
-        for part in answer.parts:
-            if isinstance(part, str):
-                # The model may spell the placeholder in ordinary letters: it must not count as an image.
+            options["max_new_tokens"] = max(asked.max_new_tokens, self.words.least_codes + 1)
+        *_, last = self._chat([(role, parts(text)) for role, text in turns], watch,
+                              {"force_image": asked.force_boi, "previews": (), **options})
+        pieces, drawn, errors = list[str](), list[str](), list[str](last["notes"])
+        codes = [image if isinstance(image, list) else None for image in images]
+        for part in last["answer"].parts:
+            if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
                 pieces.append(part.replace(PLACEHOLDER, "<image >").strip())
                 continue
+            image = getattr(part, "image", None)
             pieces.append(PLACEHOLDER)
-            if isinstance(part, BrokenImagePart):
-                image, problem = None, part.reason
-                codes = [id - self.words.code_start for id in part.ids if self.words.is_code_id(id)]
-            else:
-                image, problem, codes = part.image, "This system cannot draw.", list(part.codes)
-            response.images.append("" if image is None else image_to_base64(image))
-            response.images_ids.append(None if self.words.in_order and image is not None else codes)
-            response.error_msg += [problem] if image is None else []
-        text = " ".join(filter(None, pieces))
-        response.text = answer_in(text, answer.answer_after) if self.template is None else text
-        return response
-
-    def _notes(self, answer: Answer, images: Sequence[Any], watch: Watch, prompt: str = ""
-               ) -> tuple[list[dict[str, Any]], list[str]]:
-        """The boxes of an answer on the last image before it, and notes about the answer."""
-        notes, boxes = [answer.note] if answer.note else [], list[dict[str, Any]]()
-        if watch.late():
-            notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
-        if hasattr(self.system, "detection"):
-            opened = [image for image in images if isinstance(image, Image.Image)]
-            found = self.system.detection(opened[-1] if opened else Image.new("RGB", (1, 1)), answer.ids,
-                                          opened=prompt.rstrip().endswith(BOX))
-            if found.grid and not images:
-                notes.append("The answer holds boxes, but there is no image that they could lie on.")
-            for box in found.grid if images else ():
-                corners = box.corners((10**6, 10**6), self.system.prompts.vocabulary.n_locations)
-                boxes.append({"image": len(images) - 1, "box": tuple(edge / 1e6 for edge in corners)})
-            notes += found.problems
-        return boxes, notes
-
-    # ---- /v1
+            drawn.append("" if image is None else image_to_base64(image))
+            codes.append(None if self.words.in_order and image else getattr(part, "codes", []))
+            errors += [getattr(part, "reason", "This system cannot draw.")] if image is None else []
+        return {"text": " ".join(filter(None, pieces)), "images": drawn, "images_ids": codes, "error_msg": errors}
 
     def chat(self, asked: ChatRequest, watch: Watch) -> Iterator[dict[str, Any]]:
         """Changes of an OpenAI message (`content`, `images`, `boxes`, `notes`), and last `usage` and
         `finish_reason`."""
-        said = asked.messages if self.template is not None else asked.messages[-1:]
-        sent = [part for one in said for part in one.parts if not isinstance(part, str)]
-        images = self._whole(sent, watch)
+        said = asked.messages if self.template else asked.messages[-1:]
+        images = self.read_images([part for one in said for part in one.parts if not isinstance(part, str)], watch)
         rest = iter(images)
-        messages = [{"role": one.role.replace("developer", "system"), "content": self._said(
-            one.role, [part if isinstance(part, str) else next(rest) for part in one.parts])} for one in said]
+        turns = [(one.role.replace("developer", "system"), [
+            part if isinstance(part, str) else next(rest) for part in one.parts]) for one in said]
+        options = asked.model_dump(include=SETTINGS, exclude_none=True)
+        options["force_image"] = asked.force_image or asked.modalities == ["image"]
+        options["previews"] = None if asked.stream and asked.previews else ()
         index, length = -1, 0
-        for event in self._chat(messages, watch, True, {"previews": None if asked.previews else (), **asked.settings}):
+        for event in self._chat(turns, watch, options):
             kind = event["type"]
             index += kind == "image_start"
             if kind == "text":
@@ -316,45 +226,50 @@ class Backend:
                 yield {"content": text}
             elif kind in ("image", "image_preview") and event["image"] is not None:
                 codes = None if self.words.in_order else event["codes"]
-                yield {"images": [{"type": "image_url", "image_url": {"url": data_url(event["image"])}, "index": index,
-                                   "offset": length, "codes": codes, "preview": kind == "image_preview"}]}
+                url = f"data:image/png;base64,{image_to_base64(event['image'])}"
+                yield {"images": [{"type": "image_url", "image_url": {"url": url}, "index": index, "offset": length,
+                                   "codes": codes, "preview": kind == "image_preview"}]}
             elif kind in ("image", "image_broken"):
                 yield {"notes": [event.get("reason", "This system cannot draw.")]}
         answer = event["answer"]
-        boxes, notes = self._notes(answer, images, watch)
-        yield {"boxes": boxes, "notes": notes}
-        used, most = len(answer.ids), asked.settings.get("max_new_tokens", math.inf)
+        boxes, problems = self._boxes(answer, images)
+        used, most = len(answer.ids), asked.max_new_tokens or math.inf
+        yield {"boxes": boxes, "notes": event["notes"] + problems}
         yield {"finish_reason": "length" if used >= most or watch.late() else "stop", "usage": {
             "prompt_tokens": answer.prompt_tokens, "completion_tokens": used,
             "total_tokens": answer.prompt_tokens + used}}
 
-    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> list[Image.Image]:
+    def _boxes(self, answer: Answer, images: Sequence[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+        """The boxes of SEED-X's answer on the last image, as shares of its size, and notes about malformed ones."""
+        if not hasattr(self.system, "detection"):
+            return [], []
+        found, whole = self.system.detection(Image.new("1", (1, 1)), answer.ids, opened=False), 10**6
+        corners = [box.corners((whole, whole), self.system.prompts.vocabulary.n_locations) for box in found.grid]
+        return [{"image": len(images) - 1, "box": tuple(edge / whole for edge in one)}
+                for one in corners if images], found.problems
+
+    def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> dict[str, Any]:
         """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
         options = {"num_images": asked.n, **({"ratio": asked.ratio} if asked.ratio else {})}
-        if files:
-            images = self._whole(files, watch)
-            drawn: list[Image.Image] = self.system.edit([images], [asked.prompt], seed, **options)
-        else:
-            drawn = self.system.draw([asked.prompt], seed, **options)
+        drawn = (self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options) if files
+                 else self.system.draw([asked.prompt], seed, **options))
         self.images.labels("drawn").inc(len(drawn))
-        return drawn
+        return {"created": int(time.time()), "data": [{"b64_json": image_to_base64(image)} for image in drawn]}
 
-    def tokenize(self, asked: TokensRequest, watch: Watch) -> list[list[int]] | list[Image.Image]:
+    def tokenize(self, asked: TokensRequest, watch: Watch) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
         if self.words.in_order:
             raise RequestError("The images of this model have no codes.")
-        items: Sequence[Any] = asked.images or asked.codes
-        read = self._whole(items, watch)
         if asked.codes:
             first = {"codes": asked.first} if asked.first else {}
-            drawn: list[Image.Image] = self.system.reconstruct(read, asked.seed, **first)
-            return drawn
-        return [[int(code) for code in row] for row in (read if self.reads_codes else self.system.tokenize(read))]
-
-
-def data_url(image: Image.Image) -> str:
-    return f"data:image/png;base64,{image_to_base64(image)}"
+            drawn = self.system.reconstruct(asked.codes, asked.seed, **first)
+            data: list[Any] = [{"b64_json": image_to_base64(image)} for image in drawn]
+        else:
+            images = self.read_images(asked.images, watch)
+            rows = images if isinstance(self.system, SeedLlama) else self.system.tokenize(images)
+            data = [{"codes": [int(code) for code in row]} for row in rows]
+        return {"created": int(time.time()), "data": data}
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:

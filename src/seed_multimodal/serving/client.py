@@ -1,18 +1,59 @@
-"""Client of the backend, for a page that asks many things at once; a failure is one sentence."""
+"""The models that the chat page knows, and the client of their backends; without Gradio and torch."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from seed_multimodal.errors import RequestError, SeedError
-from seed_multimodal.serving.dialogue import KINDS, Kind
+from seed_multimodal.errors import RequestError
+from seed_multimodal.language import prompts as sentences
+from seed_multimodal.lavit.ratios import RATIOS
 
-CONNECT_SECONDS, ANSWER_SECONDS = 5.0, 600.0
+Examples = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """The differences between models; `can`: tabs next to the chat; `examples`: texts and names of demo images;
+    `whole`: images are sent as they are, not squashed; `around`: each message is read alone, between these two;
+    `ratios`: shapes that it draws in, with its own settings rather than the sliders'."""
+
+    title: str
+    can: tuple[str, ...] = ("draw", "edit", "codes")
+    temperature: float = 1.0
+    examples: Examples = tuple(zip(sentences.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
+    whole: bool = False
+    around: tuple[str, str] | None = None
+    rounds: int = 3
+    ratios: tuple[str, ...] = ()
+
+
+_SNOWMAN = "fox_and_snowman.png"
+_FIND = (sentences.SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
+_DESCRIBE = (sentences.SEED_X_TASKS.describe, _SNOWMAN)
+_SEED_X: dict[str, Any] = {"temperature": 0.0, "whole": True}
+_LAVIT: dict[str, Any] = {"can": ("draw",), "whole": True, "around": ("", ""), "ratios": tuple(RATIOS)}
+KINDS = {
+    "nano": Kind("SEED nano", temperature=0.0, rounds=5, examples=(
+        ("Please draw a noto dog left of a tree in a meadow.", ""), (sentences.DESCRIBE_PROMPT, _SNOWMAN),
+        (f"What is on the left?{sentences.QA_SUFFIX}", _SNOWMAN), ("Put it at night.", "fox.png"))),
+    "seed-llama-8b": Kind("SEED-LLaMA 8B"),
+    "seed-llama-14b": Kind("SEED-LLaMA 14B"),
+    "seed-x": Kind("SEED-X", (), examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
+                   around=("Question: ", "\nAnswer:"), **_SEED_X),
+    "seed-x-i": Kind("SEED-X-I", ("draw", "find"), examples=(
+        _DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")), **_SEED_X),
+    "seed-x-edit": Kind("SEED-X-Edit", ("edit",), examples=(
+        _DESCRIBE, ("Make it under the sunset", "fox.png")), **_SEED_X),
+    "nano-x": Kind("SEED nano-x", ("draw", "edit", "find"), examples=(
+        _DESCRIBE, _FIND, ("Generate an image: a noto dog left of a tree", ""), ("Put it at night.", "fox.png")),
+        **_SEED_X),
+    "lavit": Kind("LaVIT", examples=(("What is in the picture?", "cat.jpg"), ("", _SNOWMAN)), **_LAVIT),
+    "nano-lavit": Kind("SEED nano-lavit", examples=(("What is the background?", _SNOWMAN), ("", "fox.png")), **_LAVIT),
+}
 
 
 @dataclass
@@ -22,75 +63,30 @@ class Model:
     address: str
     kind: Kind
 
-    async def learn(self) -> str:
-        """Ask the backend which model it has; returns a sentence if it does not answer."""
-        try:
-            async for answer in self.ask("/v1/models"):
-                name = str(answer["data"][0]["id"]).rpartition("/")[2]
-                self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
-        except SeedError as error:
-            return str(error)
-        return ""
+    async def learn(self) -> None:
+        """Ask the backend which model it has."""
+        name = str((await anext(self.ask("/v1/models")))["data"][0]["id"]).rpartition("/")[2]
+        self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
 
     async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:
-        """The JSON of a route, or of each event; `body`: `json`, or `files` and `data`, as of httpx. Leaving it cancels
-        the request.
-
-        Raises:
-            RequestError: no server, timeout, an error response, or another kind of server.
-        """
+        """The JSON of each event of a route; `body`: `json`, or `files` and `data`, as of httpx. Leaving it cancels the
+        request. Raises RequestError: no server, an error response, or another kind of server."""
         import httpx
 
         address = self.address.removesuffix("/generate").rstrip("/") + route
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        seconds = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
         try:
-            async with (httpx.AsyncClient(timeout=seconds, headers=headers) as client,
+            async with (httpx.AsyncClient(timeout=httpx.Timeout(600, connect=5), headers=headers) as client,
                         client.stream("POST" if body else "GET", address, **body) as response):
                 async for line in response.aiter_lines():
                     if line and line != "data: [DONE]":
-                        yield _read(line.removeprefix("data: "), address)
-        except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-            raise RequestError(f"{address!r} is no address; it looks like http://127.0.0.1:7890/generate.") from error
-        except httpx.ReadTimeout as error:
-            raise RequestError(f"The model at {address} did not answer within {ANSWER_SECONDS:g} seconds.") from error
-        except httpx.HTTPError as error:
+                        piece = json.loads(line.removeprefix("data: "))
+                        if "error" in piece:
+                            raise RequestError(piece["error"]["message"])
+                        yield piece
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise RequestError(f"No model answers at {address}: start the backend (bash scripts/start_backend_nano.sh) "
                                f"and try again.") from error
-
-
-def _read(line: str, address: str) -> dict[str, Any]:
-    """One JSON object of an answer; raises `RequestError` for an error."""
-    try:
-        piece: dict[str, Any] = json.loads(line)
-        if "error" not in piece:
-            return piece
-    except (ValueError, TypeError) as error:
-        raise RequestError(f"{address} answered without JSON; is it the address of a SEED backend?") from error
-    said = piece["error"]
-    raise RequestError(str(said["message"] if isinstance(said, dict) else said))
-
-
-async def together(streams: Sequence[AsyncIterator[Any]], running: set[asyncio.Task[None]]
-                   ) -> AsyncIterator[tuple[int, Any]]:
-    """Merge streams: (index, item or `SeedError`); cancelling the tasks in `running` ends them."""
-    queue = asyncio.Queue[tuple[int, Any] | None]()
-
-    async def read(number: int, stream: AsyncIterator[Any]) -> None:
-        try:
-            async for piece in stream:
-                queue.put_nowait((number, piece))
-        except SeedError as error:
-            queue.put_nowait((number, error))
-
-    tasks = [asyncio.create_task(read(number, stream)) for number, stream in enumerate(streams)]
-    running.update(tasks)
-    asyncio.gather(*tasks, return_exceptions=True).add_done_callback(lambda _: queue.put_nowait(None))
-    try:
-        while (found := await queue.get()) is not None:
-            yield found
-    finally:
-        for task in tasks:
-            task.cancel()
-        running.difference_update(tasks)
+        except (ValueError, TypeError) as error:
+            raise RequestError(f"{address} did not answer as a SEED backend does: is the address right?") from error

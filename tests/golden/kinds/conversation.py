@@ -35,14 +35,23 @@ from seed_multimodal.images.io import (
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
-from seed_multimodal.serving.dialogue import TOO_LONG, Shown, Turn, check_rounds, message, messages
+from seed_multimodal.serving.client import Kind, Model
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
+from seed_multimodal.serving.visits import TOO_LONG, Message, Visit, extend, user_message
 
 ERROR_RULE = "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
 SEPARATOR = "\n"
 STYLES = {"flows_8b.json": "vicuna", "flows_14b.json": "llama2"}
 ROLES = {"vicuna": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
 AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
+
+
+def message(role: str, *content: Message, below: Sequence[str] = ()) -> Message:
+    return {"role": role, "content": [*content], "below": [{"text": note} for note in below]}
+
+
+def text(words: str) -> Message:
+    return {"type": "text", "text": words}
 
 
 def check(folder: Path) -> None:
@@ -83,13 +92,13 @@ def plain_image(size: list[int], colour: Sequence[int] = (0, 0, 0)) -> Image.Ima
 
 
 class Replay:
-    """One recorded flow, done again with our turns, images kept in memory under numbered names; `pending`: what was
+    """One recorded flow, done again with our messages, images kept in memory under numbered names; `pending`: what was
     written and chosen since the last answer, which the original kept apart, too."""
 
     def __init__(self, flow: dict[str, Any], style: str, name: str) -> None:
         self.flow, self.style, self.name = flow, style, name
-        self.turns: list[Turn] = []
-        self.pending, self.errors = Turn([]), list[str]()
+        self.turns: list[Message] = []
+        self.pending, self.errors = message("user"), list[str]()
         self.images: dict[str, Image.Image] = {}
         self.posted = 0
 
@@ -111,24 +120,23 @@ class Replay:
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind, argument = step["step"], step["argument"]
         if kind == "text" and argument:
-            message(argument, ["an image"])  # refuses the placeholder
-            self._add(argument)
+            self._add(user_message(argument, [{}])["content"][-1])  # refuses the placeholder
         elif kind == "image" and argument is not None:
-            self._add(Shown(self._store(chat_image(plain_image(*argument)))))
+            self._add(self._store(chat_image(plain_image(*argument))))
         elif kind in ("regenerate", "clear"):
             self.turns = self.turns[:-1 if kind == "regenerate" else 0]
-            self.pending, self.errors = Turn([]), []
+            self.pending, self.errors = message("user"), []
         elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
-                check_rounds(self.turns, self.flow["max_turns"])
+                self.body(self.flow["max_turns"])
             except RequestError:
-                self.turns.append(Turn([TOO_LONG]))  # our page shows it as a status
-                self.pending, self.errors = Turn([]), []
+                self.turns.append(message("assistant", text(TOO_LONG)))  # our page shows it as an error
+                self.pending, self.errors = message("user"), []
                 return
             self._bot(tokenizer)
 
-    def _add(self, part: str | Shown) -> None:
-        self.pending.parts.append(part)
+    def _add(self, part: Message) -> None:
+        self.pending["content"].append(part)
         self.turns = [*self.turns[:len(self.turns) // 2 * 2], self.pending]
         self.errors = []
 
@@ -141,30 +149,31 @@ class Replay:
         self.check_prompt(recorded, tokenizer)
         self.posted += 1
         self.turns = [*self.turns, answer := self.receive(recorded["response"])]
-        self.pending, self.errors = Turn([]), [note for note in answer.below if isinstance(note, str)]
+        self.pending, self.errors = message("user"), [note["text"] for note in answer["below"]]
+
+    def body(self, rounds: int = 10**6) -> dict[str, Any]:
+        """What our page posts; raises RequestError for more rounds."""
+        visit = Visit([model := Model("", Kind(""))], model)
+        return visit.request(self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
     def request(self) -> dict[str, Any]:
         """The text that the model reads, and the images, of what our page posts."""
-        sent = ChatRequest.model_validate({"messages": messages(self.turns, ("", ""), self._encode)}).messages
+        sent = ChatRequest.model_validate(self.body()).messages
         said = [[part if isinstance(part, str) else PLACEHOLDER for part in one.parts] for one in sent]
         return {"text": render(self.style, said), "images": [
             part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
             for one in sent for part in one.parts if not isinstance(part, str)]}
 
-    def receive(self, answer: dict[str, Any]) -> Turn:
+    def receive(self, answer: dict[str, Any]) -> Message:
         """The recorded answer as a stream brings it; the codes of the posted images are noted as the original did."""
-        asked = [image for turn in self.turns for image in turn.images]
+        asked = images_of(self.turns)
         for image, codes in zip(asked, answer["images_ids"], strict=False):
-            image.codes = image.codes or codes
+            image["codes"] = image.get("codes") or codes
         first, *pieces = answer["text"].split(PLACEHOLDER)
-        turn = Turn([first] if first else [], list(answer["error_msg"]))
-        for text, codes, piece in zip(answer["images"], answer["images_ids"][len(asked):], pieces, strict=True):
-            if text:
-                turn.add({"images": [{"image_url": {"url": text}, "codes": codes, "preview": False}]},
-                         lambda text: self._store(image_from_base64(text)))
-            else:
-                turn.parts.append(Shown("", codes))
-            turn.add({"content": piece}, str)
+        turn = message("assistant", *([text(first)] if first else []), below=answer["error_msg"])
+        for data, codes, piece in zip(answer["images"], answer["images_ids"][len(asked):], pieces, strict=True):
+            image = self._store(image_from_base64(data)) if data else {"type": "image_url", "path": ""}
+            extend(turn, {"images": [{**image, "codes": codes}], "content": piece})
         return turn
 
     def messages(self) -> list[dict[str, Any]]:
@@ -189,17 +198,14 @@ class Replay:
         assert_same([tokenizer.encode(text + (BOI if payload["force_boi"] else ""), add_bos=True)],
                     self.flow["model_calls"][self.posted]["input_ids"], f"{self.name}: the model's input ids")
 
-    def _store(self, image: Image.Image) -> str:
-        """Keep an image; equal images get the same name, as with the original's md5 names."""
-        for path, known in self.images.items():
-            if known.size == image.size and known.tobytes() == image.tobytes():
-                return path
-        path = f"log/images/{len(self.images):032x}.png"
+    def _store(self, image: Image.Image) -> Message:
+        """An image as a part of a message; equal images get the same name, as with the original's md5 names."""
+        new = f"log/images/{len(self.images):032x}.png"
+        path = next((path for path, known in self.images.items()
+                     if known.size == image.size and known.tobytes() == image.tobytes()), new)
         self.images[path] = image
-        return path
-
-    def _encode(self, path: str) -> str:
-        return image_to_base64(request_image(self.images[path]))
+        data = f"data:image/png;base64,{image_to_base64(request_image(image))}"
+        return {"type": "image_url", "path": path, "image_url": {"url": data}}
 
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
@@ -213,14 +219,18 @@ def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
             assert_same(mine, theirs, f"{name}: codes in the request")
 
 
-def entry(turn: Turn) -> dict[str, Any]:
-    """A turn in the form of the original front-end."""
-    return {"text": text_of(turn), "images": [image.path for image in turn.images],
-            "images_ids": [image.codes for image in turn.images]}
+def images_of(turns: Sequence[Message]) -> list[Message]:
+    return [part for turn in turns for part in turn["content"] if "path" in part]
 
 
-def text_of(turn: Turn) -> str:
-    return "".join(PLACEHOLDER if isinstance(part, Shown) else part for part in turn.parts)
+def entry(turn: Message) -> dict[str, Any]:
+    """A message in the form of the original front-end."""
+    return {"text": text_of(turn), "images": [image["path"] for image in images_of([turn])],
+            "images_ids": [image.get("codes") for image in images_of([turn])]}
+
+
+def text_of(turn: Message) -> str:
+    return "".join(part.get("text", PLACEHOLDER) for part in turn["content"])
 
 
 def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
@@ -232,10 +242,10 @@ def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
     return "".join(str(span) for span in get_template(style).render(said, system)) + end
 
 
-def pairs(turns: Sequence[Turn]) -> list[list[str | None]]:
+def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
     """Pairs of [user's text, assistant's text or None] as the original page shows them, images as Markdown."""
-    texts = ["".join(part if isinstance(part, str) else f"![](file={part.path})" if part.path else "<corrupt_image>"
-                     for part in turn.parts) for turn in turns]
+    texts = ["".join(part.get("text") or (f"![](file={part['path']})" if part.get("path") else "<corrupt_image>")
+                     for part in turn["content"]) for turn in turns]
     return [[text, texts[place + 1] if place + 1 < len(texts) else None]
             for place, text in enumerate(texts) if place % 2 == 0]
 

@@ -15,7 +15,6 @@ from served import Running, noise, read
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.backend import data_url
 from seed_multimodal.serving.schema import Limits
 
 TOKEN = "a secret of nobody"
@@ -35,7 +34,7 @@ def openai(running: Running) -> Any:
 
 
 def part(image: Image.Image) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": data_url(image)}}
+    return {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image_to_base64(image)}"}}
 
 
 def shown(url: str) -> Image.Image:
@@ -55,10 +54,9 @@ def test_chat_answers_as_the_library(openai, tiny, picture) -> None:
     assert answer.choices[0].message.content.strip() == expected.text.strip()
     assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
     assert answer.usage.completion_tokens == len(expected.ids) and answer.choices[0].finish_reason in ("stop", "length")
-    chunks = [*openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True})]
-    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].choices == []
-    assert chunks[-1].usage == answer.usage
-    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1])
+    chunks = [*openai.chat.completions.create(**asked, stream=True)]
+    assert chunks[0].choices[0].delta.role == "assistant" and chunks[-1].usage == answer.usage
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
     assert said == answer.choices[0].message.content
 
 
@@ -96,9 +94,8 @@ def test_images_are_drawn_and_edited(openai, tiny, picture) -> None:
     edited = openai.images.edit(image=("a.png", image_to_bytes(picture), "image/png"), prompt="Make it green.",
                                 extra_body={"seed": 3}).data
     assert np.array_equal(read(edited[0].b64_json), tiny.edit([picture], ["Make it green."], 3)[0])
-    two = openai.images.edit(image=[image_to_bytes(picture), image_to_bytes(noise(1))], prompt="Mix them.",
-                             response_format="url").data
-    assert shown(two[0].url).size == (16, 16)
+    two = openai.images.edit(image=[image_to_bytes(picture), image_to_bytes(noise(1))], prompt="Mix them.").data
+    assert read(two[0].b64_json).size == (16, 16)
 
 
 def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture) -> None:
@@ -108,34 +105,31 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture)
                               input=json.dumps(body), text=True, capture_output=True, check=True)
         return json.loads(done.stdout)["data"]
 
-    codes = [one["codes"] for one in curl({"images": [image_to_base64(picture), data_url(noise(1))]})]
+    codes = [one["codes"] for one in curl({"images": [image_to_base64(picture), part(noise(1))["image_url"]["url"]]})]
     assert codes == tiny.tokenize([picture, noise(1)]).tolist()
     drawn = curl({"codes": codes, "seed": 5})
     assert all(np.array_equal(read(one["b64_json"]), image)
                for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True))
 
 
-@pytest.mark.parametrize(("route", "body", "field", "sentence"), [
-    ("chat/completions", {}, "messages", "The request lacks 'messages'."),
-    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role", "Input should be"),
-    ("chat/completions", {"messages": [{"role": "user", "content": ""}]}, None, "Message 0 is empty."),
-    ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "", "characters"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]}, "",
+@pytest.mark.parametrize(("route", "body", "sentence"), [
+    ("chat/completions", {}, "messages: Field required."),
+    ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
+    ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "characters"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]},
      "17 images"),
-    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, None, "lacks"),
+    ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image 0: the file is"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [99] * 32}]}]},
-     None, "image 0 holds code 99"),
-    ("images/generations", {"prompt": "x", "n": 99}, "n", "less than or equal to 8"),
-    ("images/tokens", {}, "", "Send either 'images' or 'codes'."),
-    ("images/tokens", {"codes": [[1, 2]]}, None, "fewer than 32 codes"),
-    ("images/tokens", {"images": ["file:///etc/passwd"]}, None, "nothing is fetched"),
-    ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, None, "nothing is fetched")])
-def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body: Any, field: str | None,
-                                          sentence: str) -> None:
+     "a code outside 0 to 15"),
+    ("images/generations", {"prompt": "x", "n": 99}, "n: Input should be less than or equal to 8"),
+    ("images/generations", {"prompt": "x", "ratio": "3:2"}, "Unknown option 'ratio'"),
+    ("images/tokens", {}, "Send either 'images' or 'codes'."),
+    ("images/tokens", {"codes": [[1, 2]]}, "must be a row of 32 codes"),
+    ("images/tokens", {"images": ["http://127.0.0.1:1/a.png"]}, "nothing is fetched")])
+def test_v1_refuses_in_the_form_of_openai(running: Running, route: str, body: Any, sentence: str) -> None:
     answer = requests.post(f"{running.root}/v1/{route}", json=body, timeout=60, headers=running.headers)
     error = answer.json()["error"]
     assert answer.status_code == 400 and sentence in error["message"] and error["type"] == "invalid_request_error"
-    assert field is None or error["param"] == field
 
 
 def test_every_route_but_health_needs_the_token(running: Running, openai) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import RequestError
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.client import Model, together
-from seed_multimodal.serving.dialogue import KINDS, Shown, Turn, kind_of, messages
+from seed_multimodal.serving.client import KINDS, Model
 from seed_multimodal.serving.page import build
-from seed_multimodal.serving.visits import STILL, STOPPED, Page, Visit, shown, strip
+from seed_multimodal.serving.visits import Visit, extend, shown, strip
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
@@ -37,9 +36,9 @@ def address(tiny) -> Iterator[str]:
 
 
 @pytest.fixture()
-def page(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Page:
+def visit(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visit:
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    return Page([Model(address, KINDS["nano"])])
+    return Visit([model := Model(address, KINDS["nano"])], model)
 
 
 @pytest.fixture()
@@ -55,43 +54,27 @@ def all_of(updates: AsyncIterator[Any]) -> list[Any]:
     return asyncio.run(gather())
 
 
-def send(page: Page, visit: Visit, text: str, *files: str, settings: tuple[Any, ...] = PLAIN) -> list[Any]:
-    return all_of(page.on_submit(visit, {"text": text, "files": list(files)}, *settings))
+def send(visit: Visit, text: str, *files: str, settings: tuple[Any, ...] = PLAIN) -> list[Any]:
+    visit.on_submit({"text": text, "files": list(files)})
+    return all_of(visit.reply(*settings))
 
 
-def contents(turns: list[Turn]) -> list[Any]:
-    return [message["content"] for message in shown(turns)]
+def images(message: Any) -> list[Any]:
+    return [part for part in message["content"] if "path" in part]
 
 
-# ---- turns
-
-
-def test_messages_send_known_codes() -> None:
-    turns = [Turn([Shown("a.png"), "What?"]), Turn(["A ", Shown("b.png", [1, 2])])]
-    assert messages(turns, ("Q: ", ""), lambda path: f"bytes of {path}") == [
-        {"role": "user", "content": [
-            {"type": "text", "text": "Q: "},
-            {"type": "image_url", "image_url": {"url": "data:image/png;base64,bytes of a.png"}},
-            {"type": "text", "text": "What?"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "A "}, {"type": "image_url", "codes": [1, 2]}]}]
-
-
-def test_turn_joins_what_a_stream_brings() -> None:
+def test_extend_joins_what_a_stream_brings() -> None:
     def image(codes: int, preview: bool) -> dict[str, Any]:
-        return {"images": [{"image_url": {"url": f"{codes}.png"}, "codes": [1] * codes, "preview": preview}]}
+        return {"images": [{"path": f"{codes}.png", "codes": [1] * codes, "preview": preview}]}
 
-    turn = Turn([])
+    answer: Any = {"role": "assistant", "content": [], "below": []}
     for change in ({"content": "Here"}, {"content": " it is. "}, image(8, True), image(32, False), image(8, True),
                    {"notes": ["An image broke off."]}):
-        turn.add(change, str)
-    assert [one.path for one in turn.images] == ["32.png", "8.png"]
-    turn.end()
-    assert contents([turn]) == [["Here it is.", {"path": "32.png", "alt_text": "image"}, "An image broke off."]]
-
-
-def test_kind_of_names_the_models() -> None:
-    with pytest.raises(ConfigError, match="seed-llama-8b"):
-        kind_of("other")
+        extend(answer, change)
+    assert [one["path"] for one in images(answer)] == ["32.png", "8.png"]
+    extend(answer, {"content": "And"})
+    assert [part if isinstance(part, str) else part["path"] for part in shown([answer])[0]["content"]] == [
+        "Here it is.", "32.png", "8.png", "And", "An image broke off."]
 
 
 def test_strip_gives_equal_codes_equal_colours() -> None:
@@ -100,135 +83,134 @@ def test_strip_gives_equal_codes_equal_colours() -> None:
     assert colours[0] == colours[2] != colours[1] and 'aria-label="codes 7, 1000, 7"' in strip([7, 1000, 7])
 
 
-# ---- the chat
-
-
-def test_on_submit_keeps_a_conversation_with_images_both_ways(page: Page, file: str) -> None:
-    visit = Visit()
-    updates = send(page, visit, "What is it?", file, file)
-    assert "Waiting" in updates[0][1] and updates[0][2]["stop_btn"] and not updates[-1][2]["stop_btn"]
-    assert [message["role"] for message in updates[-1][0]] == ["user", "assistant"]
-    first, second, text = updates[0][0][0]["content"]
+def test_reply_keeps_a_conversation_with_images_both_ways(visit: Visit, file: str) -> None:
+    (chat, box), *_ = send(visit, "What is it?", file, file)
+    assert box["stop_btn"] and box["value"] is None and not visit.on_end()[1]["stop_btn"]
+    assert [message["role"] for message in chat] == ["user", "assistant"] and chat[1]["content"] == ["…"]
+    first, second, text = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
-    drafts = [update[0][3]["content"] for update in send(page, visit, "Make it green.", settings=FORCED)[1:]]
+    drafts = [update[0][3]["content"] for update in send(visit, "Make it green.", settings=FORCED)[1:]]
     drawn = [[part["path"] for part in draft if isinstance(part, dict)] for draft in drafts]
     assert len({path for paths in drawn for path in paths}) >= 3, "previews, then the image"
     assert Image.open(drawn[-1][0]).size == (16, 16)
-    assert len(visit.turns[-1].images[0].codes) == 32  # which later turns send
+    assert len(images(visit.turns[-1])[0]["codes"]) == 32  # which later turns send
 
 
-def test_on_retry_edit_and_undo_change_the_conversation(page: Page, file: str) -> None:
-    visit = Visit()
-    send(page, visit, "Please draw a fish.", file, settings=FORCED)
-    before = visit.turns[1].images[0].path
-    all_of(page.on_retry(visit, *FORCED))
-    assert len(visit.turns) == 2 and visit.turns[1].images[0].path != before  # another seed
-    send(page, visit, "And?")
+def test_on_retry_edit_and_undo_change_the_conversation(visit: Visit, file: str) -> None:
+    send(visit, "Please draw a fish.", file, settings=FORCED)
+    before = Path(images(visit.turns[1])[0]["path"]).read_bytes()
+    visit.on_retry()
+    all_of(visit.reply(*FORCED))
+    assert len(visit.turns) == 2 and Path(images(visit.turns[1])[0]["path"]).read_bytes() != before  # another seed
+    send(visit, "And?")
     edited: Any = SimpleNamespace(index=(0, 0), value="What is it?")
-    all_of(page.on_edit(visit, edited, *PLAIN))
-    assert len(visit.turns) == 2 and visit.turns[0].parts[1:] == ["What is it?"] and visit.turns[0].images
-    _, _, box = page.on_undo(visit)
+    visit.on_edit(edited)
+    all_of(visit.reply(*PLAIN))
+    assert len(visit.turns) == 2 and visit.turns[0]["content"][1]["text"] == "What is it?" and images(visit.turns[0])
+    _, box = visit.on_undo()
     assert visit.turns == [] and box["value"]["text"] == "What is it?" and len(box["value"]["files"]) == 1
-    assert send(page, visit, box["value"]["text"], *box["value"]["files"]) and len(visit.turns) == 2
+    assert send(visit, box["value"]["text"], *box["value"]["files"]) and len(visit.turns) == 2
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
-def test_on_submit_refuses_a_message_and_keeps_it_in_its_box(page: Page, text: str) -> None:
-    visit = Visit()
-    (chat, said, box), = send(page, visit, text)
-    assert visit.turns == [] and "alert" in said and "value" not in box and "value" not in chat
+def test_on_submit_refuses_a_message(visit: Visit, text: str) -> None:
+    with pytest.warns(UserWarning, match="Write a message|do not type"):
+        assert send(visit, text) == []
+    assert visit.turns == visit.asked == []
 
 
-def test_on_submit_gives_the_message_back_without_a_backend(page: Page, address: str, file: str) -> None:
+def test_reply_gives_the_message_back_without_a_backend(visit: Visit, address: str, file: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        page.models[0].address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
-        visit = Visit()
-        chat, said, box = send(page, visit, "hello", file)[-1]
-    assert "start the backend" in said and chat == [] and box["value"] == {"text": "hello", "files": [file]}
-    assert visit.turns == [] and not visit.busy
-    page.models[0].address = address
-    send(page, visit, "anybody?")
-    assert len(visit.turns) == 2
-    before = contents(visit.turns)
-    page.models[0].address = address.replace("generate", "elsewhere")
-    assert "nothing at this address" in all_of(page.on_retry(visit, *PLAIN))[-1][1]
-    assert contents(visit.turns) == before
+        visit.model.address = f"http://127.0.0.1:{free.getsockname()[1]}/generate"
+        with pytest.warns(UserWarning, match="start the backend"):
+            send(visit, "hello", file)
+    chat, box = visit.on_end()
+    assert chat == [] and box["value"]["text"] == "hello" and len(box["value"]["files"]) == 1
+    visit.model.address = address
+    send(visit, "anybody?")
+    before = shown(visit.turns)
+    visit.model.address = address.replace("generate", "elsewhere")
+    visit.on_retry()
+    with pytest.warns(UserWarning, match="is the address right"):
+        all_of(visit.reply(*PLAIN))
+    assert visit.on_end()[0] == before and len(before) == 2
 
 
-def test_on_submit_refuses_a_long_history(page: Page) -> None:
-    visit = Visit()
-    for _ in range(2):
-        last = send(page, visit, "again", settings=(*PLAIN[:-1], 1))[-1]
-    assert "clear history" in last[1] and len(visit.turns) == 2
-
-
-@pytest.mark.parametrize("stop", [Visit.stop, Visit.forget])
-def test_stop_and_clear_end_an_answer(page: Page, stop: Any) -> None:
-    visit = Visit()
-
-    async def stopped() -> list[Any]:
-        updates = []
-        async for update in page.on_submit(visit, {"text": "Please draw a fish.", "files": []}, *FORCED):
-            updates.append(update)
-            if len(updates) == 2:  # the first words
-                refused = [one async for one in page.on_submit(visit, {"text": "x", "files": []}, *PLAIN)]
-                assert STILL in refused[0][1]
-                stop(visit)
-        return updates
-
-    last = asyncio.run(stopped())[-1]
-    assert last[0] == shown(visit.turns) and not visit.running and not visit.busy and not last[2]["stop_btn"]
-    assert [turn.below for turn in visit.turns] == ([[], [STOPPED]] if stop is Visit.stop else [])
-    visit.forget()
-    send(page, visit, "Hello")
+def test_reply_refuses_a_long_history(visit: Visit) -> None:
+    send(visit, "again", settings=(*PLAIN[:-1], 1))
+    with pytest.warns(UserWarning, match="clear history"):
+        send(visit, "again", settings=(*PLAIN[:-1], 1))
     assert len(visit.turns) == 2
 
 
-def test_on_choose_names_a_file_that_is_no_image(page: Page, file: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("updates", "clear"), [(1, False), (2, False), (2, True)])
+def test_reply_ends_where_it_is_cancelled(visit: Visit, updates: int, clear: bool) -> None:
+    """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
+    async def stopped() -> None:
+        visit.on_submit({"text": "Please draw a fish.", "files": []})
+        reply = visit.reply(*FORCED)
+        for _ in range(updates):
+            await anext(reply)
+        if clear:
+            visit.forget()
+        await reply.aclose()
+
+    asyncio.run(stopped())
+    (chat, box) = visit.on_end()
+    assert ("value" in box) == (updates == 1) and len(chat) == (2 if updates > 1 and not clear else 0)
+    assert not chat or chat[1]["content"][-1] == "Stopped."
+    send(visit, "Hello")
+    assert len(visit.turns) == len(chat) + 2
+
+
+def test_on_choose_names_a_file_that_is_no_image(visit: Visit, file: str, tmp_path: Path) -> None:
     (tmp_path / "fake.png").write_bytes(b"no picture")
     message = {"text": "x", "files": [file, str(tmp_path / "fake.png")]}
-    said, left = asyncio.run(page.on_choose(Visit(), message))
-    assert "fake.png" in said and left == {"text": "x", "files": [file]}
+    with pytest.warns(UserWarning, match=r"fake\.png"):
+        assert visit.on_choose(message) == {"text": "x", "files": [file]}
 
 
-def test_forget_removes_the_visitors_images(page: Page, file: str, tmp_path: Path) -> None:
-    visit = Visit()
-    send(page, visit, "What is it?", file)
+def test_tabs_draw_edit_and_exchange_codes(visit: Visit, file: str) -> None:
+    drawn = asyncio.run(visit.on_draw("a fish", 3, None))
+    assert [caption for _, caption in drawn] == ["seed 3", "seed 4", "seed 5", "seed 6"]
+    assert asyncio.run(visit.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
+    with pytest.warns(UserWarning, match="Choose an image first"):
+        assert asyncio.run(visit.on_change(None, "Make it green.", 0)) == []
+    _, codes = asyncio.run(visit.on_codes(file))
+    assert len(codes) == 32 and asyncio.run(visit.on_codes(None)) == ("", [])
+    other = [*codes[::-1]]
+    swapped = asyncio.run(visit.on_swap(codes, other, 32, 32))
+    assert [caption for _, caption in swapped] == ["first", "second"]
+    assert swapped[1][0].tobytes() == asyncio.run(visit.on_swap([], codes, 32, 32))[0][0].tobytes()
+
+
+def test_forget_removes_the_visitors_images(visit: Visit, file: str, tmp_path: Path) -> None:
+    send(visit, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     visit.forget()
-    assert not list(tmp_path.rglob("*.png")) and visit.turns == []
-
-
-def test_together_gives_pieces_and_errors_of_all_streams() -> None:
-    async def stream(number: int) -> AsyncIterator[int]:
-        yield number
-        if number:
-            raise RequestError("broken")
-
-    found = all_of(together([stream(0), stream(1)], set()))
-    assert [one for one in found if isinstance(one[1], int)] == [(0, 0), (1, 1)]
-    assert [(number, str(error)) for number, error in found if isinstance(error, RequestError)] == [(1, "broken")]
+    assert [*tmp_path.rglob("*.png")] == [Path(file)] and visit.turns == []  # Gradio removes uploads after an hour
 
 
 def test_client_names_what_is_wrong(address: str) -> None:
     for wrong, route, sentence in (
-            (address, "/elsewhere", "nothing at this address"), ("127.0.0.1", "", "is no address"),
-            (address, "/v1/chat/completions", "lacks 'messages'"), (address, "/metrics", "without JSON")):
+            (address, "/elsewhere", "is the address right"), ("127.0.0.1", "", "start the backend"),
+            (address, "/v1/chat/completions", "Field required"), (address, "/metrics", "is the address right")):
         with pytest.raises(RequestError, match=sentence):
             all_of(Model(wrong, KINDS["nano"]).ask(route, **({} if route == "/metrics" else {"json": {}})))
 
 
+@pytest.mark.filterwarnings("ignore:No model answers")
 @pytest.mark.parametrize("name", sorted(KINDS))
 def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError(f"building the page opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    demo = build(page := Page([Model("", kind_of(name))]))
-    *_, draw, edit, codes, find = asyncio.run(page.on_model(Visit(), 0, SimpleNamespace(session_hash="")))
+    demo = build(models := [Model("", kind := KINDS[name])])
+    *_, temperature, rounds, _, shape, draw, edit, codes, find = asyncio.run(Visit(models, models[0]).on_model(0))
     tabs = {"draw": draw, "edit": edit, "codes": codes, "find": find}
-    assert [tab for tab, update in tabs.items() if update["visible"]] == [*KINDS[name].can]
-    sliders = {block.label: block for block in demo.blocks.values() if type(block).__name__ == "Slider"}
-    assert {"Beams", "Temperature", "Top P", "Most new tokens"} <= set(sliders)
-    assert sliders["Most rounds of history"].value == (5 if name == "nano" else 3)
+    assert [tab for tab, update in tabs.items() if update["visible"]] == [*kind.can]
+    assert (temperature, rounds, shape["visible"]) == (kind.temperature, kind.rounds, "lavit" in name)
+    sliders = {block.label for block in demo.blocks.values() if type(block).__name__ == "Slider"}
+    assert {"Beams", "Temperature", "Top P", "Most new tokens", "Most rounds of history"} <= sliders

@@ -9,21 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import served
-from PIL import Image
 from served import noise, read
 
+from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.messages import Message
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box
 from seed_multimodal.serving.app import create_app
-from seed_multimodal.serving.backend import data_url
-from seed_multimodal.serving.client import Model
-from seed_multimodal.serving.dialogue import KINDS, Shown, Turn
-from seed_multimodal.serving.visits import Page, Visit
-from seed_multimodal.serving.visits import shown as displayed
+from seed_multimodal.serving.visits import framed, shown
 
 ASKED = {"temperature": 0, "max_new_tokens": 12, "seed": 1}
-NO_CODES = "images[0] holds codes, but the images of this model have none; send the image itself."
+NO_CODES = "Images of SEED-X have no codes; give the image itself."
 
 
 def user(*content: Any) -> dict[str, Any]:
@@ -37,6 +33,13 @@ def client(tiny_x: SeedX):
 
 def ask(client: Any, text: str, *images: Any, **more: Any) -> dict[str, Any]:
     return served.ask(client, text, *images, **{**ASKED, **more})
+
+
+def chat(client: Any, *images: Any) -> dict[str, Any]:
+    """The message of an answer to a question about images."""
+    content = [{"type": "image_url", "image_url": {"url": image_to_base64(image)}} for image in images]
+    messages = [user(*content, {"type": "text", "text": "Where is it?"})]
+    return client.post("/v1/chat/completions", json={"messages": messages}).json["choices"][0]["message"]
 
 
 def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
@@ -56,11 +59,10 @@ def test_generate_answers_as_the_library(client, tiny_x: SeedX) -> None:
     assert drawn["images_ids"] == [None, None] and drawn["text"] == str(picture)
 
     text += f"{drawn['text']}\n[INST] And blue? [/INST]\n"
-    for previews in (False, True):
-        second = ask(client, text, image, drawn["images"][0], force_boi=True, previews=previews)
-        wanted = tiny_x.chat([*messages, {"role": "assistant", "content": picture}, user("And blue?")],
-                             force_image=True, max_new_tokens=12, seed=1)
-        assert np.array_equal(read(second["images"][0]), wanted.images[0]) and second["text"] == str(wanted)
+    second = ask(client, text, image, drawn["images"][0], force_boi=True)
+    wanted = tiny_x.chat([*messages, {"role": "assistant", "content": picture}, user("And blue?")],
+                         force_image=True, max_new_tokens=12, seed=1)
+    assert np.array_equal(read(second["images"][0]), wanted.images[0]) and second["text"] == str(wanted)
 
 
 def test_generate_continues_any_other_text(client, tiny_x: SeedX) -> None:
@@ -88,7 +90,7 @@ def test_generate_refuses_with_one_sentence(client, text: str, images: list[Any]
 def test_generate_leaves_out_an_image_that_broke_off(client) -> None:
     said = ask(client, "[INST] Draw. [/INST]\nHere <image>\n[INST] And? [/INST]\n", [0, 1])
     assert said["status"] == 200 and said["images_ids"][0] == [0, 1]
-    assert "images[0] broke off after 2 of 4 codes and was left out." in said["error_msg"]
+    assert "An image broke off after 2 of 4 codes and was left out." in said["error_msg"]
 
 
 class Answering(SeedX):
@@ -102,31 +104,25 @@ class Answering(SeedX):
         yield from self.ids
 
 
-def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, monkeypatch: Any) -> None:
+def test_chat_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path) -> None:
     """As shares of the last image; the page draws them on it, and sends them back as words."""
     words = tiny_x.tokenizer.vocabulary
     answer = [*tiny_x.tokenizer.encode("a cat"), *Box(8, 4, 4, 2).ids(words), 2]
     client = create_app(Answering(tiny_x, answer)).test_client()
-    said = ask(client, "[INST] <image><image>Where is it? [/INST]\n", noise(0), noise(1))
-    assert said["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}] and said["error_msg"] == []
-    alone = ask(client, "[INST] Where is it? [/INST]\n")
-    assert "boxes" not in alone and "no image that they could lie on" in alone["error_msg"][0]
+    said = chat(client, noise(0), noise(1))
+    assert said["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}] and said["notes"] == []
+    assert chat(client)["boxes"] == []
+    text = ask(client, "[INST] Where is it? [/INST]\n")["text"]
+    assert text == said["content"].strip()
 
-    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
-    page, visit = Page([Model("", KINDS["seed-x-i"])]), Visit()
-    shown = [Shown(visit.keep(noise(seed))) for seed in range(2)]
-    asked = Turn([*shown, "Where is it?"])
-    found = Turn([said["text"]], [*page.framed(visit, [asked], said["boxes"])])
-    assert displayed([asked, found])[1]["content"][0] == "a cat"
-    drawn = Image.open(found.below[0].path)
+    noise(1).save(tmp_path / "last.png")
+    drawn = framed([{"content": [{"path": str(tmp_path / "last.png")}]}], said["boxes"])
+    answer_v1 = {"role": "assistant", "content": [{"type": "text", "text": text}]}
+    assert shown([answer_v1])[0]["content"] == ["a cat"]
     assert drawn.getpixel((18, 5)) == drawn.getpixel((29, 9)) == (0, 255, 0)
     assert drawn.getpixel((24, 7)) == noise(1).getpixel((24, 7))
-    asked_v1 = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_url(noise(1))}},
-                                            {"type": "text", "text": "Where is it?"}]}
-    written = client.post("/v1/chat/completions", json={"messages": [asked_v1]}).json["choices"][0]["message"]
-    assert written["content"].split() == said["text"].split() and written["boxes"] == [{**said["boxes"][0], "image": 0}]
 
-    turns = [Message("user", ("Where is it?",)), Message("assistant", (said["text"],)), Message("user", ("Thanks",))]
+    turns = [Message("user", ("Where is it?",)), Message("assistant", (text,)), Message("user", ("Thanks",))]
     ids, box = tiny_x.requests([turns], "chat")[0].ids, list(Box(8, 4, 4, 2).ids(words))
     assert any(list(ids[place:place + 6]) == box for place in range(len(ids)))
 
@@ -136,8 +132,9 @@ def test_generate_lists_the_boxes_of_an_answer(tiny_x: SeedX, tmp_path: Path, mo
     ("<box_start><loc-1><loc-2><loc-3>", "A box is not four locations"),
     ("</img> a cat", "Image words without an opening <img>."),
     ("<img><img_00000><img_00001>", "An image broke off after 2 of 4 codes.")])
-def test_generate_reports_a_malformed_answer(tiny_x: SeedX, answer: str, sentence: str) -> None:
+def test_answers_report_what_is_malformed(tiny_x: SeedX, answer: str, sentence: str) -> None:
     client = create_app(Answering(tiny_x, tiny_x.tokenizer.encode(answer))).test_client()
+    said = chat(client, noise(0))
+    assert said["boxes"] == [] and len(said["notes"]) == 1 and sentence in said["notes"][0]
     said = ask(client, "[INST] <image>? [/INST]\n", noise(0))
-    assert said["status"] == 200 and "boxes" not in said and len(said["error_msg"]) == 1
-    assert sentence in said["error_msg"][0] and said["text"].count("<image>") == len(said["images"])
+    assert said["status"] == 200 and said["text"].count("<image>") == len(said["images"])

@@ -21,7 +21,7 @@ from served import ON_CPU, PROGRAM, Running
 
 from seed_multimodal.configured import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.serving.app import check_address
+from seed_multimodal.serving.app import listen
 
 ROOT = Path(__file__).resolve().parents[3]
 HI = "USER: hi\nASSISTANT:"
@@ -64,7 +64,7 @@ def test_serve_drops_clients_that_left(tiny, gate: Gate) -> None:
     running.wait_until(lambda: gate.passes == 1)
     time.sleep(0.2)
     gate.open.set()
-    running.wait_until(lambda: not running.health()["busy"])
+    running.wait_until(lambda: running.health()["running"] == 0)
     assert gate.passes < 100  # 400 tokens were asked for
     assert running.ask().status_code == 200 and running.health()["answered"] == 2
 
@@ -77,9 +77,7 @@ def test_serve_refuses_too_many_requests(tiny, gate: Gate) -> None:
         away = running.ask()
         assert away.status_code == 429 and int(away.headers["Retry-After"]) >= 1
         assert "3 requests wait already" in away.json()["error"]
-        assert running.health() | {"seconds_up": 0} == {
-            "status": "ok", "busy": True, "running": 1, "waiting": 3, "answered": 0, "seconds_up": 0, "codes": 16,
-            "tokens_per_image": 32}
+        assert running.health() == {"status": "ok", "running": 1, "waiting": 3, "answered": 0}
         gate.open.set()
         assert [one.result().status_code for one in waiting] == [200] * 4
 
@@ -101,18 +99,16 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny) -> None:
     for count, status in ((0, 200), (3, 200), (20, 413)):
         answer = requests.post(running.address, data=chunks(count), headers=headers, timeout=60)
         assert answer.status_code == status
-    assert answer.json()["error"] == "The request body is larger than 1 MiB."
-    assert requests.get(running.address, headers={"X": "x" * 20_000}, timeout=60).status_code == 431
     assert running.ask().status_code == 200
     for sock in held:
         sock.close()
 
 
-def test_check_address_refuses_where_nothing_can_listen(tiny) -> None:
+def test_listen_refuses_where_nothing_can_listen(tiny) -> None:
     port = Running(tiny).port
     for host, number in (("127.0.0.1", port), ("127.0.0.1", 65536), ("192.0.2.1", 0), ("no.such.host.invalid", 0)):
         with pytest.raises(ConfigError, match=f"{host}:{number}"):
-            check_address(host, number, "token")
+            listen(host, number, "token")
     started = subprocess.run([warm_python.PYTHON, PROGRAM, "--system", "/no/such/model", "--port", str(port)],
                              capture_output=True, text=True, timeout=120)
     assert started.returncode == 2  # the port is checked before the model, which is not there either
@@ -120,10 +116,10 @@ def test_check_address_refuses_where_nothing_can_listen(tiny) -> None:
                               "choose another with --port.\n")
 
 
-def test_check_address_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
+def test_listen_needs_a_token_beyond_loopback(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="0.0.0.0 is reachable from other machines"):
-        check_address("0.0.0.0", 0)
-    check_address("0.0.0.0", 0, "secret")
+        listen("0.0.0.0", 0)
+    listen("0.0.0.0", 0, "secret").close()
 
 
 @pytest.mark.slow
