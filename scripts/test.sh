@@ -33,8 +33,8 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 WORKERS="${WORKERS:-$("$PYTHON" -c '
 import os, pathlib
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-told = pathlib.Path("/proc/meminfo")
-free = int(told.read_text().split("MemAvailable:")[1].split()[0]) >> 20 if told.is_file() else 6 * cores  # GiB
+memory = pathlib.Path("/proc/meminfo")
+free = int(memory.read_text().split("MemAvailable:")[1].split()[0]) >> 20 if memory.is_file() else 6 * cores  # GiB
 print(max(1, min(cores, free // 6)))')}"
 
 echo "[test] ruff";  "$PYTHON" -m ruff check .

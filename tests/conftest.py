@@ -18,7 +18,7 @@ from PIL import Image
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
-os.environ.pop("PYTHONUNBUFFERED", None)  # whoever pipes a program's lines gets each as it is said without it, too
+os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 started: list[str] = []
 
@@ -34,7 +34,7 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol() -> None:
-    """What was started before, while tests were collected, is not this test's."""
+    """Forget the processes that were started before, while tests were collected."""
     started.clear()
 
 

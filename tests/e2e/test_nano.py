@@ -47,6 +47,7 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama) -> None:
     assert distance.argmin(1).tolist() == list(range(len(DEMO)))
 
 
+@pytest.mark.slow
 def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     """The more codes, the nearer to the whole image, on average."""
     counts = (4, 8, 16, 32)
@@ -61,6 +62,7 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama) -> None:
     assert likeness == sorted(likeness) and likeness[0] < likeness[2]
 
 
+@pytest.mark.slow
 def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama) -> None:
     """The judge reads it off the images; most of these scenes hold a pair that was never trained on."""
     judge = Judge.from_pretrained(NANO / "judge")

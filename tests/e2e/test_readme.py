@@ -1,4 +1,4 @@
-"""The README's commands on the README's images: words and boxes compared, drawings read by the judge."""
+"""The README's commands on its images: texts and boxes are compared, drawings are labelled by the judge."""
 
 from __future__ import annotations
 
@@ -65,6 +65,7 @@ def test_commands_of_the_readme_answer(command: str, place: Path, capsys: pytest
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_ask_binds_names_to_places(model: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     answers = {}
@@ -75,6 +76,7 @@ def test_ask_binds_names_to_places(model: str, place: Path, capsys: pytest.Captu
     assert list(answers.values()) == ["on the left", "on the right", "yes", "no"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", DRAWN)
 def test_drawings_of_the_readme_show_what_was_asked_for(command: str, place: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:

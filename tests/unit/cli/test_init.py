@@ -14,6 +14,7 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.training.llm import cli
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_init_prints_a_command_that_trains(kind: str, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     assert main(["init", "--like", kind, str(tmp_path / "mine"), "--json"]) == 0

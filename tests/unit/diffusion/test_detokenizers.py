@@ -91,6 +91,7 @@ def case(place: Path, request: pytest.FixtureRequest) -> Case:
     return open_case(place, request.param)
 
 
+@pytest.mark.slow
 def test_a_drawing_depends_on_condition_and_seed_only(case: Case) -> None:
     together = case.draw([0, 1, 2], SEEDS)
     assert np.abs(case.draw([0, 1, 2], SEEDS, batch_size=2) - together).max() <= 1
@@ -116,6 +117,7 @@ def test_guidance_of_one_runs_the_unet_once_a_step(case: Case) -> None:
     assert len(case.model([] if isinstance(case.conditions, list) else case.conditions[:0])) == 0
 
 
+@pytest.mark.slow
 def test_cpu_offload_draws_the_same(case: Case) -> None:
     """Here between the CPU and the CPU: every part has its hook, and `to` takes them off."""
     plain = case.draw([0, 1], [1, 2])

@@ -175,6 +175,7 @@ def test_export_gguf_prints_the_size_and_the_next_command(gguf: dict[str, Path],
 # ---- completion servers
 
 
+@pytest.mark.slow
 def test_answers_of_a_server_are_those_of_torch(nano: Any, server: CompletionServer, remote: Any) -> None:
     assert answers(remote) == answers(nano)
     images = [body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES]
@@ -187,6 +188,7 @@ def test_stop_ids_that_a_server_leaves_out_are_put_back(nano: Any, server: Compl
     assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
 
 
+@pytest.mark.slow
 def test_eight_requests_at_once_and_cancelled_ones(nano: Any, remote: Any) -> None:
     wanted, got = nano.engine.generate(prompts(nano), GREEDY), dict[int, list[int]]()
 

@@ -43,6 +43,7 @@ def alone(system: Any, settings: GenerationSettings, seeds: list[int]) -> list[l
             for one, seed in zip(prompts(system), seeds, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
     GREEDY, WILD, replace(WILD, force_image=True, max_new_tokens=70), replace(GREEDY, min_new_tokens=9),
     replace(WILD, repetition_penalty=1.5), replace(GREEDY, constrain=False)], ids=str)
@@ -94,6 +95,7 @@ def test_states_are_those_of_a_plain_pass(tiny_x: Any) -> None:
             torch.testing.assert_close(states.at(row, places), passed[len(one) + 1:-1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_threads_and_cancelled_neighbours(system: Any) -> None:
     engine, seeds = Engine(system.llm, system.tokenizer, 4), [1, 2, 3, 4, 5]
     settings = replace(WILD, force_image=True, max_new_tokens=70)

@@ -103,6 +103,7 @@ def test_a_mistyped_image_is_not_drawn_as_words(tmp_path, monkeypatch, capsys):
 def test_evaluate_scores_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", "")  # without Java, whose scores have tests of their own
     picture(1).save(tmp_path / "1.png")
     (tmp_path / "asked.json").write_text('[{"image": "1.png", "img_id": 1}]')
     (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')

@@ -63,6 +63,7 @@ def by_hand(model: LavitDetokenizer, seed: int, size: tuple[int, int], toward: d
     return x
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_sdxl_kind_reads_sizes_and_steers_away_from_zeros(high: LavitDetokenizer) -> None:
     given, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])

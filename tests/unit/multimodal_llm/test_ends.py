@@ -78,6 +78,7 @@ def test_the_last_step_takes_what_is_left(packing, runs, train, tmp_path):
             assert runs.losses(some)[2] == pytest.approx(runs.losses(whole)[steps], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_its_last_evaluation_once(runs, train, tmp_path):
     """The evaluation of the end comes after the checkpoint of its step; the same command again finds it in the log."""
     files = runs.write_files(tmp_path)
@@ -120,6 +121,7 @@ def test_the_scripts_name_the_variable_that_is_no_count(name, value, runs):
     assert done.returncode == 2 and f"{wanted} must be a number from 1 on, not '{value}'." in done.stderr
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_disturb_training(runs, train, tmp_path):
     files = runs.write_files(tmp_path)
     lora = {"model": {"lora": runs.LORA}}

@@ -14,6 +14,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.training.checkpoint import checkpoints
 
 
+@pytest.mark.slow
 def test_keep_last_and_torn_checkpoints(runs, train, tmp_path, capsys):
     out = train("out", "trainer.save_steps=2", "trainer.max_steps=8", "trainer.save_total_limit=3")
     assert [step for step, _ in checkpoints(out)] == [8, 6, 4]
@@ -65,6 +66,7 @@ def test_named_and_never(runs, train, tmp_path):
         train("out", "trainer.max_steps=3", "data.length=128")
 
 
+@pytest.mark.slow
 def test_changed_settings_are_logged_and_apply(runs, train, tmp_path, capsys):
     """The saved optimizer does not bring back its weight decay; what changes no number is not mentioned."""
     train("out", "trainer.max_steps=2", "optim.weight_decay=0.5")

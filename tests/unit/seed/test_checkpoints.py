@@ -77,6 +77,7 @@ LAYOUTS = [SeedTokenizer.save_pretrained, _file_of_ours, _released, _file_with_t
            _with_our_config, _vision_in_the_hub_cache]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
 @pytest.mark.parametrize("kind", ["seed2", "seed1"])
 def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Path], Path], seed2: Seed2Tokenizer,

@@ -32,6 +32,7 @@ def lavis(folder: Path, *changes: str) -> Any:
     return space, *map(OmegaConf.load, files)
 
 
+@pytest.mark.slow
 def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -> None:
     from seed_lavis import models
     from seed_lavis.base import is_encoder_of

@@ -52,6 +52,7 @@ def latents(model: SdxlDetokenizer, embeds: Tensor, start: Tensor, images: Any =
                              embeds, model.null_embeds if negatives is None else negatives, images, start)
 
 
+@pytest.mark.slow
 def test_first_stage_draws_as_the_stock_pipeline(place: Path, embeds: Tensor) -> None:
     """50 steps and guidance 7.5 are the defaults; guidance steers away from an empty image."""
     from diffusers import StableDiffusionXLPipeline

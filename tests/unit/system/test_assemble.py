@@ -77,6 +77,7 @@ def test_assemble_makes_a_system_that_answers_as_before(
     assert made.describe(FOX, **greedy) == wanted.describe(FOX, **greedy) and made.images.can_draw
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_save_system_writes_a_folder_that_needs_no_other(name: str, tmp_path: Path) -> None:
     out = save_system(SystemConfig.find(ROOT / "pretrained" / name), tmp_path / "saved")

@@ -117,6 +117,7 @@ def test_many_threads_answer_as_one_after_another(system: Any) -> None:
         assert one == other if isinstance(one, str) else same(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_images_of_several_threads_are_drawn_in_common_batches(model: str) -> None:
     """As one by one within one grey level, in fewer loops of the U-Net; one that fails ends alone."""
@@ -276,6 +277,7 @@ def test_a_system_without_decoder_reads(system: Any) -> None:
         closed.draw("a fish")
 
 
+@pytest.mark.slow
 def test_offloaded_parts_compute_the_same(system: Any) -> None:
     moved = MultimodalSystem.from_pretrained(system.config, device="cpu", offload=True, log=None)
     assert moved.describe(noise(1)) == system.describe(noise(1))

@@ -43,6 +43,7 @@ def images(shown: list[Scene]) -> list[Image.Image]:
     return [Image.fromarray(render(scene)) for scene in shown]
 
 
+@pytest.mark.slow
 def test_training_makes_it_read_scenes(trained: Judge) -> None:
     right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGED)).float().mean(0)
     assert right.min() >= 0.6 and right[:2].min() >= 0.9, right

@@ -184,6 +184,7 @@ def test_main_names_a_mistake_in_one_sentence(system: str, words: list[str], sen
     assert sentence in (message := capsys.readouterr().err) and message.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_start_is_run_again_if_its_settings_changed(tmp_path: Path) -> None:
     for codes in (64, 128):
         assert main(arguments("nano", tmp_path, "--only", "start", f"tokenizer.codes={codes}")) == 0

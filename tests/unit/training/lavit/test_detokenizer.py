@@ -149,6 +149,7 @@ def test_settings_that_cannot_be(parts: Path, tmp_path: Path, changes: dict[str,
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_continue_with_other_codes(parts: Path, tmp_path: Path) -> None:
     """Another tokenizer or autoencoder in the same folder; the same ones in another may."""
     for name in ("tokenizer", "highres", "decoder", "pictures"):

@@ -48,6 +48,7 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(tmp_path: Path) -> None:
     held_out, _ = toy.pictures(64, seed=9)
     before = measure(toy.stage1(), held_out, quantize=False)
