@@ -37,7 +37,7 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
     """A run of the trainer on one source; returns its last checkpoint."""
     data = out.with_suffix(".yaml")
     data.write_text(json.dumps({"sources": [{"name": "mine", "files": str(files), "decoder": decoder}],
-                                "length": 360, "rows": 3}), encoding="utf-8")
+                                "length": 360, "rows": 1}), encoding="utf-8")
     run("src/train/train.py", f"model={model}", "tokenizer=nano", f"data={data}", "optim=nano", "trainer=nano",
         f"trainer.max_steps={steps}", f"output_dir={out}", *more)
     assert (out / "curves.png").is_file()
@@ -54,12 +54,12 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_from_images_to_answers(tmp_path: Path) -> None:
-    tokenise("", "{format: nano, format_options: {split: pairs, content: captions, number: 60}}", tmp_path / "captions")
+    tokenise("", "{format: nano, format_options: {split: pairs, content: captions, number: 16}}", tmp_path / "captions")
     tokenise("_chat", f"files: {APPLICATION / 'examples/own_data/talk.json'}\nimage_root: {ROOT / 'images'}\n",
              tmp_path / "talk", "--views", "4")
-    pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 10)
+    pretrained = train(tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 4)
     merge(pretrained, tmp_path / "pretrained", "configs/model/nano_lora.yaml", "configs/tokenizer/nano.yaml")
-    tuned = train(tmp_path / "sft", "nano_lora", tmp_path / "talk", "chat", 70, f"model.path={tmp_path / 'pretrained'}")
+    tuned = train(tmp_path / "sft", "nano_lora", tmp_path / "talk", "chat", 45, f"model.path={tmp_path / 'pretrained'}")
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")

@@ -79,17 +79,18 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer: Trainer,
                     reason="DeepSpeed on a CPU needs the package and g++")
 @pytest.mark.parametrize(("trainer", "stage"), [(one, stage) for one in TRAINERS for stage in one.zero],
                          ids=lambda value: getattr(value, "name", f"stage{value}"))
-def test_trainer_under_zero_is_the_plain_one_and_resumes(trainer: Trainer, stage: int, home: Path, tmp_path: Path
-                                                         ) -> None:
-    """By the published settings in two processes, which see the same data without DeepSpeed; the weights of the
-    checkpoint are whole."""
+def test_trainer_under_zero_equals_the_plain_one_and_resumes(trainer: Trainer, stage: int, home: Path, tmp_path: Path
+                                                             ) -> None:
+    """With the published settings in two processes, compared with the same run without DeepSpeed; checkpoints contain
+    the gathered weights. Each trainer resumes at its highest stage."""
     out, more = tmp_path / "zero", (f"deepspeed={PUBLISHED[stage]}", "trainer.timeout_minutes=5")
     given = trainer.arguments(home, out, 4, 2, more)
     trainer.run(home, given, *TWO)
     found = trainer.losses(out)
-    shutil.rmtree(out / "checkpoint-4")
-    assert "(step 2)" in trainer.run(home, given, *TWO)
-    assert trainer.losses(out) == found
+    if stage == max(trainer.zero):
+        shutil.rmtree(out / "checkpoint-4")
+        assert "(step 2)" in trainer.run(home, given, *TWO)
+        assert trainer.losses(out) == found
     plain = home / "plain"
     if not plain.exists():
         trainer.run(home, trainer.arguments(home, plain, 4, 2, ()), *TWO)

@@ -41,6 +41,17 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def processes_with(argument: str) -> list[int]:
+    """Running Pythons with this text in their arguments, without torchrun's own."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # the process ended
+            arguments = file.read_bytes().decode(errors="replace")
+            if argument in arguments and "python" in arguments and "torchrun" not in arguments:
+                found.append(int(file.parent.name))
+    return found
+
+
 def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200) -> None:
     """Until something has happened; at the latest until the process or the time has ended."""
     deadline = time.monotonic() + seconds

@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 LLM, LAVIS = ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer"
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
 STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
+# One scene is drawn at the fourth of twelve steps and at every fourth after it.
+FEW_SAMPLES = ["trainer.sample_steps=4", "++data.held_out={name: scenes, format: nano, options: {number: 1}}"]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -154,13 +156,14 @@ def _lavit(home: Path, output: Path, steps: int, save: int, more: Sequence[str])
 def _seed_x_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     import tiny_detokenizer
 
-    return [*tiny_detokenizer.arguments(home, output, 2), "trainer.ema=0", *_every(output, steps, save, more)]
+    return [*tiny_detokenizer.arguments(home, output, 2), "trainer.ema=0", *FEW_SAMPLES,
+            *_every(output, steps, save, more)]
 
 
 def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
     return ["model=tiny", "data=tiny", "trainer=tiny", "optim=tiny", f"model.diffusion={home / 'highres'}",
             f"model.tokenizer={home / 'tokenizer'}", f"model.decoder={home / 'decoder'}",
-            *_every(output, steps, save, more)]
+            *FEW_SAMPLES, *_every(output, steps, save, more)]
 
 
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:

@@ -25,7 +25,8 @@ def test_init_prints_a_command_that_trains(kind: str, tmp_path: Path, capsys: An
         file = tmp_path / "mine" / "data.yaml"
         file.write_text(file.read_text().replace("log/own_data/codes", str(tmp_path / "talk.jsonl")))
     monkeypatch.chdir(APPLICATION)
-    few = ["trainer.max_steps=1", "trainer.sample_steps=1", "trainer.report_to=[]", "trainer.device=cpu"]
+    few = ["trainer.max_steps=1", "trainer.sample_steps=1", "trainer.report_to=[]", "trainer.curves=false",
+           "trainer.device=cpu"]
     assert cli.main(Path(program).stem, APPLICATION / "configs", [*overrides, *few]) == 0
     assert list((tmp_path / "mine" / "run").rglob("*.safetensors"))
     samples, = (tmp_path / "mine" / "run" / "samples").iterdir()

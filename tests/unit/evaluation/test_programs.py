@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm_python
 from PIL import Image
 
 from seed_multimodal.cli.evaluate import eval_program
@@ -115,7 +116,7 @@ def test_processes_share_the_samples(data, tiny_folder, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_killed_run_resumes(data, tiny_folder):
     assert vqa(data, tiny_folder, "--max-new-tokens", "60") == 0
-    command = [sys.executable, str(EVAL / "eval_vqa.py"), *flags(
+    command = [warm_python.PYTHON, str(EVAL / "eval_vqa.py"), *flags(
         data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), "--batch-size",
         "1", "--max-new-tokens", "60", out="killed")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}

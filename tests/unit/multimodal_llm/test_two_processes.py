@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import warm_python
-from real_processes import STARTED, children, free_port, nothing_stays_behind  # noqa: F401
+from real_processes import STARTED, free_port, nothing_stays_behind, processes_with  # noqa: F401
 
 pytestmark = pytest.mark.timeout(600)
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
@@ -88,14 +88,14 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
 def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
-    env = runs.environment(NPROC="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=sys.prefix)  # children of its own
+    env = runs.environment(NPROC="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=warm_python.ENVIRONMENT)
     process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     STARTED.append(process)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and len(runs.losses(out)) < 3:
         time.sleep(0.05)
-    os.kill(max(children(process.pid)), signal.SIGKILL)
+    os.kill(max(processes_with(str(out))), signal.SIGKILL)
     _, complained = process.communicate(timeout=100)
     # The other process may say first that this one is gone.
     assert process.returncode in (2, 128 + signal.SIGKILL), complained

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm_python
+from real_processes import processes_with, wait_until
 
 from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
@@ -72,15 +73,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def tool(data: dict[str, Any], save_dir: Path, *flags: str) -> subprocess.Popen[str]:
-    """The caption tool, started as a user does."""
-    return subprocess.Popen(
-        [sys.executable, "src/tools/extract_image_ids_to_torchdata_parallel.py", "--tokenizer",
-         "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir", str(save_dir),
-         "--num_workers", "0", "--batch_size", "10", "--device", "cpu", *flags],
-        cwd=APP, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-
-
 def test_run_counts_what_it_leaves_out(whole: Path) -> None:
     total = json.loads((whole / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
@@ -104,23 +96,25 @@ def test_run_is_shared_by_workers_torchrun_and_job_arrays(whole, start, tmp_path
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_a_killed_run_of_two_processes_is_finished_by_the_same_command(data, whole, tmp_path) -> None:
+def test_killed_run_of_two_processes_is_finished_by_the_same_command(data, whole, tmp_path) -> None:
     out = tmp_path / "out"
-    process = tool(data, out, "--gpus", "2", "--batch_size", "1")
-    limit = time.monotonic() + 120
-    while not list(out.glob("*.tar")) and process.poll() is None and time.monotonic() < limit:
-        time.sleep(0.001)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    assert len(children) == 2
-    for pid in (process.pid, *map(int, children)):
-        os.kill(pid, signal.SIGKILL)
+    command = {"args": [warm_python.PYTHON, "src/tools/extract_image_ids_to_torchdata_parallel.py", "--tokenizer",
+                        "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir", str(out),
+                        "--num_workers", "0", "--device", "cpu", "--gpus", "2", "--batch_size", "1"],
+               "cwd": APP, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(**command)
+    wait_until(lambda: any(out.glob("*.tar")), process, 120)
+    workers = processes_with(str(out))
+    assert len(workers) >= 2
+    for pid in (process.pid, *workers):
+        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
     done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
     assert 0 < len(done) < SHARDS
-    again = tool(data, out, "--gpus", "2", "--batch_size", "1")
-    said = again.communicate()[1]
-    assert again.returncode == 0, said
-    assert "2 in this share" not in said and said.count("4 in this share") == 2
+    again = subprocess.run(**command)
+    assert again.returncode == 0, again.stderr
+    assert "2 in this share" not in again.stderr and again.stderr.count("4 in this share") == 2
     assert all((out / name).stat().st_mtime_ns == made for name, made in done.items())
     assert content(out) == content(whole)
 

@@ -32,7 +32,6 @@ from seed_nano.world.wide import render_wide, wide_at
 
 ROOT = Path(__file__).resolve().parents[4]
 NANO = ROOT / "pretrained" / "nano"
-PYTHON = sys.executable
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -44,7 +43,7 @@ def arguments(system: str, work: Path, *words: str) -> list[str]:
 def killed_and_resumed(system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str,
                        *words: str) -> None:
     """Kill a run, but not its child, as soon as a checkpoint is there, and run it to its end."""
-    run = subprocess.Popen([PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
+    run = subprocess.Popen([warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *words)], cwd=ROOT,
                            env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 300
     while time.monotonic() < end and run.poll() is None and not list(work.glob(checkpoint)):
@@ -115,7 +114,7 @@ def test_nano_is_trained_resumed_and_answers(tmp_path: Path, capfd: pytest.Captu
 @pytest.mark.timeout(900)
 def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=16")
+    killed_and_resumed("nano-x", work, capfd, "sft/checkpoint-2", "--no-report", "train_sft.steps=8")
 
     seed = SeedX.from_pretrained(work / "system", log=None)
     picture, wide = (Image.fromarray(image) for image in (render(scene_at(0, 0, "val")),
@@ -134,7 +133,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Capt
 @pytest.mark.timeout(900)
 def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     work = tmp_path / "work"
-    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=16")
+    killed_and_resumed("nano-lavit", work, capfd, "language/checkpoint-2", "--no-report", "train_llm.steps=8")
     with safe_open(work / "system" / "tokenizer" / "model.safetensors", "pt") as handle:  # nano's encoder is not copied
         assert not [name for name in handle.keys() if name.startswith("encoder.")]  # noqa: SIM118
 
@@ -158,7 +157,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.
 def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
     """clip cannot save, vae would train for hours: both have ended when the pipe is closed."""
     (tmp_path / "clip.checkpoints").write_text("in the way")
-    run = subprocess.run([PYTHON, "-m", "seed_nano.train", *arguments(
+    run = subprocess.run([warm_python.PYTHON, "-m", "seed_nano.train", *arguments(
         "nano", tmp_path, "--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000")], env=ENVIRONMENT, cwd=ROOT,
         timeout=300, capture_output=True, text=True)
     assert run.returncode == 2 and "cannot be written" in run.stderr and not (tmp_path / "vae.done.json").exists()
