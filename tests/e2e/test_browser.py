@@ -225,6 +225,15 @@ def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path
     page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
 
 
+def test_the_chat_goes_on_after_a_refused_message(page: Page) -> None:
+    page.send("What is <image>?")
+    page.says("Please do not type <image>")
+    page.browser.execute_script("arguments[0].select()", page.all("#message textarea")[0])
+    page.send("Please draw a fish.")
+    page.answered(1)
+    page.until(lambda: page.images("#chat .bot"), "the drawing")
+
+
 def test_stop_cancels_the_answer_at_the_backend(page: Page, backend: Program, served: tuple[str, str]) -> None:
     before = health(served)["answered"]
     backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long

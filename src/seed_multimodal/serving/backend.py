@@ -48,7 +48,7 @@ class Watch:
 
     def check(self) -> None:
         if self.gone():
-            raise ServiceUnavailable("The connection was closed before the answer was ready.")
+            raise ServiceUnavailable("The server is being stopped, or the connection was closed.")
 
     @contextlib.contextmanager
     def holding(self, lock: Any, needed: bool = True) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import html
 import os
 import random
 import shutil
@@ -41,7 +42,7 @@ def errors_shown() -> Iterator[None]:
     try:
         yield
     except SeedError as error:
-        gr.Warning(str(error))
+        gr.Warning(html.escape(str(error)))
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Visit:
         without any the conversation is as before, and a new message returns to its box."""
         before, asked, complete = self.turns, self.asked, False
         if not asked:  # it was refused
+            yield gr.skip(), gr.skip()
             return
         answer: Message = {"role": "assistant", "content": [], "below": []}
         self.returned = asked[-1] if len(asked) > len(before) else None
@@ -182,13 +184,13 @@ class Visit:
         return (self, f"# {kind.title}", names, gr.update(value=[], examples=examples), kind.temperature, kind.rounds,
                 shapes, shapes, *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")))
 
-    async def images(self, captions: Sequence[str], route: str, **body: Any) -> list[Any]:
+    async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
         """Images of a route, for a gallery."""
         with errors_shown():
             made = (await anext(self.model.ask(route, **body)))["data"]
             return [(await asyncio.to_thread(io.image_from_base64, one["b64_json"]), caption)
                     for one, caption in zip(made, captions, strict=False)]
-        return []
+        return gr.skip()
 
     async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
         """Four images of a text, from seeds one after another."""
@@ -213,10 +215,12 @@ class Visit:
 
     async def on_swap(self, first: list[int], second: list[int], count: float, exchanged: float) -> list[Any]:
         """Images from the first `count` of their codes, some of which are exchanged if there are two."""
-        span, rows = slice(int(exchanged)), [[*row] for row in (first, second) if row]
-        if len(rows) == 2:
-            rows[0][span], rows[1][span] = rows[1][span], rows[0][span]
-        return await self.images(("first", "second"), "/v1/images/tokens", json={"codes": rows, "first": int(count)})
+        span, rows = slice(int(exchanged)), {"first": [*first], "second": [*second]}
+        if first and second:
+            rows["first"][span], rows["second"][span] = second[span], first[span]
+        rows = {name: row for name, row in rows.items() if row}
+        body = {"codes": [*rows.values()], "first": int(count)}
+        return await self.images([*rows], "/v1/images/tokens", json=body)
 
     async def on_find(self, upload: str | None, phrase: str) -> list[Any]:
         """The image with boxes around what was asked for."""
