@@ -199,5 +199,5 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
         try:
             server.run()  # ends at KeyboardInterrupt, and waits for its threads
         finally:
-            server.close()
             server.task_dispatcher.shutdown(timeout=60)  # drawings end; under their threads Python would abort
+            server.close()
