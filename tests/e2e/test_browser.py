@@ -229,7 +229,7 @@ def test_the_chat_goes_on_after_a_refused_message(page: Page) -> None:
     page.send("What is <image>?")
     page.says("Please do not type <image>")
     page.browser.execute_script("arguments[0].select()", page.all("#message textarea")[0])
-    page.send("Please draw a fish.")
+    page.send("Please draw a noto dog left of a tree in a meadow.")
     page.answered(1)
     page.until(lambda: page.images("#chat .bot"), "the drawing")
 
