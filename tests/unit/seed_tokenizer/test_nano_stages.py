@@ -48,7 +48,7 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     second = models.Blip2CodebookAllImage.from_config(two.model)
     assert second.config == tokenizer_config(space.config) and is_encoder_of(first.visual_encoder, first.clip)
     samples = {"image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
-    out = {name: float(value) for name, value in second.eval()(samples).items()}
+    out = {name: value.item() for name, value in second.eval()(samples).items()}
     parts = sum(out[name] for name in ("loss_embed", "loss_distil_image", "loss_readout"))
     assert out["loss"] == pytest.approx(parts + second.options.label_weight * out["loss_labels"], rel=1e-5)
     assert not any("label_heads" in name for name in second.state_dict())
