@@ -8,6 +8,9 @@ ids), `modules_in_train_mode` of the CLIP encoder (it has no dropout).
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import warm_python
 from kinds.seed_tokenizers import Tensors, qformer_config, seed2_config, vit_config
 from runner import assert_all_close, assert_close, assert_gradients, assert_same, part, read_case, read_json
 from torch import nn
@@ -97,14 +101,14 @@ def compare(model: Stage1Model, given: Tensors, want: Tensors, group: str, norms
     assert_gradients(model, part(want, f"{group}.grad"), norms, what=group)
 
 
-def worker(rank: int, world: int, folder: str, rendezvous: str) -> None:
+def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
     """One of `world` processes on its share of the batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
-        sizes, weights, given, want = read_case(Path(folder))
+        sizes, weights, given, want = read_case(folder)
         local = {name: value.chunk(world)[rank] for name, value in given.items()}
-        norms = read_json(Path(folder, "meta.json"))[f"grad_norms_world{world}_rank{rank}"]
+        norms = read_json(folder / "meta.json")[f"grad_norms_world{world}_rank{rank}"]
         compare(build_stage1(sizes, weights, None), local, want, f"world{world}.rank{rank}", norms)
     finally:
         dist.destroy_process_group()
@@ -122,7 +126,10 @@ def check_stage1(folder: Path) -> None:
     world = len({name.split(".")[1] for name in want if name.startswith("world2.")})
     if world:
         with tempfile.TemporaryDirectory() as place:
-            torch.multiprocessing.spawn(worker, (world, str(folder), f"{place}/rendezvous"), nprocs=world)
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            command = [warm_python.PYTHON, __file__, str(world), str(folder.absolute()), f"{place}/rendezvous"]
+            processes = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(world)]
+            assert [process.wait(150) for process in processes] == [0] * world, "stage 1 in several processes"
 
 
 # ---- stage 2
@@ -182,3 +189,6 @@ def check_stage2(folder: Path) -> None:
 
 
 KINDS = {"stage1_losses": check_stage1, "stage2_losses": check_stage2}
+
+if __name__ == "__main__":
+    worker(int(sys.argv[4]), int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

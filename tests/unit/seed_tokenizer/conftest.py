@@ -9,15 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lavis_runs
 import pytest
+from lavis_runs import APPLICATION, environment
 
-ROOT = Path(__file__).resolve().parents[3]
-for place in (ROOT / "SEED_Tokenizer", ROOT / "tests" / "golden"):
-    if str(place) not in sys.path:
-        sys.path.append(str(place))
-
-import lavis_runs  # noqa: E402
-from lavis_runs import APPLICATION, environment  # noqa: E402
+if str(APPLICATION) not in sys.path:
+    sys.path.append(str(APPLICATION))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,17 +19,12 @@ from seed_nano.train.workspace import Workspace, load_settings
 from seed_nano.world.splits import scene_at
 
 
-def lavis(folder: Path, *changes: str) -> Any:
-    """Configurations of both stages in a work folder after stage `clip`, with untrained weights."""
-    space = Workspace(load_settings("nano", "test", changes), folder, folder / "system")
-    task = ClipTask(space)
-    task.scenes.close()
-    task.vision.save_pretrained(space.decoder_folder / "image_encoder")
-    save_state_dict(task.heads.state_dict(), folder / HEADS_FILE)
-    save_state_dict({"readout": task.readout.weight}, folder / READOUT_FILE)
-    space.train_words()
-    files = [render(space, name, f"train_{name}") for name in ("stage1", "stage2")]
-    return space, *map(OmegaConf.load, files)
+def workspace(folder: Path, *changes: str) -> Workspace:
+    return Workspace(load_settings("nano", "test", changes), folder, folder / "system")
+
+
+def rendered(space: Workspace, name: str) -> Any:
+    return OmegaConf.load(render(space, name, f"train_{name}"))
 
 
 @pytest.mark.slow
@@ -37,8 +32,15 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     from seed_lavis import models
     from seed_lavis.base import is_encoder_of
 
-    space, one, two = lavis(tmp_path, "train_stage1.precision=fp32", "train_stage2.precision=fp32",
-                            "train_stage1.accumulate=3")
+    fp32 = ("train_stage1.precision=fp32", "train_stage2.precision=fp32")
+    space = workspace(tmp_path, *fp32, "train_stage1.accumulate=3")
+    task = ClipTask(space)  # not trained
+    task.scenes.close()
+    task.vision.save_pretrained(space.decoder_folder / "image_encoder")
+    save_state_dict(task.heads.state_dict(), tmp_path / HEADS_FILE)
+    save_state_dict({"readout": task.readout.weight}, tmp_path / READOUT_FILE)
+    space.train_words()
+    one, two = (rendered(space, name) for name in ("stage1", "stage2"))
     assert (one.run.iters_per_epoch, one.run.accum_grad_iters, one.run.warmup_steps) == (12, 3, 6)
     assert one.datasets.nano.build_info.number == 4 * 3 * 8 and two.datasets.nano.build_info.number == 10 * 8
     first = models.Blip2Casual.from_config(one.model)
@@ -60,6 +62,6 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
 def test_render_with_an_earlier_checkpoint(tmp_path: Path) -> None:
     earlier = tmp_path / "checkpoint_0.pth"
     earlier.write_bytes(b"weights")
-    two = lavis(tmp_path, f"train_stage2.start={earlier}")[2]
+    two = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")
     assert two.model.finetuned == str(earlier) and two.model.load_finetuned
     assert two.model.codebook_warmup == 0 and not two.model.kmeans_start  # the checkpoint has a codebook

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError, RequestError
-from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.seed_x.processing import Box, ReadImage, SeedXPrompts, place_images, read_boxes, without_words
 from seed_multimodal.system.config import SystemConfig
-
-GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seedx_sequences" / "tokenizer"
 
 
 def test_vocabulary_has_the_original_ids() -> None:
@@ -30,17 +26,6 @@ def test_vocabulary_has_the_original_ids() -> None:
     assert words.image_length == 66 and not words.is_code_id(32100) and words.is_image_word(32103)
     assert list(Box(114, 174, 115, 56).ids(words)) == [32328, 32218, 32278, 32219, 32160, 32329]
     assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)  # the authors' own image
-
-
-@pytest.mark.parametrize(("word", "id", "message"), [
-    ("<box_start>", None, "cannot be read .*<box_start>"), ("<loc-5>", 480, "'<loc-5>' has id 480")])
-def test_from_pretrained_with_wrong_added_tokens(word: str, id: int | None, message: str, tmp_path: Path) -> None:
-    shutil.copytree(GOLDEN, tmp_path / "words", copy_function=shutil.copyfile)
-    file = tmp_path / "words" / ADDED
-    words = {**json.loads(file.read_text()), word: id}
-    file.write_text(json.dumps({key: value for key, value in words.items() if value is not None}))
-    with pytest.raises(CheckpointError, match=message):
-        MultimodalTokenizer.from_pretrained(file.parent)
 
 
 def test_dialogue_and_alone(seedx_tokenizer: MultimodalTokenizer) -> None:
