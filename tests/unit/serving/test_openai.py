@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def shown(url: str) -> Image.Image:
 
 
 def test_models_lists_the_system(openai, tiny) -> None:
-    assert [model.id for model in openai.models.list().data] == [tiny.config.name]
+    assert [model.id for model in openai.models.list().data] == [Path(tiny.config.name).name]
 
 
 def test_chat_answers_as_the_library(openai, tiny, picture) -> None:
@@ -114,6 +115,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture)
 
 @pytest.mark.parametrize(("route", "body", "sentence"), [
     ("chat/completions", {}, "messages: Field required."),
+    ("chat/completions", {"messages": [{"role": "user", "content": " "}]}, "The last message is empty."),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "characters"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]},
@@ -121,6 +123,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture)
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image 0: the file is"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [99] * 32}]}]},
      "a code outside 0 to 15"),
+    ("images/generations", {"prompt": " "}, "prompt: String should have at least 1 character."),
     ("images/generations", {"prompt": "x", "n": 99}, "n: Input should be less than or equal to 8"),
     ("images/generations", {"prompt": "x", "ratio": "3:2"}, "Unknown option 'ratio'"),
     ("images/tokens", {}, "Send either 'images' or 'codes'."),
@@ -138,7 +141,8 @@ def test_every_route_but_health_needs_the_token(running: Running, openai) -> Non
     with pytest.raises(AuthenticationError):
         OpenAI(base_url=f"{running.root}/v1", api_key="wrong").models.list()
     for path in ("generate", "ready", "metrics", "openapi.json", "v1/models", "elsewhere"):
-        assert requests.get(f"{running.root}/{path}", timeout=10).status_code == 401
+        refused = requests.get(f"{running.root}/{path}", timeout=10)
+        assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
     assert requests.get(f"{running.root}/health", timeout=10).status_code == 200
     assert requests.get(f"{running.root}/ready", timeout=10, headers=running.headers).json() == {"ready": True}
 
@@ -164,6 +168,8 @@ def test_a_late_answer_is_cut_off(tiny) -> None:
     asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2048, "temperature": 5, "top_p": 1}
     answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
     assert answer["finish_reason"] == "length" and "cut off after 0.001 seconds" in answer["message"]["notes"][0]
+    drawing = client.post("/v1/images/generations", json={"prompt": "a fish"})
+    assert drawing.status_code == 503 and "more than 0.001 seconds" in drawing.json["error"]["message"]
 
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
@@ -186,7 +192,7 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
 
     client = create_app(tiny_lavit).test_client()
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a fish"},
-             {"role": "assistant", "content": "no"}, {"role": "user", "content": [part(noise(1))]}]
+             {"role": "assistant", "content": "no"}, {"role": "user", "content": [{**part(noise(1)), "codes": [1, 2]}]}]
     said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][0]["message"]
     assert said["content"] == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
     drawn = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}).json["data"]
