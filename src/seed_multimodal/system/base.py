@@ -155,8 +155,7 @@ class MultimodalSystem(Generator, HubUpload):
     def draw(self, text: str | Sequence[str], seed: Any = 0, *, num_images: int = 1, verbatim: bool = False,
              batch_size: int = BATCH, **options: Any) -> Any:
         """Generate an image of `text`; a list for a list of texts or `num_images`. `seed`: one for all texts, or one
-        each; image n has `seed` + n. `verbatim`: `text` is the complete prompt; `should_stop`: as of `chat`. Raises
-        GenerationError: no image."""
+        each; image n has `seed` + n. `verbatim`: `text` is the complete prompt. Raises GenerationError: no image."""
         plain = verbatim or not self.config.tuned
         texts = [text] if isinstance(text, str) else text
         conversations = [user_message([one if plain else self.tasks.draw_request(one)]) for one in texts]
@@ -200,9 +199,9 @@ class MultimodalSystem(Generator, HubUpload):
         settings = self.settings(task, **options)
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
-        opening = ""
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
+        opening = ""
         if force_image:
             seen = any(not isinstance(item, str) for one in conversation for item in one.content)
             opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
@@ -234,9 +233,8 @@ class MultimodalSystem(Generator, HubUpload):
         """Answers to conversations, in batches, before image decoding."""
         written: list[Written] = []
         check_value(int, batch_size, "batch_size", least=1)
-        log = self.log if len(conversations) >= BAR_FROM else None
-        with Progress(task, len(conversations), "answer", log=log) as bar:
-            for start in range(0, len(conversations), batch_size):
+        with Progress(task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None) as bar:
+            for start in range(0, count, batch_size):
                 rows = slice(start, start + batch_size)
                 own = None if seeds is None else seeds[rows]
                 requests, states = self.requests(conversations[rows], task, opening, own), HiddenStates()
@@ -256,8 +254,7 @@ class MultimodalSystem(Generator, HubUpload):
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
-        written: list[Written] = []
-        how: dict[str, Any] = {"batch_size": batch_size, "should_stop": should_stop}
+        written, how = list[Written](), dict[str, Any](batch_size=batch_size, should_stop=should_stop)
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)

@@ -211,9 +211,10 @@ def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     demo = build(models := [Model("", kind := KINDS[name])])
-    *_, temperature, rounds, force, _, shape, draw, edit, codes, find = asyncio.run(Visit(models, models[0]).on_model(0))
-    tabs = {"draw": draw, "edit": edit, "codes": codes, "find": find}
-    assert [tab for tab, update in tabs.items() if update["visible"]] == [*kind.can]
+    updates = asyncio.run(Visit(models, models[0]).on_model(0))
+    temperature, rounds, force, _, shape, *tabs = updates[4:]
+    names = ("draw", "edit", "codes", "find")
+    assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [*kind.can]
     assert (temperature, rounds, force, shape["visible"]) == (kind.temperature, kind.rounds, False, "lavit" in name)
     sliders = {block.label for block in demo.blocks.values() if type(block).__name__ == "Slider"}
     assert {"Beams", "Temperature", "Top P", "Most new tokens", "Most rounds of history"} <= sliders
