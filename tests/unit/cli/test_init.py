@@ -1,4 +1,4 @@
-"""`seed init`: the command that it prints trains."""
+"""`seed init`: the printed command trains."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_lavit import picture
+from tiny_lavit import noise
 
 from seed_multimodal.cli import lavit as programs
 from seed_multimodal.cli.main import main
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are n
 
 @pytest.fixture
 def shown(tmp_path: Path) -> str:
-    picture(1, (48, 30)).save(tmp_path / "shown.png")
+    noise(1, (48, 30)).save(tmp_path / "shown.png")
     return str(tmp_path / "shown.png")
 
 
@@ -59,7 +59,7 @@ def test_draw_and_edit_in_sizes_and_ratios(seed, shown):
 
 
 def test_codes_of_any_number(seed, shown, tmp_path, tiny_lavit):
-    picture(2).save(tmp_path / "other.png")
+    noise(2).save(tmp_path / "other.png")
     code, lines = seed("tokenize", shown, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl"))
     codes = [line["codes"] for line in lines]
     assert code == 0 and codes[0] == tiny_lavit.tokenize(shown)[0].tolist() and len(codes[0]) != len(codes[1])
@@ -104,7 +104,7 @@ def test_evaluate_scores_captions(tiny_lavit_folder, tmp_path, monkeypatch, caps
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")  # without Java, whose scores have tests of their own
-    picture(1).save(tmp_path / "1.png")
+    noise(1).save(tmp_path / "1.png")
     (tmp_path / "asked.json").write_text('[{"image": "1.png", "img_id": 1}]')
     (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')
     code = programs.evaluate_script("evaluate.py", "", [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_lavit import picture, same
+from tiny_lavit import noise, same
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.lavit import original
@@ -38,7 +38,7 @@ def seeded(call, *arguments, **options):
 def test_captions_of_files_and_pixels(understands, tiny_lavit, tmp_path):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     for number, file in enumerate(files):
-        picture(number).save(file)
+        noise(number).save(file)
     few = {"max_length": 6, "min_length": 1}
     captions = seeded(understands.generate, {"image": [str(file) for file in files]}, **few)
     assert len(captions) == 2 and captions == seeded(understands.generate, {"image": files}, **few)
@@ -50,7 +50,7 @@ def test_captions_of_files_and_pixels(understands, tiny_lavit, tmp_path):
 
 
 def test_answers_with_and_without_prompt(understands):
-    samples = {"image": [picture(1), picture(2)], "text_input": ["What is this?", "Where?"]}
+    samples = {"image": [noise(1), noise(2)], "text_input": ["What is this?", "Where?"]}
     answers = seeded(understands.predict_answers, samples)
     assert len(answers) == 2
     assert answers == seeded(understands.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
@@ -61,7 +61,7 @@ def test_drawings_of_texts_and_images(draws):
     drawn = seeded(draws.generate_image, texts, num_return_images=2, **SMALL)
     again = seeded(draws.generate_image, texts, num_return_images=2, **SMALL)
     assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
-    together = draws.multimodal_synthesis([(picture(1), "image"), ("in the snow", "text")], **SMALL)
+    together = draws.multimodal_synthesis([(noise(1), "image"), ("in the snow", "text")], **SMALL)
     assert len(together) == 1 and together[0].size == (64, 64) and draws.ratio_size("3:2") == (48, 80)
     with pytest.raises(ConfigError, match="multiples of 8"):
         draws.generate_image("a red apple", width=60, height=60)
@@ -80,7 +80,7 @@ def test_prompts_and_negative_prompts_of_ids(draws):
 
 def test_detokenizer_reads_pixels_of_any_size(tiny_lavit_folder):
     detokenizer = LaVITDetokenizer(tiny_lavit_folder, model_dtype="fp32").to("cpu").eval()
-    pixels = torch.from_numpy(np.array(picture(1, (50, 20)))).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.array(noise(1, (50, 20)))).permute(2, 0, 1)[None] / 255
     one, other = (seeded(detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=2)[0]
                   for _ in range(2))
     assert one.size == (40, 32) and same(one, other)
@@ -107,5 +107,5 @@ def test_models_can_be_imported_as_before(monkeypatch):
                  "LaVITImageProcessor", "LaVITQuestionProcessor"):
         assert getattr(models, name) is getattr(original, name)
     assert models.LaVITQuestionProcessor()('What is "3.5:1"?') == "what is 351?"
-    assert models.LaVITImageProcessor()(picture(1)).shape == (3, 224, 224)
+    assert models.LaVITImageProcessor()(noise(1)).shape == (3, 224, 224)
     monkeypatch.delitem(sys.modules, "models")
