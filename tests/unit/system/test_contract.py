@@ -168,9 +168,10 @@ def test_chat_after_an_answer(talking: Any) -> None:
     assert talking.chat(system_role, seed=1).ids
 
 
-def test_chat_reads_only_new_tokens(talking: Any) -> None:
+@pytest.mark.parametrize("model", ["nano", "nano-x"])
+def test_chat_reads_only_new_tokens(model: str) -> None:
     """Each image is encoded once; keys and values of read tokens, also of a shared system message, are cached."""
-    system = MultimodalSystem.from_pretrained(talking.config, device="cpu", log=None)
+    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
     encoded, read = list[int](), list[int]()
     patches = next(module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.errors import ConfigError, DataError
 
+
 def test_pairs_of_shards_as_webdataset(shards: Path):
     pairs = Pairs(f"{shards}/s-{{000..003}}.tar")
     files = [str(p) for p in sorted(shards.glob("*.tar"))]

@@ -174,7 +174,7 @@ def test_convert_shards(tmp_path, old):
 def test_convert_shards_after_a_kill(tmp_path):
     """Finished files are whole, no process remains, and the same command resumes."""
     old, new = tmp_path / "old", tmp_path / "new"
-    expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 800)]
+    expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)]
     (tmp_path / "run.py").write_text(
         "import sys; from seed_multimodal.data.formats.released_pickles import convert_shards\n"
         "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2)")
@@ -188,7 +188,7 @@ def test_convert_shards_after_a_kill(tmp_path):
     end = time.monotonic() + 20
     while worker.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    assert not worker.exists() and all(len(open_records(path)) == 800 for path in new.glob("*.tar"))
+    assert not worker.exists() and all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
     assert not convert_shards([old], new).refused
     source = open_records(new)
     assert [source.read(n).fields for n in range(len(source))] == expected and not list(new.glob(".*.tmp"))

@@ -25,12 +25,12 @@ from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
 APP = ROOT / "MultiModalLLM"
-SHARDS, SIZE = 8, 24
+SHARDS, SIZE = 8, 12
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> dict[str, Any]:
-    """Eight tars of 24 images; in the fourth, one image is cut off, one is no image and one has no text."""
+    """Eight tars of 12 images; in the fourth, one image is cut off, one is no image and one has no text."""
     folder = tmp_path_factory.mktemp("in")
     for shard in range(SHARDS):
         samples = []

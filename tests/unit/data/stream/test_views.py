@@ -109,8 +109,9 @@ def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) ->
     write_shard(file, [
         ("a", {"png": image("red"), "txt": b"red"}),
         ("b", {"png": image("blue"), "txt": b"blue", "json": b'{"similarity": 0.05}'}),
-        ("c", {"png": image("green", (10, 40)), "txt": b"green"}), ("d", {"png": image("green"), "txt": b"green " * 60}),
-        ("e", {"txt": b"nothing"}), ("f", {"png": b"no image", "txt": b"red"})])
+        ("c", {"png": image("green", (10, 40)), "txt": b"green"}),
+        ("d", {"png": image("green"), "txt": b"green " * 60}), ("e", {"txt": b"nothing"}),
+        ("f", {"png": b"no image", "txt": b"red"})])
     batches = batches_of(words, {"files": str(file), "decoder": "seed_x.caption", "cycles": 1, "batch_size": 6,
                                  "options": {"img_first_ratio": -1, "add_gen_prompt": False, "min_resolution": 20,
                                              "similarity_thr": 0.1}})
