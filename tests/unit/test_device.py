@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import argparse
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seed_multimodal import device as device_module
 from seed_multimodal.device import (
     BESIDE_8BIT,
     RELEASED_FP16,
@@ -163,20 +162,19 @@ def test_peak_of(name: str, peak: float | None) -> None:
     assert peak_of(name) == peak and known_peak(torch.device("cpu"), torch.bfloat16) is None
 
 
-LOAD_IMAGES = """
-import argparse, torch
-from seed_multimodal.cli.common import load_images
-before = torch.get_num_threads()
-load_images(argparse.Namespace(model="nano", device="cpu", dtype="auto", debug=False))
-print(before, torch.get_num_threads())
-"""
+def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seed_multimodal.cli.common import load_images
 
-
-@pytest.mark.process
-@pytest.mark.parametrize(("environment", "same"), [({}, False), ({"OMP_NUM_THREADS": "3"}, True)])
-def test_load_images_of_small_models_limits_threads(environment: dict[str, str], same: bool) -> None:
-    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    ended = subprocess.run([sys.executable, "-c", LOAD_IMAGES], capture_output=True, text=True,
-                           env={**plain, **environment}, cwd=ROOT, check=True)
-    before, after = map(int, ended.stdout.split()[-2:])
-    assert after == (before if same else 1)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(device_module, "_THREADS", 2)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        for variable, expected in (("OMP_NUM_THREADS", 2), ("UNSET", 1)):
+            torch.set_num_threads(2)
+            with monkeypatch.context() as context:
+                context.setenv(variable, "2")
+                load_images(argparse.Namespace(model="nano", device="cpu", dtype="auto", debug=False))
+            assert torch.get_num_threads() == expected, variable
+    finally:
+        torch.set_num_threads(threads)

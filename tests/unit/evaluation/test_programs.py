@@ -113,11 +113,12 @@ def test_eval_vqa_divides_samples_among_processes(data, tiny_folder, monkeypatch
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_eval_vqa_resumes_after_sigkill(data, tiny_folder):
-    assert vqa(data, tiny_folder, "--max-new-tokens", "60") == 0
+def test_eval_vqa_resumes_after_sigkill(data, tiny_folder, capsys):
+    options = ["--batch-size", "1", "--max-new-tokens", "60"]
+    assert vqa(data, tiny_folder, *options) == 0
     command = [warm_python.PYTHON, str(EVAL / "eval_vqa.py"), *flags(
-        data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), "--batch-size",
-        "1", "--max-new-tokens", "60", out="killed")]
+        data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), *options,
+        out="killed")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     file, end = data / "killed" / "samples-0.jsonl", time.monotonic() + 120
@@ -129,9 +130,8 @@ def test_eval_vqa_resumes_after_sigkill(data, tiny_folder):
     assert 2 <= before < COUNT and not (data / "killed" / "summary.json").exists()
     with open(file, "a") as torn:  # a line cut short by a kill
         torn.write('\n{"id": 60, "ans')
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{before} of {COUNT} samples have been answered before" in done.stderr
+    assert vqa(data, tiny_folder, *options, out="killed") == 0
+    assert f"{before} of {COUNT} samples have been answered before" in capsys.readouterr().err
     for name in ("results.json", "summary.json"):
         assert read(data / "killed" / name) == read(data / "out" / name)
 

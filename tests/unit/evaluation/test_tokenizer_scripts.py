@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,8 +16,9 @@ FOLDER = ROOT / "SEED_Tokenizer"
 
 
 def _environment(**variables: str) -> dict[str, str]:
-    """`scripts/python.sh` uses the Python of VIRTUAL_ENV: the one that runs the tests."""
-    return {**os.environ, "VIRTUAL_ENV": sys.prefix, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
+    """`scripts/python.sh` uses the Python of VIRTUAL_ENV."""
+    return {**os.environ, "VIRTUAL_ENV": warm_python.ENVIRONMENT, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
+            **variables}
 
 
 @pytest.mark.process

@@ -20,6 +20,7 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
 
+
 def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
