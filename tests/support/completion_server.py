@@ -23,7 +23,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.llm, self.breaks_after, self.trims, self.lock = llm, breaks_after, trims, threading.Lock()
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @property
     def url(self) -> str:

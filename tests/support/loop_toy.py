@@ -65,12 +65,11 @@ class ToyTask(StageTask):
 
 
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
-          kill_at: int = -1, status: Callable[[], dict[str, float]] | None = None,
+          status: Callable[[], dict[str, float]] | None = None,
           evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
     """Train one stage; returns its record with the exact sum of the final weights.
 
-    Each micro-step sleeps `pause` seconds; in micro-step `stop_at` this process sends itself SIGTERM, in `kill_at` the
-    last process kills itself.
+    Each micro-step sleeps `pause` seconds; in micro-step `stop_at` this process sends itself SIGTERM.
     """
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -85,8 +84,6 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
         time.sleep(pause)
         if micro_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        if micro_step == kill_at and rank == world - 1:
-            os.kill(os.getpid(), signal.SIGKILL)
         chosen = batch_indices(micro_step * world + rank, choices["batch_size"], 64, 3)
         value = toy_loss(model, data, chosen, noise)
         with open(losses, "a") as file:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -74,10 +73,10 @@ def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     return features + places_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
 
 
-def train(folder: Path, *, name: str = "tokenizer", kill_at: int = -1, health: dict[str, Any] | None = None,
+def train(folder: Path, *, name: str = "tokenizer", health: dict[str, Any] | None = None,
           repeatable: bool = False, freeze_selector: bool = False, selector_lr_scale: float = 1.0, **settings: Any
           ) -> tuple[LavitStage1, dict[str, Any]]:
-    """One run; in micro-step `kill_at` this process kills itself."""
+    """One run; returns the model and its record."""
     data, _ = pictures()
     model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -86,8 +85,6 @@ def train(folder: Path, *, name: str = "tokenizer", kill_at: int = -1, health: d
                "precision": "fp32", "logging_steps": 1, "save_seconds": 1e9, "curves": False, **settings}
 
     def batch(micro_step: int) -> Tensor:
-        if micro_step == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
         size = choices["batch_size"]
         first = (micro_step * world + rank) * size
         return data[(first + torch.arange(size)) % len(data)]
