@@ -1,7 +1,7 @@
-"""What several packages' tests share: tiny random systems (tests/support/tiny_*.py), each built once per session.
+"""Fixtures of several packages: tiny random systems (tests/support/tiny_*.py), each built once per session.
 
-Tests read it; one that damages a system works on a copy. And a rule: a test that starts another process has the marker
-`process`, so that `scripts/test.sh --fast` leaves it out.
+Tests copy a system before they change it. A test that starts a process needs the marker `process`, so that
+`scripts/test.sh --fast` skips it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ started: list[str] = []
 
 
 def pytest_configure() -> None:
-    """Note each process that is started."""
+    """Record each process that is started."""
     def note(event: str, arguments: tuple) -> None:
-        if event in PROCESSES and arguments[:1] != ("git",):  # reports ask git for the commit, in milliseconds
+        if event in PROCESSES and arguments[:1] != ("git",):  # reports call git for the commit, in milliseconds
             started.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)
@@ -34,18 +34,18 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol() -> None:
-    """Forget the processes that were started before, while tests were collected."""
+    """Clear the processes that were started before, while tests were collected."""
     started.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test that starts a process, itself or in a fixture, and has no marker for it fails."""
+    """Fail a test that starts a process, itself or in a fixture, without the marker for it."""
     yield
     if started and not any(map(item.get_closest_marker, ("process", "browser"))):
         seen = sorted(set(started))
         started.clear()
-        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast omits it")
+        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast skips it")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def tiny(tiny_folder: Path):
 
 @pytest.fixture(scope="session")
 def tiny_x_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SEED-X that follows instructions, with a de-tokenizer of the second stage."""
+    """An instruction-tuned SEED-X with a de-tokenizer of the second stage."""
     import tiny_seed_x
 
     return tiny_seed_x.build(tmp_path_factory.mktemp("tiny_seed_x"), stage=2)

@@ -1,4 +1,4 @@
-"""A tiny LaVIT, images with captions, a record of codes and plain text, for the tests of its unified pre-training."""
+"""A tiny LaVIT with data (images with captions, codes, plain text), for tests of its unified pre-training."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def write_parts(home: Path) -> None:
     words = train_words(LavitTokenizer, TEXTS, home / "words", vocab_size=300, n_codes=CODES, tokens_per_image=PATCHES)
     torch.manual_seed(0)
     model = DynamicTokenizer(SIZES)
-    for one in model.parameters():
-        if one.ndim >= 2:  # patches that differ
-            torch.nn.init.normal_(one, std=0.3)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:  # so that patches differ
+            torch.nn.init.normal_(parameter, std=0.3)
     save_dynamic_tokenizer(model, home / "visual")
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
@@ -57,7 +57,7 @@ def write_parts(home: Path) -> None:
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
-    """The mixture: language to images as 2 to 1."""
+    """A mixture of two parts text and one part images."""
     sources = [{"name": "captions", "files": str(home / "captions.tar"), "decoder": "lavit.caption", "weight": 0.8,
                 "options": {"base_resolution": SIDE, "text_dropout": 0.2}},
                {"name": "codes", "files": str(home / "codes.jsonl"), "decoder": "lavit.caption", "weight": 0.2,
