@@ -6,15 +6,12 @@ Tests copy a system before they change it. A test that starts a process needs th
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
@@ -89,19 +86,3 @@ def tiny_lavit(tiny_lavit_folder: Path):
     from seed_multimodal.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
-
-
-@pytest.fixture
-def picture() -> Image.Image:
-    """Stripes, 40 x 30."""
-    pixels = np.zeros((30, 40, 3), dtype=np.uint8)
-    pixels[:, ::4] = (250, 40, 60)
-    pixels[::5] = (20, 90, 200)
-    return Image.fromarray(pixels)
-
-
-@pytest.fixture
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

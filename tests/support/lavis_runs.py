@@ -46,7 +46,7 @@ def environment(**more: str) -> dict[str, str]:
     return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
 
 
-def write_pictures(folder: Path, count: int = 24) -> Path:
+def write_images(folder: Path, count: int = 24) -> Path:
     """Images of nano's scenes and `pairs.json` next to them."""
     from PIL import Image
 
@@ -64,19 +64,19 @@ def write_pictures(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
-    """Arguments of train.py for a tiny run on `pictures`, with a YAML file next to `output`."""
+def write_config(stage: str, images: Path, output: Path) -> list[str]:
+    """Arguments of train.py for a tiny run on `images`, with a YAML file next to `output`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
     dataset = config.datasets.pop("nano")
     if stage == "lavit":
-        splits = {"train": str(pictures), "val": str(pictures)}
+        splits = {"train": str(images), "val": str(images)}
         config.datasets = {"pictures": {**dataset, "build_info": {"splits": splits}}}
     else:
         dataset.vis_processor.train.name = "blip2_image_train"  # random views, as in the original
-        pairs = {"storage": [str(pictures / "pairs.json")]}
-        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
+        pairs = {"storage": [str(images / "pairs.json")]}
+        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(images)}}
         config.datasets = {"coco_caption": {**dataset, "build_info": info}}
     config.run.output_dir = str(output)
     sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage != "stage1" else [])

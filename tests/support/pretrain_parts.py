@@ -29,7 +29,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), 
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
-def picture(colour: tuple[int, int, int], number: int = 0) -> bytes:
+def image_of(colour: tuple[int, int, int], number: int = 0) -> bytes:
     """A plain image with a spot."""
     image, stream = Image.new("RGB", (24, 20), colour), io.BytesIO()
     image.paste((255, 255, 255), (number % 4 * 5, 4, number % 4 * 5 + 6, 12))
@@ -49,7 +49,7 @@ def write_parts(home: Path) -> None:
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
     llm.save_pretrained(home / "llm")
-    write_tar(home / "captions.tar", ({"png": picture(colour, number), "txt": f"a {name} picture".encode()}
+    write_tar(home / "captions.tar", ({"png": image_of(colour, number), "txt": f"a {name} picture".encode()}
                                       for number, (name, colour) in enumerate(COLOURS.items())))
     write_json_lines(home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS))
     write_json_lines(home / "codes.jsonl", ({"text": f"a {name}", "image_ids": [number, 2, 5][:1 + number % 3]}

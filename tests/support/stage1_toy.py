@@ -59,7 +59,7 @@ def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any)
     return model
 
 
-def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
+def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Features `[count, 16, 32]` and the number of objects in each image (0, 2, 4, 6 or 8)."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
@@ -77,7 +77,7 @@ def train(folder: Path, *, name: str = "tokenizer", health: dict[str, Any] | Non
           repeatable: bool = False, freeze_selector: bool = False, selector_lr_scale: float = 1.0, **settings: Any
           ) -> tuple[LavitStage1, dict[str, Any]]:
     """One run; returns the model and its record."""
-    data, _ = pictures()
+    data, _ = images()
     model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0

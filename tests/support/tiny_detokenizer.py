@@ -25,7 +25,7 @@ TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, 
                       n_queries=16, position_grid=4, pool_heads=2)
 
 
-def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
+def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
     """Noise images of these heights and widths."""
     rng = np.random.default_rng(len(folder.name))
     folder.mkdir()
@@ -39,7 +39,7 @@ def write_parts(home: Path) -> Path:
     torch.manual_seed(5)
     QwenVit(TOWER).save_pretrained(home / "tower")
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
-        write_pictures(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
+        write_images(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
                                        for number in range(count)))
     write_json_lines(home / "edits.jsonl", ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"}
                                             for n in range(5)))

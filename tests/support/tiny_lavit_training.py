@@ -84,7 +84,7 @@ def write_parts(home: Path) -> Path:
         diffusion(home / head, head)  # type: ignore[arg-type]
     save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")
     code_decoder().save_pretrained(home / "decoder")
-    tiny_detokenizer.write_pictures(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
+    tiny_detokenizer.write_images(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
                                                         for number in range(8)))
     return home
 

@@ -177,11 +177,11 @@ def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[s
 
 ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
 TRAINERS = [
-    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage1"), ["run.batch_size_train=16"],
+    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage1"), ["run.batch_size_train=16"],
             "checkpoint_0.pth", log="stage1.log.jsonl", loss="last_loss"),
-    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage2"), [], "checkpoint_0.pth",
+    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage2"), [], "checkpoint_0.pth",
             log="stage2.log.jsonl", loss="last_loss"),
-    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("lavit"), [], "checkpoint_0.pth",
+    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_images, _lavis("lavit"), [], "checkpoint_0.pth",
             log="lavit-stage1.log.jsonl", loss="last_loss"),
     Trainer("llm", LLM, "src/train/train.py", _llm_parts, _llm, ACCUMULATE,
             "checkpoint-*/adapter_model.safetensors", zero=(2, 3)),

@@ -46,11 +46,11 @@ def test_models_lists_the_system(openai, tiny) -> None:
     assert [model.id for model in openai.models.list().data] == [Path(tiny.config.name).name]
 
 
-def test_chat_answers_as_the_library(openai, tiny, picture) -> None:
+def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     """Text and images in; the same text whole and streamed, with its usage."""
     asked: Any = {"model": "any", "max_tokens": 8, "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(picture)]}]}
-    expected = tiny.chat([{"role": "user", "content": ["What is it?", picture]}], max_new_tokens=8)
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(stripes)]}]}
+    expected = tiny.chat([{"role": "user", "content": ["What is it?", stripes]}], max_new_tokens=8)
     answer = openai.chat.completions.create(**asked)
     assert answer.choices[0].message.content.strip() == expected.text.strip()
     assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
@@ -88,26 +88,26 @@ def test_chat_sends_images_and_previews(openai, tiny) -> None:
     assert openai.chat.completions.create(model="", max_tokens=6, messages=by_codes).choices[0].message.content
 
 
-def test_images_are_drawn_and_edited(openai, tiny, picture) -> None:
+def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
     drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}).data
     expected = tiny.draw(["a fish"], 3, num_images=2)
     assert all(np.array_equal(read(one.b64_json), image) for one, image in zip(drawn, expected, strict=True))
-    edited = openai.images.edit(image=("a.png", image_to_bytes(picture), "image/png"), prompt="Make it green.",
+    edited = openai.images.edit(image=("a.png", image_to_bytes(stripes), "image/png"), prompt="Make it green.",
                                 extra_body={"seed": 3}).data
-    assert np.array_equal(read(edited[0].b64_json), tiny.edit([picture], ["Make it green."], 3)[0])
-    two = openai.images.edit(image=[image_to_bytes(picture), image_to_bytes(noise(1))], prompt="Mix them.").data
+    assert np.array_equal(read(edited[0].b64_json), tiny.edit([stripes], ["Make it green."], 3)[0])
+    two = openai.images.edit(image=[image_to_bytes(stripes), image_to_bytes(noise(1))], prompt="Mix them.").data
     assert read(two[0].b64_json).size == (16, 16)
 
 
-def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture) -> None:
+def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes) -> None:
     def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
         headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
         done = subprocess.run(["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
                               input=json.dumps(body), text=True, capture_output=True, check=True)
         return json.loads(done.stdout)["data"]
 
-    codes = [one["codes"] for one in curl({"images": [image_to_base64(picture), part(noise(1))["image_url"]["url"]]})]
-    assert codes == tiny.tokenize([picture, noise(1)]).tolist()
+    codes = [one["codes"] for one in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})]
+    assert codes == tiny.tokenize([stripes, noise(1)]).tolist()
     drawn = curl({"codes": codes, "seed": 5})
     assert all(np.array_equal(read(one["b64_json"]), image)
                for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True))

@@ -43,8 +43,8 @@ def visit(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visi
 
 
 @pytest.fixture()
-def file(picture: Image.Image, tmp_path: Path) -> str:
-    picture.save(tmp_path / "stripes.png")
+def file(stripes: Image.Image, tmp_path: Path) -> str:
+    stripes.save(tmp_path / "stripes.png")
     return str(tmp_path / "stripes.png")
 
 
