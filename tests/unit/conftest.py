@@ -1,4 +1,4 @@
-"""A tiny tokenizer and a tiny random LLaMA, made once per session."""
+"""Tiny tokenizers and a tiny random LLaMA, one per session."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
 
 @pytest.fixture(scope="session")
 def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaMA of two layers whose words are the tokenizer's, saved with the legacy special ids of the 8B."""
+    """A random LLaMA of two layers for the tokenizer, saved with the legacy special ids of the 8B."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -47,7 +47,7 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    """SEED-X's words: 4 of 6 image words an image, a grid of 16 for boxes."""
+    """A tokenizer for SEED-X: 4 of 6 image tokens per image, a grid of 16 for boxes."""
     folder = tmp_path_factory.mktemp("seedx_tokenizer")
     return train_words(MultimodalTokenizer, TEXTS, folder, vocab_size=330, n_codes=6, tokens_per_image=4,
                        n_locations=16)
@@ -55,6 +55,6 @@ def seedx_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> MultimodalToken
 
 @pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> LavitTokenizer:
-    """LaVIT's words: 330 text pieces, 24 codes, at most 6 an image."""
+    """A tokenizer for LaVIT: 330 text tokens, 24 codes, at most 6 per image."""
     return train_words(LavitTokenizer, TEXTS, tmp_path_factory.mktemp("lavit_tokenizer"), 330, n_codes=24,
                        tokens_per_image=6)

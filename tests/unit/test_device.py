@@ -1,11 +1,9 @@
-"""The choice of device and dtype is printed with reasons for what was chosen, and for nothing else."""
+"""The choice of device and dtype, its log line, threads of small models, the flags of all programs."""
 
 from __future__ import annotations
 
-import os
+import argparse
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from seed_multimodal import device as choosing
+from seed_multimodal import device as device_module
 from seed_multimodal.device import (
     BESIDE_8BIT,
     RELEASED_FP16,
-    Runtime,
     choose_device,
     choose_for_images,
     known_peak,
@@ -33,8 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ("cpu", "auto", r"Running on cpu in float32 \(float32 is the safe precision on cpu\)\."),
     ("auto", torch.float16, r"Running on cpu in float16 \(no GPU found\)\."),
     ("cpu", "bf16", r"Running on cpu in bfloat16\.")])
-def test_reasons_are_given_for_what_is_chosen_here(device: str, dtype: object, sentence: str,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choose_device_logs_the_reasons(device: str, dtype: object, sentence: str,
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     printed: list[str] = []
@@ -44,28 +41,28 @@ def test_reasons_are_given_for_what_is_chosen_here(device: str, dtype: object, s
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What would be chosen on a GPU with bfloat16; nothing is put there."""
+    """A GPU with bfloat16 is reported, but not used."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
 
 
-def test_images_and_8_bit_weights_are_in_float16_on_a_gpu(gpu: None) -> None:
+def test_choose_for_images_on_a_gpu(gpu: None) -> None:
     printed: list[str] = []
     language = choose_device("auto", "auto", printed.append)
-    pictures = choose_for_images(language.device, "auto", language, printed.append)
-    assert (language.dtype, pictures.dtype) == (torch.bfloat16, torch.float16)
+    images = choose_for_images(language.device, "auto", language, printed.append)
+    assert (language.dtype, images.dtype) == (torch.bfloat16, torch.float16)
     assert printed[1].startswith("Image encoder and decoder run on cuda in float16 (float16 as in the original")
     packed = choose_device("cuda:0", "auto", printed.append, fp16=BESIDE_8BIT)
     assert packed.dtype == torch.float16 and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
     del printed[:]
-    for asked in ("float32", "bf16", torch.float16):  # what is asked for holds for both, and is said once
-        one = choose_device("cuda", asked, printed.append, fp16=RELEASED_FP16)
-        assert choose_for_images("cuda", asked, one, printed.append) == one
+    for dtype in ("float32", "bf16", torch.float16):  # for both, logged once
+        runtime = choose_device("cuda", dtype, printed.append, fp16=RELEASED_FP16)
+        assert choose_for_images("cuda", dtype, runtime, printed.append) == runtime
     assert len(printed) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
 
 
-def test_choose_device_refuses_unknown_names(gpu: None) -> None:
+def test_choose_device_with_an_unknown_name(gpu: None) -> None:
     for device in ("meta", "xla", "cuda:1"):
         with pytest.raises(ConfigError, match="Unknown device|this machine has 1 CUDA devices"):
             choose_device(device)
@@ -73,23 +70,23 @@ def test_choose_device_refuses_unknown_names(gpu: None) -> None:
         choose_device("cpu", "float8")
 
 
-def test_every_reader_of_images_asks_for_it(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loaded on the CPU in the end: what each would compute in on a GPU is recorded where it is decided."""
+def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded where the models would be loaded."""
     from seed_multimodal.seed import original, pipeline
     from seed_multimodal.system.images import open_images
 
-    told: list[tuple[str, torch.dtype]] = []
+    dtypes: list[tuple[str, torch.dtype]] = []
 
-    class Enough(Exception):
+    class Loaded(Exception):
         pass
 
     def stop(*args: object, **options: object) -> None:
-        told.append((str(options["device"]), options["dtype"]))
-        raise Enough
+        dtypes.append((str(options["device"]), options["dtype"]))
+        raise Loaded
 
     monkeypatch.setattr(pipeline.Seed2Tokenizer, "from_pretrained", stop)
     monkeypatch.setattr(original.Seed1Tokenizer, "from_pretrained", stop)
-    monkeypatch.setattr(pipeline, "load_llm", lambda *args, **options: told.append(
+    monkeypatch.setattr(pipeline, "load_llm", lambda *args, **options: dtypes.append(
         (str(options["quantization"]), options["dtype"])))
     words = tiny_folder / "seed_tokenizer"
     for load in (lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
@@ -99,15 +96,14 @@ def test_every_reader_of_images_asks_for_it(gpu: None, tiny_folder: Path, monkey
                  lambda: original.SeedLlamaTokenizer.from_pretrained(words),
                  lambda: original.SeedLlamaTokenizer.from_pretrained(words, fp16=False),
                  lambda: original.Seed1.from_pretrained(words)):
-        with pytest.raises(Enough):
+        with pytest.raises(Loaded):
             load()
     half, full, brain = torch.float16, torch.float32, torch.bfloat16
-    assert told == [("None", brain), ("cuda", half), ("8bit", half), ("cuda", half), ("8bit", brain), ("cuda", brain),
-                    ("cuda", half), ("cuda", half), ("cuda", full), ("cuda", half)]
-    assert isinstance(choosing.choose_device("cpu", log=None), Runtime)
+    assert dtypes == [("None", brain), ("cuda", half), ("8bit", half), ("cuda", half), ("8bit", brain), ("cuda", brain),
+                      ("cuda", half), ("cuda", half), ("cuda", full), ("cuda", half)]
 
 
-def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Path, tmp_path: Path) -> None:
+def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from seed_multimodal.configured import system_from_configs
 
@@ -127,15 +123,15 @@ def test_dtype_and_quantization_in_place_of_what_yaml_files_say(tiny_folder: Pat
     assert other.llm.model.embed_tokens.weight.dtype == other.images.model.dtype == torch.bfloat16
 
 
-def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFixture[str],
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_programs_with_a_model_have_the_same_flags(capsys: pytest.CaptureFixture[str],
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     from seed_multimodal.cli import evaluate, seed
     from seed_multimodal.cli.main import main
     from seed_multimodal.cli.seed_x import SCRIPTS, seed_x_script
     from seed_nano import quickstart
     from seed_nano.report import __main__ as report
 
-    def shown(program: Callable[[list[str]], object], *words: str) -> str:
+    def help_of(program: Callable[[list[str]], object], *words: str) -> str:
         with pytest.raises(SystemExit) as ended:
             program([*words, "--help"])
         assert ended.value.code == 0
@@ -143,19 +139,19 @@ def test_every_program_with_a_model_has_the_same_flags(capsys: pytest.CaptureFix
 
     monkeypatch.syspath_prepend(str(ROOT / "gradio_demo"))
     backend = __import__("seed_llama_flask").build_parser()
-    talking = [shown(main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
-    talking += [shown(partial(seed.llama_script, size)) for size in ("8b", "14b")]
-    talking += [shown(program) for program in (
+    answering = [help_of(main, name) for name in ("describe", "ask", "draw", "edit", "chat")]
+    answering += [help_of(partial(seed.llama_script, size)) for size in ("8b", "14b")]
+    answering += [help_of(program) for program in (
         seed.tokenizer_script, backend.parse_args, quickstart.main, report.main,
         *(partial(evaluate.eval_program, name, "") for name in (
             "eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py")))]
-    talking += [shown(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
-    pictures = [shown(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
-    pictures += [shown(main, name) for name in ("tokenize", "reconstruct")] + [
-        shown(seed.recon_script), shown(main, "eval", "tokenizer")]
-    for text in talking:
+    answering += [help_of(partial(seed_x_script, name)) for name in SCRIPTS if SCRIPTS[name].model]
+    drawing = [help_of(partial(seed_x_script, name)) for name in SCRIPTS if not SCRIPTS[name].model]
+    drawing += [help_of(main, name) for name in ("tokenize", "reconstruct")] + [
+        help_of(seed.recon_script), help_of(main, "eval", "tokenizer")]
+    for text in answering:
         assert "--quantization {8bit,4bit,int8,int4} " in text, text[:200]
-    for text in talking + pictures:
+    for text in answering + drawing:
         assert "--dtype DTYPE auto, float32, bfloat16 or float16 (default: " in text, text[:200]
 
 
@@ -166,30 +162,19 @@ def test_peak_of(name: str, peak: float | None) -> None:
     assert peak_of(name) == peak and known_peak(torch.device("cpu"), torch.bfloat16) is None
 
 
-THREADS = """
-import torch
-from torch import nn
-from seed_multimodal.device import SMALL, limit_threads
+def test_load_images_limits_threads_of_small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    from seed_multimodal.cli.common import load_images
 
-class Model(nn.Module):
-    def __init__(self, size):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=torch.float16))
-
-before = torch.get_num_threads()
-"""
-
-
-@pytest.mark.process
-@pytest.mark.parametrize(("code", "environment", "same"), [
-    ("limit_threads(Model(9), Model(SMALL - 10))", {}, False),
-    ("limit_threads(Model(9))", {"OMP_NUM_THREADS": "3"}, True),
-    ("from argparse import Namespace; from seed_multimodal.cli.common import load_images\n"
-     "load_images(Namespace(model='nano', device='cpu', dtype='auto', debug=False))", {}, False)])
-def test_limit_threads_takes_one_for_small_models_unless_a_number_was_set(code: str, environment: dict[str, str],
-                                                                         same: bool) -> None:
-    plain = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
-    ended = subprocess.run([sys.executable, "-c", f"{THREADS}{code}\nprint(before, torch.get_num_threads())"],
-                           capture_output=True, text=True, env={**plain, **environment}, cwd=ROOT, check=True)
-    before, after = map(int, ended.stdout.split()[-2:])
-    assert after == (before if same else 1)
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(device_module, "_THREADS", 2)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    try:
+        for variable, expected in (("OMP_NUM_THREADS", 2), ("UNSET", 1)):
+            torch.set_num_threads(2)
+            with monkeypatch.context() as context:
+                context.setenv(variable, "2")
+                load_images(argparse.Namespace(model="nano", device="cpu", dtype="auto", debug=False))
+            assert torch.get_num_threads() == expected, variable
+    finally:
+        torch.set_num_threads(threads)

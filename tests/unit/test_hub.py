@@ -1,22 +1,22 @@
-"""Names of released weights, and other libraries kept quiet."""
+"""Names of the original weights, downloads, quiet loading, errors of programs."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 from seed_multimodal import hub
-from seed_multimodal.entry import REFUSED, run_program
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.entry import REFUSED, guarded, run_program
+from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.progress import quiet_loading
 
 
-def test_what_a_hub_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_is_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     for name in ("AILab-CVC/seed-tokenizer-2", Path("owner/name")):
@@ -25,7 +25,7 @@ def test_what_a_hub_name_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert not hub.is_hub_name(name), name
 
 
-def test_original_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_released_folder_and_locate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub.released_folder("AILab-CVC/seed-llama-8b-sft") == "pretrained/seed_llama_8b_sft"
     assert hub.released_folder("stabilityai/stable-diffusion-xl-base-1.0") == "pretrained/stable-diffusion-xl-base-1.0"
     assert hub.released_folder("owner/name") == "owner/name"
@@ -35,8 +35,7 @@ def test_original_parts_have_one_place_each(tmp_path: Path, monkeypatch: pytest.
     assert hub.locate("no/such/folder") is None
 
 
-def test_fetch_takes_one_copy_of_the_weights_and_none_of_subfolders(tmp_path: Path,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_downloads_one_copy_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.utils import filter_repo_objects
 
     def download(hub_id: str, **patterns: list[str]) -> str:
@@ -51,10 +50,10 @@ def test_fetch_takes_one_copy_of_the_weights_and_none_of_subfolders(tmp_path: Pa
     for hub_id, patterns, expected in (("both", hub.WEIGHTS, files["both"][:2]), ("torch", hub.WEIGHTS, files["torch"]),
                                        ("parts", ["vae", "vae/*"], ["vae/config.json"])):
         folder = hub.fetch(hub_id, patterns)
-        assert sorted(str(one.relative_to(folder)) for one in folder.rglob("*.*")) == sorted(expected)
+        assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(expected)
 
 
-def test_quiet_libraries_speak_again_afterwards() -> None:
+def test_quiet_loading_restores_the_verbosity() -> None:
     from transformers.utils import logging
 
     before = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -70,7 +69,7 @@ def test_quiet_libraries_speak_again_afterwards() -> None:
             logging.disable_progress_bar()
 
 
-def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_program_prints_errors_without_a_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     def work(args: argparse.Namespace) -> int:
         raise ConfigError("no.")
 
@@ -82,9 +81,9 @@ def test_a_program_refuses_in_one_sentence_unless_it_is_debugged(capsys: pytest.
 
 @pytest.mark.parametrize(("module", "extra", "package"), [
     ("gradio", "demo", "gradio"), ("cv2", "train", "opencv-python-headless")])
-def test_a_package_that_is_not_installed_is_one_sentence(capsys: pytest.CaptureFixture[str], module: str, extra: str,
-                                                         package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # Python's own way to say that there is none
+def test_run_program_without_an_extra_package(capsys: pytest.CaptureFixture[str], module: str, extra: str, package: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)  # its import fails
 
     def work(args: argparse.Namespace) -> int:
         return len(importlib.import_module(module).__name__)
@@ -96,9 +95,7 @@ def test_a_package_that_is_not_installed_is_one_sentence(capsys: pytest.CaptureF
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
 
-@pytest.mark.process
-def test_a_program_says_warnings_as_sentences() -> None:
-    work = ("import warnings; from seed_multimodal import entry, errors\n"
-            "entry.guarded('seed', False, lambda: warnings.warn('a.pt: look at it.', errors.SeedWarning) or 0)")
-    run = subprocess.run([sys.executable, "-c", work], capture_output=True, text=True, check=True)
-    assert run.stderr == "seed: warning: a.pt: look at it.\n"
+def test_guarded_formats_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # restores it afterwards
+    assert guarded("seed", False, lambda: 0) == 0
+    assert warnings.formatwarning("a.pt: look at it.", SeedWarning, "", 1) == "seed: warning: a.pt: look at it.\n"

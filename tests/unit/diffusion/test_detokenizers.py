@@ -1,7 +1,8 @@
-"""What every de-tokenizer does: batches, seeds, settings, schedulers, CPU off-loading, damaged folders."""
+"""All de-tokenizers: batches, seeds, settings, schedulers, CPU off-loading, damaged folders."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ SEEDS = [1, 2, 3]
 
 @dataclass
 class Case:
-    """A model with what it draws three images from; `more`: further arguments with one entry for each image."""
+    """A model and the conditions of three images; `more`: further arguments, a list with an entry per image."""
 
     model: Any
     conditions: Any
@@ -62,18 +63,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> Case:
-    make = torch.Generator().manual_seed(3)
+    rng = torch.Generator().manual_seed(3)
     if family == "sd":
         return Case(StableDiffusionDetokenizer.from_pretrained(place / "sd", dtype=dtype),
-                    3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=make))
+                    3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=rng))
     if family.startswith("unclip"):
         return Case(UnclipDetokenizer.from_pretrained(place / family, dtype=dtype),
-                    3 * torch.randn(3, tiny_system.EMBEDDING, generator=make))
+                    3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng))
     if family.startswith("sdxl"):
         model = SdxlDetokenizer.from_pretrained(place / "sdxl_base", place / family, dtype=dtype)
         model.set_null_embeds(tiny_sdxl.Tower(), 16)
         conditions = [Image.effect_noise((16, 16), 90).convert("RGB"), None, Image.new("RGB", (9, 5), "red")]
-        return Case(model, torch.randn(3, 4, tiny_sdxl.WIDTH, generator=make),
+        return Case(model, torch.randn(3, 4, tiny_sdxl.WIDTH, generator=rng),
                     {"condition_images": conditions} if family == "sdxl_edit" else {})
     torch.manual_seed(7)
     high, width, pooled = family == "lavit", tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED
@@ -83,16 +84,21 @@ def open_case(place: Path, family: str, dtype: torch.dtype = torch.float32) -> C
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return Case(LavitDetokenizer.from_pretrained(place / family, decoder, dtype=dtype),
-                [torch.randn(length, 4, generator=make) for length in (3, 8, 5)])
+                [torch.randn(length, 4, generator=rng) for length in (3, 8, 5)])
 
 
-@pytest.fixture(params=FAMILIES)
-def case(place: Path, request: pytest.FixtureRequest) -> Case:
+@pytest.fixture(scope="module", params=FAMILIES)
+def shared_case(place: Path, request: pytest.FixtureRequest) -> Case:
     return open_case(place, request.param)
 
 
+@pytest.fixture
+def case(shared_case: Case) -> Case:
+    return copy.deepcopy(shared_case)
+
+
 @pytest.mark.slow
-def test_a_drawing_depends_on_condition_and_seed_only(case: Case) -> None:
+def test_images_depend_on_condition_and_seed_only(case: Case) -> None:
     together = case.draw([0, 1, 2], SEEDS)
     assert np.abs(case.draw([0, 1, 2], SEEDS, batch_size=2) - together).max() <= 1
     for row, seed in enumerate(SEEDS):
@@ -106,7 +112,7 @@ def test_a_drawing_depends_on_condition_and_seed_only(case: Case) -> None:
     assert np.array_equal(case.draw([0], None), drawn), "without seeds: torch's global generator"
 
 
-def test_guidance_of_one_runs_the_unet_once_a_step(case: Case) -> None:
+def test_guidance_of_one_runs_the_unet_once_per_step(case: Case) -> None:
     rows: list[int] = []
     case.model.scheduler = DDIMScheduler.from_config(case.model.scheduler.config)
     hook = case.model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
@@ -118,8 +124,8 @@ def test_guidance_of_one_runs_the_unet_once_a_step(case: Case) -> None:
 
 
 @pytest.mark.slow
-def test_cpu_offload_draws_the_same(case: Case) -> None:
-    """Here between the CPU and the CPU: every part has its hook, and `to` takes them off."""
+def test_enable_cpu_offload_draws_the_same(case: Case) -> None:
+    """Every part has a hook (from CPU to CPU); `to` removes it."""
     plain = case.draw([0, 1], [1, 2])
     case.model.enable_cpu_offload("cpu")
     assert all(hasattr(part, "_hf_hook") for part in case.model.parts.values())
@@ -129,7 +135,7 @@ def test_cpu_offload_draws_the_same(case: Case) -> None:
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
-def test_half_precision(place: Path, family: str) -> None:
+def test_draw_in_half_precision(place: Path, family: str) -> None:
     half, full = open_case(place, family, torch.bfloat16), open_case(place, family)
     assert half.model.unet.dtype == torch.bfloat16
     assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
@@ -138,29 +144,24 @@ def test_half_precision(place: Path, family: str) -> None:
     assert np.abs(drawn - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
 
 
-@pytest.mark.parametrize(("settings", "sentence"), [
-    ({"num_inference_steps": 0}, "num_inference_steps must be at least 1, not 0"),
-    ({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
-    ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)")])
-def test_settings_are_checked_without_drawing(case: Case, settings: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(ConfigError, match=sentence):
-        case.model.check_settings(**settings)
-    assert case.model.check_settings(num_inference_steps=7, guidance_scale=None).num_inference_steps == 7
-
-
-def test_preset_fast_takes_fewer_steps_of_another_scheduler(case: Case) -> None:
+def test_check_settings_and_preset_fast(case: Case) -> None:
+    """`fast` has fewer steps of another scheduler."""
     model = case.model
     steps = model.defaults.num_inference_steps
+    assert model.check_settings(num_inference_steps=7, guidance_scale=None).num_inference_steps == 7
     assert model.check_settings(preset="fast").num_inference_steps == min(steps, 12)
     assert model.check_settings(preset="fast", num_inference_steps=15).num_inference_steps == 15
     assert model.check_settings(preset="original") == model.defaults
-    with pytest.raises(ConfigError, match="preset"):
-        model.check_settings(preset="slow")
-    own = case.draw([0], [1])
-    assert np.abs(case.draw([0], [1], preset="fast") - own).max() > 1 and np.array_equal(case.draw([0], [1]), own)
+    for settings, sentence in (({"num_inference_steps": 1001}, "num_inference_steps must be at most 1000, not 1001"),
+                               ({"guidance": 3.0}, r"unknown key 'guidance' \(did you mean 'guidance_scale'\?\)"),
+                               ({"preset": "slow"}, "preset")):
+        with pytest.raises(ConfigError, match=sentence):
+            model.check_settings(**settings)
+    image = case.draw([0], [1])
+    assert np.abs(case.draw([0], [1], preset="fast") - image).max() > 1 and np.array_equal(case.draw([0], [1]), image)
 
 
-def test_sizes(place: Path) -> None:
+def test_draw_at_another_size(place: Path) -> None:
     for family in ("sd", "unclip", "sdxl", "lavit"):
         case = open_case(place, family)
         assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
@@ -168,7 +169,7 @@ def test_sizes(place: Path) -> None:
             case.draw([0], [1], height=16, width=20)
 
 
-def test_defaults_of_a_folder(place: Path, tmp_path: Path) -> None:
+def test_defaults_of_seed_decode_json(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "sd", tmp_path / "sd")
     (tmp_path / "sd" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 3, "guidance_scale": 2.0}))
     model = open_case(tmp_path, "sd").model
@@ -178,19 +179,19 @@ def test_defaults_of_a_folder(place: Path, tmp_path: Path) -> None:
         open_case(tmp_path, "sd")
 
 
-def test_embeddings_of_another_width(place: Path) -> None:
+def test_draw_of_embeddings_of_another_width(place: Path) -> None:
     for family in ("sd", "unclip", "sdxl"):
         with pytest.raises(CheckpointError, match="have width 5, but .* do not belong together"):
             open_case(place, family).model(torch.zeros(1, 4, 5)[:, 0] if family == "unclip" else torch.zeros(1, 4, 5))
 
 
-def test_weights_that_are_nan(case: Case) -> None:
+def test_draw_with_nan_weights_fails(case: Case) -> None:
     torch.nn.init.constant_(case.model.unet.conv_in.weight, torch.nan)
     with pytest.raises(GenerationError, match="computed NaN or infinity"):
         case.draw([0], [1])
 
 
-def test_folders_that_are_not_complete(place: Path, tmp_path: Path) -> None:
+def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such folder; download .*pretrained/stable-diffusion-v1-4"):
         open_case(tmp_path, "sd")
     for part in ("unet", "vae", "text_encoder"):
@@ -203,9 +204,8 @@ def test_folders_that_are_not_complete(place: Path, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=f"{part}: 1 tensors are missing from the file: '.*{lost[-12:]}'"):
             open_case(tmp_path / part, "sd")
         file.write_bytes(file.read_bytes()[:500])
-        with pytest.raises(CheckpointError, match="sd: not a complete Stable Diffusion folder") as caught:
+        with pytest.raises(CheckpointError, match="sd: not a complete Stable Diffusion folder"):
             open_case(tmp_path / part, "sd")
-        assert "\n" not in str(caught.value)
     (folder / "scheduler" / "scheduler_config.json").unlink()
     shutil.rmtree(folder / "text_encoder")
     with pytest.raises(CheckpointError, match="scheduler_config.json: no such file; download"):
@@ -216,7 +216,7 @@ def test_folders_that_are_not_complete(place: Path, tmp_path: Path) -> None:
         open_case(tmp_path, "lavit")
 
 
-def test_a_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
+def test_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "lavit", tmp_path / "lavit")
     shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")
     (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))

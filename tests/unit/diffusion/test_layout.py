@@ -1,4 +1,4 @@
-"""Label heads, and what a layout decoder gives a U-Net."""
+"""Pooled tokens and the layout decoder."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def test_pooled_tokens_are_means_of_neighbours() -> None:
 
 
 @torch.no_grad()
-def test_warm_latents_are_the_mean_and_noise_by_the_schedule(tmp_path: Path) -> None:
-    """In any size, from one embedding or several averaged; a layout decoder is the same after saving."""
+def test_warm_latents_noise_the_mean_by_the_schedule(tmp_path: Path) -> None:
+    """At any size, from the mean of several embeddings, after saving and loading."""
     from diffusers import DDIMScheduler
 
     classes = {"first": 2, "second": 3, "style": 2, "background": 2, "layout": 2}

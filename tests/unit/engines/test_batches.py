@@ -13,14 +13,14 @@ from seed_multimodal.engines.batches import Collector
 
 
 def together(collector: Collector, calls: Sequence[tuple[Any, Sequence[Any]]]) -> tuple[list[Any], list[Any]]:
-    """What calls of threads give (or raise) that come while a first one works, and the batches of their rows."""
-    batches, began, go = list[Any](), threading.Event(), threading.Event()
+    """Results (or errors) of calls made while a first call runs, and the batches of their rows."""
+    batches, started, finish = list[Any](), threading.Event(), threading.Event()
     plain = collector.work
 
     def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
         if key == "first":
-            began.set()
-            go.wait(10)
+            started.set()
+            finish.wait(10)
             return rows
         batches.append([*rows])
         return plain(key, rows)
@@ -28,14 +28,14 @@ def together(collector: Collector, calls: Sequence[tuple[Any, Sequence[Any]]]) -
     collector.work = work
     with ThreadPoolExecutor(len(calls) + 1) as pool:
         pool.submit(collector, "first", [0])
-        began.wait(10)
+        started.wait(10)
         threads = []
         for number, call in enumerate(calls, start=1):
             threads.append(pool.submit(collector, *call))
             while len(collector._waiting) < number:
                 pass
-        go.set()
-        return [one.exception() or one.result() for one in threads], batches
+        finish.set()
+        return [thread.exception() or thread.result() for thread in threads], batches
 
 
 def test_collector_joins_rows_of_one_key_in_their_order() -> None:
@@ -46,7 +46,7 @@ def test_collector_joins_rows_of_one_key_in_their_order() -> None:
 
 
 @pytest.mark.parametrize(("error", "most"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)])
-def test_collector_tries_rows_of_a_failed_batch_one_by_one(error: Exception, most: int) -> None:
+def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, most: int) -> None:
     def work(key: Any, rows: Sequence[Any]) -> list[float]:
         if None in rows:
             raise error

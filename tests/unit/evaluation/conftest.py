@@ -11,7 +11,7 @@ import torch
 
 
 def clip_words(folder: Path) -> Path:
-    """CLIP's kind of tokenizer with letters alone."""
+    """A CLIP tokenizer of single letters."""
     folder.mkdir(parents=True, exist_ok=True)
     letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
     vocabulary = {piece: number for number, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
@@ -22,16 +22,16 @@ def clip_words(folder: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny CLIP with transformers' layout that reads letters."""
+    """A tiny CLIP in transformers' layout."""
     from transformers import CLIPConfig, CLIPModel
 
     folder = clip_words(tmp_path_factory.mktemp("clip"))
     torch.manual_seed(0)
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     size = len(json.loads((folder / "vocab.json").read_text()))
     CLIPModel(CLIPConfig(
-        projection_dim=8, vision_config={**tower, "image_size": 16, "patch_size": 8},
-        text_config={**tower, "vocab_size": size, "max_position_embeddings": 8, "bos_token_id": size - 2,
+        projection_dim=8, vision_config={**encoder, "image_size": 16, "patch_size": 8},
+        text_config={**encoder, "vocab_size": size, "max_position_embeddings": 8, "bos_token_id": size - 2,
                      "eos_token_id": size - 1})).save_pretrained(folder)
     return folder
 
@@ -61,8 +61,8 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> Stages:
     first = Stage1Model(config, vocab_size=len(words) + 6, embed_dim=8)
     torch.nn.init.normal_(first.query_tokens)
     tokenizer = Seed2Tokenizer(config).eval()
-    own = tokenizer.state_dict()
-    tokenizer.load_state_dict({name: value for name, value in first.state_dict().items() if name in own}, strict=False)
+    shared = tokenizer.state_dict().keys() & first.state_dict().keys()
+    tokenizer.load_state_dict({name: first.state_dict()[name] for name in shared}, strict=False)
     features = tokenizer.pre_quant(torch.randn(5, 3, 16, 16)).detach()
     tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
     tokenizer.save_pretrained(folder / "tokenizer")

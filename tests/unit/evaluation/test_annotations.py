@@ -1,4 +1,4 @@
-"""Questions and captions in the benchmarks' own files."""
+"""Reading questions and captions of benchmark files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KARPATHY = {"images": [
      "sentences": [{"raw": "one"}, {"raw": "three"}]},
     {"filename": "x.jpg", "cocoid": 8, "split": "val", "sentences": [{"raw": "two"}]}]}
 LAVIS = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": ["one", "three"]}]
-LAVIS_TRAIN = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": one} for one in ("one", "three")]
+LAVIS_TRAIN = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": text} for text in ("one", "three")]
 NAMED = "val2014/COCO_val2014_000000000007.jpg"
 
 
@@ -33,7 +33,7 @@ def test_read_questions_of_vqa(tmp_path):
     questions = write(tmp_path / "q.json", {"questions": [
         {"question_id": 0, "image_id": 0, "question": "What?"},
         {"question_id": 1, "image_id": 9, "question": "Who? "}]})
-    assert [(one.key, one.image, one.question, one.references) for one in read_questions(questions)] == [
+    assert [(sample.key, sample.image, sample.question, sample.references) for sample in read_questions(questions)] == [
         (0, 0, "What?", []), (1, 9, "Who?", [])]
     answers = write(tmp_path / "a.json", {"annotations": [
         {"question_id": number, "answers": [{"answer": "x"}, {"answer": ""}], "answer_type": "other",
@@ -56,25 +56,24 @@ def test_read_questions_of_lists_gqa_and_vizwiz(tmp_path):
     vizwiz = write(tmp_path / "v.json", [{"image": "VizWiz_val_01.jpg", "question": "What?",
                                           "answers": [{"answer": "a fox", "answer_confidence": "yes"}] * 10}])
     for answers in (None, vizwiz):
-        found, = read_questions(vizwiz, answers)
-        assert (found.key, found.image, found.references) == ("VizWiz_val_01.jpg",) * 2 + (["a fox"] * 10,)
+        sample, = read_questions(vizwiz, answers)
+        assert (sample.key, sample.image, sample.references) == ("VizWiz_val_01.jpg",) * 2 + (["a fox"] * 10,)
 
 
 @pytest.mark.parametrize(("item", "problem"), [
-    (1, "has no question"), ({"question": "q?", "image": "a"}, "no question_id"), ({"question_id": 2, "image": "a"},
-                                                                               "no question"),
-    ({"question_id": 2, "question": "q?"}, "no image")])
-def test_a_bad_question_is_a_sample_with_a_problem(tmp_path, item, problem):
+    (1, "has no question"), ({"question": "q?", "image": "a"}, "no question_id"),
+    ({"question_id": 2, "image": "a"}, "no question"), ({"question_id": 2, "question": "q?"}, "no image")])
+def test_read_questions_with_a_bad_item(tmp_path, item, problem):
     good = [{"question_id": number, "question": "q?", "image": "a.jpg"} for number in (1, 9)]
-    found = read_questions(write(tmp_path / "q.json", [good[0], item, good[1]]))
-    assert [one.key for one in found] == [1, "item 1", 9] and not found[0].problem
-    assert "q.json: item 1: " in found[1].problem and problem in found[1].problem
+    samples = read_questions(write(tmp_path / "q.json", [good[0], item, good[1]]))
+    assert [sample.key for sample in samples] == [1, "item 1", 9] and not samples[0].problem
+    assert "q.json: item 1: " in samples[1].problem and problem in samples[1].problem
 
 
 @pytest.mark.parametrize(("value", "sentence"), [
     ("", "is not json"), ({"annotations": []}, "under 'questions'"), ({"questions": []}, "holds no json list"),
     ([{"question_id": 1, "question": "q?", "image": "a"}] * 2, "several questions have one question_id")])
-def test_read_questions_refuses_other_files(tmp_path, value, sentence):
+def test_read_questions_of_other_files(tmp_path, value, sentence):
     with pytest.raises(DataError, match=f"q.json: .*{sentence}"):
         read_questions(write(tmp_path / "q.json", value))
     with pytest.raises(DataError, match="did you mean .*q.json"):
@@ -87,46 +86,46 @@ def test_read_captions(tmp_path, value, image):
     first, *others = read_captions(write(tmp_path / "c.json", value))
     assert (first.key, first.image, first.references) == (7, image, ["one", "three"])
     rest = [(0, "b.jpg", ["two"])] if value is COCO else []
-    assert [(one.key, one.image, one.references) for one in others] == rest
+    assert [(sample.key, sample.image, sample.references) for sample in others] == rest
 
 
 def test_read_captions_of_a_split(tmp_path):
     path = write(tmp_path / "k.json", KARPATHY)
-    assert [one.key for one in read_captions(path, "val")] == [8]
+    assert [sample.key for sample in read_captions(path, "val")] == [8]
     with pytest.raises(DataError, match="no image of the split 'train'; there are test, val"):
         read_captions(path, "train")
 
 
-def test_images_with_one_number_go_by_their_names(tmp_path):
+def test_read_captions_of_images_with_equal_numbers(tmp_path):
     path = write(tmp_path / "a.json", [{"image": f"{place}/1.jpg", "caption": text} for place, text in (
         ("a", "a fox"), ("b", "a cat"), ("b", "one cat"), ("a", "one fox"))])
-    assert [(one.key, one.references) for one in read_captions(path)] == [
+    assert [(sample.key, sample.references) for sample in read_captions(path)] == [
         (1, ["a fox", "one fox"]), ("b/1.jpg", ["a cat", "one cat"])]
 
 
-def test_captions_to_draw(tmp_path):
+def test_read_captions_of_texts(tmp_path):
     texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
-    assert [(one.key, one.image, one.caption) for one in texts] == [(1, None, "a fox"), (3, None, "a hill")]
-    listed = write(tmp_path / "l.jsonl", "\n".join(json.dumps(one) for one in (
+    assert [(sample.key, sample.image, sample.caption) for sample in texts] == [(1, None, "a fox"), (3, None, "a hill")]
+    listed = write(tmp_path / "l.jsonl", "\n".join(json.dumps(line) for line in (
         {"image": "9.jpg", "text": "a"}, {"image": "9.jpg", "text": "b"}, {"text": "c"},
         {"image": "9.jpg", "text": " "})))
     *good, bad = read_captions(listed, each_text=True)
-    assert [(one.key, one.image, one.caption) for one in good] == [
+    assert [(sample.key, sample.image, sample.caption) for sample in good] == [
         (9, "9.jpg", "a"), ("item 1", "9.jpg", "b"), ("item 2", None, "c")]
     assert "item 3: has no references" in bad.problem
 
 
 @pytest.mark.parametrize("item", [{"image": "val/a.jpg", "img_id": 7}, {"image": NAMED},
                                   {"image": "val/a.jpg", "image_id": 7, "caption": "another"}])
-def test_captions_of_another_file(tmp_path, item):
+def test_read_captions_with_references_in_another_file(tmp_path, item):
     path, truth = write(tmp_path / "p.json", [item]), write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
-    found, = read_captions(path, truth=truth)
-    assert (found.key, found.image, found.references) == (7, item["image"], ["one", "three"])
+    sample, = read_captions(path, truth=truth)
+    assert (sample.key, sample.image, sample.references) == (7, item["image"], ["one", "three"])
     with pytest.raises(DataError, match="has nothing about 1 of 2 samples of .*p.json, first 9: "):
         read_captions(write(path, [item, {"image": "9.jpg"}]), truth=truth)
 
 
-def test_images_are_found_by_cocos_names(tmp_path):
+def test_find_image_file_by_coco_names(tmp_path):
     (tmp_path / "val2014").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / NAMED)
     assert find_image_file(7, tmp_path, tmp_path / "q.json", "here").name == NAMED[8:]

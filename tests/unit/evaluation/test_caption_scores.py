@@ -22,7 +22,7 @@ RECORDED = {"Bleu_1": 0.756251991559624, "Bleu_2": 0.6960225603229276, "Bleu_3":
 
 def test_caption_scores_without_java():
     scores, notes = caption_scores(CAPTIONS, REFERENCES, java=False)
-    assert scores == pytest.approx(RECORDED, abs=1e-9)  # no word here is cut differently
+    assert scores == pytest.approx(RECORDED, abs=1e-9)  # the tokenizers agree on these words
     assert len(notes) == 1 and "without Java" in notes[0] and "METEOR and SPICE are missing" in notes[0]
 
 

@@ -1,13 +1,11 @@
-"""Scores of drawings: CLIP's choice, FID, and files."""
+"""Scores of generated images: CLIP, FID; saving them."""
 
 from __future__ import annotations
-
-import resource
-import signal
 
 import numpy as np
 import pytest
 import torch
+from full_disk import file_size_limit
 from PIL import Image
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizer
@@ -26,19 +24,20 @@ def noise(seed: int, size: tuple[int, int] = (20, 24)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
-def test_cosines_are_those_of_the_whole_clip(clip_folder):
+def test_cosines_equal_those_of_clip(clip_folder):
     clip, images = ClipScores(clip_folder, CPU), [noise(1), noise(2), noise(3)]
-    found = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
-    assert [len(row) for row in found] == [2, 1]
+    cosines = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
+    assert [len(row) for row in cosines] == [2, 1]
     with torch.no_grad():
         out = CLIPModel.from_pretrained(clip_folder)(
             **CLIPTokenizer.from_pretrained(clip_folder)(["ab c"], return_tensors="pt"),
             pixel_values=ImageTransform(16, interpolation="bicubic").batch(images[:2]))
-    assert found[0] == pytest.approx((out.image_embeds @ out.text_embeds.T)[:, 0].tolist(), abs=1e-5)
-    assert clip.cosines(["a b c d e f g h i"], [[noise(1)]]) == clip.cosines(["a b c d e f z"], [[noise(1)]])  # cut
+    assert cosines[0] == pytest.approx((out.image_embeds @ out.text_embeds.T)[:, 0].tolist(), abs=1e-5)
+    # longer texts are truncated
+    assert clip.cosines(["a b c d e f g h i"], [[noise(1)]]) == clip.cosines(["a b c d e f z"], [[noise(1)]])
 
 
-def test_find_clip_says_what_to_put_where(tmp_path, monkeypatch):
+def test_find_clip_without_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14 .* --clip"):
         find_clip(None)
@@ -54,44 +53,39 @@ class Colours(nn.Module):
         return images.mean((2, 3))
 
 
-def test_fid_is_the_distance_of_two_gaussians(tmp_path, monkeypatch):
+def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     monkeypatch.setattr(module, "BATCH", 4)
     real, drawn = [noise(seed) for seed in range(6)], [noise(seed, (8, 8)) for seed in range(10, 16)]
-    for number, (one, other) in enumerate(zip(real, drawn, strict=True)):
-        one.save(tmp_path / f"real{number}.png")
-        other.save(tmp_path / f"drawn{number}.png")
+    for number in range(6):
+        real[number].save(tmp_path / f"real{number}.png")
+        drawn[number].save(tmp_path / f"drawn{number}.png")
     samples = [Sample(number, "", f"real{number}.png") for number in range(6)]
     run = Run(Task("text2image"), tmp_path / "t.json", tmp_path, resolution=8)
-    found = fid(FrechetInceptionDistance(Colours(), normalize=True), run, samples,
-                [tmp_path / f"drawn{number}.png" for number in range(6)])
-    features = [np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in several])
-                for several in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawn)]
-    (one, other), covariances = [rows.mean(0) for rows in features], [np.cov(rows.T) for rows in features]
+    distance = fid(FrechetInceptionDistance(Colours(), normalize=True), run, samples,
+                   [tmp_path / f"drawn{number}.png" for number in range(6)])
+    features = [np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
+                for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawn)]
+    means, covariances = [rows.mean(0) for rows in features], [np.cov(rows.T) for rows in features]
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
-    wanted = ((one - other) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
-    assert found == pytest.approx(wanted, rel=1e-3)
+    expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
+    assert distance == pytest.approx(expected, rel=1e-3)
 
 
-def test_fid_metric_refuses_missing_and_unsafe_weights(tmp_path, monkeypatch):
+def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="no Inception weights; download torch-fidelity"):
         fid_metric(None)
-    torch.save({"weight": Run}, tmp_path / "inception.pth")  # a class: what tensors are not
+    torch.save({"weight": Run}, tmp_path / "inception.pth")  # a class, not a tensor
     with pytest.raises(CheckpointError, match="unsafe pickle content"):
         fid_metric(tmp_path / "inception.pth")
 
 
-def test_save_drawing_on_a_full_disk_leaves_no_half_image(tmp_path):
+def test_save_drawing_on_a_full_disk_leaves_no_partial_file(tmp_path):
     image = noise(0, (64, 64))
     assert (tmp_path / save_drawing(image, tmp_path, 7, "\U00020000" * 100)).stat().st_size > 4096
-    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, limits[1]))
-        with pytest.raises(DataError, match=r"000008_fox\.png: cannot be written \(the disk or quota is full"):
-            save_drawing(image, tmp_path, 8, "fox")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
+    error = r"000008_fox\.png: cannot be written \(the disk or quota is full"
+    with file_size_limit(1024), pytest.raises(DataError, match=error):
+        save_drawing(image, tmp_path, 8, "fox")
     assert len(list(tmp_path.iterdir())) == 1

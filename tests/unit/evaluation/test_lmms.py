@@ -33,7 +33,7 @@ IMAGES = "from PIL import Image\n\ndef images(doc):\n    return [Image.open(doc[
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
 def test_lmms_eval_scores_a_system(model, tmp_path):
-    """As the same system is asked by `ask`."""
+    """Answers equal those of `ask`."""
     from PIL import Image
 
     from seed_multimodal.system.base import MultimodalSystem
@@ -43,10 +43,10 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     system = MultimodalSystem.from_pretrained(model, log=None, load_decoder=False)
     loaded = [Image.open(file).convert("RGB") for file in images]
     answers = system.ask(loaded, question, short=False, max_new_tokens=16)
-    wanted = [text.partition(".")[0].strip() for text in answers]
+    expected = [text.partition(".")[0].strip() for text in answers]
     samples = tmp_path / "samples.json"
     samples.write_text("\n".join(json.dumps({"image": str(file), "question": question, "answer": answer})
-                                 for file, answer in zip(images, wanted, strict=True)))
+                                 for file, answer in zip(images, expected, strict=True)))
     (tmp_path / "pictures.yaml").write_text(TASK.format(samples=samples))
     (tmp_path / "pictures.py").write_text(IMAGES)
     run = subprocess.run(
@@ -57,9 +57,9 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [json.loads(line) for file in (tmp_path / "out").rglob("*samples*.jsonl")
              for line in file.read_text().splitlines()]
-    found = {line["doc_id"]: line["filtered_resps"] for line in lines}
-    assert [found[row] for row in range(len(images))] == wanted, wanted
-    assert len(set(wanted)) > 1
+    answered = {line["doc_id"]: line["filtered_resps"] for line in lines}
+    assert [answered[row] for row in range(len(images))] == expected, expected
+    assert len(set(expected)) > 1
 
 
 def test_entry_point_names_the_model():

@@ -1,4 +1,4 @@
-"""The facts about the machine that reports and benchmarks keep."""
+"""Hardware and versions in reports and benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from seed_multimodal.evaluation import machine
 
 
 @pytest.mark.process
-def test_machine_facts(tmp_path: Path) -> None:
+def test_hardware_versions_and_commit(tmp_path: Path) -> None:
     facts = machine.hardware()
     assert facts["cpu"] and facts["cores"] >= 1 and facts["memory_gib"] > 0 and "gpu" not in facts
     assert machine.versions()["torch"].split("+")[0] == torch.__version__.split("+")[0]

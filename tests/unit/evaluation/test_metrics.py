@@ -1,4 +1,4 @@
-"""Bootstrap intervals and codebook statistics, against values worked out by hand."""
+"""Bootstrap intervals and codebook statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from seed_multimodal.evaluation import metrics
 
 
-def test_codebook_by_hand() -> None:
+def test_codebook_statistics_by_hand() -> None:
     codes = np.array([[0, 1, 2, 3], [0, 1, 2, 3], [0, 1, 0, 1], [0, 2, 0, 2]])
     stats = metrics.codebook_statistics(codes, 8)
     assert [stats[key] for key in ("sequences", "codebook", "used", "usage", "distinct")] == [4, 8, 4, 0.5, 3]
@@ -49,7 +49,7 @@ def test_bootstrap_by_groups_is_wider_when_groups_agree() -> None:
     assert metrics.bootstrap(values, groups=list(range(400))) == alone
 
 
-def test_empty_estimate() -> None:
+def test_bootstrap_without_values() -> None:
     estimate = metrics.bootstrap([])
     assert estimate.to_json() == {"value": None, "low": None, "high": None, "n": 0}
 
@@ -58,11 +58,11 @@ def test_bootstrap_of_many_values_is_the_normal_interval(monkeypatch) -> None:
     values, groups = np.random.default_rng(0).random(3000), (np.arange(3000) // 3).tolist()
     drawn = metrics.bootstrap(values), metrics.bootstrap(values, groups)
     monkeypatch.setattr(metrics, "LARGE", 100)
-    for one, other in zip(drawn, (metrics.bootstrap(values), metrics.bootstrap(values, groups)), strict=True):
-        assert (one.low, one.high) == pytest.approx((other.low, other.high), abs=1e-3)
+    for sampled, normal in zip(drawn, (metrics.bootstrap(values), metrics.bootstrap(values, groups)), strict=True):
+        assert (sampled.low, sampled.high) == pytest.approx((normal.low, normal.high), abs=1e-3)
 
 
-def test_bootstrap_draws_the_same_in_parts(monkeypatch) -> None:
+def test_bootstrap_in_parts_is_the_same(monkeypatch) -> None:
     whole = metrics.bootstrap(np.arange(500.0))
     monkeypatch.setattr(metrics, "AT_ONCE", 3 * 500)
     assert metrics.bootstrap(np.arange(500.0)) == whole

@@ -1,14 +1,11 @@
-"""`seed eval` and the programs of MultiModalLLM/eval and src/lavit on benchmark files: answers, scores, kills, bad
-samples."""
+"""`seed eval` and the evaluation programs of MultiModalLLM and LaVIT on benchmark files."""
 
 from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import warm_python
+from full_disk import file_size_limit
 from PIL import Image
 
 from seed_multimodal.cli.evaluate import eval_program
@@ -40,19 +38,19 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Six COCO images with two VQA questions and two captions each, and LaVIT's lists of questions and texts."""
+    """Six COCO images with two VQA questions and two captions each, and lists in LaVIT's formats."""
     (tmp_path / "val2014").mkdir()
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     numbers = range(1, COUNT // 2 + 1)
     for number in numbers:
-        pixels = draw.integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "val2014" / f"COCO_val2014_{number:012d}.jpg")
     questions = [{"question_id": 10 * number + k, "image_id": number, "question": f"What is {k}?"}
                  for number in numbers for k in range(2)]
     write(tmp_path / "q.json", {"questions": questions})
     write(tmp_path / "a.json", {"annotations": [
-        {"question_id": one["question_id"], "answer_type": "other" if k % 2 else "yes/no", "question_type": "what is",
-         "answers": [{"answer": "yes"}] * 10} for k, one in enumerate(questions)]})
+        {"question_id": question["question_id"], "answer_type": "other" if k % 2 else "yes/no",
+         "question_type": "what is", "answers": [{"answer": "yes"}] * 10} for k, question in enumerate(questions)]})
     write(tmp_path / "c.json", {
         "images": [{"id": n, "file_name": f"val2014/COCO_val2014_{n:012d}.jpg"} for n in numbers],
         "annotations": [{"image_id": n, "caption": f"a {word} number {n}"} for n in numbers
@@ -87,18 +85,19 @@ def vqa(data: Path, tiny: Path, *more: str, out: str = "out") -> int:
         data / "a.json"), "--batch-size", "2", *more, out=out))
 
 
-def test_vqa_in_the_official_formats(data, tiny_folder, capsys):
+def test_eval_vqa_writes_the_official_formats(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder) == 0
     results, summary = read(data / "out" / "results.json"), read(data / "out" / "summary.json")
-    assert [one["question_id"] for one in results] == [one["question_id"] for one in read(data / "q.json")["questions"]]
-    wanted = [100 * vqa_accuracy(one["answer"], ["yes"] * 10) for one in results]
-    assert summary["accuracy"] == round(sum(wanted) / COUNT, 2)
+    assert [result["question_id"] for result in results] == [
+        question["question_id"] for question in read(data / "q.json")["questions"]]
+    accuracies = [100 * vqa_accuracy(result["answer"], ["yes"] * 10) for result in results]
+    assert summary["accuracy"] == round(sum(accuracies) / COUNT, 2)
     assert set(summary["per_answer_type"]) == {"other", "yes/no"} and set(summary["per_question_type"]) == {"what is"}
     assert (summary["answered"], summary["bad"]) == (COUNT, 0)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == summary
 
 
-def test_processes_share_the_samples(data, tiny_folder, monkeypatch, capsys):
+def test_eval_vqa_divides_samples_among_processes(data, tiny_folder, monkeypatch, capsys):
     assert vqa(data, tiny_folder) == 0
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in ("1", "0"):
@@ -114,11 +113,12 @@ def test_processes_share_the_samples(data, tiny_folder, monkeypatch, capsys):
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_a_killed_run_resumes(data, tiny_folder):
-    assert vqa(data, tiny_folder, "--max-new-tokens", "60") == 0
+def test_eval_vqa_resumes_after_sigkill(data, tiny_folder, capsys):
+    options = ["--batch-size", "1", "--max-new-tokens", "60"]
+    assert vqa(data, tiny_folder, *options) == 0
     command = [warm_python.PYTHON, str(EVAL / "eval_vqa.py"), *flags(
-        data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), "--batch-size",
-        "1", "--max-new-tokens", "60", out="killed")]
+        data, tiny_folder, "--questions", str(data / "q.json"), "--annotations", str(data / "a.json"), *options,
+        out="killed")]
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
     process = subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     file, end = data / "killed" / "samples-0.jsonl", time.monotonic() + 120
@@ -128,16 +128,15 @@ def test_a_killed_run_resumes(data, tiny_folder):
     process.communicate()
     before = file.read_text().count("\n")
     assert 2 <= before < COUNT and not (data / "killed" / "summary.json").exists()
-    with open(file, "a") as torn:  # as a kill in the middle of a write leaves it
+    with open(file, "a") as torn:  # a line cut short by a kill
         torn.write('\n{"id": 60, "ans')
-    done = subprocess.run(command, env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f"{before} of {COUNT} samples have been answered before" in done.stderr
+    assert vqa(data, tiny_folder, *options, out="killed") == 0
+    assert f"{before} of {COUNT} samples have been answered before" in capsys.readouterr().err
     for name in ("results.json", "summary.json"):
         assert read(data / "killed" / name) == read(data / "out" / name)
 
 
-def test_bad_samples_are_named_counted_and_tried_again(data, tiny_folder, capsys):
+def test_eval_vqa_counts_bad_samples_and_retries_them(data, tiny_folder, capsys):
     questions = read(data / "q.json")
     del questions["questions"][2]["question"]
     write(data / "q.json", questions)
@@ -146,50 +145,45 @@ def test_bad_samples_are_named_counted_and_tried_again(data, tiny_folder, capsys
     image.write_bytes(whole[:200])
     (data / "val2014" / "COCO_val2014_000000000006.jpg").unlink()
     assert vqa(data, tiny_folder) == 1
-    said = capsys.readouterr().err
-    assert "q.json: item 2: has no question" in said and "000000000004.jpg" in said
-    assert "item 10: its image was not found" in said and "5 samples of 12 could not be used" in said
+    log = capsys.readouterr().err
+    assert "q.json: item 2: has no question" in log and "000000000004.jpg" in log
+    assert "item 10: its image was not found" in log and "5 samples of 12 could not be used" in log
     summary = read(data / "out" / "summary.json")
     assert (summary["answered"], summary["bad"], len(summary["bad_first"])) == (7, 5, 5)
-    assert [one["answer"] for one in read(data / "out" / "results.json")].count("") >= 4  # wrong answers
+    assert [result["answer"] for result in read(data / "out" / "results.json")].count("") >= 4  # wrong answers
     image.write_bytes(whole)
     assert vqa(data, tiny_folder) == 1
     assert read(data / "out" / "summary.json")["bad"] == 3
 
 
-def test_many_bad_samples_in_a_row_end_the_run(data, tiny_folder, capsys):
+def test_eval_vqa_fails_after_many_bad_samples_in_a_row(data, tiny_folder, capsys):
     for image in (data / "val2014").iterdir():
         image.unlink()
     assert vqa(data, tiny_folder, "--max_bad", "3") == 2
     assert "3 samples in a row cannot be used, the last:" in capsys.readouterr().err
 
 
-def test_another_run_in_the_same_folder_is_refused(data, tiny_folder, capsys):
+def test_eval_vqa_fails_in_the_folder_of_another_run(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder, "--limit", "2") == 0
     for more, sentence in ((["--prompts", "plain"], "other settings (prompts: chat -> plain)"),
                            (["--dtype", "bfloat16"], "(dtype: float32 -> bfloat16)")):
         assert vqa(data, tiny_folder, *more) == 2 and sentence in capsys.readouterr().err
-    asked = (data / "q.json").read_text()
-    (data / "q.json").write_text(asked.replace("What", "Whom"))
+    questions = (data / "q.json").read_text()
+    (data / "q.json").write_text(questions.replace("What", "Whom"))
     assert vqa(data, tiny_folder) == 2 and "(the contents of the file of samples);" in capsys.readouterr().err
-    (data / "q.json").write_text(asked)
+    (data / "q.json").write_text(questions)
     assert vqa(data, tiny_folder, "--limit", "4") == 0 and len(lines(data / "out")) == 4
 
 
-def test_a_full_disk_ends_the_run_which_resumes(data, tiny_folder, capsys):
+def test_eval_vqa_resumes_after_a_full_disk(data, tiny_folder, capsys):
     assert vqa(data, tiny_folder, "--limit", "1") == 0
-    limits, before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+    with file_size_limit(60):
         assert vqa(data, tiny_folder) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, before)
     assert "samples-0.jsonl: cannot be written (the disk or quota is full" in capsys.readouterr().err
     assert vqa(data, tiny_folder) == 0 and read(data / "out" / "summary.json")["samples"] == COUNT
 
 
-def test_a_single_question_as_the_original_asked(data, tiny_folder, capsys):
+def test_eval_vqa_of_a_single_image(data, tiny_folder, capsys):
     arguments = ["--model", str(tiny_folder), "--device", "cpu", "--max-new-tokens", "8", "--image",
                  str(data / "val2014" / "COCO_val2014_000000000001.jpg")]
     answers = []
@@ -201,30 +195,31 @@ def test_a_single_question_as_the_original_asked(data, tiny_folder, capsys):
 
 @pytest.mark.process
 @pytest.mark.parametrize("prompts", ["chat", "plain"])
-def test_captions_are_scored(data, tiny_folder, prompts, monkeypatch):
-    monkeypatch.setenv("PATH", "")  # without Java, whose scores have tests of their own
+def test_eval_caption_scores_captions(data, tiny_folder, prompts, monkeypatch):
+    monkeypatch.setenv("PATH", "")  # without Java
     assert eval_program("eval_caption.py", "", flags(
         data, tiny_folder, "--captions", str(data / "c.json"), "--prompts", prompts, "--num-beams", "2")) == 0
     summary, results = read(data / "out" / "summary.json"), read(data / "out" / "results.json")
-    assert {"Bleu_4", "ROUGE_L", "CIDEr"} <= set(summary) and [one["image_id"] for one in results] == [1, 2, 3, 4, 5, 6]
-    assert all(isinstance(one["caption"], str) and "\n" not in one["caption"] for one in results)
+    assert {"Bleu_4", "ROUGE_L", "CIDEr"} <= set(summary)
+    assert [result["image_id"] for result in results] == [1, 2, 3, 4, 5, 6]
+    assert all(isinstance(result["caption"], str) and "\n" not in result["caption"] for result in results)
 
 
-def test_drawings_of_captions(data, tiny_folder, capsys):
+def test_eval_caption_to_images(data, tiny_folder, capsys):
     (data / "t.txt").write_text("a blue fish / or two\na red apple\n" + "long " * 60)
     arguments = flags(data, tiny_folder, "--captions", str(data / "t.txt"), "--steps", "1", "--batch-size", "2")
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
-    names = [one["picture"] for one in read(data / "out" / "results.json")]
+    names = [result["picture"] for result in read(data / "out" / "results.json")]
     assert names == ["000000_a_blue_fish___or_two.jpg", "000001_a_red_apple.jpg", f"000002_{'long_' * 11}long_.jpg"]
-    made = {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")}
-    assert set(made) == set(names) and all(Image.open(data / "out" / name).size[0] > 0 for name in names)
+    files = {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")}
+    assert set(files) == set(names) and all(Image.open(data / "out" / name).size[0] > 0 for name in names)
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
-    assert {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")} == made
+    assert {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")} == files
     assert "3 of 3 samples have been answered before" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("model", ["tiny_folder", "tiny_lavit_folder"])
-def test_text2image_keeps_what_clip_finds_best(data, request, clip_folder, capsys, model):
+def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
     folder = request.getfixturevalue(model)
     assert main(["eval", "text2image", *flags(
         data, folder, "--captions", str(data / "t.json"), "--limit", "3", "--best-of", "2", "--clip", str(clip_folder),
@@ -235,32 +230,25 @@ def test_text2image_keeps_what_clip_finds_best(data, request, clip_folder, capsy
     assert summary["notes"][0].startswith("FID is not computed (") and "fid" not in summary
 
 
-def test_text2image_draws_once_without_clip(data, tiny_folder, monkeypatch):
-    monkeypatch.chdir(data)
-    assert main(["eval", "text2image", *flags(data, tiny_folder, "--captions", str(data / "t.json"), "--limit", "1",
-                                              "--steps", "1")]) == 0
-    assert read(data / "out" / "settings.json")["best_of"] == 1 and "clip" not in read(data / "out" / "summary.json")
-
-
-def test_lavits_program_asks_vizwiz_first_whether_there_is_an_answer(data, tiny_lavit_folder, tiny_lavit, capsys):
-    own = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu", "--imagepath", str(data),
-           "--annopath", str(data / "v.json"), "--out", str(data / "out")]
-    assert evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "vizwiz", *own]) == 0
-    assert [one["question_id"] for one in read(data / "out" / "results.json")] == [1, 2, 3, 4, 5, 6]
+def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(data, tiny_lavit_folder, tiny_lavit, capsys):
+    flags = ["--model_path", str(tiny_lavit_folder), "--model_dtype", "fp32", "--device", "cpu",
+             "--imagepath", str(data), "--annopath", str(data / "v.json"), "--out", str(data / "out")]
+    assert evaluate_script("evaluate.py", "", ["--task_name", "vqa", "--dataset", "vizwiz", *flags]) == 0
+    assert [result["question_id"] for result in read(data / "out" / "results.json")] == [1, 2, 3, 4, 5, 6]
     image = Image.open(data / "val2014" / "COCO_val2014_000000000003.jpg")
-    asked = [tiny_lavit.ask(image, text, seed=42) for text in ('Is the question: "What is No. 3?" answerable?',
-                                                               "What is No. 3?")]
+    answers = [tiny_lavit.ask(image, text, seed=42) for text in ('Is the question: "What is No. 3?" answerable?',
+                                                                 "What is No. 3?")]
     line = next(line for line in lines(data / "out") if line["id"] == 3)
-    assert line["answerable"] == asked[0]
-    assert line["answer"] == ("unanswerable" if "no" in asked[0].lower().split() else asked[1].removesuffix("."))
+    assert line["answerable"] == answers[0]
+    assert line["answer"] == ("unanswerable" if "no" in answers[0].lower().split() else answers[1].removesuffix("."))
 
 
-def test_lavits_rules(data, tiny_lavit, tiny, tmp_path, monkeypatch):
+def test_questions_of_each_system(data, tiny_lavit, tiny, tmp_path, monkeypatch):
     run = Run(TASKS["vqa"]["gqa"], data / "testdev.json", tmp_path)
     work = Questions(tiny_lavit, run, [])
     assert [work._accuracy(text, Sample(0, "", references=["Red"])) for text in ("It is red.", "blue")] == [1.0, 0.0]
     assert Questions(tiny, run, [])._accuracy("two dogs", Sample(0, "", references=["2 dogs"])) == 1.0
-    assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit is asked as it was trained
+    assert work.question("What is No. 3?") == "What is No. 3?"  # nano-lavit's training prompts
     monkeypatch.setattr(tiny_lavit, "config", replace(tiny_lavit.config, original="lavit"))
     assert Questions(tiny_lavit, run, []).question("What is No. 3?") == "what is no 3?"
 
@@ -279,16 +267,9 @@ def test_find_truth(tmp_path, monkeypatch):
     assert find_truth(task, notes) == first
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("name", ["eval_vqa.py", "eval_caption.py", "eval_caption_to_images.py"])
-def test_programs_explain_themselves(name):
-    done = subprocess.run([sys.executable, str(EVAL / name), "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and "--limit" in done.stdout and "resumes" in done.stdout
-
-
 @pytest.mark.slow
 def test_nano_answers_questions(tmp_path):
-    question = "What is in the picture?"  # as nano was trained to be asked
+    question = "What is in the picture?"  # of nano's training data
     write(tmp_path / "vqa.json", [{"image": image, "question": question, "question_id": image, "answer": [answer] * 10}
                                   for image, answer in (("fox.png", "fox"), ("cat.jpg", "cat"))])
     assert eval_program("eval_vqa.py", "", [

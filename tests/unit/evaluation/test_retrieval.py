@@ -1,4 +1,4 @@
-"""Retrieval: LAVIS's numbers, shared captions, ties, blocks; the text encoders of a tokenizer's evaluation."""
+"""Retrieval as in LAVIS: shared captions, ties, blocks; text encoders for the tokenizer's evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 
 
 def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) -> dict[str, float]:
-    """LAVIS's own way, written down plainly: top k_test kept, the rest -100, positions by argsort."""
+    """LAVIS's computation: scores below the top k_test become -100, ranks by argsort."""
     def scores(left: np.ndarray, right: np.ndarray) -> np.ndarray:
         full = left @ right.T
         out = np.full_like(full, -100.0)
@@ -32,8 +32,8 @@ def lavis(images: np.ndarray, texts: np.ndarray, owner: list[int], k_test: int) 
                for i, row in enumerate(scores(images, texts))]
     to_image = [int(np.where(np.argsort(-row, kind="stable") == owner[j])[0][0])
                 for j, row in enumerate(scores(texts, images))]
-    share = {f"{way}_r{k}": 100.0 * float(np.mean(np.array(found) < k))
-             for way, found in (("txt", to_text), ("img", to_image)) for k in (1, 5, 10)}
+    share = {f"{way}_r{k}": 100.0 * float(np.mean(np.array(positions) < k))
+             for way, positions in (("txt", to_text), ("img", to_image)) for k in (1, 5, 10)}
     txt, img = (np.mean([share[f"{way}_r{k}"] for k in (1, 5, 10)]) for way in ("txt", "img"))
     return share | {"txt_r_mean": txt, "img_r_mean": img, "r_mean": (txt + img) / 2, "agg_metrics": txt}
 
@@ -43,7 +43,7 @@ def unit(rows: np.ndarray) -> torch.Tensor:
 
 
 def encoder(captions: list[list[str]], features: torch.Tensor):
-    """Texts → the features given for them."""
+    """Texts → their features."""
     known = dict(zip([text for row in captions for text in row], features, strict=True))
     return lambda texts: torch.stack([known[text] for text in texts])
 
@@ -56,11 +56,11 @@ def test_retrieval_equals_lavis(k_test, block, monkeypatch):
     owner = [i for i, row in enumerate(captions) for _ in row]
     images = unit(rng.normal(size=(60, 8)))
     texts = unit(images[owner].numpy() + 0.5 * rng.normal(size=(len(owner), 8)))
-    found = retrieval(images, encoder(captions, texts), captions)
-    assert found["lavis"] == pytest.approx(lavis(images.numpy(), texts.numpy(), owner, k_test))
-    assert 10 < found["lavis"]["txt_r1"] < found["lavis"]["txt_r10"] < 100
-    assert (found["n"], found["texts"], found["img_r5"].n) == (60, len(owner), len(owner))
-    assert found["img_r5"].low < found["img_r5"].value < found["img_r5"].high
+    scores = retrieval(images, encoder(captions, texts), captions)
+    assert scores["lavis"] == pytest.approx(lavis(images.numpy(), texts.numpy(), owner, k_test))
+    assert 10 < scores["lavis"]["txt_r1"] < scores["lavis"]["txt_r10"] < 100
+    assert (scores["n"], scores["texts"], scores["img_r5"].n) == (60, len(owner), len(owner))
+    assert scores["img_r5"].low < scores["img_r5"].value < scores["img_r5"].high
 
 
 def test_ranks_by_hand():
@@ -72,11 +72,11 @@ def test_ranks_by_hand():
     assert ranks(torch.ones(5, 5), torch.ones(5, 5), np.arange(5)[:, None].repeat(2, 1)).tolist() == [4] * 5  # ties
 
 
-def test_a_text_of_several_images_is_right_for_each():
+def test_retrieval_of_a_caption_of_several_images():
     captions = [["a cat", "one"], ["a cat"], ["two"]]
     texts = unit(np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])).float()
-    found = retrieval(torch.eye(3), encoder(captions, texts), captions)
-    assert (found["texts"], found["txt_r1"].value, found["img_r1"].value) == (4, 1.0, 1.0)
+    scores = retrieval(torch.eye(3), encoder(captions, texts), captions)
+    assert (scores["texts"], scores["txt_r1"].value, scores["img_r1"].value) == (4, 1.0, 1.0)
     same = retrieval(torch.ones(3, 4) / 2, encoder(captions, torch.ones(4, 4) / 2), captions)
     assert same["txt_r1"].value == same["img_r1"].value == 0.0  # ties count as wrong
 
@@ -94,13 +94,13 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
         stage1_texts(model, "nobody/no-words")
 
 
-def test_load_stage1_refuses_other_checkpoints(stages, tmp_path):
+def test_load_stage1_of_other_checkpoints(stages, tmp_path):
     tokenizer = Seed2Tokenizer.from_pretrained(stages.tokenizer)
     with pytest.raises(CheckpointError, match=r"model\.safetensors: not a stage-1 checkpoint: it holds no 'Qformer"):
         load_stage1(stages.tokenizer / "model.safetensors", tokenizer)
     trained = Stage1Model(tokenizer.config, vocab_size=13, embed_dim=8, freeze_vit=False)
     torch.save(trained.state_dict(), tmp_path / "own.pth")
-    loaded = load_stage1(tmp_path / "own.pth", tokenizer)  # with a vision encoder of its own
+    loaded = load_stage1(tmp_path / "own.pth", tokenizer)  # with its own vision encoder
     assert torch.equal(loaded.visual_encoder.cls_token, trained.visual_encoder.cls_token)
     assert loaded.visual_encoder is not tokenizer.visual_encoder
 

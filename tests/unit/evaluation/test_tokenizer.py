@@ -1,4 +1,4 @@
-"""`seed eval tokenizer` on files: features of the pass, reports, bad samples, the shipped tokenizer."""
+"""`seed eval tokenizer`: features, reports, bad samples, the shipped tokenizer."""
 
 from __future__ import annotations
 
@@ -54,25 +54,25 @@ def source_of(file: Path):
     return open_pairs({"format": "auto", "files": str(file)})
 
 
-def test_run_pass_computes_what_the_models_compute(stages, listed):
+def test_run_pass_equals_the_models_features(stages, listed):
     opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none", stage1=stages.stage1,
                             text_tokenizer=stages.words)
     seen = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
     assert seen.rows == [4, 0, 1] and seen.captions[0] == ["A grey square.", "a square of grey"]
     pixels = torch.stack([seed_image_processor(16)(Image.open(listed.parent / f"{c}.png").convert("RGB"))
                           for c in ("grey", "red", "green")])
-    tokenizer, stage1, found = opened.codec.model, opened.stage1, seen.features
-    assert found["codes"].tolist() == tokenizer.encode(pixels).tolist()
+    tokenizer, stage1, features = opened.codec.model, opened.stage1, seen.features
+    assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
     causal = F.normalize(stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1)
-    np.testing.assert_allclose(found["causal"], causal.detach().numpy(), atol=1e-5)
-    up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(found["codes"])))
+    np.testing.assert_allclose(features["causal"], causal.detach().numpy(), atol=1e-5)
+    up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(features["codes"])))
     rebuilt = F.normalize(stage1.vision_proj(tokenizer.rebuild_queries(up)[:, -1]), dim=-1)
-    np.testing.assert_allclose(found["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
-    decoded = F.normalize(tokenizer.decode(torch.from_numpy(found["codes"])), dim=-1)
-    np.testing.assert_allclose(found["decoded"], decoded.numpy(), atol=1e-5)
+    np.testing.assert_allclose(features["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
+    decoded = F.normalize(tokenizer.decode(torch.from_numpy(features["codes"])), dim=-1)
+    np.testing.assert_allclose(features["decoded"], decoded.numpy(), atol=1e-5)
 
 
-def test_run_pass_ends_after_many_bad_images_in_a_row(stages, tmp_path):
+def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):
     (tmp_path / "list.json").write_text(json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)]))
     opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
     with pytest.raises(DataError, match="20 samples in a row cannot be used"):
@@ -81,16 +81,16 @@ def test_run_pass_ends_after_many_bad_images_in_a_row(stages, tmp_path):
         run_pass(source_of(tmp_path / "list.json"), range(3), opened)
 
 
-def test_run_pass_names_the_image_whose_features_are_nan(stages, listed):
+def test_run_pass_names_images_with_nan_features(stages, listed):
     opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
     opened.codec.model.distill_image_proj.bias.data[3] = torch.nan
     with pytest.raises(DataError, match="item 1 or the images after it: 'decoded' holds numbers that are not finite"):
         run_pass(source_of(listed), [1, 0], opened)
 
 
-def test_data_spec(tmp_path):
-    def spec(data: str, **given: str) -> dict:
-        flags = dict.fromkeys(("split", "image_root", "image_key", "caption_key", "captioned")) | given
+def test_data_spec_of_each_kind_of_data(tmp_path):
+    def spec(data: str, **options: str) -> dict:
+        flags = dict.fromkeys(("split", "image_root", "image_key", "caption_key", "captioned")) | options
         return data_spec(argparse.Namespace(data=data, **flags))
 
     assert spec("nano") == {"format": "nano", "split": "val"}
@@ -107,7 +107,7 @@ def run(stages, data: Path | str, out: Path, *more: str) -> int:
 
 
 @pytest.mark.process
-def test_command_writes_the_report(stages, listed, tmp_path, capsys):
+def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     out = tmp_path / "out"
     assert run(stages, listed, out) == 0
     printed = capsys.readouterr()
@@ -125,7 +125,7 @@ def test_command_writes_the_report(stages, listed, tmp_path, capsys):
 
 
 def folder_of(place: Path, form: str) -> str:
-    """Five images with captions in a form that `--data` reads, one of them broken and one without a caption."""
+    """Images with captions in a format of `--data`, one of them broken and one without a caption."""
     place.mkdir()
     names = [*COLOURS, "cut", "bare"]
     data = {name: drawing(name if name in COLOURS else "red") for name in names}
@@ -147,7 +147,7 @@ def folder_of(place: Path, form: str) -> str:
 
 @pytest.mark.process
 @pytest.mark.parametrize("form", ["txt", "metadata.jsonl", "parquet"])
-def test_command_reads_folders_and_tables(stages, tmp_path, capsys, form):
+def test_eval_tokenizer_of_folders_and_tables(stages, tmp_path, capsys, form):
     assert run(stages, folder_of(tmp_path / "own", form), tmp_path / "out") == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["n"], report["captions"], len(report["left_out"])) == (len(COLOURS), len(COLOURS), 2)
@@ -156,7 +156,7 @@ def test_command_reads_folders_and_tables(stages, tmp_path, capsys, form):
 
 
 @pytest.mark.process
-def test_command_measures_images_without_captions(stages, listed, tmp_path, capsys):
+def test_eval_tokenizer_of_images_without_captions(stages, listed, tmp_path, capsys):
     listed.unlink()
     assert run(stages, tmp_path, tmp_path / "out", "--no-captions") == 0
     report = json.loads(capsys.readouterr().out)
@@ -166,12 +166,12 @@ def test_command_measures_images_without_captions(stages, listed, tmp_path, caps
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.parametrize("limit", ["60", "1"])
-def test_shipped_tokenizer(tmp_path, limit):
+def test_eval_tokenizer_of_nano(tmp_path, limit):
     assert main(["eval", "tokenizer", "--model", str(NANO), "--data", "nano", "--out", str(tmp_path), "--limit", limit,
                  "--rebuild", "12", "--device", "cpu"]) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["data"] == {"format": "nano", "split": "val"} and report["n"] == int(limit)
-    assert report["retrieval"] == {}  # nano has no text encoder of its own
+    assert report["retrieval"] == {}  # nano has no text encoder
     assert "NaN" not in (tmp_path / "report.json").read_text()
     for name in ("embedding", "image_clip"):
         near = report["reconstruction"][name]
@@ -180,15 +180,12 @@ def test_shipped_tokenizer(tmp_path, limit):
     assert report["codes"]["distinct"] >= 0.9 * int(limit)
 
 
-def test_command_names_what_does_not_fit(stages, listed, clip_folder, tmp_path, capsys):
+def test_eval_tokenizer_with_wrong_arguments(stages, listed, tmp_path, capsys):
     image_encoder = NANO / "seed_tokenizer" / "diffusion_model"
     for arguments, sentence in (
             (["--model", str(tmp_path / "absent")], "no such folder"),
-            (["--model", "nano-x"], "nano-x: is a seed_x; this measures SEED-2's kind of tokenizer"),
             (["--data", "elsewhere.txt"], "no such file or folder"),
-            (["--stage1", str(tmp_path / "no.pth")], "no such weights file"),
             (["--clip", str(image_encoder / "image_encoder")], "of width 256, this tokenizer decodes to width 10"),
-            (["--clip-text", str(clip_folder)], "of width 8, this tokenizer decodes to width 10"),
             (["--decoder", str(image_encoder)], "embeddings have width 10, but this diffusion model needs width 256"),
             (["--caption-key", "captoin"], "'captoin'")):
         assert run(stages, listed, tmp_path / "out", *arguments) == 2

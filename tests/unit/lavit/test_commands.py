@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_lavit import picture
+from tiny_lavit import noise
 
 from seed_multimodal.cli import lavit as programs
 from seed_multimodal.cli.main import main
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Answers are n
 
 @pytest.fixture
 def image(tmp_path: Path) -> str:
-    picture(1, (48, 30)).save(tmp_path / "image.png")
+    noise(1, (48, 30)).save(tmp_path / "image.png")
     return str(tmp_path / "image.png")
 
 
@@ -60,7 +60,7 @@ def test_draw_and_edit_with_sizes_and_ratios(seed, image):
 
 def test_tokenize_and_reconstruct(seed, image, tmp_path, tiny_lavit):
     """Images have different numbers of codes."""
-    picture(2).save(tmp_path / "other.png")
+    noise(2).save(tmp_path / "other.png")
     code, lines = seed("tokenize", image, str(tmp_path / "other.png"), "--out", str(tmp_path / "codes.jsonl"))
     codes = [line["codes"] for line in lines]
     assert code == 0 and codes[0] == tiny_lavit.tokenize(image)[0].tolist() and len(codes[0]) != len(codes[1])
@@ -102,7 +102,7 @@ def test_evaluate_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")  # without Java (its scores: tests/unit/evaluation)
-    picture(1).save(tmp_path / "1.png")
+    noise(1).save(tmp_path / "1.png")
     (tmp_path / "images.json").write_text('[{"image": "1.png", "img_id": 1}]')
     (tmp_path / "truth.json").write_text('{"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}')
     code = programs.evaluate_script("evaluate.py", "", [

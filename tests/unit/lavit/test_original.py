@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_lavit import picture, same
+from tiny_lavit import noise, same
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.lavit import original
@@ -38,7 +38,7 @@ def seeded(call, *arguments, **options):
 def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_path):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     for number, file in enumerate(files):
-        picture(number).save(file)
+        noise(number).save(file)
     few = {"max_length": 6, "min_length": 1}
     captions = seeded(understanding.generate, {"image": [str(file) for file in files]}, **few)
     assert len(captions) == 2 and captions == seeded(understanding.generate, {"image": files}, **few)
@@ -50,7 +50,7 @@ def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_pa
 
 
 def test_predict_answers_with_and_without_prompt(understanding):
-    samples = {"image": [picture(1), picture(2)], "text_input": ["What is this?", "Where?"]}
+    samples = {"image": [noise(1), noise(2)], "text_input": ["What is this?", "Where?"]}
     answers = seeded(understanding.predict_answers, samples)
     assert len(answers) == 2
     assert answers == seeded(understanding.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
@@ -61,7 +61,7 @@ def test_generate_image_and_multimodal_synthesis(generation):
     drawn = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     again = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
-    composed = generation.multimodal_synthesis([(picture(1), "image"), ("in the snow", "text")], **SMALL)
+    composed = generation.multimodal_synthesis([(noise(1), "image"), ("in the snow", "text")], **SMALL)
     assert len(composed) == 1 and composed[0].size == (64, 64) and generation.ratio_size("3:2") == (48, 80)
     with pytest.raises(ConfigError, match="multiples of 8"):
         generation.generate_image("a red apple", width=60, height=60)
@@ -82,7 +82,7 @@ def test_generate_image_tokenids_of_texts_and_ids(generation):
 
 def test_reconstruct_from_token_of_pixels_of_any_size(tiny_lavit_folder):
     detokenizer = LaVITDetokenizer(tiny_lavit_folder, model_dtype="fp32").to("cpu").eval()
-    pixels = torch.from_numpy(np.array(picture(1, (50, 20)))).permute(2, 0, 1)[None] / 255
+    pixels = torch.from_numpy(np.array(noise(1, (50, 20)))).permute(2, 0, 1)[None] / 255
     first, again = (seeded(detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=1)[0]
                     for _ in range(2))
     assert first.size == (40, 32) and same(first, again)
@@ -107,5 +107,5 @@ def test_models_has_the_original_names(monkeypatch):
                  "LaVITImageProcessor", "LaVITQuestionProcessor"):
         assert getattr(models, name) is getattr(original, name)
     assert models.LaVITQuestionProcessor()('What is "3.5:1"?') == "what is 351?"
-    assert models.LaVITImageProcessor()(picture(1)).shape == (3, 224, 224)
+    assert models.LaVITImageProcessor()(noise(1)).shape == (3, 224, 224)
     monkeypatch.delitem(sys.modules, "models")

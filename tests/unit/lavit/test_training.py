@@ -21,7 +21,7 @@ def model() -> LavitStage1:
 
 @pytest.fixture(scope="module")
 def features() -> torch.Tensor:
-    return toy.pictures(6)[0]
+    return toy.images(6)[0]
 
 
 def gumbel(seed: int, count: int = 6) -> torch.Tensor:

@@ -31,14 +31,14 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
     assert "contact_sheet.png" in capsys.readouterr().out
 
 
-def test_drawn_gives_each_image_the_words_before_it():
+def test_drawn_captions_each_image_with_the_text_before_it():
     image = ImagePart([0] * 32, image=Image.new("RGB", (8, 8), (9, 200, 9)))
     cells = quickstart.drawn(Answer(("One.", image, "Two.", "Three.", image)))
     assert [cell.caption for cell in cells] == ["One.", "Two. Three."]
     assert quickstart.drawn(Answer(("One.",))) == []
 
 
-def test_never_trained_on_names_what_is_held_out():
+def test_never_trained_on_names_the_held_out_part():
     notes = {words: quickstart.never_trained_on(words) for words in (*quickstart.READ, *quickstart.DRAWN)}
     assert all(held_out(scene_of(words)) and len(note) > 20 for words, note in notes.items())
     assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"

@@ -1,4 +1,4 @@
-"""Equal random numbers in every test."""
+"""The same random seed in every test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""EVA ViT and layers: token count, released start, CLIP weights, checkpointing, position resizing, half precision."""
+"""EVA ViT and layers: tokens, CLIP weights, gradient checkpointing, position resizing, half precision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
 from seed_multimodal.nn.layers import checkpoint_layers, resize_square
 
 SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
 
 
-def test_class_token_first_and_every_patch_follows() -> None:
+def test_forward_gives_a_class_token_and_one_token_per_patch() -> None:
     vit = EvaVit(SMALL).eval()
     image = torch.randn(1, 3, 16, 16)
     changed = image.clone()
@@ -30,7 +29,7 @@ def test_class_token_first_and_every_patch_follows() -> None:
     assert difference.nonzero().tolist() == [[0, 1]]
 
 
-def test_a_clip_vision_encoder_s_weights_give_a_clip_vision_encoder_s_output() -> None:
+def test_eva_from_clip_gives_clips_output() -> None:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(
@@ -42,23 +41,23 @@ def test_a_clip_vision_encoder_s_weights_give_a_clip_vision_encoder_s_output() -
     vit, images = EvaVit(dataclasses.replace(SMALL, pre_norm=True)), torch.randn(5, 3, 16, 16)
     vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
     back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
-    given = clip.state_dict()
-    assert len(back) > 40 and all(torch.equal(value, given[name]) for name, value in back.items())
+    original = clip.state_dict()
+    assert len(back) > 40 and all(torch.equal(value, original[name]) for name, value in back.items())
     with torch.no_grad():
-        own, wanted = vit(images), clip.vision_model(images).last_hidden_state
-        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-4)
+        expected = clip.vision_model(images).last_hidden_state
+        torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
         without = EvaVit(SMALL)
         without.load_state_dict(eva_from_clip(clip.state_dict(), without.config))
-        assert (without(images) - wanted).abs().max() > 0.1
+        assert (without(images) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kernel", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION], ids=str)
-def test_gradient_checkpointing_changes_nothing_but_memory(kernel: SDPBackend | None) -> None:
-    """Also where the training loop's choice of attention kernel holds for the pass forward only."""
+def test_gradient_checkpointing_changes_no_gradient(kernel: SDPBackend | None) -> None:
+    """Also if the attention kernel is chosen for the forward pass only."""
     plain, saving = EvaVit(SMALL), EvaVit(dataclasses.replace(SMALL, grad_checkpoint=True))
     saving.load_state_dict(plain.state_dict())
     later = copy.deepcopy(plain)
-    for _ in range(2):  # a second time changes nothing
+    for _ in range(2):  # applied twice
         checkpoint_layers(later)
     image, runs = torch.randn(2, 3, 16, 16), Counter()
     for vit in (plain, saving, later):
@@ -81,13 +80,8 @@ def test_resize_square_of_another_grid() -> None:
     torch.testing.assert_close(resize_square(torch.full((16, 8), 3.0), 7), torch.full((49, 8), 3.0))
 
 
-def test_impossible_sizes_are_refused() -> None:
-    with pytest.raises(ConfigError, match="multiple of the patch"):
-        EvaConfig(image_size=225)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_vision_encoder_runs_in_half_precision(dtype: torch.dtype) -> None:
+def test_forward_in_half_precision(dtype: torch.dtype) -> None:
     vit, image = EvaVit(SMALL).eval(), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
         exact = vit(image)

@@ -13,7 +13,7 @@ def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tens
     return centres, (centres[:, None] + 0.05 * torch.randn(count, each, dim)).flatten(0, 1)
 
 
-def test_nearest_is_brute_force_nearest_and_first_of_a_tie() -> None:
+def test_nearest_equals_brute_force_and_takes_the_first_of_a_tie() -> None:
     quantizer = VectorQuantizer(40, 5)
     z = torch.randn(3, 7, 5) * 0.02
     brute = (z[..., None, :] - quantizer.embedding.weight).square().sum(-1).argmin(-1)
@@ -23,7 +23,7 @@ def test_nearest_is_brute_force_nearest_and_first_of_a_tie() -> None:
     assert int(quantizer.nearest(torch.full((5,), 9.0))) == 3
 
 
-def test_distances_are_fp32_under_autocast_and_for_half_weights() -> None:
+def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights() -> None:
     quantizer = VectorQuantizer(512, 16)
     torch.nn.init.normal_(quantizer.embedding.weight)
     z = torch.randn(64, 32, 16)
@@ -37,7 +37,7 @@ def test_distances_are_fp32_under_autocast_and_for_half_weights() -> None:
     assert torch.equal(half.nearest(points).flatten(), brute)
 
 
-def test_loss_weights_and_straight_through_gradient() -> None:
+def test_forward_loss_and_straight_through_gradient() -> None:
     quantizer = VectorQuantizer(10, 4)
     z = torch.randn(2, 3, 4, requires_grad=True)
     quant, loss, indices = quantizer(z)
@@ -53,7 +53,7 @@ def test_loss_weights_and_straight_through_gradient() -> None:
     torch.testing.assert_close(z.grad, torch.ones_like(z))
 
 
-def test_k_means_start_finds_the_clusters() -> None:
+def test_init_from_finds_the_clusters() -> None:
     centres, points = _clusters(12, 6, 30)
     quantizer = VectorQuantizer(24, 6)
     before = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
@@ -63,7 +63,7 @@ def test_k_means_start_finds_the_clusters() -> None:
     assert len(quantizer.nearest(points).unique()) >= 12
 
 
-def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> None:
+def test_init_from_is_reproducible_with_fewer_points_than_codes() -> None:
     points = torch.randn(20, 4)
     tables = []
     for _ in range(2):
@@ -75,7 +75,7 @@ def test_k_means_start_is_reproducible_and_takes_fewer_points_than_codes() -> No
     assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
 
 
-def test_restart_moves_exactly_the_dead_codes() -> None:
+def test_restart_moves_dead_codes_only() -> None:
     quantizer = VectorQuantizer(8, 3)
     before = (torch.arange(8.0)[:, None] * 10).expand(8, 3)
     quantizer.embedding.weight.data.copy_(before)
@@ -86,7 +86,7 @@ def test_restart_moves_exactly_the_dead_codes() -> None:
     assert sorted(quantizer.embedding.weight[dead][:, 0].tolist()) == [1, 21, 71]
 
 
-def test_cosine_codes_ignore_length() -> None:
+def test_normalized_codes_ignore_length() -> None:
     quantizer = VectorQuantizer(16, 4, normalize=True)
     z = torch.randn(5, 4)
     assert torch.equal(quantizer.nearest(z), quantizer.nearest(z * 100))
@@ -95,37 +95,36 @@ def test_cosine_codes_ignore_length() -> None:
     torch.testing.assert_close(quant, quantizer.lookup(indices))
 
 
-def test_moving_average_follows_its_features_without_gradient() -> None:
+def test_moving_average_follows_features_without_gradient() -> None:
     centres, points = _clusters(4, 3, 50)
     quantizer = VectorQuantizer(4, 3, ema_decay=0.5).train()
     assert not quantizer.embedding.weight.requires_grad
     quantizer.init_from(points[::50] + 0.5, iterations=0)
     for _ in range(12):
         quantizer(points[None])
-    found = torch.cdist(centres, quantizer.embedding.weight).min(1).values
-    assert found.max() < 0.05
+    assert torch.cdist(centres, quantizer.embedding.weight).min(1).values.max() < 0.05
     _, loss, indices = quantizer.eval()(points[None])
     torch.testing.assert_close(loss, F.mse_loss(points[None], quantizer.embedding.weight[indices]))
 
 
-def test_sections_give_each_position_its_own_codes() -> None:
+def test_sections_divide_the_codes_among_positions() -> None:
     torch.manual_seed(5)
     quantizer = VectorQuantizer(24, 4, sections=6).train()
     points = torch.randn(200, 6, 4) + 3.0 * torch.randn(6, 4)
     quantizer.init_from(points)
     _, _, codes = quantizer(points)
-    own = torch.arange(6) * 4
-    assert bool(((codes >= own) & (codes < own + 4)).all())
-    for place in range(6):  # the nearest of its own four, though another section's code may be nearer
-        rows = quantizer.embedding.weight[place * 4:place * 4 + 4]
-        assert torch.equal(codes[:, place] - place * 4, torch.cdist(points[:, place], rows).argmin(1))
+    first = torch.arange(6) * 4
+    assert bool(((codes >= first) & (codes < first + 4)).all())
+    for position in range(6):  # the nearest code of the section
+        rows = quantizer.embedding.weight[position * 4:position * 4 + 4]
+        assert torch.equal(codes[:, position] - position * 4, torch.cdist(points[:, position], rows).argmin(1))
     quantizer.restart(torch.arange(24) // 4 == 2, points)  # onto features of that position
     moved = quantizer.embedding.weight[8:12]
     assert bool((torch.cdist(moved, points[:, 2]).min(1).values < 1e-6).all())
 
 
 @torch.no_grad()
-def test_unit_rows_are_stored_on_the_sphere_and_compared_as_they_are() -> None:
+def test_unit_rows_stay_on_the_sphere() -> None:
     quantizer = VectorQuantizer(6, 4, unit_rows=True, ema_decay=0.5)
     lengths = [quantizer.embedding.weight.norm(dim=1)]
     quantizer.init_from(3 * torch.randn(200, 4))
@@ -134,7 +133,7 @@ def test_unit_rows_are_stored_on_the_sphere_and_compared_as_they_are() -> None:
     lengths.append(quantizer.embedding.weight.norm(dim=1))
     quantizer.restart(torch.ones(6, dtype=torch.bool), 5 * torch.randn(50, 4))
     lengths.append(quantizer.embedding.weight.norm(dim=1))
-    assert all(torch.allclose(one, torch.ones(6), atol=1e-5) for one in lengths)
+    assert all(torch.allclose(norms, torch.ones(6), atol=1e-5) for norms in lengths)
     quantizer.embedding.weight[2] *= 3
     z = torch.randn(40, 4)
     near = torch.cdist(F.normalize(z, dim=-1), quantizer.embedding.weight).argmin(1)

@@ -35,7 +35,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images of nano's scenes and `pairs.json` next to them."""
-    return lavis_runs.write_pictures(tmp_path_factory.mktemp("images"))
+    return lavis_runs.write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture

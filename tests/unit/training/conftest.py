@@ -1,4 +1,4 @@
-"""What the tests of the training loop share: the toy of loop_toy.py and a way to start it as a process."""
+"""The toy of loop_toy.py for the tests of the training loop, in this process or another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def toy() -> ModuleType:
-    import loop_toy  # where it is used: it is slow
+    import loop_toy  # slow to import
 
     return loop_toy
 

@@ -1,4 +1,4 @@
-"""What a resumed run says of settings that are not those of the run before."""
+"""Changed settings of a resumed run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ BEFORE = {"data": {"sources": [{"name": "a", "weight": 1}, {"name": "b", "weight
           "trainer": {"resume": "auto", "resumed": 0}, **{f"k{number}": 0 for number in range(9)}}
 
 
-def test_every_difference_by_its_key() -> None:
+def test_changed_settings_lists_each_key() -> None:
     now = {**BEFORE, "data": {"sources": [{"name": "b", "weight": 3}]}, "optim": {},
            "trainer": {"resume": "never", "resumed": 1}}
     assert changed_settings(BEFORE, BEFORE) == []
@@ -18,8 +18,8 @@ def test_every_difference_by_its_key() -> None:
         "data.sources.b.weight: 2 -> 3", "trainer.resumed: 0 -> 1"]
 
 
-def test_many_are_counted() -> None:
+def test_settings_remark_counts_further_changes() -> None:
     assert settings_remark(BEFORE, BEFORE, ()) == ""
-    said = settings_remark(BEFORE, {**BEFORE, **{f"k{number}": 1 for number in range(9)}}, ())
-    assert said.startswith("settings changed since the checkpoint: k0: 0 -> 1; k1: 0 -> 1; ")
-    assert said.endswith("; k7: 0 -> 1; 1 more")
+    remark = settings_remark(BEFORE, {**BEFORE, **{f"k{number}": 1 for number in range(9)}}, ())
+    assert remark.startswith("settings changed since the checkpoint: k0: 0 -> 1; k1: 0 -> 1; ")
+    assert remark.endswith("; k7: 0 -> 1; 1 more")

@@ -1,4 +1,4 @@
-"""Label heads as teachers."""
+"""Divergence of label heads, and loading them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from seed_multimodal.training.label_heads import label_divergence, load_label_he
 from seed_multimodal.weights import save_state_dict
 
 
-def test_divergence_is_torchs_and_teaches_the_embedding_only() -> None:
+def test_label_divergence_equals_torchs_and_trains_the_student_only() -> None:
     heads = LabelHeads(4, {"style": 3, "layout": 5}).requires_grad_(False)
     student, teacher = torch.randn(8, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
-    wanted = torch.stack([kl_divergence(Categorical(logits=heads(teacher)[name]),
+    expected = torch.stack([kl_divergence(Categorical(logits=heads(teacher)[name]),
                                         Categorical(logits=heads(student)[name])) for name in heads.classes])
     with torch.autocast("cpu", torch.bfloat16):
         divergence = label_divergence(heads, student, teacher)
-    torch.testing.assert_close(divergence, wanted.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(divergence, expected.mean(0), rtol=1e-5, atol=1e-6)
     divergence.mean().backward()
     assert float(student.grad.abs().sum()) > 0 and teacher.grad is None
 
 
-def test_load_reads_labels_and_sizes(tmp_path: Path) -> None:
+def test_load_label_heads_reads_labels_and_sizes(tmp_path: Path) -> None:
     heads, file = LabelHeads(4, {"style": 3, "layout": 5}), tmp_path / "heads.safetensors"
     save_state_dict(heads.state_dict(), file)
     loaded = load_label_heads(file, ("style", "layout"))

@@ -1,4 +1,4 @@
-"""The training loop: sample order, schedule, numbers of the first version, accumulation, precision, refusals."""
+"""The training loop: sample order, accumulation, precision, resume, errors."""
 
 from __future__ import annotations
 
@@ -20,21 +20,9 @@ from seed_multimodal.training.ema import Ema
 from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
 
-# Losses and the sum of the final weights of twelve steps of the toy, by the loop before it knew accumulation,
-# scaling and processes.
-PINNED = {
-    "fp32": ([6.128939151763916, 3.572467565536499, 10.520353317260742, 5.14974308013916, 9.243545532226562,
-              7.429692268371582, 4.6376752853393555, 6.124489784240723, 4.978849411010742, 3.5179872512817383,
-              3.1879770755767822, 9.43420124053955], -5.5127456553746015, 1e-5),
-    # Rounding to 8 bits may differ by one place between CPUs.
-    "bf16": ([6.130583763122559, 3.5731589794158936, 10.524201393127441, 5.151852130889893, 9.243814468383789,
-              7.425053119659424, 4.6345744132995605, 6.128175735473633, 4.979207515716553, 3.520078659057617,
-              3.1870994567871094, 9.443520545959473], -5.510031208628789, 5e-3),
-}
-
 
 def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
-    """The same training without the loop: twelve steps as one would write them by hand."""
+    """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
     settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
@@ -58,26 +46,15 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_numbers_are_those_of_the_first_version(toy: ModuleType, tmp_path: Path, precision: str) -> None:
+def test_train_stage_equals_a_plain_loop_bitwise(toy: ModuleType, tmp_path: Path, precision: str) -> None:
+    losses, total = plain_loop(toy, precision)
     record = toy.train(tmp_path, precision=precision)
-    pinned, total, tolerance = PINNED[precision]
-    losses = toy.read_losses(tmp_path)
-    assert list(losses) == list(range(12))
-    assert list(losses.values()) == pytest.approx(pinned, rel=tolerance)
-    assert float.fromhex(record["sum"]) == pytest.approx(total, rel=tolerance)
+    assert toy.read_losses(tmp_path) == dict(enumerate(losses)) and record["sum"] == total
     assert {k: v for k, v in record.items() if k not in ("seconds", "sum")} == {
         "stage": "toy", "steps": 12, "batch_size": 8}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_bit_equal_to_a_plain_loop(toy: ModuleType, tmp_path: Path, precision: str) -> None:
-    losses, total = plain_loop(toy, precision)
-    whole = toy.train(tmp_path / "whole", precision=precision)
-    assert toy.read_losses(tmp_path / "whole") == dict(enumerate(losses))
-    assert whole["sum"] == total
-
-
-def test_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) -> None:
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
     toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
     whole, parts = toy.read_losses(tmp_path / "whole"), toy.read_losses(tmp_path / "parts")
@@ -89,8 +66,8 @@ def test_accumulation_equals_the_whole_batch(toy: ModuleType, tmp_path: Path) ->
     assert [file["samples_per_step"] for file in files] == [16, 16]
 
 
-def test_fp16_scales_and_skips_what_overflows(toy: ModuleType, tmp_path: Path) -> None:
-    """Weights do not move at a step whose scaled gradients overflow; the scale halves, is saved and comes back."""
+def test_fp16_skips_steps_that_overflow(toy: ModuleType, tmp_path: Path) -> None:
+    """Weights do not change at a step whose scaled gradients overflow; the halved scale is saved and restored."""
     model = nn.Linear(4, 1)
     x = torch.ones(2, 4)
     scales, weights = [], []
@@ -115,7 +92,7 @@ def test_fp16_scales_and_skips_what_overflows(toy: ModuleType, tmp_path: Path) -
                   StageConfig(max_steps=100, batch_size=2, precision="fp16"), tmp_path)
 
 
-def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: ModuleType, tmp_path: Path) -> None:
+def test_fp16_overflow_in_the_first_step_affects_one_log_line(toy: ModuleType, tmp_path: Path) -> None:
     model = nn.Linear(4, 1)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
@@ -127,7 +104,7 @@ def test_an_overflow_in_the_first_fp16_step_does_not_stay_in_the_log(toy: Module
     assert [math.isfinite(norm) for norm in norms] == [False, True, True]
 
 
-def test_given_optimizer_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
+def test_train_stage_with_another_optimizer_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
     model = nn.Linear(3, 2, bias=False)
     with torch.no_grad():
         model.weight.fill_(1.0)
@@ -141,9 +118,8 @@ def test_given_optimizer_and_schedule(toy: ModuleType, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("failure", "sentence"), [
     ("loss", r"The loss became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\."),
     ("gradient", r"The gradient norm became nan at step 6; the last checkpoint \(.*checkpoint-4\) is intact\.")])
-def test_what_is_not_finite_ends_the_run_before_weights_move(
-    toy: ModuleType, tmp_path: Path, failure: str, sentence: str
-) -> None:
+def test_train_stage_stops_at_a_loss_that_is_not_finite(toy: ModuleType, tmp_path: Path, failure: str,
+                                                        sentence: str) -> None:
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -161,7 +137,7 @@ def test_what_is_not_finite_ends_the_run_before_weights_move(
     assert torch.equal(before[0], model.weight) and not (tmp_path / "bad.done.json").exists()
 
 
-def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> None:
+def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     content = toy.content(tmp_path)
@@ -189,10 +165,10 @@ def test_state_of_another_run_is_refused(toy: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="model.safetensors: not a complete weights file"):
         toy.train(tmp_path)
     weights.write_bytes(content[weights.name])
-    toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)  # as many samples in each step as before
+    toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)  # the same number of samples per step
 
 
-def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
+def test_ema_starts_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
     before = toy.saved(tmp_path)
@@ -202,7 +178,7 @@ def test_average_may_begin_at_a_resume(toy: ModuleType, tmp_path: Path) -> None:
     torch.testing.assert_close(after["ema"], dict(before["model"]))
 
 
-def test_frozen_weights_may_stay_out_of_the_state(toy: ModuleType, tmp_path: Path) -> None:
+def test_checkpoints_without_frozen_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(model: nn.Sequential, steps: int, **more: Any) -> None:
         model[0].requires_grad_(False)
         settings = StageConfig(max_steps=steps, batch_size=2, precision="fp32", learning_rate=0.1, **more)
@@ -225,17 +201,15 @@ def test_frozen_weights_may_stay_out_of_the_state(toy: ModuleType, tmp_path: Pat
         run(model(seed=7), 6, save_frozen=False)
 
 
-def test_batches_walk_every_sample_once_an_epoch() -> None:
+def test_batch_indices_contain_every_sample_once_per_epoch() -> None:
     seen = torch.cat([batch_indices(step, 8, 30, seed=3) for step in range(15)])
     for epoch in range(4):
         assert sorted(seen[epoch * 30:(epoch + 1) * 30].tolist()) == list(range(30))
     assert not torch.equal(seen[:30], seen[30:60])
 
 
-@pytest.mark.parametrize(("key", "value"), [
-    ("precision", "float32"), ("gradient_accumulation_steps", 0), ("batch_size", 0), ("logging_steps", 0),
-    ("ema", 1.0), ("ema", math.nan), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan)])
-def test_settings_no_run_can_follow(toy: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
+@pytest.mark.parametrize(("key", "value"), [("precision", "float32"), ("batch_size", 0), ("ema", 1.0)])
+def test_train_stage_with_wrong_values(toy: ModuleType, tmp_path: Path, key: str, value: Any) -> None:
     model = nn.Linear(1, 1)
     with pytest.raises(ConfigError, match=f"{key} must be"):
         toy.run_stage("x", model, lambda step: (model.weight.sum(), {}), StageConfig(**{"max_steps": 1, key: value}),
@@ -243,7 +217,7 @@ def test_settings_no_run_can_follow(toy: ModuleType, tmp_path: Path, key: str, v
     assert not (tmp_path / "x").exists()
 
 
-def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(toy: ModuleType, tmp_path: Path) -> None:
+def test_warm_start_loads_averaged_weights(toy: ModuleType, tmp_path: Path) -> None:
     def run(name: str, model: torch.nn.Module, **more: object) -> dict:
         settings = StageConfig(max_steps=3, batch_size=2, warmup_steps=1, precision="fp32", ema=0.5, **more)
         x = torch.ones(2, 3)
@@ -256,5 +230,3 @@ def test_warm_start_takes_the_averaged_weights_and_refuses_another_model(toy: Mo
     torch.testing.assert_close(second.weight, first.weight)
     with pytest.raises(CheckpointError, match="another size"):
         run("third", torch.nn.Linear(3, 4), start=str(tmp_path / "first" / "first.checkpoints"))
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
-        run("fourth", torch.nn.Linear(3, 2), start=str(tmp_path / "none"))

@@ -1,4 +1,4 @@
-"""Two processes under torchrun: the numbers of one process with twice the batch, one state, one log, stops together."""
+"""Two processes under torchrun equal one with twice the batch, write one checkpoint and log, and stop together."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ ENDLESS = {"name": "endless", "batch_size": 4, "max_steps": 100_000, "pause": 0.
 @pytest.mark.process
 @pytest.mark.timeout(900)
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
-    toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path
-) -> None:
+        toy: ModuleType, start_toy: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
@@ -35,23 +34,23 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     while time.monotonic() < deadline and process.poll() is None and lines(folder) < 24 + 5:
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
-    said = process.communicate(timeout=200)[0]
-    assert said.count("refused: [single] this stage supports a single process, not 2") == 2, said
-    compare_states(toy, tmp_path, said)
+    output = process.communicate(timeout=200)[0]
+    assert output.count("refused: [single] this stage supports a single process, not 2") == 2, output
+    compare_states(toy, tmp_path, output)
     compare_losses(toy, tmp_path)
     compare_logs(tmp_path)
-    assert_stopped_together(toy, folder, said)
-    assert_another_batch_is_refused(toy, folder)
+    assert_stopped_together(toy, folder, output)
+    assert_another_batch_fails(toy, folder)
 
 
 def lines(folder: Path, rank: int = 0) -> int:
-    """Micro-steps that this process made, in both stages."""
+    """Micro-steps of this process in both stages."""
     file = folder / f"losses.{rank}.txt"
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
-def compare_states(toy: ModuleType, folder: Path, said: str) -> None:
-    assert (folder / "two" / "equal.done.json").is_file(), said
+def compare_states(toy: ModuleType, folder: Path, output: str) -> None:
+    assert (folder / "two" / "equal.done.json").is_file(), output
     one, two = (toy.saved(folder / run, "equal") for run in ("one", "two"))
     for part in ("model", "ema"):
         torch.testing.assert_close(two[part], one[part], rtol=1e-5, atol=1e-6)
@@ -61,9 +60,9 @@ def compare_states(toy: ModuleType, folder: Path, said: str) -> None:
 
 
 def compare_losses(toy: ModuleType, folder: Path) -> None:
-    """Each process's losses are of its own halves, and their mean is the loss of the double batch."""
+    """The mean of the processes' losses is the loss of the double batch."""
     one = toy.read_losses(folder / "one")
-    # The second stage began again at micro-step 0; its steps stand behind the first stage's.
+    # Lines of the second stage follow those of the first.
     texts = [(folder / "two" / f"losses.{rank}.txt").read_text().splitlines()[:24] for rank in (0, 1)]
     first, second = ([float.fromhex(line.split()[1]) for line in text] for text in texts)
     assert first != second
@@ -72,7 +71,7 @@ def compare_losses(toy: ModuleType, folder: Path) -> None:
 
 
 def compare_logs(folder: Path) -> None:
-    """One line for each step, by one process, with numbers over both."""
+    """One line per step, with numbers over both processes."""
     one, two = ([json.loads(line) for line in (folder / run / "equal.log.jsonl").read_text().splitlines()]
                 for run in ("one", "two"))
     assert [line["step"] for line in two] == list(range(1, 13))
@@ -82,23 +81,23 @@ def compare_logs(folder: Path) -> None:
         assert b["samples_per_s"] * b["seconds_per_step"] == pytest.approx(16)
 
 
-def assert_stopped_together(toy: ModuleType, folder: Path, said: str) -> None:
-    assert said.count("[endless] stopped by SIGTERM after step") == 1, said
+def assert_stopped_together(toy: ModuleType, folder: Path, output: str) -> None:
+    assert output.count("[endless] stopped by SIGTERM after step") == 1, output
     state = toy.saved(folder, "endless")
-    made = [lines(folder, rank) - 24 for rank in (0, 1)]
-    assert made == [state["global_step"]] * 2 and state["global_step"] >= 5
+    steps = [lines(folder, rank) - 24 for rank in (0, 1)]
+    assert steps == [state["global_step"]] * 2 and state["global_step"] >= 5
     assert not (folder / "endless.done.json").exists()
     assert not list(folder.glob(".*tmp"))
 
 
-def assert_another_batch_is_refused(toy: ModuleType, folder: Path) -> None:
+def assert_another_batch_fails(toy: ModuleType, folder: Path) -> None:
     content = toy.content(folder, "endless")
     with pytest.raises(CheckpointError, match="saved with samples per step 8, this run has 4; use"):
         toy.train(folder, **ENDLESS)
     assert toy.content(folder, "endless") == content
 
 
-def test_merged_numbers() -> None:
+def test_merge_of_log_lines() -> None:
     lines = [{"loss": 1.0, "bad": 2, "usage": 0.5, "wait_share": 0.1, "peak_memory_mib": 5.0},
              {"loss": 3.0, "bad": 1, "usage": 0.7, "wait_share": 0.3, "peak_memory_mib": 4.0, "only": 7.0}]
     merged = merge(lines)
@@ -107,7 +106,7 @@ def test_merged_numbers() -> None:
     assert isinstance(merged["bad"], int)
 
 
-def test_alone_without_a_group() -> None:
+def test_process_group_of_one_process() -> None:
     group = ProcessGroup()
     assert (group.world, group.rank, group.first) == (1, 0, True)
     assert group.agree(True, False) == [True, False] and group.gather({"a": 1}) == [{"a": 1}]

@@ -1,11 +1,10 @@
-"""Runs that are really killed, stopped or out of disk: what is on disk afterwards, and that they go on bit for bit."""
+"""Runs that are killed, stopped or run out of disk space: their files, and that resuming is bitwise equal."""
 
 from __future__ import annotations
 
 import json
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from full_disk import file_size_limit
 
 from seed_multimodal.errors import SeedError
 
@@ -25,10 +25,8 @@ LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_sigkill_at_any_step_and_resume_gives_bit_equal_losses(
-    toy: ModuleType, start_toy: Start, tmp_path: Path
-) -> None:
-    """Accumulation and EMA, fp32 and bf16; killed at a random micro-step, in a process of its own."""
+def test_resume_after_sigkill_is_bitwise_equal(toy: ModuleType, start_toy: Start, tmp_path: Path) -> None:
+    """With accumulation and EMA in fp32 and bf16, killed at a random micro-step."""
     processes = {p: start_toy(tmp_path / p, {**LONG, "precision": p, "pause": 0.1}) for p in ("fp32", "bf16")}
     running = {precision: random.SystemRandom().randint(2, 30) for precision in processes}
     deadline = time.monotonic() + 300
@@ -40,20 +38,19 @@ def test_sigkill_at_any_step_and_resume_gives_bit_equal_losses(
     for precision, process in processes.items():
         assert process.wait(timeout=30) == -signal.SIGKILL, process.stdout.read()
         assert not (tmp_path / precision / "toy.done.json").exists()
-        made = len(toy.read_losses(tmp_path / precision))
+        killed_at = len(toy.read_losses(tmp_path / precision))
         whole = toy.train(tmp_path / f"{precision}-whole", **LONG, precision=precision)
         resumed = toy.train(tmp_path / precision, **LONG, precision=precision)
-        assert toy.read_losses(tmp_path / precision) == toy.read_losses(tmp_path / f"{precision}-whole"), made
+        assert toy.read_losses(tmp_path / precision) == toy.read_losses(tmp_path / f"{precision}-whole"), killed_at
         assert resumed["sum"] == whole["sum"]
         first, second = ([json.loads(line) for line in (tmp_path / run / "toy.log.jsonl").read_text().splitlines()]
                          for run in (precision, f"{precision}-whole"))
-        assert [line["step"] for line in first] == list(range(1, 41))  # none twice
+        assert [line["step"] for line in first] == list(range(1, 41))
         assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
-def test_sigterm_finishes_the_step_and_saves(
-    toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sigterm_finishes_the_step_and_saves(toy: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+                                             ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path / "stopped", stop_at=6)
@@ -61,12 +58,12 @@ def test_sigterm_finishes_the_step_and_saves(
     assert "[toy] stopped by SIGTERM after step 7 of 12; the same command resumes from" in capsys.readouterr().out
     assert len(toy.read_losses(tmp_path / "stopped")) == 7
     whole, resumed = toy.train(tmp_path / "whole"), toy.train(tmp_path / "stopped")
-    assert len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12  # no step was made twice
+    assert len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12  # no step is repeated
     assert toy.read_losses(tmp_path / "stopped") == toy.read_losses(tmp_path / "whole")
     assert resumed["sum"] == whole["sum"]
 
 
-def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleType, tmp_path: Path) -> None:
+def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(toy: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=11)
     assert not (tmp_path / "toy.done.json").exists()
@@ -75,50 +72,43 @@ def test_sigterm_at_the_last_step_leaves_the_evaluation_for_later(toy: ModuleTyp
 
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_full_disk_leaves_the_last_checkpoint_and_ends_in_a_sentence(start_toy: Start, tmp_path: Path) -> None:
-    """A real file system that is really full: room for a checkpoint, but not for its successor next to it."""
+def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path: Path) -> None:
+    """A file system with space for one checkpoint, but not for a second one next to it."""
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
     if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this system lets no test mount a file system of its own")
+        pytest.skip("this system allows no user mounts")
     script = f'{mount} && exec "$@"'
     process = start_toy(tmp_path, {"save_steps": 1, "logging_steps": 100},
                         before=(unshare, "-Urm", "sh", "-c", script, "sh", sys.executable))
-    said = process.communicate(timeout=350)[0]
-    assert process.returncode == 2, said
-    found = re.search(r"The checkpoint of step 2 cannot be written: .* \(0 MiB of the disk are free\); "
-                      r"the last checkpoint \(.*toy.checkpoints/checkpoint-1\) is intact", said)
-    assert found, said
-    assert "files: ['losses.0.txt', 'toy.checkpoints']" in said and "state of step: 1" in said
+    output = process.communicate(timeout=350)[0]
+    assert process.returncode == 2, output
+    assert re.search(r"The checkpoint of step 2 cannot be written: .* \(0 MiB of the disk are free\); "
+                     r"the last checkpoint \(.*toy.checkpoints/checkpoint-1\) is intact", output), output
+    assert "files: ['losses.0.txt', 'toy.checkpoints']" in output and "state of step: 1" in output
 
 
-def test_file_size_limit_is_reported_for_checkpoint_log_and_record(toy: ModuleType, tmp_path: Path) -> None:
-    """The system refuses to write on (RLIMIT_FSIZE) at several sizes; each time one sentence and the last state."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
+def test_file_size_limit_while_writing_checkpoint_and_log(toy: ModuleType, tmp_path: Path) -> None:
+    """RLIMIT_FSIZE at several sizes: an error that names the file; the last checkpoint is intact."""
     def limited(folder: Path, size: int, **settings: object) -> str:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-        try:
-            with pytest.raises(SeedError) as refused:
-                toy.train(folder, **settings)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        return str(refused.value)
+        with file_size_limit(size), pytest.raises(SeedError) as caught:
+            toy.train(folder, **settings)
+        return str(caught.value)
 
-    said = limited(tmp_path / "none", 1500, save_steps=1)
-    assert re.fullmatch(r"The checkpoint of step 1 cannot be written: .*; nothing was saved yet\.", said)
+    error = limited(tmp_path / "none", 1500, save_steps=1)
+    assert re.fullmatch(r"The checkpoint of step 1 cannot be written: .*; nothing was saved yet\.", error)
     assert sorted(p.name for p in (tmp_path / "none").iterdir()) == ["losses.0.txt", "toy.checkpoints"]
     assert not [p for p in (tmp_path / "none" / "toy.checkpoints").iterdir() if p.name != ".run.lock"]
 
     with pytest.raises(SystemExit):
         toy.train(tmp_path / "some", stop_at=6)
     content = toy.content(tmp_path / "some")
-    said = limited(tmp_path / "some", len(content["optimizer.pt"]) - 1000, save_steps=1)
-    assert re.search(r"of step 8 cannot be written: .*checkpoint-7\) is intact\.", said)
+    error = limited(tmp_path / "some", len(content["optimizer.pt"]) - 1000, save_steps=1)
+    assert re.search(r"of step 8 cannot be written: .*checkpoint-7\) is intact\.", error)
     assert toy.content(tmp_path / "some") == content
 
     log = tmp_path / "log"
-    said = limited(log, 6000, logging_steps=1, max_steps=100)
-    assert "toy.log.jsonl: cannot be written (the disk or quota is full (File too large))" in said
+    error = limited(log, 6000, logging_steps=1, max_steps=100)
+    assert "toy.log.jsonl: cannot be written (the disk or quota is full (File too large))" in error
     assert (log / "toy.log.jsonl").stat().st_size == 6000 and not (log / "toy.done.json").exists()
     assert toy.saved(tmp_path / "some")["global_step"] == 7

@@ -1,4 +1,4 @@
-"""Optimisers and schedules: the original's AdamW number by number, Muon next to AdamW, rates of the original runs."""
+"""Optimizers and schedules: AdamW as in the original, Muon with AdamW, learning rates of the original runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW, st
 
 def by_hand(values: list[float], gradients: list[list[float]], lr: float, betas: tuple[float, float], eps: float,
             decay: float) -> list[float]:
-    """The published update in plain Python, one number after the other."""
+    """The published update in plain Python."""
     first, second = [0.0] * len(values), [0.0] * len(values)
     for t, now in enumerate(gradients, start=1):
         for i, g in enumerate(now):
@@ -53,37 +53,37 @@ def test_adamw_hf_is_the_published_update() -> None:
     for now in gradients:
         parameter.grad, other.grad = torch.tensor(now, dtype=torch.float64), torch.tensor(now)
         optimizer.step()
-    wanted = by_hand([1.0, -2.0, 0.5, 3.0], gradients, 0.1, (0.9, 0.95), 1e-5, 0.05)
-    assert parameter.tolist() == pytest.approx(wanted, rel=1e-12)
-    assert other.tolist() == pytest.approx(wanted, rel=1e-5)
+    expected = by_hand([1.0, -2.0, 0.5, 3.0], gradients, 0.1, (0.9, 0.95), 1e-5, 0.05)
+    assert parameter.tolist() == pytest.approx(expected, rel=1e-12)
+    assert other.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
-def test_states_continue_exactly(name: str) -> None:
+def test_load_state_dict_continues_exactly(name: str) -> None:
     settings = OptimSettings(name=name, learning_rate=1e-2)
     whole, broken = toy(), toy()
-    kept, first = build_optimizer(whole, settings), build_optimizer(broken, settings)
-    train(whole, kept, 3)
+    optimizer, first = build_optimizer(whole, settings), build_optimizer(broken, settings)
+    train(whole, optimizer, 3)
     train(broken, first, 3)
     again = build_optimizer(broken, settings)
     again.load_state_dict(copy.deepcopy(first.state_dict()))
-    train(whole, kept, 2)
+    train(whole, optimizer, 2)
     train(broken, again, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), broken.parameters(), strict=True))
 
 
-def test_weight_decay_reaches_norms_as_original() -> None:
+def test_build_optimizer_decays_norms_as_the_original() -> None:
     model = toy()
     trained = [p for p in model.parameters() if p.requires_grad]
-    released = build_optimizer(model, OptimSettings()).param_groups
-    assert [(len(g["params"]), g["weight_decay"]) for g in released] == [(len(trained), 0.05)]
+    groups = build_optimizer(model, OptimSettings()).param_groups
+    assert [(len(g["params"]), g["weight_decay"]) for g in groups] == [(len(trained), 0.05)]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     with pytest.raises(ConfigError, match="Nothing to train"):
         build_optimizer(model, OptimSettings())
 
 
-def test_schedules() -> None:
+def test_schedule_with_warmup_and_floor() -> None:
     settings = OptimSettings(learning_rate=2.0, warmup_ratio=0.1, min_lr_ratio=0.25)
     assert [schedule(t, settings, 20) for t in (0, 1, 2)] == [0.0, 1.0, 2.0]
     assert schedule(20, settings, 20) == schedule(200, settings, 20) == pytest.approx(0.5)
@@ -92,7 +92,7 @@ def test_schedules() -> None:
     assert scheduled_rate("constant_with_warmup", 1, 2.0, 20, warmup=4) == 0.5
 
 
-def test_original_run_to_all_printed_digits() -> None:
+def test_schedule_equals_the_log_of_the_original_run() -> None:
     """`trainer_state.json` of the original 8B pretraining: 3e-5, 20,000 steps, 3 % warm-up, 5 % floor."""
     settings = OptimSettings(learning_rate=3e-5, warmup_ratio=0.03, min_lr_ratio=0.05)
     logged = {1: 5.0000000000000004e-08, 600: 3e-05, 631: 2.9999820442467018e-05, 761: 2.9995157068734853e-05,
@@ -102,21 +102,21 @@ def test_original_run_to_all_printed_digits() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "constant", "constant_with_warmup"])
-def test_schedules_are_those_of_transformers(kind: str) -> None:
-    """Without a floor; a stage's first step has a rate already (its cosine is counted in another way)."""
+def test_schedule_equals_that_of_transformers(kind: str) -> None:
+    """Without a floor; stages count from 1 (and their cosine in another way)."""
     from transformers import get_scheduler
 
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    stepped, wanted = get_scheduler(kind, optimizer, 4, 20), []
+    stepped, expected = get_scheduler(kind, optimizer, 4, 20), []
     for _ in range(20):
-        wanted.append(optimizer.param_groups[0]["lr"])
+        expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         stepped.step()
     settings = OptimSettings(learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
-    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+    assert [schedule(step, settings, 20) for step in range(20)] == pytest.approx(expected, rel=1e-12, abs=1e-15)
     stage = StageConfig(max_steps=20, learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.0, lr_scheduler_type=kind)
     if kind != "cosine":
-        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(wanted[1:], rel=1e-12, abs=1e-15)
+        assert [learning_rate(step, stage) for step in range(19)] == pytest.approx(expected[1:], rel=1e-12, abs=1e-15)
 
 
 @pytest.mark.parametrize(("step", "expected"), [(0, 0.1), (9, 1.0), (10, 1.0), (60, 0.51), (110, 0.02)])
@@ -148,7 +148,7 @@ def losses_of(model: nn.Module, optimizer: MuonWithAdamW, steps: range) -> list[
     return losses
 
 
-def test_only_hidden_matrices_go_to_muon() -> None:
+def test_muon_updates_hidden_matrices_only() -> None:
     model = Toy()
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
     muon = [p for group in optimizer.parts["muon"].param_groups for p in group["params"]]
@@ -164,7 +164,7 @@ def test_only_hidden_matrices_go_to_muon() -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-def test_muon_learns() -> None:
+def test_muon_lowers_the_loss() -> None:
     torch.manual_seed(0)
     model = Toy()
     losses = losses_of(model, MuonWithAdamW(model, lr=0.02, weight_decay=0.0), range(60))

@@ -1,4 +1,4 @@
-"""Curves of runs: what is read from logs, what is drawn, refusals in one sentence."""
+"""Curves of training runs: reading logs, the plot command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path: Path) -> 
     (None, "x.png", "nothing: no log of a training run"),
     (["not json", '{"step": 1}'], "x.png", "stage2.log.jsonl: contains no line with a step and numbers"),
     (['{"step": 1, "loss": 1}'], "x.doc", "Format 'doc' is not supported")])
-def test_plot_command_refuses_in_one_sentence(tmp_path: Path, lines: list[str] | None, out: str, sentence: str,
+def test_plot_command_without_a_log_or_format(tmp_path: Path, lines: list[str] | None, out: str, sentence: str,
                                               capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "nothing"
     if lines:
@@ -46,15 +46,15 @@ def test_plot_command_refuses_in_one_sentence(tmp_path: Path, lines: list[str] |
 
 
 @pytest.mark.slow
-def test_plot_command_names_what_it_drew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    logs = [write_log(tmp_path / one) for one in ("a", "b")]
+def test_plot_command_draws_several_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logs = [write_log(tmp_path / name) for name in ("a", "b")]
     out = tmp_path / "new" / "both.png"
     assert main(["plot", str(tmp_path / "a"), str(logs[1]), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"figure": str(out), "logs": [str(log) for log in logs]}
     assert Image.open(out).format == "PNG"
 
 
-def test_save_curves_never_fails(tmp_path: Path) -> None:
+def test_save_curves_without_a_log_warns(tmp_path: Path) -> None:
     lines: list[str] = []
     write_log(tmp_path / "run")
     save_curves(tmp_path / "run", lines.append)

@@ -1,4 +1,4 @@
-"""The judge: reading, its folder, training on a small world."""
+"""The judge: training on a small world, labels, features, its folder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from seed_nano.world.targets import JUDGED, label_tensor
 def few_things(seed: int, index: int) -> Scene:
     """Three things, two backgrounds, alone or side by side."""
     things = ("sun", "tree", "whale")
-    one, other = things[index % 3], things[(index + 1 + index // 3 % 2) % 3]
+    first, second = things[index % 3], things[(index + 1 + index // 3 % 2) % 3]
     layout = ("large", "left of")[index // 6 % 2]
     return Scene(("noto", "fluent")[index // 12 % 2], ("white", "sea")[index // 24 % 2], layout,
-                 (one, other) if layout == "left of" else (one,), jitter=index + 1000 * seed)
+                 (first, second) if layout == "left of" else (first,), jitter=index + 1000 * seed)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +44,20 @@ def images(shown: list[Scene]) -> list[Image.Image]:
 
 
 @pytest.mark.slow
-def test_training_makes_it_read_scenes(trained: Judge) -> None:
+def test_labels_of_a_trained_judge(trained: Judge) -> None:
     right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGED)).float().mean(0)
     assert right.min() >= 0.6 and right[:2].min() >= 0.9, right
     assert set(trained.config.training["real_pictures"]) == {"val", "pairs", "places", "counts", "styles", "things"}
 
 
-def test_features_find_the_same_scene(trained: Judge) -> None:
+def test_features_are_nearest_for_the_same_scene(trained: Judge) -> None:
     real = trained.read(images(FRESH))[1]
     assert real.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
-    nearest = (trained.read([one.resize((40, 40)) for one in images(FRESH)])[1] @ real.T).argmax(1)
+    nearest = (trained.read([image.resize((40, 40)) for image in images(FRESH)])[1] @ real.T).argmax(1)
     assert np.mean([FRESH[int(i)].key == scene.key for i, scene in zip(nearest, FRESH, strict=True)]) >= 0.9
 
 
-def test_from_pretrained_of_other_folders(tmp_path: Path) -> None:
+def test_from_pretrained_of_a_folder_without_a_judge(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no judge in this folder"):
         Judge.from_pretrained(tmp_path)
     Judge(JudgeConfig(layout_width=8)).save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""The command on a tiny system of each kind; scores by hand; samples."""
+"""The report command on a tiny system of each kind; scores, samples, model cards."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 @pytest.mark.parametrize(("fixture", "kind", "sheets"), [
     ("tiny_folder", "seed_llama", ()), ("tiny_lavit_folder", "lavit", ("kept", "wide_drawings")),
     ("tiny_x_folder", "seed_x", ("detections",))])
-def test_command_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], request: pytest.FixtureRequest,
+def test_report_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], request: pytest.FixtureRequest,
                               tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = request.getfixturevalue(fixture)
     assert main(["--model", str(folder), "--judge", str(JUDGE), "--out", str(tmp_path), "--splits", "val,things",
                  "--limit", "2", "--device", "cpu"]) == 0, capsys.readouterr().err
     report = json.loads((tmp_path / "report.json").read_text())
-    assert {split: set(found) for split, found in report["splits"].items()} == {
-        split: {one.__name__ for one in sections_of(kind, split)} for split in ("val", "things")}
+    assert {split: set(sections) for split, sections in report["splits"].items()} == {
+        split: {section.__name__ for section in sections_of(kind, split)} for split in ("val", "things")}
     assert report["settings"]["scenes"] == 2 and report["versions"]["torch"] and report["aims"]
     assert report["splits"]["val"]["caption"]["n"] == 2 and report["splits"]["val"]["reconstruction"]["gallery"] == 4
     answers = json.loads(gzip.decompress((tmp_path / "answers.json.gz").read_bytes()))
@@ -50,7 +50,7 @@ def test_command_of_each_kind(fixture: str, kind: str, sheets: tuple[str, ...], 
         assert (tmp_path / f"{name}.webp").is_file() and f"({name}.webp)" in text, name
 
 
-def test_command_names_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_with_wrong_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--model", "nano", "--out", str(tmp_path), "--splits", "vol"]) == 2
     assert "'vol' (did you mean 'val'?)" in capsys.readouterr().err
     assert main(["--model", "nano", "--out", str(tmp_path), "--judge", str(tmp_path / "none")]) == 2
@@ -68,27 +68,27 @@ def test_caption_words_by_label() -> None:
 
 
 def test_score_counts_missing_images_as_wrong() -> None:
-    found = scoring.image_labels(Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))])
-    assert found == [scoring.UNREAD, *scoring.all_words([PAIR])]
-    assert scoring.score(found, scoring.all_words([PAIR] * 2))["all"].value == 0.5
+    labels = scoring.image_labels(Judge.from_pretrained(JUDGE), [None, Image.fromarray(render(PAIR))])
+    assert labels == [scoring.UNREAD, *scoring.all_words([PAIR])]
+    assert scoring.score(labels, scoring.all_words([PAIR] * 2))["all"].value == 0.5
 
 
 def test_likeness_by_hand() -> None:
     real = render(PAIR)
     corner = real.copy()
-    corner[:6, :6] = 0  # background: the pixels of things stay
-    found = scoring.likeness([Image.fromarray(corner)], [PAIR])
+    corner[:6, :6] = 0  # background only
+    scores = scoring.likeness([Image.fromarray(corner)], [PAIR])
     error = np.square(corner.astype(float) - real).mean()
-    assert found["psnr"].value == pytest.approx(10 * np.log10(255**2 / error)) and 0.9 < found["ssim"].value < 1
-    assert found["psnr_things"].value > 50 > found["psnr"].value
+    assert scores["psnr"].value == pytest.approx(10 * np.log10(255**2 / error)) and 0.9 < scores["ssim"].value < 1
+    assert scores["psnr_things"].value > 50 > scores["psnr"].value
     before, target = Image.fromarray(real), Image.fromarray(corner)
-    values = [scoring.unchanged_psnr([made], [before], [target]).value for made in (target, None)]
+    values = [scoring.unchanged_psnr([edited], [before], [target]).value for edited in (target, None)]
     assert values[0] > 50 and values[1] == 0
 
 
 def test_ratios_by_hand() -> None:
-    found = scoring.ratio([1, 3], [4, 4])
-    assert (found.value, found.low, found.high, found.n) == (0.5, 0.25, 0.75, 2)
+    share = scoring.ratio([1, 3], [4, 4])
+    assert (share.value, share.low, share.high, share.n) == (0.5, 0.25, 0.75, 2)
     rates = scoring.box_rates([1, 1], [2, 1], [1, 3])
     assert [rates[name].value for name in ("precision", "recall", "f1")] == pytest.approx([2 / 3, 1 / 2, 4 / 7])
 
@@ -108,17 +108,18 @@ def test_aims_at_most() -> None:
 
 
 @pytest.mark.slow
-def test_samples_are_fixed_and_of_their_split() -> None:
+def test_make_samples_is_deterministic_and_of_one_split() -> None:
     for split in ("pairs", "styles"):
-        made = make_samples(split, Sizes.limited(9))
-        assert made == make_samples(split, Sizes.limited(9)) and len(made.scenes) == 18 and len(made.edits) == 9
-        assert all(held_out(scene) == {split} for scene in made.scenes)
-        assert all(held_out(scene) | held_out(edit.target) == {split} for scene, edit in made.edits)
+        samples = make_samples(split, Sizes.limited(9))
+        assert samples == make_samples(split, Sizes.limited(9))
+        assert len(samples.scenes) == 18 and len(samples.edits) == 9
+        assert all(held_out(scene) == {split} for scene in samples.scenes)
+        assert all(held_out(scene) | held_out(edit.target) == {split} for scene, edit in samples.edits)
     assert make_samples("things", Sizes.limited(9)).questions == []
 
 
 @pytest.mark.process  # the card names the commit
-def test_card_of_records_and_report(tmp_path: Path) -> None:
+def test_write_card_of_records_and_report(tmp_path: Path) -> None:
     work, model = tmp_path / "work", tmp_path / "model"
     save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")
     work.mkdir()

@@ -1,7 +1,7 @@
 """nano's two language-model stages through the application, compared with recorded losses.
 
-The codes are drawn, not encoded, so that only the data, the model, the optimizer and the loop matter. After a change
-that is meant to move the losses: `PYTHONPATH=src:tests/support python tests/unit/nano/train/test_nano_losses.py`.
+The codes are random, not encoded, so that only data, model, optimizer and loop matter. After a change that is meant
+to change the losses: `PYTHONPATH=src:tests/support python tests/unit/nano/train/test_nano_losses.py`.
 """
 
 import json
@@ -32,7 +32,7 @@ SETTINGS = ["pool=60", "held_out_scenes=60", "llm.text_vocabulary=1500", "tokeni
 
 
 def prepared(folder: Path) -> Workspace:
-    """60 records of every kind with drawn codes and the configurations, in the shipped tokenizer's words."""
+    """60 records of every kind with random codes, and the configurations, for the shipped tokenizer."""
     out = folder / "system"
     out.mkdir(parents=True)
     (out / "seed_tokenizer").symlink_to(ROOT / "pretrained/nano/seed_tokenizer")
@@ -47,7 +47,7 @@ def prepared(folder: Path) -> Workspace:
 
 
 def trained(folder: Path, name: str) -> dict[str, list[float]]:
-    """One stage by the application, as a process of its own; returns losses of single steps and held-out ones."""
+    """Run a stage as a process; returns its losses at STEPS and those of evaluation."""
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder),
@@ -63,16 +63,16 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_losses_are_the_recorded_ones(tmp_path: Path) -> None:
+def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
     space, expected = prepared(tmp_path / "work"), json.loads(EXPECTED.read_text(encoding="utf-8"))
     for name in STAGES:
-        found = trained(space.work, name)
-        for what, values in found.items():
-            # Muon multiplies in bf16, which not every release of torch rounds alike.
-            assert values == pytest.approx(expected[name][what], rel=5e-3), f"{name} {what}"
-        assert found["loss"][-1] < 0.9 * found["loss"][0]
+        losses = trained(space.work, name)
+        for kind, values in losses.items():
+            # Muon multiplies in bf16, whose rounding depends on torch's release.
+            assert values == pytest.approx(expected[name][kind], rel=5e-3), f"{name} {kind}"
+        assert losses["loss"][-1] < 0.9 * losses["loss"][0]
 
-    assert install_llm(space)["text_loss"] == pytest.approx(found["held_out"][0], abs=1e-3)
+    assert install_llm(space)["text_loss"] == pytest.approx(losses["held_out"][0], abs=1e-3)
     words = MultimodalTokenizer.from_pretrained(space.words_folder)
     with safe_open(space.out / "seed_llama/model.safetensors", "pt") as handle:
         assert handle.get_slice("model.embed_tokens.weight").get_shape()[0] == words.vocabulary.size

@@ -1,4 +1,4 @@
-"""Parts of nano's stages: batches by step, losses, normalised latents, the layout decoder, cached tensors."""
+"""Components of nano's stages: batches, losses, normalised latents, the layout decoder, cached tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_load_settings_reads_every_preset(file: Path) -> None:
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 
 
-def test_reconstruction_loss_weighs_things_and_colours() -> None:
+def test_reconstruction_loss_weights_things_and_colours() -> None:
     target, mask = torch.zeros(1, 3, 16, 16), torch.zeros(1, 1, 16, 16)
     mask[..., :8, :] = 1
     thing, background = target.clone(), target.clone()
@@ -51,10 +51,10 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
 
 
-def test_scene_stream_gives_any_batch_alone() -> None:
+def test_get_batch_of_any_samples() -> None:
     stream = SceneStream(32, seed=3)
-    batch, one = stream.get_batch(range(10, 15)), stream.get_batch([12])
-    assert all(torch.equal(batch[name][2:3], one[name]) for name in one) and batch["mask"].shape == (5, 1, 32, 32)
+    batch, alone = stream.get_batch(range(10, 15)), stream.get_batch([12])
+    assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch["mask"].shape == (5, 1, 32, 32)
 
 
 def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
@@ -63,9 +63,9 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
         layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
         shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
         placed = layout._placed(torch.eye(12), shares, None).abs().sum(2) > 0  # [layouts, 2, 16, 16]
-    left, right, beside = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
+    left, right, both = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
     assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
-    assert beside[0].equal(left[0]) and beside[1].equal(right[0])
+    assert both[0].equal(left[0]) and both[1].equal(right[0])
     scenes = [scene_at(0, index) for index in range(40)]
     spots, x = true_spots(scenes), torch.randn(1, 12).expand(40, 12)
     for scene, row in zip(scenes, spots, strict=True):
@@ -73,20 +73,20 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots() -> None:
         assert names == [slot.thing for slot in scene.slots()]
     out = layout(x, spots)[0].flatten(1)
     alike = (spots.flatten(1)[:, None] == spots.flatten(1)).all(-1)
-    assert torch.equal((out[:, None] - out).abs().amax(-1) < 1e-4, alike)  # but for rounding, which differs by row
+    assert torch.equal((out[:, None] - out).abs().amax(-1) < 1e-4, alike)  # up to rounding
 
 
-def test_cached_computes_again_what_no_longer_fits(tmp_path: Path) -> None:
-    made = 0
+def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path: Path) -> None:
+    calls = 0
 
     def value(**changes: int) -> int:
-        def make() -> torch.Tensor:
-            nonlocal made
-            made += 1
-            return torch.tensor([made])
+        def compute() -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return torch.tensor([calls])
 
         settings = load_settings("nano", "test", [f"{key}={number}" for key, number in changes.items()])
-        return int(Workspace(settings, tmp_path, tmp_path).cached("codes", "tokenizer", make))
+        return int(Workspace(settings, tmp_path, tmp_path).cached("codes", "tokenizer", compute))
 
     file, record = tmp_path / "codes.safetensors", tmp_path / "tokenizer.done.json"
     record.write_text("{}")
@@ -98,7 +98,7 @@ def test_cached_computes_again_what_no_longer_fits(tmp_path: Path) -> None:
     assert value(seed=3) == 5
 
 
-def test_start_from_codebook_makes_neighbours_of_neighbours() -> None:
+def test_start_from_codebook_maps_equal_codes_to_equal_embeddings() -> None:
     codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0]
     llama = LlamaForCausalLM(LlamaConfig(vocab_size=80, hidden_size=32, intermediate_size=32, num_hidden_layers=1,

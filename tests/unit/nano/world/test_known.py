@@ -1,4 +1,4 @@
-"""The list of known words: nano's own sentences are known."""
+"""The list of known words contains nano's sentences."""
 
 from pathlib import Path
 
@@ -21,11 +21,11 @@ def test_unknown_of_training_records(known: KnownWords) -> None:
     for kind in KINDS:
         for index in range(120):
             for text in texts_of(record_at(kind, 9, index)):
-                assert set(known.unknown(text)) <= {"ten", "fifty", "hundred"}, text  # what nano says of itself
+                assert set(known.unknown(text)) <= {"ten", "fifty", "hundred"}, text  # of sentences about nano
     assert known.unknown(SEED_X_TASKS.detect_request("the dog")) == []
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_shipped_known_words(name: str, known: KnownWords) -> None:
+def test_read_known_words_of_the_shipped_systems(name: str, known: KnownWords) -> None:
     shipped = Path(__file__).parents[4] / "pretrained" / name / "known_words.json"
     assert read_known_words(shipped) == known

@@ -1,4 +1,4 @@
-"""Nothing held out is trained on: scenes and texts of training samples of every kind are checked."""
+"""Training samples of every kind contain no held-out scenes or texts."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ START = re.compile(r"\b(?:an?|two|three|four|in|on|at|under|against|indoors|insi
 
 
 def captions_in(text: str) -> Iterator[str]:
-    """The longest caption at each place of a text where one can begin."""
+    """The longest caption at each position of a text."""
     text = normalise(text)
     for start in START.finditer(text):
         ends = [match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[:start.start() + 120])]
@@ -28,34 +28,34 @@ def captions_in(text: str) -> Iterator[str]:
 
 
 def leaks(sample: Any) -> list[tuple[str, set[str]]]:
-    """What of a sample is held out: captions of scenes, parts of texts; each with its splits."""
-    found = [(describe(scene), set(held_out(scene))) for scene in scenes_of(sample)]
+    """Held-out captions and words of a sample, with their splits."""
+    leaked = [(describe(scene), set(held_out(scene))) for scene in scenes_of(sample)]
     for text in texts_of(sample):
-        found += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
+        leaked += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
             labels = read_caption(caption)
             held = held_compositions(labels.things, labels.counts, labels.style, labels.background)
             if labels.style and labels.background and labels.layout:
                 held |= held_out(Scene(labels.style, labels.background, labels.layout, labels.things, labels.counts))
-            found.append((caption, held))
-    return [(words, splits) for words, splits in found if splits]
+            leaked.append((caption, held))
+    return [(words, splits) for words, splits in leaked if splits]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_records_show_and_say_nothing_held_out(kind):
+def test_record_at_contains_nothing_held_out(kind):
     for index in range(60):
         for record in (record_at(kind, 0, index), record_at(kind, 0, index, pool=1000)):
             assert leaks(record) == [] and (scenes_of(record) or kind == "talk")
 
 
-def test_training_pairs_show_and_say_nothing_held_out():
+def test_open_nano_contains_nothing_held_out():
     for fields in (open_nano().locate(index).fields for index in range(60)):
         assert leaks({"image": fields["image"].scene, "caption": fields["caption"]}) == []
 
 
 @pytest.mark.parametrize("split", ["val", "pairs", "places", "counts", "styles"])
 def test_leaks_finds_a_scene_and_a_text(split):
-    scene = next(one for one in (scene_at(0, index, split) for index in range(99)) if one.layout in ("many", "above"))
+    scene = next(scene for index in range(99) if (scene := scene_at(0, index, split)).layout in ("many", "above"))
     assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [(describe(scene), {split})]
     words = f"Please draw {describe(scene)}, please. Then the dog."
     assert (describe(scene), {split}) in leaks([words])
@@ -64,6 +64,6 @@ def test_leaks_finds_a_scene_and_a_text(split):
 
 
 @pytest.mark.parametrize("kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"])
-def test_leaks_finds_a_kind_that_ignores_what_is_held_out(kind, monkeypatch):
+def test_leaks_finds_records_of_held_out_scenes(kind, monkeypatch):
     monkeypatch.setattr(records, "trainable", lambda scene: True)
     assert any(leaks(record_at(kind, 0, index)) for index in range(60))

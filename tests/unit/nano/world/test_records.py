@@ -1,4 +1,4 @@
-"""Records of every kind: functions of (seed, index), sorts in turn, nothing held out, words that are read back."""
+"""Records of every kind: functions of (seed, index) with sorts in turn and nothing held out."""
 
 import hashlib
 from collections import Counter
@@ -14,17 +14,17 @@ from seed_nano.world.words import normalise
 NAMING = ("Where", "On which side", "Is there", "Can you see", "Do you see", "Does the picture")
 
 
-def test_records_are_those_of_the_shipped_weights() -> None:
-    made = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
-    made += [x_record_at(kind, 3, index) for kind in ("describe", "questions", "edits", *OWN) for index in range(20)]
-    assert hashlib.sha256(repr(made).encode()).hexdigest()[:16] == "143639996fd94412"
+def test_record_at_equals_the_records_of_the_shipped_weights() -> None:
+    records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
+    records += [x_record_at(kind, 3, index) for kind in ("describe", "questions", "edits", *OWN) for index in range(20)]
+    assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "143639996fd94412"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("split", SPLITS[1:-1])
 def test_record_at_in_every_split(split: str) -> None:
     for kind in KINDS:
-        for index in range(6):  # some sorts of questions and edits cannot be in some splits
+        for index in range(6):  # some splits lack some sorts of questions and edits
             shown = scenes_of(record_at(kind, 0, index, split))
             assert (shown or kind == "talk") and all(held_out(scene) <= {split} for scene in shown)
 
@@ -37,7 +37,7 @@ def test_record_at_with_a_pool() -> None:
     assert scene_at(3, 0).layout != "left of" and scenes_of(lone)[0].layout == "left of"
 
 
-def test_questions_and_edits_take_their_sorts_in_turn() -> None:
+def test_record_at_alternates_sorts_of_questions_and_edits() -> None:
     texts = [from_last_image(record_at("questions", 1, index))[1]["content"][0]
              for index in range(ASKED.index("yesno"), 300 * len(ASKED), len(ASKED))]
     answers = Counter(normalise(answer_in(text, VERDICT_END)) for text in texts)
@@ -49,7 +49,7 @@ def test_questions_and_edits_take_their_sorts_in_turn() -> None:
         assert after.things == before.things[::-1] and after.jitter == before.jitter
 
 
-def test_answers_about_a_named_thing_follow_a_verdict() -> None:
+def test_answers_about_a_named_thing_start_with_a_verdict() -> None:
     seen = 0
     for index in range(60):
         turns = from_last_image(record_at("questions", 5, index))

@@ -15,7 +15,7 @@ from seed_nano.world.things import plural
 from seed_nano.world.wide import View, ask_wide, describe_wide, held_wide, render_wide, wide_at
 
 
-def test_boxes_and_words_of_wide_scenes() -> None:
+def test_render_and_describe_wide_scenes() -> None:
     for number in range(40):
         scene = wide_at(0, number)
         empty = paint(scene.style, scene.background, [], 128)
@@ -31,12 +31,12 @@ def test_boxes_and_words_of_wide_scenes() -> None:
                    for name, quarter in zip(scene.things, QUARTERS, strict=True) if name)
 
 
-def test_wide_at_shows_nothing_held_out() -> None:
+def test_wide_at_contains_nothing_held_out() -> None:
     assert not any(held_wide(wide_at(3, number)) for number in range(300))
     assert all(held_wide(wide_at(3, number, "pairs")) == {"pairs"} for number in range(20))
 
 
-def test_ask_wide() -> None:
+def test_ask_wide_has_one_exact_answer() -> None:
     scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
     assert {ask_wide(scene, random.Random(seed)) for seed in range(60)} == {
         ("What is at the top left?", "nothing"), ("What is at the bottom left?", "nothing"),
@@ -49,8 +49,8 @@ def test_view_crops_and_adds_margins() -> None:
     plain, framed = View(scene, 100), View(scene, 100, (-0.5, 0.1, 1.5, 1.0), 7)
     assert plain().shape == (100, 100, 3) and framed().shape == (90, 200, 3)
     assert (framed()[:, :50] == 7).all() and (framed()[:, 50:150] == plain()[10:]).all()
-    (_, one), (_, other) = plain.boxes()[0], framed.boxes()[0]
-    assert other == pytest.approx(((one[0] + 0.5) / 2, (one[1] - 0.1) / 0.9, (one[2] + 0.5) / 2, (one[3] - 0.1) / 0.9))
+    (_, (left, top, right, bottom)), (_, moved) = plain.boxes()[0], framed.boxes()[0]
+    assert moved == pytest.approx(((left + 0.5) / 2, (top - 0.1) / 0.9, (right + 0.5) / 2, (bottom - 0.1) / 0.9))
 
 
 def test_boxes_of_detect_records() -> None:
@@ -59,17 +59,19 @@ def test_boxes_of_detect_records() -> None:
         view = messages[0]["content"][0]
         for asked, answered in zip(messages[::2], messages[1::2], strict=True):
             before, _, answer = answered["content"][0].partition(VERDICT_END)
-            found, problems = read_boxes(answer, grid=GRID)
+            answered_boxes, problems = read_boxes(answer, grid=GRID)
             request = asked["content"][-1]
-            wanted = [box for one, box in view.boxes()
-                      if f"the {one}?" in request or f"the {plural(one)}?" in request]
-            assert not problems and len(found) == len(wanted) and ("yes" in before) is bool(wanted), request
-            assert wanted or answer.startswith("there is no ")
-            assert all(min(abs(box.x / GRID - (one[0] + one[2]) / 2) for one in wanted) < 0.02 for box in found)
+            expected = [box for name, box in view.boxes()
+                        if f"the {name}?" in request or f"the {plural(name)}?" in request]
+            assert not problems and len(answered_boxes) == len(expected), request
+            assert ("yes" in before) is bool(expected), request
+            assert expected or answer.startswith("there is no ")
+            assert all(min(abs(box.x / GRID - (left + right) / 2) for left, _, right, _ in expected) < 0.02
+                       for box in answered_boxes)
 
 
 @pytest.mark.parametrize("kind", ["describe", "questions", "draw", "edits", "conversations", *OWN])
-def test_x_record_at_shows_nothing_held_out(kind: str) -> None:
+def test_x_record_at_contains_nothing_held_out(kind: str) -> None:
     shapes = set()
     for number in range(30):
         fields = open_nano(content=f"seed_x.{kind}").locate(number).fields

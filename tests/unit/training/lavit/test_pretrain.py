@@ -1,8 +1,7 @@
-"""LaVIT's unified pre-training on the one loop: rows and losses, rates, resume, and checkpoints that are loaded."""
+"""LaVIT's unified pre-training: rows and losses, learning rates, resume, checkpoints."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from pathlib import Path
 from types import ModuleType
@@ -29,86 +28,80 @@ from seed_multimodal.training.llm.cli import compose
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 ROOT = Path(__file__).resolve().parents[4]
-LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
 
 
 def task_of(config: dict[str, Any]) -> PretrainTask:
     return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
-def test_rows_hold_what_the_tokenizer_gives(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Codes are those of the frozen tokenizer by each sample's seed; the losses of packed rows are those of each
-    sequence alone, whose images the trained merger and projector read; image start and prompts are not learned."""
-    task = task_of(parts.config_of(home, tmp_path, data={"length": 240}))
+def test_losses_of_packed_rows_equal_those_of_their_sequences(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """Codes are the frozen tokenizer's by each sample's seed; images that are understood pass through the trained
+    merger and projector; image starts and prompts are not learned."""
+    captions, _, words = parts.data_of(home)["sources"]
+    task = task_of(parts.config_of(home, tmp_path, data={"length": 240, "sources": [captions, words]}))
     task.prepare()
     state = {name: value.clone() for name, value in task.weights().items()}
-    with torch.no_grad():  # trained and frozen merger differ
+    with torch.no_grad():  # the trained merger differs from the frozen one
         for value in task.module.causal_encoder.parameters():
             value.add_(0.05 * torch.randn_like(value))
     trained = {name: value for name, value in task.weights().items() if name.startswith(("causal_", "vit_proj"))}
     frozen = load_dynamic_tokenizer(home / "visual")
-    reader, words = with_merger(frozen, trained, "here"), task.tokenizer.vocabulary
-    batch = next(one for one in itertools.islice(task.data, 9) if {True, False} == set(one.views.written.tolist()))
+    understanding, vocabulary = with_merger(frozen, trained, "merger"), task.tokenizer.vocabulary
+    batch = next(batch for batch in task.data if len(set(batch.views.written.tolist())) == 2)
+    written = batch.views.written.tolist()
     ready = task.ready(batch)
     with torch.no_grad():
-        found = task.losses(task.module, ready)
-    one = {"generator": None, "mode": "draw"}
-    pictures = []
-    for pixels, seed, written in zip(batch.views.pixels, batch.views.seeds, batch.views.written, strict=True):
-        one["generator"] = [torch.Generator().manual_seed(int(seed))]
-        shown = normalise(pixels[None])
-        pictures.append(frozen.encode(shown, **one)[0] if written else reader.continuous(shown, **one)[0])
-    total, image, learned = reference(task, ready, pictures, batch.views.written.tolist())
-    assert float(found.sum) == pytest.approx(total, rel=1e-5) and int(found.text_count + found.image_count) == learned
-    assert float(found.image_sum) == pytest.approx(image, rel=1e-5) and ready.learned == learned
-    assert not (ready.labels == words.boi_id).any() and (ready.labels == words.eoi_id).any()
-    assert len({len(one) for one in pictures}) > 1 and all(torch.equal(value, state[name]) for name, value in
-                                                           task.weights().items() if name.startswith("model."))
+        losses = task.losses(task.module, ready)
+    images = []
+    for pixels, seed, generated in zip(batch.views.pixels, batch.views.seeds, written, strict=True):
+        encode = frozen.encode if generated else understanding.continuous
+        images.append(encode(normalise(pixels[None]), generator=[torch.Generator().manual_seed(int(seed))],
+                             mode="draw")[0])
+    total, image, learned = reference(task, ready, images, written)
+    assert [float(losses.sum), float(losses.image_sum)] == pytest.approx([total, image], rel=1e-5)
+    assert int(losses.text_count + losses.image_count) == learned == ready.learned
+    assert not (ready.labels == vocabulary.boi_id).any() and (ready.labels == vocabulary.eoi_id).any()
+    assert len({len(image) for image in images}) > 1
+    assert all(torch.equal(value, state[name]) for name, value in task.weights().items() if name.startswith("model."))
 
 
-def reference(task: PretrainTask, ready: Any, pictures: list[Tensor], written: list[bool]) -> tuple[float, float, int]:
-    """Loss of all tokens and of image tokens, and their number: sequence by sequence, by a stock LLaMA."""
-    words, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
-    total = image = 0.0
-    learned, picture = 0, 0
-    for ids, labels, positions in zip(ready.input_ids, ready.labels, ready.position_ids, strict=True):
-        starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
+def reference(task: PretrainTask, ready: Any, images: list[Tensor], written: list[bool]) -> tuple[float, float, int]:
+    """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain LLaMA."""
+    vocabulary, embed = task.tokenizer.vocabulary, task.llm.get_input_embeddings()
+    total = image_total = 0.0
+    learned, rest = 0, list(zip(images, written, strict=True))
+    for row, row_labels, positions in zip(ready.input_ids, ready.labels, ready.position_ids, strict=True):
+        starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
         for start, end in zip(starts, starts[1:], strict=False):
-            own, wanted = ids[start:end], labels[start:end].clone()
-            if (wanted == -100).all():  # padding
+            ids, labels = row[start:end], row_labels[start:end].clone()
+            if (labels == -100).all():  # padding
                 continue
-            embeds = embed(own).detach().clone()
-            at = (own == words.boi_id).nonzero().flatten()
-            given_codes = len(at) and int(own[at[0] + 1]) >= words.code_start and int(own[0]) != words.boi_id and (
-                not same(own[at[0] + 1:-1] - words.code_start, pictures[picture:picture + 1]))
-            if len(at) and not given_codes:  # else a record of codes
-                inside = slice(int(at[0]) + 1, int((own == words.eoi_id).nonzero()[0]))
-                if written[picture]:
-                    assert (own[inside] - words.code_start).tolist() == pictures[picture].tolist()
+            embeds = embed(ids).detach().clone()
+            if (ids == vocabulary.boi_id).any():
+                image, generated = rest.pop(0)
+                first, last = (int((ids == token).nonzero()[0]) for token in (vocabulary.boi_id, vocabulary.eoi_id))
+                if generated:
+                    assert (ids[first + 1:last] - vocabulary.code_start).tolist() == image.tolist()
                 else:
-                    embeds[inside] = pictures[picture].detach()
-                picture += 1
-            wanted[0] = -100
+                    embeds[first + 1:last] = image.detach()
+            labels[0] = -100
             with torch.no_grad():
                 logits = task.llm(inputs_embeds=embeds[None]).logits[0]
-            losses = cross_entropy(logits[:-1], wanted[1:], reduction="none")
-            total, image = total + float(losses.sum()), image + float(losses[wanted[1:] >= words.n_text].sum())
-            learned += int((wanted[1:] != -100).sum())
-    assert picture == len(pictures)
-    return total, image, learned
+            losses = cross_entropy(logits[:-1], labels[1:], reduction="none")
+            total += float(losses.sum())
+            image_total += float(losses[labels[1:] >= vocabulary.n_text].sum())
+            learned += int((labels[1:] != -100).sum())
+    assert not rest
+    return total, image_total, learned
 
 
-def same(codes: Tensor, pictures: list[Tensor]) -> bool:
-    return bool(pictures) and pictures[0].ndim == 1 and codes.tolist() == pictures[0].tolist()
-
-
-def test_a_run_does_not_continue_with_other_codes(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Another visual tokenizer in the same folder; the same one in another may."""
+def test_resume_with_another_visual_tokenizer_fails(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """The same one in another folder is accepted."""
     shutil.copytree(home / "visual", tmp_path / "visual")
 
-    def train(steps: int, place: Path) -> Any:
+    def train(steps: int, folder: Path) -> dict[str, Any]:
         return PretrainTask.train(parts.config_of(home, tmp_path / "run", trainer={"max_steps": steps},
-                                         visual_encoder={"path": str(place)}))
+                                                  visual_encoder={"path": str(folder)}))
 
     train(1, tmp_path / "visual")
     assert train(2, home / "visual")["steps"] == 2
@@ -118,24 +111,23 @@ def test_a_run_does_not_continue_with_other_codes(parts: ModuleType, home: Path,
         train(3, tmp_path / "visual")
 
 
-def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Beside the visual tokenizer of stage 1 it is a LaVIT: another merger for reading, the same for codes."""
+def test_train_saves_a_language_model_folder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """With the visual tokenizer of stage 1 it is a LaVIT: a trained merger for understanding, the same for codes."""
     PretrainTask.train(parts.config_of(home, tmp_path / "out", trainer={"max_steps": 2}))
     folder = tmp_path / "out" / "checkpoint-2"
     shutil.copytree(home / "visual", tmp_path / "visual")
     shutil.copy(folder / "visual_weight.safetensors", tmp_path / "visual")
-    one, other = load_both(tmp_path / "visual")
+    codes, understanding = load_both(tmp_path / "visual")
     before, saved = load_dynamic_tokenizer(home / "visual"), load_state_dict(folder / "visual_weight.safetensors")
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
-    for name, value in other.state_dict().items():
+    for name, value in understanding.state_dict().items():
         assert torch.equal(value, saved.get(name, before.state_dict()[name])), name
-    assert torch.equal(one.causal_encoder.blocks[0].norm0.bias, before.causal_encoder.blocks[0].norm0.bias)
-    assert not torch.equal(other.causal_encoder.blocks[0].norm0.bias, before.causal_encoder.blocks[0].norm0.bias)
-    llm = LlamaForCausalLM.from_pretrained(folder)
-    assert llm.config.vocab_size == 300 + 2 + parts.CODES
-    config = parts.config_of(home, tmp_path / "new", model={"path": str(folder)}, trainer={"max_steps": 1},
-                             visual_encoder={"start": str(folder)})
-    task = task_of(config)
+    bias = "causal_encoder.blocks.0.norm0.bias"
+    assert torch.equal(codes.state_dict()[bias], before.state_dict()[bias])
+    assert not torch.equal(understanding.state_dict()[bias], before.state_dict()[bias])
+    assert LlamaForCausalLM.from_pretrained(folder).config.vocab_size == 300 + 2 + parts.CODES
+    task = task_of(parts.config_of(home, tmp_path / "new", model={"path": str(folder)},
+                                   visual_encoder={"start": str(folder)}))
     task.prepare()
     assert all(torch.equal(value, saved[name]) for name, value in task.weights().items() if name in saved)
     with pytest.raises(CheckpointError, match="no visual_weight.safetensors"):
@@ -143,10 +135,10 @@ def test_a_checkpoint_is_a_language_model_folder(parts: ModuleType, home: Path, 
 
 
 @pytest.mark.slow
-def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Merged by the tool, and put next to the visual tokenizer of stage 1 as `language_model`."""
-    PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": {**LORA, "lora_dropout": 0.0}},
-                              trainer={"max_steps": 2}))
+def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """Next to the visual tokenizer of stage 1 in the original layout."""
+    lora = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "modules_to_save": ["embed_tokens", "lm_head", "norm"]}
+    PretrainTask.train(parts.config_of(home, tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2}))
     (tmp_path / "model.yaml").write_text(f"path: {home / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n")
     (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {home / 'words'}\n")
     system = tmp_path / "system"
@@ -156,87 +148,88 @@ def test_an_adapter_becomes_a_system(parts: ModuleType, home: Path, tmp_path: Pa
     state, visual = load_state_dict(home / "visual" / "model.safetensors"), system / "visual_tokenizer"
     visual.mkdir()
     shutil.copy(home / "visual" / "config.json", visual)
-    tower = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
-    save_state_dict(tower, visual / "eva_vitg_psz14.safetensors")
+    vit = {name.removeprefix("encoder."): value for name, value in state.items() if name.startswith("encoder.")}
+    save_state_dict(vit, visual / "eva_vitg_psz14.safetensors")
     save_state_dict({name: value for name, value in state.items() if not name.startswith(("encoder.", "vit_proj."))},
                     visual / "tokenizer_encoder.safetensors")
     lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", load_decoder=False, log=None)
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_codes_of_shards_are_the_tokenizers(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """As many as each image keeps, the same however often they are made, and read by the decoder."""
+def test_codes_of_shards_are_read_by_the_decoder(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """They do not depend on the batch size; images have different numbers of codes."""
     shards = {"_target_": "seed_multimodal.data.pretokenize.lavit_codes.lavit_codes",
               "pretrained_model_name_or_path": str(home / "visual")}
-    for name in ("one", "other"):
-        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, str(tmp_path / name), shards,
-                               device="cpu", workers=0, batch_size=3 if name == "one" else 1)) == 0
-    opened = [open_records(str(tmp_path / name)) for name in ("one", "other")]
-    found = [[records.read(number).fields for number in range(len(records))] for records in opened]
-    codes = [fields["image_ids"] for fields in found[0]]
-    assert found[0] == found[1] and len(codes) == 4 and len({len(one) for one in codes}) > 1
-    assert all(0 <= code < parts.CODES for one in codes for code in one)
-    source = {"name": "made", "files": str(tmp_path / "one"), "decoder": "lavit.caption", "options": {
+    contents = []
+    for batch_size in (3, 1):
+        folder = str(tmp_path / f"by{batch_size}")
+        assert run(RunSettings("caption", {"files": str(home / "captions.tar")}, folder, shards, device="cpu",
+                               workers=0, batch_size=batch_size)) == 0
+        records = open_records(folder)
+        contents.append([records.read(number).fields for number in range(len(records))])
+    images = [fields["image_ids"] for fields in contents[0]]
+    assert contents[0] == contents[1] and len(images) == 4 and len({len(codes) for codes in images}) > 1
+    assert all(0 <= code < parts.CODES for codes in images for code in codes)
+    source = {"name": "shards", "files": str(tmp_path / "by3"), "decoder": "lavit.caption", "options": {
         "text_dropout": 1.0, "base_resolution": parts.SIDE}}
     task = task_of(parts.config_of(home, tmp_path / "out", data={"sources": [source]}))
     rows, start = next(task.data).input_ids, task.tokenizer.vocabulary.code_start
-    assert all(any(torch.equal(row[at:at + len(one)], torch.tensor(one) + start) for row in rows
-                   for at in range(len(row))) for one in codes)
+    assert all(any(torch.equal(row[at:at + len(codes)], torch.tensor(codes) + start) for row in rows
+                   for at in range(len(row))) for codes in images)
 
 
-def test_rates_of_both_groups(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+def test_part_rates_scale_the_learning_rate(parts: ModuleType, home: Path, tmp_path: Path) -> None:
     task = task_of(parts.config_of(home, tmp_path, optim={"learning_rate": 1.0e-5, "part_rates": {
         "causal_encoder": 1.0e-4, "vit_proj": 1.0e-4}}))
     task.prepare()
     names = {id(value): name.partition(".")[0] for name, value in task.module.named_parameters()}
-    found = {frozenset(names[id(one)] for one in group["params"]): group.get("lr_scale", 1.0)
-             for group in task.optimizer.param_groups}
-    assert found == {frozenset({"causal_encoder"}): pytest.approx(10.0), frozenset({"vit_proj"}): pytest.approx(10.0),
-                     frozenset({"llm"}): 1.0}
+    scales = {frozenset(names[id(value)] for value in group["params"]): group.get("lr_scale", 1.0)
+              for group in task.optimizer.param_groups}
+    assert scales == {frozenset({"causal_encoder"}): pytest.approx(10.0), frozenset({"vit_proj"}): pytest.approx(10.0),
+                      frozenset({"llm"}): 1.0}
     new = task.llm.get_input_embeddings().weight[300:].detach()
-    assert len(new) == 10 and float(new.std()) == pytest.approx(0.02, rel=0.15)  # as LLaMA's own words
+    assert len(new) == 10 and float(new.std()) == pytest.approx(0.02, rel=0.15)  # as LLaMA's embeddings
     with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
         task_of(parts.config_of(home, tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
 
 
-def test_what_cannot_be_used(parts: ModuleType, home: Path, tmp_path: Path) -> None:
-    """Records: left out and counted. Parts that do not belong together: one sentence."""
-    bad = home / "bad.jsonl"
-    bad.write_text("".join(f"{line}\n" for line in (
-        '{"text": "a cat", "image_ids": [99]}', '{"text": "", "image_ids": [1]}',
-        '{"text": "%s", "image_ids": [1]}' % ("word " * 120), '{"text": "a red cat", "image_ids": [1, 2]}')))
-    data = parts.data_of(home)
-    sources = [{**data["sources"][1], "files": str(bad), "name": "bad", "cycles": 1, "options": {
-        "text_dropout": 0.0, "base_resolution": parts.SIDE}}]
-    record = PretrainTask.train(parts.config_of(home, tmp_path / "out", data={"sources": sources},
+def test_train_skips_unusable_records(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    parts.write_json_lines(tmp_path / "bad.jsonl", [
+        {"text": "a cat", "image_ids": [99]}, {"text": "", "image_ids": [1]},
+        {"text": "word " * 120, "image_ids": [1]}, {"text": "a red cat", "image_ids": [1, 2]}])
+    source = {**parts.data_of(home)["sources"][1], "files": str(tmp_path / "bad.jsonl"), "name": "bad", "cycles": 1}
+    record = PretrainTask.train(parts.config_of(home, tmp_path / "out", data={"sources": [source]},
                                                 trainer={"max_steps": 3}))
-    left = record["data"]["sources"]["bad"]
-    reasons = {reason: entry["count"] for reason, entry in left["skipped"].items()}
-    assert left["sequences"] == 1 and sorted(reasons.values()) == [1, 1, 1], left
-    assert {"codes out of range", "empty text"} < set(reasons)
-    assert any("do not fit" in reason for reason in reasons)
-    for changes, sentence in (
-            ({"visual_encoder": None}, "visual_encoder is required"),
-            ({"tokenizer": {"pretrained_model_name_or_path": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")}},
-             "has 8 codes, but tokenizer"),
-            ({"visual_encoder": {"selection": "top"}}, "selection"),
-            ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora")):
-        config = parts.config_of(home, tmp_path, **{key: value for key, value in changes.items() if value is not None})
-        with pytest.raises(ConfigError, match=sentence):
-            task_of({key: value for key, value in config.items() if changes.get(key, "") is not None})
-    data["sources"][0]["options"] = {}
+    counts = record["data"]["sources"]["bad"]
+    reasons = {reason.partition(":")[0]: entry["count"] for reason, entry in counts["skipped"].items()}
+    assert counts["sequences"] == 1 and sorted(reasons.values()) == [1, 1, 1], counts
+    assert {"codes out of range", "empty text"} < set(reasons) and any("do not fit" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"tokenizer": {"pretrained_model_name_or_path": str(ROOT / "pretrained" / "nano" / "seed_tokenizer")}},
+     "has 8 codes, but tokenizer"),
+    ({"visual_encoder": {"selection": "top"}}, "selection"),
+    ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora")])
+def test_task_with_parts_that_do_not_fit(parts: ModuleType, home: Path, tmp_path: Path, changes: dict[str, Any],
+                                         sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        task_of(parts.config_of(home, tmp_path, **changes))
+
+
+def test_task_with_images_of_another_size(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    config = parts.config_of(home, tmp_path)
+    del config["data"]["sources"][0]["options"]
     with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
-        task_of(parts.config_of(home, tmp_path, data={"sources": data["sources"][:1]}))
+        task_of(config)
 
 
-def test_the_recipe_is_read() -> None:
-    given = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
-    settings = PretrainTask.read(compose(given, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
+def test_configuration_is_the_published_recipe() -> None:
+    arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
+    settings = PretrainTask.read(compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit"))
     assert settings.visual_encoder.selection == "draw" and settings.agent is None and settings.deepspeed is not None
-    optim = settings.optim
-    assert optim.learning_rate == 1e-5 and set(optim.part_rates.values()) == {1e-4}
-    data = settings.data
-    weights = {source.name: source.weight for source in data.sources}
+    assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {1e-4}
+    weights = {source.name: source.weight for source in settings.data.sources}
     assert weights["text"] == 2 * (weights["read"] + weights["drawn"])
-    ratios = {source.name: source.options.get("img_first_ratio") for source in data.sources}
+    ratios = {source.name: source.options.get("img_first_ratio") for source in settings.data.sources}
     assert (ratios["read"], ratios["drawn"]) == (1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Rows whose images are as long as what is kept of them."""
+"""Rows of LaVIT's pre-training: placeholders of images become as many positions as the image has tokens."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START, END, CODE, PAD = 90, 91, 92, 0
 def batch(ids: list[int], labels: list[int], positions: list[int], marks: list[int], words: list[int],
           packed: bool = True) -> LlmBatch:
     """One row; padding has id 0."""
-    row = [torch.tensor([one]) for one in (ids, labels, positions, marks)]
+    row = [torch.tensor([column]) for column in (ids, labels, positions, marks)]
     count = len(words)
     views = BatchViews(torch.zeros(count, 3, 2, 2), torch.zeros(count, 2), torch.zeros(count, dtype=torch.bool),
                        row[3], [0] * count, words)
@@ -35,25 +35,25 @@ def fill(counts: list[int], codes: list[list[int] | None], packed: bool = True) 
     return filled, places.tolist()
 
 
-def test_shorter_and_longer() -> None:
-    """One place instead of two, three instead of two: the row keeps its length."""
-    found, places = fill([1, 3], [None, [4, 0, 2]])
-    assert found.input_ids.tolist() == [[START, CODE, END, 5, 6, 7, START, 96, 92, 94, END, PAD]]
-    assert found.labels.tolist() == [[NO, NO, NO, 5, 6, NO, NO, 96, 92, 94, END, NO]]
-    assert found.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]]
-    assert places == [1] and (found.tokens, found.learned, found.squares) == (11, 6, 25 + 36)
+def test_fill_rows_with_a_shorter_and_a_longer_image() -> None:
+    """One position instead of two, three instead of two: the row keeps its length."""
+    filled, places = fill([1, 3], [None, [4, 0, 2]])
+    assert filled.input_ids.tolist() == [[START, CODE, END, 5, 6, 7, START, 96, 92, 94, END, PAD]]
+    assert filled.labels.tolist() == [[NO, NO, NO, 5, 6, NO, NO, 96, 92, 94, END, NO]]
+    assert filled.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 0]]
+    assert places == [1] and (filled.tokens, filled.learned, filled.squares) == (11, 6, 25 + 36)
 
 
-def test_rows_grow_by_eighths() -> None:
-    found, places = fill([7, 1], [None, [3]])
-    assert found.input_ids.shape == (1, 16) and places == list(range(1, 8)) and found.tokens == 15
-    assert found.position_ids[0, 11:].tolist() == [0, 1, 2, 3, 0] and found.input_ids[0, 13] == 95
+def test_fill_rows_lengthens_rows_by_eighths() -> None:
+    filled, places = fill([7, 1], [None, [3]])
+    assert filled.input_ids.shape == (1, 16) and places == list(range(1, 8)) and filled.tokens == 15
+    assert filled.position_ids[0, 11:].tolist() == [0, 1, 2, 3, 0] and filled.input_ids[0, 13] == 95
 
 
-def test_padded_rows() -> None:
-    """A sequence a row: positions count on through the padding, which the mask leaves out."""
+def test_fill_rows_of_a_padded_batch() -> None:
+    """One sequence per row: positions continue into the padding, which the mask excludes."""
     ids, labels = [START, CODE, CODE, END, 5, PAD, PAD], [NO, NO, NO, NO, 5, NO, NO]
-    given = batch(ids, labels, list(range(7)), [0, READ, READ, 0, 0, 0, 0], [2], packed=False)
-    found, places = fill_rows(given, [1], [None], CODE, PAD)
-    assert found.input_ids.tolist() == [[START, CODE, END, 5]] and places.tolist() == [1]
-    assert found.attention_mask is not None and found.attention_mask.tolist() == [[1, 1, 1, 1]]
+    padded = batch(ids, labels, list(range(7)), [0, READ, READ, 0, 0, 0, 0], [2], packed=False)
+    filled, places = fill_rows(padded, [1], [None], CODE, PAD)
+    assert filled.input_ids.tolist() == [[START, CODE, END, 5]] and places.tolist() == [1]
+    assert filled.attention_mask is not None and filled.attention_mask.tolist() == [[1, 1, 1, 1]]

@@ -1,13 +1,11 @@
-"""LaVIT's stage 1 as a task: it learns, codes begin at all centres, kills and several processes change nothing."""
+"""LaVIT's stage 1: learning, the codebook's start, frozen parts, several processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import stage1_toy as toy
@@ -25,19 +23,6 @@ CODES = {"codebook_warmup": 4, "kmeans_start": True, "kmeans_images": 64, "resta
 TWO = (warm_python.PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-@pytest.fixture
-def start_stage1() -> Callable[..., subprocess.Popen]:
-    """start_stage1(folder, run, …, before=[command]) → the process that trains."""
-    def start(folder: Path, *runs: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)) -> subprocess.Popen:
-        folder.mkdir(parents=True, exist_ok=True)
-        program = ROOT / "tests" / "support" / "stage1_toy.py"
-        return subprocess.Popen([*before, str(program), str(folder), *map(json.dumps, runs)],
-                                env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-    return start
-
-
 def measure(model: LavitStage1, images: torch.Tensor, quantize: bool | None = None) -> LavitStage1Output:
     with evaluation_mode(model):
         return model(images, quantize=quantize)
@@ -49,13 +34,13 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(tmp_path: Path) -> None:
-    held_out, _ = toy.pictures(64, seed=9)
+def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
+    held_out, _ = toy.images(64, seed=9)
     before = measure(toy.stage1(), held_out, quantize=False)
     model, record = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health={**CODES, "codebook_warmup": 50})
     after = measure(model, held_out)
     mean = held_out.mean(0, keepdim=True).expand_as(held_out)
-    blind = 1 - torch.cosine_similarity(held_out, mean, dim=-1).mean()  # what is reached without seeing anything
+    blind = 1 - torch.cosine_similarity(held_out, mean, dim=-1).mean()  # reached without seeing the image
     assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
     assert 0.2 < after.counts_B.sum() / held_out[..., 0].numel() < 0.5 and after.counts_B.min() >= 1
     assert len(after.codes_T.unique()) > 0.5 * toy.CODES and before.codes_T is None
@@ -66,8 +51,8 @@ def test_the_loss_falls_before_and_with_codes_and_the_log_has_what_a_plot_needs(
     assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"] and record["loss_cosine"] > 0
 
 
-def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
-    data, _ = toy.pictures(128)
+def test_start_codes_uses_the_whole_codebook() -> None:
+    data, _ = toy.images(128)
     model = toy.stage1()
     task = LavitTokenizerTask("codes", model, StageConfig(max_steps=5, batch_size=16),
                               lambda step: data[16 * step:16 * step + 16],
@@ -81,7 +66,7 @@ def test_the_codebook_starts_at_centres_that_are_all_used() -> None:
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
 
 
-def test_the_token_selector_has_its_own_rate_and_frozen_parts_none() -> None:
+def test_stage1_groups_scale_the_token_selectors_rate() -> None:
     model = toy.stage1()
     groups = stage1_groups(model, 0.1, 0.25)
     scales = {id(parameter): group.get("lr_scale", 1.0) for group in groups for parameter in group["params"]}
@@ -91,36 +76,33 @@ def test_the_token_selector_has_its_own_rate_and_frozen_parts_none() -> None:
     assert not any(part in name for name in trained for part in ("tokenizer.encoder.", "vit_proj", "unet_", "quantize"))
 
 
-def test_a_frozen_token_selector_stays_once_codes_are_used(tmp_path: Path) -> None:
+def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path: Path) -> None:
     def selector(model: LavitStage1) -> torch.Tensor:
         return torch.cat([part.detach().flatten() for part in model.tokenizer.token_predictor.parameters()])
 
-    settings = {"health": CODES, "freeze_selector": True, "learning_rate": 1e-2}
-    with_codes, _ = toy.train(tmp_path / "long", max_steps=8, **settings)
+    trained, _ = toy.train(tmp_path, max_steps=8, health=CODES, freeze_selector=True, learning_rate=1e-2)
     start = toy.stage1(freeze_selector=True)
-    before = selector(start)
-    start(toy.pictures(8)[0], quantize=True).loss.backward()
-    assert all(part.grad is None for part in start.tokenizer.token_predictor.parameters())
-    start(toy.pictures(8)[0], quantize=False).loss.backward()
-    assert all(part.grad is not None for part in start.tokenizer.token_predictor.parameters())
-    assert not torch.equal(selector(with_codes), before)  # by the steps without codes
+    assert not torch.equal(selector(trained), selector(start))  # by the steps without codes
+    for quantize in (True, False):
+        start(toy.images(8)[0], quantize=quantize).loss.backward()
+        assert all((part.grad is None) == quantize for part in start.tokenizer.token_predictor.parameters())
 
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_two_processes_equal_one_with_the_double_batch_and_have_one_codebook(
-    start_stage1: Callable[..., subprocess.Popen], tmp_path: Path
-) -> None:
-    """Without k-means, whose points are the first process's, the numbers are those of one process."""
+def test_two_processes_equal_one_with_the_double_batch(tmp_path: Path) -> None:
+    """They share one codebook. The compared run has no k-means, whose points are the first process's."""
     equal = {"name": "equal", "max_steps": 6, "repeatable": True}
     centres = {"name": "centres", "max_steps": 10, "health": CODES, "batch_size": 8}
-    process = start_stage1(tmp_path, {**equal, "batch_size": 8}, centres, before=TWO)
-    said = process.communicate(timeout=250)[0]
-    assert process.returncode == 0, said
+    done = subprocess.run([*TWO, str(ROOT / "tests" / "support" / "stage1_toy.py"), str(tmp_path),
+                           json.dumps({**equal, "batch_size": 8}), json.dumps(centres)],
+                          env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=250)
+    assert done.returncode == 0, done.stdout
     model, _ = toy.train(tmp_path / "one", **equal)
     first, second = (torch.load(tmp_path / f"equal.{rank}.pt", weights_only=True) for rank in (0, 1))
     for name, value in model.state_dict().items():
-        if not name.endswith("counts"):  # each process's own
+        if not name.endswith("counts"):  # of each process
             assert torch.equal(first[name], second[name]), name
             close = 1e-3 if name.endswith(("qkv.bias", "key.bias")) else 1e-5  # a key's bias has no gradient but noise
             assert (first[name] - value).abs().max() < close, name

@@ -1,4 +1,4 @@
-"""The FLOP count agrees with what torch counts while a small model trains."""
+"""FLOP counts equal those of torch's FlopCounterMode."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def build(lora: bool) -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_counted_as_torch_counts(lora: bool) -> None:
+def test_token_flops_equals_torchs_count(lora: bool) -> None:
     model = build(lora)
     ids = torch.randint(3, 96, (2, LENGTH))
     batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
@@ -32,13 +32,13 @@ def test_counted_as_torch_counts(lora: bool) -> None:
         packed_loss(model, batch).sum.backward()
     body, head, attention = token_flops(model, LENGTH)
     tokens, learned = ids.numel(), ids.numel() - 2
-    # Eager attention computes the half that the mask hides, too; rotary frequencies are a tiny product of their own.
-    wanted = tokens * (body + 2 * attention) + learned * head
-    assert counter.get_total_flops() == pytest.approx(wanted, rel=0.005)
+    # Eager attention also computes the masked half; rotary frequencies are a further, tiny product.
+    expected = tokens * (body + 2 * attention) + learned * head
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
 
 
-def test_the_log_counts_sequences_of_several_lengths_and_no_padding() -> None:
-    """TFLOP/s of a line times its seconds is what torch counts for the sequences, each alone."""
+def test_token_meter_counts_sequences_without_padding() -> None:
+    """TFLOP/s times seconds equals torch's count for each sequence alone."""
     model, lengths, padding = build(False), (5, 30, 11), 50
     counted = 0
     for length in lengths:
@@ -50,12 +50,12 @@ def test_the_log_counts_sequences_of_several_lengths_and_no_padding() -> None:
     meter = TokenMeter()
     meter.flops = token_flops(model, 1.0)
     tokens, learned, zero = sum(lengths), sum(lengths) - len(lengths), torch.zeros(())
-    found = {"loss": zero, "text_sum": zero, "text_count": torch.tensor(float(learned)), "image_sum": zero,
-             "image_count": zero, "tokens": tokens, "positions": tokens + padding,
-             "squares": sum(length**2 for length in lengths)}
-    numbers = meter.combine([found], None, 0.1)
+    batch_numbers = {"loss": zero, "text_sum": zero, "text_count": torch.tensor(float(learned)), "image_sum": zero,
+                     "image_count": zero, "tokens": tokens, "positions": tokens + padding,
+                     "squares": sum(length**2 for length in lengths)}
+    numbers = meter.combine([batch_numbers], None, 0.1)
     meter.add(numbers, meter.shared(numbers))
     line = meter.rates(1, 1, 2.0, 1)
-    masked = meter.flops[2] * found["squares"]  # eager attention computes the half that the mask hides, too
+    masked = meter.flops[2] * batch_numbers["squares"]  # computed by eager attention
     assert line["tflops"] * 2.0 * 1e12 == pytest.approx(counted - masked, rel=0.005)
     assert line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2

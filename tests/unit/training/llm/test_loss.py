@@ -1,4 +1,4 @@
-"""The loss over packed and padded batches: equal to separate sequences, whole or in chunks, and weighted by kind."""
+"""The loss over packed and padded batches equals that of separate sequences; chunks, attention kinds, weights."""
 
 from __future__ import annotations
 
@@ -34,33 +34,36 @@ def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
 
 def sequences() -> list[SimpleNamespace]:
     generator = torch.Generator().manual_seed(1)
-    found = []
+    samples = []
     for length in LENGTHS:
         ids = torch.randint(3, WORDS, (1, length), generator=generator)
         labels = ids.clone()
         labels[:, 1:length // 3] = -100
-        found.append(SimpleNamespace(input_ids=ids, labels=labels, position_ids=None, attention_mask=None))
-    return found
+        samples.append(SimpleNamespace(input_ids=ids, labels=labels, position_ids=None, attention_mask=None))
+    return samples
 
 
 def packed(rows: int = 1, length: int = 36) -> SimpleNamespace:
     """The sequences end to end, padded at the end; further rows hold them in another order."""
     parts = []
     for row in range(rows):
-        own = sequences()[row:] + sequences()[:row]
+        samples = sequences()[row:] + sequences()[:row]
         pad = length - sum(LENGTHS)
         columns = {"input_ids": 0, "labels": -100}
-        line = {name: torch.cat([getattr(s, name) for s in own] + [torch.full((1, pad), fill)], 1)
+        line = {name: torch.cat([getattr(s, name) for s in samples] + [torch.full((1, pad), fill)], 1)
                 for name, fill in columns.items()}
-        line["position_ids"] = torch.cat([torch.arange(s.input_ids.shape[1]) for s in own] + [torch.arange(pad)])[None]
+        positions = [torch.arange(s.input_ids.shape[1]) for s in samples] + [torch.arange(pad)]
+        line["position_ids"] = torch.cat(positions)[None]
         parts.append(line)
     return SimpleNamespace(attention_mask=None, **{key: torch.cat([p[key] for p in parts]) for key in parts[0]})
 
 
 def padded() -> SimpleNamespace:
-    own, length = sequences(), max(LENGTHS)
+    samples, length = sequences(), max(LENGTHS)
+
     def column(name: str, fill: int) -> torch.Tensor:
-        return torch.cat([F.pad(getattr(s, name), (0, length - s.input_ids.shape[1]), value=fill) for s in own])
+        return torch.cat([F.pad(getattr(s, name), (0, length - s.input_ids.shape[1]), value=fill) for s in samples])
+
     mask = torch.tensor([[1] * n + [0] * (length - n) for n in LENGTHS])
     return SimpleNamespace(input_ids=column("input_ids", 0), labels=column("labels", -100), attention_mask=mask,
                            position_ids=torch.arange(length).expand(len(LENGTHS), -1))
@@ -89,44 +92,44 @@ def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]
 def test_packed_equals_separate_sequences(attention: str, rows: int) -> None:
     model = build(lora=True)
     find_llama(model).set_attn_implementation(attention)
-    wanted, count = separate(model, rows)
-    wanted_gradients = gradients(model, wanted)
+    expected, count = separate(model, rows)
+    expected_gradients = gradients(model, expected)
     for chunked in (False, True):
         parts = packed_loss(model, packed(rows), chunked=chunked)
         assert int(parts.count) == count
-        torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
-        same(gradients(model, parts.sum), wanted_gradients, 1e-4)
+        torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
+        same(gradients(model, parts.sum), expected_gradients, 1e-4)
     leaking = packed(rows)
     leaking.position_ids = torch.arange(leaking.input_ids.shape[1]).expand_as(leaking.input_ids)
-    assert abs(packed_loss(model, leaking).mean - wanted / count) > 1e-3
+    assert abs(packed_loss(model, leaking).mean - expected / count) > 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:_compile flag", "ignore:flex_attention called without torch.compile")
-def test_flex_attention_keeps_sequences_apart() -> None:
+def test_flex_attention_separates_packed_sequences() -> None:
     model = build()
-    wanted, count = separate(model)
+    expected, count = separate(model)
     model.set_attn_implementation("flex_attention")
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the same mask, without a compiler's minute
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # the same mask, not compiled
         parts = packed_loss(model.eval(), packed())
     assert int(parts.count) == count
-    torch.testing.assert_close(parts.sum, wanted.detach(), atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(parts.sum, expected.detach(), atol=1e-3, rtol=1e-4)
 
 
-def test_packed_and_padded_rows_have_an_attention_each() -> None:
-    """As on a GPU, where `auto` is flash or flex for packed rows and SDPA for padded ones."""
+def test_attention_of_packed_and_of_padded_rows() -> None:
+    """As with `auto` on a GPU: flash or flex for packed rows, SDPA for padded ones."""
     model = build(lora=True)
     llama = find_llama(model)
     llama.attentions = {True: "eager", False: "sdpa"}
-    wanted, count = separate(model)
+    expected, count = separate(model)
     assert llama.config._attn_implementation == "sdpa"
     for batch, attention in ((packed(), "eager"), (padded(), "sdpa"), (packed(), "eager")):
         parts = packed_loss(model, batch)
         assert llama.config._attn_implementation == attention and int(parts.count) == count
-        torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
 
 
 def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """Attention as the flash path of transformers does it: packed sequences are only seen in a single row."""
+    """Attention as in the flash path of transformers, which recognises packed sequences in a single row only."""
     positions = kwargs["position_ids"]
     length = query.shape[2]
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
@@ -136,35 +139,35 @@ def rows_as_flash(module, query, key, value, attention_mask, scaling=None, **kwa
     return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling).transpose(1, 2), None
 
 
-def test_rows_are_laid_end_to_end_for_flash_attention() -> None:
+def test_rows_are_concatenated_for_flash_attention() -> None:
     AttentionInterface.register("flash_for_tests", rows_as_flash)
     model = build()
-    wanted, _ = separate(model, 2)
+    expected, _ = separate(model, 2)
     model.config._attn_implementation = "flash_for_tests"
-    torch.testing.assert_close(packed_loss(model, packed(2)).sum, wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(packed_loss(model, packed(2)).sum, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_chunks_are_exact_and_never_hold_all_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_loss_is_exact_and_never_holds_all_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build(tied=tied, lora=True), packed(3)
     whole = packed_loss(model, batch)
-    wanted = gradients(model, whole.sum)
-    assert any("lm_head" in name for name in wanted) != tied  # the tied head goes by the embedding's name
+    expected = gradients(model, whole.sum)
+    assert any("lm_head" in name for name in expected) != tied  # a tied head has the embedding's name
     seen: list[int] = []
-    find_llama(model).lm_head.register_forward_hook(lambda _m, given, _o: seen.append(len(given[0])))
+    find_llama(model).lm_head.register_forward_hook(lambda _module, args, _output: seen.append(len(args[0])))
     parts = packed_loss(model, batch, chunked=True)
     assert len(seen) == -(-int(parts.count) // 64) > 1
     torch.testing.assert_close(parts.sum, whole.sum, atol=1e-5, rtol=1e-6)
-    same(gradients(model, parts.sum), wanted)
+    same(gradients(model, parts.sum), expected)
     assert len(seen) == 2 * (-(-int(parts.count) // 64)) and max(seen) <= 64
 
 
-def test_padding_on_either_side_is_invisible() -> None:
+def test_padding_on_either_side_changes_nothing() -> None:
     model = build()
-    wanted, count = separate(model)
+    expected, count = separate(model)
     right = padded()
     parts = packed_loss(model, right)
-    torch.testing.assert_close(parts.sum, wanted, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
     assert int(parts.count) == count
     stock = model(input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels).loss
     torch.testing.assert_close(parts.mean, stock, atol=1e-5, rtol=1e-5)
@@ -174,10 +177,10 @@ def test_padding_on_either_side_is_invisible() -> None:
     left.labels[:, 0] = left.labels[:, 0].where(left.attention_mask[:, 0] == 1, -100)
     first = torch.tensor([[max(LENGTHS) - n] for n in LENGTHS])
     left.labels.scatter_(1, first, -100)  # the position before it is padding
-    torch.testing.assert_close(packed_loss(model, left).sum, wanted, atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(packed_loss(model, left).sum, expected, atol=2e-3, rtol=1e-4)
 
 
-def test_weights_by_kind() -> None:
+def test_loss_weights_of_text_and_image_tokens() -> None:
     model, batch = build(), packed()
     ids, labels, positions = batch.input_ids, batch.labels, batch.position_ids
     hidden, targets = loss_module._learned(model, ids, labels, positions, None)
@@ -191,7 +194,7 @@ def test_weights_by_kind() -> None:
         int((s.labels[:, 1:] != -100).sum()) for s in sequences())
 
 
-def test_a_batch_that_teaches_nothing_gives_zero_gradients() -> None:
+def test_batch_without_learned_tokens_has_zero_gradients() -> None:
     module = LossModule(build(), LossWeights(50))
     batch = packed()
     parts = module(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)

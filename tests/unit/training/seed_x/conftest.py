@@ -1,4 +1,4 @@
-"""The helpers of `tuning_parts.py`, and one folder of tiny parts for a whole session."""
+"""The helpers of `tuning_parts.py`, and one folder of tiny parts per session."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def parts() -> ModuleType:
-    """The module `tuning_parts`, imported where it is used: it is slow."""
+    """The module `tuning_parts`, which is slow to import."""
     import tuning_parts
 
     return tuning_parts

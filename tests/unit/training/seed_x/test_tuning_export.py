@@ -1,4 +1,4 @@
-"""From a tuned checkpoint to a system: merged by the tool, from every layout that a checkpoint comes in."""
+"""`merge_lora_weights.py` turns tuned checkpoints, ours and original ones, into systems."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import torch
 import yaml
 
 from seed_multimodal.cli.tools import merge_script
-from seed_multimodal.seed_x.modeling import load_agent
 from seed_multimodal.seed_x.pipeline import SeedX
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.seed_x.tuning import TuningTask
 
 pytestmark = pytest.mark.slow
-STEPS = 3
+STEPS = 2
 
 
 def tuned(parts: ModuleType, home: Path, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
-    """A run and its checkpoint, loaded; every number of the LoRA has moved."""
+    """A finished run with its weights loaded, and its checkpoint."""
     config = parts.config_of(home, output, lora=lora, trainer={"max_steps": STEPS})
     TuningTask.train(config)
     task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     task.prepare()
     task.load_weights(output / f"checkpoint-{STEPS}")
     task.module.eval()
-    task.batches = list(itertools.islice(task.data, 4))  # of all four sources
+    task.batches = list(itertools.islice(task.data, 4))  # one of each source
     return task, output / f"checkpoint-{STEPS}"
 
 
@@ -39,43 +38,54 @@ def run(parts: ModuleType, home: Path, tmp_path_factory: pytest.TempPathFactory)
     return tuned(parts, home, tmp_path_factory.mktemp("tuned") / "out")
 
 
-def merge(home: Path, folder: Path, trained: Path, *more: str, lora: Any = None, base: bool = True) -> int:
+def merge(home: Path, folder: Path, checkpoint: Path, *flags: str, lora: Any = None, base: bool = True) -> int:
     folder.mkdir(exist_ok=True)
     model = {"lora": lora, **({"path": str(home / "llm")} if base else {"sizes": {}})}
     (folder / "model.yaml").write_text(yaml.safe_dump(model))
     (folder / "words.yaml").write_text(yaml.safe_dump({"pretrained_model_name_or_path": str(home / "tokenizer")}))
-    return merge_script("merge_lora_weights.py", "", ["--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(
-        folder / "words.yaml"), "--lora_model", str(trained), "--save_path", str(folder / "merged"), *more])
+    return merge_script("merge_lora_weights.py", "", [
+        "--model_cfg", str(folder / "model.yaml"), "--tokenizer_cfg", str(folder / "words.yaml"),
+        "--lora_model", str(checkpoint), "--save_path", str(folder / "merged"), *flags])
 
 
-def check_same(task: TuningTask, home: Path, merged: Path) -> None:
-    """The system has the losses of the tuned module, and its answers."""
+def check_system(task: TuningTask, home: Path, merged: Path) -> None:
+    """The system has the losses of the tuned module, and answers."""
     system = SeedX.from_pretrained(merged, vision=home / "tower", device="cpu", dtype="fp32", log=None,
                                    load_decoder=False)
     for batch in task.batches:
         inputs = task.inputs(batch)
         with torch.no_grad():
-            one, other = task.module(**inputs), system.agent(**inputs)
-        for name, value in one.items():
-            assert float(other[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+            expected, losses = task.module(**inputs), system.agent(**inputs)
+        for name, value in expected.items():
+            assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert isinstance(system.ask(home / "pictures" / "red.jpg", "What is it?", max_new_tokens=4), str)
 
 
-def test_a_checkpoint_becomes_a_system(run: tuple[TuningTask, Path], home: Path, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
+    run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     task, checkpoint = run
     assert merge(home, tmp_path, checkpoint) == 0
-    said = capsys.readouterr().err
-    assert "14 with LoRA merged in" in said
-    assert "; 21 tensors of resamplers" in said  # the sines are no training's
-    assert {path.name for path in (tmp_path / "merged").iterdir()} == {"llm", "agent"}
-    check_same(task, home, tmp_path / "merged")
+    log = capsys.readouterr().err
+    assert "14 with LoRA merged in" in log
+    assert "; 21 tensors of resamplers" in log  # without the sinusoidal embeddings
+    merged = tmp_path / "merged"
+    assert {path.name for path in merged.iterdir()} == {"llm", "agent"}
+    check_system(task, home, merged)
+    again = TuningTask(TuningTask.read(parts.config_of(
+        home, tmp_path / "again", lora=True, model={"path": str(merged / "llm")},
+        agent={"path": str(merged / "agent")})), ProcessGroup(), torch.device("cpu"))
+    again.prepare()
+    again.module.eval()
+    inputs = task.inputs(task.batches[1])
+    with torch.no_grad():  # a new LoRA changes nothing yet
+        expected, losses = task.module(**inputs), again.module(**inputs)
+    assert float(losses["total_loss"]) == pytest.approx(float(expected["total_loss"]), rel=1e-4)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_an_export_with_the_names_of_an_old_peft(frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path
-                                                 ) -> None:
-    """As `zero_to_fp32.py` wrote it from the original code: all tensors in one file, no settings next to it."""
+def test_merge_of_an_original_export(frozen: bool, run: tuple[TuningTask, Path], home: Path, tmp_path: Path) -> None:
+    """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next to it."""
     task, checkpoint = run
     state = {name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
              if frozen or name in task.weights()}
@@ -84,33 +94,14 @@ def test_an_export_with_the_names_of_an_old_peft(frozen: bool, run: tuple[Tuning
         "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
         **{name: about[name] for name in ("input_resampler", "output_resampler")}, "rec_loss_scale": 6.0}))
     torch.save(state, tmp_path / "pytorch_model.bin")
-    given = (home, tmp_path, tmp_path / "pytorch_model.bin")
-    assert merge(*given, "--agent_cfg", str(tmp_path / "agent.yaml"), lora=about["lora"]) == 0
-    check_same(task, home, tmp_path / "merged")
+    assert merge(home, tmp_path, tmp_path / "pytorch_model.bin", "--agent_cfg", str(tmp_path / "agent.yaml"),
+                 lora=about["lora"]) == 0
+    check_system(task, home, tmp_path / "merged")
 
 
-def test_a_model_that_was_trained_whole_needs_no_base(parts: ModuleType, home: Path, tmp_path: Path,
+def test_merge_of_a_fully_trained_model_needs_no_base(parts: ModuleType, home: Path, tmp_path: Path,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
     task, checkpoint = tuned(parts, home, tmp_path / "out", lora=False)
     assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
-    check_same(task, home, tmp_path / "files" / "merged")
-
-
-def test_a_merged_agent_is_tuned_again(run: tuple[TuningTask, Path], parts: ModuleType, home: Path, tmp_path: Path
-                                       ) -> None:
-    """A new LoRA on the merged language model begins with its losses; an agent with a LoRA is no start for one without,
-    and the other way round."""
-    task, checkpoint = run
-    assert merge(home, tmp_path, checkpoint) == 0
-    merged = tmp_path / "merged"
-    config = parts.config_of(home, tmp_path / "again", lora=True, model={"path": str(merged / "llm")},
-                             agent={"path": str(merged / "agent")}, trainer={"max_steps": 1})
-    again = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
-    again.prepare()
-    again.module.eval()
-    inputs = task.inputs(task.batches[1])
-    with torch.no_grad():
-        one, other = task.module(**inputs), again.module(**inputs)
-    assert float(other["total_loss"]) == pytest.approx(float(one["total_loss"]), rel=1e-4)
-    load_agent(again.module, checkpoint)  # its LoRA and all
+    check_system(task, home, tmp_path / "files" / "merged")
