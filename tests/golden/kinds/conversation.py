@@ -158,12 +158,16 @@ class Replay:
         return visit.request(self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
     def request(self) -> dict[str, Any]:
-        """The text for the model and the images in the body that the page posts."""
-        messages = ChatRequest.model_validate(self.body()).messages
-        texts = [[part if isinstance(part, str) else PLACEHOLDER for part in turn.parts] for turn in messages]
+        """The text for the model and the images in the body that the page posts.
+
+        Of an uploaded image its codes if they are known, as the original posts it; the server reads the image itself.
+        """
+        turns = [[part.value for part in turn.content] if isinstance(turn.content, list) else turn.parts
+                 for turn in ChatRequest.model_validate(self.body()).messages]
+        texts = [[part if isinstance(part, str) else PLACEHOLDER for part in parts] for parts in turns]
         return {"text": render(self.style, texts), "images": [
             part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
-            for turn in messages for part in turn.parts if not isinstance(part, str)]}
+            for parts in turns for part in parts if not isinstance(part, str)]}
 
     def receive(self, answer: dict[str, Any]) -> Message:
         """The recorded answer as a stream sends it; the codes of the posted images are stored as in the original."""

@@ -151,8 +151,7 @@ def run(request: dict[str, Any], base: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C ends pytest, and that ends the server
-    first = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # of the first caller
-    base = [place for place in sys.path[1:] if place not in first]
+    base = sys.path[1:]
     sys.path.insert(1, os.path.join(os.path.dirname(HERE), "..", "..", "src"))
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
