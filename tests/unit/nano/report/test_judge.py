@@ -30,7 +30,7 @@ def few_things(seed: int, index: int) -> Scene:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     folder = tmp_path_factory.mktemp("judge")
-    settings = StageConfig(max_steps=100, batch_size=24, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False)
+    settings = StageConfig(max_steps=100, batch_size=16, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False)
     config = JudgeConfig(image_size=32, widths=(16, 24), blocks=(0, 1))
     train(JudgeTask(settings, folder / "judge", torch.device("cpu"), config, few_things, probes=4), settings, folder)
     return Judge.from_pretrained(folder / "judge")
