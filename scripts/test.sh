@@ -27,7 +27,7 @@ if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v c
     fi
 fi
 
-export HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false PYTHONDONTWRITEBYTECODE=1
+export HF_HUB_OFFLINE=1 GRADIO_ANALYTICS_ENABLED=False TOKENIZERS_PARALLELISM=false
 # A worker has one core; more threads make tiny models slower, not faster.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 WORKERS="${WORKERS:-$("$PYTHON" -c '

@@ -1,20 +1,17 @@
-"""What several packages' tests share: tiny random systems (tests/support/tiny_*.py), each built once per session.
+"""Fixtures of several packages: tiny random systems (tests/support/tiny_*.py), each built once per session.
 
-Tests read it; one that damages a system works on a copy. And a rule: a test that starts another process has the marker
-`process`, so that `scripts/test.sh --fast` leaves it out.
+Tests copy a system before they change it. A test that starts a process needs the marker `process`, so that
+`scripts/test.sh --fast` skips it.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
@@ -24,9 +21,9 @@ started: list[str] = []
 
 
 def pytest_configure() -> None:
-    """Note each process that is started."""
+    """Record each process that is started."""
     def note(event: str, arguments: tuple) -> None:
-        if event in PROCESSES and arguments[:1] != ("git",):  # reports ask git for the commit, in milliseconds
+        if event in PROCESSES and arguments[:1] != ("git",):  # reports call git for the commit, in milliseconds
             started.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)
@@ -34,18 +31,18 @@ def pytest_configure() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol() -> None:
-    """Forget the processes that were started before, while tests were collected."""
+    """Clear the processes that were started before, while tests were collected."""
     started.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """A test that starts a process, itself or in a fixture, and has no marker for it fails."""
+    """Fail a test that starts a process, itself or in a fixture, without the marker for it."""
     yield
     if started and not any(map(item.get_closest_marker, ("process", "browser"))):
         seen = sorted(set(started))
         started.clear()
-        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast omits it")
+        pytest.fail(f"starts a process ({', '.join(seen)}): mark it with @pytest.mark.process, so that --fast skips it")
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +61,7 @@ def tiny(tiny_folder: Path):
 
 @pytest.fixture(scope="session")
 def tiny_x_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SEED-X that follows instructions, with a de-tokenizer of the second stage."""
+    """An instruction-tuned SEED-X with a de-tokenizer of the second stage."""
     import tiny_seed_x
 
     return tiny_seed_x.build(tmp_path_factory.mktemp("tiny_seed_x"), stage=2)
@@ -89,19 +86,3 @@ def tiny_lavit(tiny_lavit_folder: Path):
     from seed_multimodal.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
-
-
-@pytest.fixture
-def picture() -> Image.Image:
-    """Stripes, 40 x 30."""
-    pixels = np.zeros((30, 40, 3), dtype=np.uint8)
-    pixels[:, ::4] = (250, 40, 60)
-    pixels[::5] = (20, 90, 200)
-    return Image.fromarray(pixels)
-
-
-@pytest.fixture
-def png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

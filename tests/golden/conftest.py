@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # modules of kinds say `from runner import …`
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of kinds import `runner`
 
 from runner import DEFAULT_DIR, fixture_folders  # noqa: E402
 
@@ -20,7 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "golden_folder" not in metafunc.fixturenames:
         return
-    # The option is unknown when pytest was started above tests/golden: this conftest is read too late then.
+    # The option is unknown if pytest was started above tests/golden, because it then reads this conftest too late.
     chosen = metafunc.config.getoption("--golden-dir", default=None)
     directory = DEFAULT_DIR if chosen is None else metafunc.config.invocation_params.dir / Path(chosen).expanduser()
     folders = fixture_folders(directory)

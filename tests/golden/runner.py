@@ -1,14 +1,14 @@
 """Golden fixtures: recorded inputs and outputs of the original programs, one folder per fixture.
 
-    pytest tests/golden                          # the fixtures kept in tests/golden/data
+    pytest tests/golden                          # the fixtures in tests/golden/data
     pytest tests/golden --golden-dir DIR         # every fixture folder in DIR
     pytest tests/golden -k preprocessing         # one kind
 
-Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind `seed2_tokenizer`); a
-module of `tests/golden/kinds` has a table `KINDS` of the kinds that it checks and their checks `check(folder)`, which
-raise AssertionError where the library disagrees. A check derives every size from the fixture, because further fixtures
-of a kind have other sizes and seeds; its docstring names what it leaves out. Large json of the kept fixtures is stored
-compressed (`x.json.gz`): the readers below take `x.json` and find either.
+Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind `seed2_tokenizer`). A
+module of `tests/golden/kinds` has a table `KINDS` of kinds and their functions `check(folder)`, which raise
+AssertionError if the library disagrees. A check derives every size from the fixture, because further fixtures of a kind
+have other sizes and seeds; the module's docstring lists what is not compared. Large json files in tests/golden/data are
+compressed (`x.json.gz`); the functions below read `x.json` or `x.json.gz`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file of a fixture, or what `<name>.gz` holds."""
+    """A text file of a fixture, compressed or not."""
     packed = path.with_name(path.name + ".gz")
     assert path.is_file() or packed.is_file(), f"{path}: the fixture lacks this file."
     data = path.read_bytes() if path.is_file() else gzip.decompress(packed.read_bytes())
@@ -94,13 +94,12 @@ def read_case(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], dict[s
 
 
 def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The tensors whose names begin with `name.`, without that."""
+    """The tensors whose names begin with `name.`, without this prefix."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
 def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer folder a fixture was recorded with: in an `llm_sequences*` fixture next to it, else the kept
-    one."""
+    """The tokenizer of a fixture, of an `llm_sequences*` fixture next to it, or of tests/golden/data."""
     for place in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
         if (place / "tokenizer" / "tokenizer.model").is_file():
             return place / "tokenizer"
@@ -126,16 +125,16 @@ def assert_close(actual: Any, expected: Any, atol: float, rtol: float = 0.0, wha
         f"(atol {atol:g}, rtol {rtol:g}; {int((excess > 0).sum())} of {got.numel()} elements are off)")
 
 
-def assert_all_close(made: Mapping[str, Any], want: Mapping[str, Any], atol: float, rtol: float = 0.0,
+def assert_all_close(actual: Mapping[str, Any], want: Mapping[str, Any], atol: float, rtol: float = 0.0,
                      name: str = "{}") -> None:
-    """`assert_close` of every value with the recorded tensor called `name` with the value's key in it."""
-    for key, value in made.items():
+    """`assert_close` of every value with the recorded tensor `name.format(key)`."""
+    for key, value in actual.items():
         assert_close(value, want[name.format(key)], atol, rtol, name.format(key))
 
 
 def assert_gradients(model: Any, want: Mapping[str, Any], norms: Mapping[str, float | None], atol: float = 1e-6,
                      what: str = "") -> None:
-    """Gradients by parameter (of a table perhaps the first rows) and their norms; None: there is no gradient."""
+    """Gradients by parameter (of large tables the first rows) and their norms; None: there is no gradient."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, value in want.items():
         assert_close(gradients[name][:len(value)] if value.ndim else gradients[name], value, atol, 1e-3,
@@ -147,5 +146,5 @@ def assert_gradients(model: Any, want: Mapping[str, Any], norms: Mapping[str, fl
 
 
 def assert_same(actual: Any, expected: Any, what: str) -> None:
-    """Exact equality of plain Python values; shows both, cut to a readable length."""
+    """Exact equality of plain Python values."""
     assert actual == expected, f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"

@@ -1,4 +1,4 @@
-"""Every golden fixture folder agrees with the library, and the runner refuses what it does not know."""
+"""The library agrees with every golden fixture; the runner's own functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_fixture(golden_folder: Path) -> None:
     kinds[kind_of(golden_folder, kinds)](golden_folder)
 
 
-def test_kind_of_is_the_longest_prefix() -> None:
+def test_kind_of_the_longest_prefix() -> None:
     kinds = {"stage2_losses": print, "stage2_losses_image_down": print}
     assert kind_of(Path("stage2_losses_image_down_b"), kinds) == "stage2_losses_image_down"
     assert kind_of(Path("stage2_losses_b"), kinds) == "stage2_losses"
@@ -28,7 +28,7 @@ def test_fixture_folders_of_an_empty_folder(tmp_path: Path) -> None:
         fixture_folders(tmp_path)
 
 
-def test_assert_close_sees_shape_value_and_nan() -> None:
+def test_assert_close_of_other_shapes_values_and_nan() -> None:
     assert_close([1.0, 2.0], [1.0, 2.01], atol=0.02)
     for actual, expected, message in (([1.0], [1.0, 2.0], "shape"), ([1.0, 2.0], [1.0, 3.0], "element 1"),
                                       ([float("nan")], [1.0], "not finite")):

@@ -1,4 +1,4 @@
-"""A completion server on loopback that answers by a language model, with vLLM's fields for ids."""
+"""A completion server on loopback that runs a language model, with vLLM's fields for ids."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ CODES = 64  # allowed tokens from which a request counts as one for an image
 
 
 class CompletionServer(ThreadingHTTPServer):
-    """`bodies`: what was asked; `breaks_after`: tokens after which connections are closed; `trims`: the id that ended
-    an answer is left out of it."""
+    """`bodies`: the requests; `breaks_after`: tokens after which connections are closed; `trims`: answers lack the id
+    that ended them."""
 
     daemon_threads = True
 
@@ -31,7 +31,7 @@ class CompletionServer(ThreadingHTTPServer):
 
     @torch.inference_mode()
     def tokens(self, body: dict[str, Any]) -> Any:
-        """Ids one by one, each with the reason that the answer ends there, or None."""
+        """Yield each id with its finish reason, or None."""
         ids, cache = torch.tensor([body["prompt"]]), None
         generator = torch.Generator().manual_seed(body.get("seed", 0))
         ends = [2, *body.get("stop_token_ids", [])]

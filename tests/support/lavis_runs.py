@@ -1,4 +1,4 @@
-"""Tiny sizes, and running the application in processes of its own."""
+"""Tiny configurations of SEED_Tokenizer's stages, and running the application in processes."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ torch.distributed.destroy_process_group()
 
 
 def environment(**more: str) -> dict[str, str]:
-    """For programs and scripts of the application: warm processes."""
+    """Environment variables of programs and scripts of the application; their processes are warm."""
     return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
 
 
-def write_pictures(folder: Path, count: int = 24) -> Path:
+def write_images(folder: Path, count: int = 24) -> Path:
     """Images of nano's scenes and `pairs.json` next to them."""
     from PIL import Image
 
@@ -64,20 +64,20 @@ def write_pictures(folder: Path, count: int = 24) -> Path:
     return folder
 
 
-def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
-    """Arguments of train.py for a tiny run on `pictures`, with a YAML file next to `output`."""
+def write_config(stage: str, images: Path, output: Path) -> list[str]:
+    """Arguments of train.py for a tiny run on `images`, with a YAML file next to `output`."""
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(APPLICATION / "lavis" / "projects" / PROJECTS[stage])
-    own = config.datasets.pop("nano")
+    dataset = config.datasets.pop("nano")
     if stage == "lavit":
-        splits = {"train": str(pictures), "val": str(pictures)}
-        config.datasets = {"pictures": {**own, "build_info": {"splits": splits}}}
+        splits = {"train": str(images), "val": str(images)}
+        config.datasets = {"pictures": {**dataset, "build_info": {"splits": splits}}}
     else:
-        own.vis_processor.train.name = "blip2_image_train"  # random views, as released
-        pairs = {"storage": [str(pictures / "pairs.json")]}
-        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(pictures)}}
-        config.datasets = {"coco_caption": {**own, "build_info": info}}
+        dataset.vis_processor.train.name = "blip2_image_train"  # random views, as in the original
+        pairs = {"storage": [str(images / "pairs.json")]}
+        info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(images)}}
+        config.datasets = {"coco_caption": {**dataset, "build_info": info}}
     config.run.output_dir = str(output)
     sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage != "stage1" else [])
     if stage == "seed1":
@@ -90,7 +90,7 @@ def write_config(stage: str, pictures: Path, output: Path) -> list[str]:
 
 
 def write_text_encoder(folder: Path) -> Path:
-    """A diffusion folder's two text parts at tiny size: letters as word pieces."""
+    """Tokenizer and text encoder of a diffusion folder; word pieces are letters."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
@@ -119,15 +119,15 @@ def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
 
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
-    """The numbers of a run's log by step; an evaluation has a line of its own."""
-    found: dict[int, dict[str, float]] = {}
+    """Step → values of a run's log, those of evaluations included."""
+    values: dict[int, dict[str, float]] = {}
     for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl"):
-        found.setdefault(int(line["step"]), {}).update(line)
-    return found
+        values.setdefault(int(line["step"]), {}).update(line)
+    return values
 
 
 def torchrun(start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]) -> tuple[str, list[Any]]:
-    """Two processes that train; what they print, and the weights of each."""
+    """Train in two processes; return their output and the weights of each."""
     import torch
 
     script = folder / "worker.py"

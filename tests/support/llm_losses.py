@@ -11,6 +11,6 @@ from seed_multimodal.training.llm.loss import ALL_TEXT, LARGEST_LOGITS, LossModu
 
 def packed_loss(model: nn.Module, batch: Any, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
                 ) -> LossParts:
-    """Of a batch, or anything with its four tensors; `chunked`: never more than the logits of 64 tokens at once."""
+    """Loss of a batch or of anything with its four tensors; `chunked`: logits of at most 64 tokens at once."""
     return LossModule(model, weights, 1 if chunked else LARGEST_LOGITS)(
         batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)

@@ -1,13 +1,11 @@
-"""A tiny LLaMA and tiny shards for the tests of the training application, and how to run it as its users do."""
+"""A tiny LLaMA, tiny shards and processes of `train.py`, for tests of the training application."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import random
 import subprocess
-import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
          "num_key_value_heads": 2, "max_position_embeddings": 256, "tie_word_embeddings": False}
 WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
-# Each in a file of its own: how a user's configuration looks.
+# One file per group, as in a user's configuration.
 TRAINER = {"max_steps": 8, "precision": "fp32", "gradient_accumulation_steps": 1, "max_grad_norm": 1.0, "seed": 1,
            "dataloader_num_workers": 0, "logging_steps": 1, "report_to": [], "curves": False, "save_steps": 100,
            "resume": "auto", "device": "cpu", "timeout_minutes": 2}
@@ -36,14 +34,10 @@ def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
 
 
 def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
-    """Samples as extension → content."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(file, "w") as tar:
-        for number, sample in enumerate(samples):
-            for extension, content in sample.items():
-                member = tarfile.TarInfo(f"{number:05d}.{extension}")
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+    """A shard of samples, each extension → content."""
+    from seed_multimodal.data.formats.shards import write_shard
+
+    write_shard(file, ((f"{number:05d}", sample) for number, sample in enumerate(samples)))
 
 
 def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -54,11 +48,11 @@ def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
     """Captions and conversations as jsonl; returns a data configuration over both."""
-    draw = random.Random(0)
+    rng = random.Random(0)
     captions, chats = [], []
     for number in range(records):
-        codes = [draw.randrange(n_codes) for _ in range(per_image)]
-        text = " ".join(draw.choices(WORDS, k=draw.randint(2, 12)))
+        codes = [rng.randrange(n_codes) for _ in range(per_image)]
+        text = " ".join(rng.choices(WORDS, k=rng.randint(2, 12)))
         captions.append({"image_ids": codes, "text": text})
         chats.append({"messages": [{"role": "user", "content": [{"codes": codes}, "what is it?"]},
                                    {"role": "assistant", "content": [f"{text}, number {number}"]}]})
@@ -92,10 +86,10 @@ def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """One thread, no hub, and nothing of a process group that is around this test."""
-    own = {key: value for key, value in os.environ.items() if key not in
+    """The environment with one thread, without the hub, and without the variables of a process group."""
+    inherited = {key: value for key, value in os.environ.items() if key not in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return {**own, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
+    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
             "PYTHONDONTWRITEBYTECODE": "1", **values}
 
 
@@ -107,22 +101,22 @@ def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTH
 
 def run(arguments: Sequence[str], *, code: int = 0, before: Sequence[str] = (warm_python.PYTHON,),
         timeout: float = 240, **env: str) -> tuple[str, str]:
-    """Run `train.py` to its end and return what it said; fails unless its exit code is `code`."""
+    """Run `train.py` to its end; returns stdout and stderr, fails unless the exit code is `code`."""
     process = start(arguments, before=before, **env)
-    said, complained = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit code {process.returncode}\n{said}\n{complained}"
-    return said, complained
+    output, errors = process.communicate(timeout=timeout)
+    assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"
+    return output, errors
 
 
 def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
-    """The JSON log, a line that is being written left out."""
+    """The JSON log without an unfinished last line."""
     file = output / name
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> dict[int, float]:
-    """Step → loss, exactly as it was computed."""
+    """Step → loss, in full precision."""
     return {int(line["step"]): line[loss] for line in log_lines(output, name) if loss in line}
 
 

@@ -42,7 +42,7 @@ def toy_loss(model: nn.Module, data: torch.Tensor, chosen: torch.Tensor, noise: 
 
 
 def move_bias(model: nn.Sequential) -> None:
-    """Random work between steps, as restarting dead codes is."""
+    """Random change between steps, as when dead codes are restarted."""
     with torch.no_grad():
         model[2].bias.add_(0.01 * torch.randn(1))
 
@@ -67,9 +67,9 @@ class ToyTask(StageTask):
 def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float = 0.1, stop_at: int = -1,
           status: Callable[[], dict[str, float]] | None = None,
           evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
-    """One stage; returns its record with the sum of the final weights as an exact number.
+    """Train one stage; returns its record with the exact sum of the final weights.
 
-    Each micro-step takes `pause` seconds more; in micro-step `stop_at` this process sends itself a SIGTERM.
+    Each micro-step sleeps `pause` seconds; in micro-step `stop_at` this process sends itself SIGTERM.
     """
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -104,7 +104,7 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
 
 def run_stage(name: str, module: nn.Module, loss: Callable[[int], Any], settings: StageConfig, folder: Path,
               **more: Any) -> dict[str, Any]:
-    """A stage whose loss closes over its module."""
+    """Train a stage whose loss is a closure over its module."""
     settings = replace(settings, curves=False)
     return train_stage(ToyTask(name, module, lambda model, step: loss(step), settings, **more), folder)
 
@@ -115,8 +115,7 @@ def newest(folder: Path, name: str = "toy") -> Path:
 
 
 def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
-    """What the newest checkpoint of a stage holds: `model`, `ema`, and the keys of trainer_state.json and of the
-    optimizer's file."""
+    """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and optimizer.pt."""
     place = newest(folder, name)
     tensors = {part: load_file(place / f"{file}.safetensors") if (place / f"{file}.safetensors").is_file() else {}
                for part, file in (("model", "model"), ("ema", "ema"))}
@@ -130,7 +129,7 @@ def content(folder: Path, name: str = "toy") -> dict[str, bytes]:
 
 
 def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
-    """The last loss of each micro-step (those of a killed run's unsaved steps are made again)."""
+    """The last loss of each micro-step (a killed run repeats its unsaved steps)."""
     file = folder / f"losses.{rank}.txt"
     pairs = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}

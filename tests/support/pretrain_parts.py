@@ -1,4 +1,4 @@
-"""A tiny LaVIT, images with captions, a record of codes and plain text, for the tests of its unified pre-training."""
+"""A tiny LaVIT with data (images with captions, codes, plain text), for tests of its unified pre-training."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220), 
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
-def picture(colour: tuple[int, int, int], number: int = 0) -> bytes:
+def image_of(colour: tuple[int, int, int], number: int = 0) -> bytes:
     """A plain image with a spot."""
     image, stream = Image.new("RGB", (24, 20), colour), io.BytesIO()
     image.paste((255, 255, 255), (number % 4 * 5, 4, number % 4 * 5 + 6, 12))
@@ -42,14 +42,14 @@ def write_parts(home: Path) -> None:
     words = train_words(LavitTokenizer, TEXTS, home / "words", vocab_size=300, n_codes=CODES, tokens_per_image=PATCHES)
     torch.manual_seed(0)
     model = DynamicTokenizer(SIZES)
-    for one in model.parameters():
-        if one.ndim >= 2:  # patches that differ
-            torch.nn.init.normal_(one, std=0.3)
+    for parameter in model.parameters():
+        if parameter.ndim >= 2:  # so that patches differ
+            torch.nn.init.normal_(parameter, std=0.3)
     save_dynamic_tokenizer(model, home / "visual")
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=words.vocabulary.n_text, **LLAMA))
     force_special_ids(llm)
     llm.save_pretrained(home / "llm")
-    write_tar(home / "captions.tar", ({"png": picture(colour, number), "txt": f"a {name} picture".encode()}
+    write_tar(home / "captions.tar", ({"png": image_of(colour, number), "txt": f"a {name} picture".encode()}
                                       for number, (name, colour) in enumerate(COLOURS.items())))
     write_json_lines(home / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS))
     write_json_lines(home / "codes.jsonl", ({"text": f"a {name}", "image_ids": [number, 2, 5][:1 + number % 3]}
@@ -57,7 +57,7 @@ def write_parts(home: Path) -> None:
 
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
-    """The mixture: language to images as 2 to 1."""
+    """A mixture of two parts text and one part images."""
     sources = [{"name": "captions", "files": str(home / "captions.tar"), "decoder": "lavit.caption", "weight": 0.8,
                 "options": {"base_resolution": SIDE, "text_dropout": 0.2}},
                {"name": "codes", "files": str(home / "codes.jsonl"), "decoder": "lavit.caption", "weight": 0.2,

@@ -1,4 +1,4 @@
-"""Helpers of the server's tests: images, requests, and the server as a program."""
+"""Helpers of the server's tests: images, requests, and the server in a thread or a process."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ class Running:
     """A server in a thread of this process."""
 
     def __init__(self, system: Any, token: str = "", **limits: int) -> None:
-        said: list[str] = []
+        logged: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
-        threading.Thread(target=serve, args=(app, listen("127.0.0.1", 0), said.append), daemon=True).start()
-        self.wait_until(lambda: said)
-        self.address = said[-1].split("answering at ")[1].split()[0]
+        threading.Thread(target=serve, args=(app, listen("127.0.0.1", 0), logged.append), daemon=True).start()
+        self.wait_until(lambda: logged)
+        self.address = logged[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])
         self.root, self.headers = self.address.removesuffix("/generate"), {"Authorization": f"Bearer {token}"}
 
@@ -86,7 +86,7 @@ class Running:
 
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[tuple[str, str]]:
-    """The program with the system in a folder: its address, and what it has printed."""
+    """The program with the system of a folder; yields its address and output."""
     program = subprocess.Popen([warm_python.PYTHON, PROGRAM, "--system", str(folder), *ON_CPU], stdout=subprocess.PIPE,
                                text=True)
     assert program.stdout is not None

@@ -1,7 +1,7 @@
-"""Stage 1 of LaVIT on made-up features; also a program: `python stage1_toy.py FOLDER '{"max_steps": 40}'`.
+"""Stage 1 of LaVIT on synthetic features; also a program: `python stage1_toy.py FOLDER '{"max_steps": 40}'`.
 
-An image has one background in all 16 patches, but in the first 0 to 8 places of a random order it has things; so how
-much there is to see differs. Under torchrun it trains with DistributedDataParallel over gloo.
+An image has one background in its 16 patches and objects in 0 to 8 of them, so images need different numbers of tokens.
+Under torchrun it trains with DistributedDataParallel over gloo.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DECODER = LavitDecoderConfig(head="lowres", tokens=PATCHES, code_dim=CODE, width
 
 
 class Repeatable(LavitStage1):
-    """Draws for each image from the image, so that it does not matter which process has it."""
+    """Seeds the rng of each image by the image, so that results do not depend on the process that has it."""
 
     def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
         generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
@@ -59,25 +59,25 @@ def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any)
     return model
 
 
-def pictures(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Features `[count, 16, 32]` and how many things each image has (0, 2, 4, 6 or 8)."""
+def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Features `[count, 16, 32]` and the number of objects in each image (0, 2, 4, 6 or 8)."""
     generator = torch.Generator().manual_seed(seed)
     kinds = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
-    things = 2 * torch.randint(5, (count,), generator=generator)
+    objects = 2 * torch.randint(5, (count,), generator=generator)
     grounds = kinds[torch.randint(4, (count,), generator=generator)]
-    found = grounds[:, None].repeat(1, PATCHES, 1)
+    features = grounds[:, None].repeat(1, PATCHES, 1)
     for number in range(count):
-        places = torch.randperm(PATCHES, generator=generator)[:things[number]]
-        found[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
+        places = torch.randperm(PATCHES, generator=generator)[:objects[number]]
+        features[number, places] = kinds[4 + torch.randint(20, (len(places),), generator=generator)]
     places_ND = torch.randn(PATCHES, WIDTH, generator=torch.Generator().manual_seed(8))  # as position embeddings
-    return found + places_ND + 0.05 * torch.randn(found.shape, generator=generator), things
+    return features + places_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
 
 
 def train(folder: Path, *, name: str = "tokenizer", health: dict[str, Any] | None = None,
           repeatable: bool = False, freeze_selector: bool = False, selector_lr_scale: float = 1.0, **settings: Any
           ) -> tuple[LavitStage1, dict[str, Any]]:
     """One run; returns the model and its record."""
-    data, _ = pictures()
+    data, _ = images()
     model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
@@ -95,7 +95,7 @@ def train(folder: Path, *, name: str = "tokenizer", health: dict[str, Any] | Non
 
 
 def main(folder: Path, *runs: str) -> int:
-    """Train; each process leaves its weights."""
+    """Train; each process saves its weights."""
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     try:

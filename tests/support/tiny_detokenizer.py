@@ -1,5 +1,4 @@
-"""A tiny de-tokenizer's training: its SDXL, vision encoder, images and edits on disk, a configuration, and how to run
-it."""
+"""Tiny parts, data and configurations for tests of the de-tokenizer's training."""
 
 from __future__ import annotations
 
@@ -26,21 +25,21 @@ TOWER = QwenVitConfig(image_size=16, patch_size=4, width=16, layers=1, heads=2, 
                       n_queries=16, position_grid=4, pool_heads=2)
 
 
-def write_pictures(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
-    """Noise of these heights and widths."""
-    draw = np.random.default_rng(len(folder.name))
+def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
+    """Noise images of these heights and widths."""
+    rng = np.random.default_rng(len(folder.name))
     folder.mkdir()
     for number, size in enumerate(sizes):
-        Image.fromarray(draw.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{number}.png")
 
 
 def write_parts(home: Path) -> Path:
-    """A folder with `sdxl`, `tower`, images, and edits as a list."""
+    """A folder with `sdxl`, `tower` (the vision encoder), images and a list of edits."""
     tiny_sdxl.sdxl_folder(home / "sdxl")
     torch.manual_seed(5)
     QwenVit(TOWER).save_pretrained(home / "tower")
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
-        write_pictures(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
+        write_images(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
                                        for number in range(count)))
     write_json_lines(home / "edits.jsonl", ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"}
                                             for n in range(5)))
@@ -61,7 +60,7 @@ def config(parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any])
 
 
 def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
-    """Of the program: edits and scenes for the second stage, scenes for the first."""
+    """Arguments of the program: edits and scenes for the second stage, scenes for the first."""
     data = "tiny_edits" if stage == 2 else "tiny"
     return ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny", f"model.sdxl={parts / 'sdxl'}",
             f"model.tower={parts / 'tower'}", f"model.stage={stage}", "trainer.max_steps=12", "trainer.save_steps=3",
@@ -69,5 +68,5 @@ def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
 
 
 def losses(output: Path) -> list[float]:
-    """Of the run's log, step by step."""
+    """The losses of the run's log, by step."""
     return [json.loads(line)["loss"] for line in (output / "train.log.jsonl").read_text().splitlines()]

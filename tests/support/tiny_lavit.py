@@ -1,5 +1,4 @@
-"""A complete LaVIT with random weights in a system folder, built once per test session by the fixture
-`tiny_lavit_folder` (tests/conftest.py); and a tokenizer alone, built in milliseconds."""
+"""A complete LaVIT with random weights in a system folder (fixture `tiny_lavit_folder`), and a tokenizer alone."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ TINY = LavitTokenizerConfig(
 
 
 def build(folder: str | Path, seed: int = 0) -> Path:
-    """Write a system folder of ours, and return it."""
+    """Write a system folder and return it."""
     home = Path(folder)
     words = write_language(home / "llm", seed)
     first, second = tokenizer(seed), tokenizer(seed, merger=seed + 1)
@@ -61,14 +60,14 @@ def _spread(model: Any) -> Any:
 
 
 def tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
-    """Weights large enough to tell images apart; `merger`: seed of another merger and projector."""
+    """A tokenizer; `merger`: seed of a different token merger and projector."""
     torch.manual_seed(seed)
-    made = _spread(DynamicTokenizer(TOKENIZER))
+    model = _spread(DynamicTokenizer(TOKENIZER))
     if merger is not None:
         torch.manual_seed(100 + merger)
-        _spread(made.causal_encoder)
-        _spread(made.vit_proj)
-    return made.requires_grad_(False).eval()
+        _spread(model.causal_encoder)
+        _spread(model.vit_proj)
+    return model.requires_grad_(False).eval()
 
 
 def write_language(folder: Path, seed: int) -> LavitTokenizer:
@@ -89,15 +88,15 @@ def pixels(folder: Path) -> None:
     from diffusers import DDIMScheduler
 
     sdxl_folder(folder, whole=False)
-    made = unet()
-    made.register_to_config(sample_size=SIDE // 2)
-    made.save_pretrained(folder / "unet")
+    model = unet()
+    model.register_to_config(sample_size=SIDE // 2)
+    model.save_pretrained(folder / "unet")
     DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(folder / "scheduler")
     (folder / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
 
 
 def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
-    """Built in milliseconds; images differ in their number of tokens, decisions are clear, about half to keep."""
+    """Built in milliseconds; about half of the tokens are selected, by clear margins, and counts differ by image."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = DynamicTokenizer(TINY)
@@ -113,9 +112,10 @@ def tiny_tokenizer(seed: int = 0) -> DynamicTokenizer:
     return model.requires_grad_(False).eval()
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
+def noise(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 def same(one: Image.Image, other: Image.Image) -> bool:
+    """Equal within one grey level."""
     return one.size == other.size and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 1

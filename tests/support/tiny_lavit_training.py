@@ -1,4 +1,4 @@
-"""A LaVIT whose pixel decoders are tiny: diffusion folders of both kinds as released, tokenizer and code decoder."""
+"""Tiny parts and configurations for tests of LaVIT's pixel decoders (both kinds of the original)."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ DECODER = LavitDecoderConfig(
 
 def unet(head: Head, **changes: Any) -> Any:
     """A U-Net with weights large enough to tell conditions apart."""
-    made = tiny_sdxl.unet(sdxl=head == "highres", **changes)
-    for name, parameter in made.named_parameters():
+    model = tiny_sdxl.unet(sdxl=head == "highres", **changes)
+    for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and ("attn2" in name or "add_embedding" in name):
             torch.nn.init.normal_(parameter, std=0.5)
-    return made
+    return model
 
 
 def nothing() -> Tensor:
@@ -38,7 +38,7 @@ def nothing() -> Tensor:
 
 
 def diffusion(place: Path, head: Head) -> Path:
-    """`{vae,scheduler,unet}`; for stage 1's head with the empty text and the safety checker."""
+    """`{vae,scheduler,unet}`; for the low-resolution head also the empty text's embeddings and a safety checker."""
     from diffusers import DDIMScheduler
 
     tiny_sdxl.vae(**tiny_sdxl.SDXL_VAE).save_pretrained(place / "vae")
@@ -52,18 +52,18 @@ def diffusion(place: Path, head: Head) -> Path:
 
 
 def checker(place: Path) -> None:
-    """A safety checker that recognises nothing."""
+    """A safety checker that flags nothing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
              "image_size": 16, "patch_size": 8}
     torch.manual_seed(4)
-    made = StableDiffusionSafetyChecker(CLIPConfig(vision_config=tower, projection_dim=8))
+    model = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=8))
     with torch.no_grad():
-        made.concept_embeds_weights.fill_(2.0)  # no cosine is larger
-        made.special_care_embeds_weights.fill_(2.0)
-    made.save_pretrained(place / "safety_checker")
+        model.concept_embeds_weights.fill_(2.0)  # no cosine is larger
+        model.special_care_embeds_weights.fill_(2.0)
+    model.save_pretrained(place / "safety_checker")
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
                        ).save_pretrained(place / "feature_extractor")
 
@@ -71,20 +71,20 @@ def checker(place: Path) -> None:
 def code_decoder(head: Head = "highres") -> CodeDecoder:
     """Random weights, large enough to tell codes apart."""
     torch.manual_seed(7)
-    made = CodeDecoder(dataclasses.replace(DECODER, head=head)).eval()
+    model = CodeDecoder(dataclasses.replace(DECODER, head=head)).eval()
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.normal_(std=0.3)
-    return made
+    return model
 
 
 def write_parts(home: Path) -> Path:
-    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of many ratios."""
+    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect ratios."""
     for head in ("highres", "lowres"):
         diffusion(home / head, head)  # type: ignore[arg-type]
     save_dynamic_tokenizer(tiny_tokenizer(), home / "tokenizer")
     code_decoder().save_pretrained(home / "decoder")
-    tiny_detokenizer.write_pictures(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
+    tiny_detokenizer.write_images(home / "pictures", ((20, 20 + 4 * number) if number % 2 else (20 + 3 * number, 20)
                                                         for number in range(8)))
     return home
 

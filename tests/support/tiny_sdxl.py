@@ -1,5 +1,4 @@
-"""An SDXL of 16 x 16 pixels for tests: its diffusers folder, adapters of both stages, and a vision encoder to see
-with."""
+"""An SDXL of 16 x 16 pixels: its diffusers folder, adapters of both stages, and a vision encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ SIZES = ResamplerSizes(dim=16, depth=1, dim_head=4, heads=2, num_queries=4, embe
 
 
 def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
-    """Of SDXL's kind, or of Stable Diffusion 1's."""
+    """A U-Net of SDXL or of Stable Diffusion 1."""
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(1)
@@ -44,14 +43,14 @@ def vae(**more: Any) -> Any:
 
 
 def adapter(stage: int = 1) -> SDXLAdapter:
-    """Random weights, large enough to tell embeddings, and for the second stage condition images, apart."""
+    """An adapter with weights large enough to tell embeddings and, in the second stage, condition images apart."""
     torch.manual_seed(2)
-    made = SDXLAdapter(unet(4 * stage), ResamplerXLV2(SIZES)).eval()
+    model = SDXLAdapter(unet(4 * stage), ResamplerXLV2(SIZES)).eval()
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and ("resampler" in name or "attn2" in name or "conv_in" in name):
                 parameter.normal_(std=0.5)
-    return made
+    return model
 
 
 def sdxl_folder(folder: Path, *, whole: bool = True) -> Path:

@@ -27,13 +27,13 @@ def config() -> Seed1Config:
 
 
 def tokenizer(seed: int = 0) -> Seed1Tokenizer:
-    """Random weights that are large enough to tell images apart."""
+    """A tokenizer with random weights large enough to tell images apart."""
     torch.manual_seed(seed)
     return loud(Seed1Tokenizer(config())).eval()
 
 
 def loud(model: nn.Module) -> nn.Module:
-    """The usual start values leave too little of the image to tell one from another."""
+    """Larger weights: with the usual initial values, outputs hardly depend on the image."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and not name.startswith("text_encoder."):
@@ -42,12 +42,12 @@ def loud(model: nn.Module) -> nn.Module:
 
 
 def training_name(name: str) -> str:
-    """A released name → the one in the published training code."""
+    """Name of a weight in the original checkpoint → its name in the original training code."""
     return name.replace("Reverse_Qformer.", "Reverse_Qformer_text.").replace("reverse_tokens", "reverse_tokens_text")
 
 
 def stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """What causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth hold, training-only tensors included."""
+    """State dicts of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth, with training-only tensors."""
     first, second = {}, {}
     for name, value in model.state_dict().items():
         part = name.split(".")[0]
@@ -66,14 +66,14 @@ def stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], dict[str, Ten
 
 
 def released_folder(model: Seed1Tokenizer, folder: Path) -> Path:
-    """The three files as the original's training writes them: weights below "model", other things next to."""
+    """The three files as the original training writes them: weights under the key "model", next to other keys."""
     folder.mkdir(parents=True, exist_ok=True)
-    first, second, tower = stage_files(model)
+    first, second, vision = stage_files(model)
     torch.save({"model": first, "epoch": 3, "config": {"run": {"amp": True}}, "scaler": None}, folder /
                "causal_qformer.pth")
     torch.save({"model": second, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}},
                folder / "seed_tokenizer.pth")
-    torch.save(tower, folder / "eva_vit_g.pth")
+    torch.save(vision, folder / "eva_vit_g.pth")
     return folder
 
 

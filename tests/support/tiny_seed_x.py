@@ -1,5 +1,4 @@
-"""A complete SEED-X with random weights, in a system folder (once per test session by the fixture `tiny_x_folder` of
-tests/conftest.py) or in the layout of the original weights."""
+"""A complete SEED-X with random weights, in a system folder (fixture `tiny_x_folder`) or in the original layout."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from seed_nano.train.words import train_words
 
 ROOT = Path(__file__).resolve().parents[2]
 WIDTH = 32  # of the language model
-WORDS = 4  # of an image, on a grid of 2 x 2
-GRID = 16  # places of boxes
+WORDS = 4  # tokens of an image, a grid of 2 x 2
+GRID = 16  # location tokens of boxes
 SIZE = 16  # pixels a side of a view
 SENTENCES = ["[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
              "Question: What is this animal?\nAnswer: It is a cat. In the picture there is a car [[",
@@ -50,9 +49,9 @@ def build(folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int =
 
 
 def build_released(home: str | Path) -> Path:
-    """The same parts below a `pretrained` folder, in the original layout and files: seed_x, seed_x_i and seed_x_edit.
+    """The same parts in a `pretrained` folder of the original layout: seed_x, seed_x_i and seed_x_edit.
 
-    Unlike the original ones, the weights have their sizes next to them (see `forget_sizes`).
+    Unlike the original, folders contain the sizes of the models (see `forget_sizes`).
     """
     root = Path(home)
     tokenizer = write_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
@@ -64,8 +63,8 @@ def build_released(home: str | Path) -> Path:
     _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
     sdxl_folder(root / "stable-diffusion-xl-base-1.0", whole=False)
     for stage, name in enumerate(("first_stage", "second_stage"), 1):
-        made = adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
-        _as_torch(made / "model.safetensors", "pytorch_model.bin")
+        saved = adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
+        _as_torch(saved / "model.safetensors", "pytorch_model.bin")
     return root
 
 
@@ -75,40 +74,40 @@ def _as_torch(file: Path, name: str) -> None:
 
 
 def forget_sizes(root: Path) -> None:
-    """Leave of `build_released` what was released; the sizes are then those of `write_configs`."""
+    """Delete the files that the original weights do not have; sizes are then those of `write_configs`."""
     for file in (*root.glob("*/agent/config.json"), root / "QwenViT" / "config.json",
                  *root.glob("seed_detokenizer/*/resampler.json")):
         file.unlink()
 
 
 def write_configs(home: Path) -> Path:
-    """The repository's YAML files for SEED-X with the sizes of these parts, below the folder `home`."""
+    """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
     sizes = {"visual_encoder": dataclasses.asdict(TOWER), "processer": {"image_size": SIZE},
              "clm_models": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
              "sdxl_adapter": {"resampler": dataclasses.asdict(SIZES)}, "tokenizer": {}, "discrete_model": {}}
-    for folder, own in sizes.items():
+    for folder, changes in sizes.items():
         (home / "configs" / folder).mkdir(parents=True)
         for file in sorted((ROOT / "configs" / folder).glob("*.yaml")):
             if folder != "tokenizer" or file.name.startswith("clm"):
-                given = OmegaConf.merge(OmegaConf.load(file), {} if file.name.startswith("llm") else own)
+                config = OmegaConf.merge(OmegaConf.load(file), {} if file.name.startswith("llm") else changes)
                 if "lora" in file.name:
-                    given.peft_config.r = 4
-                OmegaConf.save(given, home / "configs" / folder / file.name)
+                    config.peft_config.r = 4
+                OmegaConf.save(config, home / "configs" / folder / file.name)
     return home / "configs"
 
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
-    """A Qwen-VL-Chat of which the vision encoder is in the last shards; gives the vision encoder."""
+    """A Qwen-VL-Chat whose vision encoder is in the last shards; returns the vision encoder."""
     from seed_multimodal.seed_x.vision import IN_QWEN_VL
 
     torch.manual_seed(7)
-    tower = _spread(QwenVit(TOWER))
-    names = list(tower.state_dict())
+    model = _spread(QwenVit(TOWER))
+    names = list(model.state_dict())
     language = {f"transformer.h.{n}.attn.c_attn.weight": torch.randn(8, 8) for n in range(4)}
     per = -(-len(names) // (shards - 1))
-    parts = [language, *({IN_QWEN_VL + name: tower.state_dict()[name].to(torch.bfloat16) for name in
+    parts = [language, *({IN_QWEN_VL + name: model.state_dict()[name].to(torch.bfloat16) for name in
                           names[at:at + per]} for at in range(0, len(names), per))]
     kind = "pytorch_model-{:05d}-of-{:05d}.bin" if torch_files else "model-{:05d}-of-{:05d}.safetensors"
     folder.mkdir(parents=True)
@@ -121,7 +120,7 @@ def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) ->
     (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(json.dumps({
         "model_type": "qwen", "visual": {**dataclasses.asdict(TOWER), "image_start_id": 151857}}))
-    return tower.to(torch.bfloat16)
+    return model.to(torch.bfloat16)
 
 
 def write_tokenizer(folder: Path) -> MultimodalTokenizer:
@@ -140,7 +139,7 @@ def write_llm(folder: Path, words: int, seed: int = 0, context: int = 512, **opt
 
 
 def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
-    """A language model with fresh resamplers."""
+    """A language model with random resamplers."""
     torch.manual_seed(10 + seed)
     return _spread(ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings()))
 
@@ -148,8 +147,8 @@ def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
 def write_agent(folder: Path, seed: int = 0) -> None:
     from types import SimpleNamespace
 
-    made = agent(SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)), seed)
-    save_state_dict(made.state_dict(), folder / "model.safetensors")
+    model = agent(SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)), seed)
+    save_state_dict(model.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({
         "input_resampler": dataclasses.asdict(READS), "output_resampler": dataclasses.asdict(WRITES)}))
 

@@ -1,5 +1,4 @@
-"""A complete SEED-LLaMA with random weights and nano's files, built once per test session by the fixture `tiny_folder`
-(tests/conftest.py)."""
+"""A complete SEED-LLaMA with random weights and the files of nano (fixture `tiny_folder`)."""
 
 from __future__ import annotations
 
@@ -53,7 +52,7 @@ def _write_image_tokenizer(folder: Path) -> None:
         qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=48), codebook_size=N_CODES, codebook_dim=8,
         decode_depth=1, decode_heads=2, image_features_dim=EMBEDDING)
     model = Seed2Tokenizer(config).eval()
-    with torch.no_grad():  # fresh codebooks lie within 1/K of 0, where nearly all queries pick one code: spread them
+    with torch.no_grad():  # initial codebooks lie within 1/K of 0, where nearly all queries select one code
         model.quantize.embedding.weight.copy_(torch.randn(N_CODES, 8) * 0.05)
     model.save_pretrained(folder)
 

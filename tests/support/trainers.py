@@ -1,4 +1,4 @@
-"""The programs that train, at tiny size, for tests/e2e/test_trainers.py: how each is called, and what it leaves."""
+"""The training programs at tiny size, for tests/e2e/test_trainers.py: their arguments and outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LLM, LAVIS = ROOT / "MultiModalLLM", ROOT / "SEED_Tokenizer"
 STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
 STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
-# One scene is drawn at the fourth of twelve steps and at every fourth after it.
+# One scene is drawn every four steps.
 FEW_SAMPLES = ["trainer.sample_steps=4", "++data.held_out={name: scenes, format: nano, options: {number: 1}}"]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
@@ -34,10 +34,10 @@ class Trainer:
         application: its folder. program: its file below the folder.
         parts: writes tiny weights and data into a folder.
         arguments: (that folder, output folder, steps, steps between checkpoints, further overrides) → its arguments.
-        double: overrides with which one process sees in a step what two see without them.
-        log, loss: the log's file and the name of the loss in it. weights: pattern of the files that a run ends in.
-        zero: the ZeRO stages that it has. close: two processes' losses equal one's within this, relatively.
-        variables: of the environment, made from the folder of parts.
+        double: overrides with which one process has the batch of two processes without them.
+        log, loss: the log's file and the name of the loss in it. weights: pattern of a run's final files.
+        zero: its ZeRO stages. close: relative tolerance between losses of one process and of two.
+        variables: (that folder) → environment variables.
     """
 
     name: str
@@ -54,20 +54,20 @@ class Trainer:
     variables: Callable[[Path], dict[str, str]] = lambda home: {}
 
     def start(self, home: Path, arguments: Sequence[str], *before: str) -> subprocess.Popen[str]:
-        """The program as a process of its own; `before`: arguments of Python, as `TWO`."""
+        """Start the program as a process; `before`: arguments of Python, as `TWO`."""
         return subprocess.Popen([warm_python.PYTHON, *before, self.program, *arguments], cwd=self.application,
                                 env=lavis_runs.environment(**self.variables(home)), text=True, start_new_session=True,
                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def run(self, home: Path, arguments: Sequence[str], *before: str) -> str:
-        """The program to its end, which must be good; what it said."""
+        """Run the program to its successful end; returns its output."""
         process = self.start(home, arguments, *before)
-        said, complained = process.communicate(timeout=400)
-        assert process.returncode == 0, f"{said}\n{complained}"
-        return said
+        output, errors = process.communicate(timeout=400)
+        assert process.returncode == 0, f"{output}\n{errors}"
+        return output
 
     def main(self, arguments: Sequence[str]) -> int:
-        """The same in this process; returns the exit code."""
+        """Run the program in this process; returns its exit code."""
         if self.application == LAVIS:
             if str(LAVIS) not in sys.path:
                 sys.path.append(str(LAVIS))
@@ -79,26 +79,26 @@ class Trainer:
         return main("train" if self.name == "llm" else f"train_{self.name}", LLM / "configs", list(arguments))
 
     def losses(self, output: Path) -> dict[int, float]:
-        """Step → loss, exactly as it was computed."""
+        """Step → loss, in full precision."""
         return llm_runs.losses(output, self.log, self.loss)
 
     def result(self, output: Path) -> dict[str, torch.Tensor]:
-        """The weights that a run ends in."""
+        """The final weights of a run."""
         from seed_multimodal.weights import load_state_dict
 
-        found: dict[str, torch.Tensor] = {}
+        weights: dict[str, torch.Tensor] = {}
         for file in sorted(output.glob(self.weights)):
             state = torch.load(file, weights_only=True)["model"] if file.suffix == ".pth" else load_state_dict(file)
-            found |= {f"{file.stem}.{name}": value for name, value in state.items()}
-        assert found, f"{output} has no {self.weights}"
-        return found
+            weights |= {f"{file.stem}.{name}": value for name, value in state.items()}
+        assert weights, f"{output} has no {self.weights}"
+        return weights
 
 
-# ---- how each is called
+# ---- arguments of each program
 
 
 def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> list[str]:
-    """Overrides that use a file for each group, as a user's own configuration does."""
+    """Overrides that use one file per group, as a user's configuration does."""
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
         (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
@@ -121,12 +121,12 @@ def _llm_parts(home: Path) -> None:
 
 
 def _written_by(module: str) -> Callable[[Path], Any]:
-    """`write_parts` of a module of tests/support, imported where it is used: these are slow."""
+    """`write_parts` of a module of tests/support, imported on use: these imports are slow."""
     return lambda home: import_module(module).write_parts(home)
 
 
 def _seed_x_parts(home: Path) -> None:
-    """A third of the batches hold no image at all."""
+    """The parts of `tuning_parts` and conversations without images (a third of the batches)."""
     import tuning_parts
 
     tuning_parts.write_parts(home)
@@ -168,8 +168,8 @@ def _lavit_pixels(home: Path, output: Path, steps: int, save: int, more: Sequenc
 
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
     def arguments(home: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-        given = lavis_runs.write_config(stage, home, output)
-        return [*given, "--options", f"run.iters_per_epoch={steps}", "run.max_epoch=1",
+        config = lavis_runs.write_config(stage, home, output)
+        return [*config, "--options", f"run.iters_per_epoch={steps}", "run.max_epoch=1",
                 f"run.save_every_steps={save}", *(STAGE2 if stage == "stage2" else ()), *more]
 
     return arguments
@@ -177,11 +177,11 @@ def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[s
 
 ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
 TRAINERS = [
-    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage1"), ["run.batch_size_train=16"],
+    Trainer("stage1", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage1"), ["run.batch_size_train=16"],
             "checkpoint_0.pth", log="stage1.log.jsonl", loss="last_loss"),
-    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("stage2"), [], "checkpoint_0.pth",
+    Trainer("stage2", LAVIS, "train.py", lavis_runs.write_images, _lavis("stage2"), [], "checkpoint_0.pth",
             log="stage2.log.jsonl", loss="last_loss"),
-    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_pictures, _lavis("lavit"), [], "checkpoint_0.pth",
+    Trainer("lavit_tokenizer", LAVIS, "train.py", lavis_runs.write_images, _lavis("lavit"), [], "checkpoint_0.pth",
             log="lavit-stage1.log.jsonl", loss="last_loss"),
     Trainer("llm", LLM, "src/train/train.py", _llm_parts, _llm, ACCUMULATE,
             "checkpoint-*/adapter_model.safetensors", zero=(2, 3)),

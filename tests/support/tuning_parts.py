@@ -1,4 +1,4 @@
-"""A tiny SEED-X with images in all the data formats, for the tests of its instruction tuning."""
+"""A tiny SEED-X with images in all data formats, for tests of its instruction tuning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
 
 
 def write_parts(home: Path) -> None:
-    """Tokenizer, vision encoder, language model and data below `home`."""
+    """Tokenizer, vision encoder, language model and data in `home`."""
     words = train_words(MultimodalTokenizer, TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
                         n_locations=16)
     torch.manual_seed(0)
@@ -51,22 +51,22 @@ def write_parts(home: Path) -> None:
 
 
 def write_data(home: Path) -> None:
-    """Conversations, captions in a tar, edits of one turn and of several; images apart."""
-    pictures = home / "pictures"
-    pictures.mkdir()
+    """Conversations, edits of one and of several turns as jsonl with a folder of images; captions in a tar."""
+    images = home / "pictures"
+    images.mkdir()
     names = list(COLOURS)
     for name in names:
-        (pictures / f"{name}.jpg").write_bytes(jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30)))
+        (images / f"{name}.jpg").write_bytes(jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30)))
     talks = [{"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]} for name in names]
     talks.append({"image": None, "data": ["Say red.", "Red."]})
     edits = [{"source_image": "grey.jpg", "target_image": f"{name}.jpg", "instruction": f"Make it {name}."}
              for name in names]
     turns = [{"messages": [
-        {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {one}."]},
-        {"role": "assistant", "content": ["Here.", {"image": f"{one}.jpg"}]},
-        {"role": "user", "content": [f"Make it {other}."]},
-        {"role": "assistant", "content": [{"image": f"{other}.jpg"}]}]}
-        for one, other in zip(names, names[1:] + names[:1], strict=True)]
+        {"role": "user", "content": [{"image": "grey.jpg"}, f"Make it {first}."]},
+        {"role": "assistant", "content": ["Here.", {"image": f"{first}.jpg"}]},
+        {"role": "user", "content": [f"Make it {second}."]},
+        {"role": "assistant", "content": [{"image": f"{second}.jpg"}]}]}
+        for first, second in zip(names, names[1:] + names[:1], strict=True)]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
         write_json_lines(home / f"{name}.jsonl", records)
     similar = {"json": b'{"similarity": 0.9}'}
@@ -76,10 +76,10 @@ def write_data(home: Path) -> None:
 
 def data_of(home: Path, **changes: Any) -> dict[str, Any]:
     """A mixture of all four."""
-    pictures = str(home / "pictures")
+    images = str(home / "pictures")
 
     def source(name: str, file: str, **options: Any) -> dict[str, Any]:
-        return {"name": name, "files": str(home / file), "decoder": f"seed_x.{name}", "image_dir": pictures,
+        return {"name": name, "files": str(home / file), "decoder": f"seed_x.{name}", "image_dir": images,
                 "options": {**VIEWS, **options}, "batch_size": 2, "max_length": 120}
 
     return {"sources": [source("conversation", "talks.jsonl"), source("caption", "captions.tar", img_first_ratio=-1,

@@ -81,8 +81,8 @@ class StoredImage:
             try:
                 image = Image.open(io.BytesIO(data), formats=_readable(limits.formats))
             except Exception as error:
-                raise ImageError(f"{self.name}: not an image in a known format, or its header is damaged or claims "
-                                 "too many pixels.") from error
+                raise ImageError(f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), or its "
+                                 "header is damaged or claims too many pixels.") from error
         limits.check_size(image.size, self.name)
         self.image, self.size = image, image.size
         self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
@@ -224,7 +224,7 @@ def bytes_from_base64(text: str | bytes, name: str = "image", limits: ImageLimit
         limits.check_bytes(len(body) * 3 // 4, name)  # before decoding
         return base64.b64decode(body, validate=True)
     except ValueError as error:
-        raise ImageError(f"{name}: not base64 text ({error}).") from error
+        raise ImageError(f"{name}: not base64 text.") from error
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:

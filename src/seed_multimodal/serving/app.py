@@ -2,7 +2,8 @@
 
 Errors are JSON with one sentence (below `/v1` in OpenAI's form): 400 a request that cannot be answered, 401 no token,
 404/405 a wrong address or method, 413 a body that is too large, 415 not JSON, 429 (with Retry-After) too many requests,
-503 the server is being stopped, 500 a programming error. Another address than loopback needs a token.
+503 the server is being stopped or an answer took too long, 500 a programming error. Another address than loopback needs
+a token.
 
 Run `bash scripts/start_backend_nano.sh`, or in Python `serve(create_app(system), listen("127.0.0.1", 7890))`.
 """
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
 
 
 def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None, token: str = "") -> Flask:
@@ -45,8 +47,8 @@ def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None,
 
     @app.before_request
     def check_token() -> None:
-        sent = request.headers.get("Authorization", "").encode()
-        if token and request.path != "/health" and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
+        sent = (request.authorization and request.authorization.token) or ""
+        if token and request.path != "/health" and not hmac.compare_digest(sent.encode(), token.encode()):
             abort(401, "This server asks for a token: send it as Authorization: Bearer ….")
 
     @app.after_request
@@ -58,8 +60,7 @@ def create_app(system: MultimodalSystem, *, limits: schema.Limits | None = None,
     @app.errorhandler(Exception)
     def refuse(error: Exception) -> Any:
         sentence, status = explained(error)
-        headers = {"Retry-After": "5"} if status == 429 else {}
-        return jsonify(error_json(request.path.startswith("/v1"), sentence, status)), status, headers
+        return jsonify(error_json(request.path.startswith("/v1"), sentence, status)), status, HEADERS.get(status, {})
 
     for path, view in (("/health", backend.health), ("/ready", backend.ready), ("/metrics", backend.metrics),
                        ("/v1/models", backend.models), ("/openapi.json", schema.openapi)):
@@ -90,7 +91,7 @@ def add_model(app: Flask, backend: Backend) -> None:
         def pieces() -> Iterator[dict[str, Any]]:
             with place() as watch:
                 asked = read(schema.ChatRequest)
-                yield from completion(backend.system.config.name, asked.stream, backend.chat(asked, watch))
+                yield from completion(backend.name, asked.stream, backend.chat(asked, watch))
 
         made = pieces()
         first = next(made)  # raises errors of the request

@@ -11,6 +11,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
@@ -20,7 +21,7 @@ from werkzeug.exceptions import ServiceUnavailable, TooManyRequests
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageLimits, bytes_from_base64, image_size, image_to_base64, open_image
 from seed_multimodal.language.answer import ImagePart
-from seed_multimodal.language.generation import random_seed
+from seed_multimodal.language.generation import Stopped, random_seed
 from seed_multimodal.language.messages import Answer, Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -67,7 +68,7 @@ class Backend:
 
     def __init__(self, system: MultimodalSystem, limits: Limits | None = None) -> None:
         self.system: Any = system
-        self.limits = limits or Limits()
+        self.limits, self.name = limits or Limits(), Path(system.config.name).name
         self.words = system.tokenizer.vocabulary
         self.template: PromptTemplate | None = getattr(system, "template", None)
         self.stopping, self.created, self.admitted, self.answered = threading.Event(), int(time.time()), 0, 0
@@ -96,7 +97,7 @@ class Backend:
         return generate_latest(self.registry), {"Content-Type": CONTENT_TYPE_LATEST}
 
     def models(self) -> dict[str, Any]:
-        return {"object": "list", "data": [{"id": self.system.config.name, "object": "model", "created": self.created,
+        return {"object": "list", "data": [{"id": self.name, "object": "model", "created": self.created,
                                             "owned_by": "seed-multimodal"}]}
 
     @contextlib.contextmanager
@@ -114,6 +115,9 @@ class Backend:
                 with self.seconds.labels(route).time():
                     yield watch
                 self.answered += 1
+        except Stopped:
+            watch.check()
+            raise ServiceUnavailable(f"The answer took more than {limits.seconds:g} seconds.") from None
         finally:
             with self._counting:
                 self.admitted -= 1
@@ -251,7 +255,7 @@ class Backend:
     def draw(self, asked: ImagesRequest, files: Sequence[bytes], watch: Watch) -> dict[str, Any]:
         """Images of a text, or edits of `files`."""
         seed = random_seed() if asked.seed is None else asked.seed
-        options = {"num_images": asked.n, **({"ratio": asked.ratio} if asked.ratio else {})}
+        options = {"num_images": asked.n, "should_stop": watch, **({"ratio": asked.ratio} if asked.ratio else {})}
         drawn = (self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options) if files
                  else self.system.draw([asked.prompt], seed, **options))
         self.images.labels("drawn").inc(len(drawn))

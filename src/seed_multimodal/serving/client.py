@@ -65,7 +65,7 @@ class Model:
 
     async def learn(self) -> None:
         """Ask the backend which model it has."""
-        name = str((await anext(self.ask("/v1/models")))["data"][0]["id"]).rpartition("/")[2]
+        name = str((await anext(self.ask("/v1/models")))["data"][0]["id"])
         self.kind = KINDS.get(name) or KINDS.get(f"seed-llama-{name}") or self.kind
 
     async def ask(self, route: str, **body: Any) -> AsyncIterator[dict[str, Any]]:

@@ -52,7 +52,7 @@ def build(models: Sequence[Model]) -> gr.Blocks:
             with gr.Tab("Draw", visible=False) as draw, gr.Row():
                 with gr.Column():
                     words = gr.Textbox(label="What to draw", max_lines=4, elem_id="draw-text")
-                    seed = gr.Number(0, label="First seed", precision=0, minimum=0,
+                    seed = gr.Number(0, label="First seed", precision=0, minimum=0, maximum=2**31 - 4,
                                      info="The same seed gives the same image.")
                     shape = gr.Dropdown([], label="Width : height", visible=False)
                 results("draw", "Draw", Visit.on_draw, [visit, words, seed, shape])
@@ -60,7 +60,7 @@ def build(models: Sequence[Model]) -> gr.Blocks:
                 with gr.Column():
                     image = image_of("Image", "edit-image")
                     words = gr.Textbox(label="What to change", max_lines=4, elem_id="edit-text")
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0)
+                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)
                 results("edit", "Edit", Visit.on_change, [visit, image, words, seed])
             with gr.Tab("Codes", visible=False) as codes:
                 rows = []
@@ -95,10 +95,10 @@ def build(models: Sequence[Model]) -> gr.Blocks:
         chat.undo(Visit.on_undo, [visit], talk, **how)
         chat.clear(Visit.forget, [visit], cancels=replies, **how)
         message.change(Visit.on_choose, [visit, message], message, trigger_mode="always_last", **how)
-        _, ratio, _, _, temperature, _, rounds = settings
+        force, ratio, _, _, temperature, _, rounds = settings
         gr.on([choice.input, demo.load], Visit.on_model, [visit, choice],
-              [visit, title, choice, chat, temperature, rounds, ratio, shape, draw, edit, codes, find], cancels=replies,
-              **how)
+              [visit, title, choice, chat, temperature, rounds, force, ratio, shape, draw, edit, codes, find],
+              cancels=replies, **how)
     return demo
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, model_validator
 from pydantic.json_schema import models_json_schema
 
 from seed_multimodal import __version__
@@ -79,8 +79,8 @@ class ImageUrl(BaseModel):
 
 
 class Part(BaseModel):
-    """A text, or an image: `image_url`, or its `codes`, which are read instead; `offset`: of an image of an answer, the
-    characters of the text before it."""
+    """A text, or an image: `image_url`, or its `codes`, which are read instead if it is an assistant's; `offset`: of an
+    image of an answer, the characters of the text before it."""
 
     type: Literal["text", "image_url"]
     text: str = ""
@@ -104,7 +104,8 @@ class ChatMessage(BaseModel):
     def parts(self) -> list[str | ImageUrl | list[int]]:
         """Texts, images and codes in order."""
         text, start = self.content if isinstance(self.content, str) else "", 0
-        parts = [part.value for part in self.content] if isinstance(self.content, list) else []
+        parts = [part.image_url if self.role == "user" and part.image_url.url else part.value
+                 for part in self.content] if isinstance(self.content, list) else []
         for image in sorted(self.images, key=lambda one: one.offset):
             parts += [text[start:image.offset], image.value]
             start = image.offset
@@ -134,6 +135,8 @@ class ChatRequest(BaseModel):
         parts = [part for message in self.messages for part in message.parts]
         texts = [part for part in parts if isinstance(part, str)]
         images, length = len(parts) - len(texts), sum(map(len, texts))
+        if all(isinstance(part, str) and not part.strip() for part in self.messages[-1].parts):
+            raise ValueError("The last message is empty")
         if images > MAX_IMAGES or length > MAX_TEXT:
             raise ValueError(f"The messages hold {images} images and {length} characters; {MAX_IMAGES} and {MAX_TEXT} "
                              f"are allowed")
@@ -144,7 +147,7 @@ class ImagesRequest(BaseModel):
     """As OpenAI's for generations and edits; image n of them has `seed` + n. A system draws in its own size, LaVIT in
     one of its shapes (`ratio`)."""
 
-    prompt: str = Field(min_length=1, max_length=MAX_TEXT)
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
     n: int = Field(1, ge=1, le=8)
     response_format: Literal["b64_json"] = "b64_json"
     seed: Seed | None = None
@@ -179,7 +182,8 @@ def read_request(kind: type[Model], body: bytes | Mapping[str, Any]) -> Model:
         return kind.model_validate_json(body) if isinstance(body, bytes) else kind.model_validate(body)
     except ValidationError as error:
         first = sorted(error.errors(), key=lambda one: len(one["loc"]))[-1]  # of the best matching type
-        raise RequestError(": ".join(filter(None, (".".join(map(str, first["loc"])), f"{first['msg']}.")))) from None
+        where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        raise RequestError(": ".join(filter(None, (where, f"{message}.")))) from None
 
 
 POSTED: dict[str, type[BaseModel]] = {

@@ -182,7 +182,8 @@ class Visit:
                     for text, name in kind.examples if not name or (IMAGES / name).is_file()]
         shapes = gr.update(choices=list(kind.ratios), value=next(iter(kind.ratios), None), visible=bool(kind.ratios))
         return (self, f"# {kind.title}", names, gr.update(value=[], examples=examples), kind.temperature, kind.rounds,
-                shapes, shapes, *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")))
+                False, shapes, shapes,
+                *(gr.update(visible=tab in kind.can) for tab in ("draw", "edit", "codes", "find")))
 
     async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
         """Images of a route, for a gallery."""
@@ -194,14 +195,17 @@ class Visit:
 
     async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
         """Four images of a text, from seeds one after another."""
-        return await self.images([f"seed {int(seed) + number}" for number in range(4)], "/v1/images/generations", json={
-            "prompt": words, "seed": int(seed), "n": 4, "ratio": ratio})
+        with errors_shown():
+            return await self.images([f"seed {int(seed) + number}" for number in range(4)], "/v1/images/generations",
+                                     json={"prompt": checked(words), "seed": int(seed), "n": 4, "ratio": ratio})
+        return gr.skip()
 
     async def on_change(self, upload: str | None, words: str, seed: float) -> list[Any]:
         """An image changed as a text says."""
         with errors_shown():
             file = {"image": Path((await asyncio.to_thread(self.take, upload))["path"]).read_bytes()}
-            return await self.images([words], "/v1/images/edits", files=file, data={"prompt": words, "seed": int(seed)})
+            return await self.images([words], "/v1/images/edits", files=file, data={
+                "prompt": checked(words), "seed": int(seed)})
         return []
 
     async def on_codes(self, upload: str | None) -> tuple[str, list[int]]:
@@ -219,18 +223,28 @@ class Visit:
         if first and second:
             rows["first"][span], rows["second"][span] = second[span], first[span]
         rows = {name: row for name, row in rows.items() if row}
+        if not rows:
+            return gr.skip()
         body = {"codes": [*rows.values()], "first": int(count)}
         return await self.images([*rows], "/v1/images/tokens", json=body)
 
     async def on_find(self, upload: str | None, phrase: str) -> list[Any]:
         """The image with boxes around what was asked for."""
         with errors_shown():
-            asked = [user_message(SEED_X_TASKS.detect_request(phrase), [await asyncio.to_thread(self.take, upload)])]
+            words = SEED_X_TASKS.detect_request(checked(phrase))
+            asked = [user_message(words, [await asyncio.to_thread(self.take, upload)])]
             body = self.request(asked, False, None, 1, 256, 0.0, 0.5, 1)
             answer = (await anext(self.model.ask("/v1/chat/completions", json=body)))["choices"][0]["message"]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
             return [(framed(asked, answer["boxes"]), caption)]
         return []
+
+
+def checked(words: str) -> str:
+    """The text of a tab. Raises RequestError: empty."""
+    if not words.strip():
+        raise RequestError("Write a text first.")
+    return words
 
 
 def user_message(words: str, images: Sequence[Message]) -> Message:

@@ -199,9 +199,9 @@ class MultimodalSystem(Generator, HubUpload):
         settings = self.settings(task, **options)
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
-        opening = ""
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
+        opening = ""
         if force_image:
             seen = any(not isinstance(item, str) for one in conversation for item in one.content)
             opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
@@ -228,17 +228,17 @@ class MultimodalSystem(Generator, HubUpload):
         return read_known_words(known).note("\n".join(one.text for one in messages)) if known else ""
 
     def write(self, conversations: Sequence[Sequence[Message]], task: Task, settings: GenerationSettings,
-              opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH) -> list[Written]:
+              opening: str = "", *, seeds: Sequence[int] | None = None, batch_size: int = BATCH,
+              should_stop: Callable[[], bool] | None = None) -> list[Written]:
         """Answers to conversations, in batches, before image decoding."""
         written: list[Written] = []
         check_value(int, batch_size, "batch_size", least=1)
-        log = self.log if len(conversations) >= BAR_FROM else None
-        with Progress(task, len(conversations), "answer", log=log) as bar:
-            for start in range(0, len(conversations), batch_size):
+        with Progress(task, count := len(conversations), "answer", log=self.log if count >= BAR_FROM else None) as bar:
+            for start in range(0, count, batch_size):
                 rows = slice(start, start + batch_size)
                 own = None if seeds is None else seeds[rows]
                 requests, states = self.requests(conversations[rows], task, opening, own), HiddenStates()
-                answers = self.generate(requests, settings, task, seeds=own, states=states)
+                answers = self.generate(requests, settings, task, seeds=own, states=states, should_stop=should_stop)
                 for row, (request, ids) in enumerate(zip(requests, answers, strict=True)):
                     answer = self.read_answer(ids, task)
                     images = [part for part in answer.parts if isinstance(part, ImagePart)]
@@ -247,20 +247,21 @@ class MultimodalSystem(Generator, HubUpload):
         return written
 
     def write_images(self, conversations: Sequence[Sequence[Message]], task: Task, *,
-                     seeds: Sequence[int] | None = None, batch_size: int = BATCH, **options: Any) -> list[Written]:
+                     seeds: Sequence[int] | None = None, batch_size: int = BATCH,
+                     should_stop: Callable[[], bool] | None = None, **options: Any) -> list[Written]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`); forced if missing."""
         forced = self.forced(self.settings(task, **options), options)
         whole = self.tokenizer.vocabulary.tokens_per_image + 1
         forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, whole))
         free = getattr(self.tasks, f"{task}_words") if self.config.tuned or task == "edit" else 0
-        written: list[Written] = []
+        written, how = list[Written](), dict[str, Any](batch_size=batch_size, should_stop=should_stop)
         if free:
             most = options.get("max_new_tokens", forced.max_new_tokens + free)
             settings = replace(forced, force_image=False, max_new_tokens=most)
-            written = self.write(conversations, task, settings, seeds=seeds, batch_size=batch_size)
+            written = self.write(conversations, task, settings, seeds=seeds, **how)
         rest = [row for row in range(len(conversations)) if not written or len(written[row].values) != 1]
         opening = self.tasks.edit_response if task == "edit" else self.tasks.draw_response
-        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, batch_size=batch_size,
+        again = iter(self.write([conversations[row] for row in rest], task, forced, opening, **how,
                                 seeds=None if seeds is None else [seeds[row] for row in rest]))
         return [next(again) if row in rest else written[row] for row in range(len(conversations))]
 
@@ -284,13 +285,14 @@ class MultimodalSystem(Generator, HubUpload):
     def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
               options: dict[str, Any]) -> list[Image.Image]:
         drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
+        should_stop = options.pop("should_stop", None)
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
         self._log_note(self.note(*(one[-1] for one in conversations)))
         each = num_images if self.settings(task, **options).samples else 1  # greedy answers to a text are equal
         written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
-                                    seeds=seeds[::num_images // each], **options)
+                                    seeds=seeds[::num_images // each], should_stop=should_stop, **options)
         written = [one for one in written for _ in range(num_images // each)]
         for one in written:
             if len(one.values) != 1:

@@ -98,9 +98,11 @@ def tokens(run: Run) -> Section:
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
     empty, repeats = empty_images(run.side), EMPTY_DRAWS if run.system.samples else 1
     bare = run.system.encode([Image.fromarray(one) for _ in range(repeats) for one in empty])
-    for label, shown in (("no thing", bare[:len(empty)]), (None, run.encoded[:COLUMNS])):
-        run.show("kept", [Cell(one.dimmed(), counted(len(one.codes), "token")) for one in shown], label)
-        run.answers["kept" if label is None else "kept_empty"] = [len(one.codes) for one in shown]
+    for name, shown in (("kept", run.encoded[:COLUMNS]), ("kept_empty", bare[:len(empty)])):
+        run.answers[name] = [len(one.codes) for one in shown]
+        if name == "kept" or run.samples.split == HELD_OUT_SPLITS[0]:  # they are the same for each split
+            run.show("kept", [Cell(one.dimmed(), counted(len(one.codes), "token")) for one in shown],
+                     None if name == "kept" else "no thing")
     without = np.array([len(one.codes) for one in bare])
     near, blind = run.system.losses(run.encoded)
     amounts = {"0": (without, list(BACKGROUNDS) * repeats),

@@ -1,12 +1,11 @@
-"""Kind `conversation`: the chat demo's templates and turn handling, step by step.
+"""Kind `conversation`: templates and turns of the chat demo, step by step.
 
-Checked: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all `flows_*.json`: view, stored
-messages, pending message, posted bodies (images as pixels), the model's input ids, the final prompt and the log record.
-Not covered: request headers and addresses; image files' md5 names (they depend on the PNG encoder: compared by order);
-the state of the original's buttons, of which the page has other ones; the server's answers and settings (kind
-`flask_api`); the prompt of no turns; codes of shown images, which our page leaves to the server (filled in here); and
-what the original does after it crashed on a typed `<image>`: here that text is refused when it is added, and the flow
-ends there.
+Compared: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all `flows_*.json`: view, stored
+messages, pending message, posted bodies (images as pixels), the model's input ids, the final prompt, the log record.
+Not compared: request headers and addresses; md5 names of image files (they depend on the PNG encoder: compared by
+order); the state of the original's buttons; the server's answers and settings (kind `flask_api`); the prompt of no
+turns; codes of shown images, which the page leaves to the server (filled in here); the steps after the original crashed
+on a typed `<image>`: here that text is an error, and the flow ends.
 """
 
 from __future__ import annotations
@@ -92,8 +91,10 @@ def plain_image(size: list[int], colour: Sequence[int] = (0, 0, 0)) -> Image.Ima
 
 
 class Replay:
-    """One recorded flow, done again with our messages, images kept in memory under numbered names; `pending`: what was
-    written and chosen since the last answer, which the original kept apart, too."""
+    """Repeats a recorded flow with the page's messages; images are in memory under numbered names.
+
+    `pending`: the text and images added since the last answer.
+    """
 
     def __init__(self, flow: dict[str, Any], style: str, name: str) -> None:
         self.flow, self.style, self.name = flow, style, name
@@ -120,7 +121,7 @@ class Replay:
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind, argument = step["step"], step["argument"]
         if kind == "text" and argument:
-            self._add(user_message(argument, [{}])["content"][-1])  # refuses the placeholder
+            self._add(user_message(argument, [{}])["content"][-1])  # raises for the placeholder
         elif kind == "image" and argument is not None:
             self._add(self._store(chat_image(plain_image(*argument))))
         elif kind in ("regenerate", "clear"):
@@ -130,7 +131,7 @@ class Replay:
             try:
                 self.body(self.flow["max_turns"])
             except RequestError:
-                self.turns.append(message("assistant", text(TOO_LONG)))  # our page shows it as an error
+                self.turns.append(message("assistant", text(TOO_LONG)))  # the page shows it as an error
                 self.pending, self.errors = message("user"), []
                 return
             self._bot(tokenizer)
@@ -152,26 +153,26 @@ class Replay:
         self.pending, self.errors = message("user"), [note["text"] for note in answer["below"]]
 
     def body(self, rounds: int = 10**6) -> dict[str, Any]:
-        """What our page posts; raises RequestError for more rounds."""
+        """The body that the page posts; raises RequestError for more rounds."""
         visit = Visit([model := Model("", Kind(""))], model)
         return visit.request(self.turns, self.flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
     def request(self) -> dict[str, Any]:
-        """The text that the model reads, and the images, of what our page posts."""
-        sent = ChatRequest.model_validate(self.body()).messages
-        said = [[part if isinstance(part, str) else PLACEHOLDER for part in one.parts] for one in sent]
-        return {"text": render(self.style, said), "images": [
+        """The text for the model and the images in the body that the page posts."""
+        messages = ChatRequest.model_validate(self.body()).messages
+        texts = [[part if isinstance(part, str) else PLACEHOLDER for part in turn.parts] for turn in messages]
+        return {"text": render(self.style, texts), "images": [
             part.url.partition(",")[2] if isinstance(part, ImageUrl) else part
-            for one in sent for part in one.parts if not isinstance(part, str)]}
+            for turn in messages for part in turn.parts if not isinstance(part, str)]}
 
     def receive(self, answer: dict[str, Any]) -> Message:
-        """The recorded answer as a stream brings it; the codes of the posted images are noted as the original did."""
-        asked = images_of(self.turns)
-        for image, codes in zip(asked, answer["images_ids"], strict=False):
+        """The recorded answer as a stream sends it; the codes of the posted images are stored as in the original."""
+        posted = images_of(self.turns)
+        for image, codes in zip(posted, answer["images_ids"], strict=False):
             image["codes"] = image.get("codes") or codes
         first, *pieces = answer["text"].split(PLACEHOLDER)
         turn = message("assistant", *([text(first)] if first else []), below=answer["error_msg"])
-        for data, codes, piece in zip(answer["images"], answer["images_ids"][len(asked):], pieces, strict=True):
+        for data, codes, piece in zip(answer["images"], answer["images_ids"][len(posted):], pieces, strict=True):
             image = self._store(image_from_base64(data)) if data else {"type": "image_url", "path": ""}
             extend(turn, {"images": [{**image, "codes": codes}], "content": piece})
         return turn
@@ -181,15 +182,15 @@ class Replay:
                 for number, turn in enumerate(self.turns)]
 
     def log_record(self) -> dict[str, Any]:
-        """The conversation as the released server logs it: images by file name only."""
+        """The conversation as the original server logs it: images by file name only."""
         messages = self.messages()
-        for one in messages:
-            one["message"]["images"] = [PurePath(path).name for path in one["message"]["images"]]
+        for turn in messages:
+            turn["message"]["images"] = [PurePath(path).name for path in turn["message"]["images"]]
         return {"system": "", "roles": ROLES[self.style], "messages": messages, "offset": 0, "sep": SEPARATOR,
                 "sep2": None}
 
     def check_prompt(self, recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-        """The ids of the text that is sent, with the codes that the server returned for its images."""
+        """The ids of the posted text, with the codes that the server returned for its images."""
         payload = recorded["payload"]
         spans = payload["text"].split(PLACEHOLDER)
         codes = recorded["response"]["images_ids"][:len(payload["images"])]
@@ -209,14 +210,14 @@ class Replay:
 
 
 def check_body(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
-    """Same keys and values; images by their pixels (within one level: resizing is a matter of library versions)."""
+    """Same keys and values; images by their pixels (within one level: resizing depends on library versions)."""
     assert_same({**body, "images": len(body["images"])}, {**payload, "images": len(payload["images"])}, name)
-    for mine, theirs in zip(body["images"], payload["images"], strict=True):
-        if isinstance(theirs, str):
-            sent, recorded = (np.array(image_from_base64(text)) for text in (mine, theirs))
-            assert_close(sent, recorded, 1, what=f"{name}: the posted image")
+    for image, recorded in zip(body["images"], payload["images"], strict=True):
+        if isinstance(recorded, str):
+            pixels, wanted = (np.array(image_from_base64(text)) for text in (image, recorded))
+            assert_close(pixels, wanted, 1, what=f"{name}: the posted image")
         else:
-            assert_same(mine, theirs, f"{name}: codes in the request")
+            assert_same(image, recorded, f"{name}: codes in the request")
 
 
 def images_of(turns: Sequence[Message]) -> list[Message]:
@@ -234,12 +235,12 @@ def text_of(turn: Message) -> str:
 
 
 def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
-    """The original's prompt by our template; ours puts the blank after "ASSISTANT:" when the answer is encoded."""
+    """The original's prompt from the template, with the blank after "ASSISTANT:", which is added when encoding."""
     blank = " " if style == "vicuna" else ""
-    said = [(("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
-            for number, parts in enumerate(turns)]
+    messages = [(("user", "assistant")[number % 2], (blank if number % 2 else "") + "".join(parts))
+                for number, parts in enumerate(turns)]
     end = AFTER_AN_ANSWER[style] if len(turns) % 2 == 0 else ""
-    return "".join(str(span) for span in get_template(style).render(said, system)) + end
+    return "".join(str(segment) for segment in get_template(style).render(messages, system)) + end
 
 
 def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
@@ -251,7 +252,7 @@ def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
 
 
 def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
-    """What the released page shows: error messages under the last answer (unchanged without errors)."""
+    """The view of the original page: error messages under the last answer."""
     shown = copy.deepcopy(pairs)
     if errors and shown:
         shown[-1][1] = (shown[-1][1] or "") + ERROR_RULE + "\n".join(errors)

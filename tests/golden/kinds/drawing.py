@@ -1,9 +1,9 @@
-"""SEED's drawing: SEED-1 by Stable Diffusion (noise schedule, PLMS steps, latents, images, the grid) and SEED-2 by
-unCLIP (class labels, prompt embeddings, latents for every scheduler and case, the image).
+"""SEED's de-tokenizers: SEED-1 with Stable Diffusion (noise schedule, PLMS steps, latents, images, the grid), SEED-2
+with unCLIP (class labels, prompt embeddings, latents for every scheduler and case, the image).
 
-The recorded starting noise is used, and what unCLIP draws is replayed in order. SEED-1: where the number of steps
-divides 1000 the folder's own sampler is checked too; else its time steps are not CompVis'. Left out: `pred_x0`
-(`x_prev` follows from it), what the originals refuse (3 or 9 steps, two embeddings a call: all work here), watermarks.
+The recorded noise is replayed in order. SEED-1: if the number of steps divides 1000, the folder's sampler is compared
+too; otherwise its time steps are not those of CompVis. Not compared: `pred_x0` (`x_prev` follows from it), errors of
+the originals (3 or 9 steps, two embeddings a call: all work here), watermarks.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def network(kind: str, config: Mapping[str, Any], weights: Tensors, **how: Any) 
 
 
 def scheduler(settings: Mapping[str, Any], key: str = "class", suffix: str = "") -> Any:
-    """A scheduler of diffusers whose class's name stands under `key`."""
+    """A scheduler of diffusers; `key` holds the name of its class."""
     import diffusers
 
     settings = dict(settings)
@@ -65,7 +65,7 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Tensors) -> dict[str
 
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
-    """Arguments of the U-Net's calls, and prediction and result of each step of the scheduler."""
+    """Arguments of each call of the U-Net; prediction and result of each step of the scheduler."""
     seen: dict[str, list[Any]] = {name: [] for name in ("timesteps", "shapes", "labels", "context", "eps", "x_prev")}
     step = model.scheduler.step
 
@@ -92,11 +92,11 @@ def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
 
 
 def build_seed1(sizes: dict[str, Any], weights: Tensors, names: dict[str, str]) -> StableDiffusionDetokenizer:
-    """Tensors under diffusers' names; the VAE's attention is stored as 1x1 convolutions."""
+    """Tensors under the names of diffusers; the VAE's attention is stored as 1x1 convolutions."""
     def named(name: str, flat: str = "-") -> Tensors:
-        found = {key.removeprefix(f"{name}."): weights[stored] for key, stored in names.items()
-                 if key.startswith(f"{name}.")}
-        return {key: value.squeeze() if flat in key and value.ndim == 4 else value for key, value in found.items()}
+        tensors = {key.removeprefix(f"{name}."): weights[stored] for key, stored in names.items()
+                   if key.startswith(f"{name}.")}
+        return {key: value.squeeze() if flat in key and value.ndim == 4 else value for key, value in tensors.items()}
 
     parts = sizes["diffusers"]
     vae = network("AutoencoderKL", parts["vae"], named("vae", "attentions"),
@@ -107,7 +107,7 @@ def build_seed1(sizes: dict[str, Any], weights: Tensors, names: dict[str, str]) 
 
 
 def plms(config: Any, steps: list[int]) -> Any:
-    """The folder's sampler at the time steps of the CompVis program, the second of which is done twice."""
+    """The folder's sampler at the time steps of the CompVis program, which repeats the second one."""
     from diffusers import PNDMScheduler
 
     class Plms(PNDMScheduler):
@@ -145,18 +145,18 @@ def check_seed1_case(model: StableDiffusionDetokenizer, case: str, record: dict[
     check_images(model, case, model.decode(latents).permute(0, 2, 3, 1), want)
     if "diffusers_pndm_max_diff" in record:
         latents = model.denoise(settings, [], embeds, start=start)
-        assert_close(latents, want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents by the folder's sampler")
+        assert_close(latents, want[f"{case}.latents"], 2e-3, 1e-3, f"{case}.latents with the folder's sampler")
 
 
 def check_images(model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors) -> None:
     from seed_multimodal.cli.seed import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
-    pictures = model.to_images(want[f"{case}.latents"])
-    drawn = {"png": np.stack([np.array(picture) for picture in pictures])}
+    drawn = model.to_images(want[f"{case}.latents"])
+    pixels = {"png": np.stack([np.array(image) for image in drawn])}
     if f"{case}.grid" in want:
-        drawn["grid"] = np.array(make_grid(pictures, len(pictures)))
-    assert_all_close(drawn, want, 1, 0, f"{case}.{{}}")
+        pixels["grid"] = np.array(make_grid(drawn, len(drawn)))
+    assert_all_close(pixels, want, 1, 0, f"{case}.{{}}")
 
 
 @torch.no_grad()
@@ -181,11 +181,11 @@ def check_seed1(folder: Path) -> None:
 
 @contextmanager
 def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
-    """Hand out recorded noise instead of drawing it; all of it must be used."""
+    """Replace `torch.randn` by recorded noise, all of which must be used."""
     original, rest = torch.randn, list(noises)
 
     def recorded(*_: Any, generator: Any = None, **__: Any) -> torch.Tensor:
-        assert rest, "the model drew more noise than was recorded"
+        assert rest, "more noise than recorded"
         return rest.pop(0)[0]
 
     torch.randn = recorded
@@ -193,7 +193,7 @@ def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
         yield
     finally:
         torch.randn = original
-    assert not rest, f"{len(rest)} recorded noise tensors were not drawn"
+    assert not rest, f"{len(rest)} recorded noise tensors were not used"
 
 
 def build_seed2(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:

@@ -1,14 +1,13 @@
 """`POST /generate` with the requests recorded from the original server.
 
-The recorded stubs (answers of the language model, codes of images, 4x4 drawings) replace the networks of a SEED-LLaMA;
-everything between HTTP and them is ours. Compared with the recording: prompt ids and generation settings of the
-language model, pixels given to the encoder, codes given to the decoder, codes, texts and drawings of well-formed
-answers. Where the original breaks its own rules (`<img> </img>` left in a text, broken images, text behind `</s>`, code
-lists of any length and value, HTTP 500 pages), ours answers as documented: one `<image>` per image, a reason for each
-broken one, the answer ends at the first `</s>`, images that broke off are left out, 4xx with one sentence.
+The recorded stubs (answers of the language model, codes of images, 4x4 drawings) replace the networks of a SEED-LLaMA.
+Compared: prompt ids and generation settings of the language model, inputs of the image encoder and decoder, codes,
+texts and drawings of well-formed answers. Where the original breaks its own rules (`<img> </img>` left in a text,
+broken images, text after `</s>`, code lists of any length and value, HTTP 500 pages), the answer must be as documented:
+one `<image>` per image, a reason for each broken one, the end at the first `</s>`, no incomplete images, a 4xx error.
 
-Left out: the blanks in texts, the prompt of a forced image (ours ends as in tuning) and of control words typed by users
-(ours are ordinary letters), `prompt_text` (what the original printed), bodies of the pages for 400, 404 and 415.
+Not compared: blanks in texts, the prompt of a forced image (it ends as in tuning) and of control tokens typed by users
+(they are encoded as text), `prompt_text` (printed by the original), bodies of the pages for 400, 404 and 415.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 
 
 class RecordedImages(CodeImages):
-    """Of image i of a batch the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
+    """Encodes image i of a batch as the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
 
     def __init__(self, words: Any) -> None:
         encoder: Any = nn.Module()
@@ -48,7 +47,7 @@ class RecordedImages(CodeImages):
         self.encoded: dict[bytes, torch.Tensor] = {}
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Equal images of a batch one by one, as recorded; a batch that comes again is known."""
+        """The same codes for a batch that was encoded before."""
         batch, places = pixels.numpy().tobytes(), torch.arange(self.words.tokens_per_image)
         if batch not in self.encoded:
             self.shapes.append(list(pixels.shape))
@@ -62,7 +61,7 @@ class RecordedImages(CodeImages):
 
 
 class RecordedSystem(SeedLlama):
-    """A SEED-LLaMA whose language model gives the recorded ids."""
+    """A SEED-LLaMA whose language model generates the recorded ids."""
 
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
         sizes = SimpleNamespace(vocab_size=tokenizer.vocabulary.size, max_position_embeddings=4096)
@@ -88,20 +87,20 @@ def check(folder: Path) -> None:
 
 
 def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
-    words, asked = system.tokenizer.vocabulary, case["request"]
-    lists = [item for item in asked.get("images", []) if isinstance(item, list)]
+    words, request = system.tokenizer.vocabulary, case["request"]
+    lists = [item for item in request.get("images", []) if isinstance(item, list)]
     wrong = any(len(row) > words.tokens_per_image or not {*row} <= {*range(words.n_codes)} for row in lists)
-    broke_off = [row for row in lists if len(row) < words.tokens_per_image]
-    response = create_app(system).test_client().open("/generate", method=case["method"], json=asked)
-    if wrong or (case["status"] == 500 and not broke_off):
-        assert_refused(response, what)
-        assert not system.calls, f"{what}: the model ran for a request that is refused"
+    incomplete = [row for row in lists if len(row) < words.tokens_per_image]
+    response = create_app(system).test_client().open("/generate", method=case["method"], json=request)
+    if wrong or (case["status"] == 500 and not incomplete):
+        assert_client_error(response, what)
+        assert not system.calls, f"{what}: the model ran for an invalid request"
         return
     assert_same(response.status_code, 200, f"{what}, status")
     answer = response.get_json()
-    if broke_off:
+    if incomplete:
         left_out = [line for line in answer["error_msg"] if line.endswith("was left out.")]
-        assert_same(len(left_out), len(broke_off), f"{what}, images left out")
+        assert_same(len(left_out), len(incomplete), f"{what}, images left out")
         return
     assert_same(response.content_type, case["content_type"], f"{what}, content type")
     check_calls(case, system, what)
@@ -112,7 +111,7 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
     (call,), recorded = system.calls, case["model_call"]
     config, expected = call["generation_config"], recorded["generation_config"]
     if case["request"].get("force_boi"):
-        config["max_new_tokens"] = expected["max_new_tokens"]  # raised where no image fits into it
+        config["max_new_tokens"] = expected["max_new_tokens"]  # raised if no image fits into it
     elif "<" not in case["request"]["text"].replace("<image>", ""):
         assert_same(call["input_ids"], recorded["input_ids"], f"{what}, prompt")
     assert_same(config, expected, f"{what}, generation settings")
@@ -146,13 +145,13 @@ def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
             "unknown path": lambda: client.get("/no/such/path")}
     response = sent[case["name"]]()
     assert_same(response.status_code, case["status"], f"{what}, status")
-    assert_refused(response, what)
+    assert_client_error(response, what)
 
 
-def assert_refused(response: Any, what: str) -> None:
+def assert_client_error(response: Any, what: str) -> None:
     body = response.get_json()
     assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
-    assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: no sentence: {body}"
+    assert body["error"] and body["error_msg"] == [body["error"]], f"{what}: no error message: {body}"
 
 
 KINDS = {"flask_api": check}

@@ -1,12 +1,12 @@
-"""The input side of images.
+"""Preprocessing of images.
 
-* `preprocessing`: every transform (within 2e-2, about one grey level and a half), caption texts, the keep rule, the
-  training transform, and that unknown types are refused. Left out: `preprocess_decode` and `id_extraction` (they belong
-  to pre-tokenising); `image_tokenizer` (the original class draws fixed latents when it is built); that the original
-  "clip" module refuses "blip" and the other way round (one `get_transform` serves both here).
-* `seedx_anyres`: SEED-X's any-resolution input: both rules and the grid they give, views and their places, the plain
-  transform. Left out: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no released configuration:
-  `get_transform` refuses these names), `resize_pad_True` (black borders, off in all of them).
+* `preprocessing`: every transform (within 2e-2, about 1.5 grey levels), captions, the filter, the training transform,
+  errors for unknown types. Not compared: `preprocess_decode` and `id_extraction` (part of pre-tokenising);
+  `image_tokenizer` (the original class samples fixed latents when built); that the original "clip" module rejects
+  "blip" and vice versa (here one `get_transform` has both).
+* `seedx_anyres`: SEED-X's any-resolution input: both rules and their grid, views and their positions, the plain
+  transform. Not compared: `transform.clipa`, `.clipb` and `.sd` (constants of other encoders, in no original
+  configuration: `get_transform` rejects these names), `resize_pad_True` (black borders, off in all of them).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def check_preprocessing(folder: Path) -> None:
 
 def kept_by_filter(item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
                    ) -> bool:
-    """The rule on a decoded item. Where that has no size the original takes it from the metadata; ours always has."""
+    """The rule on a decoded item; without a size in the item the original reads it from the metadata."""
     limits = {**THRESHOLDS, **(kwargs or {})}
     sizes = [(item.get("width"), item.get("height")), *((metadata.get(a), metadata.get(b)) for a, b in (
         ("width", "height"), ("WIDTH", "HEIGHT"))), metadata.get("resolution"), metadata.get("original_resolution"),
@@ -96,7 +96,7 @@ def kept_by_filter(item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[
 
 
 def steps_of(transform: TrainTransform) -> list[str]:
-    """The steps in order, in the words of the original configuration."""
+    """The steps in order, named as in the original configuration."""
     scale = f"({transform.min_scale:.7g}, {transform.max_scale:.1f})"
     return [f"RandomResizedCrop scale={scale} ratio=({RATIO[0]:.7g}, {RATIO[1]:.7g})", "RandomHorizontalFlip",
             "ToTensor", "Normalize"]

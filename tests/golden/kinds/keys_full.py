@@ -1,9 +1,9 @@
-"""State-dict keys and shapes of the full-size models, in order, without allocating a weight (meta device); which
-parameters are trained, which entries are buffers, and how many parameters the parts have.
+"""Full-size models on the meta device: names and shapes of the state dict in order, trained parameters, buffers,
+numbers of parameters.
 
-Left out: dtypes after the originals' partial conversion to half precision (ours has one dtype per model); the CLIP
-vision encoder of stage 2 (`clip_model.*`, transformers'); which file brings a tensor of SEED-1; in SEED-X the order of
-the language model's keys (transformers') and its rotary buffers, which transformers no longer keeps.
+Not compared: dtypes after the originals' partial conversion to half precision (here a model has one dtype); the CLIP
+vision encoder of stage 2 (`clip_model.*`, of transformers); the file of each tensor of SEED-1; in SEED-X the order of
+the language model's keys (of transformers) and its rotary buffers, which transformers no longer saves.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def parameters_by_part(model: nn.Module) -> dict[str, int]:
 
 
 def check_keys(model: nn.Module, table: Table, name: str, ignored: str = "-", trains: bool = True) -> None:
-    """Keys (those that begin with `ignored` in any order), shapes, buffers and trained parameters."""
+    """Keys (in any order if they begin with `ignored`), shapes, buffers and trained parameters."""
     state = model.state_dict()
     assert_same([key for key in state if not key.startswith(ignored)],
                 [key for key in table if not key.startswith(ignored)], f"{name}: keys in order")
@@ -122,15 +122,15 @@ def check_seed_x(name: str, table: Table) -> None:
                                            num_hidden_layers=40, num_attention_heads=40))
         agent = ContinuousLVLM(llm, Resampler(INPUT_RESAMPLER), Resampler(OUTPUT_RESAMPLER))
         check_keys(agent, table, name, "llm.")
-        kept = sorted(key for key, row in table.items() if not row.get("buffer"))
-        assert_same(sorted(agent.state_dict()), kept, f"{name}: keys")
-        released = [key for key in agent.state_dict() if not key.startswith("llm.")]
-        assert_same(len(released), 23, "keys of the released agent's file, which lacks the language model")
+        parameters = sorted(key for key, row in table.items() if not row.get("buffer"))
+        assert_same(sorted(agent.state_dict()), parameters, f"{name}: keys")
+        stored = [key for key in agent.state_dict() if not key.startswith("llm.")]
+        assert_same(len(stored), 23, "keys of the original agent's file, which lacks the language model")
     else:
         assert_same(name, "detokenizer_resampler.json", "table")
         adapter = sdxl_adapter()
         check_keys(adapter, table, name, "unet.")
-        unet = adapter.unet.state_dict()  # diffusers' own and no part of the table: number and size are the original
+        unet = adapter.unet.state_dict()  # of diffusers, not in the table
         assert_same((len(unet), sum(map(torch.numel, unet.values()))), UNET, "keys and parameters of the U-Net")
         adapter.set_trainable("key_value")
         trained = sum(value.numel() for value in adapter.unet.parameters() if value.requires_grad)

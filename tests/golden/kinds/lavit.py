@@ -1,12 +1,11 @@
 """LaVIT.
 
-* `lavit_tokenizer`: every stage of both paths, the token merger with given decisions, the token selector with given
-  weights of the patches. Noise is the recorded one; of the projector only the first 64 rows are recorded.
-* `lavit_decoder`: rows of images of several lengths → features → a U-Net's conditions, both heads.
-* `lavit_generation`: image tokens that the language model writes, with guidance, and its scores at each call; what they
-  become: conditions, latents and images.
-* `lavit_understanding`: embeddings and masks of images and questions, captions and answers before lemmatising, settings
-  of both generations, questions of the benchmarks.
+* `lavit_tokenizer`: every stage of both paths with the recorded noise, the token merger and the token selector alone;
+  of the projector only the first 64 rows are recorded.
+* `lavit_decoder`: features of images of several lengths → conditions of a U-Net, both heads.
+* `lavit_generation`: image tokens generated with guidance, the scores at each call; conditions, latents and images.
+* `lavit_understanding`: embeddings and masks of images and questions, captions and answers before lemmatising,
+  generation settings, questions of the benchmarks.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
 START, END, FIRST_CODE = 32000, 32001, 32002
-MLP_RATIO = 4.3637  # released; its product with the width is cut to a whole number
+MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS, GUIDANCE = 4, 7.0
 QUESTION_WORDS = 5
 # Names of the recorded settings, and of ours.
@@ -70,19 +69,19 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
     merger, causal, dropped = model.causal_encoder, causal_mask(selection.keep_BN), dropped_mask(selection.keep_BN)
     source = merger.ln_vision(features)
     block = merger.blocks[0]
-    own = block.token_causal_attn(block.norm0(features), causal)
-    cross = block.token_cross_attn(block.norm1(features + own), source, dropped)
+    attended = block.token_causal_attn(block.norm0(features), causal)
+    cross = block.token_cross_attn(block.norm1(features + attended), source, dropped)
     rows, counts = model.rows(image, noise=noise)
     assert_same(counts.tolist(), want["token_nums"].tolist(), "token_nums")
     assert_all_close({
-        "log_probs": selection.log_probs_BN2, "merger_ln_vision": source, "merger_block0_causal_attn": own,
+        "log_probs": selection.log_probs_BN2, "merger_ln_vision": source, "merger_block0_causal_attn": attended,
         "merger_block0_cross_attn": cross, "merger_block0": block(features, source, causal, dropped),
         "merger": model.merge(features, selection.keep_BN), "to_quantizer": model.to_codebook(rows)}, want, 1e-5, 1e-4)
     assert_close(model.quantize_rows(rows)[1], want["quantized"], 1e-6, 0, "quantized")
     codes = model.encode(image, noise=noise)
-    placed = [[FIRST_CODE + code for code in one.tolist()] for one in codes]
-    assert_same(placed, ids["token_ids"], "token ids")
-    assert_same([[START, *one, END] for one in placed], ids["token_ids_special"], "token ids with markers")
+    token_ids = [[FIRST_CODE + code for code in row.tolist()] for row in codes]
+    assert_same(token_ids, ids["token_ids"], "token ids")
+    assert_same([[START, *row, END] for row in token_ids], ids["token_ids_special"], "token ids with markers")
     assert_close(model.embed_codes(torch.cat(codes)), want["quantized"], 0, 0, "rows of the codes")
 
 
@@ -92,10 +91,10 @@ def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, coun
     assert_same(keep.tolist(), want["keep"].tolist(), "features.keep")
     assert_close(model.merge(features, keep), want["merger"], 1e-5, 1e-4, "features.merger")
     rows = model.continuous(image, noise=want["gumbel_noise"])
-    assert_same([len(one) for one in rows], counts, "features: rows of each image")
-    for number, one in enumerate(rows):
+    assert_same([*map(len, rows)], counts, "features: rows of each image")
+    for number, row in enumerate(rows):
         recorded = want[f"{number}.first_64_columns"]
-        assert_close(one[:, :recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
+        assert_close(row[:, :recorded.shape[1]], recorded, 1e-5, 1e-4, f"features.{number}")
 
 
 @torch.no_grad()
@@ -135,10 +134,10 @@ def check_decoder(folder: Path) -> None:
         hook = decoder.norm.register_forward_hook(lambda module, inputs, output, normed=normed: normed.append(output))
         features = decoder.features(rows)
         hook.remove()
-        made = decoder(rows)
+        conditions = decoder(rows)
         results = {"norm": normed[0], "decode_task": features, **(
-            {"output": made.prompt_embeds} if head == "lowres" else
-            {"prompt_embeds": made.prompt_embeds, "pooled": made.pooled})}
+            {"output": conditions.prompt_embeds} if head == "lowres" else
+            {"prompt_embeds": conditions.prompt_embeds, "pooled": conditions.pooled})}
         assert_same(results.keys(), part(want, head).keys(), f"results of {head}")
         assert_all_close(results, want, 1e-5, 1e-4, f"{head}.{{}}")
 
@@ -164,30 +163,32 @@ def check_images(config: dict[str, Any], cases: dict[str, Any], weights: Tensors
 
     sizes = config["decoder"]
     decoder = code_decoder(sizes, sizes["decoder_out_dim"], sizes["unet_dims"], "highres", part(weights, "decoder"))
-    codes = [torch.tensor([one - FIRST_CODE for one in words if one >= FIRST_CODE]) for words in cases["image_tokens"]]
-    made = decoder([weights["quantize.embedding.weight"][one] for one in codes])
-    assert_all_close({"prompt": made.prompt_embeds, "pooled": made.pooled}, want, 1e-5, 1e-4, "image_embeds.{}")
+    codes = [torch.tensor([id - FIRST_CODE for id in ids if id >= FIRST_CODE]) for ids in cases["image_tokens"]]
+    conditions = decoder([weights["quantize.embedding.weight"][row] for row in codes])
+    assert_all_close({"prompt": conditions.prompt_embeds, "pooled": conditions.pooled}, want, 1e-5, 1e-4,
+                     "image_embeds.{}")
     model = LavitDetokenizer(network("UNet2DConditionModel", config["unet"], part(weights, "unet")),
                              network("AutoencoderKL", config["vae"], part(weights, "vae")),
                              diffusers.DDIMScheduler.from_config(config["scheduler"]))
     assert cases["decoder_cases"], "the fixture holds no image"
     for name, case in cases["decoder_cases"].items():
-        check_latents(model, made, case, f"pixels.{name}", want)
+        check_latents(model, conditions, case, f"pixels.{name}", want)
 
 
-def check_latents(model: LavitDetokenizer, made: Conditions, case: dict[str, Any], name: str, want: Tensors) -> None:
-    """One case: the recorded noise has a latent for eight pixels, whatever the tiny VAE makes of one."""
+def check_latents(model: LavitDetokenizer, conditions: Conditions, case: dict[str, Any], name: str, want: Tensors
+                  ) -> None:
+    """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
     assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), f"{name}: another size of the latents"
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
-    latents = model.denoise(settings, [torch.Generator()] * len(start), made, start=start)
+    latents = model.denoise(settings, [torch.Generator()] * len(start), conditions, start=start)
     assert_close(latents / model.vae.config.scaling_factor, want[f"{name}.vae_input"], 1e-3, 1e-3, f"{name}.vae_input")
     pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
     assert_close(pixels, want[f"{name}.image_uint8"], 2, 0, f"{name}.image_uint8")
 
 
 def language_model(config: dict[str, Any], weights: Tensors) -> Any:
-    """The recorded model; rows of words that are never read nor written are zero."""
+    """The recorded model; rows of unused tokens are zero."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llm = LlamaForCausalLM(LlamaConfig(**config["llm"])).eval()
@@ -201,33 +202,33 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
 
 
 def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors) -> None:
-    label, given, words = case["label"], dict(case["kwargs"]), tokenizer.vocabulary
-    legacy, negative = given.pop("is_token_prompt", False), given.pop("uncond_input_ids", None)
-    prompts = [tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in case["prompts"]]
-    given = {**DRAWING, "guidance": 4.0, **{SETTINGS[key]: value for key, value in given.items()}}
-    if legacy:  # the original program gave prompts of images as many new words as the longest has
-        given["max_new_tokens"] = max(map(len, prompts))
-    settings = GenerationSettings(force_image=True, **given)
-    against = [None] if negative is None else negative
-    against = against * len(prompts) if len(against) == 1 else against
-    asked = [Prompt(ids, negative=row) for ids, row in zip(prompts, against, strict=True)]
+    label, options, words = case["label"], dict(case["kwargs"]), tokenizer.vocabulary
+    legacy, negative = options.pop("is_token_prompt", False), options.pop("uncond_input_ids", None)
+    rows_of_ids = [tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt for prompt in case["prompts"]]
+    options = {**DRAWING, "guidance": 4.0, **{SETTINGS[key]: value for key, value in options.items()}}
+    if legacy:  # the original program generated as many new tokens as the longest prompt of images has
+        options["max_new_tokens"] = max(map(len, rows_of_ids))
+    settings = GenerationSettings(force_image=True, **options)
+    negatives = [None] if negative is None else negative
+    negatives = negatives * len(rows_of_ids) if len(negatives) == 1 else negatives
+    prompts = [Prompt(ids, negative=row) for ids, row in zip(rows_of_ids, negatives, strict=True)]
     each = 1 if settings.guidance == 1 else 2
-    scores: list[Tensor] = []  # of each pass those of the prompts, and those that guidance steers away from
+    scores: list[Tensor] = []  # of each pass those of the prompts and of the negative prompts
 
     def record(module: Any, inputs: Any, output: Tensor) -> None:
-        if len(output) == each * len(asked):  # no answer is over yet
+        if len(output) == each * len(prompts):  # no answer is finished yet
             scores.extend(output[row::each].clone() for row in range(each))
 
     handle = llm.lm_head.register_forward_hook(record)
-    written = Engine(llm, tokenizer, 2 * len(asked)).generate(asked, settings, ends=[words.eoi_id])
+    answers = Engine(llm, tokenizer, 2 * len(prompts)).generate(prompts, settings, ends=[words.eoi_id])
     handle.remove()
     assert scores and len(scores) <= case["num_forward_calls"], label
     for call, ours in enumerate(scores):
         if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
             assert_close(ours[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
-    for ids, recorded in zip(written, case["output"], strict=True):
-        assert_same(ids, recorded[:len(ids)], f"{label}: words")
-        assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: words are missing"
+    for ids, recorded in zip(answers, case["output"], strict=True):
+        assert_same(ids, recorded[:len(ids)], f"{label}: ids")
+        assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"
 
 
 # ---- understanding
@@ -253,7 +254,7 @@ def check_understanding(folder: Path) -> None:
 
 
 def check_padded(rows: Sequence[Tensor], recorded: Tensor, seen: Tensor, what: str) -> None:
-    """Rows are the ends of recorded ones, which are padded on the left."""
+    """Recorded rows are padded on the left."""
     for row, wanted, mask in zip(rows, recorded, seen, strict=True):
         assert_close(row, wanted[-len(row):], 1e-6, what=what)
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
@@ -277,7 +278,7 @@ def cut(text: str, ends: Sequence[str]) -> str:
 
 
 def check_settings(settings: GenerationSettings, recorded: dict[str, Any], words: LavitWords) -> None:
-    assert_same(recorded["suppress_tokens"], [words.boi_id, words.size - 1, words.size - words.boi_id], "no image word")
+    assert_same(recorded["suppress_tokens"], [words.boi_id, words.size - 1, words.size - words.boi_id], "image tokens")
     special = {"do_sample": settings.samples, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     for key in ("temperature", "num_beams", "max_new_tokens", "min_new_tokens", "repetition_penalty", "length_penalty",
                 "num_return_sequences", "early_stopping", *special):

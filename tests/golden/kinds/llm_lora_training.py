@@ -1,16 +1,15 @@
 """LoRA training of the language model: forward, gradients, two optimizer steps, the adapter's file, the merge.
 
-Left out, because the reference is wrong there: `left.logits` and `left.cached_step_logits` (its attention ignores
-padding on the left and shows a cached step the first position only). Ours must equal the sequence without its padding
-in both, and `left.logits_no_mask` is checked as recorded. `original_module` copies carry no gradient here, where peft
-0.4 listed them as trained; they stay out of the optimizer and have no effect on anything recorded.
+Not compared, because the reference is wrong: `left.logits` and `left.cached_step_logits` (its attention ignores padding
+on the left, and a cached step attends to the first position only). Instead, both must equal the sequence without its
+padding; `left.logits_no_mask` is compared. peft 0.4 listed `original_module` copies as trained; here they have no
+gradient and are not in the optimizer.
 
-Some recordings kept references to the parameters, so that later steps wrote into what was to be the start:
-* `merged.*` equal to the base weights: LoRA is in the base already, and is taken out of it before anything else;
-* every `step2.*` equal to the weights: the file holds the end of the two steps, and the start, from which train.*,
-  eval.*, left.*, gradients and losses were recorded, is lost. Then the logits of the end are only compared with the
-  recorded ones as far as two steps of 1.5e-4 may move them (typical, not every position: a few attention rows of these
-  random weights tip over), and the steps themselves are not compared.
+Some recordings hold references to the parameters, which later steps changed:
+* `merged.*` equal to the base weights: the base has LoRA merged in, which is subtracted first;
+* every `step2.*` equal to the weights: the file holds the weights after the two steps; those from which train.*,
+  eval.*, left.*, gradients and losses were recorded are lost. Then only the median of the logits is compared, within
+  what two steps of 1.5e-4 change.
 """
 
 from __future__ import annotations
@@ -46,12 +45,11 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
     words = ImageVocabulary(n_text=first, n_codes=case["resized_vocab"] - first - 2, tokens_per_image=4)
     model = build_llm(LlmModelSettings(path=str(base), dtype="fp32", attention="sdpa", lora=case["lora"]),
                       SimpleNamespace(vocabulary=words), "cpu")
-    own: Any = model.state_dict()
-    # Newer peft keeps the weights under an adapter one level deeper: q_proj.weight is q_proj.base_layer.weight.
-    deeper = {name.replace(".base_layer.", "."): name for name in own}
-    missing = set(deeper) ^ set(weights)
+    # Newer peft calls q_proj.weight q_proj.base_layer.weight.
+    names: Any = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
+    missing = set(names) ^ set(weights)
     assert not missing, f"weights under other names: {sorted(missing)[:3]}"
-    model.load_state_dict({deeper[name]: value for name, value in weights.items()})
+    model.load_state_dict({names[name]: value for name, value in weights.items()})
     return model
 
 
@@ -59,15 +57,15 @@ def check_parameters(model: Any, meta: dict[str, Any]) -> None:
     ours = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
     assert_same(ours, {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
                        for name, entry in meta["parameters"].items()}, "parameters: shape and whether trained")
-    released = meta["released_peft_config"]
-    assert_same(list(MODULES_TO_SAVE), released["modules_to_save"], "released modules_to_save")
-    assert_same(sorted(TARGET_MODULES), sorted(released["target_modules"]), "released target_modules")
+    original = meta["released_peft_config"]
+    assert_same(list(MODULES_TO_SAVE), original["modules_to_save"], "original modules_to_save")
+    assert_same(sorted(TARGET_MODULES), sorted(original["target_modules"]), "original target_modules")
     adapter = {name: list(value.shape) for name, value in adapter_state(model).items()}
     assert_same(adapter, meta["adapter_file_keys"], "names and shapes in the adapter's file")
 
 
 def forward(model: Any, given: Tensors, train: bool = False) -> tuple[Any, Tensor]:
-    """The output, and which positions are real: of padding nobody reads what it sees."""
+    """The output, and the mask of positions that are not padding."""
     model.train(train)
     with torch.no_grad():
         out = model(**{key: given[key] for key in ("input_ids", "attention_mask", "labels")})
@@ -84,7 +82,7 @@ def check_forward(model: Any, given: Tensors, want: Tensors) -> None:
 
 
 def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None:
-    """Padding on the left is invisible, in a whole forward pass and in a cached step."""
+    """Padding on the left has no effect, in a whole forward pass and in a cached step."""
     model.eval()
     ids, mask = given["left.input_ids"], given["left.attention_mask"]
     real = int(mask.sum())
@@ -104,7 +102,7 @@ def check_left_padding(model: Any, given: Tensors, want: Tensors | None) -> None
 
 
 def check_groups(model: Any, meta: dict[str, Any]) -> Any:
-    """One group with the recorded decay over everything trained; returns the optimizer."""
+    """One group of all trained parameters with the recorded decay; returns the optimizer."""
     recorded = meta["optimizer"]
     settings, group = recorded["defaults"], recorded["groups"][0]
     optimizer = build_optimizer(model, OptimSettings(
@@ -135,7 +133,7 @@ def check_steps(model: Any, given: Tensors, want: Tensors, meta: dict[str, Any])
 
 
 def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
-    """Our merge of the base and the adapter's file, from disk to disk."""
+    """The merge of the base and the adapter's file."""
     from seed_multimodal.language.llama import load_llm
     from seed_multimodal.language.lora import merge_adapter
 
@@ -157,7 +155,7 @@ def check_merge(model: Any, base: Path, place: Path, given: Tensors, want: Tenso
 
 
 def without_lora(weights: Tensors, scale: float) -> Tensors:
-    """The weights with the products of the adapter taken out of the base."""
+    """The weights with the products of the adapter subtracted from the base."""
     parts = dict(weights)
     for name in (n for n in weights if n.endswith(".lora_A.default.weight")):
         stem = name.removesuffix("lora_A.default.weight")
@@ -167,12 +165,12 @@ def without_lora(weights: Tensors, scale: float) -> Tensors:
 
 
 def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
-    """Whether the recorded weights are these later ones."""
+    """Whether all recorded tensors equal these weights."""
     return bool(wanted) and all(torch.equal(value, weights[prefix + name]) for name, value in wanted.items())
 
 
 def check_near(model: Any, given: Tensors, want: Tensors) -> None:
-    """The end of the steps is near the lost start."""
+    """The outputs after the steps are near those of the lost start."""
     out, real = forward(model, given)
     moved = (out.logits - want["eval.logits"])[real].abs().median()
     assert moved < 0.05 * want["eval.logits"][real].std(), f"eval.logits: typically {moved:.3g} away after two steps"
@@ -182,7 +180,7 @@ def check_near(model: Any, given: Tensors, want: Tensors) -> None:
 def check(folder: Path) -> None:
     (case, weights, given, want), meta = read_case(folder), read_json(folder / "meta.json")
     projections = {name: value for name, value in part(want, "merged").items() if name.endswith("_proj.weight")}
-    if are_equal(projections, weights, "base_model.model."):  # the base has the adapter in it already
+    if are_equal(projections, weights, "base_model.model."):  # the adapter is merged into the base
         weights = without_lora(weights, case["lora"]["lora_alpha"] / case["lora"]["r"])
     with tempfile.TemporaryDirectory() as place:
         base = Path(place) / "base"
@@ -201,15 +199,15 @@ def check(folder: Path) -> None:
 
 
 def write_base(weights: Tensors, base: Path) -> None:
-    """The recorded base weights under a stock model's names, in place of the random ones."""
+    """Replace the random weights of the base by the recorded ones, under the names of transformers."""
     from safetensors.torch import save_file
 
     prefix = "base_model.model."
-    kept = {name.removeprefix(prefix).replace(".original_module.", "."): value.contiguous()
-            for name, value in weights.items() if ".lora_" not in name and ".modules_to_save." not in name}
-    save_file(kept, base / "model.safetensors", metadata={"format": "pt"})
+    state = {name.removeprefix(prefix).replace(".original_module.", "."): value.contiguous()
+             for name, value in weights.items() if ".lora_" not in name and ".modules_to_save." not in name}
+    save_file(state, base / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((base / "config.json").read_text())
-    config["vocab_size"] = len(kept["lm_head.weight"])
+    config["vocab_size"] = len(state["lm_head.weight"])
     (base / "config.json").write_text(json.dumps(config))
 
 

@@ -1,7 +1,7 @@
 """Learning rates: the LLM trainer's schedules, SEED-X's loop with accumulation, LAVIS's schedules of the tokenizers.
 
-Left out: the original's TypeError for the linear kind with a floor (ours ends at the floor). Rates beyond the last step
-are compared without the clamp that ours has by default.
+Not compared: the original's TypeError for the linear schedule with a floor (here it ends at the floor). Rates beyond
+the last step are compared without the default clamp.
 """
 
 from __future__ import annotations

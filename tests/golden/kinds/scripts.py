@@ -1,9 +1,9 @@
 """Kind `llm_inference_postprocess`: prompts and answers of the original inference scripts.
 
-Checked: every prompt string and its ids (both ways of building them), the generation settings, what is printed, decoded
-or raised for every generated answer, and the caption-to-image evaluation's prompts, settings and codes.
-Left out: `printed` and `saved` of the two whole script runs (the ids their stub model answered are not recorded), and
-the names of the evaluation's files (made from captions, which is unsafe; the guidance scale is the caller's).
+Compared: every prompt string and its ids (built in both ways), the generation settings, the printed text, codes and
+error of every answer, the prompts, settings and codes of the caption-to-image evaluation. Not compared: `printed` and
+`saved` of the two whole script runs (the ids of their stub model are not recorded), names of the evaluation's files
+(derived from captions, which is unsafe), its guidance scale (an argument).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
 
 
 def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:
-    """What the user said, read back from a prompt: codes of images and texts."""
+    """The user's texts and codes of images, parsed from a prompt."""
     assert prompt.startswith("<s>" + prefix) and prompt.endswith(suffix), f"unexpected prompt {prompt[:60]!r}"
     pieces = re.split(r"<img>((?:<img_\d{5}>)*)</img>", prompt[len("<s>" + prefix):len(prompt) - len(suffix)])
     content: list[Any] = []
@@ -61,13 +61,13 @@ def user_content(prompt: str, prefix: str, suffix: str) -> list[Any]:
     return [part for part in content if part]
 
 
-def check_settings(given: dict[str, Any], expected: dict[str, Any]) -> None:
-    settings = GenerationSettings(**given)
+def check_settings(options: dict[str, Any], expected: dict[str, Any]) -> None:
+    settings = GenerationSettings(**options)
     assert_same({key: getattr(settings, key) for key in expected}, expected, "generation settings")
 
 
 def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """The original scripts' post-processing, defects included, and our own of whole images."""
+    """The original scripts' post-processing with its defects, and `AnswerReader` on whole images."""
     name, words, ids = case["name"], tokenizer.vocabulary, [int(id) for id in case["generate_ids"]]
     printed, codes, error = original_split(ids, tokenizer)
     assert_same(printed, case["printed"], f"{name}: printed")
@@ -80,7 +80,7 @@ def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
 
 
 def original_split(ids: list[int], tokenizer: MultimodalTokenizer) -> tuple[str, list[int] | None, str | None]:
-    """Standard output, codes given to the decoder, the exception."""
+    """Printed text, codes for the decoder, the exception."""
     words = tokenizer.vocabulary
     if words.boi_id not in ids and words.eoi_id not in ids:
         return tokenizer.decode(ids, skip_special_tokens=True) + "\n", None, None
@@ -89,12 +89,12 @@ def original_split(ids: list[int], tokenizer: MultimodalTokenizer) -> tuple[str,
     opening = ids.index(words.boi_id)
     printed = tokenizer.decode(ids[:opening], skip_special_tokens=True) + "\n" if opening else ""
     codes = codes_before_end(ids[opening + 1:] if ids.index(words.eoi_id) > opening else [words.eoi_id], tokenizer)
-    # With no codes the decoder returns no image, and the script takes the first of none.
+    # Without codes the decoder returns no image, and the script indexes an empty list.
     return printed, codes, None if codes else "IndexError: list index out of range"
 
 
 def codes_before_end(ids: Sequence[int], tokenizer: MultimodalTokenizer) -> list[int]:
-    """Ids generated after `<img>` → what stands before the first `</img>`, minus the shift (not checked)."""
+    """Ids generated after `<img>` → codes before the first `</img>`, in range or not."""
     words = tokenizer.vocabulary
     end = list(ids).index(words.eoi_id) if words.eoi_id in ids else len(ids)
     return [int(id) - words.n_text for id in ids[:end]]
@@ -106,8 +106,8 @@ def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> No
     caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")
     assert_same([[*tokenizer.encode_parts([caption], add_bos=True), boi]], case["second_prompt_ids"], "caption prompt")
     check_settings(CAPTION_TO_IMAGE, {**case["generation_config"], "max_new_tokens": case["max_new_tokens"]})
-    for given, codes in (("generated_first", "negative_ids_first"), ("generated_second", "decode_image_ids_first")):
-        assert_same([[codes_before_end(case[given], tokenizer)]], case[codes], codes)
+    for ids, codes in (("generated_first", "negative_ids_first"), ("generated_second", "decode_image_ids_first")):
+        assert_same([[codes_before_end(case[ids], tokenizer)]], case[codes], codes)
 
 
 KINDS = {"llm_inference_postprocess": check}

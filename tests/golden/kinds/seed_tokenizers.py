@@ -1,6 +1,6 @@
 """SEED's tokenizers: every activation from pixels to codes to embeddings, all decode heads, any sizes.
 
-Left out: `margin_sq_dist` itself (it says how far the recorded codes are from a tie).
+Not compared: `margin_sq_dist` (how far the recorded codes are from a tie).
 """
 
 from __future__ import annotations
@@ -70,12 +70,13 @@ def check_encode(model: Any, image: torch.Tensor, want: Tensors, atol: float) ->
 
 def check_seed1_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors, suffix: str) -> None:
     up = model.decode_task_layer(quant)
-    made = {"decode_task_output": up, "blocks_text_in": up + model.pos_embed_text, "blocks_text_out":
-            model.decoder_tokens(up)}
-    made = {name: value for name, value in made.items() if name != "blocks_text_in" or name + suffix in want}
-    assert_all_close(made, want, 3e-5, 1e-4, "{}" + suffix)
-    assert_all_close({"reverse_output": model.reverse_queries(made["blocks_text_out"]),
-                      "embeds": model.decode_embeddings(quant)}, want, 5e-5, 1e-4, "{}" + suffix)
+    tokens = model.decoder_tokens(up)
+    activations = {"decode_task_output": up, "blocks_text_out": tokens}
+    if "blocks_text_in" + suffix in want:
+        activations["blocks_text_in"] = up + model.pos_embed_text
+    assert_all_close(activations, want, 3e-5, 1e-4, "{}" + suffix)
+    assert_all_close({"reverse_output": model.reverse_queries(tokens), "embeds": model.decode_embeddings(quant)},
+                     want, 5e-5, 1e-4, "{}" + suffix)
 
 
 @torch.no_grad()
@@ -83,13 +84,13 @@ def check_seed1(folder: Path) -> None:
     sizes, weights, given, want = read_case(folder)
     model = Seed1Tokenizer(seed1_config(sizes)).eval()
     assign_strictly(model, weights, folder)
-    pictures = [Image.fromarray(pixels.numpy()) for pixels in given["raw_images"]]
-    assert_close(seed_image_processor(model.config.vit.image_size).batch(pictures), given["image"], 1e-6, 0, "image")
+    images = [Image.fromarray(pixels.numpy()) for pixels in given["raw_images"]]
+    assert_close(seed_image_processor(model.config.vit.image_size).batch(images), given["image"], 1e-6, 0, "image")
     check_seed1_decode(model, check_encode(model, given["image"], want, 3e-5), want, "")
     check_seed1_decode(model, model.quantize.lookup(given["random_indices"]), want, "_random")
     assert_close(model.decode(want["indices"]), want["embeds_from_codes"], 5e-5, 1e-4, "embeds_from_codes")
     assert_close(model.decode(given["random_indices"], batch_size=1), want["embeds_random"], 5e-5, 1e-4, "decode")
-    model.query_tokens[0, 20] = given["query20"]  # the causal rule
+    model.query_tokens[0, 20] = given["query20"]  # causal attention
     queries = model.query_features(given["image"])
     assert_close(queries, want["query_output_query20_replaced"], 3e-5, 1e-4, "query_output_query20_replaced")
     assert_close(queries[:, :20], want["query_output"][:, :20], 3e-5, 1e-4, "queries before the replaced one")
@@ -97,12 +98,12 @@ def check_seed1(folder: Path) -> None:
 
 def check_seed2_decode(model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors, suffix: str) -> None:
     tokens = model.decoder_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
-    made = {"blocks_image_out": tokens}
+    outputs = {"blocks_image_out": tokens}
     if "image_down_out" + suffix in want:
-        made["image_down_out"] = model.image_down(tokens)
+        outputs["image_down_out"] = model.image_down(tokens)
     if "reverse_qformer_out" + suffix in want:
-        made["reverse_qformer_out"] = model.Reverse_Qformer(model.reverse_tokens.expand(len(tokens), -1, -1), tokens)
-    assert_all_close(made, want, 1e-5, 1e-4, "{}" + suffix)
+        outputs["reverse_qformer_out"] = model.Reverse_Qformer(model.reverse_tokens.expand(len(tokens), -1, -1), tokens)
+    assert_all_close(outputs, want, 1e-5, 1e-4, "{}" + suffix)
     assert_close(model.decode(codes), want["image_embeds" + suffix], 1e-4, 1e-4, "image_embeds" + suffix)
 
 

@@ -1,9 +1,8 @@
 """SEED's training: activations, losses, logits, every gradient and two AdamW steps of both stages.
 
-Stage 1 also without a process group and in two real processes over gloo; stage 2 with both decode heads, and the CLIP
-encoder of its target as transformers' own class. Left out: the original's two crashes in stage 1 (no process group,
-batch of one: both work here), its text tokenizer (ids are given), `modules_in_train_mode` of the CLIP encoder (it has
-no dropout).
+Stage 1 without a process group and in two real processes over gloo; stage 2 with both decode heads. Not compared: the
+original's two crashes in stage 1 (no process group, batch of one: both work here), its text tokenizer (the inputs are
+ids), `modules_in_train_mode` of the CLIP encoder (it has no dropout).
 """
 
 from __future__ import annotations
@@ -30,9 +29,8 @@ CODEBOOK = "quantize.embedding.weight"
 def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
     """Steps whose parameters can be compared, and these: 1, 2, both or none.
 
-    Some recordings kept references to the parameters. Then `step1.*` shows the state after the second step too, and
-    only `step2` counts (it cannot be right with a wrong first step); or both show the start, where the recorder went
-    back to it, and only the recorded losses before and after each step say whether the steps were right.
+    Some recordings hold references to the parameters. Then `step1.*` is the state after the second step, and only
+    `step2` is compared; or both are the start, and only the recorded losses before and after each step are compared.
     """
     groups = {number: part(want, f"step{number}") for number in (1, 2)}
     shared = [name for name in groups[1] if name in groups[2]]
@@ -53,9 +51,9 @@ def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Ten
     comparable, clear = recorded_steps(want, model.state_dict()), dict[str, torch.Tensor]()
     for number, loss in enumerate(meta["losses_before_each_step"], start=1):
         model.zero_grad()
-        made = loss_of()
-        made.backward()
-        assert_close(made, loss, 1e-4, 1e-4, f"loss before step {number}")
+        actual = loss_of()
+        actual.backward()
+        assert_close(actual, loss, 1e-4, 1e-4, f"loss before step {number}")
         for name, parameter in parameters.items():
             if parameter.grad is not None:
                 large = (parameter.grad.abs() > 1e-6) | (parameter.grad == 0)

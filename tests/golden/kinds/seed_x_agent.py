@@ -1,11 +1,10 @@
 """SEED-X's agent.
 
-* `seedx_lvlm`: losses, activations and gradients; generation; the rule of image runs. Left out: activations at padding,
-  which the original lets see everything before them and ours does not (no loss looks there); scores of the logits
-  processor as numbers, since ours forbids by -inf what the original sets to 0 (checked: the same words are forbidden,
-  the same one is forced).
-* `seedx_inference`: prompts, masks, places of views, settings, printed texts and boxes of the original scripts. Left
-  out: names of the files that the scripts write (the commands' matter) and what they hand to the de-tokenizer.
+* `seedx_lvlm`: losses, activations and gradients; generation; the logits processor. Not compared: activations at
+  padding, which the original lets attend to everything before (no loss uses them); scores of the logits processor: the
+  original sets to 0 what is -inf here (compared: which tokens are forbidden, which one is forced).
+* `seedx_inference`: prompts, masks, positions of views, settings, printed texts and boxes of the original scripts. Not
+  compared: names of the files that the scripts write, inputs of the de-tokenizer.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ EDIT = "Make it under the sunset"
 
 
 def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
-    """The tokenizer of a fixture (or the kept one) with its number of tokens of an image."""
+    """The tokenizer of a fixture, or of tests/golden/data, with this number of tokens of an image."""
     source = folder / "tokenizer"
     with tempfile.TemporaryDirectory() as place:
         home = Path(place, "tokenizer")
@@ -112,13 +111,13 @@ def check_losses(variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: 
 
 
 def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    """Losses, and what went through the parts."""
+    """Losses and activations."""
     seen: Tensors = {}
     hooks = [getattr(model, name).register_forward_hook(
-        lambda module, given, made, name=name: seen.update({f"{name}_out": made}))
+        lambda module, inputs, output, name=name: seen.update({f"{name}_out": output}))
         for name in ("input_resampler", "output_resampler")]
-    hooks += [model.llm.model.register_forward_hook(lambda module, given, more, made: seen.update(
-        inputs_embeds=more["inputs_embeds"], last_hidden_state=made.last_hidden_state), with_kwargs=True)]
+    hooks += [model.llm.model.register_forward_hook(lambda module, inputs, options, output: seen.update(
+        inputs_embeds=options["inputs_embeds"], last_hidden_state=output.last_hidden_state), with_kwargs=True)]
     losses = model(**batch)
     for hook in hooks:
         hook.remove()
@@ -176,7 +175,7 @@ def check_inference(folder: Path) -> None:
         check_run(run, tokenizer)
     for case in cases["extract_box"]:
         for key, opened in (("chat_model", False), ("base_model", True)):
-            boxes, problems = read_boxes(case["text"], opened)  # what the scripts could draw, a sentence for the rest
+            boxes, problems = read_boxes(case["text"], opened)  # those that the scripts can draw, errors for the rest
             whole = [Box(*numbers) for numbers in case[key] or [] if len(numbers) == 4]
             assert_same([box for box in boxes if box in whole], boxes, f"boxes of {case['text']!r}")
             assert all(problem.endswith(".") for problem in problems)
@@ -205,15 +204,15 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         assert_same([ids], call["input_ids"], f"{script}: ids")
         if call.get("ids_cmp_positions") is not None:
             assert_same(words.places(ids), call["ids_cmp_positions"], f"{script}: places of features")
-            assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: views that are read")
-            assert_close(patch_positions(grid), call["patch_positions"], 1e-6, what=f"{script}: places of views")
+            assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: input views")
+            assert_close(patch_positions(grid), call["patch_positions"], 1e-6, what=f"{script}: positions of views")
     texts = [output["text"] for output in run["stub_outputs"]]
     if "img2edit" in script:
         assert_same(f"{without_words(texts[0])}\n", run["printed"], "printed")
     elif "img2text" in script:
         assert_same(f"{without_words(texts[0])}\n{texts[1]}\n", run["printed"], "printed")
         boxes, problems = read_boxes(texts[1], script == "eval_img2text_seed_x.py")
-        assert_same(problems, [], "boxes that are none")
+        assert_same(problems, [], "malformed boxes")
         corners = [box.corners(size, clip=False) for box in boxes]
         assert_same([[[c[0], c[1]], [c[2], c[3]]] for c in corners], run["rectangles"], "rectangles")
 

@@ -1,11 +1,10 @@
-"""SEED-X's networks next to the agent: vision encoder, resamplers, SDXL adapters.
+"""SEED-X's networks except the agent: vision encoder, resamplers, SDXL adapters.
 
-* `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized positions alone.
+* `seedx_visual`: every recorded activation from pixels to features; resamplers, sines and resized positions separately.
 * `seedx_resamplers`: perceivers between features and SDXL: the original one (`xlv2`), older ones, the attention pool.
-* `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both pipelines. Where the
-  original is wrong, ours is checked to be right: keys and values that the optimizer got are trained (they were not),
-  the widened first convolution keeps its bias (it did not), 16 embeddings find 16 negative ones
-  (`embeds16_with_vit_down` failed). `adapter.full_False` gradients of the resampler are compared all the same.
+* `seedx_sdxl_adapter`: prompt embeddings, losses and gradients of both stages, images of both pipelines. Not as the
+  original, which is wrong there: keys and values in the optimizer are trained, the widened first convolution keeps its
+  bias, 16 embeddings have 16 negative ones (`embeds16_with_vit_down` failed).
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ Tensors = dict[str, Tensor]
 
 
 def recorded(model: QwenVit) -> Tensors:
-    """Filled by hooks with the activations that the fixture names."""
+    """Activations by the names of the fixture, filled by hooks."""
     seen: Tensors = {}
     for name in ("ln_pre", "transformer", "attn_pool", "ln_post"):
-        getattr(model, name).register_forward_hook(lambda module, given, made, name=name: seen.update(
-            {name: made, f"before_{name}": given[0]}))
+        getattr(model, name).register_forward_hook(lambda module, inputs, output, name=name: seen.update(
+            {name: output, f"before_{name}": inputs[0]}))
     return seen
 
 
@@ -63,17 +62,17 @@ def check_visual(folder: Path) -> None:
         assert activations, f"{label}: nothing recorded"
         assert_all_close({name: seen[name] for name in activations}, activations, 1e-5, 1e-4)
         want = {name: value for name, value in want.items() if not name.startswith(f"{label}.")}
-    for label, one in sizes["resamplers"].items():
-        own = part(weights, label)
-        assert_same(list(own["query"].shape), one["shape_of_query"], f"{label}: queries")
-        check_resampler(label, one["num_heads"], given[f"{label}.x"], own, want.pop(f"{label}.output"))
+    for label, settings in sizes["resamplers"].items():
+        state = part(weights, label)
+        assert_same(list(state["query"].shape), settings["shape_of_query"], f"{label}: queries")
+        check_resampler(label, settings["num_heads"], given[f"{label}.x"], state, want.pop(f"{label}.output"))
     for name, value in want.items():
         label, _, rest = name.partition(".")
         if label == "abs_pos":
             side = math.isqrt(int(rest.removeprefix("to_")))
             assert_close(resize_square(given["abs_pos.src"], side), value, 1e-6, 1e-5, name)
         else:
-            assert_same(label, "sincos", "a part that is known here")
+            assert_same(label, "sincos", "a known part")
             assert_close(sine_table(*map(int, rest.split("x"))), value, 1e-6, what=name)
 
 
@@ -81,7 +80,7 @@ def check_visual(folder: Path) -> None:
 
 
 class Plain(nn.Module):
-    """The original's unused `Resampler`, of the original perceiver's parts: one projection, then the norm."""
+    """The original's unused `Resampler`: layers of the perceiver, one projection, then the norm."""
 
     def __init__(self, sizes: dict[str, Any], output: int) -> None:
         super().__init__()
@@ -109,22 +108,23 @@ def check_resamplers(folder: Path) -> None:
         elif kind == "plain":
             model = Plain(sizes, sizes.pop("output_dim"))
         else:
-            assert kind in ("xlv2", "xlv2_normalize", "xl"), f"{label}: no perceiver {kind!r} is known here"
+            assert kind in ("xlv2", "xlv2_normalize", "xl"), f"{label}: unknown perceiver {kind!r}"
             model = ResamplerXLV2(ResamplerSizes(**sizes))
         assign_strictly(model.eval(), weights, label)
         output = model(given["x"])
-        made = {"output": output} if isinstance(output, Tensor) else {"prompt_embeds": output[0], "pooled": output[1]}
+        outputs = ({"output": output} if isinstance(output, Tensor) else
+                   {"prompt_embeds": output[0], "pooled": output[1]})
         if kind == "pool":
-            made["all_tokens"] = output
-        assert made.keys() == want.keys(), f"{label}: recorded are {', '.join(want)}"
-        assert_all_close(made, want, 1e-5, 1e-4)
+            outputs["all_tokens"] = output
+        assert outputs.keys() == want.keys(), f"{label}: recorded are {', '.join(want)}"
+        assert_all_close(outputs, want, 1e-5, 1e-4)
 
 
 # ---- SDXL adapters
 
 
 class Encoder(nn.Module):
-    """Stands for the vision encoder: a convolution, its places as tokens `[B, N, W]`."""
+    """Replaces the vision encoder: a convolution, its positions as tokens `[B, N, W]`."""
 
     def __init__(self, weights: Tensors) -> None:
         super().__init__()
@@ -154,13 +154,13 @@ def check_prompts(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want
               "embeds_nodown": given["embeds16"], "embeds": given["embeds16"]}
     for case in sorted({name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}):
         embeds = inputs[case.rsplit("_", 1)[0]]
-        away, count = case.endswith("_neg"), len(embeds)
-        prompt, pooled = model.prompts(embeds, model.null_embeds if away else None)
-        made = {"embeds": prompt[-count:], "pooled": pooled[-count:]}
-        made |= {"neg_embeds": prompt[:count], "neg_pooled": pooled[:count]} if away else {}
+        negative, count = case.endswith("_neg"), len(embeds)
+        prompt, pooled = model.prompts(embeds, model.null_embeds if negative else None)
+        outputs = {"embeds": prompt[-count:], "pooled": pooled[-count:]}
+        outputs |= {"neg_embeds": prompt[:count], "neg_pooled": pooled[:count]} if negative else {}
         expected = part(want, f"get_image_embeds.{case}")
-        assert_same(made.keys(), expected.keys(), f"results of {case}")
-        assert_all_close(made, expected, 1e-5, 1e-4)
+        assert_same(outputs.keys(), expected.keys(), f"results of {case}")
+        assert_all_close(outputs, expected, 1e-5, 1e-4)
 
 
 def check_training(adapter: SDXLAdapter, name: str, meta: dict[str, Any], given: Tensors, want: Tensors) -> None:
@@ -173,11 +173,11 @@ def check_training(adapter: SDXLAdapter, name: str, meta: dict[str, Any], given:
     noisy = given["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
     adapter.zero_grad()
     with torch.enable_grad():
-        made = adapter(noisy[:, :channels], given["timesteps"], given["image_embeds"], given["time_ids"],
-                       noisy[:, channels:] if adapter.reads_condition else None)
-        loss = torch.nn.functional.mse_loss(made, given["noise"])
+        prediction = adapter(noisy[:, :channels], given["timesteps"], given["image_embeds"], given["time_ids"],
+                             noisy[:, channels:] if adapter.reads_condition else None)
+        loss = torch.nn.functional.mse_loss(prediction, given["noise"])
         loss.backward()
-    assert_close(made, want[f"{name}.noise_pred"], 1e-4, 1e-3, f"{name}.noise_pred")
+    assert_close(prediction, want[f"{name}.noise_pred"], 1e-4, 1e-3, f"{name}.noise_pred")
     assert_close(loss, want[f"{name}.total_loss"], 1e-5, 1e-4, f"{name}.total_loss")
     for key, norm in meta.get(f"{name}.grad_norms", {}).items():
         assert_close(adapter.get_parameter(key).grad.norm(), norm, 1e-5, 2e-3, f"{name}: gradient of {key}")
@@ -198,9 +198,9 @@ def check_images(model: SdxlDetokenizer, encoder: Encoder, given: Tensors, want:
         else:
             guidance = float(case.removeprefix("guidance_")) if case.startswith("guidance_") else 5.0
             embeds, options = encoder(given["picture"]), {"num_inference_steps": 4, "guidance_scale": guidance}
-        made = model.denoise(model.check_settings(height=side, width=side, **options), [torch.Generator()], embeds,
-                             model.null_embeds, [source] if kind == "edit" and case != "no_image" else None, start)
-        assert_close(made if what == "latents" else model.decode(made), want[name], 1e-4, 1e-3, name)
+        latents = model.denoise(model.check_settings(height=side, width=side, **options), [torch.Generator()], embeds,
+                                model.null_embeds, [source] if kind == "edit" and case != "no_image" else None, start)
+        assert_close(latents if what == "latents" else model.decode(latents), want[name], 1e-4, 1e-3, name)
 
 
 @torch.no_grad()
@@ -220,7 +220,7 @@ def check_adapter(folder: Path) -> None:
     first.adapter.add_condition_channels()
     assert_close(unet.conv_in.weight, want["latent.conv_in_initial"], 0, 0, "latent.conv_in_initial")
     assert_same(unet.config.in_channels, meta["latent.in_channels_config"], "latent.in_channels_config")
-    assert_close(unet.conv_in.bias, bias, 0, 0, "the bias, which the original forgot")
+    assert_close(unet.conv_in.bias, bias, 0, 0, "the bias, which the original does not copy")
 
 
 KINDS = {"seedx_visual": check_visual, "seedx_resamplers": check_resamplers, "seedx_sdxl_adapter": check_adapter}

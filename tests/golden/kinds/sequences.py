@@ -1,14 +1,15 @@
-"""Training sequences: exact ids, masks and labels of every decoder on recorded records, draws replayed in order.
+"""Training sequences: exact ids, masks and labels of every decoder on recorded records, with the recorded random
+choices.
 
-Where the original raised or left a sample out, ours refuses or leaves it out, too; beyond that only for the reasons in
+A sample that the original skipped or that raised is skipped or raises here too; further ones only for the reasons in
 `STRICTER`.
 
-* `llm_sequences`: SEED-LLaMA's decoders, other fields and what the filter keeps too; `tokenization.json`: strings →
-  ids, pieces, both decodings by the fixture's own tokenizer; `pipeline.json`: records on disk → batches. Left out: the
-  messages the original printed; members that are no records (the pipeline has one).
-* `seedx_sequences`: SEED-X's, and the places of views. Left out: edits without several resolutions, where the original
-  always fails; pixels of the views (kind `seedx_anyres`); the wording of requests and responses that no kept recording
-  shows (taken from the recording).
+* `llm_sequences`: SEED-LLaMA's decoders, also other fields and the filter; `tokenization.json`: strings → ids, pieces,
+  both decodings; `pipeline.json`: records on disk → batches. Not compared: messages that the original printed; members
+  that are no records (the pipeline has one).
+* `seedx_sequences`: SEED-X's decoders, and the positions of views. Not compared: edits without several resolutions,
+  where the original always fails; pixels of the views (kind `seedx_anyres`); requests and responses that are not in
+  tests/golden/data (read from the recording).
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-# The original's functions `decode_…` whose decoders here have another name.
+# Functions `decode_…` of the original → decoders.
 PRETRAIN = {"image_text_pair": "caption", "mmc4_data": "interleaved", "video_pair": "video",
             "text_pretrain_data": "text", "edit_pair": "edit",
             "visual_question_data": "visual_question",
@@ -47,10 +48,9 @@ SFT = {"question_answer_pair": "qa", "edit_pair": "edit", "story_pair": "story",
        "conversation_pair": "conversation", "video_pair": "video", "video_conversation_pair": "video_conversation",
        "edit_multi_pair": "multi_edit", "interleaved_pair": "interleaved", "visual_question_data": "visual_question",
        "text_conversation_data": "text_conversation"}
-LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original; the second learns nothing
-# Samples that the original keeps and ours does not: images of another length, clips without enough frames, records of
-# which only </s> or a full stop would be learned, a direction that the original cannot draw, captions that are too long
-# to draw from, paths with "null" in them.
+LEFT_OUT = ("ra_data", "coco_cap_eval_data")  # in no data file of the original; the second has no labels
+# Samples that only this library skips: images of another length, clips without enough frames, records whose labels are
+# only </s> or a full stop, an impossible direction, captions that are too long, paths with "null" in them.
 STRICTER = ("codes, not", "num_frames", "nothing to learn", "is empty", "no dialogue", "reverse_ratio must be",
             "do not fit into", "'nullable.png'", "instruction: missing")
 TEXT_FUNCTIONS = ("text_pretrain_data", "text_conversation_data")  # these read lines, not members of a tar
@@ -59,18 +59,18 @@ GRIDS = {1: [], 2: ["1x1"], 3: ["2x1"], 4: ["3x1"], 5: ["2x2"]}  # by the number
 
 
 class Replay:
-    """The recorded draws, one after the other.
+    """A generator that returns the recorded values in order.
 
-    A shuffle's outcome is not recorded; it comes from Python's generator, seeded as recorded and kept in step.
+    Shuffles are not recorded; they come from Python's generator with the recorded seed, after the same calls.
     """
 
     def __init__(self, calls: Sequence[Any], name: str, seed: int = 0) -> None:
         self.calls, self.name, self.random = list(calls), name, random.Random(seed)
 
     def _next(self, kind: str, arguments: list[Any]) -> Any:
-        assert self.calls, f"{self.name}: drew {kind}{arguments} after the last recorded draw"
-        made, given, result = self.calls.pop(0)
-        assert_same((kind, arguments), (made, given), f"{self.name}: draw")
+        assert self.calls, f"{self.name}: called {kind}{arguments} after the last recorded call"
+        recorded_kind, recorded_arguments, result = self.calls.pop(0)
+        assert_same((kind, arguments), (recorded_kind, recorded_arguments), f"{self.name}: call")
         return result
 
     def uniform(self) -> float:
@@ -79,7 +79,7 @@ class Replay:
     def choice(self, items: Sequence[Any]) -> Any:
         self.random.choice(items)
         result = self._next("random.choice", [])
-        assert result in items, f"{self.name}: {result!r} was drawn, ours are {items!r}"
+        assert result in items, f"{self.name}: {result!r} was chosen, not one of {items!r}"
         return result
 
     def randint(self, low: int, high: int) -> int:
@@ -95,7 +95,7 @@ class Replay:
 
 
 def plain(value: Any) -> Any:
-    """A recorded sample as json holds it: arrays are lists."""
+    """A recorded sample as json: arrays are lists."""
     if isinstance(value, dict):
         return plain(value["__numpy__"]) if set(value) == {"__numpy__"} else {k: plain(v) for k, v in value.items()}
     return [plain(item) for item in value] if isinstance(value, list) else value
@@ -119,14 +119,14 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
     for case in expected["cases"]:
         text = case["text"]
         ids = tokenizer.encode(text)
-        made = {"ids": ids, "ids_with_special_tokens": tokenizer.encode(text, add_bos=True),
-                "tokens": tokenizer.tokens(ids), "decoded": tokenizer.decode(ids),
-                "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True)}
-        assert_same(made, {key: case[key] for key in made}, f"{text!r}")
+        actual = {"ids": ids, "ids_with_special_tokens": tokenizer.encode(text, add_bos=True),
+                  "tokens": tokenizer.tokens(ids), "decoded": tokenizer.decode(ids),
+                  "decoded_skip_special": tokenizer.decode(ids, skip_special_tokens=True)}
+        assert_same(actual, {key: case[key] for key in actual}, f"{text!r}")
 
 
 def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list[int]]:
-    """The original's row: cut on the right at `max_length`, or filled up with `pad_id`."""
+    """The original's row: truncated or padded on the right to `max_length`."""
     ids, labels = sequence.ids[:max_length], sequence.labels[:max_length]
     rest = max_length - len(ids)
     return {"input_ids": ids + [pad_id] * rest, "attention_mask": [1] * len(ids) + [0] * rest,
@@ -148,19 +148,19 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
 
     known = DECODERS[decoder].option_names()
     options = {key: value for key, value in options.items() if key in known}
-    draws = Replay(case["rng_calls"], name, case["seed"])
+    rng = Replay(case["rng_calls"], name, case["seed"])
     try:
-        sequence = get_decoder(decoder, tokenizer, options).decode(plain(case["sample"]), draws, max_length)
+        sequence = get_decoder(decoder, tokenizer, options).decode(plain(case["sample"]), rng, max_length)
     except (DataError, ConfigError) as error:
         assert not case.get("kept_by_filter") or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
         return
-    assert not case.get("error"), f"{name}: the original raised {case['error']}, ours gave {sequence}"
-    assert not draws.calls, f"{name}: draws left over: {draws.calls}"
+    assert not case.get("error"), f"{name}: the original raised {case['error']}, the decoder returned {sequence}"
+    assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
     if sequence.dropped:
         assert not case["kept_by_filter"] or any(reason in sequence.dropped for reason in STRICTER), (
             f"{name}: left out ({sequence.dropped})")
     else:
-        assert case["kept_by_filter"], f"{name}: the original leaves it out"
+        assert case["kept_by_filter"], f"{name}: the original skips it"
     if not sequence.ids or (sequence.dropped and case["kept_by_filter"]):
         return
     other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
@@ -178,22 +178,22 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
 
 
 def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
-    """Shards through our readers: every kept sample as the original pipe gives it, then those as padded batches."""
+    """Shards → every usable sample as in the original pipe, then those samples as padded batches."""
     settings, expected = dict(recorded["settings"]), recorded["samples_sorted_by_text"]
-    assert settings["reverse_ratio"] in (0, 1), "pipeline: the samples' direction is drawn, so they cannot be compared"
-    kept = {row["text"] for row in expected}
+    assert settings["reverse_ratio"] in (0, 1), "pipeline: the direction of samples is random"
+    usable = {row["text"] for row in expected}
     with tempfile.TemporaryDirectory() as place:
-        everything, good = Path(place, "all"), Path(place, "kept")
+        everything, good = Path(place, "all"), Path(place, "usable")
         for shard, members in recorded["shards"].items():
             write_shard(everything / shard, members)
-            write_shard(good / shard, [m for m in members if "sample" in m and m["sample"]["text"] in kept])
+            write_shard(good / shard, [m for m in members if "sample" in m and m["sample"]["text"] in usable])
         assert_same(padded_samples(everything, settings, tokenizer), expected, "pipeline: samples")
         check_batches(good, settings, recorded["batched"], expected, tokenizer)
 
 
 def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, Any], rows: list[dict[str, Any]],
                   tokenizer: MultimodalTokenizer) -> None:
-    """The original data file of that pipe, read as it is, over the kept samples: ours are dropped after batching."""
+    """The data configuration of that pipe over the usable samples (here the others are skipped after batching)."""
     given = {key: value for key, value in {**settings, **recorded["settings"]}.items() if key != "function"}
     target = f"src.data.torchdata_train.{settings['function']}"
     data = read_data_settings({"_target_": target, "data_dir": str(folder), **given, "packing": False})
@@ -209,7 +209,7 @@ def check_batches(folder: Path, settings: dict[str, Any], recorded: dict[str, An
 
 
 def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
-    """A tar with the recorded samples as json; the members next to them, which are no records, as text."""
+    """A tar with the recorded samples as json; members that are no records as text."""
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -221,22 +221,22 @@ def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
 
 
 def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: MultimodalTokenizer) -> list[dict[str, Any]]:
-    """Every kept sample of a folder of shards as the original pipe gives it, sorted by text."""
+    """Every usable sample of a folder of shards as in the original pipe, sorted by text."""
     decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": settings["reverse_ratio"]})
     source, rows = open_records(str(folder)), []
     for number in range(len(source)):
         try:
             record = source.read(number)
-        except BadRecord as error:  # a member that is no record: left out there, named and counted here
+        except BadRecord as error:
             assert "has no .json member" in str(error), error
             continue
-        draws = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
-        sequence = decoder.decode(record.fields, draws, settings["max_length"])
+        rng = Replay([["random.choice", [], "{}"], ["numpy.uniform", [0, 1], 0.5]], record.where)
+        sequence = decoder.decode(record.fields, rng, settings["max_length"])
         if not sequence.dropped:
             rows.append({"__key__": record.key.rsplit("/", 1)[-1],
                          **pad(sequence, settings["max_length"], tokenizer.pad_id), **sequence.extra,
                          "filter_flag": True,
-                         "metadata": "{}"})  # the original pipe puts this where a decoder gives no metadata
+                         "metadata": "{}"})  # in the original pipe if a decoder returns no metadata
     return sorted(rows, key=lambda row: row["text"])
 
 
@@ -244,12 +244,11 @@ def padded_samples(folder: Path, settings: dict[str, Any], tokenizer: Multimodal
 
 
 def opened_image(size: Sequence[int]) -> Image.Image:
-    """An image of a size."""
     return Image.new("1", tuple(size))
 
 
 class SeedXReplay(Replay):
-    """Of choices from lists that the recording alone has whole."""
+    """With choices from lists that are only in the recording."""
 
     def choice(self, items: Sequence[Any]) -> Any:
         result = self._next("random.choice", [])
@@ -281,9 +280,9 @@ def check_seedx(folder: Path) -> None:
         else:
             assert_same(case["function"], "filter_data_with_similarity", name)
             item, kwargs = case["arguments"]["item"], case["kwargs"]
-            kept = not dissimilar(metadata_of(item), kwargs["similarity_thr"]) and "images" in item \
+            usable = not dissimilar(metadata_of(item), kwargs["similarity_thr"]) and "images" in item \
                 and item.get("filter_flag", True) and ("text" in item or not kwargs["assure_text"])
-            assert_same(kept, case["output"], name)
+            assert_same(usable, case["output"], name)
 
 
 RECORDS = {"decode_llava_data": "seed_x.conversation", "decode_single_turn_edit_data": "seed_x.edit"}
@@ -299,7 +298,7 @@ def make(name: str, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) 
 
 
 def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str, decoder: str) -> None:
-    """A record's fields, its images opened as the loader does it."""
+    """The fields of a record, with images opened as in the loader."""
     fields, sizes = dict(case["arguments"]["value"]), case["arguments"]["image_sizes"]
     expected, kwargs = case["output"], dict(case["kwargs"])
     if decoder == "seed_x.edit" and not kwargs.get("multi_resolution"):
@@ -307,7 +306,7 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
         return
     if decoder == "seed_x.conversation":
         kwargs.pop("min_resolution", None)
-    made = make(decoder, tokenizer, kwargs)
+    built = make(decoder, tokenizer, kwargs)
     missing = False
 
     def open_image(value: str, field: str) -> Any:
@@ -316,28 +315,28 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
         missing = missing or size is None and "null" not in value
         return value if size is None else opened_image(size)
 
-    fields = made.opened(fields, open_image)
-    if missing:  # the loader's matter
-        assert_same(expected, {}, f"{name}: an image that is not there")
+    fields = built.opened(fields, open_image)
+    if missing:
+        assert_same(expected, {}, f"{name}: a missing image")
         return
-    compare(made, fields, case, kwargs["max_length"], name)
+    compare(built, fields, case, kwargs["max_length"], name)
 
 
 def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, Any], max_length: int, name: str
             ) -> None:
-    """A decoder's sequence as the original's row."""
-    expected, draws = case["output"], SeedXReplay(case["rng_calls"], name)
-    kept = "input_ids" in expected
+    """A decoder's sequence and the original's row."""
+    expected, rng = case["output"], SeedXReplay(case["rng_calls"], name)
+    usable = "input_ids" in expected
     try:
-        sequence = decoder.decode(fields, draws, max_length)
+        sequence = decoder.decode(fields, rng, max_length)
     except DataError as error:
-        assert case.get("error") or not kept or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
+        assert case.get("error") or not usable or any(reason in str(error) for reason in STRICTER), f"{name}: {error}"
         return
-    assert not draws.calls, f"{name}: draws left over: {draws.calls}"
+    assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
     if sequence.dropped:
-        assert not kept or any(reason in sequence.dropped for reason in STRICTER), f"{name}: {sequence.dropped}"
+        assert not usable or any(reason in sequence.dropped for reason in STRICTER), f"{name}: {sequence.dropped}"
         return
-    assert kept, f"{name}: the original leaves it out"
+    assert usable, f"{name}: the original skips it"
     assert_row(sequence, expected, decoder.tokenizer, max_length, name)
     if "tokens" in case:
         row = batch_rows([sequence], max_length, 0)["input_ids"][0][:len(sequence)]
@@ -345,13 +344,13 @@ def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, An
 
 
 def uses(used: OpenedImage) -> tuple[list[bool], list[bool]]:
-    """Of each view, whether it is read and whether it is written (of a written image the whole alone is)."""
+    """Masks of input views and of output views (of an output image only the whole)."""
     return [not used.written] * used.views, [False] * (used.views - 1) + [used.written]
 
 
 def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int) -> dict[str, Any]:
-    """The original's batch without its pixels: rows of `max_length`, and for every view of every image in order
-    `embeds_cmp_mask`, `embeds_gen_mask` and `patch_position`."""
+    """The original's batch without pixels: rows of `max_length`; `embeds_cmp_mask`, `embeds_gen_mask` and
+    `patch_position` of every view."""
     rows: dict[str, Any] = {}
     for sequence in sequences:
         row: dict[str, Any] = pad(sequence, max_length, pad_id)
@@ -374,10 +373,10 @@ def assert_row(sequence: ImageSequence, expected: dict[str, Any], tokenizer: Mul
     batch = batch_rows([sequence], max_length, tokenizer.pad_id)
     assert_same({key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row")
     for key in ("ids_gen_mask", "ids_cmp_mask"):
-        assert_same([place for place, here in enumerate(batch[key][0]) if here], expected[key], f"{name}: {key}")
+        assert_same([place for place, used in enumerate(batch[key][0]) if used], expected[key], f"{name}: {key}")
     for key in ("embeds_gen_mask", "embeds_cmp_mask"):
-        one = expected[key]
-        assert_same(batch[key], [one] if isinstance(one, bool) else one, f"{name}: {key}")
+        mask = expected[key]
+        assert_same(batch[key], [mask] if isinstance(mask, bool) else mask, f"{name}: {key}")
     for key in ("images_patch_length", "image_size"):
         if key in expected and expected.get("image_size") is not None:
             assert_same(batch[key], expected[key], f"{name}: {key}")
@@ -392,14 +391,14 @@ def assert_row(sequence: ImageSequence, expected: dict[str, Any], tokenizer: Mul
 
 def check_caption(case: dict[str, Any], caption: str, views: int, kwargs: dict[str, Any],
                   tokenizer: MultimodalTokenizer, name: str) -> None:
-    """An image of some views and its caption."""
+    """An image with this number of views and its caption."""
     max_length, fields = kwargs.pop("max_length"), {"image": opened_image((500, 450)), "text": caption}
     options = {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views]}
     compare(make("seed_x.caption", tokenizer, options), fields, case, max_length, name)
 
 
 def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) -> None:
-    """A member of a tar's sample: the caption's is compared, an image's size is judged alike."""
+    """A member of a tar's sample: the sequence of a caption, the filter on an image's size."""
     key, data, kwargs = case["arguments"]["key"], case["arguments"]["data"], dict(case["kwargs"])
     max_length = kwargs.pop("max_length")
     if key.endswith(".jpg") and isinstance(data, dict):
@@ -408,25 +407,25 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer, name: str) 
                                            "resolution_grids") if k in options}
         decoder = make("seed_x.caption", tokenizer, options)
         used = decoder.use({"image": opened_image(data["image_size"])}, "image")
-        assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: kept")
+        assert_same(bool(decoder.misshapen(used)), case["output"] == {}, f"{name}: filter")
         return
     metadata = kwargs.get("use_caption_in_metadata", False)
     if not key.endswith(".json" if metadata else ".txt") or "input_ids" not in case["output"]:
-        return  # members that the pipe passes by, or whose length depends on an image of another member
-    learn_wording(case)
+        return  # members that the pipe ignores, or whose length depends on an image of another member
+    add_sentences(case)
     kwargs.pop("assure_text", None)
     fields = {"image": opened_image((500, 450)), **({"metadata": data} if metadata else {"text": data})}
     decoder = make("seed_x.caption", tokenizer, {**kwargs, "multi_resolution": False})
     compare(decoder, fields, case, max_length, name)
 
 
-def learn_wording(case: dict[str, Any]) -> None:
-    """A request that no kept recording shows takes its words from this one."""
+def add_sentences(case: dict[str, Any]) -> None:
+    """Read a request and a response that are not in tests/golden/data from this case."""
     numbers = [result for kind, _, result in case["rng_calls"] if kind == "random.randint"]
     if not numbers or numbers[0] in phrases.SEEDX_DRAW_KNOWN:
         return
-    asked, response = case["output"]["text"].split(" [/INST]\n ")
-    request = asked.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
+    prompt, response = case["output"]["text"].split(" [/INST]\n ")
+    request = prompt.removeprefix("[INST] ").removesuffix(case["arguments"]["data"].lstrip()).rstrip()
     for name, words in (("SEEDX_DRAW_REQUESTS", request), ("SEEDX_DRAW_RESPONSES", response)):
         sentences = list(getattr(phrases, name))
         sentences[numbers[0]] = words

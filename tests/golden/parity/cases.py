@@ -1,7 +1,4 @@
-"""Batches and losses that must not move: how each is made, small and from nothing but this file's numbers.
-
-Batches come from the data interfaces, losses from what a run of each application leaves in its log.
-"""
+"""The cases of `recorded.json`: batches of the data interfaces, losses in the logs of training runs; all synthetic."""
 
 from __future__ import annotations
 
@@ -28,24 +25,24 @@ from PIL import Image
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
 HERE = Path(__file__).resolve().parent
-WORDS = HERE / "words"  # the tokenizer of the records: what is shipped may change
+WORDS = HERE / "words"  # the tokenizer of the records; the shipped one may change
 BATCHES, EVERY, STEPS = 200, 20, 30
 
 
 def environment() -> str:
-    """Where floating-point results are the same to the last bit: the processor and torch."""
+    """Processor and torch: floating-point results are bit-identical where they are the same."""
     cpu = Path("/proc/cpuinfo")
     wanted = ("model name", "cpu family", "model\t", "flags")
     lines = cpu.read_text().split("\n\n")[0].splitlines() if cpu.is_file() else [platform.processor()]
-    told = "\n".join(line for line in lines if line.startswith(wanted)) if cpu.is_file() else lines[0]
-    return f"torch {torch.__version__}, processor {hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    text = "\n".join(line for line in lines if line.startswith(wanted)) if cpu.is_file() else lines[0]
+    return f"torch {torch.__version__}, processor {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
 
 # ---- files
 
 
-def picture(number: int) -> bytes:
-    """An image that differs for each number, stored without loss."""
+def png(number: int) -> bytes:
+    """A PNG with noise of this seed."""
     pixels = np.random.default_rng(number).integers(0, 256, (22, 28, 3), np.uint8)
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
@@ -53,11 +50,11 @@ def picture(number: int) -> bytes:
 
 
 class Captions:
-    """The captions of a set of 4,359 images that is no longer shipped, each with one and the same image."""
+    """The captions of 4,359 images that are no longer shipped, each with the same image."""
 
     def __init__(self) -> None:
         lines = gzip.decompress((HERE / "captions.jsonl.gz").read_bytes()).decode().splitlines()
-        self.rows, self.image = [json.loads(line) for line in lines], picture(0)
+        self.rows, self.image = [json.loads(line) for line in lines], png(0)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,16 +70,16 @@ class Captions:
 
 
 def write_pairs(folder: Path) -> dict[str, Any]:
-    """The same 40 pairs as shards and as a json list, and captions alone: name -> (description of) the source."""
+    """The same 40 pairs as shards and as a json list, and `Captions`: name → data source or its description."""
     captions = [[f"Picture {n}.", f"A  view of number {n}!"] for n in range(40)]
     start = 0
     for shard, size in enumerate((13, 7, 1, 19)):
         write_tar(folder / "tars" / f"s-{shard:03d}.tar", (
-            {"png": picture(n), "json": json.dumps({"caption": captions[n]}).encode()}
+            {"png": png(n), "json": json.dumps({"caption": captions[n]}).encode()}
             for n in range(start, start + size)))
         start += size
     for n in range(40):
-        (folder / f"{n:02d}.png").write_bytes(picture(n))
+        (folder / f"{n:02d}.png").write_bytes(png(n))
     (folder / "pairs.json").write_text(json.dumps(
         [{"image": f"{n:02d}.png", "caption": captions[n]} for n in range(40)]))
     return {"tar": {"format": "tar", "files": str(folder / "tars" / "*.tar")},
@@ -91,15 +88,15 @@ def write_pairs(folder: Path) -> dict[str, Any]:
 
 
 def write_mixture(folder: Path) -> dict[str, Any]:
-    """Captions and interleaved documents in shards, texts and chats as json lines: their data configuration."""
-    draw = random.Random(3)
+    """A data configuration of captions and interleaved documents in shards, texts and chats as json lines."""
+    rng = random.Random(3)
 
     def codes() -> list[int]:
-        return [draw.randrange(1024) for _ in range(32)]
+        return [rng.randrange(1024) for _ in range(32)]
 
     def words(most: int) -> str:
-        return " ".join(draw.choices("a red fox sits on the green hill under one small yellow moon".split(),
-                                     k=draw.randint(1, most)))
+        return " ".join(rng.choices("a red fox sits on the green hill under one small yellow moon".split(),
+                                    k=rng.randint(1, most)))
 
     def member(record: dict[str, Any]) -> dict[str, bytes]:
         return {"json": json.dumps(record).encode()}
@@ -114,12 +111,12 @@ def write_mixture(folder: Path) -> dict[str, Any]:
     write_json_lines(folder / "chats.jsonl", (
         {"messages": [{"role": "user", "content": [{"codes": codes()}, words(6)]},
                       {"role": "assistant", "content": [words(12)]}]} for _ in range(35)))
-    one = {"reverse_ratio": 0.5}
+    options = {"reverse_ratio": 0.5}
     return {"sources": [
         {"name": "captions", "files": str(folder / "captions"), "decoder": "pretrain.caption", "weight": 4,
-         "options": one, "batch_size": 4, "max_length": 64},
+         "options": options, "batch_size": 4, "max_length": 64},
         {"name": "documents", "files": str(folder / "documents"), "decoder": "pretrain.interleaved", "weight": 1,
-         "options": one, "batch_size": 2, "max_length": 160},
+         "options": options, "batch_size": 2, "max_length": 160},
         {"name": "texts", "files": str(folder / "texts.jsonl"), "decoder": "pretrain.text", "weight": 2,
          "batch_size": 3, "max_length": 96},
         {"name": "chats", "files": str(folder / "chats.jsonl"), "decoder": "chat", "weight": 2, "batch_size": 2,
@@ -131,9 +128,9 @@ def write_mixture(folder: Path) -> dict[str, Any]:
 
 def running(open_rank: Callable[..., Any], world: int, content: Callable[[Any], dict[str, bytes]]
             ) -> dict[str, list[str]]:
-    """For each part of the content a running SHA-256 over all batches of all ranks, as it stands every 20 steps."""
+    """For each part of the content the running SHA-256 over all batches of all ranks, every 20 steps."""
     totals: dict[str, Any] = {}
-    found: dict[str, list[str]] = {}
+    digests: dict[str, list[str]] = {}
     with ExitStack() as stack:
         ranks = [stack.enter_context(open_rank(rank=rank, world=world)) for rank in range(world)]
         for step in range(BATCHES):
@@ -143,12 +140,12 @@ def running(open_rank: Callable[..., Any], world: int, content: Callable[[Any], 
                     totals.setdefault(part, hashlib.sha256()).update(content_of_part)
             if (step + 1) % EVERY == 0:
                 for part, total in totals.items():
-                    found.setdefault(part, []).append(total.hexdigest()[:16])
-    return found
+                    digests.setdefault(part, []).append(total.hexdigest()[:16])
+    return digests
 
 
 def pairs(batch: dict[str, Any]) -> dict[str, bytes]:
-    """Which images and captions; and the views of the images, to the last bit."""
+    """Indices, keys and captions; pixels of the views."""
     from seed_multimodal.images.transforms import normalise
 
     drawn = batch["index"].numpy().tobytes() + json.dumps([batch["key"], batch["caption"]]).encode()
@@ -216,20 +213,13 @@ MUON = {"name": "muon", "learning_rate": 2.0e-3, "weight_decay": 0.01, "warmup_r
 
 
 def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
-    from omegaconf import OmegaConf
-
-    pictures = folder / "pictures"
-    pictures.mkdir(parents=True)
+    images = folder / "images"
+    images.mkdir(parents=True)
     for n in range(24):
-        (pictures / f"{n:02d}.png").write_bytes(picture(n))
-    (pictures / "pairs.json").write_text(json.dumps(
+        (images / f"{n:02d}.png").write_bytes(png(n))
+    (images / "pairs.json").write_text(json.dumps(
         [{"image": f"{n:02d}.png", "caption": [f"picture number {n}", "a red apple"]} for n in range(24)]))
-    arguments = lavis_runs.write_config(stage, pictures, folder / "out")
-    if log.startswith("seed1"):
-        config = OmegaConf.load(arguments[1])
-        for key in ("clip_model", "image_features_dim"):
-            config.model.pop(key)
-        OmegaConf.save(config, arguments[1])
+    arguments = lavis_runs.write_config(stage, images, folder / "out")
     if str(lavis_runs.APPLICATION) not in sys.path:
         sys.path.append(str(lavis_runs.APPLICATION))
     import train
@@ -240,25 +230,8 @@ def tokenizer(folder: Path, stage: str, log: str, *options: str) -> list[float]:
     return list(llm_runs.losses(folder / "out", f"{log}.log.jsonl", "last_loss").values())
 
 
-def text_encoder(folder: Path) -> Path:
-    """A diffusion folder's two text parts at tiny size: letters as word pieces."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    torch.manual_seed(0)
-    CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(words), hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=9, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )).save_pretrained(folder / "text_encoder")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
 def vision_encoder(folder: Path) -> Path:
-    """A CLIP vision encoder with random weights, whose embeddings stage 2 is to hit."""
+    """A CLIP vision encoder with random weights for the target of stage 2."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -269,10 +242,9 @@ def vision_encoder(folder: Path) -> Path:
 
 
 def seed1_tokenizer(folder: Path) -> list[float]:
-    diffusion = text_encoder(folder / "diffusion")
-    return tokenizer(folder, "stage2", "seed1-stage2", "model.arch=seed1_codebook_text", "model.load_pretrained=False",
-                     f"model.text_encoder={diffusion}", "model.text_tokens=9", "model.text_features_dim=24",
-                     "model.reverse_depth=1")
+    torch.manual_seed(0)
+    diffusion = lavis_runs.write_text_encoder(folder / "diffusion")
+    return tokenizer(folder, "seed1", "seed1-stage2", "model.load_pretrained=False", f"model.text_encoder={diffusion}")
 
 
 LOSSES: dict[str, Callable[[Path], list[float]]] = {
@@ -289,7 +261,7 @@ LOSSES: dict[str, Callable[[Path], list[float]]] = {
     "tokenizer, stage 1": lambda folder: tokenizer(folder, "stage1", "stage1"),
     "tokenizer, stage 2": lambda folder: tokenizer(
         folder, "stage2", "stage2", "model.load_pretrained=False", "model.restart_every=6",
-        f"model.clip_model={vision_encoder(folder / 'tower')}"),
+        f"model.clip_model={vision_encoder(folder / 'vision')}"),
     "SEED-1's tokenizer, stage 2": seed1_tokenizer,
 }
 CASES: dict[str, dict[str, Callable[[Path], Any]]] = {

@@ -1,9 +1,9 @@
-"""Batches and losses are those recorded before the library was consolidated (`recorded.json`).
+"""Batches and losses equal those recorded before the library was consolidated (`recorded.json`).
 
-What is drawn is compared bit for bit everywhere, pixels and losses where processor and torch are those of the record;
-elsewhere losses within 3e-4, in bf16 within 3e-3, by which other machines' rounding differs after 30 steps of such
-small models (1.3e-3 in bf16 between an Intel Xeon and an AMD EPYC). A change that is to move numbers writes the record
-again: `PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
+Random choices are compared bit for bit; pixels and losses too if processor and torch are those of the record, otherwise
+losses within 3e-4, in bf16 within 3e-3: the rounding of other machines after 30 steps of such small models (1.3e-3 in
+bf16 between an Intel Xeon and an AMD EPYC). After a change that is meant to move numbers, record again:
+`PARITY_RECORD=1 pytest tests/golden/parity [-k CASE]`.
 """
 
 from __future__ import annotations
@@ -44,30 +44,30 @@ def each(group: str) -> Any:
         for case in cases.CASES[group]])
 
 
-def made_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
-    made = cases.CASES[group][case](folder)
+def actual_and_recorded(group: str, case: str, folder: Path) -> tuple[Any, Any]:
+    actual = cases.CASES[group][case](folder)
     if os.environ.get("PARITY_RECORD"):
-        RECORDED[group][case], RECORDED["environment"] = made, cases.environment()
+        RECORDED[group][case], RECORDED["environment"] = actual, cases.environment()
         text = json.dumps(RECORDED, indent=1)
         FILE.write_text(re.sub(r"\[[^\]]*\]", lambda row: "[" + " ".join(row[0][1:-1].split()) + "]", text) + "\n")
-    return made, RECORDED[group][case]
+    return actual, RECORDED[group][case]
 
 
 @each("pairs")
 def test_pairs(case: str, tmp_path: Path) -> None:
-    found, expected = made_and_recorded("pairs", case, tmp_path)
-    assert found["drawn"] == expected["drawn"]
-    if SAME_MACHINE and not case.startswith("nano"):  # of which the captions are kept, not the images
-        assert found["pixels"] == expected["pixels"]
+    actual, expected = actual_and_recorded("pairs", case, tmp_path)
+    assert actual["drawn"] == expected["drawn"]
+    if SAME_MACHINE and not case.startswith("nano"):  # its images are no longer shipped
+        assert actual["pixels"] == expected["pixels"]
 
 
 @each("rows")
 def test_rows(case: str, tmp_path: Path) -> None:
-    found, expected = made_and_recorded("rows", case, tmp_path)
-    assert found == expected
+    actual, expected = actual_and_recorded("rows", case, tmp_path)
+    assert actual == expected
 
 
-def test_workers_change_nothing() -> None:
+def test_recorded_with_and_without_workers() -> None:
     for group, case in (("pairs", "tar, 1 process"), ("rows", "packed, 1 process")):
         assert RECORDED[group][case] == RECORDED[group][f"{case}, 2 workers"]
 
@@ -79,7 +79,7 @@ def test_losses(case: str, tmp_path: Path) -> None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if "ZeRO" in case and (importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None):
         pytest.skip("DeepSpeed on a CPU needs the package and g++")
-    found, expected = made_and_recorded("losses", case, tmp_path)
-    assert len(found) == cases.STEPS
+    actual, expected = actual_and_recorded("losses", case, tmp_path)
+    assert len(actual) == cases.STEPS
     near = pytest.approx(expected, rel=3e-3 if "bf16" in case else 3e-4)
-    assert found == (expected if SAME_MACHINE else near), case
+    assert actual == (expected if SAME_MACHINE else near), case

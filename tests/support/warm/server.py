@@ -1,7 +1,7 @@
-"""Imports the slow packages once and forks a process for every call of `bin/python`; see there.
+"""Imports the slow packages once and forks a process for every call of `bin/python`.
 
-What it saves is two to five seconds of imports a process. What a program does in it is what it does in a fresh
-interpreter, except that packages are loaded already; tests of imports, terminals and process trees use a fresh one.
+This saves two to five seconds of imports per process. Programs behave as in a fresh interpreter, except that packages
+are imported already; tests of imports, terminals and process trees use a fresh one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 HERE = os.path.dirname(os.path.abspath(__file__))
 SLOW = (
     "seed_multimodal",
-    "multiprocessing.spawn",  # keeps the interpreter that it finds at its import: it hands over files
+    "multiprocessing.spawn",  # remembers sys.executable of its import, which receives files
     "torch", "torch.distributed.run", "torch.utils.data", "torchvision", "numpy", "PIL.Image", "yaml", "omegaconf",
     "hydra", "sentencepiece", "safetensors.torch", "accelerate", "peft", "transformers.models.llama.modeling_llama",
     "transformers.models.clip.modeling_clip", "transformers.generation.utils", "diffusers",
@@ -45,7 +45,7 @@ def serve(place: str, owner: int) -> dict[str, Any]:
     waiting = selectors.DefaultSelector()
     waiting.register(listener, selectors.EVENT_READ, "call")
     waiting.register(os.pidfd_open(owner), selectors.EVENT_READ, "end")
-    running: dict[int, tuple[socket.socket, int]] = {}  # process → its caller, and what says that it ended
+    running: dict[int, tuple[socket.socket, int]] = {}  # process → its caller and its pidfd
     while True:
         for key, _ in waiting.select():
             if key.data == "end":
@@ -78,7 +78,7 @@ def serve(place: str, owner: int) -> dict[str, Any]:
                 waiting.register(running[pid][1], selectors.EVENT_READ, pid)
             elif key.data in running:
                 caller, ended = running[key.data]
-                if key.fileobj is caller:  # it was killed; it never sends anything
+                if key.fileobj is caller:  # the caller was killed: it never sends anything
                     waiting.unregister(caller)
                     os.kill(key.data, signal.SIGKILL)
                     continue
@@ -108,7 +108,7 @@ def received(caller: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
 
 
 def run(request: dict[str, Any], base: list[str]) -> None:
-    """What `python ARGUMENTS` does: options, then `-c CODE`, `-m MODULE` or a script."""
+    """Run `python ARGUMENTS`: options, then `-c CODE`, `-m MODULE` or a script."""
     os.setsid()
     os.chdir(request["folder"])
     os.environ.clear()
@@ -151,8 +151,8 @@ def run(request: dict[str, Any], base: list[str]) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C ends pytest, and that ends the server
-    own = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # the first caller's
-    base = [place for place in sys.path[1:] if place not in own]
+    first = os.environ.pop("PYTHONPATH", "").split(os.pathsep)  # of the first caller
+    base = [place for place in sys.path[1:] if place not in first]
     sys.path.insert(1, os.path.join(os.path.dirname(HERE), "..", "..", "src"))
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

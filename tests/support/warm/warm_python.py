@@ -1,7 +1,7 @@
-"""`PYTHON`: a stand-in for `sys.executable` whose processes have the slow packages imported already (see bin/python).
+"""`PYTHON`: a replacement for `sys.executable` whose processes have the slow packages imported (see bin/python).
 
-For tests of what a program does. Tests of imports, of the interpreter, of terminals and of process trees (the process
-that works is no child of the one that was started) take `sys.executable`.
+Tests of imports, of the interpreter, of terminals and of process trees use `sys.executable`: the process that works is
+no child of the one that was started.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-FORKS = hasattr(os, "pidfd_open")  # elsewhere the interpreter itself
+FORKS = hasattr(os, "pidfd_open")  # otherwise the interpreter itself is used
 
 PYTHON = str(HERE / "bin" / "python") if FORKS else sys.executable
 ENVIRONMENT = str(HERE) if FORKS else sys.prefix  # for scripts that take bin/python of a virtual environment
 
 
 def _announce() -> None:
-    """Where the first call of `PYTHON` starts the server, which ends with this process."""
+    """Set the socket where the first call of `PYTHON` starts the server, which ends with this process."""
     folder, owner = tempfile.mkdtemp(prefix="warm"), os.getpid()
     os.environ.update(WARM_PYTHON_SOCKET=f"{folder}/socket", WARM_PYTHON_OWNER=str(owner),
                       WARM_PYTHON_REAL=sys.executable)

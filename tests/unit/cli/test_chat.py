@@ -19,7 +19,7 @@ CAT = str(Path(__file__).resolve().parents[3] / "images" / "cat.jpg")
 
 @pytest.fixture
 def chat(capsys, tiny_folder, tmp_path):
-    """Runs `seed chat`; gives exit code, records and stderr."""
+    """Runs `seed chat`; returns exit code, records and stderr."""
     def run(*words: str) -> tuple[int, list[dict], str]:
         code = main(["chat", *words, "--model", str(tiny_folder), "--device", "cpu", "--out", str(tmp_path), "--json"])
         captured = capsys.readouterr()
@@ -35,7 +35,7 @@ def test_chat_keeps_turns_and_saves_images(chat, tmp_path):
     drawn = [part for turn in turns for part in turn["answer"] if "image" in part]
     assert Path(drawn[0]["image"]).name == "image_0.png" and len(drawn) >= 2
     assert all(len(part["codes"]) == 32 and Image.open(part["image"]).size == (16, 16) for part in drawn)
-    _, turns, _ = chat("--message", "Draw!", "--force-image")  # another conversation keeps those files
+    _, turns, _ = chat("--message", "Draw!", "--force-image")  # another conversation does not overwrite these files
     assert next(part for part in turns[0]["answer"] if "image" in part)["image"] == f"{tmp_path}/image_{len(drawn)}.png"
 
 
@@ -50,7 +50,7 @@ def test_chat_reads_lines(chat, tmp_path, monkeypatch):
     assert chat("--image", "nowhere.png", "--message", "x")[0] == 2
 
 
-def test_chat_prints_text_and_files(tiny, tmp_path, capsys):
+def test_follow_prints_text_and_files(tiny, tmp_path, capsys):
     events = [{"type": "image", "codes": [1], "image": None}, {"type": "text", "text": "Here"},
               {"type": "text", "text": " it is."}, {"type": "image_broken", "reason": "31 codes"},
               {"type": "done", "answer": Answer((), note="Unknown words.")}]

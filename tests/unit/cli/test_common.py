@@ -1,4 +1,4 @@
-"""Names of outputs, results one by one, and how programs end."""
+"""Names of outputs, failing batches, and the errors of programs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import ConfigError, RequestError
 
 
-def test_outputs_in_a_folder_have_own_names(tmp_path):
+def test_outputs_in_a_folder(tmp_path):
     outputs, image = Outputs(f"{tmp_path}/drawn.v2", 2), Image.new("RGB", (4, 4))
     assert [outputs.save(image, slug("a cat")) for _ in range(2)] == [
         f"{tmp_path}/drawn.v2/a_cat.png", f"{tmp_path}/drawn.v2/a_cat_2.png"]
 
 
-def test_outputs_one_file(tmp_path):
+def test_outputs_in_one_file(tmp_path):
     assert Outputs(str(tmp_path / "a.jpg")).save(Image.new("RGB", (4, 4)), "cat") == str(tmp_path / "a.jpg")
     with pytest.raises(ConfigError, match="one file for 2 images"):
         Outputs(str(tmp_path / "a.jpg"), 2)
@@ -36,17 +36,17 @@ def test_next_number_is_free(tmp_path):
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
-    seen, shown = [], []
+    batches, shown = [], []
 
     def work(names: list[str]) -> list[str]:
-        seen.append(names)
+        batches.append(names)
         if "c" in names:
             raise RequestError("three")
         return [name.upper() for name in names]
 
     assert run_batches(Namespace(debug=False), list("abcde"), lambda name, result: shown.append(name + result), work,
                        2) == 1
-    assert shown == ["aA", "bB", "dD", "eE"] and seen == [["a", "b"], ["c", "d"], ["c"], ["d"], ["e"]]
+    assert shown == ["aA", "bB", "dD", "eE"] and batches == [["a", "b"], ["c", "d"], ["c"], ["d"], ["e"]]
     assert capsys.readouterr().err == "seed: c: three\nseed: 4 of 5 done, 1 failed: c.\n"
 
 

@@ -1,7 +1,6 @@
-"""Small real training data: noisy jpegs and shards of pairs, shards and json lines of the LLM, and the nano tokenizer.
+"""Fixtures of the data tests: JPEG noise, shards of pairs, data of the LLM as shards and jsonl, and the nano tokenizer.
 
-Every record of the LLM's data carries its number as its text `number N` (captions, documents) so that tests can tell
-what a batch holds.
+Each record of the LLM's data contains its number in its text, `number N`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture(scope="session")
 def jpeg() -> Callable[..., bytes]:
-    """`jpeg(number, width=64, height=64)`: the bytes of an image that differs for each number."""
+    """`jpeg(number, width=64, height=64)`: the bytes of image `number`."""
 
     def make(number: int, width: int = 64, height: int = 64) -> bytes:
         pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
@@ -54,7 +53,7 @@ def write_tar() -> Callable[[Path, Iterable[Mapping[str, Any]]], Path]:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable, write_tar: Callable) -> Path:
-    """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 whole samples (key NNNNN, caption `picture N.`)."""
+    """Folder with s-000.tar .. s-003.tar of 13, 7, 1 and 19 samples (key NNNNN, caption `Picture N.`)."""
     folder = tmp_path_factory.mktemp("shards")
     number = 0
     for shard, size in enumerate((13, 7, 1, 19)):
@@ -92,8 +91,8 @@ def shard() -> Callable[[Path, Iterable[dict[str, Any] | bytes]], Path]:
 
     def write(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_shard(path, [(f"{number:05d}", {"json": one if isinstance(one, bytes) else json.dumps(one).encode()})
-                           for number, one in enumerate(records)])
+        contents = [record if isinstance(record, bytes) else json.dumps(record).encode() for record in records]
+        write_shard(path, [(f"{number:05d}", {"json": content}) for number, content in enumerate(contents)])
         return path
 
     return write
@@ -105,7 +104,7 @@ def lines() -> Callable[[Path, Iterable[dict[str, Any] | str]], Path]:
 
     def write(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join((one if isinstance(one, str) else json.dumps(one)) + "\n" for one in records))
+        path.write_text("".join(f"{record if isinstance(record, str) else json.dumps(record)}\n" for record in records))
         return path
 
     return write
@@ -148,20 +147,20 @@ def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
 
 @pytest.fixture(scope="session")
 def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
-    """`sequences(batch)`: the (ids, labels) in a batch, cut where positions start again, padding left out."""
+    """`sequences(batch)`: the (ids, labels) of a batch without padding; a sequence starts at position 0."""
 
     def cut(batch: LlmBatch) -> list[tuple[list[int], list[int]]]:
-        found = []
+        pairs = []
         for ids, labels, places in zip(batch.input_ids.tolist(), batch.labels.tolist(), batch.position_ids.tolist(),
                                        strict=True):
             starts = [place for place, position in enumerate(places) if position == 0] + [len(ids)]
             for start, end in zip(starts, starts[1:], strict=False):
-                own = ids[start:end]
-                while own and own[-1] == 0:  # only padding is 0 here
-                    own.pop()
-                if own:
-                    found.append((own, labels[start:start + len(own)]))
-        return found
+                sequence = ids[start:end]
+                while sequence and sequence[-1] == 0:  # only padding is 0 here
+                    sequence.pop()
+                if sequence:
+                    pairs.append((sequence, labels[start:start + len(sequence)]))
+        return pairs
 
     return cut
 
@@ -171,11 +170,6 @@ def numbers(words: MultimodalTokenizer, sequences: Callable) -> Callable[[LlmBat
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
     def read(batch: LlmBatch) -> list[int]:
-        found = []
-        for ids, _ in sequences(batch):
-            match = re.search(r"number (\d+)", words.decode(ids))
-            assert match, words.decode(ids)
-            found.append(int(match[1]))
-        return found
+        return [int(re.search(r"number (\d+)", words.decode(ids))[1]) for ids, _ in sequences(batch)]  # type: ignore
 
     return read

@@ -1,4 +1,4 @@
-"""`seed data check`: a run's own sources, and files with a decoder."""
+"""`seed data check`: the sources of a run, and files with a decoder."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[3]
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
-def test_check_run_yaml(mixed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Counts, lengths and the run's own row length, of every source."""
+def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Counts and lengths of every source, compared with the row length of the run."""
     run = tmp_path / "run.yaml"
     OmegaConf.save(OmegaConf.create({"tokenizer": {"pretrained_model_name_or_path": str(WORDS)},
                                      "data": mixed(length=60)}), run)
@@ -35,7 +35,7 @@ def test_check_run_yaml(mixed: Callable[..., dict[str, Any]], tmp_path: Path, ca
     assert "captions: 4 of 66 records, 4 sequences" in out and "nothing broken" in out
 
 
-def test_check_files_with_bad_records(codes: Callable, lines: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
+def test_check_of_files_with_bad_records(codes: Callable, lines: Callable, tmp_path: Path, capsys: pytest.CaptureFixture
                                       ) -> None:
     good = {"image_ids": codes(1), "question": "What?", "answer": "a cat"}
     file = lines(tmp_path / "a.jsonl", [good, {**good, "answer": "see </s> and <img_00001>"}, {"image_ids": codes(2)},
@@ -51,7 +51,7 @@ def test_check_files_with_bad_records(codes: Callable, lines: Callable, tmp_path
 
 
 def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
-    """A decoder that opens images reads them as in training; one that is missing is broken."""
+    """Decoders of images open them as in training; a record with a missing image is broken."""
     from seed_multimodal.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_words
 

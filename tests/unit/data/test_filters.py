@@ -1,4 +1,4 @@
-"""The keep rule of web-scale sets, at its borders."""
+"""Filters of web-scale image-text pairs, at their thresholds."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def test_bad_shape(size, reason):
     assert not bad_shape((2, 90), None, None) and not bad_shape((2, 90), 0, 0.0)
 
 
-@pytest.mark.parametrize(("metadata", "kept"), [
+@pytest.mark.parametrize(("metadata", "passes"), [
     ({}, True), ({"similarity": 0.2}, True), ({"similarity": 0.1999}, False), ({"SCORE": 0.4}, True),
     ({"score": 0.1, "SCORE": 0.4}, False), ({"all_similarities": [0.1, 0.3], "similarity": 0.1}, True)])
-def test_dissimilar(metadata, kept):
-    assert (dissimilar(metadata, 0.2) == "") is kept and not dissimilar(metadata, None)
+def test_dissimilar(metadata, passes):
+    assert (dissimilar(metadata, 0.2) == "") is passes and not dissimilar(metadata, None)

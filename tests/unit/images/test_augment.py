@@ -1,4 +1,4 @@
-"""`blip2_image_train`: the crops and mirror images torchvision draws, CLIP's pixels, settings that are refused."""
+"""`blip2_image_train`: crops, flips and pixels as torchvision's, decoding at reduced size, wrong settings."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def smooth(width: int, height: int) -> Image.Image:
 
 @pytest.mark.parametrize("scale", [(0.5, 1.0), (0.2, 0.6)])
 def test_train_transform_equals_torchvision(scale: tuple[float, float]) -> None:
-    """Equal to torchvision's classes with the original settings, draw for draw."""
-    picture = smooth(90, 70)
-    theirs = transforms.Compose([
+    """Equal to torchvision's classes with the original settings, for each seed."""
+    image = smooth(90, 70)
+    reference = transforms.Compose([
         transforms.RandomResizedCrop(32, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC),
         transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)])
-    mine = TrainTransform(32, *scale)
+    transform = TrainTransform(32, *scale)
     for seed in range(12):
         torch.manual_seed(seed)
-        expected = theirs(picture)
-        torch.testing.assert_close(mine(picture, torch.Generator().manual_seed(seed)), expected, atol=2e-2, rtol=0)
+        expected = reference(image)
+        torch.testing.assert_close(transform(image, torch.Generator().manual_seed(seed)), expected, atol=2e-2, rtol=0)
 
 
 def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
-    """A JPEG with detail of all sizes, as photographs have it."""
-    draw = np.random.default_rng(0)
-    layers = [Image.fromarray(draw.integers(0, 256, (height // d + 1, width // d + 1, 3), np.uint8)).resize(
+    """A JPEG with detail of all sizes, as in photographs."""
+    rng = np.random.default_rng(0)
+    layers = [Image.fromarray(rng.integers(0, 256, (height // d + 1, width // d + 1, 3), np.uint8)).resize(
         (width, height), Image.Resampling.BICUBIC) for d in (128, 64, 32, 16, 8)]
     mixed = np.average([np.asarray(layer, np.float32) for layer in layers], 0, [16, 8, 4, 2, 1])
     exif = Image.Exif()
@@ -62,17 +62,16 @@ def test_read_decoded_in_full_equals_the_original(stored: bytes) -> None:
     ((640, 480), 1, {}), ((480, 640), 1, {"progressive": True}), ((1001, 777), 1, {"subsampling": 0}),
     ((1403, 605), 6, {}), ((640, 480), 2, {}), ((640, 480), 3, {}), ((641, 479), 8, {})])
 def test_read_scaled_gives_the_same_view(size: tuple[int, int], turned: int, options: dict) -> None:
-    """After the same draws, of the crop with edges at whole pixels of the scaled image; to within 38 dB of that view
-    of the image decoded in full."""
+    """The crop's edges are rounded to pixels of the scaled image; within 38 dB of the view of the full image."""
     stored, transform = photo(*size, turned, **options), TrainTransform(64)
-    picture = open_image(stored)
+    image = open_image(stored)
     for seed in range(4):
         mine, theirs = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
-        view, box = transform.read(stored, generator=mine), transform.crop_box(picture.size, theirs)
+        view, box = transform.read(stored, generator=mine), transform.crop_box(image.size, theirs)
         by = next(d for d in (8, 4, 2) if min(box[2] - box[0], box[3] - box[1]) // d >= 64)
         left, top, right, bottom = (by * round(edge / by) for edge in box)
-        wanted = picture.resize((64, 64), Image.Resampling.BICUBIC, box=(left, top, min(right, picture.width),
-                                                                         min(bottom, picture.height)))
+        wanted = image.resize((64, 64), Image.Resampling.BICUBIC, box=(left, top, min(right, image.width),
+                                                                         min(bottom, image.height)))
         if torch.rand(1, generator=theirs).item() < 0.5:
             wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         error = (view.float() - to_bytes(wanted).float()).square().mean()

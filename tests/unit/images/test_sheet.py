@@ -1,4 +1,4 @@
-"""Contact sheets: everything given is on the page, nothing lies over anything else."""
+"""Contact sheets, strips of codes, and boxes: layout and colours."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_code_strip_has_a_colour_for_each_code_of_a_section() -> None:
     assert colours[0] == colours[2] != colours[1] == colours[3] != strip.getpixel((0, 7))
 
 
-def test_draw_boxes_leaves_its_image() -> None:
+def test_draw_boxes_on_a_copy() -> None:
     image = Image.new("RGB", (20, 20))
     drawn = draw_boxes(image, [(2, 3, 10, 12)])
     assert drawn.getpixel((2, 3)) == drawn.getpixel((10, 12)) == (0, 255, 0) and drawn.getpixel((6, 7)) == (0, 0, 0)

@@ -1,4 +1,4 @@
-"""Answers cut into parts: any number of images in order, broken ones named, the rest kept."""
+"""Answers as parts: texts and images in order, broken images with their reasons."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerP
     return AnswerReader(tokenizer).read_all(ids).parts
 
 
-def test_texts_and_images_in_order(tokenizer: MultimodalTokenizer) -> None:
+def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer) -> None:
     ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [2, 0, 0, 17]
     assert split_answer(ids, tokenizer) == [
         "Here is one.", ImagePart(CODES), "And another:", ImagePart(CODES[::-1]), ImagePart(CODES)]
@@ -20,7 +20,7 @@ def test_texts_and_images_in_order(tokenizer: MultimodalTokenizer) -> None:
     assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
 
 
-def test_broken_images_are_named_and_the_rest_continues(tokenizer: MultimodalTokenizer) -> None:
+def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer) -> None:
     words = tokenizer.vocabulary
     boi, eoi, code, text = words.boi_id, words.eoi_id, words.n_text, tokenizer.encode("after")
     good = words.image_ids(CODES)

@@ -1,4 +1,4 @@
-"""Loading language models: special ids set, missing, damaged, unsafe and foreign files refused."""
+"""`load_llm`: special ids, old shards, quantisation, and errors of missing, damaged, unsafe and other files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +18,12 @@ from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
+NANO = Path(__file__).resolve().parents[3] / "pretrained" / "nano" / "seed_llama"
+
 
 @pytest.fixture
 def changed(llm_folder: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Makes copies of the model's folder with another configuration or other tensors."""
+    """`changed(config, tensors)`: a copy of the model's folder with another configuration or other tensors."""
     def change(config: dict | None = None, tensors: Callable[[dict], dict] | None = None) -> Path:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         shutil.copytree(llm_folder, folder)
@@ -84,7 +87,7 @@ def test_load_llm_of_another_configuration(changed: Callable[..., Path], config:
         load_llm(changed(config), vocabulary=ImageVocabulary(330, 24, 5))
 
 
-def test_load_llm_of_incomplete_and_foreign_tensors(changed: Callable[..., Path]) -> None:
+def test_load_llm_of_missing_and_unknown_tensors(changed: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"1 tensors are missing from the file: 'model\.norm\.weight'"):
         load_llm(changed(tensors=lambda state: {key: state[key] for key in state if key != "model.norm.weight"}))
     with pytest.warns(SeedWarning, match=r"1 tensor unknown to the model: 'other\.w'"):
@@ -114,16 +117,19 @@ def test_load_llm_of_torn_and_unsafe_files(changed: Callable[..., Path], monkeyp
     assert not Path("pickle_was_run").exists()
 
 
+@pytest.fixture(scope="module")
+def nano_llm() -> Any:
+    return load_llm(NANO)
+
+
 @pytest.mark.parametrize(("quantization", "kl"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)])
-def test_load_llm_quantised_on_a_cpu(quantization: str, kl: float) -> None:
+def test_load_llm_quantised_on_a_cpu(nano_llm: Any, quantization: str, kl: float) -> None:
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
-    folder = Path(__file__).resolve().parents[3] / "pretrained/nano/seed_llama"
-    ids = torch.arange(300, 320)[None]
-    whole, packed = load_llm(folder), load_llm(folder, quantization=quantization)
+    ids, packed = torch.arange(300, 320)[None], load_llm(NANO, quantization=quantization)
     layer = packed.model.layers[0].mlp.up_proj
     assert layer.weight.dtype in (torch.int8, torch.uint8) or type(layer.weight) is not torch.nn.Parameter
     with torch.no_grad():
-        expected, logits = whole(ids).logits, packed(ids).logits
+        expected, logits = nano_llm(ids).logits, packed(ids).logits
     distance = torch.nn.functional.kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True,
                                           reduction="none").sum(-1).mean()
     assert 0 < distance < kl

@@ -1,4 +1,4 @@
-"""Merging: as peft merges, from every layout of base and adapter, compared, complete or not at all."""
+"""`merge_adapter`: equal to peft, for every layout of base and adapter; no output after an error."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def make_base(folder: Path, words: int, width: int = 32, **config: Any) -> Path:
 
 
 def make_adapter(base: Path, words: int, folder: Path, **lora: Any) -> Any:
-    """An adapter with every number moved, written to `folder` by peft; returns the model."""
+    """Write an adapter with random changes of every number; returns the model."""
     llama = LlamaForCausalLM.from_pretrained(base)
     if llama.config.vocab_size != words:
         llama.resize_token_embeddings(words, mean_resizing=False)
-    model = get_peft_model(llama, LoraConfig(**copy.deepcopy({**LORA, **lora})))  # peft changes lists it is given
+    model = get_peft_model(llama, LoraConfig(**copy.deepcopy({**LORA, **lora})))  # peft changes its arguments
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -62,7 +62,7 @@ def words(tokenizer: MultimodalTokenizer) -> int:
 
 @pytest.fixture(scope="module")
 def trained(words: int, tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A base without image words, an adapter with them, and what peft computes of both."""
+    """A base without image tokens, an adapter with them, and peft's logits and merged weights."""
     folder = tmp_path_factory.mktemp("trained")
     base, adapter = make_base(folder / "base", 330), folder / "adapter"
     model = make_adapter(base, words, adapter)
@@ -121,7 +121,7 @@ def test_merge_adapter_of_other_configurations(words: int, config: dict, lora: d
     merge_adapter(base, tmp_path / "adapter", tmp_path / "out")
     with torch.no_grad():
         check_logits(tmp_path / "out", model(input_ids=sample_ids(words)).logits)
-    together = "ensure_weight_tying" in lora  # trained apart they cannot be one matrix any more
+    together = "ensure_weight_tying" in lora  # separately trained matrices stay separate
     assert ("lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")) == together
 
 
@@ -163,7 +163,7 @@ A = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     (lambda s: {**s, "base_model.model.model.layers.9.mlp.up_proj.weight": torch.zeros(2, 2)}, "in the base it is"),
     (lambda s: {k: v for k, v in s.items() if "lm_head" not in k}, "has 330 words, but the token"),
     (lambda s: {k: v for k, v in s.items() if "_head" not in k and "embed" not in k}, "has 330 words, but the token")])
-def test_merge_adapter_of_other_tensors_leaves_nothing(
+def test_merge_adapter_of_other_tensors_writes_nothing(
         trained: SimpleNamespace, tokenizer: MultimodalTokenizer, change: Any, message: str, tmp_path: Path) -> None:
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
     save_file(change(load_file(adapter / "adapter_model.safetensors")), adapter / "adapter_model.safetensors")

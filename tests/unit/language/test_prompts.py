@@ -1,4 +1,4 @@
-"""Templates: the original strings, and that a longer dialogue begins with the ids of a shorter one."""
+"""Templates: the original strings; the ids of a longer dialogue start with those of a shorter one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_render_of_each_template() -> None:
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_longer_dialogues_continue_shorter_ones(name: str, tokenizer: MultimodalTokenizer) -> None:
+def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer) -> None:
     template = get_template(name)
     ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
     assert all(longer[:len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False))

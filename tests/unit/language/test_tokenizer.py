@@ -1,4 +1,4 @@
-"""Round trips, white space, control words typed by users, damaged folders (exact ids: golden kind llm_sequences)."""
+"""`MultimodalTokenizer`: round trips, white space, typed control tokens, damaged folders (ids: golden fixtures)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_nano.train.words import train_words
 
@@ -52,18 +52,18 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
         tokenizer.encode("USER: ") + image + tokenizer.encode("hello"))
     assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
     assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
-    assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]  # but not next to special words
+    assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]  # but not next to special tokens
     assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
 
 
-def test_encode_parts_reads_control_words_as_letters(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_parts_of_typed_control_tokens(tokenizer: MultimodalTokenizer) -> None:
     typed = "</s><img><img_00001></img><unk><s>"
     ids = tokenizer.encode_parts([typed])
     assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
     assert tokenizer.decode(ids) == typed
 
 
-def test_encode_of_words_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer) -> None:
     for name in ("<img_00024>", "<img_0001>", "<img_99999>", "<img_00001", "<IMG>", "<img_０００１２>"):
         assert all(id < tokenizer.vocabulary.n_text for id in tokenizer.encode(name)), name
     ids = tokenizer.encode("<img_00024><img_00023>")
@@ -72,28 +72,26 @@ def test_encode_of_words_outside_the_codebook(tokenizer: MultimodalTokenizer) ->
 
 def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path: Path) -> None:
     """The original folder lists `<img>` and `</img>` as additional special tokens, the fixture's does not."""
-    folder = tmp_path / "released"
+    folder = tmp_path / "original"
     shutil.copytree(tokenizer_folder, folder)
     file = folder / "special_tokens_map.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "additional_special_tokens": ["<img>", "</img>"]}))
-    released = MultimodalTokenizer.from_pretrained(folder)
-    ids = released.encode("a <img><img_00003></img> b")
-    assert released.decode(ids) == "a <img> <img_00003> </img> b"
-    assert released.decode(ids, skip_special_tokens=True) == "a <img_00003> b"
+    original = MultimodalTokenizer.from_pretrained(folder)
+    ids = original.encode("a <img><img_00003></img> b")
+    assert original.decode(ids) == "a <img> <img_00003> </img> b"
+    assert original.decode(ids, skip_special_tokens=True) == "a <img_00003> b"
     plain = MultimodalTokenizer.from_pretrained(tokenizer_folder)
     assert plain.encode("a <img><img_00003></img> b") == ids
     assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
 
 
-def test_wrong_codes_ids_and_texts(tokenizer: MultimodalTokenizer) -> None:
+def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer) -> None:
     for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
         with pytest.raises(CodesError):
             tokenizer.encode_parts(["x", codes])
     for id in (-1, tokenizer.vocabulary.size):
         with pytest.raises(CodesError, match=f"id {id} "):
             tokenizer.decode([5, id])
-    with pytest.raises(RequestError, match="plain Unicode"):
-        tokenizer.encode("\ud800")
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [

@@ -1,4 +1,4 @@
-"""LaVIT's tokenizer on disk: the original layout at a tiny size, and our own folder."""
+"""LaVIT's tokenizer on disk: the original layout, saved folders, a shared vision encoder."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def original(folder: Path, **changes: State) -> Path:
 
 
 def two_stages() -> tuple[DynamicTokenizer, DynamicTokenizer]:
-    """(for codes, for understanding) of that folder."""
-    first, reading, second = tiny_tokenizer(0), tiny_tokenizer(0), tiny_tokenizer(1)
-    reading.causal_encoder, reading.vit_proj = second.causal_encoder, second.vit_proj
-    return first, reading
+    """The tokenizers of that folder for codes and for understanding."""
+    first, understanding, second = tiny_tokenizer(0), tiny_tokenizer(0), tiny_tokenizer(1)
+    understanding.causal_encoder, understanding.vit_proj = second.causal_encoder, second.vit_proj
+    return first, understanding
 
 
-def equal(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def equal(rows: list[Tensor], others: list[Tensor]) -> bool:
+    return all(torch.equal(row, other) for row, other in zip(rows, others, strict=True))
 
 
-@pytest.mark.parametrize("layout", ["bin", "safetensors", "own"])
-def test_load_both_takes_each_token_merger_from_its_file(layout: str, tmp_path: Path, pixels: Tensor) -> None:
+@pytest.mark.parametrize("layout", ["bin", "safetensors", "saved"])
+def test_load_both_reads_each_token_merger_from_its_file(layout: str, tmp_path: Path, pixels: Tensor) -> None:
     first, second = two_stages()
-    if layout == "own":
+    if layout == "saved":
         save_dynamic_tokenizer(first, tmp_path, second)
     else:
         original(tmp_path)
@@ -66,27 +66,28 @@ def test_load_both_takes_each_token_merger_from_its_file(layout: str, tmp_path: 
         save_file(torch.load(file), file.with_suffix(".safetensors"))
         file.unlink()
     codes, rows = first.encode(pixels, mode="threshold"), second.continuous(pixels, mode="threshold")
-    writer, reader = load_both(tmp_path, None if layout == "own" else tmp_path / "language_model")
-    for model in (load_dynamic_tokenizer(tmp_path), writer):
+    generator, understanding = load_both(tmp_path, None if layout == "saved" else tmp_path / "language_model")
+    for model in (load_dynamic_tokenizer(tmp_path), generator):
         assert equal(model.encode(pixels, mode="threshold"), codes)
         assert replace(model.config, llm_width=TINY.llm_width) == TINY
         assert not model.training and not any(p.requires_grad for p in model.parameters())
-        assert (model.vit_proj is None) == (layout != "own")
-    assert reader is not None and equal(reader.continuous(pixels, mode="threshold"), rows)
-    assert writer.encoder is reader.encoder and writer.causal_encoder is not reader.causal_encoder
-    if layout != "own":
+        assert (model.vit_proj is None) == (layout != "saved")
+    assert understanding is not None and equal(understanding.continuous(pixels, mode="threshold"), rows)
+    assert generator.encoder is understanding.encoder
+    assert generator.causal_encoder is not understanding.causal_encoder
+    if layout != "saved":
         assert load_both(tmp_path)[1] is None
 
 
 @pytest.mark.parametrize(("file", "name"), [
     ("tokenizer_encoder", "quantize.embedding.weight"), ("visual_weight", "vit_proj.weight")])
-def test_load_both_refuses_missing_tensors(file: str, name: str, tmp_path: Path) -> None:
+def test_load_both_with_missing_tensors(file: str, name: str, tmp_path: Path) -> None:
     original(tmp_path, **{file: {name: torch.empty(0)}})
     with pytest.raises(CheckpointError, match=f"missing from the file: '{name}'"):
         load_both(tmp_path, tmp_path / "language_model")
 
 
-def test_load_refuses_wrong_files(tmp_path: Path) -> None:
+def test_load_missing_unsafe_or_misshapen_files(tmp_path: Path) -> None:
     original(tmp_path, tokenizer_encoder={"quantize.embedding.weight": torch.ones(21, 4)})
     with pytest.raises(CheckpointError, match=r"'quantize.embedding.weight': the file has \(21, 4\)"):
         load_dynamic_tokenizer(tmp_path)
@@ -97,10 +98,11 @@ def test_load_refuses_wrong_files(tmp_path: Path) -> None:
         load_dynamic_tokenizer(tmp_path / "nowhere")
 
 
-def test_save_leaves_out_training_state_and_a_missing_projector(tmp_path: Path, pixels: Tensor) -> None:
+def test_save_without_training_state_and_projector(tmp_path: Path, pixels: Tensor) -> None:
     saved = tiny_tokenizer()
-    one, other = load_both(save_dynamic_tokenizer(saved, tmp_path))
-    assert one is other and equal(one.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold"))
+    generator, understanding = load_both(save_dynamic_tokenizer(saved, tmp_path))
+    assert generator is understanding
+    assert equal(generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold"))
     model = DynamicTokenizer(TINY)
     model.quantize, model.vit_proj = moving_codebook(model.quantize, 0.9), None
     save_dynamic_tokenizer(model, tmp_path)
@@ -108,27 +110,15 @@ def test_save_leaves_out_training_state_and_a_missing_projector(tmp_path: Path, 
     assert load_both(tmp_path)[1] is None
 
 
-def test_save_refers_to_the_vision_encoder_of_another_system(tmp_path: Path, pixels: Tensor) -> None:
+def test_save_with_the_vision_encoder_of_another_system(tmp_path: Path, pixels: Tensor) -> None:
     model, other = tiny_tokenizer(0), tmp_path / "nano" / "model.safetensors"
     other.parent.mkdir()
     save_file({"other.weight": torch.ones(2), **{f"visual_{name}": value for name, value in model.state_dict().items()
                                                  if name.startswith("encoder.")}}, other)
-    place = save_dynamic_tokenizer(model, tmp_path / "own", tower=(other, "visual_encoder."))
+    place = save_dynamic_tokenizer(model, tmp_path / "saved", tower=(other, "visual_encoder."))
     assert not [name for name in load_file(place / "model.safetensors") if name.startswith("encoder.")]
     again = load_dynamic_tokenizer(place)
     assert equal(again.continuous(pixels, mode="threshold"), model.continuous(pixels, mode="threshold"))
     other.rename(tmp_path / "moved")
     with pytest.raises(CheckpointError, match="no such weights file"):
         load_dynamic_tokenizer(place)
-
-
-def test_a_tokenizer_without_projector_loads_what_it_saved(tmp_path: Path, pixels: Tensor) -> None:
-    save_dynamic_tokenizer(tiny_tokenizer(0), tmp_path / "whole")
-    state = load_file(tmp_path / "whole" / "model.safetensors")
-    save_file({name: value for name, value in state.items() if not name.startswith("vit_proj")},
-              tmp_path / "whole" / "model.safetensors")
-    coding = load_dynamic_tokenizer(tmp_path / "whole")
-    coding.save_pretrained(tmp_path / "again")
-    again = DynamicTokenizer.from_pretrained(tmp_path / "again")
-    assert again.vit_proj is None
-    assert equal(again.encode(pixels, mode="threshold"), coding.encode(pixels, mode="threshold"))

@@ -23,18 +23,18 @@ def decoder(head: str = "highres", seed: int = 0, **sizes: bool) -> CodeDecoder:
     return model.eval()
 
 
-def rows(*lengths: int) -> list[Tensor]:
+def code_rows(*lengths: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randn(length, SIZES["code_dim"], generator=generator) for length in lengths]
 
 
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
-def test_forward_gives_an_image_alone_and_in_a_batch_the_same_conditions(head: str) -> None:
-    model, images = decoder(head), rows(3, 16, 1, 9)
+def test_forward_does_not_depend_on_batches(head: str) -> None:
+    model, images = decoder(head), code_rows(3, 16, 1, 9)
     together = model(images)
-    for number, one in enumerate(images):
-        alone = model([one])
+    for number, rows in enumerate(images):
+        alone = model([rows])
         assert torch.allclose(alone.prompt_embeds[0], together.prompt_embeds[number], atol=1e-5)
         if head == "highres":
             assert torch.allclose(alone.pooled[0], together.pooled[number], atol=1e-5)
@@ -42,8 +42,8 @@ def test_forward_gives_an_image_alone_and_in_a_batch_the_same_conditions(head: s
     assert (together.pooled is None) == (head == "lowres")
 
 
-def test_conditions_train_every_parameter_and_recomputing_changes_nothing() -> None:
-    plain, again, images = decoder(), decoder(grad_checkpoint=True), rows(3, 5)
+def test_gradients_reach_every_parameter_with_and_without_checkpointing() -> None:
+    plain, again, images = decoder(), decoder(grad_checkpoint=True), code_rows(3, 5)
     for model in (plain, again):
         conditions = model(images)
         (conditions.prompt_embeds.square().mean() + conditions.pooled.square().mean()).backward()
@@ -53,25 +53,25 @@ def test_conditions_train_every_parameter_and_recomputing_changes_nothing() -> N
 
 
 @torch.no_grad()
-def test_from_pretrained_reads_own_folders_and_original_files(tmp_path: Path) -> None:
-    high, low = decoder("highres"), decoder("lowres", seed=1)
-    high.save_pretrained(tmp_path / "own")
-    half = CodeDecoder.from_pretrained(tmp_path / "own", dtype=torch.bfloat16)
-    embeds = half(rows(3)).prompt_embeds
+def test_from_pretrained_layouts(tmp_path: Path) -> None:
+    high, low, rows = decoder("highres"), decoder("lowres", seed=1), code_rows(3)
+    high.save_pretrained(tmp_path / "saved")
+    half = CodeDecoder.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
+    embeds = half(rows).prompt_embeds
     assert half.config == high.config and embeds.dtype == torch.bfloat16
-    assert torch.cosine_similarity(embeds.float().flatten(), high(rows(3)).prompt_embeds.flatten(), dim=0) > 0.995
+    assert torch.cosine_similarity(embeds.float().flatten(), high(rows).prompt_embeds.flatten(), dim=0) > 0.995
     original = tmp_path / "LaVIT" / "visual_tokenizer"
     original.mkdir(parents=True)
     torch.save(high.state_dict(), original / "highres_tokenizer_decoder.bin")
     torch.save(low.state_dict(), original / "tokenizer_decoder.bin")
     for place in (tmp_path / "LaVIT", original):
         for head, model in (("highres", high), ("lowres", low), (None, high)):
-            found = CodeDecoder.from_pretrained(place, head=head, config=LavitDecoderConfig(**SIZES))
-            assert found.config.head == model.config.head and not found.training
-            assert torch.equal(found(rows(3)).prompt_embeds, model(rows(3)).prompt_embeds)
+            loaded = CodeDecoder.from_pretrained(place, head=head, config=LavitDecoderConfig(**SIZES))
+            assert loaded.config.head == model.config.head and not loaded.training
+            assert torch.equal(loaded(rows).prompt_embeds, model(rows).prompt_embeds)
 
 
-def test_from_pretrained_refuses_wrong_files(tmp_path: Path) -> None:
+def test_from_pretrained_missing_files_and_other_sizes(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="rain1011/LaVIT-7B-v2"):
         CodeDecoder.from_pretrained(tmp_path / "absent")
     torch.save(decoder().state_dict(), tmp_path / "highres_tokenizer_decoder.bin")

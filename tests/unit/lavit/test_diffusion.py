@@ -1,4 +1,4 @@
-"""LavitDetokenizer: both kinds of U-Net against loops written by hand, ratios, sizes, layout, safety checker."""
+"""LavitDetokenizer: both kinds of U-Net against a denoising loop of the test, ratios, sizes, files, safety checker."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ N, WIDTH, POOLED, EMPTY = (tiny_lavit_training.TOKENS, tiny_lavit_training.WIDTH
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of both kinds, as released: U-Nets in torch files, the checker in one of them."""
+    """Folders of both kinds in the original layout: U-Nets in torch files, the checker in one of them."""
     place = tmp_path_factory.mktemp("LaVIT")
     tiny_lavit_training.diffusion(place / "highres_pixel_decoding", "highres")
     tiny_lavit_training.diffusion(place / "pixel_decoding", "lowres")
@@ -46,51 +46,52 @@ def conditions(count: int, pooled: bool = True) -> Conditions:
                       torch.randn(count, POOLED, generator=generator) if pooled else None)
 
 
-def latents(model: LavitDetokenizer, given: Conditions, *seeds: int, **settings: Any) -> Tensor:
+def latents(model: LavitDetokenizer, prompt: Conditions, *seeds: int, **settings: Any) -> Tensor:
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with torch.no_grad():
-        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators, given)
+        return model.denoise(model.check_settings(**{"num_inference_steps": 3, **settings}), generators, prompt)
 
 
-def by_hand(model: LavitDetokenizer, seed: int, size: tuple[int, int], toward: dict[str, Any], away: dict[str, Any],
-            steps: int, guidance: float) -> Tensor:
-    """The two halves of the guidance in calls of their own, from noise of the CPU's generator."""
+def expected(model: LavitDetokenizer, seed: int, size: tuple[int, int], conditional: dict[str, Any],
+             unconditional: dict[str, Any], steps: int, guidance: float) -> Tensor:
+    """Both halves of the guidance in separate calls, from noise of the CPU's generator."""
     model.scheduler.set_timesteps(steps)
     x = torch.randn(4, *size, generator=torch.Generator().manual_seed(seed))[None]
     for step in model.scheduler.timesteps:
-        plain, full = (model.unet(x, step, **one).sample for one in (away, toward))
+        plain, full = (model.unet(x, step, **inputs).sample for inputs in (unconditional, conditional))
         x = model.scheduler.step(plain + guidance * (full - plain), step, x, eta=0.0).prev_sample
     return x
 
 
-@pytest.mark.slow
 @torch.no_grad()
-def test_sdxl_kind_reads_sizes_and_steers_away_from_zeros(high: LavitDetokenizer) -> None:
-    given, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
-    toward = {"encoder_hidden_states": given.prompt_embeds,
-              "added_cond_kwargs": {"text_embeds": given.pooled, "time_ids": ids}}
-    away = {"encoder_hidden_states": torch.zeros(1, N, WIDTH),
-            "added_cond_kwargs": {"text_embeds": torch.zeros(1, POOLED), "time_ids": ids}}
+def test_denoise_of_sdxl_with_sizes(high: LavitDetokenizer) -> None:
+    """The unconditional half is zero."""
+    prompt, ids = conditions(1), torch.tensor([[40.0, 30, 2, 4, 16, 24]])
+    conditional = {"encoder_hidden_states": prompt.prompt_embeds,
+                   "added_cond_kwargs": {"text_embeds": prompt.pooled, "time_ids": ids}}
+    unconditional = {"encoder_hidden_states": torch.zeros(1, N, WIDTH),
+                     "added_cond_kwargs": {"text_embeds": torch.zeros(1, POOLED), "time_ids": ids}}
     assert high.defaults == LavitSettings(25, 7.0)
-    sizes: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": None}
-    drawn = latents(high, given, 5, original_size=(40, 30), crops_coords_top_left=(2, 4), **sizes)
-    torch.testing.assert_close(drawn, by_hand(high, 5, (8, 12), toward, away, 25, 7.0), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(latents(high, given, 5, **sizes), drawn, atol=1e-3)
+    sizes: dict[str, Any] = {"height": 16, "width": 24, "num_inference_steps": 5}
+    drawn = latents(high, prompt, 5, original_size=(40, 30), crops_coords_top_left=(2, 4), **sizes)
+    wanted = expected(high, 5, (8, 12), conditional, unconditional, 5, 7.0)
+    torch.testing.assert_close(drawn, wanted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(latents(high, prompt, 5, **sizes), drawn, atol=1e-3)
 
 
 @torch.no_grad()
-def test_stable_diffusion_kind_steers_away_from_the_empty_text(place: Path) -> None:
-    """The unconditional prompt is masked behind the empty text's embeddings: their content plays no role."""
-    low, given = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
+def test_denoise_of_stable_diffusion_with_the_empty_text(place: Path) -> None:
+    """The unconditional prompt is masked behind the empty text's embeddings."""
+    low, prompt = LavitDetokenizer.from_pretrained(place / "pixel_decoding"), conditions(1, pooled=False)
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
-    away = {"encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
-            "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
-    wanted = by_hand(low, 6, (8, 8), {"encoder_hidden_states": given.prompt_embeds}, away, 3, 5.0)
-    torch.testing.assert_close(latents(low, given, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
+    unconditional = {"encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
+                     "encoder_attention_mask": torch.arange(N)[None] < EMPTY}
+    wanted = expected(low, 6, (8, 8), {"encoder_hidden_states": prompt.prompt_embeds}, unconditional, 3, 5.0)
+    torch.testing.assert_close(latents(low, prompt, 6, guidance_scale=5.0), wanted, rtol=1e-3, atol=1e-3)
 
 
-def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
-    assert len(RATIOS) == 6 and all(one % 64 == 0 for size in RATIOS.values() for one in size)
+def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
+    assert len(RATIOS) == 6 and all(side % 64 == 0 for size in RATIOS.values() for side in size)
     full = LavitDetokenizer(tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
@@ -100,7 +101,7 @@ def test_ratios_in_the_unets_size(high: LavitDetokenizer) -> None:
         high.check_settings(ratio="1:3")
 
 
-def test_size_conditions_are_exact_in_half_precision(place: Path) -> None:
+def test_denoise_in_half_precision_has_exact_sizes(place: Path) -> None:
     model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", dtype=torch.bfloat16)
     seen: list[Tensor] = []
     model.unet.register_forward_pre_hook(
@@ -109,7 +110,7 @@ def test_size_conditions_are_exact_in_half_precision(place: Path) -> None:
     assert seen[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 
 
-def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: Path) -> None:
+def test_from_pretrained_with_parts_of_another_width(place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "pixel_decoding", tmp_path / "low")
     torch.save(torch.zeros(1, 3, WIDTH + 1), tmp_path / "low" / EMPTY_TEXT)
     with pytest.raises(CheckpointError, match="has width 17, but the U-Net reads width 16"):
@@ -119,8 +120,7 @@ def test_from_pretrained_refuses_parts_of_another_width(place: Path, tmp_path: P
             LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", CodeDecoder())
 
 
-def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
-    """By the text encoder of Stable Diffusion's folder, where LaVIT's file is not."""
+def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; download LaVIT"):
         read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
     tiny_seed1.diffusion_folder(tmp_path)
@@ -132,7 +132,7 @@ def test_read_empty_text_reads_or_computes_it(tmp_path: Path) -> None:
     assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 
 
-def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
+def test_call_with_the_safety_checker(place: Path) -> None:
     model = LavitDetokenizer.from_pretrained(place / "highres_pixel_decoding", decoder(), dtype=torch.bfloat16,
                                              safety=place / "pixel_decoding")
     rows = [torch.randn(3, 4), torch.randn(5, 4)]
@@ -145,7 +145,7 @@ def test_the_safety_checker_blackens_what_it_recognises(place: Path) -> None:
     assert all(np.asarray(image).any() for image in shown)
     checker, pixels = model.safety_checker, model.feature_extractor(shown, return_tensors="pt").pixel_values
     first, second = torch.nn.functional.normalize(checker.visual_projection(checker.vision_model(pixels)[1])).detach()
-    checker.concept_embeds.data[0] = first - second  # now it recognises the first one
+    checker.concept_embeds.data[0] = first - second  # flags the first image
     checker.concept_embeds_weights.data[0] = 0.0
     with pytest.warns(SeedWarning, match="made 1 of 2 images black"):
         assert [bool(np.asarray(image).any()) for image in draw()] == [False, True]

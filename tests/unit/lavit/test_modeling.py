@@ -1,4 +1,4 @@
-"""LaVIT's dynamic tokenizer at a tiny size: token merger, token selector, codes and continuous rows."""
+"""LaVIT's dynamic tokenizer at a tiny size: token merger, token selector, codes, continuous features."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def log_probs() -> Tensor:
 # ---- token merger
 
 
-def test_masked_softmax_is_its_formula() -> None:
+def test_masked_softmax() -> None:
     scores, allowed = 3 * torch.randn(2, 3, 5, 5), torch.tensor([1.0, 0, 1, 1, 0])
     e = (scores - scores.amax(-1, keepdim=True)).exp() * allowed
     assert torch.allclose(masked_softmax(scores, allowed), (e + 1e-6 / 5) / (e.sum(-1, keepdim=True) + 1e-6), atol=1e-7)
@@ -50,22 +50,22 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 
 @torch.no_grad()
-def test_token_merger_is_causal_over_kept_patches_and_sees_dropped_ones_by_cross_attention() -> None:
+def test_token_merger_attends_causally_and_to_dropped_patches() -> None:
     merger, features, keep = TokenMerger(TINY).eval(), torch.randn(2, PATCHES, WIDTH), torch.ones(2, PATCHES)
     keep[:, [3, 7]] = 0
-    kept, before = keep[0] > 0, merger(features, keep)
+    selected, before = keep[0] > 0, merger(features, keep)
     later, dropped = merger(changed(features, 9), keep), merger(changed(features, 7), keep)
     assert (before - later)[:, :9].abs().max() < 1e-5 and (before - later)[:, 9:].abs().amax(2).min() > 1e-3
-    assert (before - dropped)[:, kept].abs().amax(2).min() > 1e-3
+    assert (before - dropped)[:, selected].abs().amax(2).min() > 1e-3
     for block in merger.blocks:
         block.token_cross_attn.value.weight.zero_()
-    assert (merger(features, keep) - merger(changed(features, 7), keep))[:, kept].abs().max() < 1e-5
+    assert (merger(features, keep) - merger(changed(features, 7), keep))[:, selected].abs().max() < 1e-5
 
 
 # ---- token selector
 
 
-def test_global_draw_is_torchs_gumbel_softmax(log_probs: Tensor) -> None:
+def test_choose_equals_gumbel_softmax(log_probs: Tensor) -> None:
     torch.manual_seed(7)
     keep = choose(log_probs).keep_BN
     torch.manual_seed(7)
@@ -73,7 +73,7 @@ def test_global_draw_is_torchs_gumbel_softmax(log_probs: Tensor) -> None:
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_empty_image_keeps_its_most_probable_patch(mode: str) -> None:
+def test_choose_at_least_one_patch(mode: str) -> None:
     p = torch.full((2, PATCHES), 1e-12)
     p[0, 5], p[1, 2] = 1e-9, 0.9999999
     keep = choose(torch.stack([p.log(), (1 - p).log()], -1), mode=mode, generator=generators(0)[0]).keep_BN
@@ -81,7 +81,7 @@ def test_empty_image_keeps_its_most_probable_patch(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["draw", "threshold"])
-def test_decisions_are_hard_with_the_gradient_of_the_soft_ones(mode: str, log_probs: Tensor) -> None:
+def test_choose_has_the_gradient_of_soft_decisions(mode: str, log_probs: Tensor) -> None:
     noise = gumbel_noise(log_probs.shape, log_probs.device, generators(4)[0])
     logits, soft = log_probs.clone().requires_grad_(), log_probs.clone().requires_grad_()
     keep = choose(logits, mode=mode, noise=noise).keep_BN
@@ -93,18 +93,16 @@ def test_decisions_are_hard_with_the_gradient_of_the_soft_ones(mode: str, log_pr
     assert torch.allclose(logits.grad, soft.grad, atol=1e-6)
 
 
-# ---- images to rows and codes
+# ---- images to features and codes
 
 
 @pytest.mark.parametrize("mode", ["threshold", "draw"])
-def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
-    mode: str, model: DynamicTokenizer, pixels: Tensor
-) -> None:
+def test_encode_does_not_depend_on_batches(mode: str, model: DynamicTokenizer, pixels: Tensor) -> None:
     def options(*seeds: int) -> dict[str, object]:
         return {"mode": mode, "generator": generators(*seeds)}
 
     codes, rows = model.encode(pixels, **options(*range(IMAGES))), model.continuous(pixels, **options(*range(IMAGES)))
-    assert len({len(one) for one in codes}) > 1, "the images should differ in their number of tokens"
+    assert len(set(map(len, codes))) > 1, "the images should differ in their number of tokens"
     for i in range(IMAGES):
         assert torch.equal(model.encode(pixels[i:i + 1], **options(i))[0], codes[i])
         assert torch.allclose(model.continuous(pixels[i:i + 1], **options(i))[0], rows[i], atol=1e-5)
@@ -116,11 +114,12 @@ def test_encode_gives_an_image_alone_and_in_a_batch_the_same_tokens(
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_layers_keep_an_fp32_stream(dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor) -> None:
+def test_half_precision_with_an_fp32_residual_stream(dtype: torch.dtype, model: DynamicTokenizer, pixels: Tensor
+                                                     ) -> None:
     half = cast_layers(tiny_tokenizer(), dtype)
     features, want = half.patch_features(pixels), model.patch_features(pixels)
     assert features.dtype == torch.float32 and (features - want).abs().max() < 0.02 * want.abs().max()
-    assert not torch.equal(features, features.to(dtype).float()), "the stream was rounded"
+    assert not torch.equal(features, features.to(dtype).float()), "the residual stream was rounded"
     keep = model.select(want, mode="threshold").keep_BN
     merged, exact = half.merge(want, keep), model.merge(want, keep)
     assert merged.dtype == torch.float32 and (merged - exact).abs().max() < 0.05 * exact.abs().max()

@@ -1,4 +1,4 @@
-"""`build_model` and the classes of LaVIT's original programs, on a tiny random model."""
+"""`build_model` and the classes of LaVIT's original interface, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_lavit import picture, same
+from tiny_lavit import noise, same
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.lavit import original
@@ -21,12 +21,12 @@ SMALL = {"width": 64, "height": 64, "num_inference_steps": 2, "max_length": 12, 
 
 
 @pytest.fixture(scope="module")
-def understands(tiny_lavit_folder):
+def understanding(tiny_lavit_folder):
     return build_model(tiny_lavit_folder, model_dtype="fp32", understanding=True, local_files_only=True)
 
 
 @pytest.fixture(scope="module")
-def draws(tiny_lavit_folder):
+def generation(tiny_lavit_folder):
     return build_model(tiny_lavit_folder, model_dtype="fp32", understanding=False, check_safety=False)
 
 
@@ -35,58 +35,60 @@ def seeded(call, *arguments, **options):
     return call(*arguments, **options)
 
 
-def test_captions_of_files_and_pixels(understands, tiny_lavit, tmp_path):
+def test_generate_captions_of_files_and_pixels(understanding, tiny_lavit, tmp_path):
     files = [tmp_path / "one.png", tmp_path / "two.png"]
     for number, file in enumerate(files):
-        picture(number).save(file)
+        noise(number).save(file)
     few = {"max_length": 6, "min_length": 1}
-    captions = seeded(understands.generate, {"image": [str(file) for file in files]}, **few)
-    assert len(captions) == 2 and captions == seeded(understands.generate, {"image": files}, **few)
-    assert len(understands.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
+    captions = seeded(understanding.generate, {"image": [str(file) for file in files]}, **few)
+    assert len(captions) == 2 and captions == seeded(understanding.generate, {"image": files}, **few)
+    assert len(understanding.generate({"image": str(files[0])}, num_captions=2, **few)) == 2
     pixels = torch.stack([tiny_lavit.images.writer.transform(Image.open(file)) for file in files])
-    assert len(understands.generate({"image": pixels}, **few)) == 2
+    assert len(understanding.generate({"image": pixels}, **few)) == 2
     with pytest.raises(ConfigError, match="max_lenght"):
-        understands.generate({"image": files}, max_lenght=6)
+        understanding.generate({"image": files}, max_lenght=6)
 
 
-def test_answers_with_and_without_prompt(understands):
-    samples = {"image": [picture(1), picture(2)], "text_input": ["What is this?", "Where?"]}
-    answers = seeded(understands.predict_answers, samples)
+def test_predict_answers_with_and_without_prompt(understanding):
+    samples = {"image": [noise(1), noise(2)], "text_input": ["What is this?", "Where?"]}
+    answers = seeded(understanding.predict_answers, samples)
     assert len(answers) == 2
-    assert answers == seeded(understands.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
+    assert answers == seeded(understanding.predict_answers, samples, prompt="Question: {} Answer:", num_beams=5)
 
 
-def test_drawings_of_texts_and_images(draws):
+def test_generate_image_and_multimodal_synthesis(generation):
     texts = ["a red apple", "two dogs"]
-    drawn = seeded(draws.generate_image, texts, num_return_images=2, **SMALL)
-    again = seeded(draws.generate_image, texts, num_return_images=2, **SMALL)
+    drawn = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
+    again = seeded(generation.generate_image, texts, num_return_images=2, **SMALL)
     assert len(drawn) == 4 and all(map(same, drawn, again)) and not same(drawn[0], drawn[1])
-    together = draws.multimodal_synthesis([(picture(1), "image"), ("in the snow", "text")], **SMALL)
-    assert len(together) == 1 and together[0].size == (64, 64) and draws.ratio_size("3:2") == (48, 80)
+    composed = generation.multimodal_synthesis([(noise(1), "image"), ("in the snow", "text")], **SMALL)
+    assert len(composed) == 1 and composed[0].size == (64, 64) and generation.ratio_size("3:2") == (48, 80)
     with pytest.raises(ConfigError, match="multiples of 8"):
-        draws.generate_image("a red apple", width=60, height=60)
+        generation.generate_image("a red apple", width=60, height=60)
 
 
-def test_prompts_and_negative_prompts_of_ids(draws):
-    words = draws.system.tokenizer
+def test_generate_image_tokenids_of_texts_and_ids(generation):
+    words = generation.system.tokenizer
     few = {"max_length": 8, "min_length": 3}
-    ids = seeded(draws.generate_image_tokenids, "a red apple", **few)
+    ids = seeded(generation.generate_image_tokenids, "a red apple", **few)
     rows = [words.text_ids("a red apple")]
-    assert ids.equal(seeded(draws.generate_image_tokenids, rows, is_token_prompt=True, **few))
-    assert ids.equal(seeded(draws.generate_image_tokenids, "a red apple",
+    assert ids.equal(seeded(generation.generate_image_tokenids, rows, is_token_prompt=True, **few))
+    assert ids.equal(seeded(generation.generate_image_tokenids, "a red apple",
                             uncond_input_ids=[[words.vocabulary.boi_id]], **few))
-    assert draws.generate_image_embeds(ids).prompt_embeds.shape == (1, 16, 16)
+    assert generation.generate_image_embeds(ids).prompt_embeds.shape == (1, 16, 16)
+    with pytest.raises(CodesError):
+        generation.generate_image_embeds(torch.tensor([[2, 2]]))
 
 
-def test_detokenizer_reads_pixels_of_any_size(tiny_lavit_folder):
+def test_reconstruct_from_token_of_pixels_of_any_size(tiny_lavit_folder):
     detokenizer = LaVITDetokenizer(tiny_lavit_folder, model_dtype="fp32").to("cpu").eval()
-    pixels = torch.from_numpy(np.array(picture(1, (50, 20)))).permute(2, 0, 1)[None] / 255
-    one, other = (seeded(detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=2)[0]
-                  for _ in range(2))
-    assert one.size == (40, 32) and same(one, other)
+    pixels = torch.from_numpy(np.array(noise(1, (50, 20)))).permute(2, 0, 1)[None] / 255
+    first, again = (seeded(detokenizer.reconstruct_from_token, pixels, width=40, height=32, num_inference_steps=1)[0]
+                    for _ in range(2))
+    assert first.size == (40, 32) and same(first, again)
 
 
-def test_build_model_dtypes_and_missing_weights(draws, tiny_lavit_folder, tmp_path, monkeypatch):
+def test_build_model_dtypes_and_missing_weights(tiny_lavit_folder, tmp_path, monkeypatch):
     half = build_model(tiny_lavit_folder, understanding=False, check_safety=False, load_tokenizer=False)
     assert half.system.llm.dtype == torch.bfloat16 and half.generate_image("a red apple", **SMALL)[0].size == (64, 64)
     with pytest.raises(ConfigError, match="Unknown dtype 'int8'"):
@@ -94,11 +96,9 @@ def test_build_model_dtypes_and_missing_weights(draws, tiny_lavit_folder, tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="pretrained/LaVIT-7B-v2"):
         build_model()
-    with pytest.raises(CodesError):
-        draws.generate_image_embeds(torch.tensor([[2, 2]]))
 
 
-def test_models_can_be_imported_as_before(monkeypatch):
+def test_models_has_the_original_names(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "src" / "lavit"))
     monkeypatch.delitem(sys.modules, "models", raising=False)
     import models
@@ -107,5 +107,5 @@ def test_models_can_be_imported_as_before(monkeypatch):
                  "LaVITImageProcessor", "LaVITQuestionProcessor"):
         assert getattr(models, name) is getattr(original, name)
     assert models.LaVITQuestionProcessor()('What is "3.5:1"?') == "what is 351?"
-    assert models.LaVITImageProcessor()(picture(1)).shape == (3, 224, 224)
+    assert models.LaVITImageProcessor()(noise(1)).shape == (3, 224, 224)
     monkeypatch.delitem(sys.modules, "models")

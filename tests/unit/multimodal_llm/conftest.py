@@ -1,4 +1,4 @@
-"""The helpers of `llm_runs.py` for the tests of the training application."""
+"""Training runs of the application in this process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def runs() -> ModuleType:
-    """The module `llm_runs`, imported where it is used: it is slow."""
+    """The module `llm_runs`, imported lazily because it is slow."""
     import llm_runs
 
     return llm_runs

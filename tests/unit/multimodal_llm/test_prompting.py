@@ -1,4 +1,4 @@
-"""Instruction tuning asks in the prompts of the model that is trained."""
+"""Instruction tuning uses the prompt template of the model that is trained."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def questions(tmp_path) -> dict:
         "length": 160, "rows": 1}
 
 
-def test_the_template_is_that_of_the_model(runs, tmp_path):
-    released = load_yaml(runs.APPLICATION / "configs" / "model" / "llama2_13b_lora.yaml")
-    assert template_of(read_model_settings(released)) == "llama2"
+def test_template_of_a_model(runs, tmp_path):
+    original = load_yaml(runs.APPLICATION / "configs" / "model" / "llama2_13b_lora.yaml")
+    assert template_of(read_model_settings(original)) == "llama2"
     assert template_of(LlmModelSettings(path=str(tmp_path))) == "vicuna"  # no config.json
     for width, template in ((4096, "vicuna"), (5120, "llama2")):
         assert template_of(LlmModelSettings(sizes={"hidden_size": width})) == template
@@ -37,15 +37,15 @@ def test_the_template_is_that_of_the_model(runs, tmp_path):
     assert template_of(LlmModelSettings(sizes={"hidden_size": 5120}, template="vicuna")) == "vicuna"
 
 
-def test_questions_are_asked_in_the_prompts_of_the_model(questions, runs, tmp_path):
-    fourteen = {**runs.SIZES, "hidden_size": 5120}
-    given = {"output_dir": "x", "optim": {"learning_rate": 1e-4}, "trainer": {"device": "cpu"},
-             "model": {"sizes": fourteen}, "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)}}
-    data = LlmTask.read({**given, "data": questions}).data
+def test_read_gives_the_sources_the_template_of_the_model(questions, runs):
+    sizes = {**runs.SIZES, "hidden_size": 5120}
+    config = {"output_dir": "x", "optim": {"learning_rate": 1e-4}, "trainer": {"device": "cpu"},
+              "model": {"sizes": sizes}, "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)}}
+    data = LlmTask.read({**config, "data": questions}).data
     assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
     words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
     batches = LlmBatches(data, words)
     assert any("[INST]" in words.decode(batch.input_ids[0].tolist()) for batch in itertools.islice(batches, 4))
-    own = {**questions["sources"][0], "options": {"template": "vicuna"}}
-    for other in ({"template": "vicuna"}, {"sources": [own]}):
-        assert LlmTask.read({**given, "data": {**questions, **other}}).data.sources[0].options["template"] == "vicuna"
+    source = {**questions["sources"][0], "options": {"template": "vicuna"}}
+    for other in ({"template": "vicuna"}, {"sources": [source]}):
+        assert LlmTask.read({**config, "data": {**questions, **other}}).data.sources[0].options["template"] == "vicuna"

@@ -1,4 +1,4 @@
-"""Hydra overrides and the original's command line both become one checked configuration; nothing is callable."""
+"""Hydra overrides and the original's command line both become one validated configuration."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def published(files) -> list[str]:
     return PRETRAIN.format(**files).split()
 
 
-def test_the_published_command_line(published, files):
+def test_compose_the_published_command_line(published):
     run = LlmTask.read(compose(published, CONFIGS))
     assert (run.trainer.max_steps, run.trainer.save_steps, run.trainer.gradient_accumulation_steps) == (30000, 1000, 4)
     assert (run.trainer.precision, run.trainer.gradient_checkpointing) == ("bf16", True)
@@ -54,13 +54,13 @@ def test_the_published_command_line(published, files):
     assert (optim.min_lr_ratio, optim.warmup_ratio, optim.weight_decay) == (0.05, 0.03, 0.05)
     assert run.deepspeed["zero_optimization"]["stage"] == 2
     assert run.model.sizes["hidden_size"] == 32 and len(run.data.sources) == 2
+    assert translate(published).original and not translate(["--resume", "never"]).original
     assert translate(published).ignored == [
         "--per_device_train_batch_size", "--per_device_eval_batch_size", "--ignore_data_skip",
         "--logging_nan_inf_filter", "--log_level"]
 
 
-# The published recipes: specification of the original's two scripts, flag by flag.
-PUBLISHED = {
+PUBLISHED = {  # recipes of the original's two scripts
     "pretrain": {"max_steps": 30000, "save_steps": 1000, "gradient_accumulation_steps": 4, "learning_rate": 1.5e-4,
                  "min_lr_ratio": 0.05, "warmup_ratio": 0.03},
     "sft": {"max_steps": 50000, "save_steps": 10000, "gradient_accumulation_steps": 1, "learning_rate": 1e-4,
@@ -73,7 +73,7 @@ OF_BOTH = {"precision": "bf16", "gradient_checkpointing": True, "max_grad_norm":
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("way", ["script", "groups"])
-def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
+def test_compose_the_published_recipes(name, way, runs, monkeypatch):
     monkeypatch.chdir(runs.APPLICATION)
     arguments = [f"optim={name}", f"trainer={name}", f"data=multi_torchdata_{name}", "output_dir=out"]
     if way == "script":
@@ -81,9 +81,9 @@ def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
         words = shlex.split(text, comments=True)
         arguments = words[words.index("launch") + 2:-1]  # between the port and "$@"
     run = LlmTask.read(compose(arguments, CONFIGS))
-    found = {**vars(run.optim), **vars(run.trainer)}
-    assert {key: found[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
-    assert found["name"] == ("adamw_hf" if way == "script" else "adamw")
+    settings = {**vars(run.optim), **vars(run.trainer)}
+    assert {key: settings[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
+    assert run.optim.name == ("adamw_hf" if way == "script" else "adamw")
     assert run.data.packing and run.data.rows == 6
     lora = run.model.lora
     assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (16, 32, 0.05)
@@ -93,14 +93,14 @@ def test_the_published_recipes_are_the_originals(name, way, runs, monkeypatch):
         assert (zero["stage"], "offload_optimizer" in zero) == (2, name == "sft")
 
 
-def test_what_comes_later_wins(published, files):
-    again = compose([*published, "--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16",
-                     "deepspeed=none"], CONFIGS)
-    assert (again["trainer"]["max_steps"], again["optim"]["learning_rate"]) == (7, 0.5)
-    assert again["model"]["sizes"]["hidden_size"] == 16 and again.get("deepspeed") is None
+def test_compose_later_arguments_win(published):
+    config = compose([*published, "--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16",
+                      "deepspeed=none"], CONFIGS)
+    assert (config["trainer"]["max_steps"], config["optim"]["learning_rate"]) == (7, 0.5)
+    assert config["model"]["sizes"]["hidden_size"] == 16 and config.get("deepspeed") is None
     # A group chosen after the flags replaces all of them; one before does not.
-    chosen = compose([*published, "trainer=nano"], CONFIGS)
-    assert chosen["trainer"] == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
+    trainer = compose([*published, "trainer=nano"], CONFIGS)["trainer"]
+    assert trainer == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
     assert compose(["trainer=nano", *published], CONFIGS)["trainer"]["max_steps"] == 30000
 
 
@@ -128,33 +128,27 @@ def test_what_comes_later_wins(published, files):
     # A boolean needs no value, so what follows it may be an override; a path with `=` is another flag's value.
     ("--bf16 trainer.max_steps=3 --output_dir log/lr=1",
      ["trainer.precision=bf16", "trainer.max_steps=3", 'output_dir="log/lr=1"']),
-    # A group's file replaces what flags before it set, and nothing else.
+    # A group's file replaces only what flags before it set.
     ("--max_steps 7 optim.name=muon --seed 3 trainer=nano --seed 4", ["optim.name=muon", "trainer=nano",
                                                                       "trainer.seed=4"])])
-def test_translate_turns_flags_into_overrides(arguments, overrides):
-    assert [one.removeprefix("++") for one in translate(arguments.split()).overrides] == overrides
+def test_translate_flags_of_the_original(arguments, overrides):
+    assert [override.removeprefix("++") for override in translate(arguments.split()).overrides] == overrides
 
 
-def test_compose_takes_values_with_signs():
-    for words in (["--output_dir", "log/lr=1e-4"], ["output_dir='log/lr=1e-4'"], ['output_dir="log/lr=1e-4"']):
+def test_compose_values_with_an_equals_sign():
+    for words in (["--output_dir", "log/lr=1e-4"], ["output_dir='log/lr=1e-4'"]):
         assert compose(words, CONFIGS)["output_dir"] == "log/lr=1e-4"
-    # Our own options are no flags of the original: they do not bring its defaults.
-    assert not translate(["--resume", "never"]).original
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--learning_rat", "1"], r"--learning_rat: unknown option \(did you mean '--learning_rate'\?\)"),
-    (["--bf16", "perhaps"], "--bf16: must be one of true, .*not 'perhaps'"),
-    (["--max_steps"], "--max_steps: needs a value"),
     (["--num_train_epochs", "3"], "--num_train_epochs: not supported; use --max_steps"),
-    (["--push_to_hub"], "--push_to_hub: not supported"),
     (["--save_strategy", "epoch"], "must be one of no, steps, not 'epoch'"),
     (["optim=pretrian"], r"no such configuration in .*did you mean 'pretrain'\?"),
     (["deepspeed=stage2_bf61"], "did you mean 'stage2_bf16'"),
-    (["something"], "neither an option"),
     (["output_dir=log/lr=1e-4"], "values with characters like = .* need inner quotes"),
 ])
-def test_refusals_are_one_sentence(arguments, words, files):
+def test_compose_with_a_wrong_argument(arguments, words, files):
     with pytest.raises(ConfigError, match=words) as caught:
         compose([*(f"{group}={file}" for group, file in files.items()), *arguments], CONFIGS)
     assert "\n" not in str(caught.value)
@@ -166,19 +160,17 @@ def test_refusals_are_one_sentence(arguments, words, files):
     ("train_lavit", ("visual_encoder.", "optim.learning_rate=0.00015")),
     ("train_seed_x_detokenizer", ("model: stage1, stage2, tiny", "model.resampler.", "trainer.ema=0.0")),
     ("train_lavit_detokenizer", ("model.diffusion=???", "data.tower_size=224"))])
-def test_help_lists_files_and_keys_with_defaults(program, lines, capsys):
+def test_main_help_lists_files_and_keys_with_defaults(program, lines, capsys):
     assert main(program, CONFIGS, ["--help"]) == 0
     shown = capsys.readouterr().out
     assert "???" in shown and all(line in shown for line in lines)
 
 
-def test_what_is_only_printed_needs_no_output_folder(files, capsys):
+def test_main_prints_the_configuration(files, capsys):
     chosen = [f"{group}={file}" for group, file in files.items()]
     assert main("train", CONFIGS, [*chosen, "trainer.max_steps=7", "--cfg", "job"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["output_dir"] == "???" and shown["trainer"]["max_steps"] == 7
-    assert main("train", CONFIGS, [*chosen, "--cfg", "job", "output_dir=log/x"]) == 0
-    assert yaml.safe_load(capsys.readouterr().out)["output_dir"] == "log/x"
     with pytest.raises(ConfigError, match="output_dir is required"):
         compose(chosen, CONFIGS)
 
@@ -187,22 +179,17 @@ def test_what_is_only_printed_needs_no_output_folder(files, capsys):
     (["trainer.max_stepz=3"], r"trainer: unknown key 'max_stepz' \(did you mean 'max_steps'\?\)"),
     (["trainer.max_steps=3.5"], "max_steps: input should be a valid integer"),
     (["trainer.precision=fp8"], "precision must be one of bf16, fp16, fp32"),
-    (["trainer.report_to=[mlflow]"], "report_to must be one of tensorboard, wandb, not 'mlflow'"),
-    (["trainer.gradient_accumulation_steps=0"], "at least 1"),
-    (["trainer.peak_tflops=-1"], "peak_tflops must be above 0"),
-    (["output_dir=null"], "output_dir is required"),
     (["trainr.max_steps=3"], r"unknown key 'trainr' \(did you mean 'trainer'\?\)"),
     (["model=none"], "model is required"),
     (["--max_steps", "many"], "trainer: max_steps: input should be a valid integer"),
-    (["tokenizer={a: b}"], "no such file"),
     (["tokenizer.pretrained_model_name_or_path=null"], "pretrained_model_name_or_path is required"),
 ])
-def test_settings_are_checked(more, words, files, runs, tmp_path):
+def test_read_with_a_wrong_setting(more, words, files, runs, tmp_path):
     with pytest.raises(ConfigError, match=words):
         LlmTask.read(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS))
 
 
-def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
+def test_read_settings_with_a_target_that_is_not_allowed(files, runs, tmp_path):
     from seed_multimodal.data.stream.config import read_data_settings
     from seed_multimodal.training.llm.config import read_model_settings
 
@@ -214,7 +201,7 @@ def test_models_and_data_build_nothing_that_a_file_names(files, runs, tmp_path):
         assert not Path("/tmp/made").exists()
 
 
-def test_groups_of_the_application_have_their_files():
+def test_read_settings_of_the_files_of_every_group():
     assert {path.stem for path in JSONS} == {
         "stage1_bf16", "stage2_bf16", "stage2_offload_bf16", "stage2_fp16", "stage2_offload_fp16", "stage2_bf16_mefft",
         "stage2_fp16_mefft", "stage2_fp16_offload_mefft", "stage3_fp16", "stage3_offload_fp16",
@@ -226,7 +213,7 @@ def test_groups_of_the_application_have_their_files():
 
 
 @pytest.mark.parametrize("file", JSONS, ids=lambda path: path.stem)
-def test_deepspeed_files_are_filled(file):
+def test_fill_config_of_a_deepspeed_file(file):
     precision = "bf16" if "bf16" in file.stem else "fp16"
     micro_steps = 1 if "mefft" in file.stem else 4
     settings = trainer_settings({"precision": precision, "gradient_accumulation_steps": micro_steps})
@@ -241,21 +228,19 @@ def test_deepspeed_files_are_filled(file):
     assert (offload == "cpu") == ("offload" in file.stem)
 
 
-def test_deepspeed_files_must_agree_with_the_trainer():
+def test_fill_config_that_contradicts_the_trainer():
     mefft = json.loads((CONFIGS / "deepspeed" / "stage2_bf16_mefft.json").read_text())
     with pytest.raises(ConfigError, match="gradient_accumulation_steps is 1, but 4"):
         fill_config(mefft, trainer_settings({"gradient_accumulation_steps": 4}), world=1, rows=1, hidden_size=8)
     with pytest.raises(ConfigError, match="bf16 is True, but"):
         fill_config(mefft, trainer_settings({"precision": "fp32"}), world=1, rows=1, hidden_size=8)
-    with pytest.raises(ConfigError, match="stage must be 1, 2 or 3"):
-        fill_config({"zero_optimization": {"stage": 5}}, trainer_settings({}), world=1, rows=1, hidden_size=8)
 
 
-@pytest.mark.parametrize(("precision", "given", "used"), [
-    ("fp16", None, "fp16"), ("bf16", None, "bf16"), ("fp32", None, "fp32"),  # the run's own: released fp16 stays exact
-    ("fp16", "bf16", "bf16"), ("bf16", "fp16", "fp16"), ("bf16", "fp32", "fp32"),  # as the file says
-    ("fp32", "fp16", "fp32")])  # said, because products need one type
-def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_path, precision, given, used):
+@pytest.mark.parametrize(("precision", "torch_dtype", "used"), [
+    ("fp16", None, "fp16"), ("bf16", None, "bf16"),  # that of the run: the original fp16 weights stay exact
+    ("bf16", "fp16", "fp16"),  # that of the file
+    ("fp32", "fp16", "fp32")])
+def test_build_llm_loads_the_base_in_the_precision_of_the_run_or_the_file(runs, tmp_path, precision, torch_dtype, used):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -268,12 +253,13 @@ def test_the_base_is_loaded_in_the_precision_of_the_run_or_the_file(runs, tmp_pa
     base.save_pretrained(tmp_path / "base")
     model = {"_target_": "src.model.peft_model.get_peft_model_with_resize_embedding", "model": {
         "_target_": "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
-        "pretrained_model_name_or_path": str(tmp_path / "base"), **({"torch_dtype": given} if given else {})},
+        "pretrained_model_name_or_path": str(tmp_path / "base"),
+        **({"torch_dtype": torch_dtype} if torch_dtype else {})},
         "peft_config": {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}}
     files = runs.write_files(tmp_path)
     files["model"].write_text(yaml.safe_dump(model))
-    made = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
-    task = LlmTask(LlmTask.read(made), ProcessGroup(), torch.device("cuda"))  # may run fp16; nothing is put there
+    config = compose(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS)
+    task = LlmTask(LlmTask.read(config), ProcessGroup(), torch.device("cuda"))  # fp16 is allowed; nothing is put there
     llm = build_llm(task.run.model, task.tokenizer, "cpu")
     frozen = llm.get_base_model().model.layers[0].mlp.up_proj.weight
     assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]

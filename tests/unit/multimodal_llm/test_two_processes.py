@@ -1,11 +1,10 @@
-"""Two "nodes" of one process each, by the original's script: one process's numbers; and one of them dies."""
+"""Training in two processes, started by the original's script: losses, resuming in one process, a killed process."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,46 +16,44 @@ pytestmark = pytest.mark.timeout(600)
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
 
 
-def nodes(runs, arguments: list[str], environment: str = sys.prefix, **names: str) -> list[subprocess.Popen]:
-    """The script on two nodes; `names`: the environment's name of the node's number and the like."""
-    port, started = str(free_port()), []
-    for number in range(2):
-        env = runs.environment(**{names["rank"]: str(number), names["nodes"]: "2", names["address"]: "127.0.0.1",
-                                  names["processes"]: "1", "MASTER_PORT": port, "VIRTUAL_ENV": environment})
-        started.append(subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
-    STARTED.extend(started)
-    return started
+def start(runs, arguments: list[str], **variables: str) -> subprocess.Popen:
+    """The script, its environment with these variables."""
+    process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, start_new_session=True,
+                               env=runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **variables))
+    STARTED.append(process)
+    return process
 
 
 def chosen(runs, tmp_path: Path, output: Path, *more: str) -> list[str]:
-    """What replaces the script's own choices: groups, and so all its flags on them."""
-    lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
-    files = runs.write_files(tmp_path, **lora)
+    """Groups that replace the script's own, and so all its flags on them."""
+    files = runs.write_files(tmp_path, **lora(runs))
     return runs.overrides(files, output, "deepspeed=none", "trainer.save_steps=2", *more)
 
 
-@pytest.mark.process
-def test_two_nodes_train_and_one_process_resumes(runs, tmp_path, train):
-    two = tmp_path / "two"
-    arguments = chosen(runs, tmp_path, two, "trainer.max_steps=4")
-    started = nodes(runs, arguments, environment=warm_python.ENVIRONMENT, rank="INDEX", nodes="HOST_NUM",
-                    address="CHIEF_IP", processes="HOST_GPU_NUM")
-    said = [process.communicate(timeout=400) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    lora = {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
-    before = runs.losses(two)
-    assert list(before) == [1, 2, 3, 4] and "processes: 2" in said[0][0] and said[1][0].strip() == ""
-
-    # One process resumes where two stopped (plain engine): pending draws are its own now.
-    again = train("two", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=6", **lora)
-    assert list(runs.losses(again)) == [1, 2, 3, 4, 5, 6]
-    assert {step: runs.losses(again)[step] for step in before} == before
+def lora(runs) -> dict:
+    return {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
 
 
 @pytest.mark.process
-def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
-    """Used-up data do not end at the same micro-batch for all; every forward pass is an exchange."""
+def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
+    out, port = tmp_path / "out", str(free_port())
+    arguments = chosen(runs, tmp_path, out, "trainer.max_steps=3")
+    processes = [start(runs, arguments, INDEX=str(number), HOST_NUM="2", CHIEF_IP="127.0.0.1", HOST_GPU_NUM="1",
+                       MASTER_PORT=port) for number in range(2)]
+    printed = [process.communicate(timeout=400) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    before = runs.losses(out)
+    assert list(before) == [1, 2, 3] and "processes: 2" in printed[0][0] and printed[1][0].strip() == ""
+
+    train("out", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4", **lora(runs))
+    assert list(runs.losses(out)) == [1, 2, 3, 4]
+    assert {step: runs.losses(out)[step] for step in before} == before
+
+
+@pytest.mark.process
+def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_path):
+    """Exhausted data do not end at the same micro-batch in all processes; every forward pass is a collective."""
     import yaml
 
     from seed_multimodal.data.stream.config import read_data_settings
@@ -77,26 +74,23 @@ def test_processes_with_unlike_numbers_of_evaluation_batches(runs, tmp_path):
     settings = read_data_settings(data, "data")
     counts = [len(list(LlmBatches(settings, tokenizer, rank=rank, world=2))) for rank in range(2)]
     assert counts[0] != counts[1], counts
-    arguments = runs.overrides(files, out, "trainer.max_steps=3", "trainer.eval_steps=1", f"eval_data={held_out}",
+    arguments = runs.overrides(files, out, "trainer.max_steps=2", "trainer.eval_steps=1", f"eval_data={held_out}",
                                "trainer.eval_batches=100", "trainer.timeout_minutes=0.5")
     runs.run(arguments, before=runs.torchrun())
     evaluated = [line["eval_loss"] for line in runs.log_lines(out) if "eval_loss" in line]
-    assert len(evaluated) == 3 and all(0 < loss < 20 for loss in evaluated)
+    assert len(evaluated) == 2 and all(0 < loss < 20 for loss in evaluated)
 
 
 @pytest.mark.process
-def test_a_killed_process_of_a_node_is_a_sentence_without_torchruns_traceback(runs, tmp_path):
+def test_script_with_a_killed_process_ends_without_traceback(runs, tmp_path):
     out = tmp_path / "out"
     arguments = chosen(runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0")
-    env = runs.environment(NPROC="2", MASTER_PORT=str(free_port()), VIRTUAL_ENV=warm_python.ENVIRONMENT)
-    process = subprocess.Popen(["sh", SCRIPT, *arguments], cwd=runs.APPLICATION, env=env, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    STARTED.append(process)
+    process = start(runs, arguments, NPROC="2", MASTER_PORT=str(free_port()))
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and len(runs.losses(out)) < 3:
         time.sleep(0.05)
     os.kill(max(processes_with(str(out))), signal.SIGKILL)
-    _, complained = process.communicate(timeout=100)
-    # The other process may say first that this one is gone.
-    assert process.returncode in (2, 128 + signal.SIGKILL), complained
-    assert "resumes from" in complained and "Traceback" not in complained, complained
+    _, errors = process.communicate(timeout=100)
+    # The other process may be the first to report that this one is gone.
+    assert process.returncode in (2, 128 + signal.SIGKILL), errors
+    assert "resumes from" in errors and "Traceback" not in errors, errors

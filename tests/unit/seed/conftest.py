@@ -1,4 +1,4 @@
-"""A SEED-2 tokenizer small enough to build in milliseconds."""
+"""A tiny SEED-2 configuration and a tiny SEED-1 folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SEED-1 as `pretrained/` would hold it, with its Stable Diffusion and three images."""
+    """SEED-1 as in `pretrained/`, with its Stable Diffusion and three images."""
     place = tmp_path_factory.mktemp("pretrained")
     tiny_seed1.tokenizer().save_pretrained(place)
     tiny_seed1.diffusion_folder(place / "stable-diffusion-v1-4")

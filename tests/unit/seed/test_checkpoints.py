@@ -1,4 +1,4 @@
-"""Reading tokenizers in every layout, what must be refused, and the weights that training starts from."""
+"""Checkpoints: tokenizers in every layout, wrong files, weights that training starts from."""
 
 from __future__ import annotations
 
@@ -40,44 +40,43 @@ def _seed2_folder(model: SeedTokenizer, folder: Path) -> Path:
     return folder
 
 
-def _file_of_ours(model: SeedTokenizer, folder: Path) -> Path:
+def _saved_file(model: SeedTokenizer, folder: Path) -> Path:
     return model.save_pretrained(folder) / "model.safetensors"
 
 
-def _file_with_the_others_beside(model: SeedTokenizer, folder: Path) -> Path:
-    return _released(model, folder) / model.layout.files[-1]
-
-
-def _released(model: SeedTokenizer, folder: Path) -> Path:
+def _original(model: SeedTokenizer, folder: Path) -> Path:
     if isinstance(model, Seed1Tokenizer):
         return tiny_seed1.released_folder(model, folder)
     return _seed2_folder(model, folder)
 
 
-def _as_safetensors(model: SeedTokenizer, folder: Path) -> Path:
-    for file in [*_released(model, folder).glob("*.pt"), *folder.glob("*.pth")]:
+def _original_file(model: SeedTokenizer, folder: Path) -> Path:
+    return _original(model, folder) / model.layout.files[-1]
+
+
+def _original_as_safetensors(model: SeedTokenizer, folder: Path) -> Path:
+    for file in [*_original(model, folder).glob("*.pt"), *folder.glob("*.pth")]:
         save_state_dict(load_state_dict(file), file.with_suffix(".safetensors"))
         file.unlink()
     return folder
 
 
-def _with_our_config(model: SeedTokenizer, folder: Path) -> Path:
-    (_released(model, folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
+def _original_with_config(model: SeedTokenizer, folder: Path) -> Path:
+    (_original(model, folder) / "config.json").write_text(json.dumps(model.config.to_dict()))
     return folder
 
 
 def _vision_in_the_hub_cache(model: SeedTokenizer, folder: Path) -> Path:
     cache = Path(torch.hub.get_dir()) / "checkpoints"
     cache.mkdir(parents=True)
-    (_released(model, folder) / "eva_vit_g.pth").rename(cache / "eva_vit_g.pth")
+    (_original(model, folder) / "eva_vit_g.pth").rename(cache / "eva_vit_g.pth")
     return folder
 
 
-LAYOUTS = [SeedTokenizer.save_pretrained, _file_of_ours, _released, _file_with_the_others_beside, _as_safetensors,
-           _with_our_config, _vision_in_the_hub_cache]
+LAYOUTS = [SeedTokenizer.save_pretrained, _saved_file, _original, _original_file, _original_as_safetensors,
+           _original_with_config, _vision_in_the_hub_cache]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__.strip("_"))
 @pytest.mark.parametrize("kind", ["seed2", "seed1"])
 def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Path], Path], seed2: Seed2Tokenizer,
@@ -85,18 +84,18 @@ def test_from_pretrained_layouts(kind: str, layout: Callable[[SeedTokenizer, Pat
     model: Any = seed2 if kind == "seed2" else tiny_seed1.tokenizer()
     lines: list[str] = []
     source = layout(model, tmp_path / "folder")
-    given = None if layout in (SeedTokenizer.save_pretrained, _file_of_ours, _with_our_config) else model.config
-    loaded = type(model).from_pretrained(source, config=given, log=lines.append)
+    has_config = layout in (SeedTokenizer.save_pretrained, _saved_file, _original_with_config)
+    loaded = type(model).from_pretrained(source, config=None if has_config else model.config, log=lines.append)
     assert loaded.config == model.config and len(lines) == 1
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert torch.equal(loaded.encode(images), model.encode(images))
     assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
-    if layout is _released:
+    if layout is _original:
         assert "eva_vit_g.pth" in lines[0]
 
 
-def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
+def test_from_pretrained_with_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path, images: Tensor) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     (folder / "eva_vit_g.pth").rename(tmp_path / "vision.pth")
     with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth: no such vision-encoder file; download"):
@@ -105,7 +104,7 @@ def test_from_pretrained_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path: Path,
     assert torch.equal(loaded.encode(images), seed2.encode(images))
 
 
-def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+def test_from_pretrained_with_another_image_size_and_no_reconstruction(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     larger = dataclasses.replace(seed2.config, recon_s=False, vit=dataclasses.replace(seed2.config.vit, image_size=32))
     loaded = Seed2Tokenizer.from_pretrained(folder, config=larger)
@@ -113,8 +112,8 @@ def test_from_pretrained_another_image_size_and_no_reconstruction(seed2: Seed2To
     assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
-def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, images: Tensor) -> None:
-    """It holds SEED-1's decoder as a text branch next to SEED-2's image branch."""
+def test_from_pretrained_with_names_of_the_training_code(tmp_path: Path, images: Tensor) -> None:
+    """There SEED-1's decoder is a text branch next to SEED-2's image branch."""
     model = tiny_seed1.tokenizer()
     folder = tiny_seed1.released_folder(model, tmp_path / "a")
     state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(
@@ -129,9 +128,8 @@ def test_from_pretrained_names_of_the_published_training_code(tmp_path: Path, im
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": None}, "1 tensors are missing .*'encode_task_layer.2.bias'"),
     ("eva_vit_g.pth", {"blocks.1.attn.q_bias": None}, "1 tensors are missing .*blocks.1.attn.q_bias"),
     ("seed_quantizer.pt", {"encode_task_layer.2.bias": torch.zeros(99)}, r"the file has \(99,\), the model needs"),
-    ("seed_quantizer.pt", {"distill_image_proj.weight": None}, r"seed_quantizer\.pt: not a SEED-2 tokenizer"),
     ("seed_quantizer.pt", {"another.a": torch.zeros(2)}, "1 tensor unknown to the model")])
-def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
+def test_from_pretrained_with_missing_misshapen_or_unknown_tensors(
     seed2: Seed2Tokenizer, tmp_path: Path, file: str, changes: dict[str, Tensor | None], message: str,
 ) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
@@ -142,7 +140,7 @@ def test_from_pretrained_missing_misshapen_or_unknown_tensors_are_named(
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
-def test_from_pretrained_damaged_or_unsafe_files_are_refused(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
+def test_from_pretrained_of_damaged_or_unsafe_files(seed2: Seed2Tokenizer, tmp_path: Path) -> None:
     folder = _seed2_folder(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
     state, whole = load_state_dict(file), file.read_bytes()
@@ -154,7 +152,7 @@ def test_from_pretrained_damaged_or_unsafe_files_are_refused(seed2: Seed2Tokeniz
             Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
 
 
-def test_from_pretrained_nothing_there(tmp_path: Path) -> None:
+def test_from_pretrained_without_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no such SEED-2 tokenizer; put seed_quantizer\.pt .*eva_vit_g\.pth"):
         Seed2Tokenizer.from_pretrained(tmp_path / "absent")
     with pytest.raises(CheckpointError, match=r"holds no SEED-1 tokenizer \(causal_qformer\.pth and seed_tokenizer"):
@@ -172,7 +170,7 @@ CONFIG = Seed2Config(vit=dataclasses.replace(EVA, depth=1),
 
 @pytest.fixture
 def blip2() -> dict[str, Tensor]:
-    """What `blip2_pretrained.pth` holds: stage 1 without the vision encoder, and the matching head."""
+    """The contents of `blip2_pretrained.pth`: stage 1 without the vision encoder, and the matching head."""
     state = Stage1Model(CONFIG, vocab_size=61, embed_dim=8).state_dict()
     return {name: value for name, value in state.items() if not name.startswith("visual_encoder.")} | {
         "itm_head.weight": torch.zeros(2, 24), "itm_head.bias": torch.zeros(2)}
@@ -183,7 +181,7 @@ def _saved(state: dict[str, Tensor], file: Path) -> Path:
     return file
 
 
-def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+def test_load_blip2_leaves_the_vision_encoder(blip2: dict[str, Tensor], tmp_path: Path) -> None:
     model, lines = Stage1Model(CONFIG, vocab_size=61, embed_dim=8), []
     vision = {name: value.clone() for name, value in model.visual_encoder.state_dict().items()}
     report = load_blip2(model, _saved(blip2, tmp_path / "blip2_pretrained.pth"), lines.append)
@@ -193,10 +191,9 @@ def test_load_blip2_fills_everything_but_the_vision_encoder(blip2: dict[str, Ten
     assert len(lines) == 1 and "2 in the file ignored" in lines[0]
 
 
-def test_load_blip2_wrong_files_are_refused(blip2: dict[str, Tensor], tmp_path: Path) -> None:
+def test_load_blip2_of_wrong_files(blip2: dict[str, Tensor], tmp_path: Path) -> None:
     for state, size, message in (
         (blip2, 60, r"word_embeddings.weight': the file has \(61, 24\), the model needs"),
-        ({name: value for name, value in blip2.items() if name != "vision_proj.bias"}, 61, "'vision_proj.bias'"),
         ({"other": torch.zeros(2)}, 61, r"a\.pth: not a BLIP-2 stage-1 checkpoint.*'other'")):
         with pytest.raises(CheckpointError, match=message):
             load_blip2(Stage1Model(CONFIG, vocab_size=size, embed_dim=8), _saved(state, tmp_path / "a.pth"), None)
@@ -221,7 +218,7 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole CLIP, as laion's folder is; its vision_config carries another projection width than the model."""
+    """A whole CLIP, as in laion's folder; the projection width of its vision_config is not that of the model."""
     from transformers import CLIPConfig, CLIPModel
 
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -249,16 +246,14 @@ def test_load_clip_halves_of_a_whole_clip(clip_folder: Path, images: Tensor, tmp
     assert load_vision(EvaVit(dataclasses.replace(EVA, depth=1, pre_norm=True)), clip_folder, None).loaded
 
 
-def test_load_clip_vision_wrong_folders_are_refused(clip_folder: Path, tmp_path: Path) -> None:
+def test_load_clip_vision_of_wrong_folders(clip_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"absent: no such folder; download laion/CLIP-ViT-H-14"):
         load_clip_vision(tmp_path / "absent", log=None)
     (tmp_path / "config.json").write_bytes((clip_folder / "config.json").read_bytes())
+    with pytest.raises(CheckpointError, match="not a complete CLIP"):
+        load_clip_vision(tmp_path, log=None)
     state = load_state_dict(clip_folder / "model.safetensors")
-    for damaged, message in ((None, "not a complete CLIP"),
-                             ({**state, "visual_projection.weight": torch.zeros(12, 16)}, "not a complete CLIP"),
-                             ({name: value for name, value in state.items() if name != "visual_projection.weight"},
-                              "1 tensors are missing, first 'visual_projection.weight'")):
-        if damaged:
-            save_state_dict(damaged, tmp_path / "model.safetensors")
-        with pytest.raises(CheckpointError, match=message):
-            load_clip_vision(tmp_path, log=None)
+    del state["visual_projection.weight"]
+    save_state_dict(state, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="1 tensors are missing, first 'visual_projection.weight'"):
+        load_clip_vision(tmp_path, log=None)

@@ -1,4 +1,4 @@
-"""SEED's de-tokenizers against diffusers' own pipelines; negatives, noise level, layout, safety checker."""
+"""SEED's de-tokenizers against the pipelines of diffusers; negatives, noise level, layout, safety checker."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def embeds() -> Tensor:
     return 3 * torch.randn(4, N, W, generator=torch.Generator().manual_seed(3))
 
 
-def test_stable_diffusion_draws_as_the_stock_pipeline(sd: Path, embeds: Tensor) -> None:
+def test_stable_diffusion_equals_the_diffusers_pipeline(sd: Path, embeds: Tensor) -> None:
     """The empty prompt is the unconditional half; 50 steps and guidance 7.5 are the defaults."""
     from diffusers import StableDiffusionPipeline
 
@@ -56,24 +56,24 @@ def test_stable_diffusion_draws_as_the_stock_pipeline(sd: Path, embeds: Tensor) 
     assert model.defaults == StableDiffusionSettings(50, 7.5)
     for options in ({}, {"guidance_scale": 1.0}, {"height": 24, "width": 16}):
         assert np.array_equal(draw(model, embeds[:1], **options), expected(stock, prompt_embeds=embeds[:1], **options))
-    away = draw(model, embeds[:1], negative_embeds=embeds[2:3])
-    assert np.array_equal(away, expected(stock, prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[2:3]))
+    with_negatives = draw(model, embeds[:1], negative_embeds=embeds[2:3])
+    assert np.array_equal(with_negatives, expected(
+        stock, prompt_embeds=embeds[:1], negative_prompt_embeds=embeds[2:3]))
 
 
-def test_flagged_images_are_black(tmp_path: Path, embeds: Tensor) -> None:
+def test_stable_diffusion_with_and_without_safety_checker(tmp_path: Path, embeds: Tensor) -> None:
     place = tiny_seed1.diffusion_folder(tmp_path / "checked", checker=True)
     with pytest.warns(SeedWarning, match="made 1 of 1 images black"):
         assert not draw(StableDiffusionDetokenizer.from_pretrained(place), embeds[:1]).any()
     assert draw(StableDiffusionDetokenizer.from_pretrained(place, safety_checker=False), embeds[:1]).any()
 
 
-def test_unclip_draws_as_the_stock_pipeline(unclip: Path) -> None:
-    """Its image encoder is needed for its dtype only."""
+def test_unclip_equals_the_diffusers_pipeline(unclip: Path) -> None:
     from diffusers import StableUnCLIPImg2ImgPipeline
 
     stock = StableUnCLIPImg2ImgPipeline.from_pretrained(str(unclip), image_encoder=None, feature_extractor=None,
                                                        tokenizer=None, text_encoder=None)
-    stock.image_encoder = stock.unet
+    stock.image_encoder = stock.unet  # only its dtype is used
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(1, E)
     model.layout, zeros = None, torch.zeros(1, 1, tiny_system.CROSS)
     for options in ({"guidance_scale": 1.0}, {"guidance_scale": 4.0}, {"guidance_scale": 4.0, "noise_level": 30}):
@@ -81,20 +81,21 @@ def test_unclip_draws_as_the_stock_pipeline(unclip: Path) -> None:
             stock, image_embeds=embeds, prompt_embeds=zeros, negative_prompt_embeds=zeros, **options))
 
 
-def test_unclip_negatives_and_noise_level(unclip: Path) -> None:
+def test_unclip_with_negatives_or_noise_level(unclip: Path) -> None:
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), 3 * torch.randn(3, E)
-    plain, away = draw(model, embeds[:2]), draw(model, embeds[:2], negative_embeds=embeds[2:])
-    assert np.array_equal(away, draw(model, embeds[:2], negative_embeds=embeds[[2, 2]]))
-    assert not np.array_equal(plain, away) and np.array_equal(plain, draw(model, embeds[:2]))
+    plain, with_negatives = draw(model, embeds[:2]), draw(model, embeds[:2], negative_embeds=embeds[2:])
+    assert np.array_equal(with_negatives, draw(model, embeds[:2], negative_embeds=embeds[[2, 2]]))
+    assert not np.array_equal(plain, with_negatives)
     assert not np.array_equal(plain, draw(model, embeds[:2], noise_level=900))
 
 
-def test_unclip_layout_conditions_and_starts_the_drawing(unclip: Path) -> None:
+def test_unclip_with_layout(unclip: Path) -> None:
+    """The layout conditions the U-Net and gives the start of the denoising."""
     model, embeds = UnclipDetokenizer.from_pretrained(unclip), torch.randn(2, E)
     seen: list[tuple[Tensor, Tensor]] = []
     hook = model.unet.register_forward_pre_hook(
         lambda module, args, named: seen.append((args[0], named["encoder_hidden_states"])), with_kwargs=True)
-    model(embeds, seeds=[1, 2])
+    model(embeds, seeds=[1, 2], num_inference_steps=2)
     hook.remove()
     latents, tokens = seen[0]
     assert model.layout is not None

@@ -1,4 +1,4 @@
-"""Export: stage checkpoints as training writes them become a tokenizer that gives the training modules' codes."""
+"""Export of training checkpoints to a tokenizer that gives the same codes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NANO = Path(__file__).parents[3] / "pretrained" / "nano"
 
 
 def _lavis(model: nn.Module, file: Path) -> Path:
-    """As LAVIS saves: without parameters that are frozen; buffers and tied copies stay."""
+    """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
     torch.save({"model": state, "optimizer": {"state": {}}, "config": {"run": {"max_epoch": 1}}, "epoch": 0}, file)
@@ -38,7 +38,7 @@ def _lavis(model: nn.Module, file: Path) -> Path:
 
 @dataclasses.dataclass
 class Trained:
-    """Files of a training, and what its modules make of an image."""
+    """Checkpoints of both stages; codes and embedding of an image by the trained modules."""
 
     config: TokenizerConfig
     stage1: Path
@@ -49,8 +49,8 @@ class Trained:
     embedding: Tensor
 
     def export(self, out: Path, **options: Any) -> Export:
-        given = {"stage1": self.stage1, "vision": self.vision, "config": self.config, "image": self.image}
-        return export_tokenizer(self.stage2, out, **{**given, **options})
+        files = {"stage1": self.stage1, "vision": self.vision, "config": self.config, "image": self.image}
+        return export_tokenizer(self.stage2, out, **{**files, **options})
 
 
 def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
@@ -66,7 +66,7 @@ def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any
     image = folder / "image.png"
     Image.fromarray(torch.randint(256, (30, 40, 3), dtype=torch.uint8).numpy()).save(image)
     pixels = seed_image_processor(config.vit.image_size)(Image.open(image))[None]
-    with torch.no_grad():  # codes that lie at the image's own features, so that it has many different ones
+    with torch.no_grad():  # rows of the codebook at the features of the image, so that its codes differ
         second.quantize.embedding.weight[:config.num_query] = second.eval().pre_quant(pixels)[0]
     deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
     torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")  # type: ignore[union-attr]
@@ -81,7 +81,7 @@ def trained(tiny: Seed2Config, tmp_path: Path) -> Trained:
 
 
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
-def test_export_gives_the_training_modules_codes(tiny: Seed2Config, tmp_path: Path, kind: str) -> None:
+def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path: Path, kind: str) -> None:
     config = {"seed2": tiny, "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
               "seed1": tiny_seed1.config()}[kind]
     trained, out = _train(config, tmp_path / "run"), tmp_path / "out"
@@ -101,7 +101,7 @@ def test_export_gives_the_training_modules_codes(tiny: Seed2Config, tmp_path: Pa
         torch.testing.assert_close(loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4)
 
 
-def test_export_takes_each_part_from_the_last_stage_that_trained_it(trained: Trained, tiny: Seed2Config,
+def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained: Trained, tiny: Seed2Config,
                                                                      tmp_path: Path) -> None:
     report = trained.export(tmp_path / "frozen")
     assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {str(trained.stage1)}
@@ -116,7 +116,7 @@ def test_export_takes_each_part_from_the_last_stage_that_trained_it(trained: Tra
     assert report.parts["visual_encoder"] == str(trained.stage1) and report.codes == trained.codes[0].tolist()
 
 
-def test_export_seed1_from_checkpoints_of_the_published_code(tmp_path: Path) -> None:
+def test_export_seed1_with_names_of_the_training_code(tmp_path: Path) -> None:
     trained = _train(tiny_seed1.config(), tmp_path / "run")
     state = {tiny_seed1.training_name(name): value for name, value in load_state_dict(trained.stage2).items()}
     state |= {"reverse_tokens": torch.zeros(1, 1, 24), "distill_image_proj.weight": torch.zeros(10, 24)}
@@ -126,7 +126,7 @@ def test_export_seed1_from_checkpoints_of_the_published_code(tmp_path: Path) -> 
     assert report.codes == trained.codes[0].tolist()
 
 
-def test_export_sizes_come_from_a_config_next_to_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
+def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="tensors have another size"):
         trained.export(tmp_path / "out", config=None)
     file = trained.stage2.parent / "config.json"
@@ -136,7 +136,7 @@ def test_export_sizes_come_from_a_config_next_to_the_checkpoint(trained: Trained
         assert Seed2Tokenizer.read_config(tmp_path / name / "config.json") == trained.config
 
 
-def test_export_missing_parts_are_named(trained: Trained, tmp_path: Path) -> None:
+def test_export_with_missing_parts(trained: Trained, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(CheckpointError, match=r"stage2\.pth: no file holds 'ln_vision'; give the stage-1 checkpoint"):
         trained.export(out, stage1=None)

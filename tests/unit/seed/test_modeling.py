@@ -11,7 +11,7 @@ import tiny_seed1
 import torch
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.seed.configuration import Seed2Config
 from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer, fast_encode
 
 
@@ -21,16 +21,6 @@ def model(request: pytest.FixtureRequest, tiny: Seed2Config) -> SeedTokenizer:
         return tiny_seed1.tokenizer()
     config = dataclasses.replace(tiny, use_qformer_image=request.param == "seed2-reverse")
     return tiny_seed1.loud(Seed2Tokenizer(config)).eval()  # type: ignore[return-value]
-
-
-def test_original_sizes() -> None:
-    """The golden fixtures have every name and shape."""
-    with torch.device("meta"):
-        models = [Seed2Tokenizer(Seed2Config()), Seed2Tokenizer(Seed2Config(use_qformer_image=True)),
-                  Seed1Tokenizer(Seed1Config())]
-    assert [len(model.state_dict()) for model in models] == [881, 1134, 917]
-    assert [sum(p.numel() for p in model.parameters()) for model in models] == [
-        1_149_998_528, 1_248_743_104, 1_154_069_952]
 
 
 def test_encode_and_decode_do_not_depend_on_batches(model: SeedTokenizer, images: torch.Tensor) -> None:
@@ -44,7 +34,7 @@ def test_encode_and_decode_do_not_depend_on_batches(model: SeedTokenizer, images
     assert torch.equal(model.encode(images[0]), codes[:1]) and model.encode(images[:0]).shape == (0, 32)
 
 
-def test_encode_early_codes_do_not_depend_on_later_queries(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_pre_quant_is_causal(model: SeedTokenizer, images: torch.Tensor) -> None:
     with torch.no_grad():
         before = model.pre_quant(images)
         model.query_tokens[0, 20:] += torch.randn(12, 24)
@@ -53,7 +43,8 @@ def test_encode_early_codes_do_not_depend_on_later_queries(model: SeedTokenizer,
     assert bool(((after - before).abs().amax(-1)[:, 20:] > 1e-6).all())
 
 
-def test_encode_and_decode_build_no_graph_and_ignore_dropout(model: SeedTokenizer, images: torch.Tensor) -> None:
+def test_encode_and_decode_in_train_mode(model: SeedTokenizer, images: torch.Tensor) -> None:
+    """They build no graph, ignore dropout and leave the mode unchanged."""
     model.train().visual_encoder.eval()
     codes = model.encode(images)
     assert torch.equal(codes, model.encode(images)) and not model.decode(codes).requires_grad
@@ -72,8 +63,8 @@ def test_gradients_reach_every_parameter(model: SeedTokenizer, images: torch.Ten
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_decode_lengths_zero_the_later_rows(model: SeedTokenizer, images: torch.Tensor) -> None:
-    """As stage 2 trains with `nested`."""
+def test_decode_with_lengths(model: SeedTokenizer, images: torch.Tensor) -> None:
+    """Later rows are zero, as in stage 2 with `nested`."""
     codes, lengths = model.encode(images), torch.tensor([4, 8, 16, 31, 32])
     rows = model.quantize.lookup(codes)
     for row, length in zip(rows, lengths, strict=True):
@@ -84,39 +75,29 @@ def test_decode_lengths_zero_the_later_rows(model: SeedTokenizer, images: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_encode_in_half_precision(tiny: Seed2Config, images: torch.Tensor, tmp_path: Path, dtype: torch.dtype) -> None:
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
     half = Seed2Tokenizer.from_pretrained(model.save_pretrained(tmp_path), dtype=dtype)
     assert half.dtype == dtype and half.Qformer.bert.embeddings.position_ids.dtype == torch.int64
-    assert (half.encode(images) == exact).float().mean() > 0.7, "most codes survive half precision"
+    assert (half.encode(images) == exact).float().mean() > 0.7
     torch.testing.assert_close(half.decode(exact).float(), model.decode(exact), rtol=0.1, atol=0.05)
     assert (fast_encode(half, dtype)(images) == exact).float().mean() > 0.7
 
 
 @pytest.mark.slow
 @pytest.mark.process
-def test_fast_encode_compiled_gives_the_same_codes(model: SeedTokenizer, images: torch.Tensor) -> None:
-    exact = model.encode(images)
-    assert torch.equal(fast_encode(model, compile=True)(images), exact)
-
-
+def test_fast_encode_compiled(tiny: Seed2Config, images: torch.Tensor) -> None:
+    model: SeedTokenizer = tiny_seed1.loud(Seed2Tokenizer(tiny)).eval()  # type: ignore[assignment]
+    assert torch.equal(fast_encode(model, compile=True)(images), model.encode(images))
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    ({"codebok_size": 3}, r"unknown key 'codebok_size' \(did you mean 'codebook_size'"),
-    ({"vit": {"witdh": 3}}, r"vit: unknown key 'witdh' \(did you mean 'width'"),
+    ({"vit": {"witdh": 3}}, r"config.json: vit: unknown key 'witdh' \(did you mean 'width'"),
     ({"codebook_sections": 8}, "codebook_sections must be 1 or num_query"),
     ({"model_type": "llama"}, "not the configuration of a Seed2Tokenizer")])
-def test_read_config_wrong_values_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_read_config_with_wrong_values(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(changes))
-    with pytest.raises(ConfigError, match=message) as caught:
+    with pytest.raises(ConfigError, match=message):
         Seed2Tokenizer.read_config(tmp_path / "config.json")
-    if "sections" not in message:
-        assert "config.json" in str(caught.value)
-
-
-def test_push_to_hub_stays_offline(model: SeedTokenizer) -> None:
-    with pytest.raises(OSError, match="offline"):
-        model.push_to_hub("owner/name")

@@ -1,4 +1,4 @@
-"""The originals' tokenizer object and SEED-1, on recorded strings and tiny random weights."""
+"""The original interfaces SeedLlamaTokenizer and Seed1, on recorded strings and tiny random weights."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def pixels(images: list[Image.Image]) -> np.ndarray:
 # ---- SeedLlamaTokenizer
 
 
-def test_text_is_tokenized_as_recorded(tokenizer):
-    """`tokenization.json` was recorded from the slow LLaMA tokenizer that the original's object is."""
+def test_call_tokenizes_as_recorded(tokenizer):
+    """`tokenization.json` was recorded from the original's slow LLaMA tokenizer."""
     recorded = json.loads((GOLDEN / "tokenization.json").read_text())
     words = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(GOLDEN / "tokenizer"), tokenizer.images)
     assert (words.bos_token_id, words.eos_token_id, words.pad_token_id, words.unk_token_id, len(words)) == tuple(
@@ -46,35 +46,34 @@ def test_text_is_tokenized_as_recorded(tokenizer):
         assert words.decode(torch.tensor(case["ids"])) == case["decoded"]
 
 
-def test_encode_image_reads_files_images_and_pixels(tokenizer, folder):
+def test_encode_image_of_files_images_and_pixels(tokenizer, folder):
     image = Image.open(folder / "0.png")
     tensor = seed_image_processor(32)(image)
     codes = tokenizer.encode_image(image_torch=tensor)
     assert codes.shape == (1, 32) and torch.equal(codes, tokenizer.images.model.encode(tensor))
-    for given in ({"image_path": folder / "0.png"}, {"image_path": str(folder / "0.png")}, {"image_pil": image}):
-        assert torch.equal(tokenizer.encode_image(**given), codes)
+    for source in ({"image_path": folder / "0.png"}, {"image_path": str(folder / "0.png")}, {"image_pil": image}):
+        assert torch.equal(tokenizer.encode_image(**source), codes)
     assert torch.equal(tokenizer.encode_image(image_torch=torch.stack([tensor, tensor])), codes.expand(2, -1))
-    for given in ({}, {"image_pil": image, "image_torch": tensor}):
-        with pytest.raises(ConfigError, match="exactly one of image_path, image_pil and image_torch"):
-            tokenizer.encode_image(**given)
+    with pytest.raises(ConfigError, match="exactly one of image_path, image_pil and image_torch"):
+        tokenizer.encode_image()
 
 
-def test_decode_image_steers_away_from_codes(tokenizer):
+def test_decode_image_with_negatives(tokenizer):
     codes, negatives = torch.randint(0, 16, (2, 3, 32), generator=torch.Generator().manual_seed(0))
     plain = pixels(tokenizer.decode_image(codes))
     assert plain.shape == (3, 16, 16, 3)
     assert np.array_equal(pixels(tokenizer.decode_image(codes[0].tolist())), plain[:1])
-    each = pixels(tokenizer.decode_image(codes, negatives, guidance_scale=5.0, num_inference_steps=3))
-    one = pixels(tokenizer.decode_image(codes, negative_indices=negatives[:1], guidance_scale=5.0,
-                                        num_inference_steps=3))
-    assert np.array_equal(one[0], each[0]) and not np.array_equal(one[1:], each[1:])
+    options = {"guidance_scale": 5.0, "num_inference_steps": 3}
+    separate = pixels(tokenizer.decode_image(codes, negatives, **options))
+    shared = pixels(tokenizer.decode_image(codes, negative_indices=negatives[:1], **options))
+    assert np.array_equal(shared[0], separate[0]) and not np.array_equal(shared[1:], separate[1:])
     assert not np.array_equal(pixels(tokenizer.decode_image(codes, negatives)), plain)
 
 
 @pytest.mark.parametrize(("lines", "dtype", "fp16"), [
     ("", torch.float32, True), ("fp16: True\ndtype: float16", torch.float16, True),
     ("fp16: False\ndtype: bf16", torch.bfloat16, False)])
-def test_tokenizer_of_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
+def test_instantiate_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
     file = tmp_path / "words.yaml"
     file.write_text("_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
                     f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nload_diffusion: True\n{lines}\n")
@@ -86,7 +85,7 @@ def test_tokenizer_of_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
 # ---- Seed1
 
 
-def test_seed1_encodes_and_draws(folder):
+def test_seed1_tokenize_draw_and_reconstruct(folder):
     images = sorted(folder.glob("*.png"))
     model = Seed1.from_pretrained(folder, device="cpu", log=None)
     codes = model.tokenize(images)
@@ -95,14 +94,14 @@ def test_seed1_encodes_and_draws(folder):
     drawn = pixels(model.reconstruct(images, num_inference_steps=3))
     again = pixels(model.draw(codes, num_inference_steps=3, batch_size=2))
     assert drawn.shape == (3, 16, 16, 3) and np.abs(drawn - again).max() <= 1
-    one, other = pixels(model.draw(codes[[0, 0]], seed=[1, 2], num_inference_steps=3))
-    assert np.abs(one - other).max() > 5
+    first, second = pixels(model.draw(codes[[0, 0]], seed=[1, 2], num_inference_steps=3))
+    assert np.abs(first - second).max() > 5
     built = instantiate(ROOT / "configs" / "tokenizer" / "seed1.yaml", folder=str(folder), device="cpu",
                         diffusion=str(folder / "stable-diffusion-v1-4"))
     assert torch.equal(built.tokenize(images), codes)
 
 
-def test_seed1_errors_are_one_sentence(folder, tmp_path):
+def test_seed1_with_wrong_codes_or_without_weights(folder, tmp_path):
     with pytest.raises(CodesError, match="outside"):
         Seed1.from_pretrained(folder, device="cpu", log=None).draw([[50] * 32])
     with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*, and download the diffusers folder"):

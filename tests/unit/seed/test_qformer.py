@@ -32,13 +32,13 @@ def _influence(model: QFormer, count: int, **inputs: torch.Tensor) -> torch.Tens
 
 
 @pytest.mark.parametrize(("causal", "count"), [(32, 32), (8, 8), (32, 31)])
-def test_forward_only_that_number_of_queries_is_causal(causal: int, count: int) -> None:
+def test_forward_is_causal_for_the_configured_number_of_queries(causal: int, count: int) -> None:
     model = QFormer(dataclasses.replace(CONFIG, causal_queries=causal), 16).eval()
     everything = torch.ones(count, count, dtype=torch.bool)
     assert torch.equal(_influence(model, count), everything.triu() if causal == count else everything)
 
 
-def test_forward_with_text_both_sides_see_each_other(model: QFormer) -> None:
+def test_forward_with_text_attends_to_both_sides() -> None:
     ids = torch.tensor([[2, 5, 6, 3]])
     one_layer = QFormer(dataclasses.replace(CONFIG, depth=1), 16, vocab_size=30).eval()
     moved = _influence(one_layer, 32, input_ids=ids)
@@ -52,7 +52,7 @@ def test_forward_with_text_both_sides_see_each_other(model: QFormer) -> None:
     assert bool((difference.abs().amax(-1) > 1e-7)[0, :32].all()), "every query must see the text"
 
 
-def test_forward_padding_changes_nothing_else(model: QFormer) -> None:
+def test_forward_with_padding(model: QFormer) -> None:
     ids, mask = torch.tensor([[2, 5, 3, 0, 0]]), torch.tensor([[1, 1, 1, 0, 0]])
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids, attention_mask=mask)[:, :3], model(input_ids=ids[:, :3]))

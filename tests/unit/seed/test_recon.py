@@ -1,4 +1,4 @@
-"""demo_recon.py: files and numbers, seeds, what is missing or wrong, on a tiny SEED-1."""
+"""demo_recon.py on a tiny SEED-1: files, seeds, sizes, samplers, missing weights and torn images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def pixels(*files: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file), dtype=np.int32) for file in files])
 
 
-def test_recon_numbers_its_files(folder, tmp_path, capsys):
+def test_recon_writes_numbered_files(folder, tmp_path, capsys):
     assert run(folder, tmp_path, "--image", folder / "0.png", folder / "1.png", "--n_samples", 2) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [len(lines[row].split()) for row in (0, 4)] == [32, 32]
@@ -38,7 +38,7 @@ def test_recon_numbers_its_files(folder, tmp_path, capsys):
     assert len(list((tmp_path / "samples").iterdir())) == 5 and Image.open(tmp_path / "grid-002.png").size == (16, 16)
 
 
-def test_recon_iterations_and_fixed_code(folder, tmp_path):
+def test_recon_with_iterations_and_fixed_code(folder, tmp_path):
     flags = ("--image", folder / "0.png", "--n_samples", 2, "--n_iter", 2, "--n_rows", 3, "--seed", 5)
     assert run(folder, tmp_path / "free", *flags) == run(folder, tmp_path / "fixed", *flags, "--fixed_code") == 0
     free, fixed = (pixels(*(tmp_path / name / "samples" / f"000{n}.png" for n in range(4)))
@@ -47,7 +47,7 @@ def test_recon_iterations_and_fixed_code(folder, tmp_path):
     assert all(np.abs(free[n] - free[m]).max() > 5 for n in range(4) for m in range(n))
 
 
-def test_recon_size_and_sampler(folder, tmp_path):
+def test_recon_with_sizes_and_samplers(folder, tmp_path):
     flags = ("--image", folder / "0.png", "--n_samples", 1, "--skip_grid")
     assert run(folder, tmp_path, *flags, "--W", 32, "--precision", "full", "--plms") == 0
     assert Image.open(tmp_path / "samples" / "0000.png").size == (32, 16)
@@ -56,7 +56,7 @@ def test_recon_size_and_sampler(folder, tmp_path):
     assert np.abs(plms - dpm).max() > 1
 
 
-def test_recon_skips_a_bad_image(folder, tmp_path, capsys):
+def test_recon_with_a_torn_image(folder, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"no image")
     assert run(folder, tmp_path / "out", "--image", tmp_path / "broken.png", folder / "0.png", "--n_samples", 1,
                "--prompt", "a dog", "--from-file", "x", "--config", "y.yaml", "--C", 4, "--f", 8) == 1
@@ -64,7 +64,7 @@ def test_recon_skips_a_bad_image(folder, tmp_path, capsys):
 
 
 @pytest.mark.process
-def test_recon_without_weights_says_what_to_download(tmp_path):
+def test_recon_without_weights(tmp_path):
     done = subprocess.run([warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"], cwd=tmp_path,
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

@@ -1,4 +1,4 @@
-"""Stage 1: gather modes, precision, embedding head, two processes. Stages 2: losses, corruption, hand-over."""
+"""SEED training modules: stage 1 (gather, precision, embedding head, two processes), stage 2 (losses, corruption)."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_stage1_frozen_vision_encoder_stays_in_eval_mode() -> None:
         assert all((p.grad is None) is frozen for p in model.visual_encoder.parameters())
 
 
-def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
+def test_stage1_embedding_loss_in_training_and_evaluation() -> None:
+    """A random prefix of the queries is used in training only."""
     model, target = _model(embedding_dim=5, embedding_weight=3.0), torch.randn(4, 5)
     losses = [model(*_batch(4), target_embedding=target, generator=torch.Generator().manual_seed(seed))
               for seed in (1, 1, 2)]
@@ -88,26 +89,26 @@ def test_stage1_embedding_loss_shows_a_prefix_in_training_only() -> None:
 
 
 def _contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[Tensor]:
-    """Gradients of the contrast of 64 pairs that are about as alike as a trained model's, temperature 0.07."""
-    source = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=source, dtype=torch.float64)  # noqa: E731
+    """Gradients of the contrastive loss of 64 pairs about as similar as a trained model's, temperature 0.07."""
+    rng = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64)  # noqa: E731
     common, pairs = draw(1, 768), draw(64, 768)  # embeddings of all images have much in common
     hidden = [(4 * common + pairs + 0.5 * draw(64, 768)).to(dtype).requires_grad_() for _ in range(2)]
     torch.manual_seed(0)
     projection = nn.Linear(768, 256).to(dtype)
     scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
     with torch.autocast("cpu", mixed, enabled=mixed is not None):
-        image, text = (unit_rows(projection, one) for one in hidden)
+        image, text = (unit_rows(projection, rows) for rows in hidden)
         loss = F.cross_entropy(similarities(image, text) / 0.07, torch.arange(64), label_smoothing=0.1)
     (loss * scale).backward()
-    return [one.grad.double() / scale for one in (*hidden, projection.weight)]  # type: ignore[union-attr]
+    return [tensor.grad.double() / scale for tensor in (*hidden, projection.weight)]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
 def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed: torch.dtype) -> None:
     """Error of the gradient against fp64; with half-precision products it is 2 to 4 % in bf16, 0.2 % in fp16."""
-    exact, made = _contrast_gradients(torch.float64, None), _contrast_gradients(torch.float32, mixed)
-    errors = [float((one - other).norm() / other.norm()) for one, other in zip(made, exact, strict=True)]
+    exact, gradients = _contrast_gradients(torch.float64, None), _contrast_gradients(torch.float32, mixed)
+    errors = [float((value - other).norm() / other.norm()) for value, other in zip(gradients, exact, strict=True)]
     assert max(errors) < 1e-4, errors
 
 
@@ -123,8 +124,8 @@ def _worker(rank: int, rendezvous: str, place: str) -> None:
 
 
 @pytest.mark.process
-def test_stage1_two_processes_with_gradient_equal_one_large_batch() -> None:
-    """The mean of the processes' gradients is the gradient of the whole batch when the gather carries gradients."""
+def test_stage1_in_two_processes_equals_one_large_batch() -> None:
+    """With `gather_gradient` the mean of the processes' gradients is the gradient of the whole batch."""
     model = _model()
     _run(model)
     with tempfile.TemporaryDirectory() as place:
@@ -176,7 +177,7 @@ def test_stage2_trains_the_decoder_or_the_qformer_too(kind: str, tiny: Seed2Conf
     assert _trained(free) == DECODERS[kind] | {"Qformer", "query_tokens", "ln_vision"}
 
 
-def test_stage2_frozen_dropout_is_a_choice(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+def test_stage2_with_and_without_frozen_dropout(kind: str, tiny: Seed2Config, images: Tensor) -> None:
     noisy, clean = _stage2(kind, tiny), _stage2(kind, tiny, frozen_dropout=False)
     assert noisy.Qformer.training and not clean.Qformer.training and not noisy.visual_encoder.training
     assert not torch.equal(noisy.encoder_output(images), noisy.encoder_output(images))
@@ -209,7 +210,7 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images: Tensor) -> None:
     torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
 
 
-def test_stage2_target_of_clip_and_text_encoder(tiny: Seed2Config, images: Tensor) -> None:
+def test_stage2_seed1_with_a_text_encoder(images: Tensor) -> None:
     encoder = tiny_seed1.text_encoder()
     model = Seed1Stage2Model(tiny_seed1.config(), text_encoder=encoder, frozen_dropout=False)
     assert not any(p.requires_grad for p in encoder.parameters()) and not model.train().text_encoder.training
@@ -247,14 +248,14 @@ def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny: Seed2Config) -> None
     assert torch.equal(model.eval().corrupt_codes(quant, None), quant)
 
 
-def test_keep_prefix_keeps_the_first_codes(tiny: Seed2Config) -> None:
+def test_keep_prefix_of_random_lengths(tiny: Seed2Config) -> None:
     model = Stage2Model(tiny, nested=0.5)
     quant = torch.ones(2000, 32, 6)
-    shown = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
-    kept = shown.sum(1)
-    assert torch.equal(shown, torch.arange(32) < kept[:, None])
-    assert kept.min() == 1 and (kept == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
-    assert kept[kept < 32].float().mean() == pytest.approx(16, abs=1)
+    mask = model.keep_prefix(quant, torch.Generator().manual_seed(0))[..., 0].bool()
+    lengths = mask.sum(1)
+    assert torch.equal(mask, torch.arange(32) < lengths[:, None])
+    assert lengths.min() == 1 and (lengths == 32).float().mean() == pytest.approx(0.5 + 0.5 / 32, abs=0.04)
+    assert lengths[lengths < 32].float().mean() == pytest.approx(16, abs=1)
     assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
@@ -271,7 +272,7 @@ def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, i
     assert list(tokenizer.state_dict()) == list(type(tokenizer)(tokenizer.config).state_dict())
 
 
-def test_load_stage1_takes_the_encoder_by_name(kind: str, tiny: Seed2Config, images: Tensor) -> None:
+def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Tensor) -> None:
     second = _stage2(kind, tiny)
     first = Stage1Model(Seed2Config(vit=second.config.vit, qformer=second.config.qformer), vocab_size=30,
                         embed_dim=8, embedding_dim=10).eval()

@@ -1,5 +1,4 @@
-"""Runs of the LAVIS application at tiny size: some of nano's scenes as image-caption json, YAMLs that use it, and
-runners built from them. Skipped as a whole where LAVIS is not installed."""
+"""Runs of the LAVIS application at tiny size, on scenes of nano as image-caption json; skipped without LAVIS."""
 
 from __future__ import annotations
 
@@ -33,22 +32,22 @@ def lavis() -> None:
 def one_thread() -> None:
     import torch
 
-    torch.set_num_threads(1)  # as in the processes these runs are compared with
+    torch.set_num_threads(1)  # as in the processes that these runs are compared with
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 images of nano's scenes and `pairs.json` next to them."""
-    return lavis_runs.write_pictures(tmp_path_factory.mktemp("pictures"))
+    return lavis_runs.write_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture
-def yaml(pictures: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """stage, options → the arguments of train.py for a tiny run on `pictures` into `tmp_path/NAME`."""
+def yaml(images: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """stage, options → the arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:
-        given = lavis_runs.write_config(stage, pictures, tmp_path / (name or stage))
-        return [*given, *(["--options", *options] if options else [])]
+        arguments = lavis_runs.write_config(stage, images, tmp_path / (name or stage))
+        return [*arguments, *(["--options", *options] if options else [])]
 
     return make
 

@@ -11,7 +11,7 @@ from lavis_runs import ROOT, log_of, torchrun
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
 
-def test_images_become_a_tokenizer(yaml, run, pictures, tmp_path, capsys):
+def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     from seed_multimodal.cli.main import main
     from seed_multimodal.images.io import open_image
     from seed_multimodal.lavit.checkpoints import load_dynamic_tokenizer
@@ -31,16 +31,16 @@ def test_images_become_a_tokenizer(yaml, run, pictures, tmp_path, capsys):
     assert main(["export-tokenizer", "--lavit", str(checkpoint), "--vision", str(VISION), "--out", str(out)]) == 0
     tokenizer = load_dynamic_tokenizer(out / "tokenizer")
     decoder = CodeDecoder.from_pretrained(out / "decoder")
-    pixels = tokenizer.transform.batch([open_image(path) for path in sorted(pictures.glob("*.png"))[:3]])
+    pixels = tokenizer.transform.batch([open_image(path) for path in sorted(images.glob("*.png"))[:3]])
     noise = torch.randn(3, 16, 2)
     codes = tokenizer.encode(pixels, noise=noise)
     expected = LavitStage1.forward(model, pixels, noise=noise)
     assert torch.equal(torch.cat(codes), expected.codes_T)
-    rebuilt = decoder.features([tokenizer.embed_codes(one) for one in codes])
+    rebuilt = decoder.features([tokenizer.embed_codes(row) for row in codes])
     assert rebuilt.shape == tokenizer.patch_features(pixels).shape
 
 
-def test_optimizer_has_the_rate_of_the_token_selector(yaml):
+def test_build_with_a_rate_of_the_token_selector(yaml):
     import train
 
     runner = train.build(train.parser("").parse_args(yaml("lavit", "model.selector_lr_scale=0.5")))
@@ -48,6 +48,6 @@ def test_optimizer_has_the_rate_of_the_token_selector(yaml):
 
 
 @pytest.mark.process
-def test_two_processes_have_one_codebook(yaml, start, tmp_path):
+def test_train_in_two_processes_with_one_codebook(yaml, start, tmp_path):
     _, (first, second) = torchrun(start, tmp_path, yaml("lavit", "run.num_workers=0", "model.freeze_selector=true"))
     assert all(torch.equal(value, second[name]) for name, value in first.items() if not name.endswith("counts"))

@@ -1,4 +1,4 @@
-"""nano's two stages of the LAVIS application: their templates, and the loss by label heads."""
+"""nano's two stages of the LAVIS application: rendered templates, the loss of the label heads."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def lavis(folder: Path, *changes: str) -> Any:
 
 
 @pytest.mark.slow
-def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -> None:
+def test_render_and_the_loss_of_the_label_heads(tmp_path: Path) -> None:
     from seed_lavis import models
     from seed_lavis.base import is_encoder_of
 
@@ -48,7 +48,7 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
     second = models.Blip2CodebookAllImage.from_config(two.model)
     assert second.config == tokenizer_config(space.config) and is_encoder_of(first.visual_encoder, first.clip)
     samples = {"image": normalise(scene_pixels([scene_at(0, n) for n in range(6)], 64)), "caption": ["a cat"] * 6}
-    out = {name: float(value) for name, value in second.eval()(samples).items()}
+    out = {name: value.item() for name, value in second.eval()(samples).items()}
     parts = sum(out[name] for name in ("loss_embed", "loss_distil_image", "loss_readout"))
     assert out["loss"] == pytest.approx(parts + second.options.label_weight * out["loss_labels"], rel=1e-5)
     assert not any("label_heads" in name for name in second.state_dict())
@@ -57,9 +57,9 @@ def test_lavis_templates_hold_the_sizes_and_teach_by_the_heads(tmp_path: Path) -
     assert not is_encoder_of(first.visual_encoder, first.clip)
 
 
-def test_render_starts_a_stage_from_an_earlier_checkpoint(tmp_path: Path) -> None:
+def test_render_with_an_earlier_checkpoint(tmp_path: Path) -> None:
     earlier = tmp_path / "checkpoint_0.pth"
     earlier.write_bytes(b"weights")
     two = lavis(tmp_path, f"train_stage2.start={earlier}")[2]
     assert two.model.finetuned == str(earlier) and two.model.load_finetuned
-    assert two.model.codebook_warmup == 0 and not two.model.kmeans_start  # its codebook is a start
+    assert two.model.codebook_warmup == 0 and not two.model.kmeans_start  # the checkpoint has a codebook

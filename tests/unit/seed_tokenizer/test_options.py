@@ -1,4 +1,4 @@
-"""YAML files: the original defaults, LAVIS's merging, and one sentence for a wrong key, name or value."""
+"""YAML files: the original defaults, every project and data set, wrong keys and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from seed_multimodal.errors import SeedError
 NANO = APPLICATION / "lavis/projects/nano/pretrain_qformer.yaml"
 RUN = ("init_lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay", "beta2", "max_epoch", "iters_per_epoch",
        "batch_size_train", "batch_size_eval", "num_workers", "seed", "amp", "resume_ckpt_path", "evaluate")
-RELEASED = {
+ORIGINAL = {
     "pretrain_qformer.yaml": ((3e-5, 3e-6, 3e-7, 2000, 0.05, 0.999, 10, 5000, 64, 16, 4, 42, True, None, False), {
         "pretrained": "pretrained/blip2_pretrained.pth", "freeze_vit": True, "load_finetuned": False,
         "image_size": 224, "vit_precision": "fp16", "num_query_token": 32, "embed_dim": 256, "max_txt_len": 32,
@@ -30,8 +30,8 @@ def registered():
     register()
 
 
-@pytest.mark.parametrize("name", RELEASED)
-def test_load_config_has_the_original_values(name):
+@pytest.mark.parametrize("name", ORIGINAL)
+def test_load_config_of_the_original_projects(name):
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 
@@ -39,14 +39,14 @@ def test_load_config_has_the_original_values(name):
 
     config = load_config(f"lavis/projects/blip2/train/{name}", ["run.batch_size_train=2"] if "codebook" in name else [])
     model = read_settings(registry.get_model_class(config.model_cfg.arch).options_type, config.model_cfg, "model")
-    run, options = RELEASED[name]
+    run, options = ORIGINAL[name]
     assert tuple(config.run_cfg[key] for key in RUN) == run
     assert {key: getattr(model, key) for key in options} == options
     assert Path(config.run_cfg.output_dir).is_absolute() and config.run_cfg.runner == "runner_seed"
     assert config.datasets_cfg.conceptual_caption_3m.build_info.annotations.train.storage == ["data/cc3m/cc3m.json"]
 
 
-def test_load_config_reads_every_project_and_data_set():
+def test_load_config_of_every_project_and_data_set():
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 
@@ -58,9 +58,7 @@ def test_load_config_reads_every_project_and_data_set():
 
 @pytest.mark.parametrize("options, sentence", [
     (["run.max_epok=1"], r"run: unknown key 'max_epok' \(did you mean 'max_epoch'\?\)"),
-    (["run.max_epoch"], "takes KEY=VALUE"),
     (["run.iters_per_epoch=5", "run.accum_grad_iters=2"], "multiple of run.accum_grad_iters"),
-    (["run.task=image_text_pretain"], "did you mean 'image_text_pretrain'"),
     (["model.arch=blip2_causal"], "did you mean 'blip2_casual'"),
     (["datasets.nano.vis_processor.train.name=blip2_image_trian"], "did you mean 'blip2_image_train'"),
 ])
@@ -75,7 +73,6 @@ def test_load_config_with_a_wrong_option(options, sentence):
 @pytest.mark.parametrize("key, sentence", [
     ("pretrained: nothing.pth", r"nothing\.pth.*blip2_pretrained\.pth"),
     ("text_tokenizer: /nowhere/bert", "bert-base-uncased"),
-    ("embedding_weight: 1.0", "model.clip_model"),
 ])
 def test_from_config_with_a_wrong_model_key(key, sentence):
     from omegaconf import OmegaConf

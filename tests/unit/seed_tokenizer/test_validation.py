@@ -1,4 +1,4 @@
-"""`run.valid_splits` and evaluate.py: held-out losses, which do not change the training."""
+"""Held-out losses (`run.valid_splits`, evaluate.py), which do not change the training."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ OPTIONS = ("model.load_pretrained=False", "model.restart_every=2", "run.num_work
 
 
 def held_out_lines(folder: Path) -> list[dict[str, float]]:
-    """Lines of log.txt, which begins with the configuration, with held-out losses."""
+    """Lines of log.txt with held-out losses; the file begins with the configuration."""
     lines = (folder / "log.txt").read_text().splitlines()
     return [json.loads(line) for line in lines if line.startswith("{") and "valid_loss" in line]
 
 
 @pytest.mark.process
-def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, capsys):
+def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, capsys):
     import evaluate
 
     plain = run(yaml("stage2", *OPTIONS, name="plain"))
     valid = run(yaml("stage2", *OPTIONS, "run.valid_splits=[val]", "run.tensorboard=True", name="valid"))
     assert all(torch.equal(value, valid.model.state_dict()[name]) for name, value in plain.model.state_dict().items())
-    with_it, without = log_of(tmp_path / "valid", "stage2"), log_of(tmp_path / "plain", "stage2")
-    assert list(without) == [3, 6, 9, 12] and list(with_it) == [3, 4, 6, 8, 9, 12]  # lines of their own
+    validated, without = log_of(tmp_path / "valid", "stage2"), log_of(tmp_path / "plain", "stage2")
+    assert list(without) == [3, 6, 9, 12] and list(validated) == [3, 4, 6, 8, 9, 12]
     for step, line in without.items():
-        assert all(with_it[step][key] == line[key] for key in ("loss", "last_loss", "grad", "loss_embed"))
-    last = with_it[12]
+        assert all(validated[step][key] == line[key] for key in ("loss", "last_loss", "grad", "loss_embed"))
+    last = validated[12]
     assert {"valid/val/loss", "valid/val/loss_embed", "valid/val/codebook_used", "valid/val/perplexity"} <= set(last)
     assert 0 < last["valid/val/codebook_used"] <= 1 <= last["valid/val/perplexity"] <= 64
     assert sorted(file.name for file in (tmp_path / "valid" / "samples").iterdir()) == [
@@ -47,7 +47,7 @@ def test_training_is_the_same_with_and_without_validation(yaml, run, tmp_path, c
 
 
 @pytest.mark.process
-def test_two_processes_share_the_split_and_have_one_codebook(yaml, run, start, tmp_path):
+def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path):
     options = ("model.load_pretrained=False", "model.kmeans_start=False", "model.restart_every=0", "run.max_epoch=1",
                "run.valid_splits=[val]", "run.clip_grad=0", "run.num_workers=0")
     _, (first, second) = torchrun(start, tmp_path, yaml("stage2", *options, name="two"))
@@ -60,7 +60,7 @@ def test_two_processes_share_the_split_and_have_one_codebook(yaml, run, start, t
 
 @pytest.mark.parametrize(("total", "batch", "world", "expected"), [
     (24, 16, 1, (12, 2)), (1001, 64, 4, (62, 4)), (5, 64, 4, (1, 1)), (7, 3, 1, (2, 3)), (5, 1, 2, (1, 2))])
-def test_share_out_leaves_little_over(total, batch, world, expected):
+def test_share_out(total, batch, world, expected):
     from seed_lavis.task import share_out
 
     size, count = share_out(total, batch, world)

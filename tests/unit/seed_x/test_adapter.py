@@ -1,4 +1,4 @@
-"""SDXLAdapter: condition channels and checkpoints. Outputs and gradients: the golden kind `seedx_sdxl_adapter`."""
+"""SDXLAdapter: condition channels, checkpoints (outputs and gradients: golden kind `seedx_sdxl_adapter`)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def inputs() -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def test_condition_channels_change_nothing_until_trained(inputs: dict[str, Tensor]) -> None:
+def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]) -> None:
     adapter, condition = tiny_sdxl.adapter(), torch.randn(2, 4, 8, 8)
     before, bias = adapter(**inputs), adapter.unet.conv_in.bias
-    for _ in range(2):  # once is enough
+    for _ in range(2):  # a second call changes nothing
         adapter.add_condition_channels()
         assert adapter.reads_condition and adapter.unet.config.in_channels == 8
         assert adapter.unet.conv_in.weight.shape == (8, 8, 3, 3) and torch.equal(adapter.unet.conv_in.bias, bias)
@@ -43,19 +43,20 @@ def test_condition_channels_change_nothing_until_trained(inputs: dict[str, Tenso
     assert not torch.allclose(trained(**inputs), trained(**inputs, condition_latents=condition))
 
 
-@pytest.mark.parametrize("kind", ["torch file", "safetensors", "released folder", "own folder"])
-def test_checkpoints_of_every_layout(kind: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
+def test_from_pretrained_layouts(name: str, folder: Path, tmp_path: Path, inputs: dict[str, Tensor]) -> None:
     adapter, state = tiny_sdxl.adapter(2), tiny_sdxl.adapter(2).state_dict()
-    place = tmp_path if "folder" in kind else tmp_path / ("a.bin" if kind == "torch file" else "a.safetensors")
-    if kind == "own folder":
+    place = tmp_path if "folder" in name else tmp_path / name
+    if name == "saved folder":
         adapter.save_pretrained(tmp_path)
     else:
         (tmp_path / "resampler.json").write_text(json.dumps(vars(tiny_sdxl.SIZES)))
-        if kind == "safetensors":
+        if name == "a.safetensors":
             save_file(state, place)
+        elif name == "a.bin":
+            torch.save(state, place)
         else:
-            torch.save({"module": state} if kind == "released folder" else state,
-                       tmp_path / "pytorch_model.bin" if kind == "released folder" else place)
+            torch.save({"module": state}, tmp_path / "pytorch_model.bin")
     loaded = SDXLAdapter.from_pretrained(place, folder)
     report = loaded.load_report
     assert report is not None and (len(report.loaded), report.missing, report.ignored) == (len(state), [], [])
@@ -66,21 +67,19 @@ def test_checkpoints_of_every_layout(kind: str, folder: Path, tmp_path: Path, in
     assert {value.dtype for value in half.parameters()} == {torch.bfloat16}
 
 
-def test_files_that_do_not_fit(folder: Path, tmp_path: Path) -> None:
-    def refused(sentence: str, error: Any = CheckpointError) -> None:
-        with pytest.raises(error, match=sentence):
-            SDXLAdapter.from_pretrained(tmp_path / "made", folder)
+def test_from_pretrained_of_wrong_files(folder: Path, tmp_path: Path) -> None:
+    def assert_error(message: str, error: Any = CheckpointError) -> None:
+        with pytest.raises(error, match=message):
+            SDXLAdapter.from_pretrained(tmp_path / "saved", folder)
 
-    refused(r"no such folder; put SEED-X's de-tokenizer .*seed_detokenizer/first_stage")
-    tiny_sdxl.adapter().save_pretrained(tmp_path / "made")
-    file, sizes = tmp_path / "made" / "model.safetensors", tmp_path / "made" / "resampler.json"
+    assert_error(r"no such folder; put SEED-X's de-tokenizer .*seed_detokenizer/first_stage")
+    tiny_sdxl.adapter().save_pretrained(tmp_path / "saved")
+    file, sizes = tmp_path / "saved" / "model.safetensors", tmp_path / "saved" / "resampler.json"
     state = load_file(file)
     save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
-    refused("1 tensors are missing from the file: 'unet.conv_out.bias'")
-    save_file({"weight": torch.zeros(2)}, file)
-    refused("a checkpoint of another model")
+    assert_error("1 tensors are missing from the file: 'unet.conv_out.bias'")
     save_file(state, file)
     sizes.write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
-    refused(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
+    assert_error(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
     sizes.write_text('{"dims": 3}')
-    refused(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", ConfigError)
+    assert_error(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", ConfigError)

@@ -1,4 +1,4 @@
-"""The `seed` commands with a SEED-X folder: as with any other, without a flag that says which system it is."""
+"""`seed` commands with a SEED-X folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def shown(tmp_path: Path) -> str:
-    Image.effect_noise((48, 30), 90).convert("RGB").save(tmp_path / "shown.png")
-    return str(tmp_path / "shown.png")
+def image(tmp_path: Path) -> str:
+    Image.effect_noise((48, 30), 90).convert("RGB").save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
 @pytest.fixture
 def seed(tiny_x_folder, tmp_path, capsys):
-    """Runs a `seed` command, gives its exit code, its records and stderr."""
+    """Runs a `seed` command and returns its exit code, its records and stderr."""
     def run(*words: str, model: Path | str = tiny_x_folder) -> tuple[int, list[dict], str]:
         out = () if words[0] in ("tokenize", "describe", "ask") else ("--out", f"{tmp_path}/out/")
         capsys.readouterr()
@@ -36,46 +36,45 @@ def seed(tiny_x_folder, tmp_path, capsys):
     return run
 
 
-def test_describe_ask_and_detect(seed, shown):
+def test_describe_ask_and_detect(seed, image):
     few = ("--max-new-tokens", "8")
-    assert isinstance(seed("describe", shown, *few)[1][0]["description"], str)
-    assert seed("ask", shown, shown, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
-    code, _, errors = seed("ask", shown, "<image> or <image>?", *few)
+    assert isinstance(seed("describe", image, *few)[1][0]["description"], str)
+    assert seed("ask", image, image, "What is <image>?", *few)[1][1]["question"] == "What is <image>?"
+    code, _, errors = seed("ask", image, "<image> or <image>?", *few)
     assert code == 1 and "2 <image> placeholders for 1 images" in errors
-    code, found, _ = seed("detect", shown, "the cat", *few)
-    assert code == 0 and bool(found[0]["boxes"]) == (found[0]["drawn"] is not None)
+    code, records, _ = seed("detect", image, "the cat", *few)
+    assert code == 0 and bool(records[0]["boxes"]) == (records[0]["drawn"] is not None)
 
 
-def test_draw_edit_and_reconstruct(seed, shown):
+def test_draw_edit_and_reconstruct(seed, image):
     assert get_args(Ratio) == KEPT_RATIOS
     assert Image.open(seed("draw", "a fish", "--steps", "2")[1][0]["image"]).size == (16, 16)
     for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
-        assert Image.open(seed("edit", shown, "Make it red.", *more)[1][0]["edited"]).size == size
-        record = seed("reconstruct", shown, "--condition", shown, "--image-guidance-scale", "2", *more)[1][0]
+        assert Image.open(seed("edit", image, "Make it red.", *more)[1][0]["edited"]).size == size
+        record = seed("reconstruct", image, "--condition", image, "--image-guidance-scale", "2", *more)[1][0]
         assert Image.open(record["rebuilt"]).size == size
-    assert Image.open(seed("reconstruct", shown)[1][0]["rebuilt"]).size == (16, 16)
+    assert Image.open(seed("reconstruct", image)[1][0]["rebuilt"]).size == (16, 16)
 
 
-def test_chat_draws_without_codes(seed, shown):
-    code, answers, _ = seed("chat", "--image", shown, "--message", "What is it?", "--message", "And now?",
+def test_chat_with_images(seed, image):
+    code, answers, _ = seed("chat", "--image", image, "--message", "What is it?", "--message", "And now?",
                             "--force-image")
-    assert code == 0 and len(answers) == 2 and all(any("image" in part for part in one["answer"]) for one in answers)
-    assert not any("codes" in part for one in answers for part in one["answer"])
+    assert code == 0 and len(answers) == 2
+    assert all(any("image" in part for part in answer["answer"]) for answer in answers)
+    assert not any("codes" in part for answer in answers for part in answer["answer"])
 
 
-def test_codes_of_a_system_without_codes(seed, shown):
-    code, _, errors = seed("tokenize", shown)
+def test_tokenize_with_a_system_without_codes(seed, image):
+    code, _, errors = seed("tokenize", image)
     assert code == 2 and "they have no codes" in errors
 
 
-def test_merged_agent_folder(seed, shown, tmp_path, monkeypatch):
-    """`llm` and `agent` alone, as `merge_lora_weights.py` leaves them, with the original parts in `pretrained/`."""
+def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
+    """`llm` and `agent` alone, as `merge_lora_weights.py` writes them, with the original parts in `pretrained/`."""
     home = tiny_seed_x.build_released(tmp_path / "pretrained")
-    (tmp_path / "mine").mkdir()
+    (tmp_path / "merged").mkdir()
     for name in ("llm", "agent"):
-        (home / "seed_x_i" / name).rename(tmp_path / "mine" / name)
+        (home / "seed_x_i" / name).rename(tmp_path / "merged" / name)
     monkeypatch.chdir(tmp_path)
-    code, answers, _ = seed("ask", shown, "What is it?", "--max-new-tokens", "8", model="mine")
+    code, answers, _ = seed("ask", image, "What is it?", "--max-new-tokens", "8", model="merged")
     assert code == 0 and isinstance(answers[0]["answer"], str)
-
-

@@ -1,4 +1,5 @@
-"""SdxlDetokenizer: diffusers' pipeline, conditions, negatives. The original loops: the golden `seedx_sdxl_adapter`."""
+"""SdxlDetokenizer: the pipeline of diffusers, condition images, guidance (original loops: golden kind
+`seedx_sdxl_adapter`)."""
 
 from __future__ import annotations
 
@@ -52,9 +53,8 @@ def latents(model: SdxlDetokenizer, embeds: Tensor, start: Tensor, images: Any =
                              embeds, model.null_embeds if negatives is None else negatives, images, start)
 
 
-@pytest.mark.slow
-def test_first_stage_draws_as_the_stock_pipeline(place: Path, embeds: Tensor) -> None:
-    """50 steps and guidance 7.5 are the defaults; guidance steers away from an empty image."""
+def test_first_stage_equals_the_diffusers_pipeline(place: Path, embeds: Tensor) -> None:
+    """The unconditional half is the embedding of an empty image."""
     from diffusers import StableDiffusionXLPipeline
 
     model = load(place, "first")
@@ -65,13 +65,13 @@ def test_first_stage_draws_as_the_stock_pipeline(place: Path, embeds: Tensor) ->
         empty = tiny_sdxl.Tower()(torch.zeros(1, 3, 16, 16))
         no_prompt, no_pooled = model.resampler(empty.unflatten(1, (4, 4)).mean(2))
     expected = stock(prompt_embeds=prompt, pooled_prompt_embeds=pooled, negative_prompt_embeds=no_prompt,
-                     negative_pooled_prompt_embeds=no_pooled, num_inference_steps=50, guidance_scale=7.5,
+                     negative_pooled_prompt_embeds=no_pooled, num_inference_steps=5, guidance_scale=7.5,
                      generator=[torch.Generator().manual_seed(5)]).images
     assert model.defaults == SdxlSettings(50, 7.5, image_guidance_scale=1.5)
-    assert np.abs(pixels(model(embeds[:1], seeds=[5])) - pixels(expected)).max() <= 1
+    assert np.abs(pixels(model(embeds[:1], seeds=[5], num_inference_steps=5)) - pixels(expected)).max() <= 1
 
 
-def test_each_image_has_its_own_condition(place: Path, embeds: Tensor) -> None:
+def test_second_stage_with_a_condition_for_each_image(place: Path, embeds: Tensor) -> None:
     model, start = load(place, "second"), torch.randn(1, 4, 8, 8)
     conditions = [image(1), None, image(2)]
     mixed = latents(model, embeds, start.expand(3, -1, -1, -1), conditions, model.null_embeds.expand(3, -1, -1))
@@ -82,9 +82,9 @@ def test_each_image_has_its_own_condition(place: Path, embeds: Tensor) -> None:
     assert not torch.allclose(latents(model, embeds[:1], start), mixed[:1], atol=1e-2)
 
 
-def test_low_image_guidance_runs_the_unet_once_a_step(place: Path, embeds: Tensor) -> None:
+def test_second_stage_with_image_guidance_below_1(place: Path, embeds: Tensor) -> None:
     second, rows = load(place, "second"), list[int]()
     hook = second.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     second(embeds[:2], image_guidance_scale=0.5, num_inference_steps=1)
     hook.remove()
-    assert rows == [2], "an image guidance below 1 runs the U-Net once"
+    assert rows == [2], "the U-Net should run once a step"

@@ -1,13 +1,15 @@
-"""SEED-X's original programs in `src/inference/`, on a tiny checkpoint in the original layout and files.
+"""SEED-X's original programs in `src/inference/`, on a tiny checkpoint in the original layout.
 
-The YAML files are the repository's with the tiny sizes; weights have no sizes next to them, as the original ones.
+The YAML files are the repository's with tiny sizes; as originally, the weights have no sizes next to them.
 """
 
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.system.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[3]
-PICTURES = {  # what each program leaves in vis/ without flags: a square as the original's, or in the source's ratio
+IMAGES = {  # what each program writes to vis/ without flags: a square as the original's, or in the source's ratio
     "eval_seed_x_detokenizer": {"men_recon.jpg": (16, 16)},
     "eval_seed_x_detokenizer_with_condition": {"men_recon_with_condition.jpg": (20, 13)},
     "eval_img2text_seed_x": {"car.png": (48, 30)},
@@ -41,9 +43,9 @@ FEW = ("--device", "cpu", "--max-new-tokens", "12")
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `pretrained/`, `configs/` and `demo_images/`."""
-    home = tmp_path_factory.mktemp("released")
+    home = tmp_path_factory.mktemp("original")
     tiny_seed_x.build_released(home / "pretrained")
     (home / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
         json.dumps({"num_inference_steps": 2}))
@@ -58,18 +60,18 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def here(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The same by links, so that results and changes are a test's own."""
+def home(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory: links to that folder, and a copy of `configs/`."""
     for name in ("pretrained", "demo_images"):
-        (tmp_path / name).symlink_to(released / name)
-    shutil.copytree(released / "configs", tmp_path / "configs")
+        (tmp_path / name).symlink_to(original / name)
+    shutil.copytree(original / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Prompts that the language model was given."""
+    """Prompts of the language model."""
     seen: list[list[int]] = []
     real = MultimodalSystem.generate
 
@@ -81,55 +83,55 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
-# ---- as the originals
-
-
-def test_every_program_exists() -> None:
-    assert {file.stem for file in (ROOT / "src" / "inference").glob("*.py")} == set(SCRIPTS) == set(PICTURES)
+# ---- without flags
 
 
 @pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.parametrize("name", PICTURES)
-def test_programs_without_flags(name: str, released: Path, tmp_path: Path) -> None:
-    """As the originals were run: in the repository's root, everything at its place."""
+def test_program_in_a_process(original: Path, tmp_path: Path) -> None:
     for folder in ("pretrained", "demo_images", "configs"):
-        (tmp_path / folder).symlink_to(released / folder)
+        (tmp_path / folder).symlink_to(original / folder)
+    name = "eval_img2edit_seed_x_edit"
     done = subprocess.run([warm_python.PYTHON, str(ROOT / "src" / "inference" / f"{name}.py"), "--device", "cpu"],
                           cwd=tmp_path, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr
-    assert {file.name: Image.open(file).size for file in (tmp_path / "vis").iterdir()} == PICTURES[name]
-    assert all(f"vis/{picture}" in done.stdout for picture in PICTURES[name])
+    assert {file.name: Image.open(file).size for file in (tmp_path / "vis").iterdir()} == IMAGES[name]
+    assert all(f"vis/{image}" in done.stdout for image in IMAGES[name])
 
 
 @pytest.mark.slow
-def test_requests_are_the_originals(here: Path, prompts: list[list[int]]) -> None:
-    for name in PICTURES:
-        if SCRIPTS[name].model:
-            assert seed_x_script(name, ["--device", "cpu"]) == 0
+def test_programs_have_the_original_images_and_prompts(home: Path, prompts: list[list[int]],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("*.py")}
+    assert set(programs) == set(SCRIPTS) == set(IMAGES)
+    for name, images in IMAGES.items():
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cpu"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(programs[name]), run_name="__main__")
+        assert ended.value.code == 0
+        assert {image: Image.open(home / "vis" / image).size for image in images} == images
     tokenizer = MultimodalTokenizer.from_pretrained(Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch"))
     words, encode = seed_x_words(tokenizer), tokenizer.encode_parts
-    seen, whole = words.read_ids(3), words.read_ids(2)  # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
-    asked = [
-        encode(["Question:", seen, "Describe this image briefly.\nAnswer:"], add_bos=True),
-        [*encode([seen, "In ths background with a blue sky on the road, there is a car [["], add_bos=True),
+    views, whole = words.read_ids(3), words.read_ids(2)  # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
+    expected = [
+        encode(["Question:", views, "Describe this image briefly.\nAnswer:"], add_bos=True),
+        [*encode([views, "In ths background with a blue sky on the road, there is a car [["], add_bos=True),
          words.boxes],
         encode(["A super math wizard cat, richly textured oil painting."], add_bos=True),
-        encode(["[INST]", seen, "Can I conntect with an advisor on Sunday? [/INST]\n"], add_bos=True),
-        encode(["[INST]", seen, "Is there anything in the image that can protect me from catching the flu virus when I "
-                "go out? Show me the location. [/INST]\n"], add_bos=True),
+        encode(["[INST]", views, "Can I conntect with an advisor on Sunday? [/INST]\n"], add_bos=True),
+        encode(["[INST]", views, "Is there anything in the image that can protect me from catching the flu virus when "
+                "I go out? Show me the location. [/INST]\n"], add_bos=True),
         encode(["[INST] Generate an image: A cybernetic soldier. [/INST]\n"], add_bos=True),
         encode(["[INST]", whole, "Make it under the sunset [/INST]\n"], add_bos=True)]
-    once = [ids for number, ids in enumerate(prompts) if ids not in prompts[:number]]  # a drawing may be asked twice
-    for found, wanted in zip(once, asked, strict=True):
-        assert found == wanted, (tokenizer.decode(found), tokenizer.decode(wanted))
+    once = [ids for number, ids in enumerate(prompts) if ids not in prompts[:number]]  # a prompt may be used twice
+    for ids, wanted in zip(once, expected, strict=True):
+        assert ids == wanted, (tokenizer.decode(ids), tokenizer.decode(wanted))
 
 
 # ---- flags
 
 
 @pytest.mark.slow
-def test_flags_of_drawing(here: Path) -> None:
+def test_programs_with_flags_of_drawing(home: Path) -> None:
     name = "eval_img2edit_seed_x_edit"
     for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
         assert seed_x_script(name, ["--device", "cpu", "--ratio", ratio, "--out", f"{ratio}.png"]) == 0
@@ -143,7 +145,7 @@ def test_flags_of_drawing(here: Path) -> None:
 
 
 @pytest.mark.slow
-def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
+def test_programs_with_several_images(home: Path, prompts: list[list[int]], capsys: pytest.CaptureFixture[str]) -> None:
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
     assert seed_x_script("eval_img2text_seed_x_i", [*both, "--prompt", "<image> or <image>?", *FEW]) == 0
     assert len(prompts) == 1
@@ -158,24 +160,23 @@ def test_several_images(here: Path, prompts: list[list[int]], capsys: pytest.Cap
 @pytest.mark.slow
 def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                      capsys: pytest.CaptureFixture[str]) -> None:
-    """A system's folder in the place of the original one, as `--model nano-x` is; our images stand in."""
+    """The folder of a system, as with `--model nano-x`; the images are the repository's."""
     monkeypatch.chdir(tmp_path)
-    for name in PICTURES:
+    for name in ("eval_seed_x_detokenizer_with_condition", "eval_img2text_seed_x_i", "eval_img2edit_seed_x_edit"):
         assert seed_x_script(name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]) == 0
-    assert len(list(Path("vis").iterdir())) == 6  # both programs that find something look at the same image
+    assert len(list(Path("vis").iterdir())) == 3
     flags = ["--model", str(tiny_x_folder), "--device", "cpu", "--device_2", "toaster"]
     assert seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
 
 
-# ---- parts that are not there, or do not fit
+# ---- missing weights, wrong configurations
 
 
 @pytest.mark.parametrize(("name", "parts"), [
     ("eval_img2text_seed_x", ("pretrained/seed_x/llm", "pretrained/seed_x/agent/pytorch_model.bin")),
     ("eval_seed_x_detokenizer", ("pretrained/stable-diffusion-xl-base-1.0", "pretrained/seed_detokenizer/"))])
-def test_programs_without_weights_say_what_to_download(name: str, parts: tuple[str, ...], tmp_path: Path,
-                                                       monkeypatch: pytest.MonkeyPatch,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+def test_programs_without_weights(name: str, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                  capsys: pytest.CaptureFixture[str]) -> None:
     if (ROOT / "pretrained" / "QwenViT").exists():
         pytest.skip("the original weights are on this disk")
     monkeypatch.chdir(tmp_path)
@@ -189,29 +190,25 @@ def test_programs_without_weights_say_what_to_download(name: str, parts: tuple[s
     ("clm_models/llm_seed_x", "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained", "os.system",
      "_target_ 'os.system' is not allowed"),
     ("clm_models/agent_seed_x", "grid_size: 2", "grid_szie: 2", "did you mean 'grid_size'"),
-    ("clm_models/agent_seed_x", "embed_dim: 32", "embed_dim: 48", "tensors have another size"),
-    ("visual_encoder/qwen_vitg_448", "layers: 1", "lairs: 1", "did you mean 'layers'"),
-    ("processer/qwen_448_transform", "keep_ratio: false", "keep_ratio: true", "keep_ratio to False"),
-    ("tokenizer/clm_llama_tokenizer_224loc_anyres", "transformers.LlamaTokenizer.from_pretrained",
-     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained", "describes another part")])
-def test_wrong_yaml_files(file: str, before: str, after: str, sentence: str, here: Path,
-                          capsys: pytest.CaptureFixture[str]) -> None:
-    path = here / "configs" / f"{file}.yaml"
+    ("clm_models/agent_seed_x", "embed_dim: 32", "embed_dim: 48", "tensors have another size")])
+def test_programs_with_wrong_yaml_files(file: str, before: str, after: str, sentence: str, home: Path,
+                                        capsys: pytest.CaptureFixture[str]) -> None:
+    path = home / "configs" / f"{file}.yaml"
     assert before in path.read_text()
     path.write_text(path.read_text().replace(before, after))
     assert seed_x_script("eval_img2text_seed_x", ["--device", "cpu"]) == 2
     assert sentence in capsys.readouterr().err
 
 
-def test_stray_key_of_the_original_is_accepted(here: Path) -> None:
+def test_programs_with_the_stray_key_of_the_original(home: Path) -> None:
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + "image_start_id\": 151857\n")
     assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
 
 
 @pytest.mark.slow
-def test_sizes_next_to_the_weights_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The repository's own YAML files, with the original sizes, read weights that bring theirs."""
+def test_programs_with_sizes_next_to_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They override those of the repository's YAML files."""
     tiny_seed_x.build_released(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     assert seed_x_script("eval_text2img_seed_x_i", ["--device", "cpu", "--out", "a.png", "--steps", "1"]) == 0
@@ -221,58 +218,58 @@ def test_sizes_next_to_the_weights_win(tmp_path: Path, monkeypatch: pytest.Monke
 # ---- tuned agents
 
 
-def _tuned(here: Path) -> tuple[Any, Path]:
-    """An agent whose language model has a LoRA, as the original's training left it; and its file."""
+def _tuned(home: Path) -> tuple[Any, Path]:
+    """An agent whose language model has a LoRA, as the original's training saves it; and its file."""
     from peft import LoraConfig, get_peft_model
 
     from seed_multimodal.language.llama import load_llm
 
-    node = load_yaml(here / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
+    node = load_yaml(home / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
     fields = {key: list(value) if "ListConfig" in type(value).__name__ else value
               for key, value in node.peft_config.items() if not key.startswith("_")}
     torch.manual_seed(5)
     llm = get_peft_model(load_llm(Path(node.model.pretrained_model_name_or_path)), LoraConfig(**fields))
-    made = tiny_seed_x.agent(llm, seed=9)
+    agent = tiny_seed_x.agent(llm, seed=9)
     with torch.no_grad():
-        for name, parameter in made.named_parameters():
+        for name, parameter in agent.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-    file = here / "checkpoint-10" / "pytorch_model.bin"
+    file = home / "checkpoint-10" / "pytorch_model.bin"
     file.parent.mkdir()
     # peft 0.4 had no base_layer
-    torch.save({name.replace(".base_layer.", "."): value for name, value in made.state_dict().items()}, file)
-    return made.eval(), file
+    torch.save({name.replace(".base_layer.", "."): value for name, value in agent.state_dict().items()}, file)
+    return agent.eval(), file
 
 
 @pytest.mark.slow
-def test_tuned_agent_with_its_lora(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The original's way from tuning to answers: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
-    made, file = _tuned(here)
-    yaml = here / "configs" / "clm_models" / "agent_seed_x.yaml"
-    mine = here / "mine.yaml"
-    mine.write_text(yaml.read_text().replace("pretrained/seed_x/agent/pytorch_model.bin", str(file)))
-    files = {**SCRIPTS["eval_img2text_seed_x"].files, "agent": "mine.yaml",
+def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(home: Path, capsys: pytest.CaptureFixture[str]
+                                                                   ) -> None:
+    """As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
+    agent, file = _tuned(home)
+    text = (home / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
+    (home / "tuned.yaml").write_text(text.replace("pretrained/seed_x/agent/pytorch_model.bin", str(file)))
+    files = {**SCRIPTS["eval_img2text_seed_x"].files, "agent": "tuned.yaml",
              "llm": "configs/clm_models/llm_seed_x_lora.yaml"}
     system = SeedX.from_pretrained(config_of_files(files), device="cpu", log=None, load_decoder=False)
     ids = torch.tensor([[1, 5, 9, 13, 40]])
-    assert torch.allclose(system.llm(input_ids=ids).logits, made.llm(input_ids=ids).logits, atol=1e-4)
-    assert torch.equal(system.agent.patch_pos_embed, made.patch_pos_embed)
-    assert seed_x_script("eval_img2text_seed_x", ["--agent", "mine.yaml", *FEW]) == 2
+    assert torch.allclose(system.llm(input_ids=ids).logits, agent.llm(input_ids=ids).logits, atol=1e-4)
+    assert torch.equal(system.agent.patch_pos_embed, agent.patch_pos_embed)
+    assert seed_x_script("eval_img2text_seed_x", ["--agent", "tuned.yaml", *FEW]) == 2
     assert "q_proj" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="leave the quantisation out"):
         SeedX.from_pretrained(config_of_files(files), device="cpu", log=None, load_decoder=False, quantization="8bit")
 
 
 @pytest.mark.slow
-def test_checkpoint_of_our_tuning_holds_its_lora(here: Path) -> None:
-    made, file = _tuned(here)
+def test_from_pretrained_of_a_checkpoint_with_its_lora(home: Path) -> None:
+    agent, file = _tuned(home)
     (file.parent / "agent.json").write_text(json.dumps({
         "input_resampler": vars(tiny_seed_x.READS), "output_resampler": vars(tiny_seed_x.WRITES),
         "losses": {"rec_loss_scale": 3.0}, "lora": {"r": 4, "lora_alpha": 32, "target_modules": [
             "q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj"],
             "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"]}}))
-    (here / "pretrained").unlink()
-    home = tiny_seed_x.build_released(here / "pretrained")
-    system = SeedX.from_pretrained(home, llm=home / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
+    (home / "pretrained").unlink()
+    weights = tiny_seed_x.build_released(home / "pretrained")
+    system = SeedX.from_pretrained(weights, llm=weights / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
     ids = torch.tensor([[1, 5, 9, 13, 40]])
-    assert torch.allclose(system.llm(input_ids=ids).logits, made.llm(input_ids=ids).logits, atol=1e-4)
+    assert torch.allclose(system.llm(input_ids=ids).logits, agent.llm(input_ids=ids).logits, atol=1e-4)

@@ -1,4 +1,4 @@
-"""`src/tools/reload_qwen_vit.py`: the vision encoder out of Qwen-VL-Chat's shards of both formats."""
+"""`src/tools/reload_qwen_vit.py`: the vision encoder from Qwen-VL-Chat's shards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from seed_multimodal.weights import load_state_dict
 
 
 @pytest.mark.parametrize("torch_files", [True, False])
-def test_reload_both_formats_without_the_language_models_shard(
+def test_reload_of_shards_in_both_formats(
     torch_files: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     encoder = tiny_seed_x.write_qwen_vl(tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files)
     shards = sorted((tmp_path / "pretrained" / "Qwen-VL-Chat").glob("*-of-*"))
-    shards[0].unlink()
+    shards[0].unlink()  # holds the language model only
     assert reload_script([]) == 0
     file = tmp_path / "pretrained" / "QwenViT" / "qwen_vit_G.pt"
     state = load_state_dict(file)

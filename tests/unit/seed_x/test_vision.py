@@ -1,4 +1,4 @@
-"""SEED-X's vision encoder at a tiny size: batches, precision, files. Activations: the golden kind `seedx_visual`."""
+"""SEED-X's vision encoder at a tiny size: batches, precision, files (activations: golden kind `seedx_visual`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _seeded() -> None:
 
 @pytest.fixture
 def encoder() -> QwenVit:
-    """Weights large enough that every part shows."""
+    """Weights large enough that every part changes the output."""
     model = QwenVit(SMALL)
     with torch.no_grad():
         for value in model.parameters():
@@ -32,14 +32,12 @@ def encoder() -> QwenVit:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
-def test_encoder_gives_an_image_alone_and_in_a_batch_the_same(
-    encoder: QwenVit, dtype: torch.dtype, tolerance: float
-) -> None:
+def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype: torch.dtype, tolerance: float) -> None:
     images = torch.randn(3, 3, 28, 28)
     exact = encoder(images)
-    together = encoder.to(dtype)(images)  # pixels are fp32 whatever the weights' precision
+    together = encoder.to(dtype)(images)  # the pixels stay fp32
     assert together.dtype == dtype and together.shape == (3, 4, 16)
-    torch.testing.assert_close(torch.cat([encoder(one[None]) for one in images]), together, rtol=0, atol=tolerance)
+    torch.testing.assert_close(torch.cat([encoder(image[None]) for image in images]), together, rtol=0, atol=tolerance)
     torch.testing.assert_close(together.float(), exact, rtol=0, atol=tolerance * float(exact.abs().max()))
 
 
@@ -47,7 +45,7 @@ def test_encoder_gives_an_image_alone_and_in_a_batch_the_same(
 
 
 @pytest.mark.parametrize("prefix", ["", IN_QWEN_VL])
-def test_from_pretrained_reads_the_original_file_and_its_folder(encoder: QwenVit, tmp_path: Path, prefix: str) -> None:
+def test_from_pretrained_of_the_original_file_and_its_folder(encoder: QwenVit, tmp_path: Path, prefix: str) -> None:
     images, lines, file = torch.randn(2, 3, 28, 28), [], tmp_path / "qwen_vit_G.pt"
     torch.save({prefix + name: value.bfloat16() for name, value in encoder.state_dict().items()}, file)
     expected = encoder.to(torch.bfloat16)(images)
@@ -61,14 +59,14 @@ def test_from_pretrained_reads_the_original_file_and_its_folder(encoder: QwenVit
         QwenVit.from_pretrained(file)
 
 
-def test_save_pretrained_keeps_the_sizes(encoder: QwenVit, tmp_path: Path) -> None:
+def test_save_pretrained_with_sizes(encoder: QwenVit, tmp_path: Path) -> None:
     folder, images = encoder.save_pretrained(tmp_path / "encoder"), torch.randn(2, 3, 28, 28)
     for source in (folder, folder / "model.safetensors"):
         again = QwenVit.from_pretrained(source)
         assert again.config == SMALL and torch.equal(again(images), encoder(images))
 
 
-def test_from_pretrained_refuses_wrong_files(encoder: QwenVit, tmp_path: Path) -> None:
+def test_from_pretrained_of_wrong_files(encoder: QwenVit, tmp_path: Path) -> None:
     state, file = encoder.state_dict(), tmp_path / "qwen_vit_G.pt"
     with pytest.raises(CheckpointError, match=r"Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit\.py takes it out of"):
         QwenVit.from_pretrained(tmp_path)

@@ -43,11 +43,11 @@ def ask(client: Any, **body: Any) -> tuple[int, dict[str, Any]]:
 # ---- answers
 
 
-def test_generate_answers_a_question_about_an_image(client, tiny, png, picture) -> None:
+def test_generate_answers_a_question_about_an_image(client, tiny, png, stripes) -> None:
     status, answer = ask(client, text=ASK, images=[b64(png)], max_new_tokens=8, temperature=0)
-    expected = tiny.chat([{"role": "user", "content": [picture, "What is it?"]}], max_new_tokens=8)
+    expected = tiny.chat([{"role": "user", "content": [stripes, "What is it?"]}], max_new_tokens=8)
     assert status == 200 and set(answer) == KEYS and answer["text"] == str(expected)
-    assert answer["images_ids"] == tiny.tokenize(picture).tolist() and answer["images"] == []
+    assert answer["images_ids"] == tiny.tokenize(stripes).tolist() and answer["images"] == []
     again = ask(client, text=ASK, images=answer["images_ids"], max_new_tokens=8, temperature=0)[1]
     assert again["text"] == answer["text"]  # codes say the same as the image
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,14 +43,14 @@ def shown(url: str) -> Image.Image:
 
 
 def test_models_lists_the_system(openai, tiny) -> None:
-    assert [model.id for model in openai.models.list().data] == [tiny.config.name]
+    assert [model.id for model in openai.models.list().data] == [Path(tiny.config.name).name]
 
 
-def test_chat_answers_as_the_library(openai, tiny, picture) -> None:
+def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     """Text and images in; the same text whole and streamed, with its usage."""
     asked: Any = {"model": "any", "max_tokens": 8, "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(picture)]}]}
-    expected = tiny.chat([{"role": "user", "content": ["What is it?", picture]}], max_new_tokens=8)
+        {"role": "user", "content": [{"type": "text", "text": "What is it?"}, part(stripes)]}]}
+    expected = tiny.chat([{"role": "user", "content": ["What is it?", stripes]}], max_new_tokens=8)
     answer = openai.chat.completions.create(**asked)
     assert answer.choices[0].message.content.strip() == expected.text.strip()
     assert answer.usage.prompt_tokens == expected.prompt_tokens > 32
@@ -87,26 +88,26 @@ def test_chat_sends_images_and_previews(openai, tiny) -> None:
     assert openai.chat.completions.create(model="", max_tokens=6, messages=by_codes).choices[0].message.content
 
 
-def test_images_are_drawn_and_edited(openai, tiny, picture) -> None:
+def test_images_are_drawn_and_edited(openai, tiny, stripes) -> None:
     drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json", extra_body={"seed": 3}).data
     expected = tiny.draw(["a fish"], 3, num_images=2)
     assert all(np.array_equal(read(one.b64_json), image) for one, image in zip(drawn, expected, strict=True))
-    edited = openai.images.edit(image=("a.png", image_to_bytes(picture), "image/png"), prompt="Make it green.",
+    edited = openai.images.edit(image=("a.png", image_to_bytes(stripes), "image/png"), prompt="Make it green.",
                                 extra_body={"seed": 3}).data
-    assert np.array_equal(read(edited[0].b64_json), tiny.edit([picture], ["Make it green."], 3)[0])
-    two = openai.images.edit(image=[image_to_bytes(picture), image_to_bytes(noise(1))], prompt="Mix them.").data
+    assert np.array_equal(read(edited[0].b64_json), tiny.edit([stripes], ["Make it green."], 3)[0])
+    two = openai.images.edit(image=[image_to_bytes(stripes), image_to_bytes(noise(1))], prompt="Mix them.").data
     assert read(two[0].b64_json).size == (16, 16)
 
 
-def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture) -> None:
+def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes) -> None:
     def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
         headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
         done = subprocess.run(["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
                               input=json.dumps(body), text=True, capture_output=True, check=True)
         return json.loads(done.stdout)["data"]
 
-    codes = [one["codes"] for one in curl({"images": [image_to_base64(picture), part(noise(1))["image_url"]["url"]]})]
-    assert codes == tiny.tokenize([picture, noise(1)]).tolist()
+    codes = [one["codes"] for one in curl({"images": [image_to_base64(stripes), part(noise(1))["image_url"]["url"]]})]
+    assert codes == tiny.tokenize([stripes, noise(1)]).tolist()
     drawn = curl({"codes": codes, "seed": 5})
     assert all(np.array_equal(read(one["b64_json"]), image)
                for one, image in zip(drawn, tiny.reconstruct(codes, seed=5), strict=True))
@@ -114,6 +115,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture)
 
 @pytest.mark.parametrize(("route", "body", "sentence"), [
     ("chat/completions", {}, "messages: Field required."),
+    ("chat/completions", {"messages": [{"role": "user", "content": " "}]}, "The last message is empty."),
     ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role: Input should be"),
     ("chat/completions", {"messages": [{"role": "user", "content": "x" * 33_000}]}, "characters"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [1]}] * 17}]},
@@ -121,6 +123,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, picture)
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "image 0: the file is"),
     ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url", "codes": [99] * 32}]}]},
      "a code outside 0 to 15"),
+    ("images/generations", {"prompt": " "}, "prompt: String should have at least 1 character."),
     ("images/generations", {"prompt": "x", "n": 99}, "n: Input should be less than or equal to 8"),
     ("images/generations", {"prompt": "x", "ratio": "3:2"}, "Unknown option 'ratio'"),
     ("images/tokens", {}, "Send either 'images' or 'codes'."),
@@ -138,7 +141,8 @@ def test_every_route_but_health_needs_the_token(running: Running, openai) -> Non
     with pytest.raises(AuthenticationError):
         OpenAI(base_url=f"{running.root}/v1", api_key="wrong").models.list()
     for path in ("generate", "ready", "metrics", "openapi.json", "v1/models", "elsewhere"):
-        assert requests.get(f"{running.root}/{path}", timeout=10).status_code == 401
+        refused = requests.get(f"{running.root}/{path}", timeout=10)
+        assert refused.status_code == 401 and refused.headers["WWW-Authenticate"] == "Bearer"
     assert requests.get(f"{running.root}/health", timeout=10).status_code == 200
     assert requests.get(f"{running.root}/ready", timeout=10, headers=running.headers).json() == {"ready": True}
 
@@ -164,6 +168,8 @@ def test_a_late_answer_is_cut_off(tiny) -> None:
     asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2048, "temperature": 5, "top_p": 1}
     answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
     assert answer["finish_reason"] == "length" and "cut off after 0.001 seconds" in answer["message"]["notes"][0]
+    drawing = client.post("/v1/images/generations", json={"prompt": "a fish"})
+    assert drawing.status_code == 503 and "more than 0.001 seconds" in drawing.json["error"]["message"]
 
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
@@ -186,7 +192,7 @@ def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
 
     client = create_app(tiny_lavit).test_client()
     turns = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "a fish"},
-             {"role": "assistant", "content": "no"}, {"role": "user", "content": [part(noise(1))]}]
+             {"role": "assistant", "content": "no"}, {"role": "user", "content": [{**part(noise(1)), "codes": [1, 2]}]}]
     said = client.post("/v1/chat/completions", json={"messages": turns, "seed": 3}).json["choices"][0]["message"]
     assert said["content"] == tiny_lavit.chat([{"role": "user", "content": [noise(1)]}], num_beams=1, seed=3).text
     drawn = client.post("/v1/images/generations", json={"prompt": "a fish", "seed": 3, "ratio": "2:3"}).json["data"]

@@ -43,8 +43,8 @@ def visit(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Visi
 
 
 @pytest.fixture()
-def file(picture: Image.Image, tmp_path: Path) -> str:
-    picture.save(tmp_path / "stripes.png")
+def file(stripes: Image.Image, tmp_path: Path) -> str:
+    stripes.save(tmp_path / "stripes.png")
     return str(tmp_path / "stripes.png")
 
 
@@ -178,6 +178,8 @@ def test_tabs_draw_edit_and_exchange_codes(visit: Visit, file: str) -> None:
     assert asyncio.run(visit.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
     with pytest.warns(UserWarning, match="Choose an image first"):
         assert asyncio.run(visit.on_change(None, "Make it green.", 0)) == []
+    with pytest.warns(UserWarning, match="Write a text first"):
+        asyncio.run(visit.on_draw(" ", 3, None))
     _, codes = asyncio.run(visit.on_codes(file))
     assert len(codes) == 32 and asyncio.run(visit.on_codes(None)) == ("", [])
     other = [*codes[::-1]]
@@ -209,9 +211,10 @@ def test_build_opens_no_connection(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     demo = build(models := [Model("", kind := KINDS[name])])
-    *_, temperature, rounds, _, shape, draw, edit, codes, find = asyncio.run(Visit(models, models[0]).on_model(0))
-    tabs = {"draw": draw, "edit": edit, "codes": codes, "find": find}
-    assert [tab for tab, update in tabs.items() if update["visible"]] == [*kind.can]
-    assert (temperature, rounds, shape["visible"]) == (kind.temperature, kind.rounds, "lavit" in name)
+    updates = asyncio.run(Visit(models, models[0]).on_model(0))
+    temperature, rounds, force, _, shape, *tabs = updates[4:]
+    names = ("draw", "edit", "codes", "find")
+    assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [*kind.can]
+    assert (temperature, rounds, force, shape["visible"]) == (kind.temperature, kind.rounds, False, "lavit" in name)
     sliders = {block.label for block in demo.blocks.values() if type(block).__name__ == "Slider"}
     assert {"Beams", "Temperature", "Top P", "Most new tokens", "Most rounds of history"} <= sliders

@@ -1,4 +1,4 @@
-"""`seed assemble`: parts that lie apart, as trainings leave them, become a folder that does what the system did."""
+"""`seed assemble` and `save_system`: a folder of separate parts answers as the system that they are from."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def assemble(kind: str, out: Path, **parts: Path) -> int:
     return main(["assemble", kind, *flags, "--out", str(out)])
 
 
-def test_assemble_lavit_of_an_export_a_pixel_decoder_and_a_checkpoint(
+def test_assemble_of_the_outputs_of_lavits_trainings(
     tiny_lavit_folder: Path, tiny_lavit: Lavit, tmp_path: Path
 ) -> None:
     source, parts = tiny_lavit_folder, tmp_path / "parts"
     for name in ("tokenizer", "decoder"):
         shutil.copytree(source / name, parts / "exported" / name)
-    (parts / "exported" / "decoder" / "model.safetensors").write_bytes(b"random heads")  # those of the pixels win
+    (parts / "exported" / "decoder" / "model.safetensors").write_bytes(b"random")  # that of --pixels is used
     shutil.copytree(source / "pixels", parts / "pixels")
     shutil.copytree(source / "decoder", parts / "pixels" / "decoder")
     shutil.copytree(source / "llm", parts / "checkpoint-9")
@@ -39,14 +39,14 @@ def test_assemble_lavit_of_an_export_a_pixel_decoder_and_a_checkpoint(
     (parts / "checkpoint-9" / "optimizer.safetensors").write_bytes(b"moments")
     out, settings = tmp_path / "system", tmp_path / "settings.json"
     settings.write_text(json.dumps({"generation": json.loads((source / "system.json").read_text())["generation"]}))
-    given = {"tokenizer": parts / "exported", "pixels": parts / "pixels", "llm": parts / "checkpoint-9"}
-    assert assemble("lavit", out, **given, settings=settings) == 0
+    outputs = {"tokenizer": parts / "exported", "pixels": parts / "pixels", "llm": parts / "checkpoint-9"}
+    assert assemble("lavit", out, **outputs, settings=settings) == 0
     assert not (out / "llm" / "optimizer.safetensors").exists() and not (out / "pixels" / "decoder").exists()
-    made = Lavit.from_pretrained(out, device="cpu", log=None)
-    assert made.describe(FOX, seed=3) == tiny_lavit.describe(FOX, seed=3)
-    drawn, wanted = (system.draw("a red apple", seed=1, num_inference_steps=2) for system in (made, tiny_lavit))
-    assert drawn.tobytes() == wanted.tobytes()
-    assert assemble("lavit", out, **given) == 2  # it is there
+    assembled = Lavit.from_pretrained(out, device="cpu", log=None)
+    assert assembled.describe(FOX, seed=3) == tiny_lavit.describe(FOX, seed=3)
+    drawn, expected = (system.draw("a red apple", seed=1, num_inference_steps=2) for system in (assembled, tiny_lavit))
+    assert drawn.tobytes() == expected.tobytes()
+    assert assemble("lavit", out, **outputs) == 2  # it exists
 
 
 def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_assemble_rewrites_paths_to_other_systems(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["seed-x", "seed-llama"])
-def test_assemble_makes_a_system_that_answers_as_before(
+def test_assemble_of_the_parts_of_a_system(
     kind: str, tiny_folder: Path, tiny_x_folder: Path, tmp_path: Path
 ) -> None:
     source, parts = tiny_folder, {"tokenizer": tiny_folder / "seed_tokenizer", "llm": tiny_folder / "seed_llama"}
@@ -71,30 +71,30 @@ def test_assemble_makes_a_system_that_answers_as_before(
         source = tiny_x_folder
         parts = {name: source / name for name in ("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")}
     assert assemble(kind, tmp_path / "system", **parts, settings=source / "system.json") == 0
-    made, wanted = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-                    for folder in (tmp_path / "system", source))
+    assembled, whole = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+                        for folder in (tmp_path / "system", source))
     greedy = {"do_sample": False, "max_new_tokens": 8}
-    assert made.describe(FOX, **greedy) == wanted.describe(FOX, **greedy) and made.images.can_draw
+    assert assembled.describe(FOX, **greedy) == whole.describe(FOX, **greedy) and assembled.images.can_draw
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_save_system_writes_a_folder_that_needs_no_other(name: str, tmp_path: Path) -> None:
+def test_save_system_writes_a_complete_folder(name: str, tmp_path: Path) -> None:
     out = save_system(SystemConfig.find(ROOT / "pretrained" / name), tmp_path / "saved")
     for file in (*out.rglob("tower.json"), *out.rglob("vae.json")):
         values = json.loads(file.read_text())
         assert (file.parent / (values.get("file") or values["folder"])).resolve().is_relative_to(out.resolve())
-    made, wanted = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-                    for folder in (out, ROOT / "pretrained" / name))
-    assert made.describe(FOX) == wanted.describe(FOX) and made.images.can_draw
-    drawn, expected = (system.draw("a dog", seed=1, num_inference_steps=1) for system in (made, wanted))
+    saved, original = (MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+                       for folder in (out, ROOT / "pretrained" / name))
+    assert saved.describe(FOX) == original.describe(FOX) and saved.images.can_draw
+    drawn, expected = (system.draw("a dog", seed=1, num_inference_steps=1) for system in (saved, original))
     assert drawn.tobytes() == expected.tobytes()
-    changed = {key for key in vars(made.config) if getattr(made.config, key) != getattr(wanted.config, key)}
-    assert changed <= {"name", *PARTS[made.config.system], "known_words"}
+    changed = {key for key in vars(saved.config) if getattr(saved.config, key) != getattr(original.config, key)}
+    assert changed <= {"name", *PARTS[saved.config.system], "known_words"}
     assert (out / "README.md").is_file() and not (out / "report").exists()
 
 
-def test_assemble_refuses_wrong_settings_and_missing_parts(
+def test_assemble_with_wrong_settings_and_missing_parts(
     tiny_folder: Path, tiny: SeedLlama, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parts, out = {"tokenizer": tiny_folder / "seed_tokenizer"}, tmp_path / "system"

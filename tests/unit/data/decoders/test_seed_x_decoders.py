@@ -1,4 +1,4 @@
-"""SEED-X's decoders: what is read, written and learned, over-long samples, bad records (ids: golden fixtures)."""
+"""SEED-X's decoders: images read and written, labels, over-long and bad records (ids: golden fixtures)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from seed_multimodal.seed_x.processing import ReadImage, SeedXPrompts, place_ima
 from seed_nano.train.words import train_words
 
 TEXTS = ["[INST] What is this? [/INST]\n", "It is a red cat.", "Here is a picture. Generate an image: blue"] * 20
-
-
 SQUARE, WIDE, SMALL = (Image.new("RGB", size) for size in ((448, 448), (900, 450), (300, 300)))  # 1x1, 2x1, 1x1
-
 TALK = {"image": SQUARE, "data": ["What?", "No."]}
 EDIT = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "red"}
 
@@ -40,7 +37,7 @@ def learned(sequence: ImageSequence, words: MultimodalTokenizer) -> str:
     return " ".join(words.decode([label for label in sequence.labels if label != IGNORED]).split())
 
 
-def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalTokenizer):
+def test_decode_edit_encodes_the_prompt_as_at_inference(words: MultimodalTokenizer):
     fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "make it red"}
     for seed in range(4):
         sequence = make(words, "edit").decode(fields, SeededRandom(seed))
@@ -53,8 +50,8 @@ def test_an_edit_learns_its_answer_and_asks_as_inference_does(words: MultimodalT
         assert sequence.ids[:len(asked[0])] in asked
 
 
-def test_a_placeholder_shows_where_the_image_stands(words: MultimodalTokenizer):
-    """As at inference; it is never learned as letters, and no image stands anywhere else."""
+def test_decode_puts_images_at_their_placeholders(words: MultimodalTokenizer):
+    """As at inference; placeholders are never encoded as text."""
     prompts = SeedXPrompts(words)
     ask, edit = make(words, "conversation"), make(words, "edit")
     first = ask.decode({"image": SQUARE, "data": ["This <image>is what?", "A cat."]}, SeededRandom(0))
@@ -67,7 +64,7 @@ def test_a_placeholder_shows_where_the_image_stands(words: MultimodalTokenizer):
     assert not any("image>" in words.decode(one.ids) for one in (first, later, changed))
 
 
-def test_captions_too_long_to_draw_from_are_left_out(words: MultimodalTokenizer):
+def test_decode_drops_captions_too_long_to_generate_from(words: MultimodalTokenizer):
     decoder = make(words, "caption", img_first_ratio=-1.0, add_gen_prompt=True)
     good = decoder.decode({"image": SQUARE, "text": "a cat"}, SeededRandom(3), 90)
     assert learned(good, words) == "<img> </s>" and not good.read
@@ -86,7 +83,7 @@ def test_decode_filtered_pairs(words, options, change, reason):
     assert reason in dropped if reason else not dropped
 
 
-def test_images_are_never_cut(words: MultimodalTokenizer):
+def test_decode_never_cuts_images(words: MultimodalTokenizer):
     fields = {"image": SQUARE, "data": ["What? " * 9, "It is a cat. " * 9]}
     decoder = make(words, "conversation")
     whole = decoder.decode(fields, SeededRandom(1))
@@ -99,13 +96,13 @@ def test_images_are_never_cut(words: MultimodalTokenizer):
     assert make(words, "edit").decode(EDIT, SeededRandom(1), length).dropped == f"not fewer than {length} tokens"
 
 
-def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokenizer):
+def test_decode_chat_of_several_edits(words: MultimodalTokenizer):
     turns = [[{"image": WIDE}, "red"], ["Here.", {"image": SQUARE}], ["blue"], ["Here.", {"image": WIDE}], ["What?"],
              ["A cat."], ["And?"], ["No."]]
     messages = [{"content": turn} for turn in turns]
     sequence = make(words, "chat").decode({"messages": messages}, SeededRandom(0))
     assert [(image.image, image.written) for image in sequence.images] == [
-        (WIDE, False), (SQUARE, True), (SQUARE, False), (WIDE, True), (WIDE, False)]  # shown again once each
+        (WIDE, False), (SQUARE, True), (SQUARE, False), (WIDE, True), (WIDE, False)]  # generated ones are read, too
     assert learned(sequence, words) == "Here. <img> Here. <img> A cat. No.</s>"
     turns = [("user", [ReadImage(3), "red"])]
     asked = SeedXPrompts(words).dialogue(turns)
@@ -114,7 +111,6 @@ def test_several_edits_follow_each_other_as_single_ones(words: MultimodalTokeniz
 
 @pytest.mark.parametrize(("name", "fields", "message"), [
     ("conversation", {"image": SQUARE}, "data: missing"),
-    ("conversation", {**TALK, "data": [1, 2]}, "data.0."),
     ("edit", {**EDIT, "target_image": None}, "target_image: missing"),
     ("edit", {**EDIT, "instruction": " "}, "instruction: is empty"),
     ("edit", {**EDIT, "source_image": "a.png"}, "source_image: must be a Image"),

@@ -1,4 +1,4 @@
-"""Sources of image-caption pairs: what they read, and the sentences for what they cannot."""
+"""Sources of image-caption pairs: their samples and error messages."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from omegaconf import OmegaConf
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.errors import ConfigError, DataError
 
-# ---- shards
-
 
 def test_pairs_of_shards_as_webdataset(shards: Path):
     pairs = Pairs(f"{shards}/s-{{000..003}}.tar")
     files = [str(p) for p in sorted(shards.glob("*.tar"))]
-    theirs = list(webdataset.WebDataset(files, shardshuffle=False).decode())
-    assert len(pairs) == len(theirs) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
+    expected = list(webdataset.WebDataset(files, shardshuffle=False).decode())
+    assert len(pairs) == len(expected) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
     for index in np.random.default_rng(0).permutation(40).tolist():
         pair = pairs.read(index)
-        assert pair.key == pairs.key(index) == theirs[index]["__key__"]
-        assert pair.captions == [theirs[index]["json"]["caption"]]
+        assert pair.key == pairs.key(index) == expected[index]["__key__"]
+        assert pair.captions == [expected[index]["json"]["caption"]]
         raw = tarfile.open(pair.name.rpartition(": ")[0]).extractfile(f"{pair.key}.jpg")
         assert raw is not None and pair.image == raw.read()
 
@@ -44,7 +42,7 @@ def test_pairs_without_a_usable_sample(tmp_path: Path, jpeg: Callable, write_tar
 
 @pytest.mark.process
 def test_pairs_in_forked_processes(shards: Path):
-    """A data worker closes the files that it inherited: their positions are shared with its parent."""
+    """A data worker closes inherited files: their positions are shared with its parent."""
     pairs = Pairs(f"{shards}/*.tar")
     pairs.read(0)
     handles = pairs._records.open_files._handles
@@ -56,9 +54,6 @@ def test_pairs_in_forked_processes(shards: Path):
 
 def _read_in_worker(pairs: Pairs, index: int) -> tuple[str, int]:
     return pairs.read(index).key, len(pairs._records.open_files._handles)
-
-
-# ---- json
 
 
 def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
@@ -79,8 +74,7 @@ def test_pairs_of_lists(tmp_path: Path, jpeg: Callable):
 @pytest.mark.parametrize(("content", "words"), [
     ([{"image": "0.jpg", "title": "x"}], "item 0: has no caption: .*'caption' .it has image, title"),
     ([{"img": "0.jpg", "caption": "x"}], r"item 0: has no image: nothing under key 'image' \(did you mean 'img'\?\)"),
-    ([{"image": 5, "caption": "x"}], "item 0: image value 5 is not a path"),
-    ([{"image": "0.jpg", "caption": 5}], "item 0: its caption is 5"), ([], "contains no record")])
+    ([], "contains no record")])
 def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: str):
     path = tmp_path / "x.json"
     path.write_text(json.dumps(content))
@@ -91,8 +85,8 @@ def test_pairs_of_a_list_without_keys(tmp_path: Path, content: object, words: st
 def test_open_pairs(tmp_path: Path, shards: Path):
     assert open_pairs({"files": f"{shards}/*.tar"}).read(0).captions == ["Picture 0."]
     assert len(open_pairs(OmegaConf.create({"format": "tar", "files": [f"{shards}/s-001.tar"]}))) == 7
-    (tmp_path / "a.json").write_text('[{"picture": "a", "caption": "b"}]')
-    spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "picture", "image_root": None}
+    (tmp_path / "a.json").write_text('[{"photo": "a", "caption": "b"}]')
+    spec = {"format": "json", "files": str(tmp_path / "a.json"), "image_key": "photo", "image_root": None}
     assert isinstance(open_pairs(spec), Pairs)
     for spec, words in (({"format": "tarr", "files": "x"}, "must be auto, tar, jsonl, json, parquet, folder, nano"),
                         ({"format": "json", "file": "x"}, r"unknown key 'file' \(did you mean 'files'")):

@@ -1,4 +1,4 @@
-"""The original pickled shards: read as data, converted once; code in them is refused and never run."""
+"""The original pickled shards: read as data and converted; code in them is rejected and never run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ AS_JSON = PLAIN | {"tuple": [1, ["a", -5]], "raw": "ü"}
 
 
 class Calls:
-    """Pickles as a call of any function."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, function, *arguments, state=None):
         self.parts = (function, arguments) if state is None else (function, arguments, state)
@@ -57,12 +57,12 @@ def test_read_pickle_arrays(protocol, dtype):
                 "none": [], "list": array[:2].tolist()}
     data = pickle.dumps(value, protocol)
     assert read_pickle(data, "w") == expected
-    if protocol < 4:  # names have no lengths there
+    if protocol < 4:  # later protocols store the length of a name
         assert read_pickle(data.replace(b"numpy._core.", b"numpy.core."), "w") == expected, "as numpy 1 wrote them"
 
 
 def hostile(trace: Path) -> dict[str, tuple[object, str]]:
-    """What would leave a trace if it were run, and the global that the refusal names."""
+    """Name → (object that writes `trace` when its pickle is run, global in the error message)."""
     command = f"touch {trace}"
     return {
         "os.system": (Calls(os.system, command), f"{os.name}.system"),
@@ -106,21 +106,18 @@ def test_read_pickle_refuses_programs(tmp_path, code):
     b"cnumpy\nndarray\n(N}S'__setstate__'\nI1\nstb.",
     b"cnumpy\nndarray\n)\x81.",                                   # a stand-in is no class
     b"cnumpy\nndarray\n)R.",
-    b"cnumpy\ndtype\nN\x85R.", b"cnumpy.core.multiarray\nscalar\n(I1\nI2\ntR.",
-    b"cnumpy\nndarray\n.", b"}cnumpy\nndarray\nI1\ns.", b"Pother\n.", b"\x82\x01.", b"", b".", b"\x80\x04]", b"hello",
-    b"(lp0\ng0\na0", b"\x80\x63.", b"}r" + struct.pack("<I", 2**32 - 1) + b".", b"]p99999999999\n.",
-    b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".", b"\x8a" + b"\xff" * 20, b"I" + b"9" * 5000 + b"\n.",
+    b"}cnumpy\nndarray\nI1\ns.", b"", b"\x80\x04]", b"hello", b"}r" + struct.pack("<I", 2**32 - 1) + b".",
+    b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".", b"I" + b"9" * 5000 + b"\n.",
     pickle.dumps([1]), pickle.dumps("text"), pickle.dumps({1: 2}), pickle.dumps({"a": {(1,): 2}}),
-    pickle.dumps({"a": b"\xff\xfe"}), pickle.dumps({"a": {1, 2}}), pickle.dumps({"a": bytearray(b"a")}, 5),
-    pickle.dumps({"a": 1 + 2j}), pickle.dumps({"a": np.zeros(2)}), pickle.dumps({"a": np.array(["a"])}),
-    pickle.dumps({"a": np.float32(1)}), pickle.dumps({"a": 2**70}), pickle.dumps({"a": np.zeros(1, "datetime64[s]")}),
+    pickle.dumps({"a": b"\xff\xfe"}), pickle.dumps({"a": {1, 2}}), pickle.dumps({"a": np.zeros(2)}),
+    pickle.dumps({"a": np.array(["a"])}), pickle.dumps({"a": 2**70}),
 ])
 def test_read_pickle_broken(code):
-    before = {name: type(one).__dict__.keys() for name, one in STAND_INS.items()}
+    before = {name: type(stand_in).__dict__.keys() for name, stand_in in STAND_INS.items()}
     with pytest.raises(BadRecord, match=r"^a\.tar: sample 1[:.]") as caught:
         read_pickle(code, "a.tar: sample 1")
     assert "\n" not in str(caught.value)
-    assert {name: type(one).__dict__.keys() for name, one in STAND_INS.items()} == before
+    assert {name: type(stand_in).__dict__.keys() for name, stand_in in STAND_INS.items()} == before
 
 
 def test_read_pickle_bombs(monkeypatch):
@@ -130,9 +127,8 @@ def test_read_pickle_bombs(monkeypatch):
         bomb = [bomb] * 10
     loop: list = []
     loop.append(loop)
-    many = [np.zeros(10_000, np.int64)] * 1000
-    long = ["x" * 1_000_000] * 1000
-    for value in (bomb, loop, many, long):
+    arrays = [np.zeros(10_000, np.int64)] * 1000
+    for value in (bomb, loop, arrays):
         started = time.process_time()
         with pytest.raises(BadRecord, match="has more than|recursion"):
             read_pickle(pickle.dumps({"a": value}), "w")
@@ -143,7 +139,7 @@ def test_read_pickle_bombs(monkeypatch):
 
 
 def old_shard(path: Path, start: int, count: int, extra: dict[str, bytes] | None = None) -> list[dict]:
-    """A shard as the original tool wrote it; gives what its samples mean."""
+    """Write a shard as the original tool does; returns its records."""
     rng = np.random.default_rng(start)
     items = [{"image_ids": rng.integers(0, 8192, 32).tolist(), "text": f"text {n} ä", "metadata": {"n": n}}
              for n in range(start, start + count)]
@@ -171,14 +167,14 @@ def test_convert_shards(tmp_path, old):
         assert archive.getnames() == [f"{n:08x}.json" for n in range(4)]
     old_shard(old / "part-0003" / "0000000.tar", 600, 2)
     report = convert_shards([old], tmp_path / "new")
-    assert (report.converted, report.kept) == (1, 3), "what is new"
+    assert (report.converted, report.kept) == (1, 3), "only the new one"
 
 
 @pytest.mark.process
 def test_convert_shards_after_a_kill(tmp_path):
-    """Whatever has its name is whole, no process is left, and the same command resumes."""
+    """Finished files are whole, no process remains, and the same command resumes."""
     old, new = tmp_path / "old", tmp_path / "new"
-    expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 800)]
+    expected = [item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)]
     (tmp_path / "run.py").write_text(
         "import sys; from seed_multimodal.data.formats.released_pickles import convert_shards\n"
         "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2)")
@@ -192,13 +188,13 @@ def test_convert_shards_after_a_kill(tmp_path):
     end = time.monotonic() + 20
     while worker.exists() and time.monotonic() < end:
         time.sleep(0.05)
-    assert not worker.exists() and all(len(open_records(path)) == 800 for path in new.glob("*.tar"))
+    assert not worker.exists() and all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
     assert not convert_shards([old], new).refused
     source = open_records(new)
     assert [source.read(n).fields for n in range(len(source))] == expected and not list(new.glob(".*.tmp"))
 
 
-def test_convert_shards_refuses_a_sample(tmp_path, old):
+def test_convert_shards_skips_samples_with_code(tmp_path, old):
     trace = tmp_path / "it_ran"
     bad = old / "part-0001" / "0000000.tar"
     write_shard(bad, [("good", {"pkl": pickle.dumps({"text": "a"})}),
@@ -208,16 +204,12 @@ def test_convert_shards_refuses_a_sample(tmp_path, old):
     assert len(report.skipped) == 1 and f"{bad}: sample evil.pkl: refers to {os.name}.system" in report.skipped[0]
 
 
-def test_convert_shards_other_refusals(tmp_path, old):
+def test_convert_shards_of_torn_and_other_files(tmp_path, old):
     first = old / "part-0000" / "0000000.tar"
     first.write_bytes(first.read_bytes()[:1500])
     assert "0000000.tar: torn or damaged in its first sample" in convert_shards([old], tmp_path / "a").refused[0]
     with pytest.raises(DataError, match="contains the shards"):
         convert_shards([old], old)
-    write_shard(tmp_path / "both.tar", [("k", {"pkl": pickle.dumps({"a": 1}), "json": b"{}"})])
-    report = convert_shards([tmp_path / "both.tar"], tmp_path / "b")
-    assert "sample k: has json, pkl; expected one .pkl member" in report.refused[0]
-    assert not list((tmp_path / "b").iterdir())
     old_shard(tmp_path / "images.tar", 0, 2, {"jpg": b"image"})
     convert_shards([tmp_path / "images.tar"], tmp_path / "b")
     with tarfile.open(tmp_path / "b/images.tar") as archive:

@@ -1,4 +1,4 @@
-"""Files behind URLs, against a real S3 server on loopback and fsspec's memory; the cached index."""
+"""Files behind URLs, on a real S3 server on loopback and in fsspec's memory; the cached index."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def text_of(number: int) -> dict[str, object]:
 
 
 def write_kinds(folder: Path, jpeg: Callable[[int], bytes]):
-    """The same texts in two tars, as lines, a list and a table; two tars with images; images that a list names."""
+    """The same texts in two tars, jsonl, json and parquet; two tars with images; a list of images."""
     for part in range(2):
         rows = range(part * COUNT // 2, (part + 1) * COUNT // 2)
         write_shard(folder / f"tars/{part}.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in rows])
@@ -97,27 +97,17 @@ def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("cache", [False, True])
-def test_open_records_of_s3(s3: S3, tmp_path: Path, cache: bool):
-    options = {"cache": str(tmp_path / "copies")} if cache else {}
-    wanted = [text_of(number) for number in range(COUNT)]
+def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
+    expected = [text_of(number) for number in range(COUNT)]
     for name in ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet"):
-        source = open_records(f"{s3.url}/{name}", **options)
-        assert [source.read(number).fields for number in range(COUNT)] == wanted, name
+        source = open_records(f"{s3.url}/{name}")
+        assert [source.read(number).fields for number in range(COUNT)] == expected, name
         assert source.read(3).where.startswith("s3://data/")
-    assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the lines
-    if cache:
-        assert len(list((tmp_path / "copies").iterdir())) == 4
-        s3.stop()
-        assert source.read(5).fields == text_of(5), "the copy is read"
-
-
-@pytest.mark.process
-def test_open_pairs_of_s3_in_workers(s3: S3):
+    assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
     pairs = open_pairs({"files": f"{s3.url}/pairs/{{0..1}}.tar"})
-    pairs.read(0)  # the connection of this process must not be used by the workers
-    found = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
-    assert found == [[f"number {number}"] for number in range(COUNT)]
+    pairs.read(0)  # workers must not use the connection of this process
+    captions = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
+    assert captions == [[f"number {number}"] for number in range(COUNT)]
     listed = open_pairs({"format": "json", "files": f"{s3.url}/images.json"})
     assert isinstance(listed.read(0).image, bytes)
     with pytest.raises(DataError, match=r"s3://data/images/1\.jpg: no such file"):
@@ -138,7 +128,8 @@ class Captions:
 
 
 @pytest.mark.process
-def test_a_cut_connection_is_a_bad_sample(s3: S3, monkeypatch: pytest.MonkeyPatch):
+def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a connection samples are bad, and the local cache is still read."""
     from seed_multimodal.data.formats import storage
 
     monkeypatch.setattr(storage, "BLOCK", 4096)
@@ -146,10 +137,13 @@ def test_a_cut_connection_is_a_bad_sample(s3: S3, monkeypatch: pytest.MonkeyPatc
     data = PairDataset(open_pairs({"format": "auto", "files": f"{s3.url}/pairs"}), seed_image_processor(16), None,
                        log=reasons.append, max_bad_in_a_row=2)
     assert data.get(0)["caption"] == "number 0"
+    cached = [open_records(f"{s3.url}/{name}", cache=str(tmp_path / "cache")) for name in ("tars", "a.parquet")]
+    assert [source.read(5).fields for source in cached] == [text_of(5)] * 2
     s3.stop()
+    assert [source.read(6).fields for source in cached] == [text_of(6)] * 2
     with pytest.raises(DataError, match="2 consecutive samples") as error:
         data.get(COUNT - 3)
-    assert len(reasons) == 2 and all("s3://data/pairs/1.tar: cannot be read (" in one for one in reasons), reasons
+    assert len(reasons) == 2 and all("s3://data/pairs/1.tar: cannot be read (" in text for text in reasons), reasons
     assert "\n" not in str(error.value)
     with pytest.raises(DataError, match=r"s3://data/tars: cannot be read"):
         len(open_records(f"{s3.url}/tars"))
@@ -176,7 +170,7 @@ def test_write_index_next_to_a_remote_shard(memory: fsspec.AbstractFileSystem, t
 
 @pytest.mark.parametrize(("url", "words"), [
     ("memory://d/none.tar", "no such file"), ("nosuch://d/a.tar", "nosuch"), ("memory://d/*.npy", "no file")])
-def test_urls_that_cannot_be_read(memory: fsspec.AbstractFileSystem, url: str, words: str):
+def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url: str, words: str):
     with pytest.raises(DataError, match=f"{url.replace('*', '.*')}: .*{words}"):
         len(open_records(url))
 
@@ -201,43 +195,41 @@ def texts(path: Path) -> list[object]:
 def test_write_indexes_of_a_folder(shard: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.undo()  # small files, too
     assert write_indexes([shard, shard.with_name("b.jsonl")], processes=2) == 2
-    monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("made again"))
+    monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("scanned again"))
     assert len(texts(shard)) == COUNT
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_index_is_made_once(shard: Path, elsewhere: bool, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("index_dir", [False, True])
+def test_index_is_written_once(shard: Path, index_dir: bool, monkeypatch: pytest.MonkeyPatch):
     folder = shard.parent / FOLDER
-    if elsewhere:
+    if index_dir:
         folder = shard.parent.parent / "index"
         monkeypatch.setenv("SEED_INDEX_DIR", str(folder))
-    wanted = [f"number {number}" for number in range(COUNT)]
+    expected = [f"number {number}" for number in range(COUNT)]
     for file in (shard, shard.with_name("b.jsonl")):
-        assert texts(file) == wanted
-        monkeypatch.setattr(type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("made again"))
-        assert texts(file) == wanted
-    assert len(list(folder.iterdir())) == 2 and (shard.parent / FOLDER).exists() != elsewhere
+        assert texts(file) == expected
+        monkeypatch.setattr(type(open_records(file).parts[0]), "scan", lambda self: pytest.fail("scanned again"))
+        assert texts(file) == expected
+    assert len(list(folder.iterdir())) == 2 and (shard.parent / FOLDER).exists() != index_dir
 
 
-@pytest.mark.parametrize("harm", ["shard", "torn", "other", "pickled"])
-def test_index_of_another_file_is_made_again(shard: Path, harm: str):
+@pytest.mark.parametrize("change", ["shard", "torn", "other"])
+def test_index_of_another_file_is_replaced(shard: Path, change: str):
     assert len(texts(shard)) == COUNT
-    kept = shard.parent / FOLDER / "a.tar.npz"
-    whole = kept.read_bytes()
-    if harm == "shard":
+    stored = shard.parent / FOLDER / "a.tar.npz"
+    whole = stored.read_bytes()
+    if change == "shard":
         before = shard.stat()
         shard.write_bytes(shard.read_bytes().replace(b"number 7", b"number 8"))
         os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    elif harm == "pickled":
-        np.savez(kept, head=np.array([{}], object))
     else:
-        kept.write_bytes({"torn": whole[:-70], "other": b"not an index"}[harm])
-    assert texts(shard)[7] == ("number 8" if harm == "shard" else "number 7")
-    assert len(np.load(kept)["keys"]) == COUNT
+        stored.write_bytes({"torn": whole[:-70], "other": b"not an index"}[change])
+    assert texts(shard)[7] == ("number 8" if change == "shard" else "number 7")
+    assert len(np.load(stored)["keys"]) == COUNT
 
 
-def test_index_that_cannot_be_kept(shard: Path, capsys: pytest.CaptureFixture):
-    (shard.parent / FOLDER).write_text("a file stands where the folder would be")  # root may write anywhere else
+def test_index_that_cannot_be_stored(shard: Path, capsys: pytest.CaptureFixture):
+    (shard.parent / FOLDER).write_text("a file at the folder's path")  # root may write anywhere else
     assert len(texts(shard)) == COUNT and "its index cannot be stored" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.tar\.npz: cannot be written"):
         TarFile(shard).write_index()

@@ -1,4 +1,4 @@
-"""Every kind of records, from real images on disk to what the decoders make of it, with the nano tokenizer."""
+"""Every kind of records, from images on disk to decoded sequences, with the nano tokenizer."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 @pytest.fixture(scope="module")
 def codec() -> CodeImages:
-    """The nano system's own way from an image to codes."""
+    """Image tokenizer of the nano system."""
     return open_images("nano", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of ten scenes 0.png … 9.png."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for number, scene in enumerate(scenes("val")[:10]):
         Image.fromarray(render(scene)).resize((90, 70)).save(folder / f"{number}.png")
     return folder
@@ -47,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(tmp_path: Path, images: Path) -> Callable[..., list[dict[str, Any]]]:
-    """`make(kind, records, **run settings)`: pre-tokenise json records and read what was written."""
+    """`make(kind, records, **run settings)`: pre-tokenise json records and read the output."""
 
     def run_it(kind: str, records: list[dict[str, Any]] | None, data: dict[str, Any] | None = None,
                **settings: Any) -> list[dict[str, Any]]:
@@ -78,37 +78,37 @@ def shown(words: MultimodalTokenizer, codes: list[int]) -> str:
 
 
 @pytest.mark.slow
-def test_caption_from_tars(make, codec, images, words, tmp_path):
+def test_run_caption_of_tars(make, codec, images, words, tmp_path):
     for shard in range(2):
         write_shard(tmp_path / "in" / f"{shard}.tar", [
-            (f"{n:03d}", {"png": (images / f"{n}.png").read_bytes(), "txt": f"picture {n}".encode(),
+            (f"{n:03d}", {"png": (images / f"{n}.png").read_bytes(), "txt": f"image {n}".encode(),
                           "json": json.dumps({"similarity": 0.1 * n, "url": f"u{n}"}).encode()})
             for n in range(5 * shard, 5 * shard + 5)])
-    found = make("caption", None, {"files": str(tmp_path / "in"), "similarity_thr": 0.25}, batch_size=3)
-    assert [record["text"] for record in found] == [f"picture {n}" for n in range(3, 10)]
-    assert all(record.keys() == {"image_ids", "text", "metadata"} for record in found)
-    assert found[0]["metadata"] == {"similarity": pytest.approx(0.3), "url": "u3"}
-    assert [record["image_ids"] for record in found] == codes_of(codec, images, *range(3, 10))
-    said = decode(words, "pretrain.caption", found[0], reverse_ratio=1.0)
-    assert said.split() == f"<s> {shown(words, found[0]['image_ids'])} picture 3</s>".split()
+    records = make("caption", None, {"files": str(tmp_path / "in"), "similarity_thr": 0.25}, batch_size=3)
+    assert [record["text"] for record in records] == [f"image {n}" for n in range(3, 10)]
+    assert all(record.keys() == {"image_ids", "text", "metadata"} for record in records)
+    assert records[0]["metadata"] == {"similarity": pytest.approx(0.3), "url": "u3"}
+    assert [record["image_ids"] for record in records] == codes_of(codec, images, *range(3, 10))
+    text = decode(words, "pretrain.caption", records[0], reverse_ratio=1.0)
+    assert text.split() == f"<s> {shown(words, records[0]['image_ids'])} image 3</s>".split()
     assert json.loads((tmp_path / "out" / "counts.json").read_text()) == {
         "shards": 2, "read": 10, "samples": 7, "images": 7, "lost images": 0, "dropped: similarity": 3}
 
 
-def test_views_of_captions(make, codec, images, words):
+def test_run_caption_with_views(make, codec, images, words):
     rows = [{"image": "0.png", "caption": ["a", "b"]}, {"image": "1.png", "caption": "c"},
             {"image": "0.png", "caption": "d"}]
-    found = make("caption", rows, views=3)
-    assert [record["text"] for record in found] == [["a", "b"], "c", "d"]
-    for record, codes in zip(found, codes_of(codec, images, 0, 1, 0), strict=True):
+    records = make("caption", rows, views=3)
+    assert [record["text"] for record in records] == [["a", "b"], "c", "d"]
+    for record, codes in zip(records, codes_of(codec, images, 0, 1, 0), strict=True):
         assert len(record["views"]) == 3 and record["views"][0] == record["image_ids"] == codes
-    assert found[0]["views"] == found[2]["views"]  # of the same image
-    assert "a" in decode(words, "pretrain.caption", found[0], first_text=1.0)
+    assert records[0]["views"] == records[2]["views"]  # of the same image
+    assert "a" in decode(words, "pretrain.caption", records[0], first_text=1.0)
 
 
-def test_qa(make, codec, images, words):
+def test_run_qa_as_in_the_original(make, codec, images, words):
     first = codes_of(codec, images, 2)[0]
-    assert make("qa", [{"image": "2.png", "caption": "a fox"}]) == [  # as released: JourneyDB
+    assert make("qa", [{"image": "2.png", "caption": "a fox"}]) == [  # JourneyDB, as in the original
         {"image_ids": first, "question": DESCRIBE_PROMPT, "answer": "a fox"}]
 
 
@@ -119,55 +119,55 @@ def test_qa(make, codec, images, words):
     ({"image": "4.png", "question": "how many?", "answer": float("nan")}, "plain", "", None, None),  # an empty cell
     ({"file": "3.png", "question": "What is it?", "answers": ["cat", "dog", "dog"]},
      {"image": "file", "answer": "answers", "suffix": QA_SUFFIX}, "What is it?" + QA_SUFFIX, "dog", None)])
-def test_qa_fields(make, words, row, fields, question, answer, decoded):
+def test_run_qa_with_fields(make, words, row, fields, question, answer, decoded):
     good = {"file": "0.png", "image": "0.png", "question": "q", "answer": "a", "answers": ["a"]}
-    *found, _ = make("qa", [row, good], fields=fields)
-    assert [(one["question"], one["answer"]) for one in found] == ([(question, answer)] if answer else [])
+    *records, _ = make("qa", [row, good], fields=fields)
+    assert [(record["question"], record["answer"]) for record in records] == ([(question, answer)] if answer else [])
     if decoded:
-        assert decoded[1] in decode(words, decoded[0], found[0], reverse_ratio=0.0)
+        assert decoded[1] in decode(words, decoded[0], records[0], reverse_ratio=0.0)
 
 
-def test_edit(make, codec, images, words):
+def test_run_edit(make, codec, images, words):
     rows = [{"source_image": "0.png", "target_image": "1.png", "instruction": "make it red"},
             {"source_image": "1.png", "target_image": "2.png", "instruction_gpt": "Redden it.", "response": "Done."}]
-    found = make("edit", rows)
-    assert [list(record) for record in found] == [
+    records = make("edit", rows)
+    assert [list(record) for record in records] == [
         ["source_image_ids", "target_image_ids", "instruction"],
         ["source_image_ids", "target_image_ids", "instruction_gpt", "response"]]
     source, target = codes_of(codec, images, 0, 1)
-    assert (found[0]["source_image_ids"], found[0]["target_image_ids"]) == (source, target)
-    assert decode(words, "sft.edit", found[1]).endswith(f"Done. {shown(words, found[1]['target_image_ids'])} </s>")
-    assert "make it red" in decode(words, "pretrain.edit", found[0])
+    assert (records[0]["source_image_ids"], records[0]["target_image_ids"]) == (source, target)
+    assert decode(words, "sft.edit", records[1]).endswith(f"Done. {shown(words, records[1]['target_image_ids'])} </s>")
+    assert "make it red" in decode(words, "pretrain.edit", records[0])
 
 
-def test_story(make, codec, images, words):
+def test_run_story(make, codec, images, words):
     rows = [{"images": [f"{n}.png" for n in range(5)], "captions": [f"then {n}" for n in range(5)]},
             {"images": ["0.png"], "captions": ["alone"]}]
-    found = make("story", rows)
-    assert [list(record) for record in found] == [["image_ids", *(f"caption{n}" for n in range(5))]]
-    assert found[0]["image_ids"] == sum(codes_of(codec, images, *range(5)), [])
-    assert decode(words, "sft.story", found[0], reverse_ratio=0.0).count("Here is an image.") == 4
+    records = make("story", rows)
+    assert [list(record) for record in records] == [["image_ids", *(f"caption{n}" for n in range(5))]]
+    assert records[0]["image_ids"] == sum(codes_of(codec, images, *range(5)), [])
+    assert decode(words, "sft.story", records[0], reverse_ratio=0.0).count("Here is an image.") == 4
 
 
-def test_interleaved_documents(make, codec, images, words, tmp_path, capfd):
+def test_run_interleaved(make, codec, images, words, tmp_path, capfd):
     inline = base64.b64encode((images / "6.png").read_bytes()).decode()
     rows = [{"images": ["5.png", None, None, inline, "gone.png"], "texts": [None, "one", "two", None, None],
              "metadata": {"url": "u"}}, {"images": ["gone.png"], "texts": [None]},
             {"images": [None], "texts": ["text only"]}]
-    found = make("interleaved", rows)
+    records = make("interleaved", rows)
     first, second = codes_of(codec, images, 5, 6)
-    assert found == [{"image_ids": [first, None, None, second], "texts": [None, "one", "two", None],
-                      "metadata": {"url": "u"}}]
-    said = decode(words, "pretrain.interleaved", found[0], reverse_ratio=0.0)
-    assert said.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
+    assert records == [{"image_ids": [first, None, None, second], "texts": [None, "one", "two", None],
+                        "metadata": {"url": "u"}}]
+    text = decode(words, "pretrain.interleaved", records[0], reverse_ratio=0.0)
+    assert text.split() == f"<s> {shown(words, first)} onetwo {shown(words, second)} </s>".split()
     counts = json.loads((tmp_path / "out" / "counts.json").read_text())
     assert (counts["lost images"], counts["bad"], counts["dropped: no image"]) == (1, 1, 1)
-    told = capfd.readouterr().err
-    assert "dropped from its document: " in told and "item 0: image gone.png not found " in told
-    assert "item 1: image gone.png not found " in told and "; none of its images is readable." in told
+    log = capfd.readouterr().err
+    assert "dropped from its document: " in log and "item 0: image gone.png not found " in log
+    assert "item 1: image gone.png not found " in log and "; none of its images is readable." in log
 
 
-def test_chat_from_llava(make, codec, images, words):
+def test_run_chat_of_llava(make, codec, images, words):
     rows = [{"id": "1", "image": "1.png", "conversations": [
                 {"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A fox."},
                 {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]},
@@ -175,17 +175,16 @@ def test_chat_from_llava(make, codec, images, words):
                 {"from": "human", "value": "<image> Draw another."}, {"from": "gpt", "value": "Here: <image>"}]},
             {"id": "3", "image": "1.png", "conversations": [
                 {"from": "human", "value": "no placeholder"}, {"from": "gpt", "value": "A fox."}]}]
-    found = make("chat", rows, views=2)
-    assert len(found) == 2 and all(list(record) == ["messages"] for record in found)
+    records = make("chat", rows, views=2)
+    assert len(records) == 2 and all(list(record) == ["messages"] for record in records)
     first, second = codes_of(codec, images, 1, 2)
-    (user, answer) = found[1]["messages"]
+    (user, answer) = records[1]["messages"]
     assert user["content"][0]["codes"][0] == first and len(user["content"][0]["codes"]) == 2
-    assert answer["content"] == ["Here: ", {"codes": second}]  # what the model draws has one view
-    said = decode(words, "chat", found[0])
-    assert said.endswith("ASSISTANT: A fox. \nUSER: Sure?\nASSISTANT: Yes.</s>")
+    assert answer["content"] == ["Here: ", {"codes": second}]  # images to generate have one view
+    assert decode(words, "chat", records[0]).endswith("ASSISTANT: A fox. \nUSER: Sure?\nASSISTANT: Yes.</s>")
 
 
-def test_video(make, codec, words, tmp_path):
+def test_run_video(make, codec, words, tmp_path):
     movie = cv2.VideoWriter(str(tmp_path / "v.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 10, (64, 64))
     colours = [(0, 0, 255), (0, 255, 0), (255, 0, 0), (255, 255, 255)]  # blue, green, red as OpenCV orders them
     for number in range(40):
@@ -194,13 +193,13 @@ def test_video(make, codec, words, tmp_path):
     (tmp_path / "torn.avi").write_bytes(b"RIFF nothing")
     rows = [{"video": name, "question": "What happens?", "answer": "Colours", "caption": "Colours change"}
             for name in ("v.avi", "torn.avi", "gone.avi")]
-    found = make("video", rows, {"image_root": str(tmp_path), "num_frames": 8})
-    assert len(found) == 1 and list(found[0]) == ["image_ids", "question", "answer"]
+    records = make("video", rows, {"image_root": str(tmp_path), "num_frames": 8})
+    assert len(records) == 1 and list(records[0]) == ["image_ids", "question", "answer"]
     pixels = io.BytesIO()
     Image.new("RGB", (64, 64), (255, 0, 0)).save(pixels, "PNG")
     size = words.vocabulary.tokens_per_image
-    rows_of = [found[0]["image_ids"][start:start + size] for start in range(0, 8 * size, size)]
+    rows_of = [records[0]["image_ids"][start:start + size] for start in range(0, 8 * size, size)]
     assert rows_of[0] == codec.encode([pixels.getvalue()])[0].tolist()
     assert len({tuple(row) for row in rows_of}) == 4  # four colours
-    assert decode(words, "sft.video", found[0]).count("<img>") == 8
+    assert decode(words, "sft.video", records[0]).count("<img>") == 8
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 2

@@ -1,4 +1,4 @@
-"""Runs of the extraction tools: shares, restarts, refusals. Real tars of real jpegs, the nano tokenizer."""
+"""Runs of the extraction tools: shares, restarts, errors; tars of JPEGs, the nano tokenizer."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from seed_multimodal.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[4]
 APP = ROOT / "MultiModalLLM"
-SHARDS, SIZE = 8, 24
+SHARDS, SIZE = 8, 12
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory, jpeg: Callable) -> dict[str, Any]:
-    """Eight tars of 24 images; in the fourth one is cut off, one is no image and one has no text."""
+    """Eight tars of 12 images; in the fourth, one image is cut off, one is no image and one has no text."""
     folder = tmp_path_factory.mktemp("in")
     for shard in range(SHARDS):
         samples = []
         for n in range(shard * SIZE, (shard + 1) * SIZE):
-            members = {"jpg": jpeg(n), "txt": f"picture {n}".encode()}
+            members = {"jpg": jpeg(n), "txt": f"image {n}".encode()}
             if n == 3 * SIZE + 5:
                 members["jpg"] = members["jpg"][:-400]
             elif n == 3 * SIZE + 6:
-                members["jpg"] = b"not a picture"
+                members["jpg"] = b"not an image"
             elif n == 3 * SIZE + 9:
                 del members["txt"]
             samples.append((f"{n:05d}", members))
@@ -62,7 +62,7 @@ def start(data: dict[str, Any]) -> Callable[..., int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, start: Callable[..., int]) -> Path:
-    """What an undisturbed run makes."""
+    """Output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert start(folder) == 0
     return folder
@@ -73,7 +73,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_run_counts_what_it_leaves_out(whole: Path) -> None:
+def test_run_counts_bad_samples(whole: Path) -> None:
     total = json.loads((whole / "counts.json").read_text())
     assert (total["read"], total["samples"], total["bad"]) == (SHARDS * SIZE, SHARDS * SIZE - 3, 3)
     assert sorted(path.name for path in whole.glob("*.tar")) == [f"s-{n:03d}.tar" for n in range(SHARDS)]
@@ -83,7 +83,7 @@ def test_run_counts_what_it_leaves_out(whole: Path) -> None:
 
 
 @pytest.mark.process
-def test_run_is_shared_by_workers_torchrun_and_job_arrays(whole, start, tmp_path, monkeypatch, capfd) -> None:
+def test_run_in_shares_of_torchrun_and_job_arrays(whole, start, tmp_path, monkeypatch, capfd) -> None:
     out = tmp_path / "out"
     assert start(out, shard=(0, 2), workers=2) == 0
     assert "this share is finished" in capfd.readouterr().err and len(list(out.glob("*.tar"))) == 4
@@ -96,7 +96,7 @@ def test_run_is_shared_by_workers_torchrun_and_job_arrays(whole, start, tmp_path
 
 @pytest.mark.process
 @pytest.mark.timeout(300)
-def test_killed_run_of_two_processes_is_finished_by_the_same_command(data, whole, tmp_path) -> None:
+def test_killed_run_of_two_processes_resumes(data, whole, tmp_path) -> None:
     out = tmp_path / "out"
     command = {"args": [warm_python.PYTHON, "src/tools/extract_image_ids_to_torchdata_parallel.py", "--tokenizer",
                         "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir", str(out),
@@ -110,16 +110,16 @@ def test_killed_run_of_two_processes_is_finished_by_the_same_command(data, whole
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
     process.communicate()
-    done = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
-    assert 0 < len(done) < SHARDS
-    again = subprocess.run(**command)
-    assert again.returncode == 0, again.stderr
-    assert "2 in this share" not in again.stderr and again.stderr.count("4 in this share") == 2
-    assert all((out / name).stat().st_mtime_ns == made for name, made in done.items())
+    finished = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert 0 < len(finished) < SHARDS
+    second = subprocess.run(**command)
+    assert second.returncode == 0, second.stderr
+    assert "2 in this share" not in second.stderr and second.stderr.count("4 in this share") == 2
+    assert all((out / name).stat().st_mtime_ns == written for name, written in finished.items())
     assert content(out) == content(whole)
 
 
-def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path) -> None:
+def test_run_resumed_with_another_tokenizer_or_setting(whole, start, tmp_path) -> None:
     from seed_multimodal.weights import load_state_dict, save_state_dict
 
     folder, copy = tmp_path / "tokenizer", tmp_path / "copy"
@@ -140,38 +140,39 @@ def test_another_tokenizer_or_setting_is_refused(whole, start, tmp_path) -> None
     assert start(copy) == 0 and content(copy) == content(whole)
 
 
-def test_written_records_are_strict_json(start, tmp_path, jpeg) -> None:
-    """Python writes NaN, which no other reader takes; LAION's metadata has it."""
-    def refuse(word: str) -> None:
-        raise AssertionError(word)
+def test_run_writes_strict_json(start, tmp_path, jpeg) -> None:
+    """Python's json writes NaN, which is not JSON; LAION's metadata contains it."""
+    def fail(constant: str) -> None:
+        raise AssertionError(constant)
 
     write_shard(tmp_path / "in.tar", [("0", {"jpg": jpeg(1), "txt": b"words", "json":
                                              b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}'})])
     assert start(tmp_path / "out", data={"files": str(tmp_path / "in.tar")}) == 0
     with tarfile.open(tmp_path / "out" / "in.tar") as tar:
         data = tar.extractfile(tar.getmembers()[0]).read()
-    assert json.loads(data, parse_constant=refuse)["metadata"] == {"similarity": None, "deep": [{"a": None}], "n": 1.5}
+    assert json.loads(data, parse_constant=fail)["metadata"] == {"similarity": None, "deep": [{"a": None}], "n": 1.5}
 
 
-def test_many_broken_samples_in_a_row_end_the_run(start, tmp_path, capfd, jpeg) -> None:
+def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd, jpeg) -> None:
     for shard, bad in enumerate((2, 4)):
         write_shard(tmp_path / "in" / f"{shard}.tar", [
             (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"}) for n in range(6)])
-    given = {"data": {"files": str(tmp_path / "in")}}
+    images = {"files": str(tmp_path / "in")}
     with pytest.raises(DataError, match=r"1.tar: sample 2: .* \(3 broken samples in a row\)"):
-        start(tmp_path / "out", max_bad=3, **given)
+        start(tmp_path / "out", max_bad=3, data=images)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.counts.json", "0.tar", "settings.json"]
-    assert "skipped: " in (said := capfd.readouterr().err) and "0.tar: sample 1: " in said
-    assert start(tmp_path / "out", max_bad=5, **given) == 0
+    log = capfd.readouterr().err
+    assert "skipped: " in log and "0.tar: sample 1: " in log
+    assert start(tmp_path / "out", max_bad=5, data=images) == 0
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 6
 
 
-def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
+def test_run_without_a_usable_record(start, tmp_path, capfd) -> None:
     (tmp_path / "a.json").write_text(json.dumps([{"image": f"{n}.jpg", "caption": "words"} for n in range(7)]))
     for _ in range(2):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
-        said = capfd.readouterr().err
-        assert "bad 7" in said and "no record was written" in said
+        log = capfd.readouterr().err
+        assert "bad 7" in log and "no record was written" in log
 
 
 @pytest.mark.parametrize(("flags", "message"), [
@@ -180,7 +181,7 @@ def test_a_run_without_a_record_has_exit_code_1(start, tmp_path, capfd) -> None:
     (["--shard", "2/2"], "I from 0 to N-1"), (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU")])
 def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch) -> None:
     monkeypatch.chdir(APP)
-    given = ["--tokenizer", "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir",
-             str(tmp_path / "out"), "--device", "cpu"]
-    assert extraction_script("caption", "tool", "text", [*given, *flags]) == 2
+    required = ["--tokenizer", "configs/tokenizer/nano.yaml", "--data", f"{data['files']}/data.yaml", "--save_dir",
+                str(tmp_path / "out"), "--device", "cpu"]
+    assert extraction_script("caption", "tool", "text", [*required, *flags]) == 2
     assert message in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""What the tests of loaders share: workers that must have ended."""
+"""Fixtures of the loaders' tests: checks that worker processes have ended."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def no_workers_left() -> Iterator[None]:
-    """The test leaves no child process behind."""
+    """The test fails if child processes remain."""
     yield
     end = time.monotonic() + 10
     while multiprocessing.active_children() and time.monotonic() < end:
@@ -22,7 +22,7 @@ def no_workers_left() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def still_running() -> Callable[..., list[int]]:
-    """`still_running(pids, seconds=30)`: those of the processes that have not ended by themselves in that time."""
+    """`still_running(pids, seconds=30)`: the processes that have not ended within that time."""
 
     def runs(pid: int) -> bool:
         status = Path(f"/proc/{pid}/status")

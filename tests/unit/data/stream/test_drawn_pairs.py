@@ -1,16 +1,15 @@
-"""What a de-tokenizer learns to draw: views and size conditions of images of folders, tars and lists of edits."""
+"""Training data of de-tokenizers: views and size conditions of images of folders, tars and lists of edits."""
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_images
 from seed_multimodal.errors import DataError, ImageError
 
@@ -23,67 +22,61 @@ def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image
     return image
 
 
-def test_both_views_are_of_the_same_part() -> None:
-    """The outer sixths of a wide image are cut off both; squashed, nothing is."""
+def test_drawn_and_seen_show_the_same_part() -> None:
+    """The outer sixths of a wide image are cropped from both; without keep_ratio, nothing is."""
     wide = Image.new("RGB", (48, 32), "red")
     wide.paste("blue", (8, 0, 40, 32))
     for make in (VIEW.drawn, VIEW.seen):
         assert (make(wide, SIZE)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
     squashed = DrawnView(resolution=16, tower_size=8, keep_ratio=False)
     for make in (squashed.drawn, squashed.seen):
-        made = make(wide, SIZE)
-        assert made[0, 0, 0] > 200 > 50 > made[0, 0, made.shape[2] // 2]
+        pixels = make(wide, SIZE)
+        assert pixels[0, 0, 0] > 200 > 50 > pixels[0, 0, pixels.shape[2] // 2]
 
 
 @pytest.mark.parametrize(("size", "keep_ratio", "ids"), [
     ((48, 32), True, [32, 48, 0, 4, 16, 16]), ((32, 48), True, [48, 32, 4, 0, 16, 16]),
     ((16, 16), True, [16, 16, 0, 0, 16, 16]), ((48, 32), False, [32, 48, 0, 0, 16, 16])])
-def test_size_conditions(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
-    """Of the file, of the cut in the resized image, of the drawing; heights first."""
+def test_time_ids(size: tuple[int, int], keep_ratio: bool, ids: list[int]) -> None:
+    """Sizes of the file, top left of the crop, size of the drawing; heights first."""
     assert DrawnView(16, 8, keep_ratio).time_ids(size, SIZE).tolist() == ids
 
 
-def test_images_need_no_captions(tmp_path: Path) -> None:
-    """Of a folder, and of a tar; with captions required, both are refused."""
+def test_open_images_without_captions(tmp_path: Path) -> None:
+    """Of a folder and of a tar; with `captioned`, both raise."""
     (tmp_path / "folder").mkdir()
     half("red", "blue").save(tmp_path / "folder" / "a.png")
     (tmp_path / "folder" / "b.png").write_bytes(b"")
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        data = io.BytesIO()
-        half("red", "blue").save(data, "PNG")
-        info = tarfile.TarInfo("000.png")
-        info.size = data.tell()
-        data.seek(0)
-        tar.addfile(info, data)
+    write_shard(tmp_path / "shard.tar", [("000", {"png": (tmp_path / "folder" / "a.png").read_bytes()})])
     for place, key in (("folder", "a.png"), ("shard.tar", "000")):
         pairs = DrawnPairs(open_images({"files": str(tmp_path / place)}), VIEW, log=None)
-        made = pairs.get(0)
-        assert made["key"] == key and made["image"].shape == (3, 16, 16) and made["seen"].shape == (3, 8, 8)
-        assert not made["conditioned"] and "condition" not in made
+        pair = pairs.get(0)
+        assert pair["key"] == key and pair["image"].shape == (3, 16, 16) and pair["seen"].shape == (3, 8, 8)
+        assert not pair["conditioned"] and "condition" not in pair
         with pytest.raises(DataError):
             open_images({"files": str(tmp_path / place), "captioned": True})
     pairs = DrawnPairs(open_images({"files": str(tmp_path / "folder")}), VIEW, log=None)
     assert pairs.get(1)["key"] == "a.png" and [key for key, _ in pairs.bad] == ["b.png"]
 
 
-def test_edits_bring_the_image_before(tmp_path: Path) -> None:
+def test_get_of_edits(tmp_path: Path) -> None:
     half("red", "blue").save(tmp_path / "before.png")
     half("blue", "red").save(tmp_path / "after.png")
     lines = [{"source_image": "before.png", "target_image": "after.png"}, {"target_image": "after.png"},
              {"source_image": "gone.png", "target_image": "after.png"}]
     (tmp_path / "edits.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image",
-                            "condition_key": "source_image"})
-    made = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
-    assert made["conditioned"] and torch.equal(made["condition"], VIEW.drawn(half("red", "blue"), SIZE))
-    assert torch.equal(made["image"], VIEW.drawn(half("blue", "red"), SIZE))
+                          "condition_key": "source_image"})
+    pair = DrawnPairs(source, VIEW, reads_condition=True, log=None).get(0)
+    assert pair["conditioned"] and torch.equal(pair["condition"], VIEW.drawn(half("red", "blue"), SIZE))
+    assert torch.equal(pair["image"], VIEW.drawn(half("blue", "red"), SIZE))
     with pytest.raises(DataError, match="line 2: has no image: nothing under key 'source_image'"):
         source.read(1)
     with pytest.raises(ImageError, match=r"line 3: image gone\.png not found"):
         source.read(2)
     alone = open_images({"files": str(tmp_path / "edits.jsonl"), "image_key": "target_image"})
-    made = DrawnPairs(alone, VIEW, reads_condition=True, log=None).get(0)
-    assert not made["conditioned"] and not made["condition"].any()
+    pair = DrawnPairs(alone, VIEW, reads_condition=True, log=None).get(0)
+    assert not pair["conditioned"] and not pair["condition"].any()
 
 
 # ---- several sizes in one run
@@ -94,34 +87,34 @@ SIZES = ((16, 16), (16, 24), (24, 16))
 @pytest.mark.parametrize(("size", "drawn", "ids"), [
     ((40, 40), (16, 16), [40, 40, 0, 0, 16, 16]), ((45, 30), (16, 24), [30, 45, 0, 0, 16, 24]),
     ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
-def test_the_nearest_ratio_is_drawn(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
-    """Its centre, cut as little as can be; the vision encoder sees the same part, squashed."""
+def test_size_of_the_nearest_ratio(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
+    """The crop is central and as large as possible; the vision encoder gets the same part, squashed."""
     view, image = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
-    kept = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
-    across, down = (width - kept[0]) / 2, (height - kept[1]) / 2
+    crop = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
+    across, down = (width - crop[0]) / 2, (height - crop[1]) / 2
     image.paste("blue", (round(across), round(down), round(width - across), round(height - down)))
     assert view.size_of(image) == drawn and view.time_ids(size, drawn).tolist() == ids
     pair = view.drawn(image, drawn), view.seen(image, drawn)
-    assert [made.shape for made in pair] == [(3, *drawn), (3, 8, 8)]
-    for made in pair:
-        assert (made[2, 2:-2, 2:-2] > 240).all() and (made[0, 2:-2, 2:-2] < 15).all()
+    assert [pixels.shape for pixels in pair] == [(3, *drawn), (3, 8, 8)]
+    for pixels in pair:
+        assert (pixels[2, 2:-2, 2:-2] > 240).all() and (pixels[0, 2:-2, 2:-2] < 15).all()
 
 
-def test_a_squashed_image_has_one_size_by_its_key() -> None:
-    """All of it is drawn; each size has its share of the keys."""
+def test_size_of_squashed_images() -> None:
+    """The key selects one of the sizes, and the image is not cropped."""
     view, image = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
     assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(image, str(key)) for key in range(400)]
-    made = view.drawn(image, SIZES[1])
-    assert made.shape == (3, 16, 24) and made[0, 0, 0] > 200 and made[2, 0, -1] > 200
+    pixels = view.drawn(image, SIZES[1])
+    assert pixels.shape == (3, 16, 24) and pixels[0, 0, 0] > 200 and pixels[2, 0, -1] > 200
     assert view.time_ids((48, 32), SIZES[1]).tolist() == [32, 48, 0, 0, 16, 24]
 
 
-def test_batches_of_one_size(tmp_path: Path) -> None:
+def test_by_size(tmp_path: Path) -> None:
     for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
     pairs = DrawnPairs(open_images({"files": str(tmp_path)}), DrawnView(tower_size=8, sizes=SIZES), log=None)
-    made = by_size([pairs.get(number) for number in range(5)])
-    assert [batch["image"].shape for batch in made] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
-    assert [batch["key"] for batch in made] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]
+    batches = by_size([pairs.get(number) for number in range(5)])
+    assert [batch["image"].shape for batch in batches] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
+    assert [batch["key"] for batch in batches] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]

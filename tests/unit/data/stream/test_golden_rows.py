@@ -1,12 +1,10 @@
-"""The recorded sequences of SEED-X again, this time out of real files through the whole stream: jsonl of conversations,
-jsonl of edits, tars of captions. Token for token, with the marks, the order and the places of their views."""
+"""SEED-X's recorded sequences, from files through the whole stream: ids, labels, marks, positions of views."""
 
 from __future__ import annotations
 
 import io
 import json
 import shutil
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream import mixture
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
@@ -33,13 +32,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
     folder = tmp_path_factory.mktemp("words") / "tokenizer"
     shutil.copytree(GOLDEN / "tokenizer", folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    given = json.loads((GOLDEN / "constants.json").read_text())["image_tokens"]
-    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokens_per_image": given}))
+    image_tokens = json.loads((GOLDEN / "constants.json").read_text())["image_tokens"]
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokens_per_image": image_tokens}))
     return MultimodalTokenizer.from_pretrained(folder)
 
 
 class Replay:
-    """The recorded draws, one after the other."""
+    """Replays the recorded random values."""
 
     def __init__(self, calls: Sequence[Any]) -> None:
         self.calls = list(calls)
@@ -54,8 +53,8 @@ class Replay:
         return self.calls.pop(0)[2]
 
 
-def kept(case: dict[str, Any]) -> bool:
-    """Cases of a whole record that gave a row. Left out: those that ours refuses or drops."""
+def is_row(case: dict[str, Any]) -> bool:
+    """Cases of a whole record with a row as output, without those that this library rejects or drops."""
     if case["label"] in ("null instruction", "file name containing null", "too long text", "truncated answer"):
         return False
     if case["function"] == "decode_image_text_pair" and case["label"] != "caption with prompt":
@@ -84,22 +83,18 @@ def write(case: dict[str, Any], folder: Path) -> tuple[Path, dict[str, Any]]:
         return folder / "one.jsonl", {"multi_resolution": False, **kwargs}
     data = case["arguments"]["data"]
     text, views = (data, 1) if isinstance(data, str) else (data["text"], data["images_patch_length"])
-    with tarfile.open(folder / "one.tar", "w") as tar:
-        for extension, content in (("jpg", image((500, 450))), ("txt", text.encode())):
-            info = tarfile.TarInfo(f"0.{extension}")
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
+    write_shard(folder / "one.tar", [("0", {"jpg": image((500, 450)), "txt": text.encode()})])
     return folder / "one.tar", {**kwargs, "multi_resolution": views > 1, "resolution_grids": GRIDS[views],
                                 "base_resolution": 8}
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if kept(case)],
+@pytest.mark.parametrize("case", [case for case in CASES if is_row(case)],
                          ids=lambda case: f"{case['id']}-{case['function']}-{case['label']}".replace(" ", "_"))
-def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalTokenizer, tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_next_equals_the_recorded_row(case: dict[str, Any], words: MultimodalTokenizer, tmp_path: Path,
+                                      monkeypatch: pytest.MonkeyPatch) -> None:
     file, options = write(case, tmp_path)
-    draws, expected = list[Replay](), case["output"]  # the record is read at the start, too
-    monkeypatch.setattr(mixture, "SeededRandom", lambda *key: draws.append(Replay(case["rng_calls"])) or draws[-1])
+    rngs, expected = list[Replay](), case["output"]  # the record is read at the start, too
+    monkeypatch.setattr(mixture, "SeededRandom", lambda *key: rngs.append(Replay(case["rng_calls"])) or rngs[-1])
     length = case["kwargs"]["max_length"]
     settings = read_data_settings({"sources": [{
         "name": "one", "files": str(file), "decoder": OF_FUNCTION[case["function"]], "image_dir": str(tmp_path),
@@ -107,7 +102,7 @@ def test_a_recorded_row_out_of_its_file(case: dict[str, Any], words: MultimodalT
         "packing": False})
     with LlmBatches(settings, words) as batches:
         batch = next(batches)
-    assert not draws[-1].calls and batch.attention_mask is not None
+    assert not rngs[-1].calls and batch.attention_mask is not None
     for name in ("input_ids", "labels", "attention_mask"):
         assert getattr(batch, name)[0].tolist() == expected[name], name
     listed = [expected[name] if isinstance(expected[name], list) else [expected[name]]

@@ -1,4 +1,4 @@
-"""Batches one after the other: the same for any workers, and after being killed; nothing lost in another world."""
+"""`LlmBatches`: equal for any number of workers and after a kill; no sample lost with another number of processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_python import PYTHON
 
 from seed_multimodal.data.decoders.base import IGNORED
 from seed_multimodal.data.stream.config import read_data_settings
@@ -45,12 +46,12 @@ def config(mixed: Callable) -> Callable[..., dict[str, Any]]:
     """`config(packing, cycles=(…), **settings)`: the three sets, padded in micro-batches of their own sizes."""
 
     def make(packing: bool = True, cycles: tuple[int, ...] = (), **settings: Any) -> dict[str, Any]:
-        found = mixed(packing=packing, **settings)
-        for source in found["sources"]:
+        groups = mixed(packing=packing, **settings)
+        for source in groups["sources"]:
             source["max_length"], source["batch_size"] = SIZES[source["name"]]
-        for source, count in zip(found["sources"], cycles, strict=False):
+        for source, count in zip(groups["sources"], cycles, strict=False):
             source["cycles"] = count
-        return found
+        return groups
 
     return make
 
@@ -60,16 +61,16 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
     tokens = positions = 0
     for batch in itertools.islice(batches, 12):
         assert batch.input_ids.shape == batch.labels.shape == batch.position_ids.shape == (3, 192)
-        assert {one.dtype for one in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
+        assert {tensor.dtype for tensor in (batch.input_ids, batch.labels, batch.position_ids)} == {torch.int64}
         assert batch.attention_mask is None
-        found = sequences(batch)
-        assert len(found) == batch.sequences == len(numbers(batch))
-        assert sum(len(ids) for ids, _ in found) == batch.tokens
-        assert sum(len(ids)**2 for ids, _ in found) == batch.squares
+        pairs = sequences(batch)
+        assert len(pairs) == batch.sequences == len(numbers(batch))
+        assert sum(len(ids) for ids, _ in pairs) == batch.tokens
+        assert sum(len(ids)**2 for ids, _ in pairs) == batch.squares
         assert int((batch.labels[:, 1:] != -100).sum()) == batch.learned
-        for ids, labels in found:
+        for ids, labels in pairs:
             assert ids[0] == words.bos_id and ids[-1] == words.eos_id
-            assert labels[0] == -100 and labels[1:] == ids[1:]  # all of a pretraining sequence is learned
+            assert labels[0] == -100 and labels[1:] == ids[1:]  # labels of pre-training are the whole sequence
         tokens, positions = tokens + batch.tokens, positions + batch.input_ids.numel()
     report = batches.report()
     assert (report["tokens"], report["positions"]) == (tokens, positions) and tokens > 0.9 * positions
@@ -77,7 +78,7 @@ def test_next_packed(mixed: Callable, words, sequences: Callable, numbers: Calla
 
 
 def test_next_padded_is_the_original_form(config: Callable, words, numbers: Callable) -> None:
-    """Rows equal the original form of the sequences at the batch's positions, cut where they are too long."""
+    """Rows are padded or cut sequences, as in the original."""
     settings = read_data_settings(config(packing=False))
     batches, mixture, drawn = LlmBatches(settings, words), Mixture(settings, words), Counter()
     for batch in itertools.islice(batches, 25):
@@ -100,12 +101,11 @@ def test_next_padded_is_the_original_form(config: Callable, words, numbers: Call
 
 @pytest.mark.process
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_restore(config: Callable, words, packing: bool, workers: int, no_workers_left: None) -> None:
+def test_restore(config: Callable, words, packing: bool, no_workers_left: None) -> None:
     settings = read_data_settings(config(packing, rows=2))
     whole = LlmBatches(settings, words)
     expected = list(itertools.islice(whole, 70))
-    for stop in (0, 7, 61):
+    for workers, stop in ((0, 7), (1, 0), (3, 61)):
         with LlmBatches(settings, words, workers=workers) as first:
             generator = torch.random.get_rng_state()
             assert all(map(same, expected[:stop], itertools.islice(first, stop)))
@@ -123,7 +123,7 @@ def test_restore(config: Callable, words, packing: bool, workers: int, no_worker
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2)])
 def test_restore_in_another_number_of_processes(config: Callable, words, numbers: Callable, packing: bool, before: int,
                                                 after: int) -> None:
-    """No sample is lost or used twice, also over two changes: every record as often as its cycles."""
+    """Over two changes of the number of processes every record is used as often as its cycles."""
     settings = read_data_settings(config(packing, (2, 3, 1), too_long="truncate"))
     seen, states = Counter[int](), list[dict[str, Any]]()
     for world, steps in ((before, 5), (after, 4), (before, 1000)):
@@ -131,7 +131,7 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
         for batches in ranks:
             if states:
                 batches.restore(states[::-1])
-            for batch in itertools.islice(batches, steps + batches.rank):  # ranks need not be at the same draw
+            for batch in itertools.islice(batches, steps + batches.rank):  # ranks may differ
                 seen.update(numbers(batch))
         states = [saved(batches) for batches in ranks]
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
@@ -139,47 +139,29 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
     assert sum(one["sequences"] for state in states for one in state["sources"]) == seen.total()
 
 
-@pytest.mark.process
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(("world", "workers"), [(1, 2), (3, 0)])
-def test_next_uses_every_record_once_per_cycle(mixed: Callable, words, numbers: Callable, packing: bool, world: int,
-                                             workers: int, no_workers_left: None) -> None:
-    config, seen = mixed(rows=2, packing=packing), Counter[int]()
-    for source, cycles in zip(config["sources"], (2, 3, 1), strict=True):
-        source["cycles"] = cycles
-    for rank in range(world):
-        batches = LlmBatches(read_data_settings(config), words, rank=rank, world=world, workers=workers)
-        for batch in batches:
-            seen.update(numbers(batch))
-        assert next(batches, None) is None  # asked for again, it ends again
-    assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
-                    **dict.fromkeys(range(2000, 2035), 1)}
-
-
 def test_restore_near_the_end(mixed: Callable, words, numbers: Callable) -> None:
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]
-
     whole = list(map(numbers, LlmBatches(read_data_settings(config), words)))
     for stop in range(len(whole) - 5, len(whole) + 1):
         first, second = (LlmBatches(read_data_settings(config), words) for _ in range(2))
         assert [numbers(batch) for batch in itertools.islice(first, stop)] == whole[:stop]
         second.restore([saved(first)])
-        assert list(map(numbers, second)) == whole[stop:]
+        assert list(map(numbers, second)) == whole[stop:] and next(second, None) is None
         assert second.report()["sources"]["texts"]["draws"] == 2 * 35
 
 
-def test_restore_refuses_other_data(mixed: Callable, words) -> None:
+def test_restore_with_other_data(mixed: Callable, words) -> None:
     pair = [LlmBatches(read_data_settings(mixed()), words, rank=rank, world=2) for rank in range(2)]
     states = [saved(batches) for batches in pair]
     with pytest.raises(ConfigError, match="has 1 ranks, but 2 were saved"):
         pair[0].restore(states[:1])
-    for change, said in (({"seed": 7}, "seed: 0 -> 7"), ({"length": 256}, "length: 192 -> 256"),
-                         ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0")):
-        with pytest.raises(ConfigError, match=said):
+    for change, message in (({"seed": 7}, "seed: 0 -> 7"), ({"length": 256}, "length: 192 -> 256"),
+                            ({"sources": mixed()["sources"][::-1]}, "source texts.number: 2 -> 0")):
+        with pytest.raises(ConfigError, match=message):
             LlmBatches(read_data_settings({**mixed(), **change}), words).restore(states)
     config = mixed()
-    config["sources"][0]["weight"] = 9  # the mixture may change on the way
+    config["sources"][0]["weight"] = 9  # weights may change during a run
     LlmBatches(read_data_settings(config), words).restore(states)
 
 
@@ -203,10 +185,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 @pytest.mark.process
 def test_restore_after_sigkill(mixed: Callable, words, tmp_path: Path, still_running: Callable) -> None:
-    """A real process with workers, killed five steps after its state was saved; its workers end by themselves."""
+    """A process with workers is killed five steps after its state was saved; its workers end."""
     root = Path(__file__).resolve().parents[4]
     config, state = mixed(rows=2), tmp_path / "state.json"
-    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT,
+    killed = subprocess.run([PYTHON, "-W", "ignore", "-c", SCRIPT,
                              str(root / "pretrained/nano/seed_tokenizer"), json.dumps(config), str(state)],
                             capture_output=True, text=True, timeout=150,
                             env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})

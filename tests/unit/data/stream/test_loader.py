@@ -1,4 +1,4 @@
-"""Batches by step number: the same for any number of workers, any start, and any way to split them over ranks."""
+"""`StepBatches`: equal for any number of workers, any first step and any number of ranks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from warm_python import PYTHON
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import StepBatches
@@ -47,7 +48,7 @@ def test_at_any_step_with_workers(shards: Path, mixed: bool, no_workers_left: No
             state = torch.get_rng_state()
             batch = pair.at(step)
             assert same(batch, expected[step]) and batch["image"].shape == (6, 3, 16, 16)
-            assert torch.equal(torch.get_rng_state(), state)  # loading draws nothing from the global generator
+            assert torch.equal(torch.get_rng_state(), state)  # loading does not use the global generator
         pair.close()
         assert same(pair.at(4), expected[4])
         assert alone.wait_seconds > 0 and pair.wait_seconds > 0
@@ -64,19 +65,17 @@ def test_at_of_several_ranks(shards: Path) -> None:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("workers", [0, 2])
-def test_bad_samples_of_workers(tmp_path: Path, jpeg: Callable, write_tar: Callable, workers: int,
-                                no_workers_left: None) -> None:
+def test_bad_samples_of_workers(tmp_path: Path, jpeg: Callable, write_tar: Callable, no_workers_left: None) -> None:
     write_tar(tmp_path / "d.tar", [{"__key__": f"{n:03d}", "jpg": jpeg(n) if n not in (4, 9) else jpeg(n)[:-400],
                                     "json": {"caption": f"Number {n}"}} for n in range(16)])
     file = tmp_path / "log"
 
-    def log(line: str) -> None:  # to a file, so that a line from a worker would be seen too
+    def log(line: str) -> None:  # to a file, which lines of workers reach, too
         with file.open("a") as out:
             out.write(line + "\n")
 
-    with StepBatches(dataset(tmp_path, log=log), 4, seed=0, workers=workers) as batches:
-        keys = [key for step in range(12) for key in batches.at(step)["key"]]  # three epochs, both workers meet both
+    with StepBatches(dataset(tmp_path, log=log), 4, seed=0, workers=2) as batches:
+        keys = [key for step in range(12) for key in batches.at(step)["key"]]  # three epochs: both workers read both
     assert sorted(key for key, _ in batches.bad_samples()) == ["004", "009"]
     logged = file.read_text().splitlines()
     assert len(logged) == 2 and all("d.tar" in line and "truncated" in line for line in logged)
@@ -93,8 +92,7 @@ def test_at_raises_from_workers(tmp_path: Path, jpeg: Callable, write_tar: Calla
         assert batches.at(0)["key"] == ["000", "001"] and batches.at(1)["key"] == ["002", "003"]
         with pytest.raises(DataError) as error:
             batches.at(2)
-        said = str(error.value)
-        assert f"{path}: sample 005: has no caption: " in said and "\n" not in said
+        assert f"{path}: sample 005: has no caption: " in str(error.value) and "\n" not in str(error.value)
         assert batches.at(3)["key"] == ["006", "007"]
 
 
@@ -104,7 +102,7 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> No
         batches.at(0)
         os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
         with pytest.raises(DataError, match=r"worker process was killed .* resume from the last checkpoint") as error:
-            for step in range(1, 40):  # what was loaded ahead still comes
+            for step in range(1, 40):  # prefetched batches are still returned
                 batches.at(step)
         assert "\n" not in str(error.value)
 
@@ -130,8 +128,8 @@ raise KeyError("a training that fails")
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
 def test_workers_end_with_their_program(shards: Path, still_running: Callable, end: str, code: int) -> None:
-    """A real process with workers that is killed, or fails: its batches were those of here; its workers end."""
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, str(shards), end], capture_output=True,
+    """A process with workers is killed or fails: its batches equal those of this process, its workers end."""
+    done = subprocess.run([PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end], capture_output=True,
                           text=True, timeout=150, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == code, done.stderr
     *lines, workers = done.stdout.splitlines()

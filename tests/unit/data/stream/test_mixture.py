@@ -1,4 +1,4 @@
-"""Which source a draw reads, what is skipped, what ends a run, and the settings of sources."""
+"""`Mixture`: the source of each sample, skipped records, errors that end a run, settings of sources."""
 
 from __future__ import annotations
 
@@ -51,38 +51,13 @@ def test_report_of_long_sequences(tmp_path: Path, words, lines: Callable) -> Non
         assert entry["count"] == 1 and entry["first"][0].startswith(f"{tmp_path / 't.jsonl'}: line 4 (")
     assert [reports[kind]["sequences"] for kind in ("skip", "truncate")] == [7, 8]
     assert reports["split"]["sequences"] > 9
-    assert [(one["draws"], one["epochs"]) for one in reports.values()] == [(8, 1)] * 3  # pieces are not draws
+    assert [(report["draws"], report["epochs"]) for report in reports.values()] == [(8, 1)] * 3
     assert reports["split"]["tokens"] > reports["truncate"]["tokens"] > reports["skip"]["tokens"]
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("workers", [2])
-def test_report_of_broken_records(tmp_path: Path, words, codes: Callable, lines: Callable,
-                                                      numbers: Callable, packing: bool, workers: int) -> None:
-    records: list[Any] = [{"image_ids": codes(n), "text": f"number {n}", "metadata": {}} for n in range(30)]
-    records[4] = '{"image_ids": [1, 2'
-    records[9]["image_ids"][0] = 10**6
-    del records[17]["text"]
-    lines(tmp_path / "c.jsonl", records)
-    config = {"sources": [{"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption", "cycles": 4,
-                           "batch_size": 5, "max_length": 60}], "length": 120, "packing": packing}
-    seen: Counter[int] = Counter()
-    with LlmBatches(read_data_settings(config), words, workers=workers) as batches:
-        for batch in batches:
-            seen.update(numbers(batch))
-    skipped = batches.report()["sources"]["c"]["skipped"]
-    named = sorted(where for entry in skipped.values() for where in entry["first"])
-    assert len(named) == 3 and all(f"{tmp_path / 'c.jsonl'}: line {n}:" in where for n, where in
-                                   zip((10, 18, 5), named, strict=True))
-    assert sum(entry["count"] for entry in skipped.values()) == 12
-    assert set(seen) == set(range(30)) - {4, 9, 17} and max(seen.values()) <= 4
-
-
-@pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
-def test_at_after_too_many_broken_records(tmp_path: Path, words, lines: Callable,
-                                                                      workers: int, packing: bool) -> None:
+def test_next_after_many_broken_records(tmp_path: Path, words, lines: Callable, workers: int, packing: bool) -> None:
     bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
     lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
     lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
@@ -97,8 +72,7 @@ def test_at_after_too_many_broken_records(tmp_path: Path, words, lines: Callable
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable,
-                                                                    packing: bool) -> None:
+def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable, packing: bool) -> None:
     lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
     lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
     config = {"sources": [{"name": "t", "files": str(tmp_path / "t.jsonl"), "decoder": "pretrain.text", "weight": 99},
@@ -109,14 +83,14 @@ def test_check_usable_of_a_broken_source(tmp_path: Path, words, lines: Callable,
         LlmBatches(read_data_settings(config), words)
 
 
-def test_draws_follow_the_weights(mixed: Callable, words) -> None:
-    """Weights 4 : 1 : 2; with batch sizes they count micro-batches, so sequences are weight x batch_size."""
+def test_choice_of_micro_batches(mixed: Callable, words) -> None:
+    """Weights 4 : 1 : 2 count micro-batches, so the shares of sequences are weight x batch_size."""
     config = mixed()
     for source, size in zip(config["sources"], (1, 8, 2), strict=True):
         source["batch_size"] = size
     batches = LlmBatches(read_data_settings(config), words)
     assert len(list(itertools.islice(batches, 200))) == 200
-    drawn = np.array([one["sequences"] for one in batches.report()["sources"].values()])
+    drawn = np.array([source["sequences"] for source in batches.report()["sources"].values()])
     assert drawn / drawn.sum() == pytest.approx(np.array([4, 8, 4]) / 16, abs=0.05)
 
 
@@ -127,8 +101,8 @@ def test_draws_follow_the_weights(mixed: Callable, words) -> None:
     ({}, {"wieght": 1}, "did you mean 'weight'"),
     ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
     ({}, {"name": "texts"}, "duplicate source name 'texts'")])
-def test_read_data_settings_refuses(mixed: Callable, change: dict[str, Any], source: dict[str, Any], message: str
-                                    ) -> None:
+def test_read_data_settings_with_wrong_values(mixed: Callable, change: dict[str, Any], source: dict[str, Any],
+                                              message: str) -> None:
     config = mixed(**change)
     if source:
         config["sources"][0].update(source)
@@ -137,8 +111,8 @@ def test_read_data_settings_refuses(mixed: Callable, change: dict[str, Any], sou
 
 
 def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
-    config = mixed(packing="off")  # as an override leaves it
-    config["sources"] = {one.pop("name"): one for one in config["sources"]}
+    config = mixed(packing="off")  # the value of an override
+    config["sources"] = {source.pop("name"): source for source in config["sources"]}
     settings = read_data_settings(config)
     assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
     assert settings.draw_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7]) and settings.packing is False

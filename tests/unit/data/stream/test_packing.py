@@ -1,4 +1,4 @@
-"""Rows: which sequences share one, what their arrays are, and how full they get."""
+"""Packing: the sequences of a row, its arrays, and cutting of long sequences."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_best_fit() -> None:
         assert chosen[0] == 0 and chosen == sorted(set(chosen))
         others = range(1, len(lengths))
         best = max(total for size in range(len(lengths)) for some in itertools.combinations(others, size)
-                   if (total := lengths[0] + sum(lengths[one] for one in some)) <= capacity)
+                   if (total := lengths[0] + sum(lengths[index] for index in some)) <= capacity)
         assert sum(lengths[index] for index in chosen) == best
 
 
@@ -38,7 +38,7 @@ def test_make_row() -> None:
     assert [array.tolist() for array in row] == [
         [1, 50, 51, 2, 1, 60, 2, 0, 0, 0], [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
         [0, 1, 2, 3, 0, 1, 2, 0, 1, 2]]
-    assert first[1].tolist() == [1, 50, 51, 2]  # the sequence itself is as it was
+    assert first[1].tolist() == [1, 50, 51, 2]  # the input is unchanged
     assert {array.dtype for array in row} == {np.dtype(np.int32)}
     assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [[9] * 4, [-100] * 4, [0, 1, 2, 3]]
 
@@ -53,8 +53,8 @@ def test_split_long(total: int, length: int) -> None:
     assert all(before[-1] == after[0] for (before, _), (after, _) in itertools.pairwise(pieces))
 
 
-def test_a_model_sees_packed_sequences_as_if_alone() -> None:
-    """Logits of a real LLaMA with our position ids and no mask are those of each sequence by itself."""
+def test_make_row_gives_a_model_separate_sequences() -> None:
+    """Logits of a LLaMA with these position ids and without a mask equal those of each sequence alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Training samples: what is random repeats, what is broken is named, counted and replaced, and ends the run in time."""
+"""`PairDataset`: reproducible randomness; bad samples are named, counted and replaced, and many end the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_get(shards: Path, jpeg: Callable) -> None:
     assert len(data) == 40 and data.shard_sizes is not None and data.shard_sizes.sum() == 40
     sample = data.get(17, 0)
     assert sample["caption"] == "a photo of picture 17" and sample["key"] == "00017" and sample["index"] == 17
-    assert sample["image"].dtype == torch.uint8  # a quarter of what is normalised
+    assert sample["image"].dtype == torch.uint8  # a quarter of normalised values
     assert torch.equal(normalise(sample["image"]), PLAIN(open_image(jpeg(17)))) and not data.bad
     assert PairDataset(data.source, PLAIN).get(17, 0)["caption"] == "Picture 17."
 
@@ -42,9 +42,9 @@ def test_get_is_random_by_seed_epoch_index(shards: Path) -> None:
 
 
 def test_get_with_a_transform_of_torchvision(shards: Path) -> None:
-    """torch's global generator is seeded for the call and put back after it."""
-    theirs = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
-    data, state = PairDataset(Pairs(f"{shards}/*.tar"), theirs, seed=3), torch.get_rng_state()
+    """torch's global generator is seeded during the call and restored after it."""
+    transform = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
+    data, state = PairDataset(Pairs(f"{shards}/*.tar"), transform, seed=3), torch.get_rng_state()
     first = data.get(2, 0)["image"]
     assert torch.equal(data.get(2, 0)["image"], first) and not torch.equal(data.get(2, 1)["image"], first)
     assert torch.equal(torch.get_rng_state(), state)
@@ -70,7 +70,7 @@ def test_get_of_broken_images(tmp_path: Path, jpeg: Callable, write_tar: Callabl
     for (key, reason), words in zip(data.bad, ["truncated", "0 bytes", "no image", "not an image", "truncated"],
                                     strict=True):
         assert reason.startswith(f"{broken}: sample {key}: ") and words in reason and "\n" not in reason
-    assert logged == [f"skipped: {reason}" for _, reason in data.bad]  # each once, though met several times
+    assert logged == [f"skipped: {reason}" for _, reason in data.bad]  # each once, though read several times
     data = PairDataset(Pairs(broken), PLAIN, max_bad_in_a_row=3, log=None)
     assert data.get(4, 0)["index"] == 6
     with pytest.raises(DataError, match=r"3 consecutive samples from index 3 on .* 005: has no image"):

@@ -1,4 +1,4 @@
-"""The original data files: both mixtures as the tables have them, other files of that form, and what is refused."""
+"""The original data files: both mixtures, other files of that form, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"
 PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
@@ -25,7 +25,7 @@ def rows(settings: LlmDataSettings) -> list[tuple[Any, ...]]:
              source.weight) for source in settings.sources]
 
 
-def test_the_pretraining_mixture() -> None:
+def test_read_data_settings_of_the_pretraining_mixture() -> None:
     settings = read_data_settings(load_yaml(PRETRAIN))
     assert rows(settings) == [
         ("pretrain.caption", 200, 0.5, 116, 7, 0.5),
@@ -39,11 +39,11 @@ def test_the_pretraining_mixture() -> None:
                                          "dataset/seed_v2_0828/caption/coco"]
     assert [source.format for source in settings.sources] == ["tar"] * 5 + ["jsonl"]
     assert settings.concat_type == "sample" and settings.packing and settings.length == 2048
-    slots = [source.max_length * source.batch_size for source in settings.sources]
-    assert slots == [23200, 22960, 26624, 26624, 23200, 26624]
+    positions = [source.max_length * source.batch_size for source in settings.sources]
+    assert positions == [23200, 22960, 26624, 26624, 23200, 26624]
 
 
-def test_the_instruction_mixture() -> None:
+def test_read_data_settings_of_the_instruction_mixture() -> None:
     settings = read_data_settings(load_yaml(SFT))
     assert rows(settings) == [
         ("sft.difference", 200, 0.0, 160, 100, 0.15), ("sft.story", 360, 0.0, 80, 100, 0.08),
@@ -61,7 +61,7 @@ def test_the_instruction_mixture() -> None:
     assert len({source.name for source in settings.sources}) == 18
 
 
-def test_every_builder_has_its_decoder() -> None:
+def test_read_data_settings_of_every_builder() -> None:
     assert {decoder for decoder, _ in BUILDERS.values()} <= {*DECODERS, *FEATURE_DECODERS}
     for target in BUILDERS:
         config = {"_target_": target, "data_dir": "somewhere", "max_length": 64, "batch_size": 2, "cycle_count": 3,
@@ -71,7 +71,7 @@ def test_every_builder_has_its_decoder() -> None:
 
 
 def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
-    """Our pretraining file with the folders of small sets in place of the original ones, read back from YAML."""
+    """The pre-training file with the folders of small sets instead of the original ones, read from YAML."""
     config = yaml.safe_load(PRETRAIN.read_text())
     folders = {"caption": sets / "captions", "interleaved": sets / "documents", "text": sets / "texts"}
     config["datapipes"] = [pipe for pipe in config["datapipes"] if "video" not in pipe["_target_"]]
@@ -86,13 +86,13 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
     return read_data_settings(load_yaml(file))
 
 
-def test_a_original_file_runs_on_small_shards(sets: Path, words, tmp_path: Path) -> None:
+def test_next_of_the_pretraining_mixture(sets: Path, words, tmp_path: Path) -> None:
     for packing in (True, False):
         batches = LlmBatches(small_sets(sets, tmp_path, packing=packing, length=256), words)
-        found = list(itertools.islice(batches, 20))
-        assert all(batch.learned > 0 for batch in found)
+        read = list(itertools.islice(batches, 20))
+        assert all(batch.learned > 0 for batch in read)
         assert set(batches.report()["sources"]) == {"captions", "captions-2", "documents", "documents-2", "texts"}
-        assert not packing or {batch.input_ids.shape for batch in found} == {(6, 256)}
+        assert not packing or {batch.input_ids.shape for batch in read} == {(6, 256)}
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -101,18 +101,7 @@ def test_a_original_file_runs_on_small_shards(sets: Path, words, tmp_path: Path)
     ({"reverse_ration": 0.5}, r"datapipes\[0\]: unknown key 'reverse_ration' \(did you mean 'reverse_ratio'"),
     ({"data_dir": None}, "needs a value for 'data_dir'"),
 ])
-def test_sources_that_make_no_sense(change: dict[str, Any], message: str) -> None:
+def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str) -> None:
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
     with pytest.raises(ConfigError, match=message):
         read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
-
-
-def test_pickled_shards_name_their_converter(tmp_path: Path, words) -> None:
-    import tarfile
-
-    with tarfile.open(tmp_path / "0.tar", "w") as tar:
-        (tmp_path / "x.pkl").write_bytes(b"\x80\x04}.")
-        tar.add(tmp_path / "x.pkl", "x.pkl")
-    settings = read_data_settings({"_target_": CAPTION, "data_dir": str(tmp_path)})
-    with pytest.raises(DataError, match="seed data convert"):
-        LlmBatches(settings, words)

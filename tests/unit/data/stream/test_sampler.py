@@ -1,4 +1,4 @@
-"""Orders of samples: each once an epoch, shares by weight everywhere, the same from any position."""
+"""Orders of samples: each once per epoch, shares by weight, equal from any position."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def test_mixed_order_proportions() -> None:
 
 @pytest.mark.parametrize("weights", [WEIGHTS, [1e-9, 1.0, 3.0]])
 def test_mixed_order_epochs(weights: list[float]) -> None:
-    """Whatever the weights, a set's draws are its samples once in each of its epochs, without a gap."""
+    """With any weights, each epoch of a set contains each of its samples once."""
     seen: dict[int, list[tuple[int, int]]] = {0: [], 1: [], 2: []}
     for epoch, index in flat(MixedOrder(TOTALS, weights, 3), 0, 4000):
         number = int(np.searchsorted(np.cumsum(TOTALS), index, side="right"))
         seen[number].append((epoch, index - sum(TOTALS[:number])))
     for number, total in enumerate(TOTALS):
-        draws = seen[number]
-        assert [epoch for epoch, _ in draws] == [place // total for place in range(len(draws))]
-        for first in range(0, len(draws) - total + 1, total):
-            assert sorted(index for _, index in draws[first:first + total]) == list(range(total))
+        samples = seen[number]
+        assert [epoch for epoch, _ in samples] == [place // total for place in range(len(samples))]
+        for first in range(0, len(samples) - total + 1, total):
+            assert sorted(index for _, index in samples[first:first + total]) == list(range(total))
 
 
 def test_mixed_order_at_any_position() -> None:
@@ -49,7 +49,6 @@ def test_mixed_order_at_any_position() -> None:
 
 @pytest.mark.parametrize("block", [0, 1, 20, 5000])
 def test_epoch_order(block: int) -> None:
-    """Every sample once in an epoch; the same from any position."""
     def make(seed: int = 5) -> EpochOrder:
         return EpochOrder(1136, seed, sizes=[40, 1, 0, 700, 62, 333], block=block)
 
@@ -78,7 +77,7 @@ def test_epoch_order_without_shuffling() -> None:
 
 
 def test_epoch_order_memory_of_100_million_samples() -> None:
-    """Each data worker holds its own; an array of it would be 800 MB."""
+    """Each data worker has one; an array of all indices would be 800 MB."""
     tracemalloc.start()
     order = EpochOrder(100_000_000, 0, sizes=np.full(10_000, 10_000), block=10_000)
     for position in (0, 1_000_000, 100_000_000, 100_500_000):

@@ -1,10 +1,9 @@
-"""Images in the one stream: real files of all the formats, opened, cut and laid next to their words; bad ones."""
+"""Images in the LLM's stream: files of every format, their views and marks, bad records."""
 
 from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import READ, WRITTEN
@@ -25,7 +25,7 @@ COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> MultimodalTokenizer:
-    """A tokenizer with images of 4 words."""
+    """A tokenizer with 4 tokens per image."""
     return train_words(MultimodalTokenizer, ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
                        tmp_path_factory.mktemp("words"), vocab_size=290, n_codes=4, tokens_per_image=4, n_locations=16)
 
@@ -55,7 +55,7 @@ def colour_of(view: torch.Tensor) -> str:
 
 
 def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
-    """As many words as views, in image words only, read ones before the answer's."""
+    """Four image tokens per view are marked, and no other tokens."""
     views = batch.views
     assert views is not None
     code = torch.tensor([[words.vocabulary.is_code_id(id) for id in row] for row in batch.input_ids.tolist()])
@@ -66,8 +66,8 @@ def check_marks(batch: LlmBatch, words: MultimodalTokenizer) -> None:
 
 
 @pytest.mark.process
-def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    """The source is read in two equal views, the target written in one; the drawn image is shown again."""
+def test_next_of_edits(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """Two views of the source are read, one of the target is written; in a later turn the target is read, too."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(image(name))
     edit = lines(tmp_path / "edit.jsonl", [{"source_image": "red.png", "target_image": "/blue.png",
@@ -77,12 +77,12 @@ def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> No
         {"role": "assistant", "content": [{"image": "green.png"}]},
         {"role": "user", "content": "blue"},
         {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]}]}])
-    one = next(batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
-                             "image_dir": str(tmp_path)}))
-    check_marks(one, words)
-    assert one.views is not None and one.views.written.tolist() == [False, False, True]
-    assert [colour_of(view) for view in one.views.pixels] == ["red", "red", "blue"]
-    chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # the images lie next to the list
+    single = next(batches_of(words, {"files": edit, "decoder": "seed_x.edit", "batch_size": 1,
+                                     "image_dir": str(tmp_path)}))
+    check_marks(single, words)
+    assert single.views is not None and single.views.written.tolist() == [False, False, True]
+    assert [colour_of(view) for view in single.views.pixels] == ["red", "red", "blue"]
+    chat = {"files": turns, "decoder": "seed_x.chat", "batch_size": 1}  # images are next to the list
     several = next(batches_of(words, chat))
     with batches_of(words, chat, workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, several.views.pixels)
@@ -92,7 +92,7 @@ def test_edits_and_their_turns(words: MultimodalTokenizer, tmp_path: Path) -> No
     assert several.views.written.tolist() == [False, False, True, False, False, True]
 
 
-def test_a_wide_image_is_read_in_parts(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_of_a_wide_image(words: MultimodalTokenizer, tmp_path: Path) -> None:
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
     wide.paste(COLOURS["blue"], (56, 0, 112, 56))
     wide.save(tmp_path / "wide.png")
@@ -103,19 +103,15 @@ def test_a_wide_image_is_read_in_parts(words: MultimodalTokenizer, tmp_path: Pat
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
 
 
-def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
-    """With and without a json; unlike pairs, small images and over-long captions are counted, nothing is turned into
-    another sample."""
+def test_next_of_captions_in_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
+    """With and without json; dissimilar pairs, small images and over-long captions are counted, not replaced."""
     file = tmp_path / "0.tar"
-    members = {"a.png": image("red"), "a.txt": b"red", "b.png": image("blue"), "b.txt": b"blue",
-               "b.json": b'{"similarity": 0.05}', "c.png": image("green", (10, 40)), "c.txt": b"green",
-               "d.png": image("green"), "d.txt": b"green " * 60, "e.txt": b"nothing",
-               "f.png": b"no picture", "f.txt": b"red"}
-    with tarfile.open(file, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
+    write_shard(file, [
+        ("a", {"png": image("red"), "txt": b"red"}),
+        ("b", {"png": image("blue"), "txt": b"blue", "json": b'{"similarity": 0.05}'}),
+        ("c", {"png": image("green", (10, 40)), "txt": b"green"}),
+        ("d", {"png": image("green"), "txt": b"green " * 60}), ("e", {"txt": b"nothing"}),
+        ("f", {"png": b"no image", "txt": b"red"})])
     batches = batches_of(words, {"files": str(file), "decoder": "seed_x.caption", "cycles": 1, "batch_size": 6,
                                  "options": {"img_first_ratio": -1, "add_gen_prompt": False, "min_resolution": 20,
                                              "similarity_thr": 0.1}})
@@ -123,29 +119,27 @@ def test_captions_of_tars(words: MultimodalTokenizer, tmp_path: Path) -> None:
     check_marks(batch, words)
     assert batch.views is not None and batch.sequences == 1 and colour_of(batch.views.pixels[0]) == "red"
     skipped = batches.report()["sources"]["s0"]["skipped"]
-    first = " ".join(one for entry in skipped.values() for one in entry["first"])
+    first = " ".join(reason for entry in skipped.values() for reason in entry["first"])
     assert sum(entry["count"] for entry in skipped.values()) == 5
-    assert {"similarity", "resolution",
-            "its images do not fit into 80 tokens"} <= skipped.keys()
+    assert {"similarity", "resolution", "its images do not fit into 80 tokens"} <= skipped.keys()
     assert all(f"sample {key}" in first for key in "bcdef") and "image: missing" in first
 
 
-@pytest.mark.parametrize(("record", "sentence"), [
+@pytest.mark.parametrize(("record", "message"), [
     ({"image": "gone.png", "data": ["q", "a"]}, "line 1: image gone.png not found"),
     ({"image": "bad.png", "data": ["q", "a"]}, "line 1"),
     ({"image": "a.png", "data": ["<image> and <image>", "a"]}, "2 <image> placeholders for 1 image"),
 ])
-def test_records_that_cannot_be_used(words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], sentence: str
-                                     ) -> None:
+def test_next_of_bad_records(words: MultimodalTokenizer, tmp_path: Path, record: dict[str, Any], message: str) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
     (tmp_path / "bad.png").write_bytes(image("red")[:40])
     file = lines(tmp_path / "talk.jsonl", [record])
-    with pytest.raises(DataError) as refused:
+    with pytest.raises(DataError) as error:
         next(batches_of(words, {"files": file, "decoder": "seed_x.conversation"}, max_bad_in_a_row=1))
-    assert sentence in str(refused.value) and "talk.jsonl: line 1" in str(refused.value)
+    assert message in str(error.value) and "talk.jsonl: line 1" in str(error.value)
 
 
-def test_cut_conversations_are_counted(words: MultimodalTokenizer, tmp_path: Path) -> None:
+def test_next_counts_cut_conversations(words: MultimodalTokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(image("red"))
     file = lines(tmp_path / "talk.jsonl", [{"image": "a.png", "data": ["What?", "It is red. " * 40]}])
     source = {"files": file, "decoder": "seed_x.conversation", "cycles": 1, "batch_size": 1}

@@ -35,7 +35,7 @@ def lines(folder: Path, name: str = "tokenizer") -> list[dict[str, float]]:
 
 @pytest.mark.slow
 def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
-    held_out, _ = toy.pictures(64, seed=9)
+    held_out, _ = toy.images(64, seed=9)
     before = measure(toy.stage1(), held_out, quantize=False)
     model, record = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health={**CODES, "codebook_warmup": 50})
     after = measure(model, held_out)
@@ -52,7 +52,7 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path: Path) -> None:
 
 
 def test_start_codes_uses_the_whole_codebook() -> None:
-    data, _ = toy.pictures(128)
+    data, _ = toy.images(128)
     model = toy.stage1()
     task = LavitTokenizerTask("codes", model, StageConfig(max_steps=5, batch_size=16),
                               lambda step: data[16 * step:16 * step + 16],
@@ -84,7 +84,7 @@ def test_freeze_selector_trains_the_token_selector_until_codes_are_used(tmp_path
     start = toy.stage1(freeze_selector=True)
     assert not torch.equal(selector(trained), selector(start))  # by the steps without codes
     for quantize in (True, False):
-        start(toy.pictures(8)[0], quantize=quantize).loss.backward()
+        start(toy.images(8)[0], quantize=quantize).loss.backward()
         assert all((part.grad is None) == quantize for part in start.tokenizer.token_predictor.parameters())
 
 

@@ -12,7 +12,7 @@ import tiny_sdxl
 import torch
 from llm_runs import write_json_lines
 from PIL import Image
-from tiny_detokenizer import CONFIGS, config, losses, write_parts, write_pictures
+from tiny_detokenizer import CONFIGS, config, losses, write_images, write_parts
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.images.transforms import normalise
@@ -153,7 +153,7 @@ def test_train_with_ema_saves_averaged_weights(parts: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("stage", [1, 2])
 def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path: Path, stage: int) -> None:
     """Next to the originals and to TensorBoard; the losses are unchanged."""
-    write_pictures(tmp_path / "held", [(20, 24), (24, 20)])
+    write_images(tmp_path / "held", [(20, 24), (24, 20)])
     held = {"name": "held", "files": str(tmp_path / "held")}
     steps = {"max_steps": 2, "save_steps": 1}
     train(config(parts, tmp_path / "run", stage, data={"held_out": held},
