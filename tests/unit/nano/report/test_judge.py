@@ -50,6 +50,7 @@ def test_labels_of_a_trained_judge(trained: Judge) -> None:
     assert set(trained.config.training["real_pictures"]) == {"val", "pairs", "places", "counts", "styles", "things"}
 
 
+@pytest.mark.slow
 def test_features_are_nearest_for_the_same_scene(trained: Judge) -> None:
     real = trained.read(images(FRESH))[1]
     assert real.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)

@@ -158,6 +158,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
     assert run.returncode == 2 and "cannot be written" in run.stderr and not (tmp_path / "vae.done.json").exists()
 
 
+@pytest.mark.slow
 def test_main_fails_if_a_stage_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
