@@ -40,7 +40,7 @@ START, END, FIRST_CODE = 32000, 32001, 32002
 MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS, GUIDANCE = 4, 7.0
 QUESTION_WORDS = 5
-# Names of the recorded settings, and of ours.
+# Recorded names of settings → fields of GenerationSettings.
 SETTINGS = {"guidance_scale": "guidance", "use_nucleus_sampling": "do_sample", "max_length": "max_new_tokens",
             "min_length": "min_new_tokens"}
 Tensors = dict[str, Tensor]
@@ -223,9 +223,9 @@ def check_case(case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: 
     answers = Engine(llm, tokenizer, 2 * len(prompts)).generate(prompts, settings, ends=[words.eoi_id])
     handle.remove()
     assert scores and len(scores) <= case["num_forward_calls"], label
-    for call, ours in enumerate(scores):
+    for call, actual in enumerate(scores):
         if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
-            assert_close(ours[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
+            assert_close(actual[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
     for ids, recorded in zip(answers, case["output"], strict=True):
         assert_same(ids, recorded[:len(ids)], f"{label}: ids")
         assert ids[-1] == words.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"

@@ -54,8 +54,8 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
 
 
 def check_parameters(model: Any, meta: dict[str, Any]) -> None:
-    ours = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
-    assert_same(ours, {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
+    rows = {name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad) for name, p in model.named_parameters()}
+    assert_same(rows, {name: (entry["shape"], entry["trainable"] and ".original_module." not in name)
                        for name, entry in meta["parameters"].items()}, "parameters: shape and whether trained")
     original = meta["released_peft_config"]
     assert_same(list(MODULES_TO_SAVE), original["modules_to_save"], "original modules_to_save")

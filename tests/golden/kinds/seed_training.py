@@ -46,7 +46,7 @@ def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
 
 
 def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]) -> None:
-    """Recorded AdamW steps. Entries with tiny gradients are left out: AdamW blows them up to a full step."""
+    """Recorded AdamW steps. Entries with tiny gradients are not compared: AdamW scales them to a full step."""
     recorded, parameters = meta["optimizer"], dict(model.named_parameters())
     settings = {**recorded, **recorded.get("defaults", {})}
     optimizer = torch.optim.AdamW(

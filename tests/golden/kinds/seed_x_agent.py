@@ -191,7 +191,7 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
     def tuned(text: str, views: list[int]) -> list[int]:
         return prompts.dialogue([("user", place_images(text, views))])
 
-    ours = {
+    prompt_ids = {
         "eval_img2text_seed_x.py": lambda: [prompts.alone(place_images(QUESTION, views)),
                                             prompts.alone(place_images(PHRASE, views), "detect")],
         "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
@@ -199,8 +199,8 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         "eval_text2img_seed_x.py": lambda: [[*prompts.alone([CAPTION], "draw"), words.boi_id]],  # forced
         "eval_text2img_seed_x_i.py": lambda: [tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])],
     }[script]()
-    assert_same(len(ours), len(run["llm_calls"]), f"{script}: calls")
-    for ids, call in zip(ours, run["llm_calls"], strict=True):
+    assert_same(len(prompt_ids), len(run["llm_calls"]), f"{script}: calls")
+    for ids, call in zip(prompt_ids, run["llm_calls"], strict=True):
         assert_same([ids], call["input_ids"], f"{script}: ids")
         if call.get("ids_cmp_positions") is not None:
             assert_same(words.places(ids), call["ids_cmp_positions"], f"{script}: places of features")

@@ -111,10 +111,10 @@ def check_llm(folder: Path) -> None:
 
 def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     vocabulary = tokenizer.vocabulary
-    ours = {"length": len(tokenizer), "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
-            "unk": tokenizer.unk_id, "first_image_id": vocabulary.n_text, "img_open": vocabulary.boi_id,
-            "img_close": vocabulary.eoi_id}
-    assert_same(ours, {key: expected[key] for key in ours}, "length and special ids")
+    actual = {"length": len(tokenizer), "bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id,
+              "unk": tokenizer.unk_id, "first_image_id": vocabulary.n_text, "img_open": vocabulary.boi_id,
+              "img_close": vocabulary.eoi_id}
+    assert_same(actual, {key: expected[key] for key in actual}, "length and special ids")
     assert expected["cases"], "the fixture holds no strings"
     for case in expected["cases"]:
         text = case["text"]
@@ -135,7 +135,7 @@ def pad(sequence: TokenSequence, max_length: int, pad_id: int) -> dict[str, list
 
 def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
-    if function in LEFT_OUT or "'metadata'" in str(case.get("error")):  # which ours does not read
+    if function in LEFT_OUT or "'metadata'" in str(case.get("error")):  # which is not read here
         return
     decoder = f"pretrain.{PRETRAIN[function]}" if case["module"] == "train" else f"sft.{SFT[function]}"
     name, options = f"case {case['id']} ({decoder})", dict(case["kwargs"])
