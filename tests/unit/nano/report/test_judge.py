@@ -30,7 +30,7 @@ def few_things(seed: int, index: int) -> Scene:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Judge:
     folder = tmp_path_factory.mktemp("judge")
-    settings = StageConfig(max_steps=100, batch_size=24, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False)
+    settings = StageConfig(max_steps=100, batch_size=16, learning_rate=3e-3, warmup_steps=5, seed=5, curves=False)
     config = JudgeConfig(image_size=32, widths=(16, 24), blocks=(0, 1))
     train(JudgeTask(settings, folder / "judge", torch.device("cpu"), config, few_things, probes=4), settings, folder)
     return Judge.from_pretrained(folder / "judge")
@@ -50,6 +50,7 @@ def test_labels_of_a_trained_judge(trained: Judge) -> None:
     assert set(trained.config.training["real_pictures"]) == {"val", "pairs", "places", "counts", "styles", "things"}
 
 
+@pytest.mark.slow
 def test_features_are_nearest_for_the_same_scene(trained: Judge) -> None:
     real = trained.read(images(FRESH))[1]
     assert real.norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)

@@ -23,16 +23,16 @@ from seed_nano.world.records import KINDS
 
 ROOT = Path(__file__).resolve().parents[4]
 EXPECTED = Path(__file__).with_name("nano_losses.json")
-STEPS = (1, 2, 5, 10, 20, 30)
+STEPS = (1, 2, 4, 8, 12)
 STAGES = {"llm_pretrain": "train_pretrain", "llm_sft": "train_sft"}
-SETTINGS = ["pool=60", "held_out_scenes=60", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
-            *(f"records.{kind}=60" for kind in KINDS)] + [
-    f"{stage}={{steps: 30, batch_size: 8, lr: 3.0e-3, warmup: 5, precision: fp32, log_every: 1}}"
+SETTINGS = ["pool=30", "held_out_scenes=30", "llm.text_vocabulary=1500", "tokenizer.codes=1024",
+            *(f"records.{kind}=30" for kind in KINDS)] + [
+    f"{stage}={{steps: 12, batch_size: 8, lr: 3.0e-3, warmup: 2, precision: fp32, log_every: 1}}"
     for stage in STAGES.values()]
 
 
 def prepared(folder: Path) -> Workspace:
-    """60 records of every kind with random codes, and the configurations, for the shipped tokenizer."""
+    """30 records of every kind with random codes, and the configurations, for the shipped tokenizer."""
     out = folder / "system"
     out.mkdir(parents=True)
     (out / "seed_tokenizer").symlink_to(ROOT / "pretrained/nano/seed_tokenizer")
@@ -51,7 +51,7 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
     plain = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
         [warm_python.PYTHON, str(ROOT / "MultiModalLLM/src/train/train.py"), "--config-path", str(folder),
-         "--config-name", name], capture_output=True, text=True, timeout=170,
+         "--config-name", name, "trainer.sample_steps=0"], capture_output=True, text=True, timeout=170,
         env={**plain, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     log = [json.loads(line) for line in next((folder / name).glob("*.jsonl")).read_text().splitlines()]
@@ -70,7 +70,7 @@ def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
         for kind, values in losses.items():
             # Muon multiplies in bf16, whose rounding depends on torch's release.
             assert values == pytest.approx(expected[name][kind], rel=5e-3), f"{name} {kind}"
-        assert losses["loss"][-1] < 0.9 * losses["loss"][0]
+        assert losses["loss"][-1] < 0.95 * losses["loss"][0]
 
     assert install_llm(space)["text_loss"] == pytest.approx(losses["held_out"][0], abs=1e-3)
     words = MultimodalTokenizer.from_pretrained(space.words_folder)

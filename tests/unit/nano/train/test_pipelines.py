@@ -81,7 +81,8 @@ def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Captur
     parts = ["seed_tokenizer/diffusion_model/image_encoder"]
     assert weights(system, parts) == weights(tmp_path / "whole" / "system", parts)
 
-    assert main(arguments("nano", work, "--jobs", "2", "--no-report", "train_clip.steps=30")) == 0
+    settings = ["train_clip.steps=30", *(f"train_{name}.save_every_steps=4" for name in ("pretrain", "sft"))]
+    assert main(arguments("nano", work, "--jobs", "2", "--no-report", *settings)) == 0
     output = capfd.readouterr().out
     assert "[clip] already done" in output
     assert all(output.count(f"== {name}\n") == 1 for name in ("vae", "llm_sft")) and output.count("Done in") == 1
@@ -98,12 +99,12 @@ def test_nano_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.Captur
     vae = system / "seed_tokenizer/diffusion_model/vae/diffusion_pytorch_model.safetensors"
     for file in (vae, work / "vae.done.json"):
         file.unlink()
-    assert main(arguments("nano", work, "--only", "vae,unet,llm_pretrain,records", "train_clip.steps=30",
+    assert main(arguments("nano", work, "--only", "vae,unet,llm_pretrain,records", *settings,
                           "train_unet.lr=0.5")) == 0
     output = capfd.readouterr().out
     assert vae.is_file() and "resumes from" in output and output.count("already done") == 3
     assert "train_unet.learning_rate: 0.001 -> 0.5" in output and "vae was run again" in output
-    assert main(arguments("nano", work, "--only", "records", "records.captions=13", "train_clip.steps=30")) == 0
+    assert main(arguments("nano", work, "--only", "records", "records.captions=13", *settings)) == 0
     assert json.loads((work / "records.done.json").read_text())["captions"] == 13
 
 
@@ -157,6 +158,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path: Path) -> None:
     assert run.returncode == 2 and "cannot be written" in run.stderr and not (tmp_path / "vae.done.json").exists()
 
 
+@pytest.mark.slow
 def test_main_fails_if_a_stage_is_running(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
