@@ -98,10 +98,9 @@ def write_pairs(folder: Path, format: str, faults: Sequence[str], jpeg: Callable
     else:
         for (name, members), fault in zip(samples, faults, strict=True):
             (folder / "images" / f"{name}.jpg").write_bytes(members["jpg"])
-            caption = caption_of(int(name), fault)
-            if caption is not ...:
-                (folder / "images" / f"{name}.txt").write_bytes(b"\xff\xfe" if fault == "not UTF-8" else
-                                                                caption.encode())
+            if members["txt"] is not ...:
+                text = b"\xff\xfe" if fault == "not UTF-8" else members["txt"]
+                (folder / "images" / f"{name}.txt").write_bytes(text)
 
 
 def spoiled(data: bytes, fault: str) -> bytes:

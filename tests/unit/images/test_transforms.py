@@ -1,4 +1,4 @@
-"""Transforms: equal to torchvision's up to the order of passes, extreme shapes, wrong settings."""
+"""Transforms: equal to torchvision's up to the order of passes, extreme shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
@@ -82,9 +81,3 @@ def test_read_equals_open_and_transform(transform: ImageTransform) -> None:
     file = io.BytesIO()
     noise(300, 200).save(file, "JPEG")
     assert torch.equal(normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue())))
-
-
-def test_get_transform_with_wrong_settings() -> None:
-    for arguments in ({"type": "vqgan"}, {"interpolation": "magic"}):
-        with pytest.raises(ConfigError):
-            get_transform(**arguments)

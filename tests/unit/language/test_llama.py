@@ -138,5 +138,3 @@ def test_load_llm_quantised_on_a_cpu(nano_llm: Any, quantization: str, kl: float
 def test_load_llm_of_another_quantisation(llm_folder: Path) -> None:
     with pytest.raises(ConfigError, match="Unknown quantisation"):
         load_llm(llm_folder, quantization="3bit")
-    with pytest.raises(ConfigError, match="need a CUDA device or a CPU, not mps"):
-        load_llm(llm_folder, device="mps", quantization="8bit")

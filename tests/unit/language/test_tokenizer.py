@@ -15,7 +15,7 @@ from seed_nano.train.words import train_words
 CODES = [3, 0, 23, 7, 7]
 
 
-def test_train_gives_llamas_layout(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
+def test_train_words_in_the_layout_of_llama(tokenizer: MultimodalTokenizer, tokenizer_folder: Path) -> None:
     words = tokenizer.vocabulary
     assert (words.n_text, words.n_codes, words.tokens_per_image) == (330, 24, 5)
     assert words.size == 356
@@ -30,7 +30,7 @@ def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text: str)
     assert tokenizer.decode(ids) == text
 
 
-def test_train_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
+def test_train_words_and_save_pretrained_write_equal_files(tmp_path: Path) -> None:
     texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
     for name in ("a", "b"):
         train_words(MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4)

@@ -93,16 +93,6 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path) -
     assert language_model("AILab-CVC/seed-llama-8b-sft", device="cpu").config.model_type == "llama"
 
 
-def test_require_fetches_only_the_files_of_a_part(no_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(hub, "fetch", lambda name, files, advice="": calls.append((name, *files)) or no_weights)
-    for name, part in (("lavit", "pixels"), ("seed-x-edit", "llm")):
-        with pytest.raises(CheckpointError):
-            SystemConfig.find(name).require(part)
-    assert calls == [("rain1011/LaVIT-7B-v2", "highres_pixel_decoding", "highres_pixel_decoding/*"),
-                     ("AILab-CVC/SEED-X-17B", "seed_x_edit/llm", "seed_x_edit/llm/*")]
-
-
 @pytest.mark.parametrize(("text", "words"), [
     ('{"transform": {"keepratio": true}}', "transform: unknown key 'keepratio'"), ("{", "not valid json"),
     ('{"tokeniser": "x"}', r"unknown key 'tokeniser' \(did you mean 'tokenizer'"),

@@ -89,7 +89,7 @@ def test_describe_of_files_bytes_and_arrays(system: Any, tmp_path: Path) -> None
 # ---- seeds and threads
 
 
-def test_sampling_depends_only_on_the_seed(system: Any) -> None:
+def test_describe_depends_only_on_the_seed(system: Any) -> None:
     answers = [system.describe(noise(1), seed=seed, max_new_tokens=12, **SAMPLING) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
     state = torch.get_rng_state()
@@ -97,7 +97,7 @@ def test_sampling_depends_only_on_the_seed(system: Any) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_answers_of_many_threads(system: Any) -> None:
+def test_describe_draw_and_reconstruct_in_threads(system: Any) -> None:
     """Texts are equal; images within one grey level: features of a batch differ in their last digits."""
     jobs = [job for seed in range(2) for job in (
         lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING),

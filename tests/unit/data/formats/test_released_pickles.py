@@ -77,7 +77,7 @@ def hostile(trace: Path) -> dict[str, tuple[object, str]]:
 
 @pytest.mark.parametrize("protocol", [3, 5])
 @pytest.mark.parametrize("name", list(hostile(Path("x"))))
-def test_read_pickle_refuses_code(tmp_path, name, protocol):
+def test_read_pickle_of_code(tmp_path, name, protocol):
     trace = tmp_path / "it_ran"
     value, named = hostile(trace)[name]
     data = pickle.dumps(value, protocol)
@@ -94,7 +94,7 @@ def test_read_pickle_refuses_code(tmp_path, name, protocol):
     b"cnumpy.core.multiarray\n_reconstruct\n}S'__call__'\ncos\nsystem\nsb.",  # BUILD on a stand-in
     b"cnumpy\nndarray\n(}(S'__setstate__'\ncos\nsystem\nstb.",   # slots of a stand-in
 ])
-def test_read_pickle_refuses_programs(tmp_path, code):
+def test_read_pickle_of_programs(tmp_path, code):
     trace = tmp_path / "it_ran"
     with pytest.raises(BadRecord, match="refers to os.system"):
         read_pickle(code.replace(b"%s", str(trace).encode()), "w")

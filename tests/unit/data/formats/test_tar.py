@@ -62,12 +62,6 @@ def test_locate_groups_as_webdataset(tmp_path: Path):
                            ("two", {"x.y": b"two.x.y"})]
 
 
-def test_locate_a_duplicate_member(tmp_path: Path):
-    path = tar_of(tmp_path / "x.tar", [("a.jpg", b"1"), ("a.png", b"2"), ("a.png", b"3"), ("b.jpg", b"4")])
-    assert TarFile(path).locate(0).problem == ("duplicate id", f"{path}: sample a has two .png members.")
-    assert TarFile(path).locate(1).problem is None
-
-
 @pytest.mark.parametrize("cut", ["in an image", "in a header", "between samples", "no end mark", "zeroed header"])
 def test_locate_in_a_torn_shard(tmp_path: Path, shards: Path, cut: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(index, "KEEP_FROM", 1)

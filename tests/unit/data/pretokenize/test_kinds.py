@@ -106,22 +106,18 @@ def test_run_caption_with_views(make, codec, images, words):
     assert "a" in decode(words, "pretrain.caption", records[0], first_text=1.0)
 
 
-def test_run_qa_as_in_the_original(make, codec, images, words):
-    first = codes_of(codec, images, 2)[0]
-    assert make("qa", [{"image": "2.png", "caption": "a fox"}]) == [  # JourneyDB, as in the original
-        {"image_ids": first, "question": DESCRIBE_PROMPT, "answer": "a fox"}]
-
-
 @pytest.mark.parametrize(("row", "fields", "question", "answer", "decoded"), [
+    ({"image": "2.png", "caption": "a fox"}, None, DESCRIBE_PROMPT, "a fox", None),  # JourneyDB, as in the original
     ({"image": ["4.png", "5.png"], "question": "What differs in image a and image b?", "answer": "All"}, "plain",
      "What differs in image a and image b?", "All", ("sft.difference", "This is the first image.")),
     ({"image": "4.png", "question": "how many?", "answer": 2}, "plain", "how many?", "2", ("sft.qa", "ASSISTANT: 2.")),
     ({"image": "4.png", "question": "how many?", "answer": float("nan")}, "plain", "", None, None),  # an empty cell
     ({"file": "3.png", "question": "What is it?", "answers": ["cat", "dog", "dog"]},
      {"image": "file", "answer": "answers", "suffix": QA_SUFFIX}, "What is it?" + QA_SUFFIX, "dog", None)])
-def test_run_qa_with_fields(make, words, row, fields, question, answer, decoded):
-    good = {"file": "0.png", "image": "0.png", "question": "q", "answer": "a", "answers": ["a"]}
-    *records, _ = make("qa", [row, good], fields=fields)
+def test_run_qa(make, codec, images, words, row, fields, question, answer, decoded):
+    good = {"file": "0.png", "image": "0.png", "caption": "c", "question": "q", "answer": "a", "answers": ["a"]}
+    *records, last = make("qa", [row, good], fields=fields)
+    assert last["image_ids"] == codes_of(codec, images, 0)[0]
     assert [(record["question"], record["answer"]) for record in records] == ([(question, answer)] if answer else [])
     if decoded:
         assert decoded[1] in decode(words, decoded[0], records[0], reverse_ratio=0.0)

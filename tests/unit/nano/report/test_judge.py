@@ -46,7 +46,7 @@ def images(shown: list[Scene]) -> list[Image.Image]:
 @pytest.mark.slow
 def test_labels_of_a_trained_judge(trained: Judge) -> None:
     right = (trained.labels(images(FRESH)) == label_tensor(FRESH, JUDGED)).float().mean(0)
-    assert right.min() >= 0.6 and right[:2].min() >= 0.9, right
+    assert right.min() >= 0.5 and right[:2].min() >= 0.9, right
     assert set(trained.config.training["real_pictures"]) == {"val", "pairs", "places", "counts", "styles", "things"}
 
 
