@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from seed_multimodal.settings import nearest, setting
 from seed_multimodal.training.config import SCHEDULES
 from seed_multimodal.training.schedules import scheduled_rate, warmup_count
 
+MOMENTUM = 0.95  # of Muon
 OUTER_PARTS = ("embed", "lm_head", "proj_out", "output_resampler")  # their matrices do not map between hidden spaces
 
 
@@ -54,17 +55,14 @@ def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int
         micro_batches=accumulate if by_micro_batch else 1)
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups of trained parameters: weight decay on matrices, not on vectors (biases, norms)."""
-    return _by_decay([p for p in module.parameters() if p.requires_grad], weight_decay)
-
-
-def _by_decay(trained: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    trained = [p for p in parameters if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer | MuonWithAdamW:
+def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
     """The optimizer of the trained parameters. Raises ConfigError: none, or none with a prefix of `part_rates`."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
@@ -115,38 +113,40 @@ class AdamWHf(torch.optim.Optimizer):
                     parameter.mul_(1.0 - lr * group["weight_decay"])
 
 
-class MuonWithAdamW:
-    """Muon (Jordan 2024; `torch.optim.Muon`) for hidden matrices, AdamW for `OUTER_PARTS`, norms and biases. Muon's
+class MuonWithAdamW(torch.optim.AdamW):
+    """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and biases. Muon's
     updates are scaled to AdamW's size, so both use one learning rate."""
 
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         inner = {name: p for name, p in trained if p.ndim == 2 and not any(part in name for part in OUTER_PARTS)}
         rest = [p for name, p in trained if name not in inner]
-        self.parts: dict[str, torch.optim.Optimizer] = {
-            "muon": torch.optim.Muon(inner.values(), lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            "adamw": torch.optim.AdamW(_by_decay(rest, weight_decay), lr=lr, betas=(0.9, 0.99))}
+        super().__init__([{"params": [*inner.values()], "weight_decay": weight_decay},
+                          *parameter_groups(rest, weight_decay)], lr=lr, betas=(0.9, 0.99))
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Groups of both optimizers."""
-        return [group for part in self.parts.values() for group in part.param_groups]
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient."""
+        muon, *others = self.param_groups
+        for matrix in (p for p in muon["params"] if p.grad is not None):
+            state = self.state[matrix]
+            if not state:
+                state |= {"momentum": torch.zeros_like(matrix), "step": torch.zeros(())}  # AdamW loads any `step`
+            momentum = state["momentum"].lerp_(matrix.grad, 1 - MOMENTUM)
+            update = orthogonal(matrix.grad.lerp(momentum, MOMENTUM))
+            matrix.mul_(1 - muon["lr"] * muon["weight_decay"])
+            matrix.add_(update, alpha=-muon["lr"] * 0.2 * max(matrix.shape) ** 0.5)
+        self.param_groups = others
+        super().step()
+        self.param_groups = [muon, *others]
 
-    def step(self) -> None:
-        """Update all weights."""
-        for part in self.parts.values():
-            part.step()
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients."""
-        for part in self.parts.values():
-            part.zero_grad(set_to_none=set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        """States of both optimizers by name."""
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of `state_dict`. Raises KeyError: another optimizer's state."""
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+def orthogonal(matrix: Tensor) -> Tensor:
+    """U Vᵀ of the singular value decomposition, nearly, by five Newton–Schulz steps; in bfloat16 on CUDA only: CPUs
+    without bfloat16 units multiply it eight times slower than float32."""
+    wide = matrix.T if (tall := matrix.shape[0] > matrix.shape[1]) else matrix
+    wide = (wide / wide.norm().clamp(min=1e-7)).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    for _ in range(5):
+        gram = wide @ wide.T
+        wide = torch.addmm(wide, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), wide, beta=3.4445)
+    return wide.T if tall else wide

@@ -158,7 +158,7 @@ class StageTask(Task):
         check_settings(settings, f"[{name}]")
         self.name, self.module, self.settings, self.parallel = name, module, settings, parallel
         self.optimizer = optimizer or torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99))
+            parameter_groups(module.parameters(), settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.99))
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:

@@ -25,7 +25,7 @@ def plain_loop(toy: ModuleType, precision: str) -> tuple[list[float], str]:
     """The same training in plain PyTorch, twelve steps."""
     model, data = toy.toy_model()
     settings = StageConfig(max_steps=12, batch_size=8, learning_rate=1e-2, warmup_steps=5)
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-2, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.01), lr=1e-2, betas=(0.9, 0.99))
     average = Ema(model, 0.9)
     losses = []
     for step in range(12):
@@ -155,7 +155,7 @@ def test_resume_from_the_checkpoint_of_another_run_fails(toy: ModuleType, tmp_pa
     model, _ = toy.toy_model()
     with pytest.raises(CheckpointError, match="another optimizer"):
         resume(model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0))
-    every = torch.optim.AdamW(parameter_groups(model, 0.0))
+    every = torch.optim.AdamW(parameter_groups(model.parameters(), 0.0))
     model[0].bias.requires_grad_(False)
     with pytest.raises(CheckpointError, match="averaged weights are of other trained parameters"):
         resume(model, optimizer=every)

@@ -151,7 +151,7 @@ def losses_of(model: nn.Module, optimizer: MuonWithAdamW, steps: range) -> list[
 def test_muon_updates_hidden_matrices_only() -> None:
     model = Toy()
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
-    muon = [p for group in optimizer.parts["muon"].param_groups for p in group["params"]]
+    muon = optimizer.param_groups[0]["params"]
     assert len(muon) == 1 and muon[0] is model.inner.weight
     everything = [p for group in optimizer.param_groups for p in group["params"]]
     assert {id(p) for p in everything} == {id(p) for p in model.parameters()} and len(everything) == 4
@@ -162,6 +162,20 @@ def test_muon_updates_hidden_matrices_only() -> None:
     before = copy.deepcopy(model.state_dict())
     losses_of(model, optimizer, range(1))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_muon_updates_as_torchs_does_in_bfloat16() -> None:
+    ours, theirs = nn.Linear(24, 40, bias=False), nn.Linear(24, 40, bias=False)
+    theirs.load_state_dict(ours.state_dict())
+    start = ours.weight.detach().clone()
+    optimizers = (MuonWithAdamW(ours, 0.01, 0.1),
+                  torch.optim.Muon(theirs.parameters(), lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
+    for step in range(3):
+        gradient = torch.randn(40, 24, generator=torch.Generator().manual_seed(step))
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            model.weight.grad = gradient.clone()
+            optimizer.step()
+    assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
 
 
 def test_muon_lowers_the_loss() -> None:

@@ -56,8 +56,8 @@ class LavitTokenizerTask(CodebookTask):
 def stage1_groups(model: LavitStage1, weight_decay: float, selector_lr_scale: float = 1.0) -> list[dict[str, Any]]:
     """AdamW's parameter groups, the token selector's last with its `lr_scale`. With too high a rate the token selector
     collapses to all or none before token merger and decoder are trained."""
-    selector = parameter_groups(model.tokenizer.token_predictor, weight_decay)
+    selector = parameter_groups(model.tokenizer.token_predictor.parameters(), weight_decay)
     own = {id(parameter) for group in selector for parameter in group["params"]}
     others = [{**group, "params": [parameter for parameter in group["params"] if id(parameter) not in own]}
-              for group in parameter_groups(model, weight_decay)]
+              for group in parameter_groups(model.parameters(), weight_decay)]
     return [*others, *({**group, "lr_scale": selector_lr_scale} for group in selector)]
