@@ -89,8 +89,7 @@ def environment(**values: str) -> dict[str, str]:
     """The environment with one thread, without the hub, and without the variables of a process group."""
     inherited = {key: value for key, value in os.environ.items() if key not in
            ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"),
-            "PYTHONDONTWRITEBYTECODE": "1", **values}
+    return {**inherited, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src"), **values}
 
 
 def start(arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str) -> subprocess.Popen:

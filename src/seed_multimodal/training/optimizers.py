@@ -117,6 +117,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     """Muon (Jordan 2024) for hidden matrices (the first group), AdamW for `OUTER_PARTS`, norms and biases. Muon's
     updates are scaled to AdamW's size, so both use one learning rate."""
 
+    param_groups: list[dict[str, Any]]
+
     def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
         trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         inner = {name: p for name, p in trained if p.ndim == 2 and not any(part in name for part in OUTER_PARTS)}

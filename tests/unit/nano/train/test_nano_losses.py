@@ -68,7 +68,6 @@ def test_stages_have_the_recorded_losses(tmp_path: Path) -> None:
     for name in STAGES:
         losses = trained(space.work, name)
         for kind, values in losses.items():
-            # Muon multiplies in bf16, whose rounding depends on torch's release.
             assert values == pytest.approx(expected[name][kind], rel=5e-3), f"{name} {kind}"
         assert losses["loss"][-1] < 0.95 * losses["loss"][0]
 
