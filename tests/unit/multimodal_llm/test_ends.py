@@ -88,6 +88,7 @@ def test_train_again_after_the_end_logs_no_second_evaluation(runs, train, tmp_pa
     assert summary["evaluation"] == runs.log_lines(out)[-1] and summary["evaluation"]["step"] == 4
 
 
+@pytest.mark.slow
 def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
     from seed_multimodal.disk import folder_lock
 

@@ -11,6 +11,7 @@ from lavis_runs import ROOT, log_of, torchrun
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
 
+@pytest.mark.slow
 def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     from seed_multimodal.cli.main import main
     from seed_multimodal.images.io import open_image

@@ -169,7 +169,8 @@ def test_main_fails_if_a_stage_is_running(tmp_path: Path, capsys: pytest.Capture
     ("nano", ["--only", "vea"], "did you mean 'vae'?"),
     ("nano", ["train_vea.steps=3"], "command line: unknown key 'train_vea' (did you mean 'train_vae'?)"),
     ("nano", ["--preset", "none.yaml"], "no such settings file"),
-    ("nano-lavit", ["start=nothing", "--only", "start"], "start must be the folder of a finished nano")])
+    pytest.param("nano-lavit", ["start=nothing", "--only", "start"], "start must be the folder of a finished nano",
+                 marks=pytest.mark.slow)])
 def test_main_with_a_wrong_argument(system: str, words: list[str], sentence: str, tmp_path: Path,
                                     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)

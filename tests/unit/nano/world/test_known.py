@@ -17,6 +17,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> KnownWords:
     return read_known_words(file)
 
 
+@pytest.mark.slow
 def test_unknown_of_training_records(known: KnownWords) -> None:
     for kind in KINDS:
         for index in range(120):
