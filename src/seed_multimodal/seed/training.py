@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -224,7 +224,6 @@ class Stage2Base(SeedTokenizer):
             that early codes carry the most; the rows after them are zeros.
     """
 
-    tokenizer_class: ClassVar[type[SeedTokenizer]]
     weights: Any
 
     def __init__(self, config: Any, *, ema_decay: float | None = None, freeze_qformer: bool = True,
@@ -334,15 +333,6 @@ class Stage2Base(SeedTokenizer):
             rest += [name for name in own if name.startswith(VISION)]
         return assign_strictly(self, state, source, allow_missing=rest)
 
-    def to_tokenizer(self) -> Any:
-        """The trained `tokenizer_class` in eval mode; it uses this model's tensors without a copy."""
-        with torch.device("meta"):
-            tokenizer = self.tokenizer_class(self.config)
-        wanted = tokenizer.state_dict()
-        tokenizer.load_state_dict({name: value for name, value in self.state_dict().items() if name in wanted},
-                                  assign=True)
-        return tokenizer.requires_grad_(False).eval()
-
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
@@ -373,7 +363,6 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         training: see `Stage2Base`.
     """
 
-    tokenizer_class = Seed2Tokenizer
     readout_weight: Tensor | None
 
     def __init__(self, config: Seed2Config, *, weights: Stage2Weights | None = None,
@@ -435,7 +424,6 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
     `last_hidden_state` of the caption is the target when `forward` gets none.
     """
 
-    tokenizer_class = Seed1Tokenizer
 
     def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
                  text_encoder: nn.Module | None = None, **training: Any) -> None:

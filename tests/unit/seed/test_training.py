@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.eva import EvaConfig
 from seed_multimodal.seed.configuration import QFormerConfig, Seed2Config
-from seed_multimodal.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.seed.training import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
@@ -259,19 +258,6 @@ def test_keep_prefix_of_random_lengths(tiny: Seed2Config) -> None:
     assert torch.equal(model.eval().keep_prefix(quant, None), quant)
 
 
-def test_to_tokenizer_shares_the_trained_weights(kind: str, tiny: Seed2Config, images: Tensor, target: Tensor) -> None:
-    model = _stage2(kind, tiny, ema_decay=0.9)
-    model(images, target).loss.backward()
-    tokenizer = model.to_tokenizer()
-    assert type(tokenizer) is {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}[kind] and not tokenizer.training
-    assert not any(parameter.requires_grad for parameter in tokenizer.parameters())
-    assert model.encode_task_layer[0].weight.requires_grad
-    codes = tokenizer.encode(images)
-    assert torch.equal(codes, model.encode(images))
-    assert tokenizer.encode_task_layer[2].bias.data_ptr() == model.encode_task_layer[2].bias.data_ptr()
-    assert list(tokenizer.state_dict()) == list(type(tokenizer)(tokenizer.config).state_dict())
-
-
 def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Tensor) -> None:
     second = _stage2(kind, tiny)
     first = Stage1Model(Seed2Config(vit=second.config.vit, qformer=second.config.qformer), vocab_size=30,
@@ -280,7 +266,7 @@ def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Ten
     assert {name.split(".")[0] for name in report.loaded} == {"visual_encoder", "ln_vision", "Qformer", "query_tokens"}
     with torch.no_grad():
         expected = first.query_features(first.vit_features(images))
-    torch.testing.assert_close(second.to_tokenizer().query_features(images), expected)
+    torch.testing.assert_close(second.eval().query_features(images), expected)
     trained = {n: v for n, v in first.state_dict().items() if not n.startswith("visual_encoder.")}
     assert any(name.startswith("visual_encoder.") for name in second.load_stage1(trained).missing)
 
