@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from seed_multimodal.device import is_out_of_memory
+from seed_multimodal.language.generation import Stopped
 
 
 @dataclass(eq=False)
@@ -36,25 +37,29 @@ class Collector:
         self._waiting, self._busy, self._expected = list[Job](), False, 1
         self._changed = threading.Condition()
 
-    def __call__(self, key: Any, rows: Sequence[Any]) -> list[Any]:
-        """Raises what `work` raises for these rows alone."""
+    def __call__(self, key: Any, rows: Sequence[Any], should_stop: Callable[[], bool] | None = None) -> list[Any]:
+        """Raises what `work` raises for these rows alone; Stopped: `should_stop` was true before work on them."""
         job = Job(key, rows)
         with self._changed:
             self._waiting.append(job)
             self._changed.notify_all()
-        while True:
+        while job.results is None and job.error is None:
             with self._changed:
-                self._changed.wait_for(lambda: job.results is not None or job.error is not None or not self._busy)
-                if job.error is not None:
-                    raise job.error
-                if job.results is not None:
-                    return job.results
+                self._changed.wait_for(lambda: job.results is not None or job.error is not None or not self._busy, 0.2)
+                if should_stop and job in self._waiting and should_stop():
+                    self._waiting.remove(job)
+                    raise Stopped
+                if self._busy or job not in self._waiting:
+                    continue
                 self._busy = True
                 batch = self._next()
             self._run(batch)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+        if job.error is not None:
+            raise job.error
+        return job.results or []
 
     def _next(self) -> list[Job]:
         """The oldest waiting jobs with the same key."""
@@ -73,8 +78,8 @@ class Collector:
         """Compute the jobs' results; jobs of a failed batch are retried one by one."""
         try:
             results = iter(self.work(batch[0].key, [row for job in batch for row in job.rows]))
-            for job in batch:
-                job.results = [next(results) for _ in job.rows]
+            for job, made in [(job, [next(results) for _ in job.rows]) for job in batch]:
+                job.results = made
         except BaseException as error:  # noqa: BLE001  its thread raises it
             if len(batch) == 1:
                 batch[0].error = error
@@ -82,7 +87,6 @@ class Collector:
             if is_out_of_memory(error):
                 self.most = max(self.most // 2, 1)
             for job in batch:
-                job.results = None
                 self._run([job])
 
 

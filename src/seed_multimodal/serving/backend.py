@@ -267,7 +267,7 @@ class Backend:
             raise RequestError("The images of this model have no codes.")
         if asked.codes:
             first = {"codes": asked.first} if asked.first else {}
-            drawn = self.system.reconstruct(asked.codes, asked.seed, **first)
+            drawn = self.system.reconstruct(asked.codes, asked.seed, should_stop=watch, **first)
             data: list[Any] = [{"b64_json": image_to_base64(image)} for image in drawn]
         else:
             images = self.read_images(asked.images, watch)

@@ -201,7 +201,7 @@ class MultimodalSystem(Generator, HubUpload):
             settings = replace(settings, seed=random_seed())
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
-        opening = ""
+        drawing["should_stop"], opening = should_stop, ""
         if force_image:
             seen = any(not isinstance(item, str) for one in conversation for item in one.content)
             opening = str(self.tasks.edit_response if seen else self.tasks.draw_response)
@@ -284,15 +284,15 @@ class MultimodalSystem(Generator, HubUpload):
 
     def _draw(self, conversations: Sequence[Sequence[Message]], task: Task, seed: Any, num_images: int, batch_size: int,
               options: dict[str, Any]) -> list[Image.Image]:
-        drawing = {key: options.pop(key) for key in self.drawing_settings if key in options}
-        should_stop = options.pop("should_stop", None)
+        drawing = {key: options.pop(key) for key in (*self.drawing_settings, "should_stop") if key in options}
         self.images.check_drawing(**drawing)  # a missing de-tokenizer is reported before generation
         seeds = [(one + place) % 2**63 for one in one_seed_each(seed, len(conversations))
                  for place in range(num_images)]
         self._log_note(self.note(*(one[-1] for one in conversations)))
         each = num_images if self.settings(task, **options).samples else 1  # greedy answers to a text are equal
-        written = self.write_images([one for one in conversations for _ in range(each)], task, batch_size=batch_size,
-                                    seeds=seeds[::num_images // each], should_stop=should_stop, **options)
+        written = self.write_images([one for one in conversations for _ in range(each)], task, **options,
+                                    seeds=seeds[::num_images // each], batch_size=batch_size,
+                                    should_stop=drawing.get("should_stop"))
         written = [one for one in written for _ in range(num_images // each)]
         for one in written:
             if len(one.values) != 1:

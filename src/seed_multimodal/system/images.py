@@ -64,9 +64,8 @@ def open_images(name: str | Path | SystemConfig, *, device: str = "auto", dtype:
 
 class ImageCodec:
     """Images ⇄ codes or features. Families define `encode(images)` → codes or features, and `draw(values, *, seeds,
-    batch_size, **settings)` → PIL images; requests of several threads are batched by `encode_batch` and `draw_batch`,
-    with a row per image. `load_decoder` builds the de-tokenizer; larger images are reduced to `at_least` or more on a
-    side while opening."""
+    batch_size, **settings)` → PIL images; `encode_batch` and `draw_batch` do the rows (images) of several threads.
+    `load_decoder` builds the de-tokenizer; larger images are opened with at least `at_least` pixels on a side."""
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # what `draw` accepts
@@ -125,16 +124,17 @@ class ImageCodec:
     def check_drawing(self, **settings: Any) -> None:
         """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
         self.decoder.check_settings(**{name: value for name, value in settings.items()
-                                       if name not in self.own_settings})
+                                       if name not in (*self.own_settings, "should_stop")})
 
     def open(self, image: Any, name: str | None = None) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
         return open_image(image, name=name, at_least=self.at_least)
 
     def drawn(self, settings: dict[str, Any], batch_size: int, *columns: Any) -> list[Image.Image]:
-        """Decode rows with `draw_batch`, batched with those of other threads."""
+        """Decode rows with `draw_batch`, batched with those of other threads; `settings` may have `should_stop`."""
         rows = [*zip(*columns, strict=True)]
-        return self._drawn({**settings, "batch_size": batch_size if len(rows) > batch_size else None}, rows)
+        settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
+        return self._drawn(settings, rows, settings.pop("should_stop", None))
 
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:

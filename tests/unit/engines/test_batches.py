@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from seed_multimodal.engines.batches import Collector
+from seed_multimodal.language.generation import Stopped
 
 
 def together(collector: Collector, calls: Sequence[tuple[Any, Sequence[Any]]]) -> tuple[list[Any], list[Any]]:
@@ -57,3 +58,23 @@ def test_collector_retries_rows_of_a_failed_batch_one_by_one(error: Exception, m
     assert results[:3] == [[1.0], error, [0.5, 0.25]] and isinstance(results[3], ZeroDivisionError)
     assert batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]] and collector.most == most
     assert collector(1, [2]) == [0.5]
+
+
+def test_collector_drops_queued_rows_of_a_stopped_thread() -> None:
+    started, left, finish, batches = threading.Event(), threading.Event(), threading.Event(), list[Any]()
+
+    def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
+        batches.append([*rows])
+        started.set()
+        finish.wait(10)
+        return rows
+
+    collector = Collector(work)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(collector, 1, [1], left.is_set)
+        started.wait(10)
+        left.set()  # what has begun is finished
+        queued = pool.submit(collector, 1, [2], left.is_set)
+        assert isinstance(queued.exception(10), Stopped) and not first.done()
+        finish.set()
+        assert first.result(10) == [1] and collector(1, [3]) == [3] and batches == [[1], [3]]

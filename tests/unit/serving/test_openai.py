@@ -164,12 +164,13 @@ def test_metrics_count_what_was_done(running: Running, openai) -> None:
 
 
 def test_a_late_answer_is_cut_off(tiny) -> None:
-    client = create_app(tiny, limits=Limits(seconds=0.001)).test_client()
+    client = create_app(tiny, limits=Limits(seconds=1e-5)).test_client()
     asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2048, "temperature": 5, "top_p": 1}
     answer = client.post("/v1/chat/completions", json=asked).json["choices"][0]
-    assert answer["finish_reason"] == "length" and "cut off after 0.001 seconds" in answer["message"]["notes"][0]
-    drawing = client.post("/v1/images/generations", json={"prompt": "a fish"})
-    assert drawing.status_code == 503 and "more than 0.001 seconds" in drawing.json["error"]["message"]
+    assert answer["finish_reason"] == "length" and "cut off after 1e-05 seconds" in answer["message"]["notes"][0]
+    for route, body in (("generations", {"prompt": "a fish"}), ("tokens", {"codes": [[0] * 32]})):
+        drawing = client.post(f"/v1/images/{route}", json=body)
+        assert drawing.status_code == 503 and "more than 1e-05 seconds" in drawing.json["error"]["message"]
 
 
 def test_chat_of_seed_x_and_lavit(tiny_x, tiny_lavit) -> None:
