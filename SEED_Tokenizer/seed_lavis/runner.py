@@ -102,8 +102,8 @@ class RunnerSeed(RunnerBase):
         """Stage 2 after stage 1, the export after the others; from any folder."""
         if self.model.stage == "stage1":
             beside = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
-            config = ["--cfg-path", str(beside)] if beside.is_file() else []
-            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), *config,
+            config = str(beside) if beside.is_file() else "YOUR_STAGE_2.yaml"
+            return ["sh", str(APPLICATION / "train_scripts/codebook.sh"), "--cfg-path", config,
                     "--options", f"model.pretrained={checkpoint}"]
         stages = ["--lavit", checkpoint]
         if self.model.stage != "lavit-stage1":

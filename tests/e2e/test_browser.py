@@ -249,9 +249,10 @@ def test_stop_cancels_the_answer_at_the_backend(page: Page, backend: Program, se
 
 def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
     page.tab("Draw")
-    page.all("#draw-text textarea")[0].send_keys("a fluent fox in a meadow")
+    page.all("#draw-text textarea")[0].send_keys("a fluent zebra in a meadow")
     page.click("#draw")
     page.until(lambda: len(page.images("#draw-images")) == 4, "four drawings")
+    page.says("does not know 'zebra'")
 
     page.tab("Edit")
     page.click("#edit")
@@ -262,6 +263,8 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page) -> None:
     page.until(lambda: page.images("#edit-images"), "the changed image")
 
     page.tab("Codes")
+    page.click("#swap")
+    page.says("Choose an image first")
     for name, file in (("first", FOX), ("second", SNOWMAN)):
         page.choose(f"#codes-{name}", file)
         page.until(lambda name=name: len(page.all(f"#strip-{name} span")) == 32, "32 coloured codes")

@@ -48,7 +48,8 @@ def init(args: argparse.Namespace) -> int:
         for name, group in kind["groups"].items():
             (folder / f"{name}.yaml").write_text(yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out)))
     files = " ".join(f"{name}={out}/{name}.yaml" for name in kind["groups"])
-    command = f"python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run"
+    before = kind.get("before", "").replace("{out}", str(out))
+    command = f"{before} python src/train/{kind['program']}.py {files} {kind['options']} output_dir={out}/run".strip()
     emit(args, {"folder": str(out), "command": command},
          f"{out}: name your data in {out}/data.yaml, then train, in the folder MultiModalLLM:\n{command}")
     return DONE

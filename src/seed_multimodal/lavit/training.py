@@ -37,7 +37,6 @@ from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.seed.training import cosine
 from seed_multimodal.settings import setting
 
-REFERENCE = 0.18  # cosine loss at which the original tokenizer converged (about 0.3 with codes from the start)
 TRIED = 2  # flip a decision of every n-th image, which costs a forward pass
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
 

@@ -1,9 +1,7 @@
 """The HTTP server: the original's `/generate`, OpenAI's routes below `/v1`, health and metrics.
 
-Errors are JSON with one sentence (below `/v1` in OpenAI's form): 400 a request that cannot be answered, 401 no token,
-404/405 a wrong address or method, 413 a body that is too large, 415 not JSON, 429 (with Retry-After) too many requests,
-503 the server is being stopped or an answer took too long, 500 a programming error. Another address than loopback needs
-a token.
+Errors are JSON with one sentence, below `/v1` in OpenAI's form (statuses: docs/how-to/serve.md). Another address than
+loopback needs a token.
 
 Run `bash scripts/start_backend_nano.sh`, or in Python `serve(create_app(system), listen("127.0.0.1", 7890))`.
 """

@@ -210,8 +210,7 @@ class Backend:
         return {"text": " ".join(filter(None, pieces)), "images": drawn, "images_ids": codes, "error_msg": errors}
 
     def chat(self, asked: ChatRequest, watch: Watch) -> Iterator[dict[str, Any]]:
-        """Changes of an OpenAI message (`content`, `images`, `boxes`, `notes`), and last `usage` and
-        `finish_reason`."""
+        """Changes of an OpenAI message (`content`, `images`, …), and last `usage` and `finish_reason`."""
         said = asked.messages if self.template else asked.messages[-1:]
         images = self.read_images([part for one in said for part in one.parts if not isinstance(part, str)], watch)
         rest = iter(images)
@@ -259,7 +258,8 @@ class Backend:
         drawn = (self.system.edit([self.read_images(files, watch)], [asked.prompt], seed, **options) if files
                  else self.system.draw([asked.prompt], seed, **options))
         self.images.labels("drawn").inc(len(drawn))
-        return {"created": int(time.time()), "data": [{"b64_json": image_to_base64(image)} for image in drawn]}
+        return {"created": int(time.time()), "data": [{"b64_json": image_to_base64(image)} for image in drawn],
+                "notes": [*filter(None, [self.system.note(Message("user", (asked.prompt,)))])]}
 
     def tokenize(self, asked: TokensRequest, watch: Watch) -> dict[str, Any]:
         """The codes of images, or the images of codes."""
@@ -277,8 +277,7 @@ class Backend:
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
-    """Role and text of each turn of a conversation written in a template, up to where an answer begins; none where the
-    text is something else."""
+    """Role and text of each turn of a conversation written in a template, or none: the text is something else."""
     opening = template.user_prefix.rstrip()
     if not opening or not text.startswith(opening):
         return []

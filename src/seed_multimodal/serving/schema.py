@@ -144,8 +144,7 @@ class ChatRequest(BaseModel):
 
 
 class ImagesRequest(BaseModel):
-    """As OpenAI's for generations and edits; image n of them has `seed` + n. A system draws in its own size, LaVIT in
-    one of its shapes (`ratio`)."""
+    """As OpenAI's for generations and edits; image n has `seed` + n. `ratio`: of LaVIT's images."""
 
     prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
     n: int = Field(1, ge=1, le=8)

@@ -188,9 +188,11 @@ class Visit:
     async def images(self, captions: Sequence[str], route: str, **body: Any) -> Any:
         """Images of a route, for a gallery."""
         with errors_shown():
-            made = (await anext(self.model.ask(route, **body)))["data"]
+            made = await anext(self.model.ask(route, **body))
+            for note in made.get("notes", ()):
+                gr.Info(html.escape(note))
             return [(await asyncio.to_thread(io.image_from_base64, one["b64_json"]), caption)
-                    for one, caption in zip(made, captions, strict=False)]
+                    for one, caption in zip(made["data"], captions, strict=False)]
         return gr.skip()
 
     async def on_draw(self, words: str, seed: float, ratio: str | None) -> list[Any]:
@@ -224,6 +226,7 @@ class Visit:
             rows["first"][span], rows["second"][span] = second[span], first[span]
         rows = {name: row for name, row in rows.items() if row}
         if not rows:
+            gr.Warning("Choose an image first.")
             return gr.skip()
         body = {"codes": [*rows.values()], "first": int(count)}
         return await self.images([*rows], "/v1/images/tokens", json=body)

@@ -41,8 +41,8 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
         run(yaml("lavit", *options, heads))
     else:
         run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}", "run.max_epoch=1"))
-        script, _, start = printed(capsys.readouterr().out)[1:]
-        assert Path(script).name == "codebook.sh"
+        script, _, config, _, start = printed(capsys.readouterr().out)[1:]
+        assert Path(script).name == "codebook.sh" and config == "YOUR_STAGE_2.yaml"
         kind = "seed1" if case == "seed1" else "stage2"
         text = [f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"] if kind == "seed1" else []
         run(yaml(kind, start, *options, *text, "run.max_epoch=1"))

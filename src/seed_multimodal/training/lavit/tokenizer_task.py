@@ -1,7 +1,7 @@
 """LaVIT's stage 1 as a trainer task: token selector, token merger, codebook and decoder, from images only.
 
 One run does both parts: `codebook_warmup` steps without codes, then k-means start and training with codes. The log has
-`loss_cosine` (see `lavit.training.REFERENCE`), `kept`, `tokens` per image with their spread, `codebook_used` and
+`loss_cosine` (the original converged at 0.18), `kept`, `tokens` per image with their spread, `codebook_used` and
 `perplexity`.
 """
 
