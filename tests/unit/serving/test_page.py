@@ -178,6 +178,8 @@ def test_tabs_draw_edit_and_exchange_codes(visit: Visit, file: str) -> None:
     assert asyncio.run(visit.on_change(file, "Make it green.", 0))[0][0].size == (16, 16)
     with pytest.warns(UserWarning, match="Choose an image first"):
         assert asyncio.run(visit.on_change(None, "Make it green.", 0)) == []
+    with pytest.warns(UserWarning, match="Choose an image first"):
+        asyncio.run(visit.on_swap([], [], 32, 32))
     with pytest.warns(UserWarning, match="Write a text first"):
         asyncio.run(visit.on_draw(" ", 3, None))
     _, codes = asyncio.run(visit.on_codes(file))
