@@ -180,15 +180,18 @@ def test_convert_shards_after_a_kill(tmp_path):
         "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2)")
     process = subprocess.Popen([sys.executable, str(tmp_path / "run.py"), str(old), str(new)],
                                env={**os.environ, "PYTHONPATH": str(ROOT / "src")})
-    while process.poll() is None and not (scratch := list(new.glob(".*.tmp"))):
+    while process.poll() is None and not list(new.glob(".*.tmp")):
         time.sleep(0.002)
-    worker = Path("/proc", scratch[0].name.split(".")[-3])
+    workers = [Path("/proc", one) for file in Path(f"/proc/{process.pid}/task").glob("*/children")
+               for one in file.read_text().split()]
+    assert len(workers) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     end = time.monotonic() + 20
-    while worker.exists() and time.monotonic() < end:
+    while any(one.exists() for one in workers) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not worker.exists() and all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
+    assert not any(one.exists() for one in workers)
+    assert all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
     assert not convert_shards([old], new).refused
     source = open_records(new)
     assert [source.read(n).fields for n in range(len(source))] == expected and not list(new.glob(".*.tmp"))
