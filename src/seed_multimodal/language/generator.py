@@ -95,8 +95,6 @@ class Generator:
 
         def show(events: Sequence[Event]) -> Iterator[Event]:
             for event in events:
-                if event["type"] == "image" and should_stop is not None and should_stop():
-                    raise Stopped
                 if event["type"] in ("image", "image_preview"):
                     event["image"] = draw(event)
                 if (part := event.pop("part", None)) is not None:

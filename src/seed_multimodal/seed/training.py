@@ -424,7 +424,6 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
     `last_hidden_state` of the caption is the target when `forward` gets none.
     """
 
-
     def __init__(self, config: Seed1Config, *, weights: Seed1Stage2Weights | None = None,
                  text_encoder: nn.Module | None = None, **training: Any) -> None:
         super().__init__(config, **training)
