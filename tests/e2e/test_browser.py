@@ -198,7 +198,7 @@ def test_a_chat_with_images_in_both_directions(page: Page) -> None:
 
     page.click("#chat button[aria-label=Undo]")
     page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
-    assert page.all("#message textarea")[0].get_attribute("value") == DRAW
+    page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back")
 
     page.click("#chat .message-buttons-right button[aria-label=Edit]")
     page.until(lambda: page.all("#chat textarea"), "the message to be edited")
@@ -209,7 +209,7 @@ def test_a_chat_with_images_in_both_directions(page: Page) -> None:
     page.until(lambda: "fox" in page.text("#chat .bot") and "snowman" not in page.text("#chat .bot"), "the new answer")
     assert len(page.images("#chat .user")) == 1
 
-    page.click("#chat button[aria-label=Clear]")
+    page.click("#chat button[aria-label=Clear]")  # perhaps before the answer's end
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
 
 
@@ -241,7 +241,7 @@ def test_stop_cancels_the_answer_at_the_backend(page: Page, backend: Program, se
     page.until(page.waits, "the wait")
     page.click("#message .stop-button")
     page.until(lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back")
-    assert not page.all("#chat .user.message") and not page.waits()
+    page.until(lambda: not page.all("#chat .user.message") and not page.waits(), "the conversation as before")
     backend.process.send_signal(signal.SIGCONT)
     page.until(lambda: health(served)["running"] == 0, "the backend to be free")
     assert health(served)["answered"] == before

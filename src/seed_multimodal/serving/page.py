@@ -93,7 +93,7 @@ def build(models: Sequence[Model]) -> gr.Blocks:
             one.then(Visit.on_end, [visit], talk, **how)
         message.stop(None, cancels=replies)
         chat.undo(Visit.on_undo, [visit], talk, **how)
-        chat.clear(Visit.forget, [visit], cancels=replies, **how)
+        chat.clear(Visit.forget, [visit], cancels=replies, **how).then(Visit.on_clear, None, talk, **how)
         message.change(Visit.on_choose, [visit, message], message, trigger_mode="always_last", **how)
         force, ratio, _, _, temperature, _, rounds = settings
         gr.on([choice.input, demo.load], Visit.on_model, [visit, choice],

@@ -160,6 +160,11 @@ class Visit:
         self.turns, self.returned = self.turns[:-2], self.turns[-2]
         return self.on_end()
 
+    @staticmethod
+    def on_clear() -> tuple[Any, Any]:
+        """An empty conversation and message box, once the end of an answer that was on its way is on the page."""
+        return [], gr.update(value=None, submit_btn=True, stop_btn=False)
+
     def on_choose(self, message: dict[str, Any]) -> Any:
         """Name a file that is no image at once, and take it out of the message."""
         good = []
