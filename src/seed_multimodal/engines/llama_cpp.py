@@ -31,7 +31,7 @@ class Sequences:
         self.length = max(self.length, length)
         self.ids = torch.cat([self.ids, torch.arange(len(self.ids), slots)])
 
-    def swap(self, one: int, other: int) -> None:
+    def swap(self, one: int, other: int, length: int) -> None:
         self.ids[[one, other]] = self.ids[[other, one]]
 
 

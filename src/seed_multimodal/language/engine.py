@@ -55,7 +55,8 @@ class Request:
         self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] once it has a row
         self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
-        self.settings, self.should_stop, self.states = settings, should_stop, states
+        self.settings, self.should_stop = settings, should_stop
+        self.states = states if words.in_order else None  # the only words whose states are read
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
@@ -110,11 +111,13 @@ class SlotCache:
             for table in layer:
                 table[target, :, :length] = table[source, :, :length]
 
-    def swap(self, one: int, other: int) -> None:
-        """Exchange two rows."""
+    def swap(self, one: int, other: int, length: int) -> None:
+        """Exchange the first positions of two rows."""
         for layer in self.layers:
             for table in layer:
-                table[[one, other]] = table[[other, one]]
+                kept = table[one, :, :length].clone()
+                table[one, :, :length] = table[other, :, :length]
+                table[other, :, :length] = kept
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
@@ -141,6 +144,13 @@ class Row:
     request: Request | None = None
     held: Tensor | None = None
     freed: float = 0  # when its last answer ended
+
+    @property
+    def used(self) -> int:
+        """Positions with keys and values that may be read again."""
+        if self.request is not None:
+            return len(self.request.embeds) + len(self.request.ids)
+        return 0 if self.held is None else len(self.held)
 
     def common(self, embeds: Tensor) -> int:
         """Length of the cached prefix of a prompt; the last token is always computed."""
@@ -377,5 +387,6 @@ class Engine:
 
     def _swap(self, one: int, other: int) -> None:
         if one != other:
-            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
-            self.cache.swap(one, other)
+            pair = self.rows[other], self.rows[one]
+            self.cache.swap(one, other, max(row.used for row in pair))
+            self.rows[one], self.rows[other] = pair
