@@ -75,9 +75,9 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     images, looks = list(map(image, READ)), list[Cell]()
     codes = system.tokenize(images).tolist()
     rebuilt = system.reconstruct(codes, seed=seed)
-    for picture, question, row, again in zip(images, READ.values(), codes, rebuilt, strict=True):
-        looks += [Cell(picture, system.ask(picture, question, seed=seed), question),
-                  Cell(code_strip(row, section, columns=4), f"“{system.describe(picture, seed=seed)}”"),
+    for original, question, row, again in zip(images, READ.values(), codes, rebuilt, strict=True):
+        looks += [Cell(original, system.ask(original, question, seed=seed), question),
+                  Cell(code_strip(row, section, columns=4), f"“{system.describe(original, seed=seed)}”"),
                   Cell(again, "rebuilt")]
     drawings = [Cell(system.draw(words, seed=seed), never_trained_on(words), words) for words in DRAWN]
     edits = [Cell(image(EDITED))]

@@ -15,7 +15,8 @@ PROGRAMS = {  # flags; what is timed, and in which units
                   {"tokenizer encode": "images", "tokenizer clients": "images"}),
     "generation": (["--batches", "2", "--prompt", "8", "--new", "4", "--variants", "plain", "engine"],
                    {"generation": "tokens"}),
-    "drawing": (["--batches", "2", "--steps", "1"], {"draw": "images", "edit": "images", "reconstruct": "images"}),
+    "drawing": (["--batches", "2", "--steps", "1", "--variants", "plain", "batch", "clients", "fast"],
+                {"draw": "images", "edit": "images", "reconstruct": "images"}),
     "training": (["--batches", "2"], {"training llm": "useful_tokens", "training tokenizer": "images"}),
     "serving": (["--requests", "2", "--clients", "1", "2"], {"serving": "requests"})}
 

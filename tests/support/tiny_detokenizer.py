@@ -34,10 +34,10 @@ def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
 
 
 def write_parts(home: Path) -> Path:
-    """A folder with `sdxl`, `tower` (the vision encoder), images and a list of edits."""
+    """A folder with `sdxl`, `vision` (the vision encoder), images and a list of edits."""
     tiny_sdxl.sdxl_folder(home / "sdxl")
     torch.manual_seed(5)
-    QwenVit(TOWER).save_pretrained(home / "tower")
+    QwenVit(TOWER).save_pretrained(home / "vision")
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
         write_images(home / folder, ((24 + number, 20) if number % 2 else (20, 24 + 2 * number)
                                        for number in range(count)))
@@ -54,16 +54,17 @@ def config(parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any])
                         "condition_key": "source_image", "weight": 2.0})
     return merged({
         "output_dir": str(output), **RUN,
-        "model": {"sdxl": str(parts / "sdxl"), "tower": str(parts / "tower"), "stage": stage, "tokens": 4,
+        "model": {"sdxl": str(parts / "sdxl"), "visual_encoder": str(parts / "vision"), "stage": stage, "tokens": 4,
                   "resampler": vars(tiny_sdxl.SIZES)},
-        "data": {"sources": sources, "batch_size": 4, "resolution": 16, "tower_size": 16}}, changes)
+        "data": {"sources": sources, "batch_size": 4, "resolution": 16, "encoder_size": 16}}, changes)
 
 
 def arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
     """Arguments of the program: edits and scenes for the second stage, scenes for the first."""
     data = "tiny_edits" if stage == 2 else "tiny"
     return ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny", f"model.sdxl={parts / 'sdxl'}",
-            f"model.tower={parts / 'tower'}", f"model.stage={stage}", "trainer.max_steps=12", "trainer.save_steps=3",
+            f"model.visual_encoder={parts / 'vision'}", f"model.stage={stage}", "trainer.max_steps=12",
+            "trainer.save_steps=3",
             "trainer.curves=false", f"output_dir={output}", *more]
 
 

@@ -96,4 +96,4 @@ def config(parts: Path, output: Path, head: Head = "highres", **changes: dict[st
         "model": {"diffusion": str(parts / head), "tokenizer": str(parts / "tokenizer"),
                   "decoder": str(parts / "decoder")},
         "data": {"sources": [{"name": "pictures", "files": str(parts / "pictures")}], "batch_size": 4,
-                 "sizes": [[16, 16], [16, 24], [24, 16]], "tower_size": 16}}, changes)
+                 "sizes": [[16, 16], [16, 24], [24, 16]], "encoder_size": 16}}, changes)

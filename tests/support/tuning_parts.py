@@ -43,7 +43,7 @@ def write_parts(home: Path) -> None:
     words = train_words(MultimodalTokenizer, TEXTS, home / "tokenizer", vocab_size=300, n_codes=4, tokens_per_image=4,
                         n_locations=16)
     torch.manual_seed(0)
-    QwenVit(SIZES).save_pretrained(home / "tower")
+    QwenVit(SIZES).save_pretrained(home / "vision")
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
     force_special_ids(llm)
     llm.save_pretrained(home / "llm")
@@ -96,5 +96,5 @@ def config_of(home: Path, output: Path, *, data: dict[str, Any] | None = None, l
     return merged({
         "output_dir": str(output), "tokenizer": {"pretrained_model_name_or_path": str(home / "tokenizer")},
         "data": data or data_of(home), "model": model,
-        "trainer": TRAINER, "agent": RESAMPLERS, "visual_encoder": {"path": str(home / "tower")},
+        "trainer": TRAINER, "agent": RESAMPLERS, "visual_encoder": {"path": str(home / "vision")},
         "optim": {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}}, changes)

@@ -120,7 +120,7 @@ def export(args: argparse.Namespace) -> int:
     words = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
     image = args.image or (cat_image() if cat_image().is_file() else None)
     report = export_tokenizer(args.stage2, args.out, stage1=args.stage1, vision=args.vision, config=args.config,
-                              kind=args.kind, released=args.released, image=image, beside=words.raw if words else None,
+                              kind=args.kind, released=args.released, image=image, further=words.raw if words else None,
                               words=words.vocabulary if words else None, force=args.force)
     emit(args, {"folder": str(report.folder), "kind": report.kind, "parts": report.parts,
                 "image": str(image or "generated"), "codes": report.codes}, "\n".join(report.lines()))

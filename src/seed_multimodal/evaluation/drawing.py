@@ -129,17 +129,17 @@ class Drawings:
             best = max(range(len(row)), key=row.__getitem__)
             name = save_drawing(own[best], run.out, self.numbers[one.key], one.caption, run.original)
             chosen = {} if self.clip is None else {"clip": round(row[best], 4)}
-            lines.append({"caption": one.caption, "picture": name, **chosen})
+            lines.append({"caption": one.caption, "image": name, **chosen})
         return lines
 
     def score(self, samples: Sequence[Sample], lines: Mapping[Any, Line]) -> tuple[Any, dict[str, Any]]:
         """File names of the images; their mean CLIP cosine, and FID if each caption belongs to an image."""
-        drawn = [one for one in samples if "picture" in lines[one.key]]
-        results = [{"id": one.key, **{name: lines[one.key][name] for name in ("caption", "picture")}} for one in drawn]
+        drawn = [one for one in samples if "image" in lines[one.key]]
+        results = [{"id": one.key, **{name: lines[one.key][name] for name in ("caption", "image")}} for one in drawn]
         cosines = [lines[one.key]["clip"] for one in drawn if "clip" in lines[one.key]]
         numbers: dict[str, Any] = {"clip": round(sum(cosines) / len(cosines), 4)} if cosines else {}
         if len(drawn) > 1 and all(one.image is not None for one in drawn):
-            files = [self.run.out / one["picture"] for one in results]
+            files = [self.run.out / one["image"] for one in results]
             try:
                 metric = fid_metric(self.run.inception).to(self.system.images.device)
                 numbers["fid"] = round(fid(metric, self.run, drawn, files), 4)

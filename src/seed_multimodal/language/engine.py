@@ -32,8 +32,8 @@ from seed_multimodal.language.generation import (
     Stopped,
     check_finite,
     embedded,
+    new_token_budget,
     random_seed,
-    room_for,
     row_processors,
 )
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -53,10 +53,9 @@ class Request:
         forced = [words.boi_id] if settings.force_image else []
         self.answered = [*prompt.answered, *forced]  # initial ids of the answer
         self.prompt, self.forced, self.embeds = prompt, forced, torch.zeros(0)  # [n, D] once it has a row
-        self.left = room_for(len(prompt) + len(forced), settings, engine.llm, words)
+        self.left = new_token_budget(len(prompt) + len(forced), settings, engine.llm, words)
         self.inside, self.done = self.answered[-1:] == [words.boi_id], 0  # an image, and its words so far
-        self.settings, self.should_stop = settings, should_stop
-        self.states = states if words.in_order else None  # the only words whose states are read
+        self.settings, self.should_stop, self.states = settings, should_stop, states if words.in_order else None
         self.ends = [engine.tokenizer.eos_id] if ends is None else list(ends)
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
@@ -96,7 +95,7 @@ class SlotCache:
         self.slots = self.length = self.used = 0
 
     def grow(self, slots: int, length: int) -> None:
-        """Make room for so many rows and positions."""
+        """Extend to so many rows and positions."""
         self.slots, self.length = max(self.slots, slots), max(self.length, -(-length // STEP) * STEP)
         for number, layer in enumerate(self.layers):
             if layer[0].shape[::2] != (self.slots, self.length):
@@ -147,10 +146,9 @@ class Row:
 
     @property
     def used(self) -> int:
-        """Positions with keys and values that may be read again."""
-        if self.request is not None:
-            return len(self.request.embeds) + len(self.request.ids)
-        return 0 if self.held is None else len(self.held)
+        """Its positions with keys and values."""
+        made = 0 if self.request is None else len(self.request.ids)
+        return made + (0 if self.held is None else len(self.held))
 
     def common(self, embeds: Tensor) -> int:
         """Length of the cached prefix of a prompt; the last token is always computed."""
@@ -387,6 +385,5 @@ class Engine:
 
     def _swap(self, one: int, other: int) -> None:
         if one != other:
-            pair = self.rows[other], self.rows[one]
-            self.cache.swap(one, other, max(row.used for row in pair))
-            self.rows[one], self.rows[other] = pair
+            self.cache.swap(one, other, max(self.rows[one].used, self.rows[other].used))
+            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]

@@ -118,7 +118,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     rows = [embedded(prompt, forced, llm.get_input_embeddings()) for prompt in prompts]
     embeds = pad_sequence(rows, batch_first=True, padding_side="left")
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True, padding_side="left")
-    budget, device = room_for(embeds.shape[1], settings, llm, words), embeds.device
+    budget, device = new_token_budget(embeds.shape[1], settings, llm, words), embeds.device
     end = [tokenizer.eos_id] if ends is None else list(ends)
 
     def check(input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -186,8 +186,8 @@ class ImageSpans:
         forbidden[:, words.code_start:words.code_start + codes] = ~next_code
         if isinstance(words, SeedXVocabulary) and not self.original:
             forbidden[:, words.patches:words.patches + 2] = True
-        no_room = inside if left is None else left < words.image_length
-        forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | no_room
+        too_few = inside if left is None else left < words.image_length
+        forbidden[:, words.boi_id] = ~inside if words.begun_only else inside | too_few
         forbidden[:, words.eoi_id] = ~(inside & (done >= words.least_codes))
         forbidden[:, words.size:] = True  # padding rows of the output layer
         return scores.masked_fill(forbidden, float("-inf"))
@@ -231,7 +231,7 @@ def embedded(prompt: Prompt, forced: list[int], embed: Any) -> Tensor:
     return rows if prompt.embeds is None else torch.cat([prompt.embeds.to(embed.weight), rows])
 
 
-def room_for(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
+def new_token_budget(length: int, settings: GenerationSettings, llm: Any, words: ImageVocabulary) -> int:
     """Available new tokens; a forced image needs its codes and `</img>`."""
     context = int(llm.config.max_position_embeddings)
     if length >= context:

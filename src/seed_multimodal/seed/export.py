@@ -53,7 +53,7 @@ class Export:
 def export_tokenizer(
     stage2: str | Path, out: str | Path, *, stage1: str | Path | None = None, vision: str | Path | None = None,
     config: TokenizerConfig | str | Path | None = None, kind: str = AUTO, released: bool = False,
-    image: Image.Image | str | Path | None = None, beside: Mapping[str, bytes] | None = None,
+    image: Image.Image | str | Path | None = None, further: Mapping[str, bytes] | None = None,
     words: ImageVocabulary | None = None, force: bool = False,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder and compare the codes of an image before and after writing.
@@ -63,7 +63,7 @@ def export_tokenizer(
             stage holds it.
         config: sizes, or a config.json; default: ours next to a checkpoint, else the original ones.
         kind: `seed2`, `seed1` or `auto`. released: also write the files of the original layout.
-        beside: further files for the folder; words: the vocabulary in them.
+        further: files for the folder; words: the vocabulary in them.
         force: replace a folder that is not empty.
 
     Raises:
@@ -91,14 +91,14 @@ def export_tokenizer(
         raise CheckpointError(f"{stage2}: has {sizes.codebook_size} codes, {sizes.num_query} to an image, but the text "
                               f"tokenizer has words for {words.n_codes}, {words.tokens_per_image} to an image.")
     model = tokenizer.from_released(sizes, state, " and ".join(files))
-    picture = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
-    pixels = seed_image_processor(sizes.vit.image_size)(picture)[None]
+    test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
+    pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
     codes = model.encode(pixels)
     with making_folder(target, shown, ConfigError) as folder:
         model.save_pretrained(folder)
         for file, saved in released_files(model).items() if released else ():
             save_torch(saved, folder / file)
-        for file, content in (beside or {}).items():
+        for file, content in (further or {}).items():
             (folder / file).write_bytes(content)
         if not torch.equal(tokenizer.from_pretrained(folder).encode(pixels), codes):
             raise CheckpointError(f"{shown}: the written tokenizer gives other codes; nothing was kept.")

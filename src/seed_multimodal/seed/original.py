@@ -154,8 +154,8 @@ class Seed1:
         """
         place = locate(folder) or Path(folder)
         home = place.parent if place.is_file() else place
-        beside = next((home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER))
-        diffusion = locate(diffusion or beside)
+        nearby = next((home / name for name in DIFFUSION_NAMES if (home / name).exists()), Path(SD_FOLDER))
+        diffusion = locate(diffusion or nearby)
         missing = []
         if not place.is_file() and not (place / "config.json").is_file() and len(SEED1.find(place)) < len(SEED1.files):
             missing.append(SEED1.advice(place))

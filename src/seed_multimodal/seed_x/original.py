@@ -122,8 +122,8 @@ def _read(file: str | Path, kind: str) -> Described:
     return part
 
 
-def _sized(key: str, path: str, sizes: Any, beside: str = "config.json") -> Described:
+def _sized(key: str, path: str, sizes: Any, config: str = "config.json") -> Described:
     """A part; sizes stored with its weights override those of the YAML."""
     place = locate(path)
-    known = place is not None and ((place if place.is_dir() else place.parent) / beside).is_file()
+    known = place is not None and ((place if place.is_dir() else place.parent) / config).is_file()
     return Described(key, Path(path), None if known else sizes)

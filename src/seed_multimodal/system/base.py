@@ -304,11 +304,11 @@ class MultimodalSystem(Generator, HubUpload):
     def _fitting(self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings) -> Prompt:
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
         context, rest = int(self.llm.config.max_position_embeddings), conversation
-        room = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
+        needed = min(settings.max_new_tokens, max(context // 4, self.tokenizer.vocabulary.least_codes + 2))
         while True:
             request = self.requests([rest], task, opening, [settings.seed])[0]
             shorter = without_oldest_turn(rest)
-            if len(request) + room <= context or len(shorter) == len(rest):
+            if len(request) + needed <= context or len(shorter) == len(rest):
                 break
             rest = shorter
         request.note = self.note(rest[-1])

@@ -135,8 +135,8 @@ class LavitSystem(System):
         self.samples = inner.images.selection == "draw"
 
     def encode(self, images: Images) -> list[Any]:
-        seeds, pictures = list(range(self.seed, self.seed + len(images))), self.inner.images
-        rows = zip(pictures.encode(images, seed=seeds), images, seeds, pictures.kept(images, seed=seeds), strict=True)
+        seeds, codec = list(range(self.seed, self.seed + len(images))), self.inner.images
+        rows = zip(codec.encode(images, seed=seeds), images, seeds, codec.kept(images, seed=seeds), strict=True)
         return [Tokens(codes.tolist(), *rest) for codes, *rest in rows]
 
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:

@@ -235,15 +235,15 @@ class XLayoutTask(LayoutTask):
         before = torch.where(torch.rand(len(after)) < ITSELF, after, after - 1)
         rows = torch.cat([after, rows[len(after):]])
         spots = torch.cat([self.kept[after // 2], self.spots[rows[len(after):]]])
-        told = self.features[rows].float()
-        told = told + NOISE * torch.rand(count, 1) * torch.randn_like(told)
+        features = self.features[rows].float()
+        features = features + NOISE * torch.rand(count, 1) * torch.randn_like(features)
         condition = torch.zeros(count, *self.latents.shape[1:])
         condition[: len(after)] = self.latents[before].float()
         wanted = self.latents[rows].float().to(device)
-        mean = model(told.to(device), spots.to(device), condition.to(device))[0]
+        mean = model(features.to(device), spots.to(device), condition.to(device))[0]
         errors = F.mse_loss(mean.float(), wanted, reduction="none").flatten(1).mean(1)
-        beside, alone = errors[: len(after)].mean(), errors[len(after):].mean()
-        return beside + alone, {"beside": beside.detach(), "alone": alone.detach()}
+        edits, alone = errors[: len(after)].mean(), errors[len(after):].mean()
+        return edits + alone, {"edits": edits.detach(), "alone": alone.detach()}
 
 
 class LavitLayoutTask(LayoutTask):

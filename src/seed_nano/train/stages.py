@@ -10,7 +10,7 @@ from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
 from seed_nano.train.pipeline import Application, Program, Stage
 from seed_nano.train.tokenizer import join_stages, records
 from seed_nano.train.vae import VaeTask
-from seed_nano.train.vision import ClipTask, TowerTask
+from seed_nano.train.vision import ClipTask, XVisionTask
 from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
 
 LAVIS = "SEED_Tokenizer/train.py"
@@ -42,14 +42,14 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         Stage("llm", parts.install_llm, ("llm_sft",)),
         *_ends(parts.assemble_nano, "vae", "clip", "tokenizer", "unet2", "llm"))),
     "nano_x": (XWorkspace, (
-        Stage("start", parts.start, (), ("llm", "tower", "unet")),
-        Stage("tower", TowerTask, ("start",), ("tower",)),
-        Stage("first", Application(HYDRA.format("train_seed_x_detokenizer"), "train_first"), ("tower",),
+        Stage("start", parts.start, (), ("llm", "vision", "unet")),
+        Stage("vision", XVisionTask, ("start",), ("vision",)),
+        Stage("first", Application(HYDRA.format("train_seed_x_detokenizer"), "train_first"), ("vision",),
               ("unet", "records")),
-        Stage("sft", Application(HYDRA.format("train_seed_x_sft"), "train_sft"), ("tower",), ("llm", "records")),
+        Stage("sft", Application(HYDRA.format("train_seed_x_sft"), "train_sft"), ("vision",), ("llm", "records")),
         Stage("second", Application(HYDRA.format("train_seed_x_detokenizer"), "train_second"), ("first",),
               ("unet", "records")),
-        Stage("layout", XLayoutTask, ("tower",), ("pool", "layout")),
+        Stage("layout", XLayoutTask, ("vision",), ("pool", "layout")),
         Stage("agent", parts.install_agent, ("sft",)),
         *_ends(parts.assemble_x, "layout", "second", "agent"))),
     "nano_lavit": (LavitWorkspace, (

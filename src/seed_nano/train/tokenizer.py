@@ -117,10 +117,10 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
 
     def written(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
         for number, record in enumerate(records):
-            picture = (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
-            content = json.dumps(with_images(record, picture), separators=(",", ":"))
+            codes_of = (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
+            content = json.dumps(with_images(record, codes_of), separators=(",", ":"))
             yield f"{kind}-{number:06d}", {"json": content.encode()}
 
     for (split, kind), records in made.items():
         write_shard(space.work.absolute() / "records" / split / f"{kind}.tar", written(kind, records))
-    return {"pictures": len(scenes), **amounts}
+    return {"images": len(scenes), **amounts}

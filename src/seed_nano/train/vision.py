@@ -1,4 +1,4 @@
-"""The vision encoders of nano (stage `clip`) and nano-x (stage `tower`).
+"""The vision encoders of nano (stage `clip`) and nano-x (stage `vision`).
 
 A contrastive loss on captions would lose the identity of things, so linear heads on the embedding classify things,
 style, background and layout, and a linear read-out predicts the image at 16×16 pixels. nano-x's encoder starts from the
@@ -110,7 +110,7 @@ def pool_features(space: Any) -> Tensor:
                   else QwenVit.from_pretrained(space.out / "vision", device=space.device))
         return map_scenes(partial(embed, vision.eval()), space.pool, space, batch=256).half()
 
-    return space.cached(*(("embeddings", "clip") if of_nano else ("features", "tower")), make)
+    return space.cached(*(("embeddings", "clip") if of_nano else ("features", "vision")), make)
 
 
 class ClipTask(VisionTask):
@@ -179,7 +179,7 @@ def _wide_labels(scene: WideScene, quarter: int | None) -> Tensor:
 def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
     """An encoder with the first layers of nano's CLIP encoder and a new attention pool."""
     clip: Any = load_clip_vision(folder, log=None).float()
-    config, sizes, size = clip.config, space.config.tower, space.config.image_size
+    config, sizes, size = clip.config, space.config.vision, space.config.image_size
     layers, width, heads = min(sizes.layers, config.num_hidden_layers), config.hidden_size, config.num_attention_heads
     encoder = QwenVit(QwenVitConfig(
         image_size=size, patch_size=config.patch_size, width=width, layers=layers, heads=heads,
@@ -200,7 +200,7 @@ def encoder_from_nano(folder: Path, space: XWorkspace) -> QwenVit:
     return encoder
 
 
-class TowerTask(VisionTask):
+class XVisionTask(VisionTask):
     """nano-x's, a Qwen-style encoder; goes to `{out}/vision`, heads and read-out to `{work}`."""
 
     def __init__(self, space: XWorkspace) -> None:
@@ -208,14 +208,14 @@ class TowerTask(VisionTask):
         folder = space.autoencoder.parent / "image_encoder"
         self.teacher: Any = load_clip_vision(folder, device=space.device, log=None).float()
         self.vision = encoder_from_nano(folder, space)
-        width = space.config.tower.grid**2 * space.config.tower.features
+        width = space.config.vision.grid**2 * space.config.vision.features
         self.heads = LabelHeads(width, LABELS)
         self.quarters = LabelHeads(width, dict.fromkeys(QUARTERS, NOTHING + 1))
         self.readout = nn.Linear(width, 3 * REDUCED**2)
         self.imitate = nn.Linear(width, int(self.teacher.config.projection_dim))
         module = nn.ModuleDict({"vision": self.vision, "heads": self.heads, "quarters": self.quarters,
                                 "readout": self.readout, "imitate": self.imitate})
-        super().__init__(space, "tower", module.to(space.device),
+        super().__init__(space, "vision", module.to(space.device),
                          WideStream(space.config.image_size, space.config.seed))
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:

@@ -192,7 +192,7 @@ class XWorkspace(SuccessorWorkspace):
         texts = [part for kind in X_KINDS for number in range(X_TEXTS)
                  for message in x_record_at(kind, 0, number)["messages"] for part in message["content"]
                  if isinstance(part, str) and "<" not in part]
-        sizes, tokens = self.config.llm, self.config.tower.grid**2
+        sizes, tokens = self.config.llm, self.config.vision.grid**2
         train_words(MultimodalTokenizer, [*sentences(), *texts], self.words_folder, vocab_size=sizes.text_vocabulary,
                     n_codes=tokens, tokens_per_image=tokens, n_locations=sizes.locations)
 

@@ -90,13 +90,13 @@ def texts_of(record: Any) -> Iterator[str]:
             yield from texts_of(value)
 
 
-def with_images(value: Any, picture: Callable[[Any], Any]) -> Any:
-    """The same with `picture(scene)` in place of every scene, wide one or view."""
+def with_images(value: Any, convert: Callable[[Any], Any]) -> Any:
+    """The same with `convert(scene)` in place of every scene, wide one or view."""
     if isinstance(value, Scene | WideScene | View):
-        return picture(value)
+        return convert(value)
     if isinstance(value, dict):
-        return {key: with_images(one, picture) for key, one in value.items()}
-    return [with_images(one, picture) for one in value] if isinstance(value, list | tuple) else value
+        return {key: with_images(one, convert) for key, one in value.items()}
+    return [with_images(one, convert) for one in value] if isinstance(value, list | tuple) else value
 
 
 def sentences(number: int = 500, seed: int = 0) -> list[str]:

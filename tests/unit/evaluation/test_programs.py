@@ -209,7 +209,7 @@ def test_eval_caption_to_images(data, tiny_folder, capsys):
     (data / "t.txt").write_text("a blue fish / or two\na red apple\n" + "long " * 60)
     arguments = flags(data, tiny_folder, "--captions", str(data / "t.txt"), "--steps", "1", "--batch-size", "2")
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
-    names = [result["picture"] for result in read(data / "out" / "results.json")]
+    names = [result["image"] for result in read(data / "out" / "results.json")]
     assert names == ["000000_a_blue_fish___or_two.jpg", "000001_a_red_apple.jpg", f"000002_{'long_' * 11}long_.jpg"]
     files = {path.name: path.stat().st_mtime_ns for path in (data / "out").glob("*.jpg")}
     assert set(files) == set(names) and all(Image.open(data / "out" / name).size[0] > 0 for name in names)

@@ -159,7 +159,7 @@ def test_compose_with_a_wrong_argument(arguments, words, files):
     ("train_seed_x_sft", ("agent.losses.rec_loss_scale=6.0", "visual_encoder.path=???")),
     ("train_lavit", ("visual_encoder.", "optim.learning_rate=0.00015")),
     ("train_seed_x_detokenizer", ("model: stage1, stage2, tiny", "model.resampler.", "trainer.ema=0.0")),
-    ("train_lavit_detokenizer", ("model.diffusion=???", "data.tower_size=224"))])
+    ("train_lavit_detokenizer", ("model.diffusion=???", "data.encoder_size=224"))])
 def test_main_help_lists_files_and_keys_with_defaults(program, lines, capsys):
     assert main(program, CONFIGS, ["--help"]) == 0
     shown = capsys.readouterr().out

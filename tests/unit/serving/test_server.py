@@ -144,7 +144,7 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder) -> None:
 def test_server_withstands_hostile_traffic(tiny_folder) -> None:
     done = subprocess.run(
         [warm_python.PYTHON, str(ROOT / "benchmarks" / "hostile.py"), "--model", str(tiny_folder), "--megapixels", "1",
-         "--examples", "3"], capture_output=True, text=True, timeout=280)
+         "--examples", "15"], capture_output=True, text=True, timeout=280)
     results = json.loads(done.stdout)["results"]
     assert done.returncode == 0, done.stderr
     assert results["faults"] == [] and results["requests"] > 100

@@ -56,12 +56,12 @@ class IndexedFile:
     @cached_property
     def arrays(self) -> Arrays:
         """The index next to the file or in the index folder, else a new one, which is stored there."""
-        remote, head, beside = is_remote(self.path), self._head(), index_path(self.path)
+        remote, head, adjacent = is_remote(self.path), self._head(), index_path(self.path)
         folder = os.environ.get("SEED_INDEX_DIR") or (Path.home() / ".cache/seed-multimodal/index" if remote else "")
         name = self.path if remote else os.path.realpath(self.path)
         digest = hashlib.sha256(f"{name} {head}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
-        own = str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz") if folder else beside
-        arrays = _read(beside, head[:3] if remote else head) or _read(own, head)
+        own = str(Path(folder) / f"{self.path.rpartition('/')[2][:50]}.{digest}.npz") if folder else adjacent
+        arrays = _read(adjacent, head[:3] if remote else head) or _read(own, head)
         if arrays is None:
             arrays = {"head": head, **self.scan()}
             if folder or int(head[2]) >= KEEP_FROM:

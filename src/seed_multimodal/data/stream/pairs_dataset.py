@@ -144,7 +144,7 @@ Size = tuple[int, int]  # height and width in pixels
 
 @dataclass(frozen=True)
 class DrawnView:
-    """The target (a square of `resolution`, or one of `sizes`) and the vision encoder's square input of `tower_size`,
+    """The target (a square of `resolution`, or one of `sizes`) and the vision encoder's square input of `encoder_size`,
     resized by `seen_by`.
 
     With `keep_ratio` the image is centre-cropped to the size of the nearest aspect ratio (as in SEED-Story's adapter
@@ -152,7 +152,7 @@ class DrawnView:
     """
 
     resolution: int = 1024
-    tower_size: int = 448
+    encoder_size: int = 448
     keep_ratio: bool = True
     sizes: tuple[Size, ...] = ()
     seen_by: str = "bilinear"
@@ -175,7 +175,7 @@ class DrawnView:
 
     def seen(self, image: Image.Image, size: Size) -> Tensor:
         """Vision encoder's input uint8 `[3, S, S]`, of the same crop."""
-        return self._part(image, size, (self.tower_size, self.tower_size), self.seen_by)
+        return self._part(image, size, (self.encoder_size, self.encoder_size), self.seen_by)
 
     def time_ids(self, image: Size, size: Size) -> Tensor:
         """SDXL's size conditions `[6]` of an image of (width, height): original size, crop, target size."""

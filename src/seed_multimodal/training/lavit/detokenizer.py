@@ -76,7 +76,7 @@ class LavitPixelModel:
 class LavitImages(ImageData):
     """The images of a run; see `ImageData`."""
 
-    tower_size: int = setting(224, least=1)
+    encoder_size: int = setting(224, least=1)
     seen_by: ClassVar[str] = "bicubic"
 
 

@@ -82,7 +82,7 @@ class ImageData:
     """The images of a run; `batch_size`: of a micro-step in each process.
 
     Attributes:
-        resolution, sizes, keep_ratio, tower_size: see `pairs_dataset.DrawnView`.
+        resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.DrawnView`.
         max_bad_in_a_row: consecutive unusable images that stop the run.
         held_out: source of the sample images during training; None: the first source.
     """
@@ -91,7 +91,7 @@ class ImageData:
     batch_size: int = setting(4, least=1)
     resolution: int = setting(1024, least=8)
     sizes: tuple[Size, ...] = ()
-    tower_size: int = setting(448, least=1)
+    encoder_size: int = setting(448, least=1)
     keep_ratio: bool = True
     seed: int = setting(0, least=0)
     max_bad_in_a_row: int = setting(20, least=1)
@@ -101,7 +101,7 @@ class ImageData:
     @property
     def view(self) -> DrawnView:
         """Target and conditioning crops of an image."""
-        return DrawnView(self.resolution, self.tower_size, self.keep_ratio, self.sizes, self.seen_by)
+        return DrawnView(self.resolution, self.encoder_size, self.keep_ratio, self.sizes, self.seen_by)
 
 
 @dataclass
@@ -174,8 +174,8 @@ class PixelTask(RunTask):
 
     def check_side(self, side: int) -> None:
         """Raise ConfigError if views have another size than the encoder's input."""
-        if side != self.run.data.tower_size:
-            raise ConfigError(f"data: tower_size is {self.run.data.tower_size}, but the {self.frozen} expects "
+        if side != self.run.data.encoder_size:
+            raise ConfigError(f"data: encoder_size is {self.run.data.encoder_size}, but the {self.frozen} expects "
                               f"{side} pixels a side.")
 
     def _drawn(self, source: Any) -> DrawnPairs:

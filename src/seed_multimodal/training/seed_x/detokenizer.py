@@ -41,7 +41,7 @@ class ConditionDropout:
     InstructPix2Pix."""
 
     embeds: float = setting(0.05, least=0, most=1)
-    picture: float = setting(0.05, least=0, most=1)
+    image: float = setting(0.05, least=0, most=1)
     both: float = setting(0.05, least=0, most=1)
 
     def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -49,8 +49,8 @@ class ConditionDropout:
         at = torch.rand(count, generator=generator)
         both = at < self.both
         embeds = both | (at - self.both < self.embeds)
-        picture = both | (~embeds & (at - self.both - self.embeds < self.picture))
-        return embeds, picture
+        image = both | (~embeds & (at - self.both - self.embeds < self.image))
+        return embeds, image
 
 
 @dataclass
@@ -60,7 +60,7 @@ class DetokenizerModel:
     Attributes:
         stage: 1: from embeddings; 2: also from a condition image.
         sdxl: SDXL's diffusers folder: U-Net (without `start`), VAE and noise schedule.
-        tower: the vision encoder's weights, as `QwenVit.from_pretrained`; tower_sizes: None: stored sizes or original.
+        visual_encoder: its weights, as `QwenVit.from_pretrained`; visual_encoder_sizes: None: stored sizes or original.
         start: an adapter to start from, for stage 2 that of stage 1; "": SDXL's U-Net and a new resampler.
         resampler, seed: of a new resampler.
         trained: `key_value` (and the resampler; first stage of the paper) or `all` (original second stage).
@@ -68,9 +68,9 @@ class DetokenizerModel:
     """
 
     sdxl: Path
-    tower: Path
+    visual_encoder: Path
     stage: Literal[1, 2] = 1
-    tower_sizes: QwenVitConfig | None = None
+    visual_encoder_sizes: QwenVitConfig | None = None
     start: str = ""
     resampler: ResamplerSizes = setting(factory=ResamplerSizes)
     trained: Trained = "key_value"
@@ -80,7 +80,7 @@ class DetokenizerModel:
     seed: int = setting(0, least=0)
 
     def __post_init__(self) -> None:
-        self.sdxl, self.tower = find_folder(self.sdxl), find_folder(self.tower)
+        self.sdxl, self.visual_encoder = find_folder(self.sdxl), find_folder(self.visual_encoder)
         self.start = str(find_folder(self.start)) if self.start else ""
 
 
@@ -99,7 +99,7 @@ class DetokenizerTask(PixelTask):
     def conditions(self) -> FrozenFeatures:
         """The vision encoder's embeddings."""
         model = self.model
-        encoder = QwenVit.from_pretrained(model.tower, config=model.tower_sizes, device=self.device,
+        encoder = QwenVit.from_pretrained(model.visual_encoder, config=model.visual_encoder_sizes, device=self.device,
                                           dtype=DTYPES[self.settings.precision])
         side = encoder.config.image_size
         self.check_side(side)

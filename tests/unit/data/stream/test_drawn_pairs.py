@@ -13,7 +13,7 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.pairs_dataset import DrawnPairs, DrawnView, by_size, open_images
 from seed_multimodal.errors import DataError, ImageError
 
-VIEW, SIZE = DrawnView(resolution=16, tower_size=8), (16, 16)
+VIEW, SIZE = DrawnView(resolution=16, encoder_size=8), (16, 16)
 
 
 def half(left: str, right: str, size: tuple[int, int] = (48, 32)) -> Image.Image:
@@ -28,7 +28,7 @@ def test_drawn_and_seen_show_the_same_part() -> None:
     wide.paste("blue", (8, 0, 40, 32))
     for make in (VIEW.drawn, VIEW.seen):
         assert (make(wide, SIZE)[:, :, 2:-2] == torch.tensor([0, 0, 255], dtype=torch.uint8)[:, None, None]).all()
-    squashed = DrawnView(resolution=16, tower_size=8, keep_ratio=False)
+    squashed = DrawnView(resolution=16, encoder_size=8, keep_ratio=False)
     for make in (squashed.drawn, squashed.seen):
         pixels = make(wide, SIZE)
         assert pixels[0, 0, 0] > 200 > 50 > pixels[0, 0, pixels.shape[2] // 2]
@@ -89,7 +89,7 @@ SIZES = ((16, 16), (16, 24), (24, 16))
     ((80, 30), (16, 24), [30, 80, 0, 9, 16, 24]), ((20, 60), (24, 16), [60, 20, 12, 0, 24, 16])])
 def test_size_of_the_nearest_ratio(size: tuple[int, int], drawn: tuple[int, int], ids: list[int]) -> None:
     """The crop is central and as large as possible; the vision encoder gets the same part, squashed."""
-    view, image = DrawnView(tower_size=8, sizes=SIZES), Image.new("RGB", size, "red")
+    view, image = DrawnView(encoder_size=8, sizes=SIZES), Image.new("RGB", size, "red")
     width, height = size
     crop = min(width, height * drawn[1] / drawn[0]), min(height, width * drawn[0] / drawn[1])
     across, down = (width - crop[0]) / 2, (height - crop[1]) / 2
@@ -103,7 +103,7 @@ def test_size_of_the_nearest_ratio(size: tuple[int, int], drawn: tuple[int, int]
 
 def test_size_of_squashed_images() -> None:
     """The key selects one of the sizes, and the image is not cropped."""
-    view, image = DrawnView(tower_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
+    view, image = DrawnView(encoder_size=8, keep_ratio=False, sizes=SIZES[:2]), half("red", "blue")
     chosen = [view.size_of(image, str(key)) for key in range(400)]
     assert 150 < chosen.count(SIZES[0]) < 250 and chosen == [view.size_of(image, str(key)) for key in range(400)]
     pixels = view.drawn(image, SIZES[1])
@@ -114,7 +114,7 @@ def test_size_of_squashed_images() -> None:
 def test_by_size(tmp_path: Path) -> None:
     for number, size in enumerate([(20, 20), (30, 20), (22, 22), (20, 33), (60, 40)]):
         Image.new("RGB", size).save(tmp_path / f"{number}.png")
-    pairs = DrawnPairs(open_images({"files": str(tmp_path)}), DrawnView(tower_size=8, sizes=SIZES), log=None)
+    pairs = DrawnPairs(open_images({"files": str(tmp_path)}), DrawnView(encoder_size=8, sizes=SIZES), log=None)
     batches = by_size([pairs.get(number) for number in range(5)])
     assert [batch["image"].shape for batch in batches] == [(2, 3, 16, 16), (2, 3, 16, 24), (1, 3, 24, 16)]
     assert [batch["key"] for batch in batches] == [["0.png", "2.png"], ["1.png", "4.png"], ["3.png"]]

@@ -127,7 +127,7 @@ def test_image_codes_depend_on_the_image_and_the_seed_only() -> None:
 
 @pytest.mark.parametrize(("changes", "error", "sentence"), [
     ({"data": {"sizes": [[16, 4]]}}, ConfigError, "sizes are heights and widths of at least 8 pixels"),
-    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the tokenizer expects 16 pixels a side"),
+    ({"data": {"encoder_size": 32}}, ConfigError, "encoder_size is 32, but the tokenizer expects 16 pixels a side"),
     ({"model": {"diffusion": "/nowhere"}}, CheckpointError, "/nowhere(/unet)?: no such folder"),
 ])
 def test_train_with_settings_that_do_not_fit(parts: Path, tmp_path: Path, changes: dict[str, Any],
@@ -179,5 +179,5 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(parts: Path, 
 def test_configurations_are_read(kind: str) -> None:
     groups = [f"{group}={kind}" for group in ("model", "data", "trainer")]
     run = LavitPixelTask.read(compose([*groups, "output_dir=x"], CONFIGS))
-    assert run.trainer.max_steps == 20000 and run.data.tower_size == 224 and run.model.trained == "all"
+    assert run.trainer.max_steps == 20000 and run.data.encoder_size == 224 and run.model.trained == "all"
     assert len(run.data.sizes) == (6 if kind == "highres" else 0) and run.data.view.seen_by == "bicubic"

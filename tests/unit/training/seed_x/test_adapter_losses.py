@@ -57,7 +57,7 @@ def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule: Any) -> Non
 
 
 def test_condition_dropout(schedule: Any) -> None:
-    dropout = ConditionDropout(embeds=0.2, picture=0.3, both=0.1)
+    dropout = ConditionDropout(embeds=0.2, image=0.3, both=0.1)
     no_embeds, no_condition = dropout.draw(4000, torch.Generator().manual_seed(0))
     assert float((no_embeds & ~no_condition).float().mean()) == pytest.approx(0.2, abs=0.02)
     assert float((~no_embeds & no_condition).float().mean()) == pytest.approx(0.3, abs=0.02)

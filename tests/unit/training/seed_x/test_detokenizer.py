@@ -47,7 +47,7 @@ def test_train_of_each_stage_saves_an_adapter_that_draws(parts: Path, tmp_path: 
     assert moved - {"conv_in.bias"} and all("to_k" in name or "to_v" in name for name in moved - {"conv_in.bias"})
     assert ("conv_in.bias" in moved) == (stage == 2)
     detokenizer = SdxlDetokenizer.from_pretrained(parts / "sdxl", tmp_path / "run" / "adapter")
-    detokenizer.set_null_embeds(QwenVit.from_pretrained(parts / "tower"), 16)
+    detokenizer.set_null_embeds(QwenVit.from_pretrained(parts / "vision"), 16)
     images = detokenizer(torch.randn(2, 16, tiny_sdxl.WIDTH), num_inference_steps=2, height=16, width=16)
     assert [image.size for image in images] == [(16, 16)] * 2
 
@@ -67,9 +67,9 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(("changes", "error", "sentence"), [
-    ({"data": {"tower_size": 32}}, ConfigError, "tower_size is 32, but the vision encoder expects 16 pixels a side"),
+    ({"data": {"encoder_size": 32}}, ConfigError, "encoder_size is 32, but the vision encoder expects 16 pixels"),
     ({"model": {"tokens": 5}}, ConfigError, "The encoder's 16 embeddings cannot be pooled to 5"),
-    ({"model": {"tower": "/nowhere"}}, CheckpointError, "no such folder; SEED-X's vision encoder"),
+    ({"model": {"visual_encoder": "/nowhere"}}, CheckpointError, "no such folder; SEED-X's vision encoder"),
     ({"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
 ])
 def test_train_with_parts_that_do_not_fit(parts: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception],
@@ -81,7 +81,7 @@ def test_train_with_parts_that_do_not_fit(parts: Path, tmp_path: Path, changes: 
 def test_image_features_under_autocast(parts: Path) -> None:
     """The VAE stays in float32, and a condition's latents are its means, not scaled."""
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
-    encoder = QwenVit.from_pretrained(parts / "tower")
+    encoder = QwenVit.from_pretrained(parts / "vision")
     frozen = FrozenFeatures(encoder, CPU, lambda pixels: pooled_features(encoder, normalise(pixels), 4))
     batch: dict[str, Any] = {name: torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
                              for name in ("seen", "image", "condition")}

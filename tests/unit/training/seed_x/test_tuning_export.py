@@ -50,7 +50,7 @@ def merge(home: Path, folder: Path, checkpoint: Path, *flags: str, lora: Any = N
 
 def check_system(task: TuningTask, home: Path, merged: Path) -> None:
     """The system has the losses of the tuned module, and answers."""
-    system = SeedX.from_pretrained(merged, vision=home / "tower", device="cpu", dtype="fp32", log=None,
+    system = SeedX.from_pretrained(merged, vision=home / "vision", device="cpu", dtype="fp32", log=None,
                                    load_decoder=False)
     for batch in task.batches:
         inputs = task.inputs(batch)
