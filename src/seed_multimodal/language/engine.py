@@ -285,6 +285,7 @@ class Engine:
             place = min(range(self.active, len(self.rows)), key=lambda number: self.rows[number].freed)
             if start:
                 self.cache.copy(source, place, start)
+                self.rows[place].held = request.embeds[:start]
         self._swap(self.active, place)
         self.rows[self.active].request, self.rows[self.active].held = request, None
         self.active += 1

@@ -80,8 +80,7 @@ class Generator:
         if settings.num_beams == 1:
             return self.engine.generate(prompts, settings, **how)
         with_beams = partial(generate, self.llm, self.tokenizer, prompts, settings, **how)
-        answers: list[list[int]] = self.engine.run(with_beams)
-        return answers
+        return list(self.engine.run(with_beams))
 
     def read_answer(self, ids: Sequence[int], task: Task) -> Answer:
         """The parts of an answer, cut at its end."""

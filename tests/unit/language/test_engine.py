@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from dataclasses import replace
 from functools import partial
@@ -143,6 +144,16 @@ def test_generate_reuses_the_start_of_other_conversations(tiny: Any) -> None:
     news = [*(len(ids) - len(system) for ids in asked[1:]), len(longer) - len(asked[0]) - len(expected[0]) + 1]
     assert first_read == len(asked[0])
     assert all(length <= new for length, new in zip(others, news, strict=False)), (others, news)
+
+
+def test_generate_of_long_and_short_prompts_with_common_starts(tiny: Any) -> None:
+    """One to three at once: rows are freed, copied and exchanged in many orders."""
+    engine, rng = Engine(tiny.llm, tiny.tokenizer, 6), random.Random(0)
+    few, starts = replace(GREEDY, max_new_tokens=4), [[rng.randrange(3, 300) for _ in range(60)] for _ in range(3)]
+    for count in (1, 1, 1, 1, 1, 1, 1, 2, 3, 1, 2, 3, 1, 1, 2):
+        asked = [Prompt([*rng.choice(starts)[:rng.choice((0, 3, 30, 60))],
+                         *(rng.randrange(3, 300) for _ in range(rng.choice((2, 40))))]) for _ in range(count)]
+        assert engine.generate(asked, few) == [generate(tiny.llm, tiny.tokenizer, [one], few)[0] for one in asked]
 
 
 @pytest.mark.slow
