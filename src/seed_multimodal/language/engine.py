@@ -118,7 +118,7 @@ class SlotCache:
                 table[one, :, :length] = table[other, :, :length]
                 table[other, :, :length] = kept
 
-    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Add keys and values `[rows, H, n, d]`; returns those of the rows up to `used`. transformers calls it."""
         if layer == len(self.layers):
             self.layers.append(tuple(new.new_zeros(self.slots, new.shape[1], self.length, new.shape[3])
@@ -322,8 +322,8 @@ class Engine:
         cache = self.cache
         cache.positions, cache.used = positions, len(places)
         seen = places <= positions[:, :, None]
-        hidden = self.llm.get_decoder()(inputs_embeds=embeds, attention_mask=seen[:, None], position_ids=positions,
-                                        past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = self.llm.get_decoder()(None, seen[:, None], positions, cache,  # its name changed in transformers 5.24
+                                        inputs_embeds=embeds, use_cache=True).last_hidden_state
         state = hidden[torch.arange(len(last), device=last.device), last]
         return self.llm.get_output_embeddings()(state).float(), state
 

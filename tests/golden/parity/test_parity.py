@@ -81,5 +81,5 @@ def test_losses(case: str, tmp_path: Path) -> None:
         pytest.skip("DeepSpeed on a CPU needs the package and g++")
     actual, expected = actual_and_recorded("losses", case, tmp_path)
     assert len(actual) == cases.STEPS
-    near = pytest.approx(expected, rel=3e-3 if "bf16" in case else 3e-4)
+    near = pytest.approx(expected, rel=1e-2 if "bf16" in case else 3e-4)
     assert actual == (expected if SAME_MACHINE else near), case

@@ -62,11 +62,11 @@ def test_decode_image_with_negatives(tokenizer):
     codes, negatives = torch.randint(0, 16, (2, 3, 32), generator=torch.Generator().manual_seed(0))
     plain = pixels(tokenizer.decode_image(codes))
     assert plain.shape == (3, 16, 16, 3)
-    assert np.array_equal(pixels(tokenizer.decode_image(codes[0].tolist())), plain[:1])
+    assert np.allclose(pixels(tokenizer.decode_image(codes[0].tolist())), plain[:1], atol=1)  # rounded alike or not
     options = {"guidance_scale": 5.0, "num_inference_steps": 3}
     separate = pixels(tokenizer.decode_image(codes, negatives, **options))
     shared = pixels(tokenizer.decode_image(codes, negative_indices=negatives[:1], **options))
-    assert np.array_equal(shared[0], separate[0]) and not np.array_equal(shared[1:], separate[1:])
+    assert np.allclose(shared[0], separate[0], atol=1) and not np.array_equal(shared[1:], separate[1:])
     assert not np.array_equal(pixels(tokenizer.decode_image(codes, negatives)), plain)
 
 
