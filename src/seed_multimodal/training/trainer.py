@@ -144,7 +144,8 @@ class Trainer:
         non-finite loss or gradient norm in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
-        engine.set_rate(rate)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         if not task.begin_step(self.step):
             return False
         found = []

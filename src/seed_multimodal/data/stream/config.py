@@ -126,19 +126,13 @@ def read_data_settings(config: Mapping[str, Any] | DictConfig, where: str = "dat
     return with_template(settings, settings.template)
 
 
-def prompted_sources(settings: LlmDataSettings) -> list[SourceSettings]:
-    """Sources whose decoders have the option `template`."""
-    return [source for source in settings.sources
-            if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names()]
-
-
 def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSettings:
     """The settings, with `template` in the sources that accept it and do not set it."""
     if template is None:
         return settings
-    prompted = {source.name for source in prompted_sources(settings)}
     return replace(settings, sources=[
-        replace(source, options={"template": template, **source.options}) if source.name in prompted else source
+        replace(source, options={"template": template, **source.options})
+        if source.decoder in DECODERS and "template" in DECODERS[source.decoder].option_names() else source
         for source in settings.sources])
 
 
