@@ -143,7 +143,7 @@ def print_line(name: str, device: torch.device, settings: Mapping[str, Any], res
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     memory = {"peak_gpu_gib": round(peak / 2**30, 2)} if peak else {}
     print(json.dumps({"benchmark": name, **settings, "results": {**results, **memory},
-                      **machine.circumstances(device, machine.script_line())}), flush=True)
+                      **machine.circumstances(device)}), flush=True)
 
 
 def rounded(value: float) -> float:

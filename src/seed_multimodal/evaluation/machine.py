@@ -17,9 +17,10 @@ import torch
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
-def circumstances(device: torch.device | str, command: str) -> dict[str, Any]:
-    """Hardware, versions, commit, command and date of a measurement."""
-    return {"hardware": hardware(device), "versions": versions(), "commit": commit(), "command": command,
+def circumstances(device: torch.device | str, command: str = "") -> dict[str, Any]:
+    """Hardware, versions, commit, `command` (else the Python command as typed) and date of a measurement."""
+    return {"hardware": hardware(device), "versions": versions(), "commit": commit(),
+            "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
             "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")}
 
 
@@ -52,8 +53,3 @@ def commit(folder: str | Path = Path(__file__).parent) -> str:
         return git("rev-parse", "HEAD").strip() + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-
-
-def script_line() -> str:
-    """The command as typed."""
-    return shlex.join(["python", *sys.orig_argv[1:]])

@@ -93,6 +93,11 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         return {"loss_scale": self.scaler.get_scale()} if self.scaler.is_enabled() else {}
 
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of all groups."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+
     def problem(self, norm: float | None) -> str:
         """Error message for the gradients, or ""; a single fp16 overflow is no error."""
         if self.scaler.is_enabled() and self.scaler.get_scale() <= _SMALLEST_SCALE:

@@ -144,8 +144,7 @@ class Trainer:
         non-finite loss or gradient norm in any process."""
         task, engine, count = self.task, self.engine, self.settings.gradient_accumulation_steps
         rate = task.learning_rate(self.step)
-        for group in engine.optimizer.param_groups:
-            group["lr"] = rate * group.get("lr_scale", 1.0)
+        engine.set_rate(rate)
         if not task.begin_step(self.step):
             return False
         found = []

@@ -52,7 +52,7 @@ def report(options: argparse.Namespace) -> int:
                 found[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
     write_report({
-        "model": str(options.model), **machine.circumstances(device, machine.script_line()),
+        "model": str(options.model), **machine.circumstances(device),
         "seconds": round(time.monotonic() - start, 1), "system": system.facts(),
         "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch}, "judge": judge.config.training,
         "aims": aims(kind, found), "splits": found}, runs, options.out)
