@@ -8,6 +8,7 @@
 #
 # An installed torch is kept. Otherwise torch and torchvision come from the package index (on Linux about 3 GB, for
 # NVIDIA GPUs); without a GPU their CPU builds (0.2 GB) are preferred, from PyTorch's CPU index or pip's find-links.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { printf '[install] %s\n' "$*"; }

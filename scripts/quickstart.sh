@@ -3,6 +3,7 @@
 # edit, talk and tell a story with the shipped pretrained/nano weights. Result: outputs/quickstart/contact_sheet.png
 #
 #   bash scripts/quickstart.sh [--model DIR] [--out DIR] [--seed N]
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh

@@ -3,6 +3,7 @@
 #     start_backend.sh nano|8b|14b|seed-x|seed-x-i|seed-x-edit|nano-x|lavit|nano-lavit|FOLDER [more arguments]
 # FOLDER has a system.json; its path is absolute, or from the repository. More arguments go to gradio_demo/seed_llama_flask.py.
 # 8b and 14b load in 8 bits, as the original's demo (bitsandbytes).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD

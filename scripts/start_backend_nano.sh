@@ -1,3 +1,3 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # The demo's model server for nano on http://127.0.0.1:7890/generate.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/start_backend.sh" nano "$@"
+exec bash "$(dirname "$0")/start_backend.sh" nano "$@"

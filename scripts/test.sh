@@ -6,6 +6,7 @@
 #   bash scripts/test.sh tests/unit/images -x only some tests (style and types still run)
 #
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 CHOICE=()

@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -164,13 +165,42 @@ def imported(source: Path) -> set[str]:
     return set().union(*map(names_of, nodes(source)))
 
 
+SHELL = [ROOT / "install.sh", ROOT / "SEED_Tokenizer" / "install.sh", *sorted((ROOT / "scripts").glob("*.sh")),
+         *sorted((ROOT / "src" / "lavit" / "scripts").glob("*.sh")), *sorted((ROOT / "MultiModalLLM").rglob("*.sh")),
+         *sorted((ROOT / "SEED_Tokenizer" / "train_scripts").glob("*.sh"))]
+STARTED_BY_SH = '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"'
+
+
 @pytest.mark.process
 def test_shell_scripts_parse():
-    scripts = [ROOT / "install.sh", ROOT / ".ci" / "run", *sorted((ROOT / "scripts").glob("*.sh"))]
-    assert {"quickstart.sh", "test.sh", "environment.sh"} <= {path.name for path in scripts}
-    for path in scripts:
+    assert {"quickstart.sh", "test.sh", "environment.sh", "evaluate.sh"} <= {path.name for path in SHELL}
+    for path in [*SHELL, ROOT / ".ci" / "run"]:
         done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("dash") is None, reason="needs dash, the sh of Debian and Ubuntu")
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
+def test_shell_scripts_run_by_dash(path):
+    """A script with bash's own syntax starts bash before dash has read any of it."""
+    code = path.read_text()
+    commands = [line for line in code.splitlines() if line and not line.startswith("#")]
+    if commands[0].startswith(STARTED_BY_SH):
+        return
+    assert "BASH_SOURCE" not in code and "pipefail" not in code
+    done = subprocess.run(["dash", "-n", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.process
+@pytest.mark.skipif(shutil.which("dash") is None, reason="needs dash, the sh of Debian and Ubuntu")
+@pytest.mark.parametrize(("script", "text"), [
+    ("install.sh", "--lavis"), ("SEED_Tokenizer/install.sh", "--lavis"), ("scripts/start_backend_14b.sh", "--tokenizer"),
+    ("scripts/start_frontend_8b.sh", "--request_address"), ("src/lavit/scripts/vqa_eval.sh", "--task_name")])
+def test_shell_scripts_print_their_help_by_dash(script, text):
+    done = subprocess.run(["dash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and text in done.stdout, done.stderr
 
 
 def test_ci_run_is_executable_and_runs_the_tests():

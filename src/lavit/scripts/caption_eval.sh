@@ -1,3 +1,3 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # CIDEr of captions: --dataset coco, nocaps or flickr, with --annopath and --imagepath.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/evaluate.sh" --task_name caption "$@"
+exec sh "$(dirname "$0")/evaluate.sh" --task_name caption "$@"

@@ -1,10 +1,10 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # LaVIT's evaluations on this machine's GPUs, one process each (NPROC=N for another number); the flags are evaluate.py's,
 # and paths count from the current folder.
-set -euo pipefail
-HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+set -eu
+HERE="$(cd "$(dirname "$0")/.." && pwd)"
 ROOT="$(cd "$HERE/../.." && pwd)"
-source "$ROOT/scripts/environment.sh"
+. "$ROOT/scripts/environment.sh"
 export PYTHONPATH="$ROOT/src${PYTHONPATH:+:$PYTHONPATH}"  # a checkout need not be installed
 COUNT="${NPROC:-$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 if [ "$COUNT" = 1 ]; then

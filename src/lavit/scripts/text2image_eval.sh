@@ -1,3 +1,3 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # FID of drawings of COCO's captions, the best of four by CLIP each, by the pixel decoder of 512 pixels.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/evaluate.sh" --task_name text2image --resolution 512 "$@"
+exec sh "$(dirname "$0")/evaluate.sh" --task_name text2image --resolution 512 "$@"

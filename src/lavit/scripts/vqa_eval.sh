@@ -1,3 +1,3 @@
-#!/usr/bin/env bash
+#!/bin/sh
 # Accuracy of answers: --dataset vqav2, okvqa, gqa or vizwiz, with --annopath and --imagepath.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/evaluate.sh" --task_name vqa "$@"
+exec sh "$(dirname "$0")/evaluate.sh" --task_name vqa "$@"
