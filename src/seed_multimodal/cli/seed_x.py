@@ -16,6 +16,7 @@ from typing import Any
 from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, run_program, whole_number
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
 
 CONFIGS = {
@@ -94,14 +95,18 @@ def _rebuild(args: argparse.Namespace, script: Script) -> int:
     files = args.image or [_demo_image(script.image)]
     outputs = common.Outputs(args.out, len(files))
     codec = common.load_images(args, name=_config(args, script), device=args.device_2 or args.device)
+    embeddings = {} if args.embeddings is None else {"embeddings": args.embeddings}
+    if (script.condition or embeddings) and "conditions" not in codec.own_settings:
+        raise ConfigError(f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition image; "
+                          f"take --model nano-x.")
 
     def rebuild(name: str, image: Any) -> None:
         settings = common.chosen_settings(args)
         if script.condition:
             condition = args.condition or (None if args.image else locate(f"demo_images/{script.condition}"))
             settings["conditions"] = [codec.open(condition or image)]
-        features = codec.encode([image], args.embeddings)
-        drawn = codec.draw(list(features), seeds=[args.seed], **settings)[0]
+        values = codec.encode([image], **embeddings)
+        drawn = codec.draw(list(values), seeds=[args.seed], **settings)[0]
         ending = "_recon_with_condition" if script.condition else "_recon"
         print(outputs.save(drawn, f"{Path(name).stem}{ending}", ".jpg"))
 
@@ -176,7 +181,7 @@ def _demo_image(name: str) -> str:
 
 def _stem(text: str) -> str:
     """A text as the originals name its image."""
-    return text.replace(".", "").replace("/", "_")[:120]
+    return text.replace(".", "").replace("/", "_")[:200]
 
 
 SCRIPTS = {
@@ -199,7 +204,9 @@ SCRIPTS = {
         phrase="Is there anything in the image that can protect me from catching the flu virus when I go out? Show me "
                "the location."),
     "eval_text2img_seed_x_i": Script(
-        "SEED-X-I draws a caption.", _draw, "seed_x_i", FIRST_STAGE, prompt="A cybernetic soldier."),
+        "SEED-X-I draws a caption.", _draw, "seed_x_i", FIRST_STAGE,
+        prompt="A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a "
+               "mission behind enemy lines."),
     "eval_img2edit_seed_x_edit": Script(
         "SEED-X-Edit changes an image.", _edit, "seed_x_edit", SECOND_STAGE, image="car.jpg",
         prompt="Make it under the sunset"),

@@ -166,9 +166,12 @@ class LayoutDecoder(PretrainedNetwork):
         return placed * near.isfinite().unflatten(2, (g, g))[:, :, None]
 
     def flat(self, embeds: Tensor) -> Tensor:
-        """Embeddings `[B, E]`, or `[B, N, W]` averaged to as many as it reads, in its precision and on its device."""
+        """Embeddings `[B, E]`, or `[B, N, W]` averaged or repeated to as many as it reads, in its precision."""
         if embeds.ndim == 3:
-            embeds = pooled_tokens(embeds, max(self.config.embedding // embeds.shape[2], 1)).flatten(1)
+            needed = max(self.config.embedding // embeds.shape[2], 1)
+            if embeds.shape[1] < needed:  # each mean stands for its neighbours
+                embeds = embeds.repeat_interleave(needed // embeds.shape[1], dim=1)
+            embeds = pooled_tokens(embeds, needed).flatten(1)
         return embeds.to(self.mood.weight.dtype)
 
     def warm_latents(self, embeds: Tensor, generators: Sequence[torch.Generator], scheduler: Any,

@@ -35,7 +35,8 @@ from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
-YAML_RUNS = "of the shipped ones `--tokenizer configs/tokenizer/nano.yaml`, in MultiModalLLM, runs now"
+YAML_RUNS = ("the shipped weights run now: programs with `--model nano`, a server by `bash scripts/start_backend_nano.sh`, "
+             "tools in MultiModalLLM with `--tokenizer configs/tokenizer/nano.yaml`")
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
 
 

@@ -72,6 +72,7 @@ FILES = {"tokenizer": ("visual_tokenizer/eva_vitg_psz14.bin", "visual_tokenizer/
 ALIASES = {"released": "8b", hub.PARTS["8b"].hub: "8b", hub.PARTS["14b"].hub: "14b", hub.SEED_X: "seed-x-i",
            hub.LAVIT: "lavit"}
 NAMES = (*hub.SHIPPED, *ORIGINALS)
+SHIPPED_FAMILIES = {"seed_llama": "nano", "seed_x": "nano-x", "lavit": "nano-lavit"}  # the small system of each
 
 
 @dataclass(kw_only=True)
@@ -227,8 +228,9 @@ class SystemConfig:
         if self.original:
             missing = [(source, place) for key, (source, _) in origins.items()
                        if (place := self._missing(key)) and key != "safety"]
-            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model nano (of the server: "
-                                  "--system nano), which runs now.")
+            shipped = SHIPPED_FAMILIES[self.system]
+            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} (of the server: "
+                                  f"--system {shipped}), which runs now.")
         texts = [f"its {PARTS[self.system][key][0]} is not there"
                  + (f": put it at {place}" if place else " (seed assemble joins parts)")
                  for key in parts if (place := self._missing(key)) is not None]

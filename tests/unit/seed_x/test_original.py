@@ -30,13 +30,15 @@ from seed_multimodal.seed_x.processing import seed_x_words
 from seed_multimodal.system.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[3]
+SOLDIER = ("A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, on a mission "
+           "behind enemy lines.")
 IMAGES = {  # what each program writes to vis/ without flags: a square as the original's, or in the source's ratio
     "eval_seed_x_detokenizer": {"men_recon.jpg": (16, 16)},
     "eval_seed_x_detokenizer_with_condition": {"men_recon_with_condition.jpg": (20, 13)},
     "eval_img2text_seed_x": {"car.png": (48, 30)},
     "eval_text2img_seed_x": {"A super math wizard cat, richly textured oil painting.png": (16, 16)},
     "eval_img2text_seed_x_i": {"ground.png": (48, 30)},
-    "eval_text2img_seed_x_i": {"A cybernetic soldier.png": (16, 16)},
+    "eval_text2img_seed_x_i": {f"{SOLDIER.rstrip('.')}.png": (16, 16)},
     "eval_img2edit_seed_x_edit": {"1_Make it under the sunset.jpg": (20, 13)},
 }
 FEW = ("--device", "cpu", "--max-new-tokens", "12")
@@ -120,7 +122,7 @@ def test_programs_have_the_original_images_and_prompts(home: Path, prompts: list
         encode(["[INST]", views, "Can I conntect with an advisor on Sunday? [/INST]\n"], add_bos=True),
         encode(["[INST]", views, "Is there anything in the image that can protect me from catching the flu virus when "
                 "I go out? Show me the location. [/INST]\n"], add_bos=True),
-        encode(["[INST] Generate an image: A cybernetic soldier. [/INST]\n"], add_bos=True),
+        encode([f"[INST] Generate an image: {SOLDIER} [/INST]\n"], add_bos=True),
         encode(["[INST]", whole, "Make it under the sunset [/INST]\n"], add_bos=True)]
     once = [ids for number, ids in enumerate(prompts) if ids not in prompts[:number]]  # a prompt may be used twice
     for ids, wanted in zip(once, expected, strict=True):
@@ -169,6 +171,33 @@ def test_programs_with_another_model(tiny_x_folder: Path, tmp_path: Path, monkey
     assert seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eval_seed_x_detokenizer", "eval_seed_x_detokenizer_with_condition"])
+def test_detokenizers_with_few_embeddings(name: str, tmp_path: Path) -> None:
+    """Of nano-x, whose layout decoder reads all 16 embeddings of an image."""
+    drawn = []
+    for count in ("1", "4", "8", "16"):
+        flags = ["--model", "nano-x", "--device", "cpu", "--embeddings", count, "--out", f"{tmp_path}/{count}.png"]
+        assert seed_x_script(name, flags) == 0
+        drawn.append(np.asarray(Image.open(tmp_path / f"{count}.png"), dtype=np.float32))
+    assert np.abs(drawn[0] - drawn[-1]).mean() > np.abs(drawn[2] - drawn[-1]).mean() > 0
+
+
+@pytest.mark.slow
+def test_detokenizers_with_a_system_of_codes(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    """As with `--model nano`, which has neither embeddings nor condition images."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(tiny_folder), "--device", "cpu"]
+    assert seed_x_script("eval_seed_x_detokenizer", flags) == 0
+    assert len(list(Path("vis").iterdir())) == 1
+    capsys.readouterr()
+    for name, more in (("eval_seed_x_detokenizer", ["--embeddings", "4"]),
+                       ("eval_seed_x_detokenizer_with_condition", [])):
+        assert seed_x_script(name, [*flags, *more]) == 2
+        assert "is not a SEED-X" in capsys.readouterr().err.splitlines()[-1]
+
+
 # ---- missing weights, wrong configurations
 
 
@@ -183,7 +212,8 @@ def test_programs_without_weights(name: str, parts: tuple[str, ...], tmp_path: P
     assert seed_x_script(name, []) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert all(part in error for part in (*parts, "pretrained/QwenViT/qwen_vit_G.pt", "reload_qwen_vit.py"))
+    wanted = (*parts, "pretrained/QwenViT/qwen_vit_G.pt", "reload_qwen_vit.py", "--model nano-x ")
+    assert all(part in error for part in wanted), error
 
 
 @pytest.mark.parametrize(("file", "before", "after", "sentence"), [
