@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pairs
+from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.record import RECORD_FAULTS
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import replace_text, replacing, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
@@ -190,7 +191,7 @@ def read_images(source: Pairs, rows: Sequence[int], batch: int, seen: Pass, log:
     for row in rows:
         try:
             captions, image = _read(source, row)
-        except SAMPLE_FAULTS as error:
+        except RECORD_FAULTS as error:
             seen.bad.append(str(error))
             log(f"left out: {error}")
             in_a_row += 1

@@ -222,3 +222,47 @@ def test_faulty_records_of_a_stream_are_skipped(tmp_path: Path, codes: Callable,
     for message in ("missing", "is blank", "must be a str", "is not JSON", "UTF-8", "is a JSON list", "has two .json",
                     "has no .json", "torn or damaged"):
         assert message in reasons, message
+
+
+def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, words: Any):
+    rows = [{"image_ids": codes(number), "text": f"number {number}"} for number in range(200)]
+    rows[77]["text"], rows[78]["views"], rows[79]["text"] = [], float("nan"), 1.5
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    source = {"name": "all", "files": str(tmp_path), "decoder": "pretrain.caption", "cycles": 1,
+              "options": {"reverse_ratio": 1.0}}
+    batches = LlmBatches(read_data_settings({"sources": [source], "length": 512}), words)
+    assert sum(batch.sequences for batch in batches) == 197
+    skipped = batches.report()["sources"]["all"]["skipped"]
+    assert sum(entry["count"] for entry in skipped.values()) == 3
+    for line in (78, 79, 80):
+        assert any(f"line {line}:" in first for entry in skipped.values() for first in entry["first"])
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(rows[77 if number % 30 else 0])}\n" for number in range(150)))
+    with pytest.raises(DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"):
+        list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), words))
+
+
+def test_odd_values_of_an_extraction_are_skipped(tmp_path: Path, jpeg: Callable):
+    rows = [{"image": "a.jpg", "caption": "a"}, {"image": "a.jpg", "caption": "a", "similarity": "n/a"},
+            {"image": ["a.jpg"], "caption": "a"}, {"image": {"bytes": 7}, "caption": "a"},
+            {"image": "a.jpg", "caption": {}}, {"image": "a\0.jpg", "caption": "a"}]
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.json").write_text(json.dumps(rows))
+    settings = InputSettings(files=str(tmp_path / "list.json"), similarity_thr=0.2)
+    dataset = TaskDataset(KINDS["caption"], settings, seed_image_processor(16))
+    task, = decode_shards(list_shards(settings, 9), dataset, 9, 0)
+    assert [bool(sample.bad) for sample in task.samples] == [False, False, True, True, True, True]
+    assert all(f"item {sample.number}" in sample.bad for sample in task.samples if sample.bad)
+
+
+def test_odd_values_of_pairs_are_skipped(tmp_path: Path, jpeg: Callable):
+    rows: list[dict[str, Any]] = [{"image": "a.jpg", "caption": "a"}, {"image": "a\0.jpg", "caption": "b"},
+                                  {"image": {"bytes": 7}, "caption": "c"}, {"image": "a.jpg", "caption": "d"}]
+    (tmp_path / "a.jpg").write_bytes(jpeg(0))
+    (tmp_path / "list.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    used, bad = trained(tmp_path / "list.jsonl")
+    assert set(used) == {"a", "d"} and len(bad) == 2 and all("list.jsonl: line" in reason for reason in bad)
+    used, bad = evaluated(tmp_path / "list.jsonl")
+    assert used == ["a", "d"] and len(bad) == 2
+    data = PairDataset(open_pairs({"files": str(tmp_path / "list.jsonl")}), seed_image_processor(16),
+                       lambda text: {"a": "A"}[text], log=None)  # a text processor that knows one caption
+    assert data.get(3)["caption"] == "A" and len(data.bad) == 1

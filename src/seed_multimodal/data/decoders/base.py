@@ -171,6 +171,13 @@ class Decoder:
         values = self.need(fields, name, list)
         return [self.need({f"{name}[{place}]": value}, f"{name}[{place}]", str) for place, value in enumerate(values)]
 
+    def choices(self, fields: Mapping[str, Any], name: str) -> list[str]:
+        """A list of texts, of which one is drawn. Raises BadRecord: it is empty."""
+        texts = self.texts(fields, name)
+        if not texts:
+            raise BadRecord("empty text", f"{name}: is an empty list.")
+        return texts
+
     # ---- images
 
     def codes(self, value: Any, name: str) -> list[int]:
@@ -191,8 +198,9 @@ class Decoder:
             return self.one_view(fields["views"], "views", rng)
         return self.codes(fields.get("image_ids"), "image_ids")
 
-    def one_view(self, views: Sequence[Any], name: str, rng: SeededRandom) -> list[int]:
+    def one_view(self, views: Any, name: str, rng: SeededRandom) -> list[int]:
         """One of several code lists of the same image."""
+        views = self.need({name: views}, name, list)
         return self.codes(rng.choice(views) if len(views) > 1 else views[0], name)
 
     def images(self, fields: Mapping[str, Any]) -> list[list[int]]:

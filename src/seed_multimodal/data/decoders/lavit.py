@@ -45,7 +45,7 @@ class LavitDecoder(OpenedDecoder):
     def text(self, fields: Mapping[str, Any], name: str, rng: SeededRandom) -> str:
         """A text of the record, drawn from it if it is a list."""
         several = isinstance(fields.get(name), list)
-        return self.filled({name: rng.choice(self.texts(fields, name))} if several else fields, name).strip()
+        return self.filled({name: rng.choice(self.choices(fields, name))} if several else fields, name).strip()
 
     def seen(self, fields: Mapping[str, Any], name: str, rng: SeededRandom, written: bool) -> OpenedImage:
         """The opened image of a field, with a seed for the selection of its patches."""

@@ -25,6 +25,8 @@ from seed_multimodal.data.decoders.base import (
 )
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.settings import setting
 
 BLANK = "the text is blank"
@@ -49,9 +51,20 @@ class Caption(Decoder):
         first_text: float = setting(0.0, least=0, most=1)
         caption_prompt: str | list[str] | None = None
 
+    def __init__(self, tokenizer: MultimodalTokenizer, options: Mapping[str, Any]) -> None:
+        """Raises ConfigError: as `Decoder`, or a template without a single `{}`."""
+        super().__init__(tokenizer, options)
+        templates = self.options.caption_prompt or "{}"
+        self.templates = [templates] if isinstance(templates, str) else templates
+        for template in self.templates:
+            try:
+                template.format("a caption")
+            except (LookupError, ValueError):
+                raise ConfigError(f"decoder {self.name}: caption_prompt {template!r} must have one {{}} for the "
+                                  "caption, and no other braces.") from None
+
     def _segment(self, fields: Mapping[str, Any], rng: SeededRandom) -> SegmentList:
-        prompts = self.options.caption_prompt or "{}"
-        prompt = rng.choice([prompts] if isinstance(prompts, str) else prompts)
+        prompt = rng.choice(self.templates)
         image_first = rng.uniform() < self.options.reverse_ratio
         image = self.image(fields, rng, read=image_first)
         caption = self._caption(fields, rng)
@@ -64,7 +77,7 @@ class Caption(Decoder):
             return self.need(base.metadata_of(fields), self.options.caption_key_in_metadata, str)
         if not isinstance(fields.get("text"), list):
             return self.need(fields, "text", str)
-        texts = self.texts(fields, "text")
+        texts = self.choices(fields, "text")
         first = self.options.first_text and rng.uniform() < self.options.first_text
         return texts[0] if first else rng.choice(texts)
 

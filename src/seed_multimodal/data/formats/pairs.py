@@ -1,6 +1,6 @@
 """Image-caption pairs by index, from shards, lists, tables, image folders and registered formats.
 
-Images are not decoded here. Reading an unusable sample raises one of `SAMPLE_FAULTS`.
+Images are not decoded here. Reading an unusable sample raises one of `record.RECORD_FAULTS`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from seed_multimodal.data.formats.images import (
     text_member,
 )
 from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
-from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.formats.record import Record, bad_values
 from seed_multimodal.data.formats.sources import open_records, registered
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys
 
-SAMPLE_FAULTS = (ImageError, DataError)  # errors of unusable samples: logged, skipped and counted
 PROBED = 20  # samples tried before a source is rejected
 
 
@@ -95,12 +94,19 @@ class Pairs:
 
     def read(self, index: int) -> Pair:
         """One sample. Raises BadRecord, or ImageError: its image is missing."""
-        keys, files = self.keys, self._records.open_files
-        record = self._records.locate(index).parsed(files)
+        record = self._records.locate(index)
+        with bad_values(record.where):
+            return self._pair(record.parsed(self._records.open_files))
+
+    def _pair(self, record: Record) -> Pair:
+        keys = self.keys
         captions = self._captions(record) if keys.captioned else []
-        image: StoredImage | None = record.member(*IMAGE_KEYS, files=files)
-        image = self._stored(record, keys.image_key) if image is None else image
-        condition = None if keys.condition_key is None else self._stored(record, keys.condition_key)
+        image: StoredImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
+        if image is None:
+            image = self._stored(record, keys.image_key)
+        condition = None
+        if keys.condition_key is not None:
+            condition = self._stored(record, keys.condition_key)
         return Pair(record.key, record.where, image, captions, condition)
 
     def _stored(self, record: Record, key: str | None) -> StoredImage:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
 
 class Place(NamedTuple):
@@ -29,6 +30,12 @@ class Row(NamedTuple):
     file: str
     group: int
     number: int
+
+
+# Errors of an unusable record: it is named, skipped and counted, and only many of them in a row end a run.
+RECORD_FAULTS = (CodesError, DataError, ImageError)
+# What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
+_VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class FileReader(Protocol):
@@ -85,6 +92,16 @@ class BadRecord(DataError):
 
     def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:  # for pickling between processes
         return BadRecord, (self.kind, str(self))
+
+
+@contextmanager
+def bad_values(where: str) -> Iterator[None]:
+    """Convert the errors of unexpected values (another type, an empty list, NaN) of the record `where` to BadRecord."""
+    try:
+        yield
+    except _VALUE_ERRORS as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise BadRecord("unusable value", f"{where}: has a value that cannot be used ({reason}).") from error
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

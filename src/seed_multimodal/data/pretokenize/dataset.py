@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from seed_multimodal.data.filters import bad_shape, dissimilar
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.record import Record
+from seed_multimodal.data.formats.record import RECORD_FAULTS, Record, bad_values
 from seed_multimodal.data.pretokenize.frames import view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
 from seed_multimodal.data.pretokenize.kinds import Dropped, Kind, Sample, SourceImage
-from seed_multimodal.errors import DataError, ImageError
+from seed_multimodal.errors import ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
 Rows = dict[tuple[str, bool], list[int]]  # pixel rows of an image's views, by image key
@@ -67,30 +67,33 @@ class TaskDataset(Dataset[Task]):
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
 
     def _decode(self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows) -> DecodedSample:
-        made = DecodedSample(number)
         try:
-            sample = Sample(record, self._files, self.settings, self._keys)
-            made.fields, images = self.kind.read(sample)
-            metadata = made.fields.get("metadata", sample.fields)
-            if reason := dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr):
-                raise Dropped(reason)
-            for place, image in enumerate(images):
-                try:
-                    made.rows.append(self._views(image, f"{record.where} {place}", pixels, rows))
-                except ImageError as error:
-                    if not image.optional:
-                        raise
-                    made.lost.append(str(error))
-                    made.rows.append(None)
-            if made.lost and not any(made.rows):
-                raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its images is readable.")
-            return made
+            with bad_values(record.where):
+                return self._read(number, record, pixels, rows)
         except Dropped as reason:
             return DecodedSample(number, dropped=str(reason))
-        except (ImageError, DataError) as error:
-            return DecodedSample(number, bad=str(error))
-        except (TypeError, ValueError) as error:  # a similarity that is not a number
-            return DecodedSample(number, bad=f"{record.where}: {error}.")
+        except RECORD_FAULTS as error:
+            message = str(error)
+            return DecodedSample(number, bad=message if record.where in message else f"{record.where}: {message}")
+
+    def _read(self, number: int, record: Record, pixels: list[np.ndarray], rows: Rows) -> DecodedSample:
+        made = DecodedSample(number)
+        sample = Sample(record, self._files, self.settings, self._keys)
+        made.fields, images = self.kind.read(sample)
+        metadata = made.fields.get("metadata", sample.fields)
+        if reason := dissimilar(metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr):
+            raise Dropped(reason)
+        for place, image in enumerate(images):
+            try:
+                made.rows.append(self._views(image, f"{record.where} {place}", pixels, rows))
+            except ImageError as error:
+                if not image.optional:
+                    raise
+                made.lost.append(str(error))
+                made.rows.append(None)
+        if made.lost and not any(made.rows):
+            raise ImageError(f"{made.lost[0].removesuffix('.')}; none of its images is readable.")
+        return made
 
     def _views(self, source: SourceImage, place: str, pixels: list[np.ndarray], rows: Rows) -> list[int]:
         """The rows of an image's views, appended to `pixels` if new."""

@@ -15,12 +15,13 @@ import numpy as np
 from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, TokenSequence
 from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
+from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
-from seed_multimodal.errors import ConfigError, DataError, SeedError, counted
+from seed_multimodal.errors import DataError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 USABLE_WITHIN, ENDLESS = 100, 2**62
@@ -91,11 +92,10 @@ class Mixture:
         try:
             record = self.records[source].read(index)
             where = record.where
-            made = self.decoders[source].decode(record.fields if reader is None else reader.fields(record), draws,
-                                                max_length)
-        except ConfigError:
-            raise
-        except SeedError as error:
+            with bad_values(where):
+                fields = record.fields if reader is None else reader.fields(record)
+                made = self.decoders[source].decode(fields, draws, max_length)
+        except RECORD_FAULTS as error:
             message = str(error) if str(error).startswith(where) else f"{where}: {error}"
             return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
         if made.dropped or not made.ids:

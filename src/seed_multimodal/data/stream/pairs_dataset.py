@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
-from seed_multimodal.data.formats.pairs import SAMPLE_FAULTS, Pair, Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
+from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import registered
 from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.diffusion.training import size_ids
@@ -32,7 +33,7 @@ from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_
 class SourceDataset:
     """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
-    `source`: `read(index)` returns the input of `sample` or raises one of `SAMPLE_FAULTS`; `key(index)` is its name.
+    `source`: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`; `key(index)` is its name.
     With shards it has `shard_sizes` (int64) and `shuffle_block`, the number of samples shuffled among each other. `bad`
     has (key, reason) of each unusable sample; `log` receives a line for each, except in data workers, whose bad samples
     `StepBatches` collects.
@@ -71,9 +72,11 @@ class SourceDataset:
         tries = min(self.max_bad_in_a_row, len(self.source))
         for place in ((index + more) % len(self.source) for more in range(tries)):
             try:
-                return {**self.sample(self.source.read(place), torch.Generator().manual_seed(number), number),
-                        "index": place}
-            except SAMPLE_FAULTS as error:
+                read = self.source.read(place)
+                with bad_values(getattr(read, "name", f"sample {place}")):
+                    sample = self.sample(read, torch.Generator().manual_seed(number), number)
+                return {**sample, "index": place}
+            except RECORD_FAULTS as error:
                 self.note_bad(self.source.key(place), str(error))
                 last = error
         raise DataError(f"{tries} consecutive samples from index {index} on are unusable; the last is {last}"
