@@ -236,7 +236,8 @@ def test_odd_values_of_a_stream_are_skipped(tmp_path: Path, codes: Callable, wor
     assert sum(entry["count"] for entry in skipped.values()) == 3
     for line in (78, 79, 80):
         assert any(f"line {line}:" in first for entry in skipped.values() for first in entry["first"])
-    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(rows[77 if number % 30 else 0])}\n" for number in range(150)))
+    mostly_bad = [rows[77 if number % 30 else 0] for number in range(150)]
+    (tmp_path / "a.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in mostly_bad))
     with pytest.raises(DataError, match="20 consecutive records of source all are broken, the last: .*text: is an"):
         list(LlmBatches(read_data_settings({"sources": [source], "length": 512}), words))
 

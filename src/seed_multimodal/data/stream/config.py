@@ -10,8 +10,8 @@
     length: 2048
     rows: 4
 
-Original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything; keys unused by
-the original code are dropped, and our keys may be added.
+Original data files (`_target_: src.data.torchdata_train.build_...`) are read without importing anything, and have the
+batch layout of `ORIGINAL_DEFAULTS`; keys unused by the original code are dropped, and our keys may be added.
 """
 
 from __future__ import annotations
@@ -53,6 +53,12 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and 
     _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
     "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
 }
+# What the original's files leave to its code, by the module of their builders. Six packed rows hold about
+# the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
+_PACKED: dict[str, Any] = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
+ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "src.data.torchdata_train": _PACKED, "src.data.torchdata_sft": _PACKED,
+    "src.data.sft_clm": {"packing": False}, "src.data.image_text_pairs_clm": {"packing": False}}
 MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
 _SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA)
@@ -85,8 +91,8 @@ class SourceSettings:
 class LlmDataSettings:
     """The mixture and the batch layout.
 
-    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (only `pretrain.text`; others are
-    skipped); padded ones are truncated. All are counted and logged.
+    `too_long`: packed sequences longer than `length` are skipped, truncated, or split (texts and interleaved documents,
+    never inside an image; others are skipped); padded ones are truncated. All are counted and logged.
     """
 
     sources: list[SourceSettings]
@@ -161,10 +167,12 @@ def _sources(given: Any, where: str) -> list[SourceSettings]:
 def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """An original data file (a mixture or a single source), converted to our keys."""
     own = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
-    target = config.get("_target_", MIXERS[0])
+    target = str(config.get("_target_", MIXERS[0]))
+    layout = {**ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {}),
+              **{key: config[key] for key in own if key in config}}
     if target in BUILDERS:
         alone = {key: value for key, value in config.items() if key not in own}
-        return {"sources": [_released_source(alone, 1.0, where)], **{key: config[key] for key in own if key in config}}
+        return {"sources": [_released_source(alone, 1.0, where)], **layout}
     if target not in MIXERS:
         raise _unknown(target, where)
     check_keys(config, ["datapipes", "sample_weights", "tokenizer", "image_transform", *_HYDRA, *own], where)
@@ -174,7 +182,7 @@ def _released(config: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise ConfigError(f"{where}: sample_weights must have one number for each of the {len(pipes)} datapipes.")
     sources = [_released_source(_mapping(pipe, where), weight, f"{where}: datapipes[{number}]")
                for number, (pipe, weight) in enumerate(zip(pipes, weights, strict=True))]
-    return {"sources": sources, **{key: config[key] for key in own if key in config}}
+    return {"sources": sources, **layout}
 
 
 def _mapping(value: Any, where: str) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from seed_multimodal.errors import DataError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 USABLE_WITHIN, ENDLESS = 100, 2**62
-SPLIT_DECODERS = ("pretrain.text",)
+SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 NAMED = 5  # records listed per skip reason
 _WORDS = {"skip": "too long, skipped", "truncate": "too long, cut", "split": "too long, split"}
@@ -63,6 +63,12 @@ class Read(NamedTuple):
     note: SkippedSample | None = None
 
 
+def _broken(error: Exception, where: str) -> SkippedSample:
+    """A broken record, by the error of reading or decoding it."""
+    message = str(error) if str(error).startswith(where) else f"{where}: {error}"
+    return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
+
+
 class Mixture:
     """Opened sources with decoders and sample orders."""
 
@@ -96,8 +102,7 @@ class Mixture:
                 fields = record.fields if reader is None else reader.fields(record)
                 made = self.decoders[source].decode(fields, draws, max_length)
         except RECORD_FAULTS as error:
-            message = str(error) if str(error).startswith(where) else f"{where}: {error}"
-            return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
+            return _broken(error, where)
         if made.dropped or not made.ids:
             return SkippedSample(DROPPED, made.dropped or "empty", where)
         return made, where
@@ -129,16 +134,26 @@ class Mixture:
             note = SkippedSample(TOO_LONG, _WORDS[too_long], f"{where} ({total} tokens, rows have {length})")
             if too_long == "skip":
                 return Read([], note)
+        try:
+            with bad_values(where):
+                pieces = self._pieces(source, position, sequence)
+        except RECORD_FAULTS as error:
+            return Read([], _broken(error, where))
+        if not pieces:
+            return Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
+        return Read(pieces, note)
+
+    def _pieces(self, source: int, position: int, sequence: TokenSequence) -> list[Piece]:
+        """The sequence's pieces with something to learn; one with images as pixels is whole."""
         ids, labels = np.array(sequence.ids, np.int32), np.array(sequence.labels, np.int32)
         reader = self.readers[source]
         if reader is not None and isinstance(sequence, ImageSequence):
-            return Read([Piece(source, position, 0, ids, labels, reader.cut(sequence))], note)
-        pieces = split_long(ids, labels, length) if too_long == "split" else [(ids, labels)]
-        if settings.packing:
-            pieces = [one for one in pieces if (one[1][1:] != IGNORED).any()]
-        if not pieces:
-            return Read([], SkippedSample(DROPPED, "nothing to learn in it", where))
-        return Read([Piece(source, position, number, *one) for number, one in enumerate(pieces)], note)
+            return [Piece(source, position, 0, ids, labels, reader.cut(sequence))]
+        length = self.settings.shape(source)[1]
+        arrays = split_long(ids, labels, length, self.decoders[source].vocabulary)
+        if self.settings.packing:
+            arrays = [piece for piece in arrays if (piece[1][1:] != IGNORED).any()]
+        return [Piece(source, position, number, *piece) for number, piece in enumerate(arrays)]
 
     def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
         """The source of draw `number`, after `counts` draws of each, among the `alive` ones; None: none is left."""

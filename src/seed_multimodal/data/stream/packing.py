@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from seed_multimodal.data.decoders.base import IGNORED
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.language.vocabulary import ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
 
@@ -53,8 +55,43 @@ def make_row(sequences: Sequence[Arrays], length: int, pad_id: int, packed: bool
     return input_ids, labels, positions
 
 
-def split_long(ids: np.ndarray, labels: np.ndarray, length: int) -> list[Arrays]:
-    """A document split into pieces of at most `length` with one token of overlap, so each token is a target once."""
-    if len(ids) <= length:
-        return [(ids, labels)]
-    return [(ids[start:start + length], labels[start:start + length]) for start in range(0, len(ids) - 1, length - 1)]
+def split_long(ids: np.ndarray, labels: np.ndarray, length: int, vocabulary: ImageVocabulary) -> list[Arrays]:
+    """A document of texts and images split into pieces of at most `length`, never inside an image.
+
+    A piece ends where a text or an image ends; only a text that does not fit into a row by itself is cut. A piece that
+    goes on after a text starts with its last token, so that each text token is a target once. Raises BadRecord: an
+    image does not fit into a row.
+    """
+    starts = _segment_starts(ids, vocabulary)
+    pieces: list[Arrays] = []
+    start = 0
+    while len(ids) - start > length:
+        stop = _last_stop(ids, starts, start, length, vocabulary)
+        if stop - start < 2:  # only a repeated token or `<s>` before an image that needs the row
+            start = stop
+            continue
+        pieces.append((ids[start:stop], labels[start:stop]))
+        after_image = ids[stop - 1] == vocabulary.eoi_id
+        start = stop if after_image else stop - 1
+    return [*pieces, (ids[start:], labels[start:])]
+
+
+def _segment_starts(ids: np.ndarray, vocabulary: ImageVocabulary) -> np.ndarray:
+    """The positions where a text or an image starts."""
+    image_starts = np.flatnonzero(ids == vocabulary.boi_id)
+    image_ends = np.flatnonzero(ids == vocabulary.eoi_id) + 1
+    borders = np.union1d(image_starts, image_ends)
+    return np.union1d([0], borders[borders < len(ids)])
+
+
+def _last_stop(ids: np.ndarray, starts: np.ndarray, start: int, length: int, vocabulary: ImageVocabulary) -> int:
+    """Where the piece from `start` ends."""
+    limit = start + length
+    number = int(np.searchsorted(starts, limit, side="right")) - 1
+    first = int(starts[number])  # of the text or image at the limit
+    end = int(starts[number + 1]) if number + 1 < len(starts) else len(ids)
+    is_image = ids[first] == vocabulary.boi_id and first + 1 < end and vocabulary.is_code_id(int(ids[first + 1]))
+    if is_image and end - first > length:
+        raise BadRecord("image too long", f"an image has {end - first} tokens, but rows have {length}.")
+    fits_by_itself = end - first < length and first > start
+    return first if is_image or fits_by_itself else limit

@@ -116,3 +116,24 @@ def test_read_data_settings_of_a_mapping(mixed: Callable) -> None:
     settings = read_data_settings(config)
     assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
     assert settings.draw_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7]) and settings.packing is False
+
+
+def test_long_documents_are_split_at_images(tmp_path: Path, words, lines: Callable, codes: Callable) -> None:
+    """Every text token and image of a long document is used; without packing it is cut, as in the original."""
+    images = [codes(1), None, codes(2), None, None]
+    rows = [{"image_ids": images, "texts": [None, "many words " * count, None, "b", "c"]} for count in (5, 300)]
+    lines(tmp_path / "d.jsonl", rows)
+    source = {"name": "d", "files": str(tmp_path / "d.jsonl"), "decoder": "pretrain.interleaved", "cycles": 1,
+              "options": {"reverse_ratio": 0.0}}
+    config = {"sources": [source], "length": 128, "too_long": "split"}
+    mixture = Mixture(read_data_settings(config), words)
+    short, long = sorted((mixture.read(0, position) for position in range(2)), key=lambda read: len(read.pieces))
+    assert len(short.pieces) == 1 and short.note is None
+    assert len(long.pieces) > 3 and long.note is not None and long.note.reason == "too long, split"
+    ids = np.concatenate([piece.ids for piece in long.pieces])
+    begin, end = words.vocabulary.boi_id, words.vocabulary.eoi_id
+    assert (ids == begin).sum() == (ids == end).sum() == 2
+    for piece in long.pieces:
+        assert len(piece) <= 128 and (piece.ids == begin).sum() == (piece.ids == end).sum()
+    padded = Mixture(read_data_settings({**config, "packing": False}), words)
+    assert max(len(padded.read(0, position).pieces[0]) for position in range(2)) == 128

@@ -17,6 +17,7 @@ from seed_multimodal.errors import ConfigError
 
 DATA = Path(__file__).resolve().parents[4] / "MultiModalLLM" / "configs" / "data"
 PRETRAIN, SFT = DATA / "multi_torchdata_pretrain.yaml", DATA / "multi_torchdata_sft.yaml"
+OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
 CAPTION = "src.data.torchdata_train.build_caption_datapipes_for_llm"
 
 
@@ -81,9 +82,28 @@ def small_sets(sets: Path, tmp_path: Path, **more: object) -> LlmDataSettings:
         pipe["cycle_count"] = None
     del config["sample_weights"][4]
     config.update(more)
+    config = {key: value for key, value in config.items() if value is not None}
     file = tmp_path / "data.yaml"
     file.write_text(yaml.safe_dump(config))
     return read_data_settings(load_yaml(file))
+
+
+@pytest.mark.parametrize("file", [PRETRAIN, SFT, DATA / "sft_comprehension_gen.yaml", DATA / "sft_edit.yaml",
+                                  DATA / "sft_caption.yaml"], ids=lambda file: file.stem)
+def test_read_data_settings_of_files_without_our_keys(file: Path) -> None:
+    """The original's file has our file's settings."""
+    config = load_yaml(file)
+    original = {key: value for key, value in config.items() if key not in OURS}
+    assert len(original) < len(config)
+    assert read_data_settings(original) == read_data_settings(config)
+
+
+def test_next_of_a_mixture_without_our_keys(sets: Path, words, tmp_path: Path) -> None:
+    tokens = []
+    for more in ({}, dict.fromkeys(OURS)):
+        batches = LlmBatches(small_sets(sets, tmp_path, **more), words)
+        tokens.append([batch.tokens for batch in itertools.islice(batches, 4)])
+    assert tokens[0] == tokens[1] and min(tokens[0]) > 6 * 1900
 
 
 def test_next_of_the_pretraining_mixture(sets: Path, words, tmp_path: Path) -> None:
