@@ -17,7 +17,7 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and `from_pretrained` of the originals;
     `device_map` (`"cuda:0"`) is the originals' `device`."""
     from seed_multimodal.device import BESIDE_8BIT, choose_device
-    from seed_multimodal.language.llama import load_llm
+    from seed_multimodal.language.lora import load_language_model
 
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
@@ -26,7 +26,7 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
                             fp16=BESIDE_8BIT if quantization == "8bit" else "")
     name, folder = pretrained_model_name_or_path, released_folder(pretrained_model_name_or_path)
     place = locate(folder) if folder != name else None  # a hub name downloaded into pretrained/
-    return load_llm(place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization)
+    return load_language_model(place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization)
 
 
 def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,

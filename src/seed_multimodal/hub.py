@@ -72,6 +72,12 @@ def locate(path: str | Path) -> Path | None:
     return next((place for place in (plain, root / plain) if os.path.exists(place)), None)
 
 
+def portable(path: str | Path) -> str:
+    """A path for a record: below the repository relative to its root, as `locate` finds it; else absolute."""
+    absolute, root = Path(os.path.abspath(Path(path).expanduser())), Path(__file__).resolve().parents[2]
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else str(absolute)
+
+
 def locate_system(name: str | Path) -> Path | None:
     """As `locate`; names of shipped systems are resolved to their folders."""
     return locate(SHIPPED.get(str(name).lower(), name))

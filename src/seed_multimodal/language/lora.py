@@ -19,7 +19,9 @@ from torch import Tensor
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import making_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import local_folder
 from seed_multimodal.language.llama import force_special_ids, load_llm
+from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.weights import load_checkpoint, save_state_dict
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -127,7 +129,7 @@ def merge_adapter(
     is_whole = (place / "config.json").is_file() and not (place / ADAPTER_CONFIG).is_file()
     changes = TrainedWeights(place) if is_whole else read_trained(place, lora)
     agent_config = agent(changes) if agent is not None and changes.agent else None
-    llama = _load_base(place if is_whole else base, changes, tokenizer)
+    llama = load_base(place if is_whole else base, changes, tokenizer)
     merge_into(llama, changes)
     force_special_ids(llama.to(DTYPES[dtype]))
     with making_folder(target, out) as folder:
@@ -145,12 +147,42 @@ def merge_adapter(
             f"{len(changes.whole)} replaced by trained ones; {len(changes.agent)} tensors of resamplers.")
 
 
-def _load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any) -> Any:
-    """The base in fp32, resized to the trained embeddings."""
+def load_language_model(folder_or_id: str | Path, *, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32, quantization: str | None = None,
+                        vocabulary: ImageVocabulary | None = None) -> Any:
+    """As `load_llm`; an adapter's folder is merged, in memory, into the base that its `adapter_config.json` names."""
+    folder = Path(folder_or_id)
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return load_llm(folder_or_id, device=device, dtype=dtype, quantization=quantization, vocabulary=vocabulary)
+
+    # The base.
+    merge = "src/tools/merge_lora_weights.py (in MultiModalLLM) writes a merged folder"
+    if quantization is not None:
+        raise ConfigError(f"{folder}: a LoRA cannot be merged into {quantization} weights; {merge}.")
+    recorded = str(read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
+    base = local_folder(recorded) if recorded else None
+    if base is None:
+        raise CheckpointError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {recorded!r}, no base model on "
+                              f"this disk; correct it, or {merge}, with --base_model.")
+    trained = read_trained(folder)
+    llama = load_base(base, trained, device=device, dtype=dtype)
+
+    # The adapter.
+    merge_into(llama, trained)
+    force_special_ids(llama)
+    if vocabulary is not None and llama.config.vocab_size != vocabulary.size:
+        raise CheckpointError(f"{folder}: the model has {llama.config.vocab_size} words, but the tokenizer has "
+                              f"{vocabulary.size}; they do not belong together.")
+    return llama.requires_grad_(False).eval()
+
+
+def load_base(base: str | Path | None, trained: TrainedWeights, tokenizer: Any = None, *,
+              device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> Any:
+    """The base, resized to the trained embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if base is not None:
-        llama = load_llm(base)
+        llama = load_llm(base, device=device, dtype=dtype)
     elif trained.agent_config.get("llm"):  # fully trained; configuration in agent.json
         llama = LlamaForCausalLM(LlamaConfig(**trained.agent_config["llm"])).eval()
         missing = [name for name, _ in llama.named_parameters() if name not in trained.whole]

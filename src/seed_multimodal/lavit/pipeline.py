@@ -18,11 +18,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.hub import first_file
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.language.generator import Task
-from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import (
     Answer,
     Message,
@@ -33,7 +34,7 @@ from seed_multimodal.language.messages import (
     user_message,
 )
 from seed_multimodal.language.prompts import TaskPrompts
-from seed_multimodal.lavit.checkpoints import load_both
+from seed_multimodal.lavit.checkpoints import READER_FILES, load_both
 from seed_multimodal.lavit.decoder import CodeDecoder
 from seed_multimodal.lavit.diffusion import LavitDetokenizer, LavitSettings
 from seed_multimodal.lavit.modeling import DynamicTokenizer
@@ -159,8 +160,8 @@ class Lavit(MultimodalSystem):
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
         parts: Any = config.require("llm", "tokenizer")
         words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
-        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                       quantization=runtimes.quantization)
+        llm = load_language_model(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
+                                  quantization=runtimes.quantization)
         images = load_images(config, runtimes)
         sizes, vocabulary, reader = images.writer.config, words.vocabulary, images.reader
         pairs = {"codes": (sizes.codebook_size, vocabulary.n_codes),
@@ -281,7 +282,9 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeRows:
     """The tokenizers of a system now, its decoders when they are first needed."""
     parts: Any = config.require("tokenizer")
     home = "cpu" if "encoder" in runtimes.offload else runtimes.images.device
-    writer, reader = load_both(parts.tokenizer, parts.llm if config.original else None, device=home,
+    # An original's second token merger is next to its language model, as in a training's checkpoint.
+    beside_llm = parts.llm is not None and first_file(parts.llm, READER_FILES) is not None
+    writer, reader = load_both(parts.tokenizer, parts.llm if config.original or beside_llm else None, device=home,
                                dtype=runtimes.images.dtype, config=config.sizes.get("tokenizer"))
     load = partial(_load_decoder, config, runtimes) if runtimes.load_decoder else None
     images = CodeRows(writer, reader, selection=config.selection, load_decoder=load, device=runtimes.images.device,

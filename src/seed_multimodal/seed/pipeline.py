@@ -22,7 +22,7 @@ from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import Prompt
 from seed_multimodal.language.generator import Task
-from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.lora import load_language_model
 from seed_multimodal.language.messages import Message, is_codes, is_image
 from seed_multimodal.language.prompts import get_template, merge_text
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -153,8 +153,9 @@ class SeedLlama(MultimodalSystem):
         parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
         engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
-        llm = engine.llm if engine else load_llm(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
-                                                 quantization=runtimes.quantization, vocabulary=words.vocabulary)
+        llm = engine.llm if engine else load_language_model(
+            parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype, quantization=runtimes.quantization,
+            vocabulary=words.vocabulary)
         images = load_images(config, runtimes)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):

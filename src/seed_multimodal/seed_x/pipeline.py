@@ -23,7 +23,7 @@ from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
-from seed_multimodal.language.lora import merge_into, read_trained
+from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
     Answer,
     Message,
@@ -342,10 +342,13 @@ def load_agent_model(config: SystemConfig, words: MultimodalTokenizer, runtimes:
     if lora is not None and runtimes.quantization is not None:
         raise ConfigError(f"{config.agent}: its LoRA cannot be merged into {runtimes.quantization} weights: leave the "
                           f"quantisation out, or use the folder that src/tools/merge_lora_weights.py writes.")
-    llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtime.dtype, quantization=runtimes.quantization,
-                   vocabulary=vocabulary)
-    if lora is not None:
-        merge_into(llm, read_trained(parts.agent, lora))
+    if lora is None:
+        llm = load_llm(parts.llm, device=runtimes.llm_home, dtype=runtime.dtype, quantization=runtimes.quantization,
+                       vocabulary=vocabulary)
+    else:
+        trained = read_trained(parts.agent, lora)
+        llm = load_base(parts.llm, trained, words, device=runtimes.llm_home, dtype=runtime.dtype)
+        merge_into(llm, trained)
     agent = ContinuousLVLM(llm, Resampler(sizes.input_resampler), Resampler(sizes.output_resampler), sizes.settings)
     load_agent(agent, parts.agent, language=lora is None)
     for part in (agent.input_resampler, agent.output_resampler):

@@ -13,7 +13,7 @@ from typing import Any
 
 from seed_multimodal.disk import making_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.lora import VISUAL
+from seed_multimodal.language.lora import ADAPTER_CONFIG, VISUAL
 from seed_multimodal.language.prompts import template_for
 from seed_multimodal.system.config import BICUBIC, COMMON, DRAWING, INSIDE, PARTS, SETTINGS, SystemConfig
 
@@ -53,6 +53,9 @@ def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -
 
 def _written(kind: str, out: str | Path, parts: Mapping[str, Path], settings: dict[str, Any], force: bool,
              card: Path | None = None) -> Path:
+    if "llm" in parts and (parts["llm"] / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"{parts['llm']}: is an adapter; merge it first (src/tools/merge_lora_weights.py in "
+                          "MultiModalLLM), since a system's folder holds whole models.")
     target = output_folder(out, force=force, what="the system", read=parts.values())
     with making_folder(target, out, ConfigError) as folder:
         if card is not None:

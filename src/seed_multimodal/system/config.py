@@ -5,25 +5,30 @@
 
 A folder has a `system.json` (paths of parts relative to it, defaults in `PARTS`; settings of the weights, defaults in
 `SETTINGS`), or is a copy of an original SEED-X or LaVIT repository, a merged SEED-X agent (`llm` and
-`agent`), a LLaMA for SEED-LLaMA, or an image tokenizer.
+`agent`), a LLaMA for SEED-LLaMA, an image tokenizer, or a checkpoint of a language model's training, whose other parts
+are those of the system that it was trained on (`base.json`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from seed_multimodal import hub
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.prompts import DEFAULT_TASKS, RELEASED_TASKS, SEED_X_TASKS, TaskPrompts, template_for
 from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
 
 INSIDE = "diffusion_model"  # of a tokenizer's folder
+BASE = "base.json"  # of a checkpoint: see `record_base`
+AGENT_CONFIG, ADAPTER_CONFIG = "agent.json", "adapter_config.json"  # of SEED-X's tuning, and PEFT's
 # Parts of each system: description, and path in a system's folder.
 PARTS: dict[str, dict[str, tuple[str, str | None]]] = {
     "seed_llama": {"llm": ("language model", "seed_llama"), "tokenizer": ("image tokenizer", "seed_tokenizer"),
@@ -163,6 +168,8 @@ class SystemConfig:
         ours = model.get("model_type") in ("seed2_tokenizer", "seed1_tokenizer")
         if (folder / "system.json").is_file():
             config = cls.read(folder)
+        elif any((folder / file).is_file() for file in (BASE, ADAPTER_CONFIG, AGENT_CONFIG)):
+            config = cls._of_checkpoint(folder)
         elif ours or folder.suffix in (".pt", ".pth", ".bin", ".safetensors") or any(
                 any(folder.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer")):
             inside = (folder.parent if folder.is_file() else folder) / INSIDE
@@ -178,6 +185,37 @@ class SystemConfig:
             raise CheckpointError(f"{folder}: holds no system: neither system.json, nor the folders of an original "
                                   "model, nor a language model or an image tokenizer.")
         config.name = str(folder)
+        return config
+
+    @classmethod
+    def _of_checkpoint(cls, folder: Path) -> SystemConfig:
+        """A checkpoint's weights, with the other parts of the system that its language model was trained on."""
+        record = read_base(folder)
+        kind = record.pop("system")
+        places = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
+
+        # The other parts: of the folder with `system.json` that holds a recorded part, else the original's.
+        homes = [parent for place in places.values() for parent in Path(os.path.abspath(place)).parents[:2]]
+        homes = [home for home in homes if (home / "system.json").is_file()]
+        config = next((config for config in map(cls.read, homes) if config.system == kind), None)
+        visual = places.get("tokenizer")
+        if config is None and kind == "lavit" and visual is not None and (visual / "config.json").is_file():
+            config = cls(**SETTINGS[kind], system=kind)  # a tokenizer of one's own, without pixel decoder
+        elif config is None and kind == "lavit":
+            config = cls._original("lavit", visual)
+        elif config is None:
+            config = cls._original("8b" if kind == "seed_llama" else "seed-x-i")
+            sizes = places.get("llm", folder) / "config.json"
+            if kind == "seed_llama" and sizes.is_file():
+                config.template = template_for(read_json_object(sizes).get("hidden_size"))
+
+        # The recorded and the trained parts.
+        for key, place in places.items():
+            setattr(config, key, place if place.exists() else getattr(config, key))
+        trained = {"seed_llama": ("llm",), "seed_x": ("agent", "tokenizer"), "lavit": ("llm", "words")}
+        for key in trained[kind]:
+            setattr(config, key, folder)
+        config.notice, config.known_words = "", None  # they describe the base
         return config
 
     @classmethod
@@ -243,6 +281,32 @@ class SystemConfig:
             return None if key == "words" else ""
         whole = FILES.get(key, ()) if self.original == "lavit" else ()
         return next((str(one) for one in [place / file for file in whole] or [place] if not _there(one)), None)
+
+
+def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
+    """Write a checkpoint's `base.json`: the system's kind, and the parts that were not trained or trained on, below the
+    repository relative to its root."""
+    paths = {key: hub.portable(path) for key, path in parts.items() if path is not None}
+    replace_text(folder / BASE, json.dumps({"system": system, **paths}, indent=1) + "\n")
+
+
+def read_base(folder: Path) -> dict[str, str]:
+    """A checkpoint's `base.json`, or what older files and PEFT's tell. Raises ConfigError: a wrong file."""
+    if (folder / BASE).is_file():
+        values = read_json_object(folder / BASE, ConfigError)
+        kind = check_value(str, values.get("system"), f"{folder / BASE}: system", choices=tuple(PARTS))
+        check_keys(values, ("system", *PARTS[kind]), str(folder / BASE))
+        return check_value(dict[str, str], values, str(folder / BASE))
+    if (folder / AGENT_CONFIG).is_file():
+        kind, key, file = "seed_x", "base", folder / AGENT_CONFIG
+    else:
+        kind = "lavit" if (folder / "visual_weight.safetensors").is_file() else "seed_llama"
+        key, file = "base_model_name_or_path", folder / ADAPTER_CONFIG
+    base = read_json_object(file).get(key)
+    if not isinstance(base, str) or not base:
+        raise ConfigError(f"{file}: {key} is {base!r}: name there the base model that the checkpoint was trained on, "
+                          "or merge it with --base_model (MultiModalLLM/src/tools/merge_lora_weights.py).")
+    return {"system": kind, "llm": base}
 
 
 def _origin(place: Path) -> tuple[hub.ReleasedPart, str]:

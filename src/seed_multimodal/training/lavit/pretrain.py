@@ -31,6 +31,7 @@ from seed_multimodal.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.lavit.processing import LavitTokenizer
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.settings import setting
+from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.lavit.rows import ReadyBatch, fill_rows
@@ -190,6 +191,9 @@ class PretrainTask(LlmTask):
         visual = {name: value for name, value in weights.items() if name.startswith(PARTS)}
         super().save_files(folder, {name: value for name, value in weights.items() if name not in visual})
         save_state_dict(visual, folder / VISUAL[0])
+
+    def record_base(self, folder: Path) -> None:
+        record_base(folder, "lavit", llm=self.base_folder, tokenizer=find_folder(self.run.visual_encoder.path))
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         super().load_weights(folder, allow_missing)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.hub import portable
 from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
 from seed_multimodal.settings import check_keys
 from seed_multimodal.training.llm.config import ATTENTIONS, LlmModelSettings, check, find_folder
@@ -143,9 +144,12 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> A
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
     if settings.quantization is None:
-        return load_llm(folder, dtype=dtype)
-    # Loaded again: a 4-bit model that has generated on a CPU has another packing and no gradients.
-    return load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
+        llama = load_llm(folder, dtype=dtype)
+    else:
+        # Loaded again: a 4-bit model that has generated on a CPU has another packing and no gradients.
+        llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
+    llama.name_or_path = portable(folder)  # PEFT writes it into adapter_config.json
+    return llama
 
 
 def _random(sizes: Mapping[str, Any], words: int, seed: int) -> Any:

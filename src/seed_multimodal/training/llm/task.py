@@ -20,11 +20,13 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,
     TokenizerSettings,
     TrainerSettings,
+    find_folder,
     for_run,
     read_model_settings,
     read_tokenizer,
@@ -250,6 +252,17 @@ class LlmTask(RunTask):
         """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
         save_trained(self.llm, folder, weights)
         self.tokenizer.save_pretrained(folder)
+        self.record_base(folder)
+
+    def record_base(self, folder: Path) -> None:
+        """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
+        record_base(folder, "seed_llama", llm=self.base_folder, tokenizer=self.run.tokenizer)
+
+    @property
+    def base_folder(self) -> Path | None:
+        """The folder of the base model; None: random weights."""
+        path = self.run.model.path
+        return None if path is None else find_folder(path)
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         load_trained(self.llm, folder)

@@ -37,6 +37,7 @@ from seed_multimodal.seed_x.vision import (
     ResamplerConfig,
 )
 from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.system.config import record_base
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_features import FrozenFeatures
 from seed_multimodal.training.llm.config import check_target, find_folder
@@ -221,6 +222,10 @@ class TuningTask(LlmTask):
                  "llm": None if lora else find_llama(self.llm).config.to_diff_dict()}
         replace_text(folder / AGENT_CONFIG, json.dumps(about, indent=1))
         self.tokenizer.save_pretrained(folder)
+        self.record_base(folder)
+
+    def record_base(self, folder: Path) -> None:
+        record_base(folder, "seed_x", llm=self.base_folder, vision=find_folder(self.run.visual_encoder.path))
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         if not (folder / WEIGHTS).is_file():

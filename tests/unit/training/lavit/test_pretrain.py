@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from llm_runs import LORA
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -153,6 +154,24 @@ def test_merge_of_an_adapter_gives_a_system(parts: ModuleType, home: Path, tmp_p
     save_state_dict({name: value for name, value in state.items() if not name.startswith(("encoder.", "vit_proj."))},
                     visual / "tokenizer_encoder.safetensors")
     lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", load_decoder=False, log=None)
+    assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
+
+
+def test_checkpoint_with_lora_opens_as_a_system(parts: ModuleType, home: Path, tmp_path: Path) -> None:
+    """The merged language model, the trained token merger, and stage 1's tokenizer, which the record names."""
+    config = parts.config_of(home, tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})
+    PretrainTask.train(config)
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    lavit = Lavit.from_pretrained(checkpoint, device="cpu", dtype="fp32", load_decoder=False, log=None)
+    task = task_of(config)
+    task.prepare()
+    task.load_weights(checkpoint)
+    merger = lavit.images.reader.causal_encoder.state_dict()
+    assert all(torch.equal(value, merger[name]) for name, value in task.module.causal_encoder.state_dict().items())
+    ids = torch.tensor([[1, 20, 30, 40]])
+    with torch.no_grad():
+        expected = task.module.llm.eval()(ids).logits
+        assert torch.allclose(lavit.llm(ids).logits, expected, atol=1e-5)
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 

@@ -105,3 +105,9 @@ def test_merge_of_a_fully_trained_model_needs_no_base(parts: ModuleType, home: P
     assert merge(home, tmp_path / "files", checkpoint, base=False) == 0
     assert "0 with LoRA merged in" in capsys.readouterr().err
     check_system(task, home, tmp_path / "files" / "merged")
+
+
+def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], home: Path) -> None:
+    """Its record names the base model and the vision encoder; the other parts are the originals'."""
+    task, checkpoint = run
+    check_system(task, home, checkpoint)
