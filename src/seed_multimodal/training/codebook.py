@@ -60,9 +60,7 @@ class CodebookTask(StageTask):
                                              device=next(model.parameters()).device)
             self.since_log, self.uncounted = self.since_restart.clone(), self.since_restart.clone()
         super().__init__(name, model, settings, optimizer=optimizer)
-        # Buffers are equal by construction or (code counts) per process.
-        self.ddp_options = {"broadcast_buffers": False,
-                            "find_unused_parameters": getattr(model, "skips_parameters", False)}
+        self.ddp_options = {**self.ddp_options, "find_unused_parameters": getattr(model, "skips_parameters", False)}
 
     def batch(self, micro_step: int) -> Any:
         """This process's batch on the model's device, determined by `micro_step`."""

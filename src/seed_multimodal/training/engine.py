@@ -1,5 +1,5 @@
-"""Training engines: accelerate's `Accelerator` (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3
-with the original's JSON files.
+"""Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2, 3
+through accelerate, with the original's JSON files.
 
 Trained weights are kept in fp32; forward passes use autocast.
 """
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
@@ -45,27 +46,16 @@ class Engine:
         self.module, self.optimizer = task.wrapped_part, task.optimizer
         trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         self.trained = [p for p in task.module.parameters() if id(p) in trained]
-        self.accelerator = self._accelerator()
         self.model = self._prepare()
         self.scaler = torch.amp.GradScaler(  # DeepSpeed scales by itself
             device.type, enabled=settings.precision == "fp16" and not self.sharded)
 
-    def _accelerator(self, **options: Any) -> Accelerator:
-        """Creates `PartialState` first: an `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and
-        without a GPU it would ignore other processes."""
-        from accelerate import Accelerator, PartialState
-        from accelerate.utils import DistributedDataParallelKwargs
-
-        _reset_accelerate()
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
-        PartialState(cpu=self.device.type == "cpu")
-        ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, **self.task.ddp_options)
-        return Accelerator(kwargs_handlers=[ddp], **options)
-
     def _prepare(self) -> nn.Module:
+        """The module that the task calls, wrapped for the processes."""
         if self.group.world == 1:
             return self.module
-        return self.accelerator.prepare_model(self.module, device_placement=False)
+        device_ids = None if self.device.type == "cpu" else [self.device]
+        return DistributedDataParallel(self.module, device_ids, gradient_as_bucket_view=True, **self.task.ddp_options)
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast in the run's precision."""
@@ -74,16 +64,18 @@ class Engine:
 
     def accumulating(self, last: bool) -> AbstractContextManager[Any]:
         """Context of a micro-step: gradients are reduced only after a step's last one."""
-        return nullcontext() if last or self.group.world == 1 else self.accelerator.no_sync(self.model)
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradients of a micro-step."""
-        self.accelerator.backward(self.scaler.scale(loss))
+        self.scaler.scale(loss).backward()
 
     def clip(self) -> Tensor | None:
         """Clip the gradients; returns their norm before clipping, or None if only `update` knows it."""
         self.scaler.unscale_(self.optimizer)
-        return self.accelerator.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
+        return nn.utils.clip_grad_norm_(self.trained, self.settings.max_grad_norm or math.inf)
 
     def update(self) -> dict[str, float]:
         """Update the weights; on fp16 overflow the step is skipped and the loss scale halved. Returns further numbers
@@ -123,17 +115,6 @@ class Engine:
 
     def close(self) -> None:
         """Reset global state for another run in this process."""
-        _reset_accelerate()
-
-
-def _reset_accelerate() -> None:
-    """Reset accelerate's state of this process (through its private function)."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_TORCH_DEVICE"):
-        os.environ.pop(name, None)
 
 
 @contextmanager
@@ -195,22 +176,30 @@ class ZeroEngine(Engine):
         self.config, self.stage = config, int(config["zero_optimization"]["stage"])
         super().__init__(task, settings, group, device)
 
-    def _accelerator(self, **options: Any) -> Accelerator:
-        from accelerate import DeepSpeedPlugin
-
+    def _prepare(self) -> nn.Module:
+        """DeepSpeed's engine, made by accelerate."""
         if self.device.type == "cpu":
             _prepare_deepspeed_for_cpu()
         self._lone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
+        with keeping_buffers(self.module):
+            model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
+        return model
+
+    def _accelerator(self) -> Accelerator:
+        """accelerate's interface to DeepSpeed, independent of the environment's ACCELERATE_ variables."""
+        from accelerate import Accelerator, DeepSpeedPlugin, PartialState
+
+        _reset_accelerate()
+        # An `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and without a GPU it would ignore other
+        # processes: `PartialState` is created first.
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
+        PartialState(cpu=self.device.type == "cpu")
         precision = self.settings.precision
-        return super()._accelerator(
+        return Accelerator(
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False),
             mixed_precision="no" if precision == "fp32" else precision,
             gradient_accumulation_steps=self.settings.gradient_accumulation_steps)
-
-    def _prepare(self) -> nn.Module:
-        model, self.optimizer = self.accelerator.prepare(self.module, self.optimizer)
-        return model
 
     def autocast(self) -> AbstractContextManager[Any]:
         """No context: DeepSpeed casts itself."""
@@ -243,8 +232,8 @@ class ZeroEngine(Engine):
         return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
 
     def close(self) -> None:
-        """Restore the environment."""
-        super().close()
+        """Reset accelerate's state and the environment, for another run in this process."""
+        _reset_accelerate()
         if self._lone:
             os.environ.pop("LOCAL_RANK", None)
 
@@ -273,6 +262,27 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
 
     return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
             for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+@contextmanager
+def keeping_buffers(module: nn.Module) -> Iterator[None]:
+    """Context that restores dtype and values of floating buffers, on their new device. DeepSpeed before 0.19.2 rounds
+    them to bf16, and with them the rotary embeddings' frequencies."""
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers() if buffer.is_floating_point()}
+    yield
+    for name, buffer in module.named_buffers():
+        if name in buffers and buffer.dtype != buffers[name].dtype:
+            buffer.data = buffers[name].to(buffer.device)
+
+
+def _reset_accelerate() -> None:
+    """Reset accelerate's state of this process (through its private function), and remove its variables."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]
 
 
 def _prepare_deepspeed_for_cpu() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ class Task:
         module: the trained and saved module; optimizer: of (some of) its parameters.
         meter: aggregates numbers of steps into log lines.
         first_step: steps of an earlier run in another format, whose weights and optimizer are already loaded.
-        parallel: whether several processes may train it; ddp_options: of DistributedDataParallel.
+        parallel: whether several processes may train it; ddp_options: of DistributedDataParallel. Buffers are not
+            broadcast: they are constants or kept equal by the task, and processes may make unequal numbers of forward
+            passes in a step.
         averages: the loss of a step is the mean of its micro-steps' losses; else their sum.
         config: the resolved configuration; `quiet_keys`: keys whose change is not reported on resume.
         start_hint: option that initializes a new run from another run's weights.
@@ -44,7 +47,7 @@ class Task:
     first_step: int = 0
     parallel: bool = True
     averages: bool = True
-    ddp_options: Mapping[str, Any] = {}
+    ddp_options: Mapping[str, Any] = MappingProxyType({"broadcast_buffers": False})
     config: Mapping[str, Any] | None = None
     quiet_keys: Sequence[str] = ()
     start_hint: str = "`start`"

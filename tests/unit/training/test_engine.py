@@ -1,0 +1,65 @@
+"""Training engines: independence of accelerate's variables, unequal forward passes, buffers under DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from scaled_toy import SETTINGS, Scaled, task_of, unequal_passes
+
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.engine import ZeroEngine, fill_config
+
+
+@pytest.mark.parametrize(("variable", "value"), [
+    ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")])
+def test_accelerates_variables_change_no_gradient(toy: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  variable: str, value: str) -> None:
+    expected = toy.train(tmp_path / "plain", logging_steps=1)
+    monkeypatch.setenv(variable, value)
+    record = toy.train(tmp_path / "variable", logging_steps=1)
+    assert record["sum"] == expected["sum"]
+    assert toy.read_losses(tmp_path / "variable") == toy.read_losses(tmp_path / "plain")
+
+
+@pytest.mark.process
+@pytest.mark.timeout(200)
+def test_processes_with_unequal_numbers_of_forward_passes(tmp_path: Path) -> None:
+    """A pixel decoder's micro-step has one pass for each image size in it."""
+    mp.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    alone, x = Scaled(), torch.arange(8.0).view(2, 4)
+    (alone(x) + alone(x) + alone(2 * x)).div(2).backward()  # of both processes, averaged
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, alone.layer.weight.grad)
+
+
+@pytest.fixture(scope="module")
+def lone_group():
+    """torch.distributed's group of this process; one for all tests, since DeepSpeed keeps it."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield ProcessGroup()
+    dist.destroy_process_group()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage: int) -> None:
+    """DeepSpeed casts buffers too with `buffer_dtype`, and before 0.19.2 always."""
+    pytest.importorskip("deepspeed")
+    module = Scaled()
+    expected = module.frequencies.clone()
+    settings = replace(SETTINGS, precision="bf16")
+    config, _ = fill_config({"zero_optimization": {"stage": stage}, "data_types": {"buffer_dtype": "bf16"}}, settings,
+                            world=1, rows=2, hidden_size=4)
+    engine = ZeroEngine(task_of(module), settings, lone_group, torch.device("cpu"), config)
+    try:
+        assert module.layer.weight.dtype == torch.bfloat16  # cast by DeepSpeed
+        assert module.frequencies.dtype == torch.float32 and torch.equal(module.frequencies, expected)
+    finally:
+        engine.close()
