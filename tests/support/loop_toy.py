@@ -69,7 +69,7 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
           evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
     """Train one stage; returns its record with the exact sum of the final weights.
 
-    Each micro-step sleeps `pause` seconds; in micro-step `stop_at` this process sends itself SIGTERM.
+    Each micro-step sleeps `pause` seconds (from 1 on it first makes the file `begun.MICRO_STEP`); in micro-step `stop_at` this process sends itself SIGTERM.
     """
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
@@ -81,6 +81,8 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
     losses = folder / f"losses.{rank}.txt"
 
     def loss(model: nn.Module, micro_step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        if pause >= 1:
+            (folder / f"begun.{micro_step}").touch()
         time.sleep(pause)
         if micro_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -140,6 +142,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             train_stage(StageTask("single", nn.Linear(1, 1), StageConfig(max_steps=1), parallel=False), sys.argv[1])
         except SeedError as error:

@@ -26,7 +26,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush, replace_folder
+from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.config import TrainerConfig
@@ -161,9 +161,11 @@ class CheckpointStore:
             flush(path)
         replace_folder(folder, self.home / f"checkpoint-{step}")
         flush(self.home)
-        # Later checkpoints belong to a run that resumed from an earlier step and do not count.
-        present = [path for number, path in checkpoints(self.home) if number <= step]
-        for path in present[self.settings.save_total_limit or len(present):]:
+        earlier = [path for number, path in checkpoints(self.home) if number < step]
+        scheduled = [path for path in earlier if not read_json_object(path / TRAINER_STATE).get("interim")]
+        limit = self.settings.save_total_limit
+        kept = scheduled if limit is None else scheduled[:limit - 1]  # the one just written counts
+        for path in (path for path in earlier if path not in kept):
             aside = path.with_name(f".{path.name}.old")
             os.replace(path, aside)  # so that a partly removed folder is not a checkpoint
             shutil.rmtree(aside, ignore_errors=True)

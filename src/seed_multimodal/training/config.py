@@ -24,7 +24,8 @@ class TrainerConfig:
         device, dataloader_num_workers: only for programs that use them.
         report_to: any of tensorboard and wandb; the JSON log is always written.
         curves: plot `curves.png` from the log at the end.
-        save_seconds, save_steps: checkpoint interval (0: off), besides the one at the end.
+        save_steps: steps between checkpoints (0: off); there is also one at the end.
+        save_seconds: seconds between checkpoints (0: off); next to `save_steps` only the newest of these is kept.
         save_total_limit: number of newest checkpoints to keep; none: all.
         save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from the same files
             before resuming.

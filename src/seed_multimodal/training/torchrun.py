@@ -1,36 +1,92 @@
-"""torchrun with a short error message instead of its traceback; accepts torchrun's arguments.
+"""torchrun that lets the processes save after SIGTERM, with a short error message instead of its traceback.
 
     python -m seed_multimodal.training.torchrun --standalone --nproc-per-node=2 src/train/train.py ARGUMENTS…
+
+It accepts torchrun's arguments.
 """
 
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from seed_multimodal.entry import guarded, log_line
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher import api as launcher
+from torch.distributed.run import parse_args, run
+
+from seed_multimodal.entry import SOME_FAILED, guarded, log_line
+from seed_multimodal.training.distributed import STOPPED
+
+
+class ProcessesStopped(SignalException):
+    """All processes of this node ended after SIGTERM, with these exit codes."""
+
+    def __init__(self, codes: list[int]) -> None:
+        super().__init__("stopped by SIGTERM", signal.SIGTERM)
+        self.codes = codes
+
+
+class SavingAgent(LocalElasticAgent):
+    """torchrun's agent, which would kill the processes 30 s after SIGTERM; this one waits until they have saved."""
+
+    def _invoke_run(self, role: str = "default") -> Any:
+        try:
+            return super()._invoke_run(role)
+        except SignalException as error:
+            if error.sigval != signal.SIGTERM:
+                raise  # Ctrl-C: torchrun's 30 seconds
+        # A second SIGTERM must not shorten the wait: Slurm, srun and a shell may each pass it on.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        context: Any = self._pcontext
+        processes = [] if context is None else [handler.proc for handler in context.subprocess_handlers.values()]
+        for process in processes:
+            process.terminate()
+        raise ProcessesStopped([process.wait() for process in processes])
 
 
 def run_torchrun(arguments: Sequence[str]) -> int:
-    """Run this node's processes; returns the exit code of the first failed one, which has printed its error."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import parse_args, run
+    """Run this node's processes; returns the exit code of the first failed one, which has printed its error.
 
+    After SIGTERM: `STOPPED` if all processes of this node saved.
+    """
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    launcher.LocalElasticAgent = SavingAgent  # type: ignore[misc]  # torch has no setting for the agent
     try:
         run(parse_args(list(arguments)))
+    except ProcessesStopped as stopped:
+        if not stopped.codes:
+            log_line("torchrun: stopped by SIGTERM before the processes were started.")
+            return SOME_FAILED
+        return _exit_code(stopped.codes)
     except SignalException as error:  # torchrun forwarded the signal, and the processes ended
         return 128 + error.sigval
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()] or [1]  # a rendezvous error has no process
-        code = next((code for code in codes if code not in (143, -15)), codes[0])  # torchrun ends the others by SIGTERM
-        if code < 0:
-            log_line(f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the "
-                     "others with it; the same command resumes from the last checkpoint.")
-        return code if code > 0 else 128 - code
+        # A rendezvous error has no process.
+        return _exit_code([failure.exitcode for failure in error.failures.values()] or [SOME_FAILED])
     return 0
+
+
+def _exit_code(codes: list[int]) -> int:
+    """torchrun's exit code from those of its processes, negative ones being signals."""
+    if set(codes) <= {0, STOPPED}:
+        return max(codes)
+    # torchrun ends the others by SIGTERM, so another failure was the first.
+    failures = [code for code in codes if code not in (0, STOPPED, -signal.SIGTERM)]
+    if not failures:
+        log_line("torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same command "
+                 "resumes from the last one.")
+        return SOME_FAILED
+    code = failures[0]
+    if code > 0:
+        return code
+    log_line(f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), and the others "
+             "with it; the same command resumes from the last checkpoint.")
+    return 128 - code
 
 
 if __name__ == "__main__":

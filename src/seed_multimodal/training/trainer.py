@@ -122,22 +122,33 @@ class Trainer:
         self.task.module.train()
         self.last_save = time.monotonic()
         with stop_request() as stop:
-            stopped = ended = False
-            while self.step < self.settings.max_steps and not stopped and not ended:
+            self.stop = stop
+            ended = False
+            while True:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
+                    # Before each step, so that a signal during an evaluation or a checkpoint costs no further step.
+                    stopped, save = self.group.agree(stop.is_set(), self._save_seconds_passed())
+                    if stopped or ended or self.step >= self.settings.max_steps:
+                        break
                     ended = not self._make_step()
                     self.store.check()
-                    due = self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
-                    stopped, save = self.group.agree(stop.is_set(), due)
                     if not ended:
                         self._after_step(save)
             with translate_errors(f"the end (step {self.step})", self.store.description()):
                 self._end(stopped, ended and not stopped)
-                if self.group.agree(stopped or stop.is_set())[0]:
+                if stopped or self.stop_requested():
                     self.log_line(f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; the same "
                                   f"command resumes from {self.store.home / f'checkpoint-{self.step}'}.")
                     raise SystemExit(STOPPED)
                 return self._record()
+
+    def stop_requested(self) -> bool:
+        """Whether a process received SIGTERM; collective. Long evaluations call it to end early."""
+        return self.group.agree(self.stop.is_set())[0]
+
+    def _save_seconds_passed(self) -> bool:
+        """Whether the first process's last checkpoint is `save_seconds` old."""
+        return self.group.first and 0 < self.settings.save_seconds < time.monotonic() - self.last_save
 
     def _make_step(self) -> bool:
         """One optimizer step of all processes; False: the data of all processes have ended. Raises TrainingError:
@@ -184,11 +195,17 @@ class Trainer:
         every = self.settings.save_steps
         if save or (every and self.step % every == 0):
             begun = time.monotonic()
-            self._save()
+            self._save(interim=self._is_between_checkpoints())
             self.log.pause(time.monotonic() - begun)
 
-    def _save(self) -> None:
-        state = {"global_step": self.step, **self.identity, "seconds": time.monotonic() - self.started,
+    def _is_between_checkpoints(self) -> bool:
+        """Whether `save_steps` gives no checkpoint of this step."""
+        every = self.settings.save_steps
+        return every > 0 and self.step % every != 0 and self.step < self.settings.max_steps
+
+    def _save(self, interim: bool) -> None:
+        """Write a checkpoint; an `interim` one is removed when the next is complete."""
+        state = {"global_step": self.step, "interim": interim, **self.identity, "seconds": time.monotonic() - self.started,
                  "frozen": self.frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
                  "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
         with translate_errors(f"saving step {self.step}", self.store.description()):
@@ -210,7 +227,7 @@ class Trainer:
                 self.log.write(self.evaluation)
         self.store.finish()
         if self.store.saved != self.step and (self.step or stopped):
-            self._save()
+            self._save(interim=stopped and self._is_between_checkpoints())
         self.store.finish()
 
     def _record(self) -> dict[str, Any]:

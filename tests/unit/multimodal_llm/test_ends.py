@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -86,6 +88,32 @@ def test_train_again_after_the_end_logs_no_second_evaluation(runs, train, tmp_pa
         assert [line["step"] for line in runs.log_lines(out) if "eval_loss" in line] == [3, 4]
     summary = json.loads((out / "summary.json").read_text())
     assert summary["evaluation"] == runs.log_lines(out)[-1] and summary["evaluation"]["step"] == 4
+
+
+@pytest.mark.slow
+def test_train_stopped_in_an_evaluation_leaves_the_evaluation(runs, train, tmp_path):
+    """SIGTERM in the second of ten evaluation batches."""
+    from seed_multimodal.training.llm.cli import compose
+    from seed_multimodal.training.llm.task import LlmTask
+
+    files, read = runs.write_files(tmp_path), []
+
+    class Signalled(LlmTask):
+        def losses(self, model, batch):
+            if not model.training:
+                read.append(batch)
+                if len(read) == 2:
+                    os.kill(os.getpid(), signal.SIGTERM)
+            return super().losses(model, batch)
+
+    options = runs.overrides(files, tmp_path / "out", "trainer.max_steps=4", "trainer.eval_steps=2",
+                             "trainer.sample_steps=0", f"eval_data={files['data']}", "trainer.eval_batches=10")
+    config = compose(options, runs.APPLICATION / "configs")
+    with pytest.raises(SystemExit):
+        Signalled.train(config)
+    assert len(read) == 2 and [step for step, _ in checkpoints(tmp_path / "out")] == [2]
+    LlmTask.train(config)
+    assert [line["step"] for line in runs.log_lines(tmp_path / "out") if "eval_loss" in line] == [4]
 
 
 @pytest.mark.slow

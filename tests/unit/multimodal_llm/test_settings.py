@@ -83,6 +83,7 @@ def test_compose_the_published_recipes(name, way, runs, monkeypatch):
     run = LlmTask.read(compose(arguments, CONFIGS))
     settings = {**vars(run.optim), **vars(run.trainer)}
     assert {key: settings[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {**PUBLISHED[name], **OF_BOTH}
+    assert run.trainer.save_seconds == 1800  # ours, a limit on the work that a crash loses
     assert run.optim.name == ("adamw_hf" if way == "script" else "adamw")
     assert run.data.packing and run.data.rows == 6
     lora = run.model.lora
@@ -120,7 +121,7 @@ def test_compose_later_arguments_win(published):
     ("--resume_from_checkpoint True", ['trainer.resume="auto"']),
     ("--evaluation_strategy steps", ["trainer.eval_steps=${trainer.logging_steps}"]),
     ("--eval_strategy steps --eval_steps 5", ["trainer.eval_steps=5"]),
-    ("--save_strategy no", ["trainer.save_steps=0"]),
+    ("--save_strategy no", ["trainer.save_steps=0", "trainer.save_seconds=0"]),
     ("--optim adamw_torch_fused", ["optim.name=adamw"]),
     ("--optim adamw_hf", ["optim.name=adamw_hf"]),
     ("--num_train_epochs 10 --max_steps 5 --push_to_hub False --do_train", ["trainer.max_steps=5"]),

@@ -70,6 +70,19 @@ def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(toy: ModuleType, t
     assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
 
 
+@pytest.mark.parametrize(("limit", "kept"), [(None, [8, 6, 3]), (2, [8, 6])])
+def test_checkpoints_by_time_are_replaced_by_the_next(toy: ModuleType, tmp_path: Path, limit: int | None,
+                                                      kept: list[int]) -> None:
+    """Next to `save_steps`; a run that is resumed does so, too."""
+    settings = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": limit}
+    with pytest.raises(SystemExit):
+        toy.train(tmp_path, **settings, stop_at=4)
+    checkpoints = tmp_path / "toy.checkpoints"
+    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-5"]
+    toy.train(tmp_path, **settings, max_steps=8)
+    assert [step for step, _ in toy.checkpoints(checkpoints)] == kept
+
+
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path: Path) -> None:

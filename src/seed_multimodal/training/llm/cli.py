@@ -46,7 +46,7 @@ def _boolean(value: str) -> dict[str, str | None]:
     return {**dict.fromkeys(("true", "t", "yes", "y", "1"), value), **dict.fromkeys(("false", "f", "no", "n", "0"))}
 
 
-# Flag -> override; `{value}`: as typed, `{text}`: quoted.
+# Flag -> override, or several; `{value}`: as typed, `{text}`: quoted.
 FLAGS = {
     **{flag: f"{group}={{value}}" for flag, group in {  # a group's file
         "model": "model", "tokenizer": "tokenizer", "train_data": "data", "eval_data": "eval_data",
@@ -67,7 +67,7 @@ FLAGS = {
     "bf16": "++trainer.precision={value}", "fp16": "++trainer.precision={value}",
     "use_cpu": "++trainer.device={value}", "no_cuda": "++trainer.device={value}",
     "evaluation_strategy": "++trainer.eval_steps={value}", "eval_strategy": "++trainer.eval_steps={value}",
-    "save_strategy": "++trainer.save_steps={value}"}
+    "save_strategy": "++trainer.save_steps={value} ++trainer.save_seconds={value}"}
 # Flag -> translation of values (None: no override); other values are errors, or unchanged.
 _EVALUATE = {"no": "0", "steps": "${trainer.logging_steps}"}
 ONLY: dict[str, Mapping[str, str | None]] = {
@@ -177,9 +177,10 @@ def translate(arguments: Sequence[str]) -> Translated:
             ignored.append(f"--{flag}")
         elif flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
             raise ConfigError(f"--{flag}: not supported.")
-        elif override := _override(flag, value):
-            made.add(override)
-            overrides.append(override)
+        else:
+            translated = _overrides(flag, value)
+            made.update(translated)
+            overrides += translated
     if "num_train_epochs" in flags and "max_steps" not in flags:
         raise ConfigError("--num_train_epochs: not supported; use --max_steps.")
     if "eval_steps" in flags:
@@ -212,16 +213,17 @@ def _read_flag(word: str, words: list[str]) -> tuple[str, str]:
     return flag, ",".join(values) if values else "True"
 
 
-def _override(flag: str, typed: str) -> str:
-    """The override for a flag, or ""."""
+def _overrides(flag: str, typed: str) -> list[str]:
+    """The overrides for a flag."""
     value: str | None = ALSO.get(flag, {}).get(typed, typed)
     if known := ONLY.get(flag):
         if typed.lower() not in known:
             raise ConfigError(f"--{flag}: must be one of {', '.join(known)}, not {typed!r}.")
         value = known[typed.lower()]
     if flag not in FLAGS or value is None:
-        return ""
-    return FLAGS[flag].format(value=value, text=json.dumps(value, ensure_ascii=False))
+        return []
+    text = json.dumps(value, ensure_ascii=False)
+    return [template.format(value=value, text=text) for template in FLAGS[flag].split()]
 
 
 # ----------------------------------------------------------------------------------------- overrides -> configuration

@@ -194,12 +194,16 @@ class LlmTask(RunTask):
         return found + [blank_batch()] * (most - len(found))
 
     def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty without targets."""
+        """Mean losses of the evaluation data of all processes; empty without targets or after SIGTERM."""
         model, sums = self.loop.engine.model, torch.zeros(6, dtype=torch.float64)
         with translate_errors(f"the evaluation after step {self.loop.step}", self.loop.store.description()):
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation:
+                    if self.loop.stop_requested():
+                        self._log("the evaluation is left out because of SIGTERM.")
+                        model.train()
+                        return {}
                     with self.loop.engine.autocast():
                         parts = self.losses(model, self.ready(batch))
                     sums += torch.stack([part.float() for part in parts]).cpu().double()  # Apple GPUs have no fp64
