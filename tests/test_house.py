@@ -344,7 +344,7 @@ LINES = {
     **{f"src/seed_multimodal/{name}": lines for name, lines in {
         "images": 550, "nn": 500, "diffusion": 500, "system": 800, "seed": 2000, "seed_x": 1500, "lavit": 1800,
         "engines": 450, "evaluation": 1800, "serving": 1200, "cli": 1800, "data/formats": 2000, "data/decoders": 1500,
-        "data/pretokenize": 1100, "data": 6500, "training": 4700, "language": 1900}.items()},
+        "data/pretokenize": 1100, "data": 6500, "training": 5400, "language": 1900}.items()},
     "SEED_Tokenizer": 1500}
 
 
@@ -489,7 +489,7 @@ def test_public_functions_have_a_return_type():
 
 # ---- documentation
 
-DOCS_LINES = 2000  # of Markdown written by hand; pages of reference/ are generated
+DOCS_LINES = 2100  # of Markdown written by hand; pages of reference/ are generated
 
 
 def test_documentation_keeps_its_budget():

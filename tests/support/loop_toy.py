@@ -69,7 +69,8 @@ def train(folder: Path, *, name: str = "toy", pause: float = 0.0, noise: float =
           evaluate: Callable[[int], dict[str, float]] | None = None, **settings: Any) -> dict[str, Any]:
     """Train one stage; returns its record with the exact sum of the final weights.
 
-    Each micro-step sleeps `pause` seconds (from 1 on it first makes the file `begun.MICRO_STEP`); in micro-step `stop_at` this process sends itself SIGTERM.
+    Each micro-step sleeps `pause` seconds; if that is a second or more, it first makes the file
+    `begun.MICRO_STEP`. In micro-step `stop_at` this process sends itself SIGTERM.
     """
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1

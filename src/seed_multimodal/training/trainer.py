@@ -205,9 +205,17 @@ class Trainer:
 
     def _save(self, interim: bool) -> None:
         """Write a checkpoint; an `interim` one is removed when the next is complete."""
-        state = {"global_step": self.step, "interim": interim, **self.identity, "seconds": time.monotonic() - self.started,
-                 "frozen": self.frozen, "evaluation": self.evaluation, **self.task.meter.state_dict(),
-                 "meters": self.group.gather(self.task.meter.own_state()), "config": self.task.config}
+        state = {
+            "global_step": self.step,
+            "interim": interim,
+            **self.identity,
+            "seconds": time.monotonic() - self.started,
+            "frozen": self.frozen,
+            "evaluation": self.evaluation,
+            **self.task.meter.state_dict(),
+            "meters": self.group.gather(self.task.meter.own_state()),
+            "config": self.task.config,
+        }
         with translate_errors(f"saving step {self.step}", self.store.description()):
             self.store.save(self.step, self.task, self.engine, self.average, state, self.task.state_dict(self.step))
         self.last_save = time.monotonic()
