@@ -3,6 +3,9 @@
     python scripts/seed_llama_inference_8B.py                                    the original weights
     python scripts/seed_llama_inference_8B.py --model nano                       the shipped ones
     python scripts/seed_llama_inference_8B.py --image a.jpg --prompt "What is this?"
+
+The original's parts are what the YAML files in configs/ name: --tokenizer, --image_transform and --llm take
+others.
 """
 
 import sys

@@ -2,6 +2,8 @@
 
     python scripts/seed_tokenizer_inference.py                   the original tokenizer (pretrained/README.md)
     python scripts/seed_tokenizer_inference.py --model nano      the shipped one
+
+The original's parts are what the YAML files in configs/ name: --tokenizer and --image_transform take others.
 """
 
 import sys

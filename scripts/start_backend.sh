@@ -16,6 +16,6 @@ if [ ! -f "configs/llm/seed_llama_${size}_8bit.yaml" ]; then
 fi
 exec "$PYTHON" gradio_demo/seed_llama_flask.py \
     --image_transform configs/transform/clip_transform.yaml \
-    --tokenizer configs/tokenizer/seed_llama_tokenizer.yaml \
+    --tokenizer configs/tokenizer/seed_llama_tokenizer_hf.yaml \
     --model "configs/llm/seed_llama_${size}_8bit.yaml" \
     --port 7890 --llm_device auto --tokenizer_device auto --offload_encoder --offload_decoder "$@"

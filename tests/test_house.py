@@ -196,8 +196,9 @@ def test_shell_scripts_run_by_dash(path):
 @pytest.mark.process
 @pytest.mark.skipif(shutil.which("dash") is None, reason="needs dash, the sh of Debian and Ubuntu")
 @pytest.mark.parametrize(("script", "text"), [
-    ("install.sh", "--lavis"), ("SEED_Tokenizer/install.sh", "--lavis"), ("scripts/start_backend_14b.sh", "--tokenizer"),
-    ("scripts/start_frontend_8b.sh", "--request_address"), ("src/lavit/scripts/vqa_eval.sh", "--task_name")])
+    ("install.sh", "--lavis"), ("SEED_Tokenizer/install.sh", "--lavis"),
+    ("scripts/start_backend_14b.sh", "--tokenizer"), ("scripts/start_frontend_8b.sh", "--request_address"),
+    ("src/lavit/scripts/vqa_eval.sh", "--task_name")])
 def test_shell_scripts_print_their_help_by_dash(script, text):
     done = subprocess.run(["dash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and text in done.stdout, done.stderr

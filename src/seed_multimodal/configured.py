@@ -29,34 +29,48 @@ def language_model(pretrained_model_name_or_path: str, torch_dtype: Any = "auto"
     return load_language_model(place or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization)
 
 
-def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,
-                        llm_device: str = "auto", tokenizer_device: str = "auto", offload_encoder: bool = False,
-                        offload_decoder: bool = True, dtype: str = "auto", quantization: str | None = None,
-                        compiled: bool = False) -> Any:
-    """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
-
-    `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files.
+def load_tokenizer(tokenizer: str | Path, image_transform: str | Path | None = None, *, device: str = "auto",
+                   dtype: str = "auto") -> Any:
+    """The `SeedLlamaTokenizer` of a YAML file or folder, which reads images by the transform of another YAML file.
 
     Raises:
-        CheckpointError: missing weights. ConfigError: a missing file, or one that builds something else.
+        CheckpointError: missing weights. ConfigError: a missing file, one that builds something else, or a transform
+            of another image size.
     """
-    from seed_multimodal.language.engine import Engine
-    from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
     from seed_multimodal.seed.original import SeedLlamaTokenizer
-    from seed_multimodal.seed.pipeline import SeedLlama
-    from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
     from seed_multimodal.system.images import open_images
 
     if os.path.isdir(tokenizer):
-        codec = open_images(tokenizer, device=tokenizer_device, dtype=dtype)
+        codec = open_images(tokenizer, device=device, dtype=dtype)
         words: Any = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
     else:
-        words = instantiate(tokenizer, device=tokenizer_device, **({} if dtype == "auto" else {"dtype": dtype}))
+        words = instantiate(tokenizer, device=device, **({} if dtype == "auto" else {"dtype": dtype}))
     if not isinstance(words, SeedLlamaTokenizer):
         raise ConfigError(f"{tokenizer}: describes a {type(words).__name__}, not a SEED tokenizer.")
     if image_transform is not None:
-        words.images.transform = instantiate(image_transform)
+        transform, wanted = instantiate(image_transform), words.images.model.config.vit.image_size
+        if transform.image_size != wanted:
+            raise ConfigError(f"{image_transform}: image_size is {transform.image_size}, but the tokenizer reads "
+                              f"images of {wanted} pixels a side.")
+        words.images.transform = transform
+    return words
+
+
+def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_transform: str | Path | None = None,
+                        llm_device: str = "auto", tokenizer_device: str = "auto", offload_encoder: bool = False,
+                        offload_decoder: bool = True, offload_llm: bool = False, dtype: str = "auto",
+                        quantization: str | None = None, compiled: bool = False) -> Any:
+    """A `SeedLlama` from the original demo's three YAML files (its server's `--image_transform --tokenizer --model`).
+
+    `model` and `tokenizer` may be folders; `dtype` and `quantization` override the files. Raises as `load_tokenizer`.
+    """
+    from seed_multimodal.language.engine import Engine
+    from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
+    from seed_multimodal.seed.pipeline import SeedLlama
+    from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
+
+    words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
     parts = {"encoder": offload_encoder, "decoder": offload_decoder}
     words.images.offload([name for name, chosen in parts.items() if chosen])
     settings: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": dtype}
@@ -67,7 +81,9 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     config = SystemConfig(name=str(model), tokenizer=Path(tokenizer), llm=Path(model), tasks=RELEASED_TASKS,
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     system = SeedLlama(config, words.text, llm, words.images)
-    system.engine = Engine(llm, words.text, compiled=compiled)
+    idle_on_cpu = offload_llm and getattr(llm, "hf_quantizer", None) is None  # quantised weights stay where they are
+    device = llm.device if idle_on_cpu else None
+    if idle_on_cpu:
+        llm.to("cpu")
+    system.engine = Engine(llm, words.text, compiled=compiled, device=device)
     return system
-
-

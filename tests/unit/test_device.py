@@ -112,8 +112,9 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path:
         f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\nload_diffusion: True\n")
     (tmp_path / "llm.yaml").write_text("_target_: transformers.LlamaForCausalLM.from_pretrained\n"
                                        f"pretrained_model_name_or_path: {tiny_folder}/seed_llama\nload_in_8bit: True\n")
+    (tmp_path / "transform.yaml").write_text("_target_: models.transforms.get_transform\nimage_size: 32\n")
     files = {"model": tmp_path / "llm.yaml", "tokenizer": tmp_path / "words.yaml",
-             "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml"}
+             "image_transform": tmp_path / "transform.yaml"}
     place = {"llm_device": "cpu", "tokenizer_device": "cpu"}
     plain = system_from_configs(**files, **place)
     assert plain.llm.model.layers[0].mlp.up_proj.weight.dtype == torch.int8

@@ -1,7 +1,7 @@
 """The programs of SEED-1 and SEED-LLaMA with their original names: `demo_recon.py`, and those in `scripts/`.
 
-Without flags they run as the originals. Other language models get the same requests through their tasks (ask, draw,
-edit), because they are tuned on other prompts.
+Without flags they run as the originals, whose parts the YAML files in `configs/` name. Other language models get the
+same requests through their tasks (ask, draw, edit), because they are tuned on other prompts.
 """
 
 from __future__ import annotations
@@ -15,55 +15,129 @@ from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
+from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, log_line, run_program, whole_number
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.system.config import INSIDE
 
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 
 
+# The originals' YAML files: parts of the model that the programs load without --model.
+FILES = {"tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+         "image_transform": "configs/transform/clip_transform.yaml", "llm": "configs/llm/seed_llama_{}.yaml"}
+
+
 def tokenizer_script(argv: Sequence[str] | None = None) -> int:
     """`scripts/seed_tokenizer_inference.py`: image → 32 codes → image."""
-    parser = _parser("seed_tokenizer_inference.py", "An image becomes 32 codes and an image again.", "cat.jpg")
+    parser = _parser("seed_tokenizer_inference.py", "An image becomes 32 codes and an image again.", "cat.jpg", "8b")
     return run_program(parser, _round_trip, argv)
 
 
 def llama_script(size: str, argv: Sequence[str] | None = None) -> int:
-    """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b", the meaning of `--model released`."""
+    """`scripts/seed_llama_inference_{8B,14B}.py`; `size`: "8b" or "14b"."""
     parser = _parser(f"seed_llama_inference_{size.upper()}.py",
-                     f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.", ".")
-    return run_program(parser, lambda args: _demonstrate(args, size), argv)
+                     f"SEED-LLaMA {size.upper()} answers a question about an image, draws, and edits.", ".", size)
+    return run_program(parser, _demonstrate, argv)
 
 
-def _parser(program: str, text: str, out: str) -> argparse.ArgumentParser:
+def _parser(program: str, text: str, out: str, size: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=text)
     parser.add_argument("--image", metavar="IMAGE", help="default: images/cat.jpg")
     parser.add_argument("--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)")
     common.add_common(parser, model="released", out=out, language=True)
+    for part, file in FILES.items():
+        parser.add_argument(f"--{part}", metavar="YAML",
+                            help=f"part of the original model (default: {file.format(size)})")
+    parser.set_defaults(size=size)
     return parser
+
+
+def _original_files(args: argparse.Namespace) -> dict[str, Path] | None:
+    """The YAML files of the original model's parts; None: `--model` names a system."""
+    given = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
+    if args.model != "released":
+        if given:
+            raise ConfigError(f"--{next(iter(given))} names a part of the original model, --model all of another one; "
+                              f"give one of them.")
+        return None
+    if args.engine != "torch":
+        raise ConfigError(f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's model.")
+    files = {part: given.get(part, file.format(args.size)) for part, file in FILES.items()}
+    return {part: locate(file) or Path(file) for part, file in files.items()}
+
+
+def _check_weights(*files: Path) -> None:
+    """Raise `CheckpointError` that names all original weights which the files name and which are not on this disk."""
+    missing = []
+    for file in files:
+        config = load_yaml(file)
+        for key in ("pretrained_model_name_or_path", "diffusion_path"):
+            path = str(config.get(key) or "")
+            original = next((part for part in PARTS.values() if path == part.hub or path.endswith(part.folder)), None)
+            if original is None or local_folder(path) is not None:
+                continue
+            folder = local_folder(str(config.get("pretrained_model_name_or_path")))
+            if original != PARTS["unclip"] or folder is None or not (folder / INSIDE).is_dir():
+                missing.append((original, path))
+    if missing:
+        raise CheckpointError(f"{not_on_disk(missing)}, or take --model nano, which runs now.")
+
+
+def _load_images(args: argparse.Namespace) -> Any:
+    files = _original_files(args)
+    if files is None:
+        return common.load_images(args)
+    _check_weights(files["tokenizer"])
+    with common.loading(args):
+        from seed_multimodal.configured import load_tokenizer
+
+        words = load_tokenizer(files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype)
+    if args.offload:
+        words.images.offload(("encoder", "decoder"))
+    return words.images
+
+
+def _load_system(args: argparse.Namespace) -> Any:
+    files = _original_files(args)
+    if files is None:
+        return common.load_system(args)
+    _check_weights(files["tokenizer"], files["llm"])
+    with common.loading(args):
+        from seed_multimodal.configured import system_from_configs
+        from seed_multimodal.device import limit_threads
+
+        system = system_from_configs(
+            model=files["llm"], tokenizer=files["tokenizer"], image_transform=files["image_transform"],
+            llm_device=args.device, tokenizer_device=args.device, offload_llm=args.offload,
+            offload_encoder=args.offload, offload_decoder=args.offload, dtype=args.dtype,
+            quantization=args.quantization, compiled=args.compiled)
+        limit_threads(system.llm, system.images.model)
+    return system
 
 
 def _round_trip(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out)
-    codec = common.load_images(args)
+    codec = _load_images(args)
     codec.check_drawing()
     codes = codec.encode([Path(args.image or cat_image())])
     print(" ".join(map(str, codes[0].tolist())))
     print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
     if args.prompt:
-        print(common.load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
+        print(_load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
     return DONE
 
 
-def _demonstrate(args: argparse.Namespace, size: str) -> int:
+def _demonstrate(args: argparse.Namespace) -> int:
     single = bool(args.prompt or args.image)
     outputs = common.Outputs(args.out, 1 if single else 2)
-    args.model = size if args.model == "released" else args.model
-    system = common.load_system(args)
+    system = _load_system(args)
     if single:
         _answer(args, system, [*([Path(args.image)] if args.image else []), args.prompt or QUESTION], outputs, "answer")
-    elif system.config.original:
+    elif args.model == "released" or system.config.original:
         _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
         _answer(args, system, [DRAWING], outputs, "dog")
         _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")

@@ -35,8 +35,9 @@ from seed_multimodal.seed.pipeline import CodeImages, load_images
 from seed_multimodal.system.config import BILINEAR, INSIDE, SystemConfig
 from seed_multimodal.system.images import Log, Runtimes, one_seed_each
 
-YAML_RUNS = ("the shipped weights run now: programs with `--model nano`, a server by `bash scripts/start_backend_nano.sh`, "
-             "tools in MultiModalLLM with `--tokenizer configs/tokenizer/nano.yaml`")
+YAML_RUNS = ("the shipped weights run now: programs with `--model nano`, a server by "
+             "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
+             "configs/tokenizer/nano.yaml`")
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
 
 
@@ -60,7 +61,8 @@ class SeedLlamaTokenizer:
             fp16: float16 on CUDA devices; False: float32. dtype: a precision, whatever `fp16` says.
             load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
             encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
-            diffusion_path: default: the folder's `diffusion_model`, else `pretrained/stable-diffusion-2-1-unclip`.
+            diffusion_path: a folder or hub name; default: `pretrained/stable-diffusion-2-1-unclip`, for which the
+                folder's own `diffusion_model` stands.
 
         Raises:
             CheckpointError: a missing part, with download instructions.
@@ -68,7 +70,9 @@ class SeedLlamaTokenizer:
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
             raise CheckpointError(f"{not_on_disk([(PARTS['tokenizer'], pretrained_model_name_or_path)])}; {YAML_RUNS}.")
-        diffusion = diffusion_path or (folder / INSIDE if (folder / INSIDE).is_dir() else PARTS["unclip"].folder)
+        diffusion = diffusion_path or PARTS["unclip"].folder
+        if diffusion in (PARTS["unclip"].folder, PARTS["unclip"].hub) and (folder / INSIDE).is_dir():
+            diffusion = str(folder / INSIDE)  # the tokenizer's own copy of that model
         runtime = choose_device(device, "float32" if dtype == "auto" and not fp16 else dtype, fp16=RELEASED_FP16)
         config = SystemConfig(tokenizer=folder, detokenizer=local_folder(diffusion) or Path(diffusion),
                               transform=BILINEAR)
