@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,6 +22,7 @@ class CompletionServer(ThreadingHTTPServer):
     def __init__(self, llm: Any, breaks_after: int = 10_000, trims: bool = False) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.llm, self.breaks_after, self.trims, self.lock = llm, breaks_after, trims, threading.Lock()
+        self.pause = 0.0  # seconds before each token
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[Any] = []
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -87,6 +89,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
         for count, (token, reason) in enumerate(self.server.tokens(body)):
+            time.sleep(self.server.pause)
             if count == self.server.breaks_after:
                 return
             hidden = self.server.trims and reason == "stop"

@@ -47,9 +47,11 @@ AnswerPart = str | ImagePart | BrokenImagePart  # a text is decoded without spec
 class AnswerReader:
     """Reads an answer token by token; `ids` are the tokens that belong to it so far, `parts` what they show.
 
-    It ends at `</s>` or where the text holds one of `stops`. Text is held back while its end may be incomplete: half a
-    character, or the first letters of a stop. `previews`: after how many codes of an image there is an event with them;
-    `after`: text up to and including these characters is a verdict, without stops and events.
+    It ends at `</s>` or where the text holds one of `stops` (one of white space only behind the text's first word).
+    Text is held back while its end may be incomplete: half a character, or the first letters of a stop.
+
+    `previews`: after how many codes of an image there is an event with them; `after`: text up to and including these
+    characters is a verdict, without stops and events.
     """
 
     def __init__(self, tokenizer: MultimodalTokenizer, stops: Sequence[str] = (), previews: Sequence[int] = (),
@@ -129,21 +131,29 @@ class AnswerReader:
         return self.tokenizer.decode(self._run, skip_special_tokens=True)
 
     def _new_text(self, final: bool) -> list[Event]:
-        """What the run adds to the text; a stop after its first word ends the answer, and is dropped."""
+        """What the run adds to the text; a stop ends the answer, and is dropped."""
         text = self._text()
         start = text.find(self.after) + len(self.after) if self.after and self.after in text else 0
         if self.after and not start and not final:
             return []
-        first = re.compile(r"\S").search(text, start)
-        stop = first and self._stop.search(text, first.start())
+        stop = self._find_stop(text, start)
         held = None if final else self._held.search(text)
         end = stop.start() if stop else held.start() if held else len(text)
-        while stop and len(self._text()) > end:
+        while stop and self._run and (not end or len(self._text()) > end):
             self._run.pop()
             self.ids.pop()
         self.finished = self.finished or stop is not None
         new, self._sent = text[max(self._sent, start):end], max(self._sent, end)
         return [{"type": "text", "text": new}] if new else []
+
+    def _find_stop(self, text: str, start: int) -> re.Match[str] | None:
+        """The first stop behind `start`; line breaks before the first word are none."""
+        first_word = re.compile(r"\S").search(text, start)
+        for stop in self._stop.finditer(text, start):
+            is_blank = not stop[0].strip()
+            if not is_blank or (first_word and stop.start() > first_word.start()):
+                return stop
+        return None
 
 
 def _image_part(ids: list[int], words: ImageVocabulary, start: int) -> ImagePart | BrokenImagePart:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.generation import (
     GenerationSettings,
     HiddenStates,
@@ -60,6 +61,11 @@ class Request:
         seed = settings.seed if seed is None else seed
         self.seed = None if not settings.samples else random_seed() if seed is None else seed
         self.processors: list[Any] = []
+        self.reader: AnswerReader | None = None  # finds the stops of the settings in the answer's text
+        if settings.stop:
+            self.reader = AnswerReader(engine.tokenizer, settings.stop, after=settings.stop_after)
+            for token in self.answered:
+                self.reader.read(token)
         self.ids, self.start = list[int](), 0  # and how much of the prompt its row held already
         self.finished, self.pair = False, [self]  # with what guidance steers away from, which has the next row
         if settings.guidance != 1:
@@ -76,6 +82,13 @@ class Request:
                 yield item
         finally:
             self.finished = True
+
+    def reaches_stop(self, token: int) -> bool:
+        """Whether one of the settings' stops is complete with this token."""
+        if self.reader is None:
+            return False
+        self.reader.read(token)
+        return self.reader.finished
 
     def end(self, error: BaseException | None = None) -> None:
         """End the token stream."""
@@ -363,7 +376,9 @@ class Engine:
             if request.should_stop is not None and request.should_stop():
                 raise Stopped
             check_finite(is_finite)
+            reaches_stop = request.reaches_stop(token)
         except Exception as error:  # noqa: BLE001 ends this request only
+            reaches_stop = False
             request.end(error)
         words = self.tokenizer.vocabulary
         request.inside = token == words.boi_id or (request.inside and token != words.eoi_id)
@@ -371,7 +386,7 @@ class Engine:
         request.left -= 1
         if not request.finished:
             request.tokens.put(token)
-        if token in request.ends or not request.left:
+        if token in request.ends or reaches_stop or not request.left:
             request.end()
         for guide in request.pair[1:]:
             guide.finished = request.finished

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.errors import GenerationError
+from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.settings import SEEDS, check_settings, setting
@@ -37,7 +38,8 @@ class GenerationSettings:
 
     `temperature` 0 and `top_p` 0: greedy. `seed` None: drawn from torch's global generator. `guidance`: of LaVIT's
     images, 1: off. `force_image`: append `<img>` to every prompt and return it as part of the answer.
-    `num_return_sequences`: answers per prompt, sampled with `seed`, `seed` + 1, … or the best beams.
+    `num_return_sequences`: answers per prompt, sampled with `seed`, `seed` + 1, … or the best beams. `stop`: texts that
+    end an answer, as the prompt template's; they count behind the text `stop_after` (a verdict's end) only.
     """
 
     max_new_tokens: int = setting(512, least=1)
@@ -55,6 +57,8 @@ class GenerationSettings:
     seed: int | None = setting(None, **SEEDS)
     force_image: bool = False
     constrain: bool = True
+    stop: tuple[str, ...] = ()
+    stop_after: str = ""
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
@@ -108,7 +112,7 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         original: only the original code's image constraints (see `ImageSpans`).
         should_stop: called before each token; true raises `Stopped`.
     """
-    from transformers import GenerationConfig, LogitsProcessorList
+    from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     if not prompts:
         return []
@@ -131,6 +135,10 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
     if settings.constrain:
         opened = answered[0][-1:] == [words.boi_id]
         processors.insert(1, ImageSpans(words, opened, None if original else budget, original))
+    def has_stopped(input_ids: Tensor, scores: Tensor) -> Tensor:
+        stopped = [stop_length(ids, settings, tokenizer) is not None for ids in input_ids.tolist()]
+        return torch.tensor(stopped, device=input_ids.device)
+
     config = GenerationConfig(
         max_new_tokens=budget, use_cache=True, bos_token_id=tokenizer.bos_id, eos_token_id=end,
         pad_token_id=tokenizer.pad_id, do_sample=settings.samples,
@@ -139,9 +147,11 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
         if settings.samples:  # transformers draws from the global generator
             torch.manual_seed(random_seed() if seed is None else seed)
         made = llm.generate(inputs_embeds=embeds, attention_mask=mask.to(device), generation_config=config,
-                            logits_processor=processors).tolist()
+                            logits_processor=processors,
+                            stopping_criteria=StoppingCriteriaList([has_stopped])).tolist()
     each = settings.num_return_sequences
-    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), None) for ids in made]
+    lengths = [next((place for place, id in enumerate(ids, 1) if id in end), stop_length(ids, settings, tokenizer))
+               for ids in made]
     answers = [[*answered[row // each], *ids[:lengths[row]]] for row, ids in enumerate(made)]
     if states is not None and words.in_order:  # the only words whose states are read
         for row, ids in enumerate(answers):
@@ -150,6 +160,19 @@ def generate(llm: Any, tokenizer: MultimodalTokenizer, prompts: Sequence[Prompt]
             passed = llm.get_decoder()(inputs_embeds=whole[None]).last_hidden_state[0]
             states[row] = dict(enumerate(passed[len(whole) - len(ids):-1]))
     return answers
+
+
+def stop_length(ids: Sequence[int], settings: GenerationSettings, tokenizer: MultimodalTokenizer) -> int | None:
+    """After how many of the `ids` one of the settings' stops is complete; None: none is."""
+    text = tokenizer.decode(ids) if settings.stop else ""
+    if not any(stop in text for stop in settings.stop):  # in most steps
+        return None
+    reader = AnswerReader(tokenizer, settings.stop, after=settings.stop_after)
+    for count, token in enumerate(ids, 1):
+        reader.read(token)
+        if reader.finished:
+            return count
+    return None
 
 
 def random_seed() -> int:

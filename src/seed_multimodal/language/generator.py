@@ -45,9 +45,13 @@ class Generator:
         """Tokens that end an answer; None: `</s>`."""
         return None
 
-    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        """What cuts an answer at its end (tokens: `ends`), and into events."""
-        return AnswerReader(self.tokenizer, previews=previews)
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        """Texts that end an answer (tokens: `ends`)."""
+        return ()
+
+    def stop_after(self, task: str) -> str:
+        """The end of a verdict, in which `stop_sequences` do not count; empty: they always count."""
+        return ""
 
     # ---- settings
 
@@ -62,7 +66,9 @@ class Generator:
             options = {"do_sample": True, "num_beams": 1, **options}
         values = {"max_new_tokens": 256, "do_sample": False, **self.defaults.get(task, {}),
                   **self.own_defaults(task), **options}
-        return read_settings(GenerationSettings, values, "Generation setting")
+        settings = read_settings(GenerationSettings, values, "Generation setting")
+        return replace(settings, stop=(*self.stop_sequences(task), *settings.stop),
+                       stop_after=settings.stop_after or self.stop_after(task))
 
     def forced(self, settings: GenerationSettings, given: dict[str, Any]) -> GenerationSettings:
         """Settings that force an image; a limit that was not `given` is raised to leave tokens for it."""
@@ -82,15 +88,19 @@ class Generator:
         with_beams = partial(generate, self.llm, self.tokenizer, prompts, settings, **how)
         return list(self.engine.run(with_beams))
 
-    def read_answer(self, ids: Sequence[int], task: Task) -> Answer:
+    def reader(self, settings: GenerationSettings, previews: Sequence[int] = ()) -> AnswerReader:
+        """What cuts an answer at its end, and into events."""
+        return AnswerReader(self.tokenizer, settings.stop, previews, settings.stop_after)
+
+    def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The parts of an answer, cut at its end."""
-        read = self.reader(task).read_all(ids)
+        read = self.reader(settings).read_all(ids)
         return Answer(tuple(read.parts), tuple(read.ids), answer_after=self.answer_after)
 
     def events(self, prompt: Prompt, settings: GenerationSettings, task: Task, draw: Draw, previews: Sequence[int] = (),
                should_stop: Callable[[], bool] | None = None, **how: Any) -> Iterator[Event]:
         """Events of one answer, with decoded images; the last is `done` with the complete `Answer`."""
-        reader = self.reader(task, previews if settings.num_beams == 1 else ())
+        reader = self.reader(settings, previews if settings.num_beams == 1 else ())
 
         def show(events: Sequence[Event]) -> Iterator[Event]:
             for event in events:

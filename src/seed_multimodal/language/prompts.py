@@ -33,9 +33,14 @@ class PromptTemplate:
 
     @property
     def turn_marker(self) -> str:
-        """What opens a user's turn after an answer, where the answer ends: the original models saw no end token between
-        turns, so some of their answers run into the next question."""
+        """What opens a user's turn after an answer."""
         return self.separator + self.user_prefix.rstrip()
+
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        """Texts that end an answer: the next turn's opening. The original models saw no end token between turns, so
+        they go on with the next question."""
+        return (self.turn_marker,) if self.turn_marker else ()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""

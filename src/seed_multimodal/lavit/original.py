@@ -117,7 +117,8 @@ class LaVITforUnderstanding(_Model):
         conversations = [user_message([one, *filter(None, [text])]) for one, text in zip(images, texts, strict=True)]
         seeds = _seeds(len(images))
         prompts = self.system.requests(conversations, task, seeds=seeds)
-        return [self.system.said(self.system.read_answer(ids, task), task)
+        settings = self.system.settings(task)  # of the answers' ends
+        return [self.system.said(self.system.read_answer(ids, settings), task)
                 for ids in self._generate(prompts, task, seeds, **options)]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
 from seed_multimodal.hub import first_file
 from seed_multimodal.images.io import DETAIL
-from seed_multimodal.language.answer import AnswerReader, ImagePart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import GenerationSettings, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.lora import load_language_model
@@ -190,9 +190,17 @@ class Lavit(MultimodalSystem):
     def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
         return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
 
-    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        stops = {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
-        return AnswerReader(self.tokenizer, stops, previews, self.answer_after if task == "ask" else "")
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
+
+    def stop_after(self, task: str) -> str:
+        return self.answer_after if task == "ask" else ""
+
+    def generate(self, prompts: Sequence[Prompt], settings: GenerationSettings, task: Task = "chat",
+                 **how: Any) -> list[list[int]]:
+        if settings.num_beams > 1:  # the original's beams go on behind these words; its answers are cut there
+            settings = replace(settings, stop=())
+        return super().generate(prompts, settings, task, **how)
 
     def said(self, answer: Answer, task: Task) -> str:
         if task != "ask":

@@ -19,7 +19,7 @@ from seed_multimodal.engines.outside import open_engine
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
 from seed_multimodal.images.io import DETAIL
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.answer import AnswerReader, ImagePart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.lora import load_language_model
@@ -141,8 +141,8 @@ class SeedLlama(MultimodalSystem):
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, llm: Any, images: CodeImages,
                  log: Log = None, **options: Any) -> None:
-        super().__init__(config, tokenizer, llm, images, log, **options)
         self.template = get_template(config.template)
+        super().__init__(config, tokenizer, llm, images, log, **options)
         if llm.config.vocab_size != tokenizer.vocabulary.size:
             raise CheckpointError(f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
@@ -166,8 +166,8 @@ class SeedLlama(MultimodalSystem):
         system.engine = engine or system.engine
         return system
 
-    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        return AnswerReader(self.tokenizer, [self.template.turn_marker], previews)
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return self.template.stop_sequences
 
     def prompt_ids(self, turns: Sequence[Any], system: str = "") -> list[int]:
         """`<s>` and a conversation (turns of texts and codes) up to where the answer begins."""

@@ -19,7 +19,7 @@ from seed_multimodal.engines.batches import Remembered
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.language.answer import AnswerReader, ImagePart
+from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.generation import HiddenStates, Prompt
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.llama import load_llm
@@ -182,9 +182,9 @@ class SeedX(MultimodalSystem):
 
     def __init__(self, config: SystemConfig, tokenizer: MultimodalTokenizer, agent: ContinuousLVLM,
                  images: FeatureImages, log: Log = None, **options: Any) -> None:
-        super().__init__(config, tokenizer, agent.llm, images, log, **options)
         self.agent, self.prompts = agent, SeedXPrompts(tokenizer)
         self.template = self.prompts.template
+        super().__init__(config, tokenizer, agent.llm, images, log, **options)
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
@@ -199,8 +199,8 @@ class SeedX(MultimodalSystem):
 
     # ---- defined by families
 
-    def reader(self, task: Task, previews: Sequence[int] = ()) -> AnswerReader:
-        return AnswerReader(self.tokenizer, [self.template.turn_marker] if self.config.tuned else (), previews)
+    def stop_sequences(self, task: str) -> tuple[str, ...]:
+        return self.template.stop_sequences if self.config.tuned else ()
 
     def said(self, answer: Answer, task: Task) -> str:
         return without_words(answer.text).strip()

@@ -31,7 +31,7 @@ from seed_multimodal.serving.schema import ChatRequest, GenerateRequest, ImagesR
 if TYPE_CHECKING:
     from seed_multimodal.system.base import MultimodalSystem
 
-SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio"}
+SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
 LARGE_BODY, LARGE_IMAGES = 8 << 20, 2_000_000  # bytes, pixels: such requests, and such images, one at a time
 
 

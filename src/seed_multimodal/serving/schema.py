@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AliasChoices, BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 from pydantic.json_schema import models_json_schema
 
 from seed_multimodal import __version__
@@ -25,7 +33,13 @@ Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beams = Annotated[int, Field(ge=1, le=8)]
 NewTokens = Annotated[int, Field(ge=1, le=2048)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def as_list(value: Any) -> Any:
+    """A single string as a list of one, as OpenAI's fields accept it."""
+    return [value] if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,8 @@ class ChatMessage(BaseModel):
 
 class ChatRequest(BaseModel):
     """As OpenAI's (also `max_tokens`); `modalities` of "image" alone or `force_image`: the answer must hold an image;
-    `previews`: a stream shows images while they are made; `ratio`: shape of LaVIT's images."""
+    `previews`: a stream shows images while they are made; `stop`: texts that end the answer and are not in it;
+    `ratio`: shape of LaVIT's images."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=256)
     max_new_tokens: NewTokens | None = Field(
@@ -123,6 +138,7 @@ class ChatRequest(BaseModel):
     top_p: Share | None = None
     seed: Seed | None = None
     num_beams: Beams | None = None
+    stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
     ratio: str | None = None
     n: Literal[1] | None = None
     stream: bool = False

@@ -240,7 +240,7 @@ class MultimodalSystem(Generator, HubUpload):
                 requests, states = self.requests(conversations[rows], task, opening, own), HiddenStates()
                 answers = self.generate(requests, settings, task, seeds=own, states=states, should_stop=should_stop)
                 for row, (request, ids) in enumerate(zip(requests, answers, strict=True)):
-                    answer = self.read_answer(ids, task)
+                    answer = self.read_answer(ids, settings)
                     images = [part for part in answer.parts if isinstance(part, ImagePart)]
                     written.append(Written(answer, self.values(images, states, row) if images else (), request))
                 bar.update(len(requests))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -136,13 +137,21 @@ def test_llama_cpp_samples_as_torch_with_a_seed(nano: Any, laptop: Any) -> None:
 
 
 @pytest.mark.process
+def test_llama_cpp_ends_at_a_stop(nano: Any, laptop: Any) -> None:
+    assert laptop.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
+    settings = laptop.settings("describe", stop=[" "])
+    requests = laptop.requests([user_message([image, nano.tasks.describe]) for image in IMAGES], "describe")
+    assert max(map(len, laptop.generate(requests, settings))) <= 4 < len(nano.generate(requests, GREEDY)[0])
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
 def test_llama_cpp_with_quantised_weights(nano: Any, gguf: dict[str, Path], quant: str) -> None:
     from seed_multimodal.engines.llama_cpp import LlamaCppEngine
 
     engine = LlamaCppEngine(nano.tokenizer, LLM, gguf[quant])
     generated = engine.generate(prompts(nano), replace(GREEDY, force_image=True))
-    assert all(nano.read_answer(ids, "draw").images == () or len(ids) >= 34 for ids in generated)
+    assert all(nano.read_answer(ids, GREEDY).images == () or len(ids) >= 34 for ids in generated)
     assert gguf[quant].stat().st_size < 0.6 * gguf["f16"].stat().st_size
 
 
@@ -184,6 +193,16 @@ def test_answers_of_a_completion_server_are_those_of_torch(nano: Any, server: Co
 def test_completion_server_without_stop_ids(nano: Any, server: CompletionServer, remote: Any) -> None:
     server.trims = True
     assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(prompts(nano), GREEDY)
+
+
+def test_completion_server_is_left_at_a_stop(nano: Any, server: CompletionServer, remote: Any) -> None:
+    """The answer is cut there, and the server's generation is cancelled."""
+    whole = nano.describe(IMAGES[0])
+    server.pause = 0.05
+    asked = time.monotonic()
+    answer = remote.describe(IMAGES[0], stop=[" "], min_new_tokens=200)
+    assert whole.startswith(answer) and len(answer) < len(whole) and " " not in answer
+    assert time.monotonic() - asked < 5 < 200 * server.pause
 
 
 @pytest.mark.slow

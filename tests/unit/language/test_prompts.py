@@ -34,6 +34,11 @@ def test_render_of_longer_dialogues(name: str, tokenizer: MultimodalTokenizer) -
     assert all(longer[:len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False))
 
 
+def test_stop_sequences_are_the_opening_of_the_next_turn() -> None:
+    stops = {name: template.stop_sequences for name, template in TEMPLATES.items()}
+    assert stops == {"vicuna": ("\nUSER:",), "llama2": ("\n[INST]",), "plain": ()}
+
+
 def test_get_template_of_an_unknown_name() -> None:
     with pytest.raises(ConfigError, match="vicuna, llama2, plain"):
         get_template("alpaca")

@@ -70,6 +70,25 @@ def test_read_drops_the_space_before_the_next_turn(words: MultimodalTokenizer) -
     assert "".join(event["text"] for event in events) == "a red apple." and reader.ids == answer
 
 
+def test_read_ends_at_a_stop_behind_an_image(words: MultimodalTokenizer) -> None:
+    codes = [k % 16 for k in range(32)]
+    image = words.vocabulary.image_ids(codes)
+    ids = words.encode_parts(["Two: ", codes, "\nUSER: What"], strip=False)
+    reader, events = read_all(words, [*ids, *image])
+    assert [event["type"] for event in events if event["type"] != "text"] == ["image_start", "image"]
+    assert reader.ids[-len(image):] == image and reader.parts[0] == "Two: "
+
+
+def test_read_ends_at_a_stop_without_an_answer_before_it(words: MultimodalTokenizer) -> None:
+    reader, events = read_all(words, words.encode_parts(["", "\nUSER: What is this?"]))
+    assert reader.finished and not events and not reader.ids and not reader.parts
+
+
+def test_read_goes_on_behind_line_breaks_before_the_first_word(words: MultimodalTokenizer) -> None:
+    reader, _ = read_all(words, words.encode("\n \n a fish\nin the sea"), "\n", "question:")
+    assert words.decode(reader.ids).strip() == "a fish"
+
+
 def test_read_equals_read_all_for_any_ids(words: MultimodalTokenizer) -> None:
     """For random sequences with broken images, the events contain the parts of the whole answer."""
     rng = random.Random(0)

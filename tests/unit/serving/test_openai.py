@@ -61,6 +61,21 @@ def test_chat_answers_as_the_library(openai, tiny, stripes) -> None:
     assert said == answer.choices[0].message.content
 
 
+def test_chat_ends_at_a_stop(openai, tiny) -> None:
+    asked: Any = {"model": "any", "max_tokens": 30, "temperature": 0, "messages": [
+        {"role": "user", "content": "Tell me about the cat."}]}
+    whole = openai.chat.completions.create(**asked)
+    text = whole.choices[0].message.content
+    stop = text[len(text) // 2:][:3]
+    for stops in (stop, ["never said", stop]):
+        answer = openai.chat.completions.create(**asked, stop=stops)
+        said = answer.choices[0].message.content
+        assert stop not in said and text.startswith(said) and answer.choices[0].finish_reason == "stop"
+        assert answer.usage.completion_tokens < whole.usage.completion_tokens
+        chunks = openai.chat.completions.create(**asked, stop=stops, stream=True)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == said
+
+
 def test_chat_sends_images_and_previews(openai, tiny) -> None:
     """The second turn sends the first answer back as it came: its codes, where its text had them."""
     messages: Any = [{"role": "user", "content": "Please draw a fish."}]
