@@ -119,8 +119,7 @@ def mixed_order(datasets: Mapping[str, Mapping[str, PairDataset]], names: Sequen
         return None
     whole = {owner: sum(len(part) for other, part in parts if other == owner) for owner, _ in parts}
     weights = [ratios.get(owner, 1.0) * len(part) / whole[owner] for owner, part in parts]
-    return MixedOrder([len(part) for _, part in parts], weights, seed, sizes=[part.shard_sizes for _, part in parts],
-                      block=min(part.shuffle_block for _, part in parts))
+    return MixedOrder([len(part) for _, part in parts], weights, seed, layouts=[part.layout for _, part in parts])
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

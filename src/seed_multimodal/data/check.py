@@ -17,6 +17,7 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
 from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.formats.layout import CACHED_GROUPS
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, SkippedSample
 from seed_multimodal.entry import log_line
@@ -40,6 +41,7 @@ class SourceReport:
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
     first: list[str] = field(default_factory=list)  # messages of the first ones
+    largest_group: int = 0  # bytes of the largest row group of a table
     control: Counter[str] = field(default_factory=Counter)  # names of control words in texts (all image codes as one)
 
     @property
@@ -58,7 +60,8 @@ class SourceReport:
         return {"name": self.name, "size": self.size, "records": self.records, "sequences": len(self.lengths),
                 "tokens": self.tokens, "too_long": self.too_long, "broken": self.broken, "first": self.first,
                 "skipped": [{"kind": kind, "reason": reason, "count": count}
-                            for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control)}
+                            for (kind, reason), count in self.skipped.items()], "control_words": dict(self.control),
+                "largest_group_bytes": self.largest_group}
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -67,6 +70,11 @@ class SourceReport:
                  f"  tokens: {tokens}; too long: {self.too_long:,}"]
         found += [f"  {kind}: {reason} {count:,}" for (kind, reason), count in self.skipped.most_common()]
         found += [f"    {message}" for message in self.first]
+        if self.largest_group > CACHED_GROUPS:
+            found.append(f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than the "
+                         f"cache of a data worker ({CACHED_GROUPS >> 20} MiB): they take more memory, and "
+                         "samples are shuffled only within one of them; write the table again with "
+                         "row_group_size=100")
         words = ", ".join(f"{word} {count:,}" for word, count in self.control.most_common())
         return [*found, f"  warning: control words in texts, which become real tokens: {words}"] if words else found
 
@@ -92,7 +100,8 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000
     for number, source in enumerate(settings.sources):
         size = len(mixture.records[number])
         count = min(size, records)
-        report = SourceReport(source.name, size, count)
+        largest_group = int(mixture.records[number].layout.group_bytes.max())
+        report = SourceReport(source.name, size, count, largest_group=largest_group)
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
             for place in range(count):
                 _check_record(mixture, number, place * size // count, words, report)

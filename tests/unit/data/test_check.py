@@ -7,10 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from omegaconf import OmegaConf
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.data import check
 from seed_multimodal.data.check import check_sources
 from seed_multimodal.data.stream.config import read_data_settings
 
@@ -63,3 +66,13 @@ def test_check_sources_with_images(jpeg: Callable, tmp_path: Path) -> None:
     report, = check_sources(settings, str(tmp_path / "words"))
     assert report.records == 2 and len(report.lengths) == 1 and report.broken == 1
     assert "1.jpg" in report.first[0]
+
+
+def test_check_sources_of_large_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pyarrow.table({"text": [f"number {number} " * 9 for number in range(2000)]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
+    settings = read_data_settings({"sources": [{"files": str(tmp_path / "a.parquet"), "decoder": "pretrain.text"}]})
+    report, = check_sources(settings, str(WORDS), records=2)
+    assert report.largest_group > 200_000 and not any("row groups" in line for line in report.lines())
+    monkeypatch.setattr(check, "CACHED_GROUPS", 100_000)
+    assert any("warning: row groups of up to 0 MiB are larger than the cache" in line for line in report.lines())

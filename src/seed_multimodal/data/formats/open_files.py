@@ -7,7 +7,8 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.data.formats.parquet import KEPT, RowGroups
+from seed_multimodal.data.formats.layout import CACHED_GROUPS
+from seed_multimodal.data.formats.parquet import RowGroups
 from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, read_errors
 from seed_multimodal.errors import DataError
 
@@ -16,7 +17,7 @@ class OpenFiles:
     """Reads byte ranges and parquet rows; each process (forked worker) has its own handles. `limit`: number of open
     files; `rows`: bytes of cached row groups; `cache`: folder for copies of remote files."""
 
-    def __init__(self, limit: int = 64, rows: int = KEPT, cache: str | None = None) -> None:
+    def __init__(self, limit: int = 64, rows: int = CACHED_GROUPS, cache: str | None = None) -> None:
         self.limit, self.cache = limit, cache
         self._owner = os.getpid()
         self._handles: OrderedDict[str, Any] = OrderedDict()

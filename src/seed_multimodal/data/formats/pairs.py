@@ -22,7 +22,7 @@ from seed_multimodal.data.formats.images import (
     stored_image,
     text_member,
 )
-from seed_multimodal.data.formats.parquet import KEPT, ParquetFile
+from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import Record, bad_values
 from seed_multimodal.data.formats.sources import open_records, registered
 from seed_multimodal.data.formats.tar import TarFile
@@ -69,8 +69,7 @@ class Pairs:
     json, jsonl, parquet    an image (a path, its bytes, base64 text, `{"bytes": …, "path": …}`) and a caption
     folder                  images with KEY.txt or KEY.json next to them
 
-    `shard_sizes` (samples of each shard or row group; None: only lists and folders) keeps reads local in the training
-    order; `shuffle_block`: number of table rows that fit into the cache (None: no table).
+    `layout`: how the samples are stored (None: only lists and folders, whose reads need not be local).
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
@@ -79,10 +78,8 @@ class Pairs:
                                      images=True)
         parts = self._records.parts
         self.keys = PairKeys(**getattr(parts[0], "pair_keys", keys))
-        tables = [part for part in parts if isinstance(part, ParquetFile)]
-        near = any(isinstance(part, TarFile | ParquetFile) for part in parts)
-        self.shard_sizes = self._records.shard_sizes if near else None
-        self.shuffle_block = KEPT // 3 // max(1, *(table.bytes_of_row for table in tables)) if tables else None
+        in_shards = any(isinstance(part, TarFile | ParquetFile) for part in parts)
+        self.layout = self._records.layout if in_shards else None
         self._check_usable()
 
     def __len__(self) -> int:

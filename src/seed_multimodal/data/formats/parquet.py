@@ -11,11 +11,10 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from seed_multimodal.data.formats.layout import CACHED_GROUPS
 from seed_multimodal.data.formats.record import BadRecord, Record, Row
 from seed_multimodal.data.formats.storage import is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
-
-KEPT = 512 << 20  # bytes of cached row groups
 
 
 class ParquetFile:
@@ -41,9 +40,9 @@ class ParquetFile:
         return self._groups[0]
 
     @property
-    def bytes_of_row(self) -> int:
-        """Mean bytes of a row."""
-        return sum(self._groups[1]) // max(1, sum(self.sizes))
+    def group_bytes(self) -> Sequence[int]:
+        """Number of bytes of each row group."""
+        return self._groups[1]
 
     def locate(self, row: int) -> Record:
         """An unread record."""
@@ -55,7 +54,7 @@ class ParquetFile:
 class RowGroups:
     """Reads rows; caches the last used row groups of all files, up to `kept` bytes (at least one group)."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = CACHED_GROUPS) -> None:
         self.kept, self.held = kept, 0
         self._groups: OrderedDict[tuple[str, int], Any] = OrderedDict()
 

@@ -30,6 +30,7 @@ from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import IMAGE_SUFFIXES, ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
+from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import Record, RecordFile, bad_values
@@ -105,9 +106,16 @@ class FileRecords:
         return list(accumulate(map(sum, self._sizes)))
 
     @cached_property
-    def shard_sizes(self) -> np.ndarray:
-        """Number of records of each non-empty file (or parquet row group), int64."""
-        return np.array([size for sizes in self._sizes for size in sizes if size], np.int64)
+    def layout(self) -> StorageLayout:
+        """The non-empty shards and row groups."""
+        sizes, group_bytes = list[int](), list[int]()
+        for part, part_sizes in zip(self.parts, self._sizes, strict=True):
+            part_bytes = part.group_bytes if isinstance(part, ParquetFile) else [0] * len(part_sizes)
+            for size, count in zip(part_sizes, part_bytes, strict=True):
+                if size:
+                    sizes.append(size)
+                    group_bytes.append(count)
+        return StorageLayout(np.array(sizes, np.int64), np.array(group_bytes, np.int64))
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -7,9 +7,10 @@
         mine = batches.state()                       # position after the last batch, JSON-serializable
 
 Draw n of a rank selects a source by a random number determined by (seed, n · world + rank), and this rank's next
-positions in the source's endless order: one when packing, else those of a padded micro-batch. The state holds a few
-integers and the pieces not yet packed. With the same number of processes, rows after `restore` are bit-equal; with
-another number, pending draws are distributed over the new ranks: no sample is lost or used twice.
+positions in the source's endless order: one when packing, else those of a padded micro-batch. A rank's positions are
+runs of neighbours (`Runs`), so that ranks read different parts of the shards. The state holds a few integers and the
+pieces not yet packed. With the same number of processes, rows after `restore` are bit-equal; with another number,
+pending draws are distributed over the new ranks: no sample is lost or used twice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -62,62 +63,163 @@ class LlmBatch:
 
 
 class Draw(NamedTuple):
-    """A source, the first position to read, and the pieces to use (None: all)."""
+    """Draws from a source: the first position to read, the pieces to use (None: all), and the number of draws."""
 
     source: int
     start: int
     pieces: list[int] | None = None
+    size: int = 1
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Positions of all ranks' draws from one source: runs of `length` neighbouring draws, rank after rank.
+
+    Before the end of the data, where no full round of runs is left, each rank's run is a single draw.
+    """
+
+    source: int
+    first: int  # position of the first draw
+    limit: int  # position of the end of the data
+    rows: int  # positions of a draw
+    length: int
+    world: int
+
+    @cached_property
+    def full(self) -> int:
+        """Draws of a rank in full rounds of runs."""
+        draws = -(-max(0, self.limit - self.first) // self.rows)
+        return draws // (self.world * self.length) * self.length
+
+    def start(self, count: int, rank: int) -> int:
+        """First position of a rank's draw number `count`."""
+        if count < self.full:
+            number, offset = divmod(count, self.length)
+            draw = (number * self.world + rank) * self.length + offset
+        else:
+            draw = count * self.world + rank
+        return self.first + draw * self.rows
+
+    def end_of_round(self, count: int) -> int:
+        """The number of draws of a rank up to the end of its current run."""
+        return count if count >= self.full else -(-count // self.length) * self.length
+
+    def between(self, rank: int, count: int, end: int) -> list[Draw]:
+        """A rank's draws from number `count` to `end`, neighbouring ones as one `Draw`."""
+        draws = []
+        while count < end:
+            left = self.length - count % self.length if count < self.full else 1
+            size = min(left, end - count)
+            start = self.start(count, rank)
+            if start < self.limit:
+                draws.append(Draw(self.source, start, None, size))
+            count += size
+        return draws
 
 
 class DrawOrder:
-    """The draws of one rank: `counts` per source so far; `firsts`: position of each source when this number of
-    processes started; `left`: pending draws of an earlier number of processes, done first."""
+    """The draws of one rank.
 
-    def __init__(self, mixture: Mixture, rank: int, world: int, firsts: Sequence[int] = ()) -> None:
+    counts   draws so far from each source, at its regular positions
+    firsts   position of each source when this number of processes started
+    pending  draws left by an earlier number of processes, done before the regular ones of their source
+    taken    pending draws done, of each source
+    """
+
+    def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
         self.mixture, self.rank, self.world = mixture, rank, world
-        self.counts, self.firsts = [0 for _ in mixture.sizes], list(firsts or [0 for _ in mixture.sizes])
-        self.left: list[Draw] = []
+        sources = range(len(mixture.sizes))
+        self.counts, self.taken = [0 for _ in sources], [0 for _ in sources]
+        self.pending: list[list[Draw]] = [[] for _ in sources]
+        self.begin([0 for _ in sources])
+
+    def begin(self, firsts: Sequence[int]) -> None:
+        """Start the regular draws at these positions."""
+        self.firsts = list(firsts)
+        self.runs = _runs(self.mixture, firsts, self.world)
 
     def following(self) -> Iterator[Draw]:
-        """Pending draws, until all sources are exhausted."""
-        yield from list(self.left)
+        """The draws to come, until all sources are exhausted."""
+        limits, base = self.mixture.limits, sum(self.firsts)
         counts = list(self.counts)
+        drawn = [count + taken for count, taken in zip(counts, self.taken, strict=True)]
+        pending = [list(draws) for draws in self.pending]
+        starts = [runs.start(count, self.rank) for runs, count in zip(self.runs, counts, strict=True)]
+        alive = [bool(draws) or start < limit for draws, start, limit in zip(pending, starts, limits, strict=True)]
+        total = sum(drawn)
         while True:
-            starts = [self.start(source, count, self.rank) for source, count in enumerate(counts)]
-            alive = [start < limit for start, limit in zip(starts, self.mixture.limits, strict=True)]
-            number = (sum(self.firsts) + sum(counts)) * self.world + self.rank
-            source = self.mixture.choice(counts, alive, number)
+            source = self.mixture.choice(drawn, alive, (base + total) * self.world + self.rank)
             if source is None:
                 return
-            counts[source] += 1
-            yield Draw(source, starts[source])
+            if pending[source]:
+                yield _first(pending[source][0])
+                pending[source] = self._without_first(pending[source])
+            else:
+                yield Draw(source, starts[source])
+                counts[source] += 1
+                starts[source] = self.runs[source].start(counts[source], self.rank)
+            drawn[source] += 1
+            total += 1
+            alive[source] = bool(pending[source]) or starts[source] < limits[source]
 
     def take(self, draw: Draw) -> None:
         """Advance past the next draw."""
-        if self.left:
-            self.left.pop(0)
+        source = draw.source
+        if self.pending[source]:
+            self.pending[source] = self._without_first(self.pending[source])
+            self.taken[source] += 1
         else:
-            self.counts[draw.source] += 1
+            self.counts[source] += 1
 
-    def start(self, source: int, count: int, rank: int) -> int:
-        """First position of a rank's draw number `count` from a source."""
-        return self.firsts[source] + (count * self.world + rank) * self.mixture.settings.shape(source)[0]
+    def _without_first(self, draws: list[Draw]) -> list[Draw]:
+        """Pending draws after the first one."""
+        source, start, _, size = draws[0]
+        if size == 1:
+            return draws[1:]
+        return [Draw(source, start + self.runs[source].rows, None, size - 1), *draws[1:]]
 
     def deal(self, states: Sequence[State]) -> None:
-        """Resume from the states of another number of processes: unpacked pieces, and draws before the furthest one
-        that a process has not made yet, are distributed over the ranks."""
-        before = DrawOrder(self.mixture, 0, len(states), states[0]["firsts"])
-        pending = [Draw(*one) for state in states for one in state["left"]]
-        places = sorted(tuple(one) for state in states for one in state["waiting"])
-        pending += [Draw(place[0], place[1], [number for *_, number in group])
-                    for place, group in itertools.groupby(places, lambda one: one[:2])]
-        for source, limit in enumerate(self.mixture.limits):
-            most = max(state["counts"][source] for state in states)
-            starts = [before.start(source, count, rank) for rank, state in enumerate(states)
-                      for count in range(state["counts"][source], most)]
-            pending += [Draw(source, start) for start in starts if start < limit]
-            self.firsts[source] = before.start(source, most, 0)
-        self.left = sorted(pending, key=lambda draw: draw[:2])[self.rank::self.world]
+        """Resume from the states of another number of processes: unpacked pieces, and draws that a process has not made
+        yet of the runs that were begun, are distributed over the ranks."""
+        firsts = []
+        for runs in _runs(self.mixture, states[0]["firsts"], len(states)):
+            source = runs.source
+            end = runs.end_of_round(max(state["counts"][source] for state in states))
+            draws = [Draw(*draw) for state in states for draw in state["left"] if draw[0] == source]
+            places = sorted(tuple(place) for state in states for place in state["waiting"] if place[0] == source)
+            for (_, start), pieces in itertools.groupby(places, lambda place: place[:2]):
+                draws.append(Draw(source, start, [number for *_, number in pieces]))
+            for rank, state in enumerate(states):
+                draws += runs.between(rank, state["counts"][source], end)
+            draws.sort(key=lambda draw: draw.start)
+            self.pending[source] = _share(draws, runs.rows, self.rank, self.world)
+            firsts.append(runs.start(end, 0))
+        self.begin(firsts)
+
+
+def _runs(mixture: Mixture, firsts: Sequence[int], world: int) -> list[Runs]:
+    """The positions of each source's draws."""
+    return [Runs(source, first, mixture.limits[source], mixture.settings.shape(source)[0],
+                 mixture.run_length(source, world), world) for source, first in enumerate(firsts)]
+
+
+def _first(draw: Draw) -> Draw:
+    """The first of neighbouring draws."""
+    return draw._replace(size=1)
+
+
+def _share(draws: Sequence[Draw], rows: int, rank: int, world: int) -> list[Draw]:
+    """A rank's share of draws, neighbouring ones together."""
+    total = sum(draw.size for draw in draws)
+    begin, end = total * rank // world, total * (rank + 1) // world
+    share, number = list[Draw](), 0
+    for draw in draws:
+        skipped = max(0, begin - number)
+        stop = min(draw.size, end - number)
+        if skipped < stop:
+            share.append(Draw(draw.source, draw.start + skipped * rows, draw.pieces, stop - skipped))
+        number += draw.size
+    return share
 
 
 def _read(mixture: Mixture, draws: list[Draw]) -> list[tuple[Draw, list[Read]]]:
@@ -247,7 +349,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def state(self) -> dict[str, Any]:
         """State for `restore` after the last batch, JSON-serializable; each rank saves its own."""
         return {"rank": self.rank, "world": self.world, "data": self._fingerprint(), "firsts": list(self.draws.firsts),
-                "counts": list(self.draws.counts), "left": [list(draw) for draw in self.draws.left],
+                "counts": list(self.draws.counts), "taken": list(self.draws.taken),
+                "left": [list(draw) for draws in self.draws.pending for draw in draws],
                 "waiting": [[one.source, one.position, one.number] for one in self.waiting],
                 "broken": list(self.broken), "positions": self.positions, "sources": deepcopy(self.sources)}
 
@@ -257,14 +360,19 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         states = sorted(states, key=lambda state: int(state["rank"]))
         if len(states) != states[0]["world"]:
             raise ConfigError(f"The data state has {len(states)} ranks, but {states[0]['world']} were saved.")
+        if "taken" not in states[0]:
+            raise ConfigError("The data state is of an earlier version, which read samples in another order; "
+                              "finish the run with that version, or start a new one from its weights.")
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
             raise ConfigError(f"The data cannot be resumed; changed settings: {'; '.join(changes)}.")
         counted = states[self.rank::self.world]
         if len(states) == self.world:
             mine = states[self.rank]
-            self.draws.counts, self.draws.firsts = list(mine["counts"]), list(mine["firsts"])
-            self.draws.left = [Draw(*one) for one in mine["left"]]
+            self.draws.begin(mine["firsts"])
+            self.draws.counts, self.draws.taken = list(mine["counts"]), list(mine["taken"])
+            for draw in mine["left"]:
+                self.draws.pending[draw[0]].append(Draw(*draw))
             self.broken = list(mine["broken"])
             read = {(source, start): self.mixture.read(source, start).pieces for source, start, _ in mine["waiting"]}
             self.waiting = [read[source, start][number] for source, start, number in mine["waiting"]

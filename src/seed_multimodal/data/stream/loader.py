@@ -102,8 +102,7 @@ class StepBatches(AbstractContextManager["StepBatches"]):
         if not len(dataset):
             raise DataError("The training set is empty.")
         self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle,
-                                         sizes=getattr(dataset, "shard_sizes", None),
-                                         block=getattr(dataset, "shuffle_block", 0))
+                                         layout=getattr(dataset, "layout", None))
         self.dataset, self.batch_size, self.rank, self.world = dataset, batch_size, rank, world
         self.workers, self._fetch = workers, partial(_batch, dataset, collate)
         self.wait_seconds = 0.0  # time spent in `at`

@@ -16,15 +16,16 @@ from seed_multimodal.data.decoders import FEATURE_DECODERS, get_decoder
 from seed_multimodal.data.decoders.base import IGNORED, SeededRandom, TokenSequence
 from seed_multimodal.data.decoders.seed_x import ImageSequence, OpenedDecoder
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
-from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.packing import split_long
-from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK, EpochOrder
+from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import DataError, counted
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 USABLE_WITHIN, ENDLESS = 100, 2**62
+RUNS_PER_EPOCH = 4  # of each rank, at least
 SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
 BROKEN, DROPPED, TOO_LONG = "broken", "dropped", "too long"
 NAMED = 5  # records listed per skip reason
@@ -69,6 +70,14 @@ def _broken(error: Exception, where: str) -> SkippedSample:
     return SkippedSample(BROKEN, getattr(error, "kind", "broken record"), message)
 
 
+def _order(records: FileRecords, seed: int) -> EpochOrder:
+    """The order of a source's records; those of a single shard are shuffled among each other."""
+    layout, total = records.layout, len(records)
+    if len(layout.sizes) == 1:
+        return EpochOrder(total, seed)
+    return EpochOrder(total, seed, layout=layout, block=even_block(total))
+
+
 class Mixture:
     """Opened sources with decoders and sample orders."""
 
@@ -87,9 +96,7 @@ class Mixture:
         self.limits = [(source.cycles or ENDLESS) * size
                        for source, size in zip(self.sources, self.sizes, strict=True)]
         self.seeds = [zlib.crc32(f"{settings.seed} {source.name}".encode()) for source in self.sources]
-        self.orders = [EpochOrder(len(records), seed, sizes=records.shard_sizes,
-                                  block=SHUFFLE_BLOCK if len(records.shard_sizes) > 1 else 0)
-                       for seed, records in zip(self.seeds, self.records, strict=True)]
+        self.orders = [_order(records, seed) for seed, records in zip(self.seeds, self.records, strict=True)]
 
     def decode(self, source: int, index: int, draws: SeededRandom, max_length: int | None = None
                ) -> tuple[TokenSequence, str] | SkippedSample:
@@ -154,6 +161,12 @@ class Mixture:
         if self.settings.packing:
             arrays = [piece for piece in arrays if (piece[1][1:] != IGNORED).any()]
         return [Piece(source, position, number, *piece) for number, piece in enumerate(arrays)]
+
+    def run_length(self, source: int, world: int) -> int:
+        """Draws of a rank from neighbouring positions: about a shuffled block, so that few ranks read the same data."""
+        rows = self.settings.shape(source)[0]
+        longest = self.sizes[source] // (RUNS_PER_EPOCH * world * rows)
+        return max(1, min(self.orders[source].block_size // rows, longest))
 
     def choice(self, counts: Sequence[int], alive: Sequence[bool], number: int) -> int | None:
         """The source of draw `number`, after `counts` draws of each, among the `alive` ones; None: none is left."""

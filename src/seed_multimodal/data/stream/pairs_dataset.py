@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate, get_worker_info
 
+from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
 from seed_multimodal.data.formats.sources import registered
-from seed_multimodal.data.stream.sampler import SHUFFLE_BLOCK
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
@@ -34,16 +34,14 @@ class SourceDataset:
     """Training samples by (index, epoch) of an indexed source; subclasses define `sample`.
 
     `source`: `read(index)` returns the input of `sample` or raises one of `RECORD_FAULTS`; `key(index)` is its name.
-    With shards it has `shard_sizes` (int64) and `shuffle_block`, the number of samples shuffled among each other. `bad`
-    has (key, reason) of each unusable sample; `log` receives a line for each, except in data workers, whose bad samples
-    `StepBatches` collects.
+    Its `layout` (None, or absent: not in shards) keeps reads local. `bad` has (key, reason) of each unusable sample;
+    `log` receives a line for each, except in data workers, whose bad samples `StepBatches` collects.
     """
 
     def __init__(self, source: Any, *, seed: int = 0, max_bad_in_a_row: int = 20,
                  log: Callable[[str], None] | None = print) -> None:
         self.source, self.seed, self.max_bad_in_a_row, self.log = source, seed, max_bad_in_a_row, log
-        self.shard_sizes: np.ndarray | None = getattr(source, "shard_sizes", None)
-        self.shuffle_block = max(10, min(SHUFFLE_BLOCK, getattr(source, "shuffle_block", None) or SHUFFLE_BLOCK))
+        self.layout: StorageLayout | None = getattr(source, "layout", None)
         self.bad: dict[tuple[str, str], None] = {}
 
     def note_bad(self, key: str, reason: str) -> None:
@@ -121,10 +119,9 @@ class JoinedPairs(SourceDataset):
         self.parts, self._ends = parts, list(itertools.accumulate(map(len, parts)))
         for part in parts:
             part.bad = self.bad
-        self.shuffle_block = min(part.shuffle_block for part in parts)
-        if any(part.shard_sizes is not None for part in parts):  # a set without shards counts as one shard
-            self.shard_sizes = np.concatenate(
-                [[len(part)] if part.shard_sizes is None else part.shard_sizes for part in parts])
+        if any(part.layout is not None for part in parts):  # a set without shards counts as one shard
+            self.layout = StorageLayout.joined(
+                [part.layout or StorageLayout.of_shards([len(part)]) for part in parts])
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -160,7 +160,7 @@ class PixelTask(RunTask):
         self.account = parts[0] if len(parts) == 1 else JoinedPairs(parts)
         order = None if len(parts) == 1 else MixedOrder(
             [len(part) for part in parts], [source.weight for source in data.sources], data.seed,
-            sizes=[part.shard_sizes for part in parts], block=min(part.shuffle_block for part in parts))
+            layouts=[part.layout for part in parts])
         self.batches = StepBatches(self.account, data.batch_size, seed=data.seed, rank=self.group.rank,
                                    world=self.group.world, workers=self.settings.dataloader_num_workers, order=order,
                                    collate=by_size)

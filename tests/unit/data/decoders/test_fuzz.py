@@ -21,8 +21,8 @@ from seed_nano.train.words import train_words
 
 CHANGES = 90  # changed records of each decoder
 SECONDS = 20  # of all decoders together
-ODD = (None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**40, "", " ", "n/a", "a" * 5000, "\ud83d", "[" * 900,
-       [], [[]], [None], ["", 1], [1.5] * 4, {}, {"a": {}}, [{}], [{"role": "user"}])
+ODD = (None, True, False, 0, -1, 1.5, float("nan"), float("inf"), 10**40, "", " ", "n/a", "a" * 5000, "\ud83d",
+       "[" * 900, [], [[]], [None], ["", 1], [1.5] * 4, {}, {"a": {}}, [{}], [{"role": "user"}])
 TEXTS = ["USER: red cat ASSISTANT: here [INST] make it blue [/INST] Question: What is it? Answer: a dog."] * 30
 IMAGES = ("seed_x", "lavit")  # decoders that open images
 # Options that read more fields than the defaults.

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -137,6 +138,50 @@ def test_restore_in_another_number_of_processes(config: Callable, words, numbers
     assert seen == {**dict.fromkeys(range(66), 2), **dict.fromkeys(range(1000, 1030), 3),
                     **dict.fromkeys(range(2000, 2035), 1)}
     assert sum(one["sequences"] for state in states for one in state["sources"]) == seen.total()
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("packing", [True, False])
+def test_restore_in_many_numbers_of_processes(tmp_path: Path, words, numbers: Callable, lines: Callable, seed: int,
+                                              packing: bool) -> None:
+    """Ranks read runs of neighbours; every record is used as often as its cycles."""
+    rng = random.Random(seed)
+    for part in range(3):
+        lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(part * 150, part * 150 + 150)])
+    source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 3, "batch_size": 2}
+    settings = read_data_settings({"sources": [source], "length": 24, "packing": packing})
+    seen, states = Counter[int](), list[dict[str, Any]]()
+    for steps in (rng.randint(0, 12), rng.randint(0, 12), rng.randint(0, 12), rng.randint(0, 12), 1000):
+        world = rng.randint(1, 5)
+        ranks = [LlmBatches(settings, words, rank=rank, world=world) for rank in range(world)]
+        assert world == 1 or ranks[0].draws.runs[0].length > 5
+        for batches in ranks:
+            if states:
+                batches.restore(states)
+            for batch in itertools.islice(batches, steps + rng.randint(0, 5)):
+                seen.update(numbers(batch))
+        states = [saved(batches) for batches in ranks]
+    assert seen == dict.fromkeys(range(450), 3)
+
+
+def test_following_gives_ranks_neighbouring_positions(tmp_path: Path, words, lines: Callable) -> None:
+    for part in range(4):
+        lines(tmp_path / f"{part}.jsonl", [{"text": f"number {n}"} for n in range(100)])
+    source = {"name": "t", "files": str(tmp_path), "decoder": "pretrain.text", "cycles": 1}
+    settings = read_data_settings({"sources": [source], "length": 24})
+    draws = [[draw.start for draw in LlmBatches(settings, words, rank=rank, world=4).draws.following()]
+             for rank in range(4)]
+    assert sorted(start for ranked in draws for start in ranked) == list(range(400))
+    assert [ranked[:26] for ranked in draws] == [
+        [*range(25 * rank, 25 * rank + 25), 100 + 25 * rank] for rank in range(4)]
+
+
+def test_restore_of_an_earlier_version(mixed: Callable, words) -> None:
+    batches = LlmBatches(read_data_settings(mixed()), words)
+    state = saved(batches)
+    del state["taken"]
+    with pytest.raises(ConfigError, match="an earlier version, which read samples in another order"):
+        batches.restore([state])
 
 
 def test_restore_near_the_end(mixed: Callable, words, numbers: Callable) -> None:

@@ -23,7 +23,7 @@ PLAIN = seed_image_processor(16)
 
 def test_get(shards: Path, jpeg: Callable) -> None:
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
-    assert len(data) == 40 and data.shard_sizes is not None and data.shard_sizes.sum() == 40
+    assert len(data) == 40 and data.layout is not None and data.layout.sizes.sum() == 40
     sample = data.get(17, 0)
     assert sample["caption"] == "a photo of picture 17" and sample["key"] == "00017" and sample["index"] == 17
     assert sample["image"].dtype == torch.uint8  # a quarter of normalised values

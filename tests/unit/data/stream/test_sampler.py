@@ -7,7 +7,8 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder
+from seed_multimodal.data.formats.layout import StorageLayout
+from seed_multimodal.data.stream.sampler import BLOCK_BYTES, EpochOrder, MixedOrder
 
 TOTALS, WEIGHTS = [30, 1000, 7], [5.0, 2.0, 1.0]
 
@@ -49,8 +50,10 @@ def test_mixed_order_at_any_position() -> None:
 
 @pytest.mark.parametrize("block", [0, 1, 20, 5000])
 def test_epoch_order(block: int) -> None:
+    layout = StorageLayout.of_shards([40, 1, 0, 700, 62, 333])
+
     def make(seed: int = 5) -> EpochOrder:
-        return EpochOrder(1136, seed, sizes=[40, 1, 0, 700, 62, 333], block=block)
+        return EpochOrder(1136, seed, layout=layout, block=block)
 
     whole = flat(make(), 0, 3 * 1136)
     epochs = [[index for number, index in whole if number == epoch] for epoch in range(3)]
@@ -62,7 +65,7 @@ def test_epoch_order(block: int) -> None:
 
 
 def test_epoch_order_in_blocks() -> None:
-    order = EpochOrder(50_000, 0, sizes=np.full(50, 1000), block=2000).parts(0, 50_000)[0][1]
+    order = EpochOrder(50_000, 0, layout=StorageLayout.of_shards(np.full(50, 1000)), block=2000).parts(0, 50_000)[0][1]
     for start in range(0, 50_000, 2000):
         run = np.sort(order[start:start + 2000])
         assert len(np.unique(run // 200)) == 10  # ten pieces of 200 neighbours
@@ -79,9 +82,37 @@ def test_epoch_order_without_shuffling() -> None:
 def test_epoch_order_memory_of_100_million_samples() -> None:
     """Each data worker has one; an array of all indices would be 800 MB."""
     tracemalloc.start()
-    order = EpochOrder(100_000_000, 0, sizes=np.full(10_000, 10_000), block=10_000)
+    order = EpochOrder(100_000_000, 0, layout=StorageLayout.of_shards(np.full(10_000, 10_000)))
     for position in (0, 1_000_000, 100_000_000, 100_500_000):
         assert len(order.parts(position, 50)[0][1]) == 50
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6, peak
+
+
+@pytest.mark.parametrize("rows", [100, 500, 1000, 5000])
+def test_epoch_order_of_row_groups(rows: int) -> None:
+    """A block holds whole groups that fit into the cache: each group is read once in an epoch."""
+    total = 50_000
+    sizes = np.full(total // rows, rows)
+    layout = StorageLayout(sizes, sizes * (BLOCK_BYTES // 1001))
+    order = EpochOrder(total, 3, layout=layout)
+    for epoch in range(2):
+        (_, indices), = order.parts(epoch * total, total)
+        assert sorted(indices) == list(range(total))
+        groups = indices // rows
+        last = {group: place for place, group in enumerate(groups)}
+        first = {group: place for place, group in reversed(list(enumerate(groups)))}
+        assert max(last[group] - first[group] for group in last) <= max(1000, rows)
+        assert rows > 500 or np.mean(groups[1:] != groups[:-1]) > 0.4  # several groups are mixed
+    assert order.block_size == max(1000, rows)
+
+
+def test_epoch_order_of_tables_and_shards() -> None:
+    layout = StorageLayout.joined([StorageLayout(np.array([3000, 10]), np.array([BLOCK_BYTES * 3, 5])),
+                                   StorageLayout.of_shards([70, 25_000])])
+    order = EpochOrder(28_080, 0, layout=layout)
+    whole = flat(order, 0, 2 * 28_080)
+    for epoch in range(2):
+        assert sorted(index for number, index in whole if number == epoch) == list(range(28_080))
+    assert flat(EpochOrder(28_080, 0, layout=layout), 31_000, 500) == whole[31_000:31_500]
