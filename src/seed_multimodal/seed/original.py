@@ -9,7 +9,7 @@
     images = model.reconstruct(["images/cat.jpg"])                       # or model.draw(model.tokenize([…]))
 
 Names, defaults and results are the originals'. Differences: image generation is seeded, de-tokenizers load on first
-use, batches of any size are supported. Other members of transformers' tokenizer class are missing.
+use, batches of any size are supported.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from seed_multimodal.device import RELEASED_FP16, choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import PARTS, local_folder, locate, not_on_disk
 from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.seed.checkpoints import SEED1
 from seed_multimodal.seed.diffusion import SD_FOLDER, SD_WHERE, StableDiffusionDetokenizer
@@ -41,19 +42,65 @@ YAML_RUNS = ("the shipped weights run now: programs with `--model nano`, a serve
 DIFFUSION_NAMES = (INSIDE, "stable-diffusion-v1-4", "sd-v1-4.ckpt")  # next to SEED-1's tokenizer
 
 
-class SeedLlamaTokenizer:
-    """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes; `text` and `images` can be used by themselves."""
+class ImageTokenizer:
+    """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and, once it is loaded, `diffusion_model`."""
 
-    bos_token, eos_token, unk_token, pad_token = "<s>", "</s>", "<unk>", "<unk>"
-    bos_token_id, eos_token_id, unk_token_id, pad_token_id = 1, 2, 0, 0
-
-    def __init__(self, text: MultimodalTokenizer, images: CodeImages, *, fp16: bool = True) -> None:
-        self.text, self.images, self.fp16 = text, images, fp16
+    def __init__(self, images: CodeImages) -> None:
+        self.images = images
         self.processor = seed_image_processor(images.model.config.vit.image_size)
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The image tokenizer's network."""
+        return self.images.model
+
+    @property
+    def diffusion_model(self) -> Any:
+        """The de-tokenizer, loaded on first use."""
+        return self.images.decoder
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return self.images.device
+
+    def __len__(self) -> int:
+        return int(self.images.model.config.codebook_size)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the network, and the de-tokenizer if it is loaded; returns itself."""
+        self.images.to(device)
+        return self
+
+    def encode(self, image_torch: Tensor) -> Tensor:
+        """Normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
+        return self.images.encode_pixels(image_torch.reshape(-1, *image_torch.shape[-3:])).to(self.device)
+
+    def decode(self, indices: Any, negative_indices: Any = None, guidance_scale: float | None = None,
+               num_inference_steps: int | None = None, *, seed: Any = 0, **settings: Any) -> list[Image.Image]:
+        """See `SeedLlamaTokenizer.decode_image`."""
+        settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
+        rows = torch.as_tensor(indices).reshape(-1, 32)
+        seeds = one_seed_each(seed, len(rows))
+        if negative_indices is None:
+            return self.images.draw(rows, seeds=seeds, **settings)
+        negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
+        return [self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
+                for row, negative, one in zip(rows, negatives, seeds, strict=True)]
+
+
+class SeedLlamaTokenizer(LlamaTokenizer):
+    """Text ⇄ ids as a slow LLaMA tokenizer, images ⇄ codes; `text` and `images` can be used by themselves."""
+
+    def __init__(self, text: MultimodalTokenizer, images: CodeImages, *, fp16: bool = True) -> None:
+        super().__init__(text)
+        self.images, self.fp16 = images, fp16
+        self.image_tokenizer = ImageTokenizer(images)
+        self.processor = self.image_tokenizer.processor
+
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *, fp16: bool = True,
-                        load_diffusion: bool = False, encoder_url: str | None = None,
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *,  # type: ignore[override]
+                        fp16: bool = True, load_diffusion: bool = False, encoder_url: str | None = None,
                         diffusion_path: str | None = None, device: str = "auto", dtype: Any = "auto") -> Self:
         """The SEED-2 tokenizer of a folder, or of a hub name whose files are in the local cache.
 
@@ -91,6 +138,14 @@ class SeedLlamaTokenizer:
         """Device of the image tokenizer."""
         return self.images.device
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move the image tokenizer; returns itself."""
+        self.image_tokenizer.to(device)
+        return self
+
+    def load_image_tokenizer(self) -> None:
+        """Nothing: the image tokenizer is loaded with the tokenizer."""
+
     def encode_image(self, image_path: Any = None, image_pil: Image.Image | None = None,
                      image_torch: Tensor | None = None, image_size: int | None = None) -> Tensor:
         """A file, an image, or normalised pixels `[3, S, S]` or `[B, 3, S, S]` → codes `[B, 32]` on the device."""
@@ -99,41 +154,13 @@ class SeedLlamaTokenizer:
             raise ConfigError(f"encode_image needs exactly one of image_path, image_pil and image_torch, not "
                               f"{len(given)}.")
         pixels = self.processor(self.images.open(given[0])) if image_torch is None else image_torch
-        return self.images.encode_pixels(pixels.reshape(-1, *pixels.shape[-3:])).to(self.device)
+        return self.image_tokenizer.encode(pixels)
 
     def decode_image(self, indices: Any, negative_indices: Any = None, guidance_scale: float | None = None,
                      num_inference_steps: int | None = None, *, seed: Any = 0, **settings: Any) -> list[Image.Image]:
         """Codes `[B, 32]` (or one row) → B images; negative codes: one row, or one for each image."""
-        settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
-        rows = torch.as_tensor(indices).reshape(-1, 32)
-        seeds = one_seed_each(seed, len(rows))
-        if negative_indices is None:
-            return self.images.draw(rows, seeds=seeds, **settings)
-        negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
-        return [self.images.draw([row], seeds=[one], negative_codes=negative, **settings)[0]
-                for row, negative, one in zip(rows, negatives, seeds, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self.text)
-
-    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True,
-                 return_tensors: str | None = None) -> Any:
-        """Text, or several (for tensors: of one length) → `input_ids` and `attention_mask`."""
-        from transformers import BatchEncoding
-
-        ids: Any = [self.encode(one, add_special_tokens) for one in ([text] if isinstance(text, str) else text)]
-        if isinstance(text, str) and return_tensors is None:
-            ids = ids[0]
-        mask = [[1] * len(one) if isinstance(one, list) else 1 for one in ids]
-        return BatchEncoding({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Text → ids; `add_special_tokens` puts `<s>` in front."""
-        return self.text.encode(text, add_bos=add_special_tokens)
-
-    def decode(self, token_ids: Any, skip_special_tokens: bool = False) -> str:
-        """Ids → text."""
-        return self.text.decode(torch.as_tensor(token_ids).flatten().tolist(), skip_special_tokens=skip_special_tokens)
+        return self.image_tokenizer.decode(indices, negative_indices, guidance_scale, num_inference_steps, seed=seed,
+                                           **settings)
 
 
 class Seed1:

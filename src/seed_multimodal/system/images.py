@@ -114,6 +114,11 @@ class ImageCodec:
             place = self._decoder.enable_cpu_offload if "decoder" in parts else self._decoder.to
             place(self.drawing_device)
 
+    def to(self, device: str | torch.device) -> None:
+        """Move the encoder, and the de-tokenizer if it is loaded."""
+        self.device = self.drawing_device = torch.device(device)
+        self.offload(self._offload)
+
     def compile(self) -> None:
         """Compile the blocks of the encoder, and of the de-tokenizer when it is loaded; once for each kind of batch."""
         self.compiled = True

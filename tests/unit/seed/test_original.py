@@ -70,6 +70,49 @@ def test_decode_image_with_negatives(tokenizer):
     assert not np.array_equal(pixels(tokenizer.decode_image(codes, negatives)), plain)
 
 
+def test_tokenizer_has_what_a_llama_tokenizer_has(tokenizer, tmp_path):
+    """Names and results of transformers' `LlamaTokenizer`, which the original's class extends."""
+    texts = ["hello", "USER: What is this?<img>"]
+    rows = [tokenizer(text).input_ids for text in texts]
+    assert len(rows[0]) < len(rows[1])
+    with pytest.raises(ConfigError, match="padding=True"):
+        tokenizer(texts, return_tensors="pt")
+    padded = tokenizer(texts, padding=True, return_tensors="pt")
+    assert padded.input_ids.shape == padded.attention_mask.shape == (2, len(rows[1]))
+    assert padded.input_ids[0].tolist() == rows[0] + [0] * (len(rows[1]) - len(rows[0]))
+    assert padded.attention_mask.sum(1).tolist() == list(map(len, rows))
+    cut = tokenizer(texts, padding="max_length", truncation=True, max_length=3, return_tensors="pt")
+    assert cut.input_ids.tolist() == [(row + [0, 0])[:3] for row in rows]
+    tokenizer.padding_side = "left"
+    assert tokenizer.pad([{"input_ids": row} for row in rows]).attention_mask[0][0] == 0
+    del tokenizer.padding_side
+
+    assert tokenizer.batch_decode(rows, skip_special_tokens=True) == ["hello", "USER: What is this? <img>"]
+    tokens = ["<img>", "</s>", "<img_00003>", "no such token"]
+    ids = tokenizer.convert_tokens_to_ids(tokens)
+    assert tokenizer.convert_tokens_to_ids("<img>") == ids[0] == tokenizer.encode("<img>", add_special_tokens=False)[0]
+    assert ids[1:] == [2, tokenizer.vocab_size + 3, 0]
+    assert tokenizer.convert_ids_to_tokens(ids[:3]) == tokens[:3] and tokenizer.get_vocab()["<img>"] == ids[0]
+    assert tokenizer.all_special_ids == [0, 1, 2] and tokenizer.tokenize("</s><img>") == ["</s>", "<img>"]
+    files = tokenizer.save_pretrained(tmp_path / "saved")
+    assert MultimodalTokenizer.from_pretrained(tmp_path / "saved").encode(texts[1], add_bos=True) == rows[1]
+    assert all(Path(file).is_file() for file in files)
+
+
+def test_tokenizer_has_an_image_tokenizer(tokenizer):
+    part = tokenizer.image_tokenizer
+    assert tokenizer.to("cpu") is tokenizer and part.device == tokenizer.device == torch.device("cpu")
+    assert isinstance(part.model.visual_encoder, torch.nn.Module) and len(part) == tokenizer.num_image_tokens
+    pixels = part.processor(Image.effect_noise((40, 30), 90))
+    codes = part.encode(pixels)
+    assert torch.equal(codes, tokenizer.encode_image(image_torch=pixels))
+    assert pixels_equal(part.decode(codes), tokenizer.decode_image(codes))
+
+
+def pixels_equal(images: list[Image.Image], others: list[Image.Image]) -> bool:
+    return np.array_equal(pixels(images), pixels(others))
+
+
 @pytest.mark.parametrize(("lines", "dtype", "fp16"), [
     ("", torch.float32, True), ("fp16: True\ndtype: float16", torch.float16, True),
     ("fp16: False\ndtype: bf16", torch.bfloat16, False)])

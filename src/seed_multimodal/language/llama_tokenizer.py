@@ -1,0 +1,171 @@
+"""`LlamaTokenizer`: transformers' tokenizer interface around `MultimodalTokenizer`.
+
+transformers 5 splits text next to images differently than 4.30.2, with which the original models were trained; this
+class has the names and results of the latter. Padding is on the right unless `padding_side` says "left".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import local_folder
+from seed_multimodal.language.tokenizer import NAMES, MultimodalTokenizer
+
+UNLIMITED = int(1e30)  # transformers' number for "no maximum length"
+
+
+class LlamaTokenizer:
+    """Text ⇄ ids as the slow LLaMA tokenizer of transformers 4.30.2; `text` can be used by itself."""
+
+    bos_token, eos_token, unk_token, pad_token = "<s>", "</s>", "<unk>", "<unk>"
+    bos_token_id, eos_token_id, unk_token_id, pad_token_id = 1, 2, 0, 0
+    padding_side = "right"
+    model_max_length = UNLIMITED
+
+    def __init__(self, text: MultimodalTokenizer) -> None:
+        self.text = text
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **unused: Any) -> Self:
+        """The tokenizer of a folder or hub name. Raises CheckpointError: missing or damaged files."""
+        folder = local_folder(pretrained_model_name_or_path)
+        if folder is None:
+            raise CheckpointError(f"{pretrained_model_name_or_path}: no such tokenizer folder.")
+        return cls(MultimodalTokenizer.from_pretrained(folder))
+
+    def save_pretrained(self, save_directory: str | Path) -> tuple[str, ...]:
+        """Write the tokenizer's files; returns their paths."""
+        folder = self.text.save_pretrained(save_directory)
+        return tuple(str(file) for file in sorted(folder.iterdir()))
+
+    # ---- vocabulary
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of text tokens, without the added ones."""
+        return self.text.vocabulary.n_text
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """`<unk>`, `<s>` and `</s>`."""
+        return list(NAMES.values())
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        """Ids of `all_special_tokens`."""
+        return [self.text.word_id(token) for token in self.all_special_tokens]
+
+    def get_vocab(self) -> dict[str, int]:
+        """Token → id."""
+        return {token: id for id, token in enumerate(self.text.tokens(range(len(self))))}
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        """The id of a token, or a list of ids; `unk_token_id` for unknown tokens."""
+        if isinstance(tokens, str):
+            return self.text.word_id(tokens)
+        return [self.text.word_id(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int], skip_special_tokens: bool = False) -> Any:
+        """The token of an id, or a list of tokens."""
+        if isinstance(ids, int):
+            return self.text.tokens([ids])[0]
+        hidden = set(self.all_special_ids) if skip_special_tokens else set()
+        return self.text.tokens(id for id in _id_list(ids) if id not in hidden)
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        """Tokens → text."""
+        return self.text.decode(self.convert_tokens_to_ids(list(tokens)))
+
+    # ---- text → ids
+
+    def tokenize(self, text: str, add_special_tokens: bool = False) -> list[str]:
+        """Text → tokens."""
+        return self.text.tokens(self.encode(text, add_special_tokens))
+
+    def encode(self, text: str, add_special_tokens: bool = True, truncation: bool = False,
+               max_length: int | None = None, return_tensors: str | None = None) -> Any:
+        """Text → ids; `add_special_tokens` puts `<s>` in front. With `return_tensors` a tensor `[1, L]`."""
+        ids = self.text.encode(text, add_bos=add_special_tokens)
+        if truncation:
+            ids = ids[:max_length]
+        if return_tensors is None:
+            return ids
+        return self(text, add_special_tokens, truncation=truncation, max_length=max_length,
+                    return_tensors=return_tensors).input_ids
+
+    def __call__(self, text: str | Sequence[str], add_special_tokens: bool = True, *,
+                 padding: bool | str = False, truncation: bool | str = False, max_length: int | None = None,
+                 return_tensors: str | None = None, return_attention_mask: bool = True) -> Any:
+        """A text, or several → `input_ids` and `attention_mask`.
+
+        `padding`: True or "longest", "max_length", False; `truncation`: cut each text to `max_length` tokens.
+        """
+        cut = truncation not in (False, "do_not_truncate")
+        texts = [text] if isinstance(text, str) else text
+        rows = [self.encode(one, add_special_tokens, cut, max_length) for one in texts]
+        encoded = self.pad({"input_ids": rows}, padding=padding, max_length=max_length, return_tensors=return_tensors)
+        if not return_attention_mask:
+            del encoded["attention_mask"]
+        if isinstance(text, str) and return_tensors is None:
+            return type(encoded)({name: values[0] for name, values in encoded.items()})
+        return encoded
+
+    def pad(self, encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]], padding: bool | str = True,
+            max_length: int | None = None, return_tensors: str | None = None) -> Any:
+        """Rows of `input_ids` (a mapping of lists, or a list of mappings) → rows of one length, with their mask.
+
+        Raises:
+            ConfigError: "max_length" without a length, or tensors of rows of several lengths.
+        """
+        from transformers import BatchEncoding
+
+        if isinstance(encoded_inputs, Mapping):
+            rows = [_id_list(row) for row in encoded_inputs["input_ids"]]
+        else:
+            rows = [_id_list(one["input_ids"]) for one in encoded_inputs]
+        longest = max(map(len, rows), default=0)
+        if padding == "max_length" and max_length is None:
+            raise ConfigError('padding="max_length" needs a max_length.')
+        if padding in (False, "do_not_pad"):
+            lengths = [len(row) for row in rows]
+        else:
+            target = max_length if padding == "max_length" and max_length is not None else longest
+            lengths = [max(target, len(row)) for row in rows]
+        if return_tensors is not None and len(set(lengths)) > 1:
+            raise ConfigError("The texts have several lengths, which no tensor can hold: set padding=True.")
+
+        ids, masks = [], []
+        for row, length in zip(rows, lengths, strict=True):
+            filling = length - len(row)
+            if self.padding_side == "left":
+                ids.append([self.pad_token_id] * filling + row)
+                masks.append([0] * filling + [1] * len(row))
+            else:
+                ids.append(row + [self.pad_token_id] * filling)
+                masks.append([1] * len(row) + [0] * filling)
+        return BatchEncoding({"input_ids": ids, "attention_mask": masks}, tensor_type=return_tensors)
+
+    # ---- ids → text
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = False, clean_up_tokenization_spaces: bool = False,
+               ) -> str:
+        """Ids → text; the last argument has no effect, as with the original tokenizer's files."""
+        return self.text.decode(_id_list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, sequences: Any, skip_special_tokens: bool = False,
+                     clean_up_tokenization_spaces: bool = False) -> list[str]:
+        """Rows of ids → texts."""
+        return [self.decode(row, skip_special_tokens) for row in sequences]
+
+
+def _id_list(ids: Any) -> list[int]:
+    """One id, a list, an array or a tensor of ids as a list."""
+    return [int(id) for id in torch.as_tensor(ids).flatten().tolist()]
