@@ -5,42 +5,56 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-import filelock
-
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextlib.contextmanager
 def folder_lock(folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
                 ) -> Iterator[None]:
-    """Hold the lock of a folder (file `name` in it), created if missing; no-op if the file system has no locks.
-    `timeout`: seconds to wait, negative: forever. Raises `kind`: locked by another run (`busy`: what it does)."""
-    held = filelock.FileLock(folder / name)
+    """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
+
+    The kernel releases it when the process ends, on whichever machine. On a file system without locks, such as Lustre
+    mounted without `flock`, nothing is locked. `timeout`: seconds to wait, negative: forever.
+    Raises `kind`: locked by another run (`busy`: what it does).
+    """
+    import fcntl  # not on Windows
+
     with writing(folder, kind):
         folder.mkdir(parents=True, exist_ok=True)
-        try:
-            held.acquire(timeout=timeout)
-        except TimeoutError:
-            raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
-        except (OSError, NotImplementedError) as error:
-            if getattr(error, "errno", errno.ENOLCK) not in (errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
+        deadline = math.inf if timeout < 0 else time.monotonic() + timeout
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
+                time.sleep(0.05)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise kind(f"{folder / name}: cannot be locked ({disk_reason(error)}).") from error
+                break
         yield
     finally:
+        # The file stays: removing it would let a third process lock a new file of this name next to a waiting one.
         with contextlib.suppress(OSError):
-            (folder / name).unlink()
-        held.release()
+            fcntl.flock(handle, fcntl.LOCK_UN)  # closing is not enough while a forked process has it, too
+        os.close(handle)
 
 
 def disk_reason(error: OSError) -> str:

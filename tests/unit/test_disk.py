@@ -3,15 +3,53 @@
 from __future__ import annotations
 
 import errno
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from full_disk import file_size_limit
 from safetensors import SafetensorError
 
-from seed_multimodal.disk import making_folder, output_folder, replace_folder, writable_folder
+from seed_multimodal.disk import folder_lock, making_folder, output_folder, replace_folder, writable_folder
 from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+
+
+HOLDER = """
+import errno, fcntl, pathlib, socket, sys
+from seed_multimodal.disk import folder_lock
+
+def flock(*arguments):
+    raise OSError(errno.ENOSYS, "Function not implemented")
+
+socket.gethostname = lambda: sys.argv[3]
+if sys.argv[2] == "without flock":
+    fcntl.flock = flock
+with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("disk", ["with flock", "without flock"])
+def test_folder_lock_after_a_kill_on_another_machine(tmp_path: Path, disk: str) -> None:
+    """The process id in a file would mean nothing there; a disk without flock (Lustre, FUSE) has no locks."""
+    for machine in ("one", "two"):
+        holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path), disk, machine], stdin=subprocess.PIPE,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        output = holder.stdout.readline()
+        holder.kill()
+        assert output == "locked\n", holder.communicate()
+
+
+def test_folder_lock_in_this_process(tmp_path: Path) -> None:
+    with folder_lock(tmp_path, ConfigError):
+        with pytest.raises(DataError, match="another run is busy"), folder_lock(tmp_path, DataError, "busy", 0.1):
+            pass
+    with folder_lock(tmp_path, ConfigError):
+        pass
 
 
 def test_replace_folder(tmp_path: Path) -> None:
