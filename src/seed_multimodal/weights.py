@@ -95,7 +95,12 @@ def save_state_dict(tensors: Mapping[str, Tensor], path: str | Path, metadata: M
     """Write safetensors atomically. Raises OSError: disk error; the old file stays."""
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: value.detach().contiguous().cpu().clone() for name, value in tensors.items()}
+    content, storages = dict[str, Tensor](), set[int]()
+    for name, value in tensors.items():
+        tensor = value.detach().contiguous().cpu()
+        storage = tensor.untyped_storage().data_ptr()
+        content[name] = tensor.clone() if storage in storages else tensor  # safetensors refuses shared storage
+        storages.add(storage)
     with replacing_path(file) as scratch:
         try:
             save_file(content, scratch, metadata={"format": "pt", **(metadata or {})})

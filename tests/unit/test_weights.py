@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import file_size_limit
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict, save_state_dict
@@ -53,6 +54,26 @@ def test_load_state_dict_with_mapped_tensors(tmp_path: Path) -> None:
 def test_load_state_dict_skips_names_that_are_not_text(tmp_path: Path) -> None:
     torch.save({0: torch.ones(2), "a": torch.ones(2)}, tmp_path / "a.pt")
     assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
+
+
+class Clones(TorchDispatchMode):
+    """Counts the tensors that are cloned."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten.clone.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_save_state_dict_copies_only_shared_tensors(tmp_path: Path) -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    state = {"a": weight, "tied": weight, "row": weight[1], "own": torch.ones(3), "empty": torch.zeros(0)}
+    with Clones() as clones:
+        file = save_state_dict(state, tmp_path / "a.safetensors")
+    assert clones.count == 2
+    loaded = load_state_dict(file)
+    assert loaded.keys() == state.keys() and all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_save_state_dict_on_a_full_disk(tmp_path: Path) -> None:

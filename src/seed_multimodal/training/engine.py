@@ -226,10 +226,14 @@ class ZeroEngine(Engine):
         return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The trained weights in 16 (or 32) bits; gathered with ZeRO-3, where only the first process gets them."""
+        """The trained weights (and the frozen ones if the task saves them) in 16 or 32 bits.
+
+        With ZeRO-3 they are gathered, and only the first process gets them."""
+        frozen = self.task.saves_frozen
         if self.stage == 3:
-            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
-        return {name: value.detach() for name, value in self.module.named_parameters() if value.requires_grad}
+            return self.model._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=not frozen)
+        return {name: value.detach() for name, value in self.module.named_parameters()
+                if frozen or value.requires_grad}
 
     def close(self) -> None:
         """Reset accelerate's state and the environment, for another run in this process."""

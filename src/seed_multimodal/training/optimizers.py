@@ -26,7 +26,7 @@ class OptimSettings:
     Attributes:
         name: adamw (torch, fused on CUDA), adamw_hf (the original's) or muon (see `MuonWithAdamW`; not with DeepSpeed).
         part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in `Task.module`; LaVIT:
-            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon.
+            `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With `learning_rate: 0` only these parts move.
         warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
         min_lr_ratio: the last step's rate over the peak.
         schedule_per_micro_batch: as in SEED-X, see `schedules.scheduled_rate`.
@@ -46,11 +46,17 @@ class OptimSettings:
     schedule_per_micro_batch: bool = False
 
 
+def peak_rate(settings: OptimSettings) -> float:
+    """The rate that the schedule starts from and parts' rates are relative to: `learning_rate`, or if it is 0 the
+    largest of `part_rates`."""
+    return settings.learning_rate or max(settings.part_rates.values(), default=0.0)
+
+
 def schedule(step: int, settings: OptimSettings, max_steps: int, accumulate: int = 1) -> float:
     """Learning rate of optimizer step `step` (0-based) of `max_steps`, of `accumulate` micro-batches each."""
     by_micro_batch = settings.schedule_per_micro_batch
     return scheduled_rate(
-        settings.lr_scheduler_type, step, settings.learning_rate, max_steps, floor=settings.min_lr_ratio,
+        settings.lr_scheduler_type, step, peak_rate(settings), max_steps, floor=settings.min_lr_ratio,
         warmup=warmup_count(max_steps, settings.warmup_ratio, settings.warmup_steps), clamp=not by_micro_batch,
         micro_batches=accumulate if by_micro_batch else 1)
 
@@ -69,12 +75,12 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
         raise ConfigError("Nothing to train: every parameter is frozen.")
     if settings.name == "muon":
         return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
-    groups: list[dict[str, Any]] = []
+    groups, peak = list[dict[str, Any]](), peak_rate(settings)
     for part, rate in [*settings.part_rates.items(), ("", settings.learning_rate)]:
         own = [trained.pop(name) for name in list(trained) if name.startswith(part)]
         if part and not own:
             raise ConfigError(f"optim: part_rates: no trained parameter is named {part}{nearest(part, trained)}.")
-        scale = {"lr_scale": rate / settings.learning_rate} if part else {}
+        scale = {"lr_scale": rate / peak if peak else 0.0} if part or rate != peak else {}
         groups += [{"params": own, "weight_decay": settings.weight_decay, **scale}] if own else []
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":

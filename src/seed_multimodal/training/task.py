@@ -67,6 +67,11 @@ class Task:
         """Subfolder of the checkpoints in the run's folder ("": the folder itself)."""
         return f"{self.name}.checkpoints"
 
+    @property
+    def saves_frozen(self) -> bool:
+        """Whether `weights` needs the frozen weights of `wrapped_part`, too, from a sharded engine."""
+        return False
+
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
 
@@ -133,7 +138,8 @@ class Task:
         """Restore from the `state_dict`s of all processes, by rank."""
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_part` from a sharded engine."""
+        """The module's weights in a checkpoint; `gathered`: trained weights of `wrapped_part` from a sharded engine
+        (with the frozen ones if `saves_frozen`)."""
         return dict(self.module.state_dict() if gathered is None else gathered)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:

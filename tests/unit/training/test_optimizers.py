@@ -45,6 +45,21 @@ def by_hand(values: list[float], gradients: list[list[float]], lr: float, betas:
     return values
 
 
+def test_part_rates_with_a_learning_rate_of_zero() -> None:
+    """Only the parts move, each by its own rate."""
+    settings = OptimSettings(learning_rate=0.0, part_rates={"1": 1e-2, "2": 5e-3}, lr_scheduler_type="constant",
+                             warmup_ratio=0.0, weight_decay=0.0)
+    model, peak = toy(), schedule(0, settings, 10)
+    before = copy.deepcopy(model)
+    optimizer = build_optimizer(model, settings)
+    for group in optimizer.param_groups:
+        group["lr"] = peak * group.get("lr_scale", 1.0)
+    assert sorted(group["lr"] for group in optimizer.param_groups) == [0.0, 5e-3, 1e-2]
+    train(model, optimizer, 1)
+    moved = {name for name, value in model.named_parameters() if not torch.equal(value, before.state_dict()[name])}
+    assert moved == {"1.weight", "1.bias", "2.weight"}
+
+
 def test_adamw_hf_is_the_published_update() -> None:
     gradients = [[0.3, -2.0, 1e-6, 0.0], [-0.1, -1.0, 2e-6, 0.0], [0.5, 3.0, -1e-6, 0.0]]
     parameter = nn.Parameter(torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64))

@@ -76,6 +76,9 @@ ONLY: dict[str, Mapping[str, str | None]] = {
 ALSO = {"resume_from_checkpoint": {"True": "auto"}, "mixed_precision": {"no": "fp32"},
         "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
         "report_to": {"none": "", "all": "tensorboard"}}
+# FSDP's flags -> the flag and file of ZeRO-3, which shards weights, gradients and optimizer states, too.
+FSDP = {"fsdp": "--deepspeed configs/deepspeed/stage3_offload_bf16.json (or stage3_fp16.json)",
+        "fsdp_plugin": "--deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml"}
 REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
 # Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest by the engine.
 IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
@@ -176,7 +179,8 @@ def translate(arguments: Sequence[str]) -> Translated:
         elif flag in IGNORED:
             ignored.append(f"--{flag}")
         elif flag in REFUSED and value.lower() not in ("false", "no", "0", "0.0", ""):
-            raise ConfigError(f"--{flag}: not supported.")
+            instead = f"; use ZeRO-3 instead: {FSDP[flag]}" if flag in FSDP else ""
+            raise ConfigError(f"--{flag}: not supported{instead}.")
         else:
             translated = _overrides(flag, value)
             made.update(translated)

@@ -47,6 +47,9 @@ class LlmModelSettings:
     attention: str = setting("auto", choices=tuple(ATTENTIONS))
     lora: dict[str, Any] | None = None  # fields of `peft.LoraConfig`; None trains every weight
     train_embeddings: bool = False  # train embeddings and head with the LoRA, not as copies (SEED-X)
+    freeze_embeddings: bool = False  # of full training: all weights but the input embeddings are trained
+    # Rows of new tokens. normal: N(0, initializer_range); mean: the old rows' mean, 3 times it in the head (SEED-X)
+    embedding_init: str = setting("normal", choices=("normal", "mean"))
     adapter: str | None = None  # folder of a trained adapter (or weights) to start from
     seed: int = 0  # of new weights: random initialization, new token embeddings, LoRA
     template: str | None = setting(None, choices=TUNED_TEMPLATES)  # None: by the model's width, as at inference
@@ -101,6 +104,9 @@ def check(settings: LlmModelSettings, where: str = "model") -> LlmModelSettings:
         raise ConfigError(f"{where}: quantization needs a trained base (path), not random weights.")
     if settings.quantization is not None and settings.lora is None and settings.adapter is None:
         raise ConfigError(f"{where}: a {settings.quantization} base cannot be trained; set lora.")
+    if settings.freeze_embeddings and settings.lora is not None:
+        raise ConfigError(f"{where}: freeze_embeddings is for full training; with lora, leave embed_tokens out of "
+                          "lora.modules_to_save.")
     return settings
 
 
@@ -135,8 +141,9 @@ def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
         return _base(node, where)
     check_keys(node, (*_META, *_PEFT_KEYS), where)
     base, peft, adapter = (node.get(key) for key in ("model", "peft_config", "model_id"))
-    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model"),
-              "train_embeddings": node["_target_"] == SEED_X_PEFT}
+    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model")}
+    if node["_target_"] == SEED_X_PEFT:
+        values |= {"train_embeddings": True, "embedding_init": "mean"}
     if peft:
         check_target(peft, LORA_TARGETS, f"{where}.peft_config")
         values["lora"] = {str(key): value for key, value in peft.items() if key not in _META}

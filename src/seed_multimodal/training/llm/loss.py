@@ -117,6 +117,24 @@ def use_attention(llama: Any, packed: bool) -> None:
         llama.set_attn_implementation(wanted)
 
 
+def add_packed_lengths(decoder: Any, inputs: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of the decoder: the sequence lengths that flash attention needs for a packed row.
+
+    Otherwise transformers derives them from the position ids in every layer, which waits for the device each time.
+    """
+    positions = given.get("position_ids")
+    if positions is None or positions.shape[0] != 1 or given.get("attention_mask") is not None:
+        return inputs, given
+    if "flash" not in str(decoder.config._attn_implementation):
+        return inputs, given
+    starts = (positions.flatten() == 0).nonzero().flatten().int()
+    boundaries = torch.cat([starts, starts.new_tensor([positions.numel()])])
+    longest = int(boundaries.diff().max())
+    lengths = {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries,
+               "max_length_q": longest, "max_length_k": longest}
+    return inputs, {**given, **lengths}
+
+
 def _learned(llama: Any, ids: Tensor, labels: Tensor, positions: Tensor | None, mask: Tensor | None,
              embeds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Last hidden states with a target `[T, width]`, and targets `[T]`."""

@@ -30,12 +30,15 @@ from seed_multimodal.training.llm.lora import (
     recorded_lora,
     save_adapter,
 )
-from seed_multimodal.training.llm.loss import find_llama
+from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
 from seed_multimodal.weights import load_state_dict
 
 
-def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device) -> nn.Module:
+def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device,
+              precision: str | None = None) -> nn.Module:
     """The model on `device`, in train mode, with the tokenizer's vocabulary size.
+
+    `precision`: of the run's forward passes; None: the frozen weights' dtype.
 
     Raises:
         ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
@@ -49,8 +52,9 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
     llama = _base(settings, tokenizer, place)
     rows = int(llama.config.vocab_size)
     force_special_ids(llama)
-    fit_vocabulary(llama, tokenizer, settings.seed)
-    llama.attentions = {packed: attention_kind(settings.attention, place, packed) for packed in (True, False)}
+    fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
+    half = (precision or settings.dtype) != "fp32"
+    llama.attentions = {packed: attention_kind(settings.attention, place, packed, half) for packed in (True, False)}
     try:  # `loss.use_attention` may change it per batch
         llama.set_attn_implementation(llama.attentions[True])
     except (ImportError, ValueError) as error:  # flash without its package or on unsupported hardware
@@ -67,6 +71,11 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
                                   "lora.modules_to_save.")
         if source is not None:
             load_adapter(model, find_folder(source))
+    if settings.freeze_embeddings:
+        if rows < words.size:
+            raise ConfigError("The base gets new tokens, but freeze_embeddings leaves their rows untrained.")
+        llama.get_input_embeddings().requires_grad_(False)
+    llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
     for parameter in model.parameters():
         if parameter.requires_grad:  # in place, so tied embeddings stay one parameter
             parameter.data = parameter.data.float()
@@ -109,9 +118,10 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
     return Path(folder)
 
 
-def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
-    """Resize the embeddings to the tokenizer's vocabulary; new rows from N(0, initializer_range). Raises ConfigError: a
-    model of another vocabulary."""
+@torch.no_grad()
+def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0, embedding_init: str = "normal") -> None:
+    """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`. Raises
+    ConfigError: a model of another vocabulary."""
     words, rows = tokenizer.vocabulary, int(llama.config.vocab_size)
     if rows == words.size:
         return
@@ -120,21 +130,28 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0) -> None:
                           f"{words.size} tokens in all.")
     llama.resize_token_embeddings(words.size, mean_resizing=False)
     generator, spread = torch.Generator().manual_seed(seed), llama.config.initializer_range
-    for end in {id(end): end for end in (llama.model.embed_tokens.weight, llama.lm_head.weight)}.values():
-        new = torch.empty(words.size - rows, end.shape[1]).normal_(0.0, spread, generator=generator)
-        end.data[rows:] = new.to(end)
+    table, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
+    for weight in (table,) if head is table else (table, head):
+        if embedding_init == "normal":
+            new = torch.empty(words.size - rows, weight.shape[1]).normal_(0.0, spread, generator=generator)
+        else:
+            new = weight[:rows].float().mean(0) * (1.0 if weight is table else 3.0)
+        weight[rows:] = new.to(weight)
 
 
-def attention_kind(name: str, device: torch.device, packed: bool = True) -> str:
+def attention_kind(name: str, device: torch.device, packed: bool = True, half: bool = True) -> str:
     """transformers' name of an attention implementation, for packed or padded rows. Padded rows need only a causal mask
-    (fast in SDPA) and have many lengths, for each of which flex attention would be compiled."""
+    (fast in SDPA) and have many lengths, for each of which flex attention would be compiled. Flash attention needs half
+    precision. Raises ConfigError: it is set for a run in fp32."""
+    if name == "flash" and not half:
+        raise ConfigError("attention flash: needs trainer.precision bf16 or fp16; use auto or flex for fp32.")
     if name != "auto":
         return ATTENTIONS[name]
     if device.type != "cuda" or not packed:
         return ATTENTIONS["sdpa"]
     from transformers.utils import is_flash_attn_2_available
 
-    return ATTENTIONS["flash" if is_flash_attn_2_available() else "flex"]
+    return ATTENTIONS["flash" if half and is_flash_attn_2_available() else "flex"]
 
 
 def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
@@ -143,11 +160,7 @@ def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> A
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
-    if settings.quantization is None:
-        llama = load_llm(folder, dtype=dtype)
-    else:
-        # Loaded again: a 4-bit model that has generated on a CPU has another packing and no gradients.
-        llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
+    llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
     llama.name_or_path = portable(folder)  # PEFT writes it into adapter_config.json
     return llama
 

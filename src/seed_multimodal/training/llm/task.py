@@ -92,7 +92,7 @@ class LlmTask(RunTask):
     def prepare(self) -> None:
         """Build the model and its optimizer."""
         super().prepare()
-        self.llm = build_llm(self.run.model, self.tokenizer, self.device)
+        self.llm = build_llm(self.run.model, self.tokenizer, self.device, self.settings.precision)
         self.width = int(find_llama(self.llm).config.hidden_size)
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.run.optim)
@@ -251,6 +251,11 @@ class LlmTask(RunTask):
             return found
         short = {name.replace(".default", "").replace(".modules_to_save", ""): value for name, value in found.items()}
         return {name: short[name] for name in trained_state(self.llm)}
+
+    @property
+    def saves_frozen(self) -> bool:
+        """A plain LLaMA folder is complete; an adapter's is not."""
+        return not is_lora(self.llm)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""

@@ -129,6 +129,9 @@ class TuningTask(LlmTask):
         """Open data and tokenizer. Raises as `RunTask.train`; ConfigError: a tokenizer of another system."""
         if (run.trainer.text_weight, run.trainer.image_weight) != (1.0, 1.0):
             raise ConfigError("trainer: SEED-X's losses are weighted by agent.losses.lm_loss_scale and rec_loss_scale.")
+        if run.model.freeze_embeddings:
+            raise ConfigError("model: freeze_embeddings is not supported for SEED-X, whose checkpoints hold trained "
+                              "weights only.")
         super().__init__(run, group, device)
         seed_x_words(self.tokenizer)
 
@@ -207,6 +210,11 @@ class TuningTask(LlmTask):
         found = super().identity(world)
         sizes = {name: asdict(getattr(self.run.agent, name)) for name in _RESAMPLERS}
         return {**found, "model": {**found["model"], **sizes}}
+
+    @property
+    def saves_frozen(self) -> bool:
+        """Checkpoints hold the trained weights."""
+        return False
 
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The trained weights, with original names."""

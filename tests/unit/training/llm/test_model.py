@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from llm_losses import packed_loss
 from omegaconf import OmegaConf
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -66,8 +68,38 @@ def test_attention_kind_of_packed_and_padded_rows() -> None:
     assert attention_kind("auto", cpu, packed=True) == attention_kind("auto", cpu, packed=False) == "sdpa"
     assert {attention_kind(name, cuda, packed) for name in ("flash", "eager") for packed in (True, False)} == {
         "flash_attention_2", "eager"}
+    assert attention_kind("auto", cuda, packed=True, half=False) == "flex_attention"
+    with pytest.raises(ConfigError, match="flash: needs trainer.precision bf16 or fp16"):  # its kernel has no fp32
+        build(None, sizes=SIZES, attention="flash")
     llama = find_llama(build(None, sizes=SIZES, lora={"r": 2}, attention="eager"))
     assert llama.attentions == {True: "eager", False: "eager"} and llama.config._attn_implementation == "eager"
+
+
+def attention_by_lengths(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Attention of a packed row as in a flash kernel: from the sequences' boundaries."""
+    boundaries, longest = kwargs["cu_seq_lens_q"], kwargs["max_length_q"]
+    assert kwargs["cu_seq_lens_k"] is boundaries and boundaries.dtype == torch.int32
+    parts = []
+    for start, end in itertools.pairwise(boundaries.tolist()):
+        assert end - start <= longest
+        q, k, v = (part[:, :, start:end] for part in (query, key, value))
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2, "lora_dropout": 0.0}])
+def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora: dict | None) -> None:
+    """Computed once; otherwise transformers derives them from the position ids in every layer."""
+    AttentionInterface.register("flash_by_lengths", attention_by_lengths)
+    model = build(None, sizes=SIZES, lora=lora, gradient_checkpointing=True)
+    given = batch(2, 20)
+    given.position_ids = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    expected = packed_loss(model, given).sum
+    llama = find_llama(model)
+    llama.config._attn_implementation = llama.attentions[True] = "flash_by_lengths"
+    found = packed_loss(model, given).sum
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-5)
+    found.backward()
 
 
 def batch(rows: int = 2, length: int = 20) -> SimpleNamespace:
@@ -95,6 +127,30 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) ->
     assert not torch.equal(model.lm_head.weight[TEXT:], model.model.embed_tokens.weight[TEXT:])
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
     assert model.config.vocab_size == WORDS and model.training
+
+
+def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) -> None:
+    """As SEED-X's original: the mean of the old rows, in the head 3 times it; with one matrix for both its mean."""
+    model = build(bases["text"], embedding_init="mean")
+    for weight, factor in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 3.0)):
+        expected = factor * weight[:TEXT].mean(0)
+        assert len(weight) == WORDS
+        torch.testing.assert_close(weight[TEXT:], expected.expand(WORDS - TEXT, -1))
+
+
+def test_freeze_embeddings_trains_all_other_weights(bases: dict[str, Path], tmp_path: Path) -> None:
+    model = build(bases["all"], freeze_embeddings=True)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    step(model)
+    equal = [name for name, value in model.named_parameters() if torch.equal(value, before[name])]
+    assert equal == ["model.embed_tokens.weight"]
+    again = build(save_trained(model, tmp_path))  # a complete folder
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight)
+    assert torch.equal(again.model.embed_tokens.weight, before["model.embed_tokens.weight"])
+    with pytest.raises(ConfigError, match="freeze_embeddings is for full training"):
+        build(bases["all"], lora=LORA, freeze_embeddings=True)
+    with pytest.raises(ConfigError, match="freeze_embeddings leaves their rows untrained"):
+        build(bases["text"], freeze_embeddings=True)
 
 
 def test_build_llm_from_sizes_depends_on_the_seed_only() -> None:

@@ -47,6 +47,7 @@ def test_pretraining_configuration_is_the_published_recipe() -> None:
     assert run.agent.path is None and tuning.agent.path and run.agent.losses == tuning.agent.losses
     assert run.agent.input_resampler == tuning.agent.input_resampler
     assert run.agent.output_resampler == tuning.agent.output_resampler and run.visual_encoder == tuning.visual_encoder
+    assert run.model.embedding_init == "mean"  # of the new tokens
     assert run.model.path.endswith("llama-2-13b-chat") and run.model.lora == tuning.model.lora is not None
     assert (run.optim.learning_rate, run.optim.lr_scheduler_type) == (1e-4, "cosine")
     assert {source.name for source in run.data.sources} == {
@@ -76,7 +77,9 @@ def test_flags_default_to_the_originals_values() -> None:
 
 
 @pytest.mark.parametrize(("flags", "sentence"), [
-    (["--num_train_epochs", "3"], "use --max_steps"), (["--fsdp_plugin", "x.yaml"], "not supported"),
+    (["--num_train_epochs", "3"], "use --max_steps"),
+    (["--fsdp_plugin", "x.yaml"],
+     "not supported; use ZeRO-3 instead: --deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml"),
     (["--agent_modl", "x.yaml"], "did you mean '--agent_model'")])
 def test_compose_rejects_unsupported_flags(flags: list[str], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
