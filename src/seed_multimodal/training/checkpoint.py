@@ -14,6 +14,7 @@ random state is saved: random numbers of a step are determined by (seed, step, p
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder
+from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder, writing
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.config import TrainerConfig
@@ -61,25 +62,64 @@ class CheckpointStore:
         self.home, self.group, self.settings = home, group, settings
         self.saved: int | None = None
         self.place: Path | None = None
+        self.branch = ""  # the checkpoint named by `resume` from which this branch of the run started
+        self.starts_branch = False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         if group.first:
             _clean(home)
 
     def find(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """The states (as `read_states`) of the checkpoint to resume from, or empty. Raises CheckpointError: `never` but
-        checkpoints exist, or processes see different files."""
-        newest, resume = next((str(path) for _, path in checkpoints(self.home)), ""), self.settings.resume
-        if resume == "never" and newest:
+        """The states (as `read_states`) of the checkpoint to resume from, or empty: the newest one of this branch.
+
+        Raises CheckpointError: `never` but checkpoints exist, or processes see different files.
+        """
+        resume = self.settings.resume
+        newest = next((path for _, path in checkpoints(self.home)), None)
+        if resume == "never" and newest is not None:
             raise CheckpointError(f"{self.home}: contains checkpoints of an earlier run (the newest is "
-                                  f"{Path(newest).name}); resume from them (resume=auto) or use another folder.")
-        chosen = self.group.gather({"folder": newest if resume in ("auto", "never") else resume})[0]["folder"]
-        if not chosen:
+                                  f"{newest.name}); resume from them (resume=auto) or use another folder.")
+        choice = {"folder": str(newest or ""), "branch": "", "is_new": False}
+        if resume not in ("auto", "never"):
+            choice["branch"] = self._branch_name(Path(resume))
+            # The same command again continues the branch that it has started.
+            if newest is None or read_states(newest)[0].get("branch") != choice["branch"]:
+                choice |= {"folder": resume, "is_new": True}
+        choice = self.group.gather(choice)[0]
+        if not choice["folder"]:
             return {}, []
-        self.place = Path(chosen)
+        self.place = Path(choice["folder"])
         saved, states = read_states(self.place)
         self.saved = int(saved["global_step"])
+        self.branch = choice["branch"] or saved.get("branch", "")
+        self.starts_branch = choice["is_new"]
         return saved, states
+
+    def _branch_name(self, start: Path) -> str:
+        """The checkpoint that a branch starts from: its name if it is one of this run, else its path."""
+        start = start.resolve()
+        return start.name if start.parent == self.home.resolve() else str(start)
+
+    def set_aside(self) -> str:
+        """At the start of a branch, move the checkpoints that are not before it to a folder `abandoned-N`.
+
+        Returns a sentence about them, or "". Raises CheckpointError: disk error.
+        """
+        if not (self.starts_branch and self.group.first and self.saved is not None):
+            return ""
+        is_own = self.branch == self._branch_name(self.home / f"checkpoint-{self.saved}")
+        last_kept = self.saved if is_own else -1
+        abandoned = [path for step, path in checkpoints(self.home) if step > last_kept]
+        if not abandoned:
+            return ""
+        numbers = (number for number in itertools.count(1) if not (self.home / f"abandoned-{number}").exists())
+        folder = self.home / f"abandoned-{next(numbers)}"
+        with writing(folder):
+            folder.mkdir()
+            for path in abandoned:
+                os.replace(path, folder / path.name)
+        names = ", ".join(path.name for path in reversed(abandoned))
+        return f"starts a branch; {names} of the run before were moved to {folder}."
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""

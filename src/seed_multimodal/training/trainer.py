@@ -109,6 +109,10 @@ class Trainer:
             task.load_state_dict(states, group.rank)
         if folder is not None:
             self.log_line(f"resumes from {folder} (step {self.step}).")
+            # Only now, since a command that is refused must not move anything.
+            remark = self.store.set_aside()
+            if remark:
+                self.log_line(remark)
         self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
                           kept=saved.get("global_step", 0))
@@ -208,6 +212,7 @@ class Trainer:
         state = {
             "global_step": self.step,
             "interim": interim,
+            "branch": self.store.branch,
             **self.identity,
             "seconds": time.monotonic() - self.started,
             "frozen": self.frozen,
