@@ -25,11 +25,10 @@ from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_WHERE, find_file, find_folder
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions
-from seed_multimodal.lavit.ratios import RATIOS
+from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import read_file
 
-SIDE = 1024  # of the square one of RATIOS
 EMPTY_TEXT = "uncond_embeddings.bin"
 NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", EMPTY_TEXT)
 
@@ -88,8 +87,7 @@ class LavitDetokenizer(Detokenizer):
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of one of `RATIOS` in this U-Net's size."""
         side, unit = int(self.unet.config.sample_size) * self.factor, max(8, self.factor)
-        height, width = (max(unit, round(one * side / SIDE / unit) * unit) for one in RATIOS[ratio])
-        return height, width
+        return ratio_size(ratio, side, unit)
 
     def size(self, settings: Any) -> tuple[int, int]:
         whole = settings.ratio is None or settings.height is not None or settings.width is not None

@@ -1,5 +1,26 @@
 """The six aspect ratios that LaVIT draws in; without torch, for programs that only name them."""
 
-# Width to height: (height, width) in pixels. A U-Net of another size draws them in its own.
+import math
+from itertools import product
+
+SIDE = 1024  # of the published square
+
+# Width to height: the published (height, width) in pixels.
 RATIOS = {"1:1": (1024, 1024), "4:3": (896, 1152), "3:2": (832, 1216), "16:9": (768, 1344), "2:3": (1216, 832),
           "3:4": (1152, 896)}
+
+
+def ratio_size(ratio: str, side: int, unit: int) -> tuple[int, int]:
+    """Height and width of one of `RATIOS` for a model whose square has `side` pixels, in multiples of `unit`: the
+    published size scaled, or the nearest to the ratio and to the square's area."""
+    height, width = (one * side / SIDE for one in RATIOS[ratio])
+    if height % unit == width % unit == 0:
+        return int(height), int(width)
+
+    def distance(size: tuple[int, int]) -> float:
+        aspect_error = math.log(size[1] / size[0]) - math.log(width / height)
+        area_error = math.log(size[0] * size[1] / side**2)
+        return math.hypot(aspect_error, area_error)
+
+    lengths = range(unit, 2 * side + unit, unit)
+    return min(product(lengths, lengths), key=distance)

@@ -50,11 +50,11 @@ def test_describe_and_ask(seed, image, tiny_lavit):
 
 def test_draw_and_edit_with_sizes_and_ratios(seed, image):
     _, lines = seed("draw", "a red apple", "--steps", "2", "--ratio", "3:2")
-    assert Image.open(lines[0]["image"]).size == (80, 48)
+    assert Image.open(lines[0]["image"]).size == (80, 56)
     _, lines = seed("draw", "a red apple", "--steps", "1", "--height", "32", "--width", "40", "--guidance-scale", "2")
     assert Image.open(lines[0]["image"]).size == (40, 32)
     _, lines = seed("edit", image, "in the snow", "--steps", "1", "--ratio", "2:3")
-    assert Image.open(lines[0]["edited"]).size == (48, 80)
+    assert Image.open(lines[0]["edited"]).size == (56, 80)
     assert seed("detect", image, "the fish")[0] == 2
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.lavit.decoder import CodeDecoder, Conditions, LavitDecoderConfig
-from seed_multimodal.lavit.diffusion import EMPTY_TEXT, RATIOS, LavitDetokenizer, LavitSettings, read_empty_text
+from seed_multimodal.lavit.diffusion import EMPTY_TEXT, LavitDetokenizer, LavitSettings, read_empty_text
+from seed_multimodal.lavit.ratios import RATIOS, ratio_size
 
 N, WIDTH, POOLED, EMPTY = (tiny_lavit_training.TOKENS, tiny_lavit_training.WIDTH, tiny_lavit_training.POOLED,
                            tiny_lavit_training.NOTHING)
@@ -95,6 +96,9 @@ def test_ratio_size_of_the_unet(high: LavitDetokenizer) -> None:
     full = LavitDetokenizer(tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
+    small = [ratio_size(name, 64, 8) for name in RATIOS]
+    assert small == [(64, 64), (56, 72), (56, 80), (48, 88), (80, 56), (72, 56)]
+    assert ratio_size("3:2", 512, 8) == (416, 608)  # of the published size half
     for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):
         assert high([torch.randn(3, 4)], ratio="16:9", num_inference_steps=1, **sizes)[0].size == drawn
     with pytest.raises(ConfigError, match="ratio must be one of 1:1, 4:3, 3:2"):

@@ -119,9 +119,9 @@ def test_page_asks_the_program_message_by_message(tiny_lavit_folder: Path, tmp_p
             assert not answer["below"]
         submit("a red apple")
         drawn = reply(True, "3:2")["content"][0]
-        assert Image.open(drawn["path"]).size == (80, 48) and drawn["codes"]
+        assert Image.open(drawn["path"]).size == (80, 56) and drawn["codes"]
         visit.on_retry()
-        assert Image.open(reply(True, "2:3")["content"][0]["path"]).size == (48, 80) and len(visit.turns) == 8
+        assert Image.open(reply(True, "2:3")["content"][0]["path"]).size == (56, 80) and len(visit.turns) == 8
 
 
 @pytest.mark.parametrize(("named", "asked"), [

@@ -135,7 +135,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path: Path, capfd: pytest.
     lavit = Lavit.from_pretrained(work / "system", log=None)
     image = Image.fromarray(render(scene_at(0, 0, "val")))
     hot = {"do_sample": True, "temperature": 10.0, "top_k": 0}  # an untrained model's likeliest token is no code
-    assert lavit.draw("a dog on a meadow", ratio="3:2", **hot).size == (80, 48)
+    assert lavit.draw("a dog on a meadow", ratio="3:2", **hot).size == (80, 56)
     assert lavit.compose([image, "Put it at night."], **hot).size == (64, 64)
 
     # A system next to the nano that it was built on can be moved with it.
