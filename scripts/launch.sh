@@ -4,7 +4,8 @@
 #   NNODES (HOST_NUM)                        nodes; default 1
 #   NODE_RANK (INDEX)                        this node's number; default 0
 #   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
-# Nothing is assumed about the network; NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set.
+# NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set. On several nodes GLOO_SOCKET_IFNAME is by
+# default the interface that leads to node 0.
 ROOT=..
 . ../scripts/environment.sh
 
@@ -18,6 +19,20 @@ counted() { # NAMES VALUE
     esac
     echo "$0: $1 must be a number from 1 on, not '$2'." >&2
     exit 2
+}
+
+# The interface that connects this node with HOST, node 0. Without it gloo takes the address of this node's own name, which
+# other nodes cannot reach where /etc/hosts says 127.0.1.1 (Debian, many pods).
+interface_to() { # HOST
+    address=$(getent ahostsv4 "$1" | sed -n '1s/ .*//p')
+    interface=$(ip -4 route get "$address" | sed -n 's/.* dev \([^ ]*\).*/\1/p')
+    if [ "$interface" = lo ]; then # this is node 0: the interface that has the address
+        interface=$(ip -4 -o addr show to "$address" | sed -n '1s/^[0-9]*: *\([^ ]*\).*/\1/p')
+    fi
+    if [ "${interface:-lo}" = lo ]; then
+        interface=$(ip -4 route show default | sed -n '1s/.* dev \([^ ]*\).*/\1/p')
+    fi
+    echo "$interface"
 }
 
 launch() {
@@ -39,11 +54,24 @@ launch() {
         where=--standalone
     else
         where="--nnodes=$nodes --node_rank=${NODE_RANK:-${INDEX:-0}} --master_port=${MASTER_PORT:-$port}"
-        where="$where --master_addr=${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}"
+        master=${MASTER_ADDR:-${CHIEF_IP:-127.0.0.1}}
+        where="$where --master_addr=$master"
+        case $nodes:$master:${GLOO_SOCKET_IFNAME:-} in
+            1:* | *:localhost:* | *:127.*:*) ;; # all processes are on this machine
+            *:*:?*) ;;
+            *)
+                GLOO_SOCKET_IFNAME=$(interface_to "$master" 2>/dev/null)
+                [ -z "$GLOO_SOCKET_IFNAME" ] || export GLOO_SOCKET_IFNAME
+                ;;
+        esac
     fi
     case $processes in
         *[!0-9]*) ;;
-        *) export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( ($(getconf _NPROCESSORS_ONLN) + processes - 1) / processes ))}" ;;
+        *)
+            # Those that this process may use (macOS has no nproc), not all of the machine's.
+            cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+            export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( (cores + processes - 1) / processes ))}"
+            ;;
     esac
     # shellcheck disable=SC2086
     exec "$PYTHON" -m seed_multimodal.training.torchrun $where --nproc_per_node="$processes" \

@@ -79,7 +79,7 @@ class CheckpointStore:
         if resume == "never" and newest is not None:
             raise CheckpointError(f"{self.home}: contains checkpoints of an earlier run (the newest is "
                                   f"{newest.name}); resume from them (resume=auto) or use another folder.")
-        choice = {"folder": str(newest or ""), "branch": "", "is_new": False}
+        choice: dict[str, Any] = {"folder": str(newest or ""), "branch": "", "is_new": False}
         if resume not in ("auto", "never"):
             choice["branch"] = self._branch_name(Path(resume))
             # The same command again continues the branch that it has started.

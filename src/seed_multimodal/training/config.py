@@ -30,8 +30,9 @@ class TrainerConfig:
         save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from the same files
             before resuming.
         async_save: write checkpoints in a thread during the next steps (not with DeepSpeed).
-        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder, which
-            starts a branch: checkpoints after it are moved to `abandoned-N`; the same command again continues the branch.
+        resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a checkpoint's folder,
+            which starts a branch: checkpoints after it are moved to `abandoned-N`; the same command again
+            continues the branch.
         start: a checkpoint, or a folder of them, to initialize the weights (not the optimizer) from.
         timeout_minutes: timeout of steps and collective operations.
     """

@@ -22,9 +22,10 @@ from seed_multimodal.training.trainer import run_task
 # Settings that do not change the training's numbers, or are reported by `RunTask.check_resume`.
 QUIET = ("output_dir", "deepspeed", "eval_data", "data.batch_size", "data.held_out", "model.compile",
          "model.gradient_checkpointing", *(f"trainer.{name}" for name in (
-             "resume", "max_steps", "logging_steps", "save_steps", "save_seconds", "save_total_limit", "async_save",
-             "eval_steps", "eval_batches", "report_to", "curves", "run_name", "dataloader_num_workers", "device", "timeout_minutes",
-             "gradient_accumulation_steps", "gradient_checkpointing", "compile", "save_frozen", "sample_steps")))
+             "resume", "max_steps", "logging_steps", "save_steps", "save_seconds", "save_total_limit",
+             "async_save", "eval_steps", "eval_batches", "report_to", "curves", "run_name",
+             "dataloader_num_workers", "device", "timeout_minutes", "gradient_accumulation_steps",
+             "gradient_checkpointing", "compile", "save_frozen", "sample_steps")))
 NOUNS = {"engine": "engine", "zero_stage": "ZeRO stage", "model": "model", "optimizer": "optimizer",
          "samples_per_step": "samples per step"}  # must not change on resume
 COUNTS = {"world_size": "processes", "rows_per_step": "rows a step", "max_steps": "steps in all (the schedule follows)"}
