@@ -175,7 +175,8 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pretrained", help="folder of the tokenizer (default: pretrained)")
     parser.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder")
     add_device(parser, None, "by --precision")
-    parser.add_argument("--ckpt", help="Stable Diffusion 1.4 (default: next to the tokenizer, or in pretrained/)")
+    parser.add_argument("--ckpt", help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: that next to "
+                        "the tokenizer, or in pretrained/)")
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
     parser.add_argument("--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)")
@@ -189,7 +190,8 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=("full", "autocast"), default="autocast", help="full: float32")
     parser.add_argument("--skip_grid", action="store_true", help="write no grid")
     parser.add_argument("--skip_save", action="store_true", help="write no single images")
-    for flag in ("--prompt", "--from-file", "--config", "--C", "--f", "--ddim_eta"):
+    parser.add_argument("--config", help="YAML of a --ckpt file of other sizes (default: Stable Diffusion 1's)")
+    for flag in ("--prompt", "--from-file", "--C", "--f", "--ddim_eta"):
         parser.add_argument(flag, help="accepted without effect")
     for flag in ("--plms", "--laion400m"):
         parser.add_argument(flag, action="store_true", help="accepted without effect")
@@ -204,7 +206,8 @@ def _recon(args: argparse.Namespace) -> int:
         from seed_multimodal.seed.original import Seed1
 
         dtype = args.dtype or ("float32" if args.precision == "full" else "auto")
-        model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, device=args.device, dtype=dtype, log=log_line)
+        model = Seed1.from_pretrained(args.model, diffusion=args.ckpt, diffusion_config=args.config,
+                                      device=args.device, dtype=dtype, log=log_line)
         decoder = model.images.decoder
     usual = decoder.unet.config.sample_size * decoder.factor
     settings = {"num_inference_steps": args.ddim_steps, "guidance_scale": args.scale, "height": args.H or usual,

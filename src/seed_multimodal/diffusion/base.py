@@ -260,7 +260,13 @@ def guidance(scale: float) -> Callable[[Tensor], Tensor]:
 
 
 def empty_prompt(text_encoder: Any, tokenizer: Any, device: torch.device, length: int | None = None) -> Tensor:
-    """A text encoder's embeddings of the empty prompt, `[1, length, W]`; None: the tokenizer's own length."""
+    """A text encoder's embeddings of the empty prompt, `[1, length, W]`; None: the tokenizer's own length. Without a
+    tokenizer the prompt is CLIP's: one start, then ends."""
+    if tokenizer is None:
+        sizes = text_encoder.config
+        ends = [sizes.eos_token_id] * ((length or sizes.max_position_embeddings) - 1)
+        embedded: Tensor = text_encoder(torch.tensor([[sizes.bos_token_id, *ends]], device=device))[0]
+        return embedded
     words = tokenizer("", padding="max_length", max_length=length or tokenizer.model_max_length, truncation=True,
                       return_tensors="pt").to(device)
     masked = getattr(text_encoder.config, "use_attention_mask", False)

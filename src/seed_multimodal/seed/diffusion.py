@@ -20,11 +20,12 @@ from torch import Tensor
 from seed_multimodal.diffusion import base
 from seed_multimodal.diffusion.base import Detokenizer, Generators, guidance
 from seed_multimodal.hub import UNCLIP_WHERE, find_folder
+from seed_multimodal.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
-SD_WHERE = (f"download the diffusers folder of Stable Diffusion 1.4 (hf download CompVis/stable-diffusion-v1-4 "
-            f"--local-dir {SD_FOLDER}, or a mirror of it; a single .ckpt file is not read)")
+SD_WHERE = (f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers folder (hf "
+            f"download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)")
 
 
 class SeedDetokenizer(Detokenizer):
@@ -62,6 +63,16 @@ class StableDiffusionDetokenizer(SeedDetokenizer):
     def __init__(self, *parts: Any, **options: Any) -> None:
         super().__init__(*parts, **options)
         self.embedding_dim = int(self.unet.config.cross_attention_dim)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, device: str | torch.device = "cpu",
+                        dtype: torch.dtype = torch.float32, safety_checker: bool = True,
+                        config: str | Path | None = None) -> Self:
+        """As `SeedDetokenizer`; also the original's single file, which has no safety checker (`config`: its YAML)."""
+        file = Path(folder)
+        if file.suffix not in SUFFIXES or not file.is_file():
+            return super().from_pretrained(folder, device=device, dtype=dtype, safety_checker=safety_checker)
+        return cls(**load_single_file(file, dtype, config)).to(device)
 
     def denoise(self, settings: Any, generators: Generators, embeds: Tensor, negatives: Tensor | None = None,
                 start: Tensor | None = None) -> Tensor:

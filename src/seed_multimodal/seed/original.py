@@ -174,11 +174,13 @@ class Seed1:
     @classmethod
     def from_pretrained(cls, folder: str | Path = "pretrained", *, diffusion: str | Path | None = None,
                         vision: str | Path | None = None, config: Any = None, device: str = "auto", dtype: Any = "auto",
-                        safety_checker: bool = True, log: Log = print) -> Self:
+                        safety_checker: bool = True, diffusion_config: str | Path | None = None,
+                        log: Log = print) -> Self:
         """Load the tokenizer (see `seed.checkpoints`) now, and Stable Diffusion 1 when the first image is drawn.
 
         Args:
-            diffusion: default: in or next to `folder`, else `pretrained/stable-diffusion-v1-4`.
+            diffusion: a diffusers folder, or the original's `sd-v1-4.ckpt` (with its YAML file `diffusion_config`);
+                default: in or next to `folder`, else in `pretrained/`.
             config: sizes of weights without config.json that are not of the original width.
 
         Raises:
@@ -199,7 +201,7 @@ class Seed1:
                                                    dtype=runtime.dtype, log=log)
         return cls(tokenizer, device=runtime.device, load_decoder=partial(
             StableDiffusionDetokenizer.from_pretrained, diffusion or place, dtype=runtime.dtype,
-            safety_checker=safety_checker))
+            safety_checker=safety_checker, config=diffusion_config))
 
     def tokenize(self, images: Sequence[Any]) -> Tensor:
         """Images (files, bytes, PIL) → codes `[B, 32]` int64 on the CPU."""

@@ -147,5 +147,5 @@ def test_seed1_tokenize_draw_and_reconstruct(folder):
 def test_seed1_with_wrong_codes_or_without_weights(folder, tmp_path):
     with pytest.raises(CodesError, match="outside"):
         Seed1.from_pretrained(folder, device="cpu", log=None).draw([[50] * 32])
-    with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*, and download the diffusers folder"):
+    with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*, and put Stable Diffusion 1.4 there"):
         Seed1.from_pretrained(tmp_path / "nowhere", diffusion=tmp_path / "no-sd", log=None)

@@ -1,0 +1,143 @@
+"""Stable Diffusion 1 in one file of the original layout (`sd-v1-4.ckpt`), without the hub.
+
+The file is a pickle of a training program that holds more than tensors. It is read with `weights_only=True`, where
+each object that torch does not know becomes an empty placeholder: nothing in the file is run. diffusers converts the
+U-Net and the autoencoder by the original's YAML configuration, or by `V1`, Stable Diffusion 1's sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.progress import quiet_loading
+from seed_multimodal.weights import assign_strictly
+
+SUFFIXES = (".ckpt", ".safetensors")
+FIRST = "model.diffusion_model.input_blocks.0.0.weight"
+TEXT = "cond_stage_model.transformer."
+# `model.params` of the original configuration v1-inference.yaml, without its training settings.
+V1: dict[str, Any] = {
+    "linear_start": 0.00085, "linear_end": 0.012, "timesteps": 1000, "scale_factor": 0.18215,
+    "unet_config": {"params": {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "num_res_blocks": 2,
+        "attention_resolutions": [4, 2, 1], "channel_mult": [1, 2, 4, 4], "num_heads": 8, "transformer_depth": 1,
+        "use_spatial_transformer": True, "context_dim": 768}},
+    "first_stage_config": {"params": {"embed_dim": 4, "ddconfig": {
+        "double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128,
+        "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}}}}
+
+
+class Placeholder:
+    """Stands for an object of the file that is no tensor: accepts any arguments and state, and does nothing."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def load_single_file(file: Path, dtype: torch.dtype, config: str | Path | None = None) -> dict[str, Any]:
+    """U-Net, autoencoder (its decoder), scheduler and text encoder, as arguments of `StableDiffusionDetokenizer`.
+
+    `config`: the original's YAML file; None: `V1`.
+
+    Raises:
+        CheckpointError: not such a file, or another model's. ConfigError: an unusable `config`.
+    """
+    params = V1 if config is None else _read_config(Path(config))
+    tensors = read_tensors(file)
+    width, first = params["unet_config"]["params"]["model_channels"], tensors.get(FIRST)
+    if first is None or len(first) != width:
+        found = "no U-Net of Stable Diffusion" if first is None else f"a U-Net of width {len(first)}"
+        raise CheckpointError(f"{file}: holds {found}, where width {width} is expected (demo_recon.py: --config YAML).")
+    parts = {name: _convert(kind, name, tensors, params, file, dtype)
+             for name, kind in (("unet", "UNet2DConditionModel"), ("vae", "AutoencoderKL"))}
+    return {**parts, "scheduler": _scheduler(params), "text_encoder": _text_encoder(tensors, file, dtype)}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a `.ckpt` or `.safetensors` file. Raises CheckpointError: damaged, or unsafe."""
+    from safetensors.torch import load_file
+
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        classes = [(type("Placeholder", (Placeholder,), {}), name) for name in unknown]
+        with torch.serialization.safe_globals(classes):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # noqa: BLE001  (wrong bytes end in errors of many types)
+        reason = first_line(error)
+        raise CheckpointError(f"{file}: not a complete Stable Diffusion file, or unsafe ({reason}).") from error
+    state = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else {}
+    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    """`model.params` of an original YAML file."""
+    from seed_multimodal.config import load_yaml
+
+    values: Any = load_yaml(file)
+    params = (values.get("model") or {}).get("params")
+    if not isinstance(params, Mapping) or not {"unet_config", "first_stage_config"} <= params.keys():
+        raise ConfigError(f"{file}: model.params must hold unet_config and first_stage_config, as v1-inference.yaml.")
+    from omegaconf import OmegaConf
+
+    plain: Any = OmegaConf.to_container(OmegaConf.create(params), resolve=True)
+    return {**V1, **plain}
+
+
+def _convert(kind: str, name: str, tensors: dict[str, Tensor], params: dict[str, Any], file: Path,
+             dtype: torch.dtype) -> Any:
+    """The U-Net or the autoencoder, whose encoder is left out."""
+    import diffusers
+
+    try:
+        with quiet_loading("diffusers"):
+            part = getattr(diffusers, kind).from_single_file(
+                dict(tensors), original_config={"model": {"params": params}}, torch_dtype=dtype)
+    except Exception as error:  # noqa: BLE001  (a file of another model ends in errors of many types)
+        incomplete = isinstance(error, NotImplementedError)  # diffusers moves what it has not filled
+        reason = "tensors are missing" if incomplete else first_line(error)
+        raise CheckpointError(f"{file}: not Stable Diffusion 1's {name} ({reason}).") from error
+    if name == "vae":
+        part.encoder = part.quant_conv = None
+    return part.eval()
+
+
+def _scheduler(params: Mapping[str, Any]) -> Any:
+    """The original's PLMS, as in the diffusers folder of Stable Diffusion 1.4."""
+    from diffusers import PNDMScheduler
+
+    return PNDMScheduler(
+        num_train_timesteps=params["timesteps"], beta_start=params["linear_start"], beta_end=params["linear_end"],
+        beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+
+
+def _text_encoder(tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype) -> Any:
+    """CLIP's text model, with the sizes of its tensors; None: the file has none."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    state = {name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)}
+    words = state.get("text_model.embeddings.token_embedding.weight")
+    if words is None:
+        return None
+    vocabulary, width = words.shape
+    layers = 1 + max(int(name.split(".")[3]) for name in state if name.startswith("text_model.encoder.layers."))
+    config = CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 1),
+        intermediate_size=len(state["text_model.encoder.layers.0.mlp.fc1.bias"]),
+        max_position_embeddings=len(state["text_model.embeddings.position_embedding.weight"]),
+        bos_token_id=vocabulary - 2, eos_token_id=vocabulary - 1, pad_token_id=vocabulary - 1)
+    model = CLIPTextModel(config).to(dtype)
+    if not any(name.startswith("text_model.") for name in model.state_dict()):  # as of transformers 5
+        state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    assign_strictly(model, state, file, allow_unexpected=["*position_ids"])
+    return model.eval()

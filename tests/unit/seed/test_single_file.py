@@ -1,0 +1,158 @@
+"""Stable Diffusion 1 in one file of the original layout: the golden fixture's tensors, saved as the original was."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_seed1
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from seed_multimodal.cli.seed import recon_script
+from seed_multimodal.diffusion.base import empty_prompt
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.seed.diffusion import StableDiffusionDetokenizer
+from seed_multimodal.seed.modeling import Seed1Tokenizer
+from seed_multimodal.seed.single_file import load_single_file
+
+GOLDEN = Path(__file__).resolve().parents[2] / "golden" / "data" / "seed1_sd_decode"
+MODULE = "pytorch_lightning.callbacks.model_checkpoint"
+TEXT = "cond_stage_model.transformer."
+
+
+def golden_tensors() -> dict[str, torch.Tensor]:
+    """The recorded tensors, and those of the autoencoder's encoder, which the recording leaves out."""
+    tensors = {name: value.float() if value.is_floating_point() else value
+               for name, value in load_file(GOLDEN / "weights.safetensors").items()}
+    decoder, encoder = "first_stage_model.decoder.", "first_stage_model.encoder."
+    for name, value in list(tensors.items()):
+        if name.startswith((f"{decoder}mid.", f"{decoder}norm_out.")):
+            tensors[name.replace(decoder, encoder)] = value
+        if name.startswith(f"{decoder}up.0.block.0."):
+            for level in (0, 1):
+                tensors[name.replace(f"{decoder}up.0.", f"{encoder}down.{level}.")] = value
+    convolutions = {"encoder.conv_in": (32, 3, 3), "encoder.conv_out": (8, 32, 3),
+                    "encoder.down.0.downsample.conv": (32, 32, 3), "quant_conv": (8, 8, 1)}
+    for name, (out, channels, side) in convolutions.items():
+        tensors[f"first_stage_model.{name}.weight"] = torch.zeros(out, channels, side, side)
+        tensors[f"first_stage_model.{name}.bias"] = torch.zeros(out)
+    return tensors
+
+
+def save_as_original(file: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A checkpoint of the original's training program: its class is a key, and numbers are NumPy's."""
+    module = types.ModuleType(MODULE)
+    module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": MODULE})
+    parents = [MODULE.rsplit(".", count)[0] for count in (2, 1)]
+    sys.modules.update({**{name: types.ModuleType(name) for name in parents}, MODULE: module})
+    try:
+        torch.save({"epoch": 4, "global_step": 470_000, "state_dict": tensors, "optimizer_states": [],
+                    "callbacks": {module.ModelCheckpoint: {"best_model_score": np.float64(0.1), "monitor": "loss"}}},
+                   file)
+    finally:
+        for name in (*parents, MODULE):
+            del sys.modules[name]
+    return file
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`sd-v1-4.ckpt`, and the YAML of its sizes."""
+    folder = tmp_path_factory.mktemp("single")
+    save_as_original(folder / "sd-v1-4.ckpt", golden_tensors())
+    sizes = json.loads((GOLDEN / "config.json").read_text())["compvis"]
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": {"params": sizes}}))
+    return folder
+
+
+def test_single_file_has_the_tensors_of_the_diffusers_folder(home: Path) -> None:
+    names, tensors = json.loads((GOLDEN / "diffusers_key_map.json").read_text()), golden_tensors()
+    parts = load_single_file(home / "sd-v1-4.ckpt", torch.float32, home / "tiny.yaml")
+    found = {f"{part}.{name}": value for part in ("unet", "vae") for name, value in parts[part].state_dict().items()}
+    assert found.keys() == names.keys()
+    for name, value in found.items():
+        assert torch.equal(value, tensors[names[name]].reshape(value.shape)), name
+
+
+@torch.no_grad()
+def test_single_file_draws_as_recorded(home: Path) -> None:
+    want, given = load_file(GOLDEN / "outputs.safetensors"), load_file(GOLDEN / "inputs.safetensors")
+    model = StableDiffusionDetokenizer.from_pretrained(home / "sd-v1-4.ckpt", config=home / "tiny.yaml")
+    start = given["steps5.x_T"]
+    latents = model.denoise(model.check_settings(num_inference_steps=5), [], given["text_features"].expand(
+        len(start), -1, -1), negatives=want["default.uncond"], start=start)
+    assert torch.allclose(latents, want["steps5.latents"], rtol=1e-3, atol=2e-3)
+    assert torch.allclose(model.decode(latents).permute(0, 2, 3, 1), want["steps5.images"], atol=5e-4)
+
+
+@torch.no_grad()
+def test_single_file_has_the_text_encoder(tmp_path: Path, home: Path) -> None:
+    """Without a tokenizer's files the empty prompt is one start token, then end tokens."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    clip = CLIPTextModel(CLIPTextConfig(vocab_size=18, hidden_size=128, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=2, max_position_embeddings=77)).eval()
+    tensors = {name: value for name, value in golden_tensors().items() if not name.startswith("cond_stage")}
+    tensors |= {f"{TEXT}text_model.{name.removeprefix('text_model.')}": value
+                for name, value in clip.state_dict().items()}
+    file = save_as_original(tmp_path / "other.ckpt", tensors)
+    loaded = load_single_file(file, torch.float32, home / "tiny.yaml")["text_encoder"]
+    expected = clip(torch.tensor([[16, *[17] * 76]]))[0]
+    assert torch.allclose(empty_prompt(loaded, None, torch.device("cpu"), 77), expected, atol=1e-6)
+    for name in [name for name in tensors if name.startswith(TEXT)]:
+        del tensors[name]
+    assert load_single_file(save_as_original(file, tensors), torch.float32, home / "tiny.yaml")["text_encoder"] is None
+
+
+class Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(Path(os.environ["EVIL"])),)
+
+
+def test_single_file_runs_nothing(tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVIL", str(tmp_path / "made"))
+    torch.save({"state_dict": golden_tensors(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
+    with pytest.raises(CheckpointError, match="evil.ckpt: not a complete Stable Diffusion file, or unsafe"):
+        load_single_file(tmp_path / "evil.ckpt", torch.float32, home / "tiny.yaml")
+    assert not (tmp_path / "made").exists()
+
+
+def test_single_file_of_another_kind(tmp_path: Path, home: Path) -> None:
+    tensors = golden_tensors()
+    (tmp_path / "torn.ckpt").write_bytes((home / "sd-v1-4.ckpt").read_bytes()[:5000])
+    unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
+    save_as_original(tmp_path / "unet.ckpt", unet)
+    save_as_original(tmp_path / "other.ckpt", {"weight": torch.zeros(3)})
+    for name, message in (("torn", "not a complete"), ("unet", "vae"), ("other", "holds no U-Net")):
+        with pytest.raises(CheckpointError, match=message):
+            load_single_file(tmp_path / f"{name}.ckpt", torch.float32, home / "tiny.yaml")
+    with pytest.raises(CheckpointError, match="a U-Net of width 32, where width 320 is expected"):
+        load_single_file(home / "sd-v1-4.ckpt", torch.float32)  # Stable Diffusion's own sizes
+    (tmp_path / "wrong.yaml").write_text("model: {params: {}}")
+    with pytest.raises(ConfigError, match="must hold unet_config and first_stage_config"):
+        load_single_file(home / "sd-v1-4.ckpt", torch.float32, tmp_path / "wrong.yaml")
+
+
+def test_recon_finds_the_original_file(home: Path, tmp_path: Path) -> None:
+    """`sd-v1-4.ckpt` next to the tokenizer, as the original demo has it."""
+    torch.manual_seed(0)
+    wide = replace(tiny_seed1.config(), text_tokens=77, text_features_dim=32)
+    tiny_seed1.loud(Seed1Tokenizer(wide)).eval().save_pretrained(tmp_path / "pretrained")
+    (tmp_path / "pretrained" / "sd-v1-4.ckpt").symlink_to(home / "sd-v1-4.ckpt")
+    out = tmp_path / "out"
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    assert recon_script(["--model", str(tmp_path / "pretrained"), "--config", str(home / "tiny.yaml"), "--device",
+                         "cpu", "--ddim_steps", "2", "--n_samples", "1", "--H", "16", "--W", "16", "--image",
+                         str(tmp_path / "red.png"), "--out", str(out)]) == 0
+    assert Image.open(out / "samples" / "0000.png").size == (16, 16)
