@@ -17,8 +17,8 @@ from seed_multimodal.entry import DONE, add_language_model, run_program, whole_n
 from seed_multimodal.images.io import open_image
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
-PROMPT = "An astronaut rides a white horse on the moon, photograph"
-WORDS = "It is running in the snow."
+PROMPT = "a sculpture of a duck made of wool"
+WORDS = "It is running in the snow"
 
 
 def lavit_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:

@@ -6,25 +6,29 @@
     model.generate_image("a red apple", width=1024, height=1024)[0].save("apple.png")
 
 Names, arguments and defaults are the original ones; randomness comes from torch's global generators.
-`.to(…)` and an autocast around calls are not needed; `image_size`, `use_xformers` and `local_files_only` have no
-effect; `load_tokenizer=False` leaves the tokenizer on the CPU.
+`.to(…)`, `.half()` and an autocast around calls are not needed and have no effect; nor have `image_size`, `img_size`,
+`apply_lemmatizer` (answers always are lemmatised, as in the original), `use_xformers` and `local_files_only`;
+`load_tokenizer=False` leaves the tokenizer on the CPU.
 """
 
 from __future__ import annotations
 
+import functools
 import os
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
-from seed_multimodal.language.generation import Prompt, random_seed
+from seed_multimodal.language.generation import GenerationSettings, Prompt, random_seed
 from seed_multimodal.language.generator import Task
 from seed_multimodal.language.messages import shown, user_message
 from seed_multimodal.lavit.pipeline import CodeRows, Lavit
@@ -55,22 +59,35 @@ def build_model(model_path: str | Path = "./", model_dtype: str = "bf16", device
         pixel_decoding: "lowres", or anything else for highres. check_safety: flagged drawings become black.
     """
     if understanding:
-        return LaVITforUnderstanding(model_path, model_dtype, device_id=device_id, model_sub_dir=model_sub_dir)
+        return LaVITforUnderstanding(image_size, model_path, model_dtype, device_id, model_sub_dir=model_sub_dir)
     return LaVITforGeneration(model_path, model_dtype, check_safety=check_safety, load_tokenizer=load_tokenizer,
                               pixel_decoding=pixel_decoding, device_id=device_id, model_sub_dir=model_sub_dir)
 
 
-class _Model:
+class _Model(nn.Module):
+    """The networks are sub-modules under the original's names, on the device and in the precision that they were
+    loaded with."""
+
     images: CodeRows
     system: Lavit
 
-    def to(self, device: str | torch.device) -> Self:
-        """Without effect, as `eval`: `device_id` decides; returns self."""
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """What `.to`, `.cuda`, `.half` and the like call: without effect, since `device_id` and `model_dtype` decide."""
         return self
 
-    def eval(self) -> Self:
-        """Returns self."""
-        return self
+    @property
+    def device(self) -> torch.device:
+        """The device of the first network."""
+        return next(self.parameters()).device
+
+    @functools.cached_property
+    def llama_tokenizer(self) -> Any:
+        """transformers' tokenizer of the language model, as the original sets it up."""
+        from transformers import LlamaTokenizer
+
+        folder = self.system.config.words or self.system.config.llm
+        return LlamaTokenizer.from_pretrained(str(folder), local_files_only=True, padding_side="left",
+                                              pad_token="</s>")  # noqa: S106  (no password)
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of a ratio (1:1, 4:3, 3:2, 16:9, 2:3, 3:4) in the U-Net's size."""
@@ -80,6 +97,12 @@ class _Model:
     def _load(self, config: SystemConfig, device_id: int | None, dtype: str, **options: Any) -> None:
         self.system = Lavit.from_pretrained(config, device=original_device(device_id), dtype=dtype, log=None, **options)
         self.images = self.system.images
+        self.llama_model = self.system.llm
+
+    def _add_decoder(self) -> None:
+        """Load the pixel decoder now, as the original."""
+        decoder = self.images.decoder
+        self.tokenizer_decoder, self.unet, self.vae = decoder.decoder, decoder.unet, decoder.vae
 
     def _generate(self, prompts: list[Prompt], task: Task, seeds: list[int], **options: Any) -> list[list[int]]:
         values = {**Lavit.defaults[task], **{NAMES.get(name, name): value for name, value in options.items()}}
@@ -90,9 +113,12 @@ class _Model:
 class LaVITforUnderstanding(_Model):
     """Captions and answers; arguments as of `build_model`."""
 
-    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
-                 device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+    def __init__(self, img_size: int = 224, model_path: str | Path = "", model_dtype: str = "bf16",
+                 device_id: int | None = None, apply_lemmatizer: bool = True, use_xformers: bool = False,
+                 model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+        super().__init__()
         self._load(original_config(model_path, model_sub_dir), device_id, model_dtype, load_decoder=False)
+        self.visual_tokenizer = self.images.reader
 
     def generate(self, samples: Mapping[str, Any], **options: Any) -> list[str]:
         """Captions of `samples["image"]` (a file, a list of files, or pixels `[B, 3, S, S]`), behind which
@@ -105,7 +131,13 @@ class LaVITforUnderstanding(_Model):
 
     def predict_answers(self, samples: Mapping[str, Any], *, prompt: str = QUESTION, **options: Any) -> list[str]:
         """Answers to `samples["text_input"]` (a text, or one each) about `samples["image"]`; without a `prompt` the
-        texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`."""
+        texts are asked as they are. `options`: as of `generate`, with `max_len` and `min_len`; others are ignored with
+        a warning (the original ignored them silently)."""
+        unknown = sorted(options.keys() - {*NAMES, *(field.name for field in fields(GenerationSettings))})
+        for name in unknown:
+            del options[name]
+        if unknown:
+            warnings.warn(f"predict_answers: ignored unknown arguments: {', '.join(unknown)}.", SeedWarning, 2)
         texts = samples["text_input"]
         texts = [texts] if isinstance(texts, str) else texts
         return self._texts(samples["image"], [prompt.format(one) if prompt else one for one in texts], "ask", options)
@@ -125,11 +157,14 @@ class LaVITforUnderstanding(_Model):
 class LaVITforGeneration(_Model):
     """Images from texts, and from images and texts; arguments as of `build_model`."""
 
-    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
-                 check_safety: bool = False, load_tokenizer: bool = False, pixel_decoding: str = "highres",
-                 device_id: int | None = None, model_sub_dir: str = LLM, local_files_only: bool = False) -> None:
+    def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", device_id: int | None = None,
+                 use_xformers: bool = False, check_safety: bool = False, load_tokenizer: bool = False,
+                 pixel_decoding: str = "highres", model_sub_dir: str = LLM, **ignored: Any) -> None:
+        super().__init__()
         self._load(original_config(model_path, model_sub_dir, pixel_decoding, check_safety), device_id, model_dtype,
                    offload=() if load_tokenizer else ("encoder",))
+        self.visual_tokenizer = self.images.writer
+        self._add_decoder()
 
     def generate_image(self, prompts: Any, width: int = 512, height: int = 512, *, original_size: Any = None,
                        crops_coords_top_left: Any = None, num_inference_steps: int = 25,
@@ -177,6 +212,14 @@ class LaVITforGeneration(_Model):
         return self.images.decoder.decoder([self.images.writer.embed_codes(codes.to(self.images.device))
                                             for codes in self._codes(image_tokens)])
 
+    def pixel_decoding_origin(self, image_tokens: Tensor, width: int = 512, height: int = 512,
+                              num_inference_steps: int = 50,
+                              guidance_scale_for_decoder: float = 5.0) -> list[Image.Image]:
+        """Images of rows of ids, by the loaded pixel decoder (the original's: of `pixel_decoding="lowres"`)."""
+        codes = self._codes(image_tokens)
+        return self.images.draw(codes, seeds=_seeds(len(codes)), width=width, height=height,
+                                num_inference_steps=num_inference_steps, guidance_scale=guidance_scale_for_decoder)
+
     def _codes(self, ids: Tensor) -> list[Tensor]:
         words = self.system.tokenizer.vocabulary
         rows = [[id - words.code_start for id in row if words.is_code_id(id)] for row in ids.tolist()]
@@ -187,9 +230,12 @@ class LaVITDetokenizer(_Model):
     """Reconstruction of images from their codes, without a language model."""
 
     def __init__(self, model_path: str | Path = "", model_dtype: str = "bf16", use_xformers: bool = True,
-                 pixel_decoding: str = "highres", device_id: int | None = None, local_files_only: bool = False) -> None:
+                 pixel_decoding: str = "highres", device_id: int | None = None, **ignored: Any) -> None:
+        super().__init__()
         self.images = open_images(original_config(model_path, head=pixel_decoding, check_safety=False),
                                   device=original_device(device_id), dtype=model_dtype)
+        self.visual_tokenizer = self.images.writer
+        self._add_decoder()
 
     def reconstruct_from_token(self, x: Tensor, width: int = 1024, height: int = 1024, original_size: Any = None,
                                num_inference_steps: int = 50, guidance_scale: float = 5.0) -> list[Image.Image]:

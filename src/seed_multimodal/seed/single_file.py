@@ -82,16 +82,15 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 def _read_config(file: Path) -> dict[str, Any]:
     """`model.params` of an original YAML file."""
+    from omegaconf import OmegaConf
+
     from seed_multimodal.config import load_yaml
 
-    values: Any = load_yaml(file)
+    values: Any = OmegaConf.to_container(load_yaml(file), resolve=True)
     params = (values.get("model") or {}).get("params")
     if not isinstance(params, Mapping) or not {"unet_config", "first_stage_config"} <= params.keys():
         raise ConfigError(f"{file}: model.params must hold unet_config and first_stage_config, as v1-inference.yaml.")
-    from omegaconf import OmegaConf
-
-    plain: Any = OmegaConf.to_container(OmegaConf.create(params), resolve=True)
-    return {**V1, **plain}
+    return {**V1, **params}
 
 
 def _convert(kind: str, name: str, tensors: dict[str, Tensor], params: dict[str, Any], file: Path,
