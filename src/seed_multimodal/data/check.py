@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,8 @@ def check_sources(settings: LlmDataSettings, tokenizer: str, records: int = 1000
     decoders = [(DECODERS | FEATURE_DECODERS).get(source.decoder) for source in settings.sources]
     kinds = {decoder.Tokenizer for decoder in decoders if decoder is not None} - {MultimodalTokenizer}
     words = (kinds or {MultimodalTokenizer}).pop().from_pretrained(tokenizer)
-    mixture = Mixture(settings, words)
+    # A few records of many files: by range requests rather than from copies of whole files.
+    mixture = Mixture(replace(settings, cache=settings.cache or False), words)
     reports = []
     for number, source in enumerate(settings.sources):
         size = len(mixture.records[number])

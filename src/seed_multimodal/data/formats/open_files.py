@@ -9,16 +9,30 @@ from typing import Any
 
 from seed_multimodal.data.formats.layout import CACHED_GROUPS
 from seed_multimodal.data.formats.parquet import RowGroups
-from seed_multimodal.data.formats.storage import is_remote, local_copy, open_ranges, read_errors
+from seed_multimodal.data.formats.storage import (
+    IN_ORDER,
+    RANDOM,
+    RESERVE,
+    default_cache,
+    is_remote,
+    local_copy,
+    open_ranges,
+    read_errors,
+    read_range,
+    stat,
+)
+from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
 
 
 class OpenFiles:
     """Reads byte ranges and parquet rows; each process (forked worker) has its own handles. `limit`: number of open
-    files; `rows`: bytes of cached row groups; `cache`: folder for copies of remote files."""
+    files; `rows`: bytes of cached row groups; `cache`: as of `sources.open_records`; `in_order`: remote files are read
+    once from begin to end, without copies."""
 
-    def __init__(self, limit: int = 64, rows: int = CACHED_GROUPS, cache: str | None = None) -> None:
-        self.limit, self.cache = limit, cache
+    def __init__(self, limit: int = 64, rows: int = CACHED_GROUPS, cache: str | bool | None = None,
+                 in_order: bool = False) -> None:
+        self.limit, self.cache, self.in_order = limit, False if in_order else cache, in_order
         self._owner = os.getpid()
         self._handles: OrderedDict[str, Any] = OrderedDict()
         self._copies: dict[str, str] = {}
@@ -30,10 +44,9 @@ class OpenFiles:
         handle = self._handles.pop(place, None)  # put back after the read, so a failing one is reopened
         with read_errors(place):
             if handle is None:
-                handle = open_ranges(place) if is_remote(place) else open(place, "rb", buffering=0)
-            handle.seek(offset)
-            data: bytes = handle.read(size)
-            while len(data) < size and (more := handle.read(size - len(data))):
+                handle = self._open(place)
+            data = read_range(handle, offset, size)
+            while len(data) < size and (more := read_range(handle, offset + len(data), size - len(data))):
                 data += more
         self._handles[place] = handle
         if len(self._handles) > self.limit:
@@ -41,6 +54,11 @@ class OpenFiles:
         if len(data) < size:
             raise DataError(f"{path}: shorter than when it was indexed; do not change shards in use.")
         return data
+
+    def _open(self, path: str) -> Any:
+        if is_remote(path):
+            return open_ranges(path, IN_ORDER if self.in_order else RANDOM)
+        return open(path, "rb", buffering=0)
 
     def row(self, path: str | Path, group: int, number: int, where: str) -> dict[str, Any]:
         """The fields of a row of a parquet file. Raises BadRecord: not readable."""
@@ -58,14 +76,29 @@ class OpenFiles:
             self.close()
             self._owner = os.getpid()
         path = str(path)
-        if self.cache is None or not is_remote(path):
+        if self.cache is False or not is_remote(path):
             return path
         if path not in self._copies:
-            self._copies[path] = local_copy(path, self.cache)
+            self._copies[path] = self._copy(path)
         return self._copies[path]
+
+    def _copy(self, url: str) -> str:
+        """The path of a remote file's copy. Without a configured folder the URL, if the copy cannot be kept."""
+        if isinstance(self.cache, str):
+            return str(local_copy(url, self.cache))
+        try:
+            copy = local_copy(url, default_cache(), RESERVE)
+            reason = f"it would leave less than {RESERVE:.0%} of the disk free"
+        except DataError as error:
+            copy, reason = None, str(error).rstrip(".")
+        if copy is not None:
+            return copy
+        stat(url)  # raises if the file itself is the reason
+        log_line(f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with space.")
+        return url
 
     def __del__(self) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | None]]:
-        return OpenFiles, (self.limit, self.tables.kept, self.cache)  # handles are not pickled
+    def __reduce__(self) -> tuple[type[OpenFiles], tuple[int, int, str | bool | None, bool]]:
+        return OpenFiles, (self.limit, self.tables.kept, self.cache, self.in_order)  # handles are not pickled

@@ -73,7 +73,7 @@ class Pairs:
     """
 
     def __init__(self, files: str | Path | Sequence[str | Path] | None, format: str = "auto", *,
-                 cache: str | None = None, options: Mapping[str, Any] | None = None, **keys: Any) -> None:
+                 cache: str | bool | None = None, options: Mapping[str, Any] | None = None, **keys: Any) -> None:
         self._records = open_records(files, format=format, cache=cache, options=options, needs_json=False,
                                      images=True)
         parts = self._records.parts

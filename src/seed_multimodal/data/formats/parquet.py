@@ -13,7 +13,7 @@ from typing import Any
 
 from seed_multimodal.data.formats.layout import CACHED_GROUPS
 from seed_multimodal.data.formats.record import BadRecord, Record, Row
-from seed_multimodal.data.formats.storage import is_remote, open_ranges
+from seed_multimodal.data.formats.storage import EXACT, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
 
 
@@ -90,7 +90,7 @@ def opened(path: str) -> Iterator[Any]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(open_ranges(path) if is_remote(path) else path) as file:
+        with pyarrow.parquet.ParquetFile(open_ranges(path, EXACT) if is_remote(path) else path) as file:
             yield file
     except SeedError:
         raise

@@ -12,6 +12,7 @@ import glob
 import inspect
 import multiprocessing
 import os
+import random
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,12 +67,13 @@ def open_file(path: Any, format: str, *, needs_json: bool = True, options: Mappi
 
 
 def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str = "auto", name: str = "",
-                 cache: str | None = None, needs_json: bool = True, images: bool = False,
+                 cache: str | bool | None = None, needs_json: bool = True, images: bool = False,
                  options: Mapping[str, Any] | None = None) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in the given order.
 
     `format`: as of `find_files`, or a registered one, with its `options`; `name`: of the source in logs and counts;
-    `cache`: folder for copies of remote files (None: range requests); `needs_json`: as in `open_file`.
+    `cache`: folder for copies of remote files (None: `storage.default_cache`, where there is space; False: no copies,
+    range requests); `needs_json`: as in `open_file`.
     """
     given = [files] if isinstance(files, str | Path) else list(files or ())
     found = [(one, format) for one in given or (None,)] if format in registered() else \
@@ -83,7 +85,7 @@ def open_records(files: str | Path | Sequence[str | Path] | None, *, format: str
 class FileRecords:
     """The concatenated records of several files; `cache` as in `open_records`."""
 
-    def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | None = None) -> None:
+    def __init__(self, parts: Sequence[RecordFile], name: str, cache: str | bool | None = None) -> None:
         self.parts, self.name = parts, name
         self.open_files = OpenFiles(cache=cache)
 
@@ -91,11 +93,13 @@ class FileRecords:
     def _sizes(self) -> list[list[int]]:
         """Number of records of each shard of each file; indexes of remote files are read in parallel."""
         log = log_line if os.environ.get("RANK", "0") == "0" else None
+        order = _indexing_order(len(self.parts))
+        sizes: list[list[int]] = [[] for _ in self.parts]
         with ThreadPoolExecutor(REMOTE_THREADS) as pool, Progress("index", len(self.parts), "file", log=log) as bar:
-            ready = pool.map(lambda part: is_remote(part.path) and part.sizes, self.parts)
-            sizes = []
-            for part, _ in zip(self.parts, ready, strict=True):
-                sizes.append([int(size) for size in part.sizes])
+            parts = [self.parts[number] for number in order]
+            ready = pool.map(lambda part: is_remote(part.path) and part.sizes, parts)
+            for number, part, _ in zip(order, parts, ready, strict=True):
+                sizes[number] = [int(size) for size in part.sizes]
                 bar.update()
         if not any(map(any, sizes)):
             raise DataError(f"{self.name}: contains no record.")
@@ -132,6 +136,16 @@ class FileRecords:
             record = record.parsed(self.open_files)
             record.fields = with_messages(record.fields, record.where)
         return record
+
+
+def _indexing_order(count: int) -> list[int]:
+    """The order in which this process of a run reads the indexes of files, or builds them: its share of the files, then
+    the others at random, most of which other processes have indexed by then."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = range(count * rank // world, count * (rank + 1) // world)
+    others = [number for number in range(count) if number not in share]
+    random.Random(rank).shuffle(others)
+    return [*share, *others]
 
 
 def write_indexes(given: Sequence[str | Path], processes: int = 1) -> int:

@@ -1,22 +1,29 @@
 """Data files on disk or at any fsspec URL (`s3://`, `gs://`, `hf://`, `https://`, `memory://`).
 
-Remote files are read by range requests through fsspec's block cache, or from local copies. Keys, end points and regions
-are fsspec settings, from the environment or ~/.config/fsspec.
+Remote files are read from local copies, or by range requests: small records through fsspec's block cache, others
+exactly. Keys, end points and regions are fsspec settings, from the environment or ~/.config/fsspec.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from seed_multimodal.disk import disk_reason, replacing_path
+from seed_multimodal.disk import folder_lock, replacing_path, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-BLOCK, BLOCKS = 1 << 20, 4  # bytes of a range request, cached requests per remote file
+BLOCK, BLOCKS = 1 << 16, 64  # bytes of a block, cached blocks of each remote file
+RESERVE = 0.05  # share of a disk that copies in the default folder leave free
 SCAN_BLOCK = 8 << 20  # bytes of a request in sequential reads
+# How a remote file is read: small records at random, records in order, or large parts at random.
+RANDOM: dict[str, Any] = {"block_size": BLOCK, "cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
+IN_ORDER: dict[str, Any] = {"block_size": SCAN_BLOCK, "cache_type": "readahead"}
+EXACT: dict[str, Any] = {"cache_type": "none"}
 
 
 def is_remote(path: str | Path) -> bool:
@@ -54,15 +61,25 @@ def open_binary(path: str | Path) -> IO[bytes]:
         if not is_remote(path):
             return open(path, "rb")
         files, name = filesystem(str(path))
-        handle: IO[bytes] = files.open(name, "rb", block_size=SCAN_BLOCK, cache_type="readahead")
+        handle: IO[bytes] = files.open(name, "rb", **IN_ORDER)
         return handle
 
 
-def open_ranges(url: str) -> Any:
-    """A remote file for random reads, with a block cache. Raises DataError."""
+def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM) -> Any:
+    """A remote file for range requests. Raises DataError."""
     files, name = filesystem(url)
     with read_errors(url):
-        return files.open(name, "rb", block_size=BLOCK, cache_type="blockcache", cache_options={"maxblocks": BLOCKS})
+        return files.open(name, "rb", **reads)
+
+
+def read_range(file: Any, offset: int, size: int) -> bytes:
+    """Bytes of a file of `open_ranges`. As many as a block or more are read by one exact request, unless in order."""
+    if size >= BLOCK and getattr(getattr(file, "cache", None), "name", "") == RANDOM["cache_type"]:
+        found: bytes = file.fs.cat_file(file.path, start=offset, end=offset + size)
+        return found
+    file.seek(offset)
+    data: bytes = file.read(size)
+    return data
 
 
 def read_all(path: str | Path) -> bytes:
@@ -83,20 +100,28 @@ def stat(path: str | Path) -> tuple[int, str]:
         return int(about["size"]), str(next(filter(None, versions), ""))
 
 
-def local_copy(url: str, folder: str | Path) -> str:
-    """The copy of the current version of a remote file, downloaded on first use."""
+def default_cache() -> Path:
+    """The folder of copies of remote files, if none is configured: SEED_CACHE_DIR, else in ~/.cache."""
+    return Path(os.environ.get("SEED_CACHE_DIR") or Path.home() / ".cache/seed-multimodal/files")
+
+
+def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None:
+    """The copy of the current version of a remote file, downloaded on first use, by one process at a time; None: less
+    than the share `reserve` of the disk would stay free. Raises DataError: not readable, or not writable."""
     size, version = stat(url)
     digest = hashlib.sha256(f"{url} {size} {version}".encode()).hexdigest()[:16]
     copy = Path(folder) / f"{digest}.{url.rpartition('/')[2][-100:]}"
     if copy.is_file():
         return str(copy)
-    files, name = filesystem(url)
-    try:
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_path(copy) as scratch, read_errors(url):
+    with folder_lock(copy.parent, DataError, timeout=-1, name=f".{copy.name}.lock"):
+        if copy.is_file():
+            return str(copy)
+        disk = shutil.disk_usage(copy.parent)
+        if disk.free - size < reserve * disk.total:
+            return None
+        files, name = filesystem(url)
+        with writing(copy, DataError), replacing_path(copy) as scratch, read_errors(url):
             files.get_file(name, str(scratch))
             if scratch.stat().st_size != size:
                 raise DataError(f"{url}: the connection was lost while copying.")
-    except OSError as error:
-        raise DataError(f"{copy}: cannot be written ({disk_reason(error)}).") from error
     return str(copy)

@@ -57,7 +57,7 @@ class TaskDataset(Dataset[Task]):
         self.kind, self.settings, self.transform = kind, settings, transform
         self.views, self.seed = views if kind.views else 1, seed
         self._keys = kind.keys(settings.fields)
-        self._files = OpenFiles(rows=0)  # rows are read in order
+        self._files = OpenFiles(rows=0, in_order=True)
 
     def __getitem__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []

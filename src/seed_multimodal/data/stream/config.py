@@ -105,7 +105,8 @@ class LlmDataSettings:
     template: str | None = setting(None, choices=TUNED_TEMPLATES)  # default of the sources; None: the model's
     # weighted draws, sequential, or round robin
     concat_type: str = setting("sample", choices=("sample", "concat", "mux_longest"))
-    cache: str | None = None  # folder for copies of remote files; None: range requests
+    # folder for copies of remote files (None: SEED_CACHE_DIR or ~/.cache; False: no copies, range requests)
+    cache: str | bool | None = None
 
     def draw_weights(self) -> list[float]:
         """Normalized draw weights of the sources (see `SourceSettings.weight`)."""

@@ -18,8 +18,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from torch.utils.data import DataLoader
+from warm_python import PYTHON
 
-from seed_multimodal.data.formats import index
+from seed_multimodal.data.formats import index, open_files
 from seed_multimodal.data.formats.index import FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
@@ -82,7 +83,7 @@ def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Itera
     server = S3()
     for name, value in (("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1"),
                         ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.port}"), ("AWS_MAX_ATTEMPTS", "1"),
-                        ("SEED_INDEX_DIR", str(tmp_path / "index"))):
+                        ("SEED_INDEX_DIR", str(tmp_path / "index")), ("SEED_CACHE_DIR", str(tmp_path / "copies"))):
         monkeypatch.setenv(name, value)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     files = fsspec.filesystem("s3")
@@ -100,10 +101,12 @@ def s3(tmp_path: Path, jpeg: Callable, monkeypatch: pytest.MonkeyPatch) -> Itera
 def test_open_records_and_pairs_of_s3(s3: S3, tmp_path: Path):
     expected = [text_of(number) for number in range(COUNT)]
     for name in ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet"):
-        source = open_records(f"{s3.url}/{name}")
-        assert [source.read(number).fields for number in range(COUNT)] == expected, name
+        for cache in (False, None):
+            source = open_records(f"{s3.url}/{name}", cache=cache)
+            assert [source.read(number).fields for number in range(COUNT)] == expected, name
         assert source.read(3).where.startswith("s3://data/")
     assert len(list((tmp_path / "index").iterdir())) == 3  # two tars and the jsonl
+    assert len(list((tmp_path / "copies").iterdir())) == 4  # … and the table
     pairs = open_pairs({"files": f"{s3.url}/pairs/{{0..1}}.tar"})
     pairs.read(0)  # workers must not use the connection of this process
     captions = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))  # forked
@@ -134,8 +137,8 @@ def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(storage, "BLOCK", 4096)
     reasons: list[str] = []
-    data = PairDataset(open_pairs({"format": "auto", "files": f"{s3.url}/pairs"}), seed_image_processor(16), None,
-                       log=reasons.append, max_bad_in_a_row=2)
+    pairs = open_pairs({"files": f"{s3.url}/pairs", "cache": False})
+    data = PairDataset(pairs, seed_image_processor(16), None, log=reasons.append, max_bad_in_a_row=2)
     assert data.get(0)["caption"] == "number 0"
     cached = [open_records(f"{s3.url}/{name}", cache=str(tmp_path / "cache")) for name in ("tars", "a.parquet")]
     assert [source.read(5).fields for source in cached] == [text_of(5)] * 2
@@ -152,6 +155,7 @@ def test_get_after_s3_has_stopped(s3: S3, tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fsspec.AbstractFileSystem]:
     monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
+    monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
     files = fsspec.filesystem("memory")
     write_shard(tmp_path / "a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
     files.put(str(tmp_path / "a.tar"), "/d/a.tar")
@@ -166,6 +170,47 @@ def test_write_index_next_to_a_remote_shard(memory: fsspec.AbstractFileSystem, t
     monkeypatch.setattr(TarFile, "scan", lambda self: pytest.fail("the shard is read again"))
     source = open_records("memory://d/a.tar")
     assert len(source) == COUNT and source.read(7).fields == text_of(7) and not (tmp_path / "index").exists()
+
+
+def test_read_of_remote_files_from_copies(memory: fsspec.AbstractFileSystem, tmp_path: Path,
+                                          monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(open_files, "RESERVE", 1.0)
+    full = open_records("memory://d/a.tar")
+    assert full.read(7).fields == text_of(7) and not list((tmp_path / "copies").glob("*.tar"))
+    assert capsys.readouterr().err.count("is read by range requests, not copied (it would leave less than 100%") == 1
+    monkeypatch.undo()
+    monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "copies"))
+    ranges, copied = open_records("memory://d/a.tar", cache=False), open_records("memory://d/a.tar")
+    assert ranges.read(7).fields == copied.read(7).fields == text_of(7)
+    assert len(list((tmp_path / "copies").glob("*.tar"))) == 1
+    memory.pipe_file("/d/a.tar", b"")
+    assert copied.read(8).fields == text_of(8)
+    monkeypatch.setenv("SEED_CACHE_DIR", str(tmp_path / "a.tar"))  # a file
+    memory.put(str(tmp_path / "a.tar"), "/d/a.tar")
+    assert open_records("memory://d/a.tar").read(9).fields == text_of(9)
+    assert "is read by range requests, not copied (" in capsys.readouterr().err
+
+
+COPYING = """
+import sys
+from fsspec.implementations.local import LocalFileSystem
+from seed_multimodal.data.formats.sources import open_records
+
+get = LocalFileSystem.get_file
+LocalFileSystem.get_file = lambda *given, **more: (print("copied", flush=True), get(*given, **more))
+print(len({open_records(sys.argv[1]).read(number).key for number in range(60)}))
+"""
+
+
+@pytest.mark.process
+def test_a_file_is_copied_once(tmp_path: Path):
+    write_shard(tmp_path / "a.tar", [(f"k{n}", {"json": json.dumps(text_of(n)).encode()}) for n in range(COUNT)])
+    environment = {**os.environ, "SEED_CACHE_DIR": str(tmp_path / "copies"), "SEED_INDEX_DIR": str(tmp_path / "index"),
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    processes = [subprocess.Popen([PYTHON, "-c", COPYING, f"file://{tmp_path}/a.tar"], env=environment, text=True,
+                                  stdout=subprocess.PIPE) for _ in range(3)]
+    lines = [process.communicate(timeout=100)[0].split() for process in processes]
+    assert sorted(line[-1] for line in lines) == ["60"] * 3 and sum("copied" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize(("url", "words"), [
@@ -233,3 +278,36 @@ def test_index_that_cannot_be_stored(shard: Path, capsys: pytest.CaptureFixture)
     assert len(texts(shard)) == COUNT and "its index cannot be stored" in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.tar\.npz: cannot be written"):
         TarFile(shard).write_index()
+
+
+INDEXING = """
+import os, sys, time
+from pathlib import Path
+from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.tar import TarFile
+
+scan, folder = TarFile.scan, Path(sys.argv[1])
+TarFile.scan = lambda self: (time.sleep(0.1), print("scanned", Path(self.path).name, flush=True), scan(self))[-1]
+records = open_records(folder)
+(folder / f".{os.environ['RANK']}").touch()
+while len(list(folder.glob(".[01]"))) < 2:
+    time.sleep(0.01)
+print(len(records), records.read(25).key)
+"""
+
+
+@pytest.mark.process
+def test_ranks_share_the_indexing(tmp_path: Path):
+    """Two ranks start at the same time on 12 shards: each is scanned about once."""
+    folder = tmp_path / "shards"
+    for part in range(12):
+        write_shard(folder / f"{part:02d}.tar", [(f"k{part}-{n}", {"json": json.dumps(text_of(n)).encode()})
+                                                 for n in range(3)])
+    environment = {**os.environ, "SEED_INDEX_DIR": str(tmp_path / "index"), "WORLD_SIZE": "2",
+                   "PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [subprocess.Popen([PYTHON, "-c", INDEXING, str(folder)], env={**environment, "RANK": str(rank)}, text=True,
+                              stdout=subprocess.PIPE) for rank in range(2)]
+    lines = [rank.communicate(timeout=100)[0].splitlines() for rank in ranks]
+    assert [line.pop() for line in lines] == ["36 k8-1"] * 2
+    assert lines[0][0] == "scanned 00.tar" and lines[1][0] == "scanned 06.tar"
+    assert len({*lines[0], *lines[1]}) == 12 and len(lines[0] + lines[1]) <= 15
