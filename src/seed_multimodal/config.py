@@ -30,22 +30,29 @@ ALIASES = {
         "seed_multimodal.seed.original:SeedLlamaTokenizer.from_pretrained",
     "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    # SEED-X's: descriptions of parts, not loaded
-    "transformers.LlamaTokenizer.from_pretrained": "seed_multimodal.seed_x.original:words",
+    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained":
+        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
+    # SEED-X's (its programs read the same files as descriptions: `seed_x.original.TARGETS`)
+    "transformers.LlamaTokenizer.from_pretrained":
+        "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained",
     "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained":
-        "seed_multimodal.seed_x.original:vision_encoder",
-    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": "seed_multimodal.seed_x.original:no_discrete_model",
+        "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained",
+    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.compat.seed_x:Resampler",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity":
+        "seed_multimodal.compat.seed_x:DiscreteModleIdentity",
     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
-        "seed_multimodal.seed_x.original:language_model",
+        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
     "src.models.mllm.peft_models.get_peft_model_with_resize_embedding":
-        "seed_multimodal.seed_x.original:language_model_with_lora",
-    "peft.LoraConfig": "seed_multimodal.seed_x.original:lora",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": "seed_multimodal.seed_x.original:agent",
-    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": "seed_multimodal.seed_x.original:adapter",
+        "seed_multimodal.compat.seed_x:get_peft_model_with_resize_embedding",
+    "peft.LoraConfig": "seed_multimodal.compat.seed_x:lora_config",
+    "src.models.mllm.seed_x.ContinuousLVLM": "seed_multimodal.compat.seed_x:ContinuousLVLM",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained":
+        "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained",
+    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.compat.detokenizer:ResamplerXLV2",
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained":
+        "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained",
     "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained":
-        "seed_multimodal.seed_x.original:adapter",
+        "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained",
 }
 PREFIX = "seed_multimodal."
 _RESERVED = ("_target_", "_recursive_", "_convert_")
@@ -97,19 +104,24 @@ def read_yaml(file: Path) -> DictConfig:
 def instantiate(config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
     """Call the `_target_` of a configuration (a node, or a YAML file) with its keys, nested nodes first; `overrides`
     replace keys of the top node. Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys."""
+    return instantiate_by(ALIASES, config, **overrides)
+
+
+def instantiate_by(aliases: Mapping[str, str], config: Mapping[str, Any] | str | Path, **overrides: Any) -> Any:
+    """As `instantiate`, with other objects behind the originals' names."""
     where = "configuration"
     if isinstance(config, str | Path):
         where, config = str(config), load_yaml(config)
     if "_target_" not in config:
         raise ConfigError(f"{where}: has no _target_, so there is nothing to build.")
-    return _build({**config, **overrides}, where)
+    return _build({**config, **overrides}, where, aliases)
 
 
-def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
+def find_target(name: str, where: str = "configuration", aliases: Mapping[str, str] = ALIASES) -> Callable[..., Any]:
     """The callable behind a `_target_`. Raises ConfigError: neither an alias nor a public object of this package."""
-    full = ALIASES.get(name, name.replace(":", "."))
+    full = aliases.get(name, name.replace(":", "."))
     if not full.startswith(PREFIX):
-        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(name, ALIASES)}: a configuration may "
+        raise ConfigError(f"{where}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration may "
                           f"only build objects of {PREFIX.rstrip('.')}.")
     try:
         found = pkgutil.resolve_name(full)
@@ -121,18 +133,18 @@ def find_target(name: str, where: str = "configuration") -> Callable[..., Any]:
     return found
 
 
-def _build(value: Any, where: str) -> Any:
+def _build(value: Any, where: str, aliases: Mapping[str, str]) -> Any:
     """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, list):
-        return [_build(one, f"{where}[{number}]") for number, one in enumerate(value)]
+        return [_build(one, f"{where}[{number}]", aliases) for number, one in enumerate(value)]
     if not isinstance(value, dict):
         return value
-    arguments = {key: _build(one, f"{where}: {key}") for key, one in value.items() if key not in _RESERVED}
+    arguments = {key: _build(one, f"{where}: {key}", aliases) for key, one in value.items() if key not in _RESERVED}
     if "_target_" not in value:
         return arguments
-    target = find_target(str(value["_target_"]), where)
+    target = find_target(str(value["_target_"]), where, aliases)
     signature = inspect.signature(target)
     if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
         check_keys(arguments, signature.parameters, where)

@@ -3,8 +3,9 @@
     config = config_of_files({"tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml", …}, tuned=True)
     SeedX.from_pretrained(config)
 
-`config.ALIASES` maps each name to a function here that loads nothing and returns path and sizes of the weights. Sizes
-stored with the weights (`config.json`, `resampler.json`) override the YAML's.
+`TARGETS` maps each name to a function here that loads nothing and returns path and sizes of the weights;
+`config.ALIASES` maps it to the object itself. Sizes stored with the weights (`config.json`, `resampler.json`) override
+the YAML's.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import instantiate
+from seed_multimodal.config import instantiate_by
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import PARTS, locate
 from seed_multimodal.seed_x.adapter import SIZES, ResamplerSizes
@@ -27,6 +28,22 @@ from seed_multimodal.system.config import SystemConfig
 
 KEYS = {"tokenizer": "tokenizer", "llm": "llm", "visual_encoder": "vision", "agent": "agent", "adapter": "detokenizer",
         "discrete_model": "discrete_model"}  # kind of file → part of `SystemConfig`
+_HERE = "seed_multimodal.seed_x.original"
+TARGETS = {  # the originals' names → what describes such a part
+    "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
+    "transformers.LlamaTokenizer.from_pretrained": f"{_HERE}:words",
+    "seed_multimodal.language.llama_tokenizer.LlamaTokenizer.from_pretrained": f"{_HERE}:words",
+    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": f"{_HERE}:vision_encoder",
+    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.seed_x.vision:ResamplerConfig",
+    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": f"{_HERE}:no_discrete_model",
+    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": f"{_HERE}:language_model",
+    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": f"{_HERE}:language_model_with_lora",
+    "peft.LoraConfig": f"{_HERE}:lora",
+    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": f"{_HERE}:agent",
+    "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
+    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": f"{_HERE}:adapter",
+    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": f"{_HERE}:adapter",
+}
 STRAY = "image_start_id"  # a key of the original vision encoder's file, there with a quotation mark too many
 
 
@@ -110,7 +127,7 @@ def config_of_files(files: Mapping[str, str | Path], *, tuned: bool = True,
 def _build(file: str | Path) -> Any:
     """The part described by a YAML file, in the current folder or below the repository root."""
     try:
-        return instantiate(locate(file) or Path(file))
+        return instantiate_by(TARGETS, locate(file) or Path(file))
     except ConfigError as error:
         raise error if Path(file).name in str(error) else ConfigError(f"{file}: {error}") from error
 

@@ -103,7 +103,7 @@ def test_program_in_a_process(original: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_programs_have_the_original_images_and_prompts(home: Path, prompts: list[list[int]],
                                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("*.py")}
+    programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("eval_*.py")}
     assert set(programs) == set(SCRIPTS) == set(IMAGES)
     for name, images in IMAGES.items():
         monkeypatch.setattr(sys, "argv", [f"{name}.py", "--device", "cpu"])

@@ -1,0 +1,116 @@
+"""SEED-X's de-tokenizers with the original names and arguments.
+
+    adapter = hydra.utils.instantiate(OmegaConf.load("configs/sdxl_adapter/….yaml"), unet=unet).to("cuda").eval()
+    adapter.init_pipe(vae=vae, scheduler=scheduler, visual_encoder=visual_encoder, image_transform=transform)
+    images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_steps=50)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import SDXL_ADAPTER_WHERE, find_file, locate
+from seed_multimodal.seed_x import adapter
+from seed_multimodal.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.weights import assign_strictly, load_state_dict
+
+
+class ResamplerXLV2(adapter.ResamplerXLV2):
+    """`src.models.detokenizer.resampler.ResamplerXLV2`, with its defaults (the YAML files name other sizes)."""
+
+    def __init__(self, dim: int = 1024, depth: int = 8, dim_head: int = 64, heads: int = 16, num_queries: int = 8,
+                 embedding_dim: int = 768, output1_dim: int = 768, output2_dim: int = 1280, ff_mult: int = 4,
+                 normalize: bool = True) -> None:
+        super().__init__(adapter.ResamplerSizes(dim, depth, dim_head, heads, num_queries, embedding_dim, output1_dim,
+                                                output2_dim, ff_mult, normalize))
+
+
+class SDXLAdapter(adapter.SDXLAdapter):
+    """`src.models.detokenizer.adapter_modules.SDXLAdapter`, the first stage."""
+
+    default_seed: ClassVar[int | None] = None
+    layout: LayoutDecoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, unet: Any, resampler: adapter.ResamplerXLV2,  # type: ignore[override]
+                        pretrained_model_path: str | Path | None = None, vit_down: bool = False,
+                        full_ft: bool = False, set_trainable_late: bool = False) -> Self:
+        """The adapter with a checkpoint's weights in SDXL's U-Net and the resampler; None: as they are.
+
+        The checkpoint says whether it is of the second stage, and images of 256 features are averaged to as many as
+        a drawing has, so the last three arguments have no effect on drawing.
+
+        Raises:
+            CheckpointError: missing, damaged or incomplete weights, or tensors of another size.
+        """
+        model = cls(unet, resampler)
+        if pretrained_model_path is None:
+            return model
+        file = find_file(locate(pretrained_model_path) or pretrained_model_path, adapter.FILES, SDXL_ADAPTER_WHERE)
+        state = load_state_dict(file, mapped=True)
+        first_layer = state.get(adapter.FIRST_LAYER)
+        if first_layer is not None and first_layer.shape[1] > model.latent_channels:
+            model.add_condition_channels()
+        model.load_report = assign_strictly(model, state, file, foreign=True)
+        if (file.parent / LAYOUT).is_dir():
+            model.__dict__["layout"] = LayoutDecoder.from_pretrained(file.parent / LAYOUT)  # no part of the checkpoint
+        return model
+
+    def init_pipe(self, vae: Any, scheduler: Any, visual_encoder: Any, image_transform: Any, discrete_model: Any = None,
+                  dtype: torch.dtype | None = None, device: str | torch.device = "cuda") -> None:
+        """Set what `generate` needs. The autoencoder computes in float32, because SDXL's overflows in float16."""
+        self.to(device, dtype)
+        detokenizer = SdxlDetokenizer(self, vae.float(), scheduler, layout=self.layout).to(device)
+        # Kept out of the module's own parts, so that they are not part of its state dict.
+        self.__dict__["pipe"] = detokenizer
+        self.__dict__["visual_encoder"] = visual_encoder
+        self.image_transform, self.discrete_model = image_transform, discrete_model
+        detokenizer.set_null_embeds(visual_encoder, image_transform.image_size)
+
+    @torch.no_grad()
+    def generate(self, image_pil: Image.Image | None = None, image_tensor: Tensor | None = None,
+                 image_embeds: Tensor | None = None, seed: int | None = None, height: int | None = None,
+                 width: int | None = None, guidance_scale: float = 7.5, num_inference_steps: int = 30,
+                 input_image_size: int = 448, **settings: Any) -> list[Image.Image]:
+        """Images drawn from one of: an image, its pixels `[B, 3, S, S]`, or features `[B, N, K]`.
+
+        `height`, `width`: default: SDXL's own 1024; `input_image_size` has no effect, the transform has the size.
+
+        Raises:
+            ConfigError: before `init_pipe`, or not exactly one image.
+        """
+        if not hasattr(self, "pipe"):
+            raise ConfigError("Call init_pipe before generate: it sets the autoencoder and the vision encoder.")
+        if sum(value is not None for value in (image_pil, image_tensor, image_embeds)) != 1:
+            raise ConfigError("generate needs exactly one of image_pil, image_tensor and image_embeds.")
+        if image_pil is not None:
+            image_tensor = self.image_transform(image_pil)[None]
+        if image_tensor is not None:
+            like = next(self.visual_encoder.parameters())
+            image_embeds = self.visual_encoder(image_tensor.to(like))
+        assert image_embeds is not None
+        if self.discrete_model is not None:
+            image_embeds = self.discrete_model.encode_image_embeds(image_embeds)
+        seed = self.default_seed if seed is None else seed
+        images: list[Image.Image] = self.pipe(
+            image_embeds, seeds=None if seed is None else [seed] * len(image_embeds), height=height, width=width,
+            guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, **settings)
+        return images
+
+
+class SDXLAdapterWithLatentImage(SDXLAdapter):
+    """`src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage`, the second stage."""
+
+    default_seed = 42
+
+    def generate(self, *sources: Any, latent_image: Image.Image | None = None,  # type: ignore[override]
+                 **settings: Any) -> list[Image.Image]:
+        """As `SDXLAdapter.generate`, with a condition image."""
+        return super().generate(*sources, condition_images=[latent_image], **settings)

@@ -1,0 +1,41 @@
+"""SEED-1's tokenizer with the original name and arguments (branch `v1` of AILab-CVC/SEED)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.hub import locate
+from seed_multimodal.seed.modeling import Seed1Tokenizer
+
+FOLDER = "pretrained"  # of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth
+
+
+class SEEDVisualTokenizer(nn.Module):
+    """`models.visual_tokenizer.SEEDVisualTokenizer`, with the weights in `pretrained/`."""
+
+    def __init__(self, img_size: int = 224, drop_path_rate: float = 0, use_grad_checkpoint: bool = False,
+                 vit_precision: str = "fp16", num_query_token: int = 32, max_txt_len: int = 32,
+                 folder: str = FOLDER) -> None:
+        """`folder` is ours; the originals' arguments have no effect, because the weights say their sizes.
+
+        Raises:
+            CheckpointError: missing (with download instructions) or damaged weights.
+        """
+        super().__init__()
+        self.model = Seed1Tokenizer.from_pretrained(locate(folder) or folder)
+
+    @torch.no_grad()
+    def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised pixels `[B, 3, 224, 224]` → codes `[B, 32]` and the embeddings `[B, 77, 768]` that stand for
+        Stable Diffusion's text embeddings."""
+        codes = self.model.encode(image)
+        return codes, self.model.decode(codes)
+
+    def forward(self, image: Tensor) -> Any:
+        """As `predict`."""
+        return self.predict(image)
+
+

@@ -1,0 +1,163 @@
+"""The originals' Python objects, at tiny size."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_seed_x
+import torch
+from PIL import Image
+
+from seed_multimodal.compat.detokenizer import ResamplerXLV2, SDXLAdapter, SDXLAdapterWithLatentImage
+from seed_multimodal.compat.seed_x import (
+    ContinuousLVLM,
+    LlamaForCausalLM,
+    get_peft_model_with_resize_embedding,
+    process_anyres_image,
+)
+from seed_multimodal.config import ALIASES, find_target, instantiate
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
+from seed_multimodal.seed_x.original import TARGETS
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
+    folder = tmp_path_factory.mktemp("objects")
+    tiny_seed_x.build_released(folder / "pretrained")
+    tiny_seed_x.write_configs(folder)
+    tiny_seed_x.forget_sizes(folder / "pretrained")
+    return folder
+
+
+@pytest.fixture
+def parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the programs build, by `seed_multimodal.config.instantiate`."""
+    monkeypatch.chdir(home)
+    tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
+    llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
+    agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm).eval().to("cpu", dtype=torch.float32)
+    encoder = instantiate("configs/visual_encoder/qwen_vitg_448.yaml").eval().to("cpu", dtype=torch.float32)
+    return {"tokenizer": tokenizer, "agent": agent, "encoder": encoder}
+
+
+# ---- import paths
+
+
+def test_every_import_path_has_what_a_yaml_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    """hydra imports a `_target_`; ours and hydra's objects are the same."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    own = [name for name in ALIASES if name.startswith(("models.", "src.models.", "src.processer."))]
+    assert len(own) > 10
+    for name in own:
+        module, _, attribute = name.removesuffix(".from_pretrained").rpartition(".")
+        found = getattr(importlib.import_module(module), attribute)
+        if name.endswith(".from_pretrained"):
+            found = found.from_pretrained
+        assert found == find_target(name), name
+
+
+def test_every_original_name_is_described() -> None:
+    for name in TARGETS:
+        assert callable(find_target(name, aliases=TARGETS)), name
+
+
+def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's."""
+    for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for folder in (ROOT / "src" / "lavit", ROOT):  # the root comes first
+        monkeypatch.syspath_prepend(str(folder))
+    assert importlib.import_module("models").build_model
+    monkeypatch.delitem(sys.modules, "models")
+
+
+def test_seed_1_has_its_class_and_names_missing_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    kind = importlib.import_module("models.visual_tokenizer").SEEDVisualTokenizer
+    with pytest.raises(CheckpointError, match="causal_qformer"):
+        kind(folder=str(tmp_path))
+
+
+# ---- SEED-X
+
+
+def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]) -> None:
+    tokenizer, agent = parts["tokenizer"], parts["agent"]
+    output = agent.generate(tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS)
+    assert output["has_img_output"] and output["num_gen_imgs"] >= 1 and "</img>" in output["text"]
+    assert output["img_gen_feat"].shape[1:] == (tiny_seed_x.WORDS, tiny_seed_x.FEATURES)
+    ids = torch.tensor([[1, *tokenizer.encode("a small house<img>", add_special_tokens=False)]])
+    same = agent.generate(tokenizer=tokenizer, input_ids=ids, num_img_gen_tokens=tiny_seed_x.WORDS)
+    assert same["text"] == output["text"] and torch.equal(same["img_gen_feat"], output["img_gen_feat"])
+
+
+def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]) -> None:
+    tokenizer, agent, encoder = parts["tokenizer"], parts["agent"], parts["encoder"]
+    transform = get_transform(image_size=tiny_seed_x.SIZE, keep_ratio=False)
+    grids = [[tiny_seed_x.SIZE * columns, tiny_seed_x.SIZE] for columns in (1, 2)]
+    pixels, positions = process_anyres_image(Image.effect_noise((40, 20), 90).convert("RGB"), transform, grids,
+                                             tiny_seed_x.SIZE)
+    assert pixels.shape == (3, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
+    assert positions.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
+    vocabulary = tokenizer.text.vocabulary
+    image = vocabulary.read_ids(3)
+    ids = torch.tensor([[1, *image, *tokenizer.encode("What is it?", add_special_tokens=False)]])
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[0, vocabulary.places(ids[0].tolist())] = True
+    options = {"tokenizer": tokenizer, "input_ids": ids, "ids_cmp_mask": mask, "patch_positions": positions,
+               "embeds_cmp_mask": torch.tensor([True] * 3), "num_img_gen_tokens": tiny_seed_x.WORDS}
+    with torch.no_grad():
+        features = encoder(pixels)
+    first = agent.generate(**options, image_embeds=features, max_new_tokens=8)["text"]
+    assert first != agent.generate(**options, image_embeds=-20 * features, max_new_tokens=8)["text"]
+
+
+def test_agent_with_wrong_arguments(parts: dict[str, Any], home: Path) -> None:
+    from transformers import LlamaTokenizer as Theirs
+
+    agent, tokenizer = parts["agent"], parts["tokenizer"]
+    assert isinstance(tokenizer, LlamaTokenizer)
+    theirs = Theirs.from_pretrained(home / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
+    with pytest.raises(ConfigError, match="splits text next to images differently"):
+        agent.generate(tokenizer=theirs, prompt="a")
+    with pytest.raises(ConfigError, match="num_img_gen_tokens is 64, but an image of this tokenizer has 4"):
+        agent.generate(tokenizer=tokenizer, prompt="a")
+    with pytest.raises(ConfigError, match="either prompt or input_ids"):
+        agent.generate(tokenizer=tokenizer)
+
+
+def test_adapter_before_init_pipe_and_of_the_second_stage(home: Path) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config = UNet2DConditionModel.load_config(home / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet")
+    sizes = vars(tiny_seed_x.SIZES)
+    for kind, stage, channels in ((SDXLAdapter, "first_stage", 4), (SDXLAdapterWithLatentImage, "second_stage", 8)):
+        adapter = kind.from_pretrained(UNet2DConditionModel.from_config(config), ResamplerXLV2(**sizes),
+                                       home / "pretrained" / "seed_detokenizer" / stage / "pytorch_model.bin")
+        assert adapter.unet.config.in_channels == channels and adapter.reads_condition == (channels == 8)
+        with pytest.raises(ConfigError, match="init_pipe"):
+            adapter.generate(image_pil=Image.new("RGB", (8, 8)))
+
+
+def test_lora_with_new_rows(home: Path) -> None:
+    from peft import LoraConfig
+
+    llm = LlamaForCausalLM.from_pretrained(home / "pretrained" / "seed_x" / "llm")
+    old = llm.lm_head.weight.clone()
+    with pytest.raises(ConfigError, match="either peft_config or model_id"):
+        get_peft_model_with_resize_embedding(llm)
+    tuned = get_peft_model_with_resize_embedding(llm, LoraConfig(r=2, target_modules=["q_proj"]),
+                                                 vocab_size=len(old) + 3)
+    rows = tuned.get_output_embeddings().weight
+    assert len(rows) == len(old) + 3 and rows.requires_grad
+    assert torch.allclose(rows[-1], 3 * old.mean(0), atol=1e-5)
+    assert isinstance(ContinuousLVLM(tuned, torch.nn.Identity(), torch.nn.Identity()), torch.nn.Module)

@@ -1,0 +1,90 @@
+"""Users' own programs with the originals' objects: hydra, pyrootutils and YAML files, on nano's and nano-x's parts."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import warm_python
+from omegaconf import OmegaConf
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[3]
+NANO, NANO_X = ROOT / "pretrained" / "nano", ROOT / "pretrained" / "nano-x"
+pytestmark = [pytest.mark.process, pytest.mark.slow]
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A working directory with copies of the repository's YAML files."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / "images").symlink_to(ROOT / "images")
+    return tmp_path
+
+
+def change(file: Path, **values: object) -> None:
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), values), file)
+
+
+def run(program: str, home: Path) -> list[str]:
+    """The lines that a program prints."""
+    done = subprocess.run([warm_python.PYTHON, str(ROOT / "tests" / "support" / "original_programs" / program), "cpu"],
+                          cwd=home, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def difference(home: Path, image: str, source: str) -> float:
+    """Mean distance of two images' pixels, 0 … 255."""
+    size = Image.open(home / image).size
+    first, second = (np.asarray(Image.open(file).convert("RGB").resize(size), dtype=np.float32)
+                     for file in (home / image, ROOT / "images" / source))
+    return float(np.abs(first - second).mean())
+
+
+def test_seed_llama_by_hydra(home: Path) -> None:
+    change(home / "configs/tokenizer/seed_llama_tokenizer_hf.yaml", diffusion_path=None,
+           pretrained_model_name_or_path=str(NANO / "seed_tokenizer"))
+    change(home / "configs/transform/clip_transform.yaml", image_size=64)
+    change(home / "configs/llm/seed_llama_8b.yaml", pretrained_model_name_or_path=str(NANO / "seed_llama"))
+    codes, text = run("seed_llama.py", home)[-2:]
+    assert len(codes.split()) == 32 and "fox" in text
+    assert difference(home, "rebuilt.png", "fox.png") < 40 and Image.open(home / "drawn.png").size == (64, 64)
+
+
+def test_seed_x_by_hydra(home: Path) -> None:
+    sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
+    resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
+    configs = home / "configs"
+    change(configs / "tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
+           pretrained_model_name_or_path=str(NANO_X / "tokenizer"))
+    change(configs / "processer/qwen_448_transform.yaml", image_size=64)
+    change(configs / "visual_encoder/qwen_vitg_448.yaml", pretrained_model_path=str(NANO_X / "vision"))
+    change(configs / "clm_models/llm_seed_x_i.yaml", pretrained_model_name_or_path=str(NANO_X / "llm"))
+    change(configs / "clm_models/agent_seed_x_i.yaml", pretrained_model_path=str(NANO_X / "agent"), **resamplers)
+    for file in (configs / "sdxl_adapter").glob("*.yaml"):
+        change(file, pretrained_model_path=str(NANO_X / "detokenizer"),
+               resampler=json.loads((NANO_X / "detokenizer" / "resampler.json").read_text()))
+    write_sdxl(home / "pretrained" / "stable-diffusion-xl-base-1.0")
+
+    printed = dict(line.split(": ", 1) for line in run("seed_x.py", home) if ": " in line)
+    assert "fox" in printed["describe"] and "snowman" in printed["describe"]
+    assert "fox" in printed["ask"] and "<box_start>" in printed["find"]
+    assert printed["forced"] == "True 1" and printed["edit"] == "True 1"
+    for image in ("rebuilt.png", "rebuilt_with_condition.png", "forced.png", "edited.png"):
+        assert Image.open(home / image).size == (64, 64)
+    assert difference(home, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
+
+
+def write_sdxl(folder: Path) -> None:
+    """SDXL's diffusers folder at nano-x's sizes: its U-Net with new weights, which the adapter's replace."""
+    from diffusers import UNet2DConditionModel
+
+    config = UNet2DConditionModel.load_config(NANO_X / "sdxl" / "unet")
+    UNet2DConditionModel.from_config({**config, "in_channels": 4}).save_pretrained(folder / "unet")
+    shutil.copytree(NANO / "seed_tokenizer" / "diffusion_model" / "vae", folder / "vae")
+    shutil.copytree(NANO_X / "sdxl" / "scheduler", folder / "scheduler")
