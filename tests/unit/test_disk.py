@@ -15,7 +15,6 @@ from seed_multimodal.disk import folder_lock, making_folder, output_folder, repl
 from seed_multimodal.entry import REFUSED, guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
-
 HOLDER = """
 import errno, fcntl, pathlib, socket, sys
 from seed_multimodal.disk import folder_lock

@@ -144,4 +144,7 @@ def translate_errors(where: str, saved: str) -> Iterator[None]:
         if isinstance(error, RuntimeError) and any(word in text for word in _PEER_WORDS):
             raise TrainingError(f"Another process died or did not answer at {where} ({first_line(error)}); {saved}; "
                                 "the same command resumes from there.") from error
+        if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
+            raise TrainingError(f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {where}; "
+                                f"{saved}.") from error
         raise

@@ -8,6 +8,7 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,12 @@ class RunLog:
     """Writes log lines every `logging_steps` steps; every process calls it for every step."""
 
     def __init__(self, name: str, settings: TrainerConfig, step: int, home: Path, group: ProcessGroup,
-                 device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int) -> None:
-        """Open the logs and drop lines of a killed run after step `kept`. Raises ConfigError: no wandb."""
+                 device: torch.device, meter: Meter, status: Callable[[], Mapping[str, float]], kept: int,
+                 starts_branch: bool = False) -> None:
+        """Open the logs and drop lines of a killed run after step `kept`; a branch is another run of wandb.
+
+        Raises ConfigError: no wandb.
+        """
         self.name, self.settings, self.file = name, settings, home / f"{name}.log.jsonl"
         self.group, self.device, self.meter, self.status = group, device, meter, status
         self.mark_step, self.mark = step, time.monotonic()
@@ -111,7 +116,7 @@ class RunLog:
                 with writing(board):
                     self.board = SummaryWriter(str(board), purge_step=step + 1)
             if "wandb" in settings.report_to:
-                self.wandb = _open_wandb(settings, home)
+                self.wandb = _open_wandb(settings, home, name, starts_branch)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
         """Write a log line when due, and the numbers of an evaluation."""
@@ -194,11 +199,23 @@ def drop_lines_after(step: int, log: Path) -> None:
             replace_text(log, "".join(kept))
 
 
-def _open_wandb(settings: TrainerConfig, home: Path) -> Any:
+def _open_wandb(settings: TrainerConfig, home: Path, name: str, is_new_run: bool) -> Any:
+    """The run of wandb that a file in the output folder names, so that a restart continues it."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError("trainer: report_to has wandb, but the package is not installed: pip install wandb.")
     wandb = importlib.import_module("wandb")  # not a dependency
-    return wandb.init(project="seed-multimodal", name=settings.run_name or home.name, dir=str(home), resume="allow")
+    file = home / f"{name}.wandb_id"
+    if is_new_run or not file.is_file():
+        with writing(file):
+            home.mkdir(parents=True, exist_ok=True)
+            replace_text(file, uuid.uuid4().hex)
+    return wandb.init(
+        project="seed-multimodal",
+        name=settings.run_name or home.name,
+        dir=str(home),
+        id=file.read_text(encoding="utf-8").strip(),
+        resume="allow",
+    )
 
 
 def merge(lines: list[dict[str, float]]) -> dict[str, float]:

@@ -115,7 +115,7 @@ class Trainer:
                 self.log_line(remark)
         self.started = time.monotonic() - saved.get("seconds", 0.0)
         self.log = RunLog(task.name, settings, self.step, home, group, self.device, task.meter, task.status,
-                          kept=saved.get("global_step", 0))
+                          kept=saved.get("global_step", 0), starts_branch=self.store.starts_branch)
         stack.callback(self.log.close)
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the last one
         task.prepared(self)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, SeedError
 from seed_multimodal.training.checkpoint import checkpoints
@@ -163,8 +164,6 @@ def test_train_is_the_same_with_and_without_evaluation(runs, train, tmp_path):
 
 
 def test_translate_errors_of_memory_and_processes():
-    import torch
-
     for raised, words in ((torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "Out of memory"),
                           (RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:9"), "Another process died")):
         with pytest.raises(TrainingError, match=f"{words}.*nothing was saved yet"), \
@@ -175,6 +174,16 @@ def test_translate_errors_of_memory_and_processes():
     with pytest.raises(RuntimeError, match="shapes") as caught, translate_errors("step 3", ""):
         raise RuntimeError("shapes differ")
     assert not isinstance(caught.value, SeedError)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_translate_errors_of_deepspeeds_loss_scale():
+    scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
+    scale = scaler.DynamicLossScaler(init_scale=1, scale_window=10, min_scale=1, delayed_shift=1,
+                                     consecutive_hysteresis=False, raise_error_at_min_scale=True, dtype=torch.half)
+    sentence = r"overflow at any loss scale \(use bf16 or fp32\) at step 3; x is intact\."
+    with pytest.raises(TrainingError, match=sentence), translate_errors("step 3", "x is intact"):
+        scale.update_scale(True)
 
 
 @pytest.mark.parametrize(("more", "words"), [

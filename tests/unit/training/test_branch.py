@@ -7,6 +7,21 @@ from types import ModuleType
 
 import pytest
 
+WANDB = """
+from pathlib import Path
+
+class init:
+    def __init__(self, *, project, name, dir, id, resume):
+        with open(Path(dir) / "ids.txt", "a") as file:
+            file.write(f"{id}\\n")
+
+    def log(self, values, step):
+        pass
+
+    def finish(self):
+        pass
+"""
+
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
@@ -67,3 +82,17 @@ def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path: Path) -> None:
     run(6, resume=named, save_total_limit=1)
     assert not Path(named).exists()
     assert run(8, resume=named, save_total_limit=1).endswith("checkpoint-6")
+
+
+def test_restart_continues_the_run_of_wandb(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A branch, or a new run in a folder of the same name, is another run there."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "wandb.py").write_text(WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
+    run(4, report_to=["wandb"])
+    run(6, report_to=["wandb"])
+    run(4, report_to=["wandb"], resume=named)
+    run(6, report_to=["wandb"], resume=named)
+    ids = (tmp_path / "ids.txt").read_text().split()
+    assert ids[0] == ids[1] != ids[2] == ids[3]

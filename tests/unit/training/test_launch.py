@@ -20,7 +20,8 @@ echo "command=$*"
 echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-}"
 echo "GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-}"
 """
-# Node 0 has 10.0.0.1 (its own hosts file says 127.0.1.1), node 1 has 10.0.0.2; the default route is of another interface.
+# Node 0 has 10.0.0.1 (its own hosts file says 127.0.1.1), node 1 has 10.0.0.2; the default route
+# is of another interface.
 IP = """#!/bin/sh
 case "$*" in
     *"route get 127.0.1.1") echo "local 127.0.1.1 dev lo src 127.0.0.1 uid 0" ;;

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import itertools
+import os
 import signal
 import sys
 import time
@@ -19,13 +20,14 @@ import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import AbstractContextManager
 from functools import partial
+from multiprocessing.queues import Queue
 from typing import Any
 
 import torch
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.stream.sampler import EpochOrder, MixedOrder, Part
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.errors import DataError, SeedError, first_line
 
 _PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
@@ -58,8 +60,9 @@ def load(fetch: Callable[[Any], Any], jobs: Iterable[Any], workers: int = 0) -> 
     except (RuntimeError, OSError, EOFError) as error:
         if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
-        raise DataError("A data worker process was killed (often because memory ran out); resume from the last "
-                        "checkpoint, with fewer workers if it happens again.") from error
+        raise DataError("A data worker process was killed (often because memory ran out, in a container that of "
+                        "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
+                        "fewer workers if it happens again.") from error
     finally:
         stop()
         atexit.unregister(stop)
@@ -83,10 +86,19 @@ def _as_is(value: Any) -> Any:
 
 
 def _enter(worker: int) -> None:
-    """Make a worker ignore torchrun's SIGTERM and end when its parent dies."""
+    """Make a worker ignore torchrun's SIGTERM, and end when its parent dies or a result cannot be sent."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Python's own hook prints a traceback and drops the result, for which the parent would wait forever.
+    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     if sys.platform == "linux":  # elsewhere torch's workers check their parent between batches
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+
+
+def _end_worker(error: Exception, result: Any) -> None:
+    """End a worker whose result cannot be sent, usually because /dev/shm is full."""
+    sys.stderr.write(f"data worker: {first_line(error)}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 class StepBatches(AbstractContextManager["StepBatches"]):

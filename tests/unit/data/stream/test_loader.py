@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -105,6 +106,33 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None) -> No
             for step in range(1, 40):  # prefetched batches are still returned
                 batches.at(step)
         assert "\n" not in str(error.value)
+
+
+FULL_MEMORY = """
+import torch
+from seed_multimodal.data.stream.loader import load
+from seed_multimodal.entry import guarded
+
+def read(job):
+    return torch.zeros(1_000_000)
+
+raise SystemExit(guarded("program", False, lambda: len(list(load(read, range(20), 2)))))
+"""
+
+
+@pytest.mark.process
+@pytest.mark.timeout(200)
+def test_load_without_room_in_shared_memory() -> None:
+    """As in a container: docker gives /dev/shm 64 MB."""
+    unshare = shutil.which("unshare")
+    mount = "mount -t tmpfs -o size=2m none /dev/shm"
+    if unshare is None or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system allows no user mounts")
+    program = [sys.executable, "-c", FULL_MEMORY]
+    done = subprocess.run([unshare, "-Urm", "sh", "-c", f'{mount} && exec "$@"', "sh", *program],
+                          capture_output=True, text=True, timeout=150)
+    assert done.returncode == 2 and "/dev/shm: docker run --shm-size" in done.stderr, done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
 SCRIPT = """
