@@ -1,3 +1,3 @@
 #!/bin/sh
-# CIDEr of captions: --dataset coco, nocaps or flickr, with --annopath and --imagepath.
+# CIDEr of captions: COCO, or --dataset nocaps or flickr; data in the original's places below data/, or --annopath and --imagepath.
 exec sh "$(dirname "$0")/evaluate.sh" --task_name caption "$@"

@@ -1,3 +1,3 @@
 #!/bin/sh
-# Accuracy of answers: --dataset vqav2, okvqa, gqa or vizwiz, with --annopath and --imagepath.
+# Accuracy of answers: VQAv2, or --dataset okvqa, gqa or vizwiz; data in the original's places below data/, or --annopath and --imagepath.
 exec sh "$(dirname "$0")/evaluate.sh" --task_name vqa "$@"

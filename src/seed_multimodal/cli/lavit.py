@@ -14,11 +14,23 @@ from typing import Any
 
 from seed_multimodal.cli import common
 from seed_multimodal.entry import DONE, add_language_model, run_program, whole_number
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
 PROMPT = "a sculpture of a duck made of wool"
 WORDS = "It is running in the snow"
+COCO = "data/coco/images"
+# Annotations and images of each task and data set, where the original's scripts expect them.
+DATA = {
+    ("caption", "coco"): ("data/coco/annotations/coco_karpathy_test.json", COCO),
+    ("caption", "nocaps"): ("data/nocaps/annotations/nocaps_val.json", "data/nocaps/images"),
+    ("caption", "flickr"): ("data/flickr30k/annotations/flickr30k_test.json", "data/flickr30k/images"),
+    ("vqa", "vqav2"): ("data/coco/annotations/vqa_val_eval.json", COCO),
+    ("vqa", "okvqa"): ("data/okvqa/annotations/vqa_val_eval.json", COCO),
+    ("vqa", "gqa"): ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images"),
+    ("vqa", "vizwiz"): ("data/vizwiz/annotations/full_set/val_answerable.json", "data/vizwiz/images"),
+    ("text2image", "coco"): ("data/coco/annotations/coco_t2i_eval.json", COCO)}
 
 
 def lavit_script(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -62,15 +74,17 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     parser.add_argument("--task_name", choices=("vqa", "caption", "text2image"), default="vqa")
     parser.add_argument("--model_path", default="./", help="default: pretrained/LaVIT-7B-v2")
     parser.add_argument("--model_dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
-    parser.add_argument("--annopath", default="./", help="file of questions, images to describe, or captions")
-    parser.add_argument("--imagepath", dest="images", default="./", type=Path, help="folder of the images")
+    parser.add_argument("--annopath", help="file of questions, images to describe, or captions (default: the "
+                        "original's place of --dataset below data/)")
+    parser.add_argument("--imagepath", help="folder of the images (default: the original's place)")
     parser.add_argument("--dataset", help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr")
     parser.add_argument("--batch_size", type=whole_number(1), default=2)
     parser.add_argument("--resolution", type=whole_number(1), default=224, help="of real images for FID")
     parser.add_argument("--truth", type=Path, help="answers or captions to compare with (default: found by name)")
     parser.add_argument("--out", help="folder of the results (default: tmp/TASK/DATASET)")
     parser.add_argument("--limit", type=whole_number(1), help="the first LIMIT samples only")
-    parser.add_argument("--clip", help="folder of CLIP ViT-L/14 (default: pretrained/clip-vit-large-patch14)")
+    parser.add_argument("--clip", help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin "
+                        "in --model_path, else pretrained/clip-vit-large-patch14)")
     parser.add_argument("--inception", type=Path, help="weights of FID's network")
     parser.add_argument("--device", help="auto, cpu, cuda, cuda:N or mps (default: that of the process)")
     add_language_model(parser)
@@ -147,19 +161,36 @@ def _infer(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _find_data(args: argparse.Namespace, dataset: str) -> None:
+    """Set the paths that were not given. Raises ConfigError, which names the flag: nothing there."""
+    annotations, images = DATA.get((args.task_name, dataset), (None, None))
+    args.annopath = args.annopath or annotations or "./"
+    args.images = Path(args.imagepath or images or "./")
+    if not Path(args.annopath).is_file():
+        raise ConfigError(f"--annopath {args.annopath}: no such file; it is the list of {dataset}'s samples for "
+                          f"{args.task_name} (LaVIT's README links the original's).")
+    if not args.images.is_dir():
+        raise ConfigError(f"--imagepath {args.images}: no such folder; it holds {dataset}'s images.")
+
+
 def _evaluate(args: argparse.Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
     from seed_multimodal.cli.evaluate import run_task
     from seed_multimodal.evaluation.drawing import find_clip
+    from seed_multimodal.evaluation.openai_clip import NAME
     from seed_multimodal.evaluation.tasks import TASKS, find_task, find_truth
     from seed_multimodal.lavit.original import original_config, original_device
 
     draws, dataset = args.task_name == "text2image", args.dataset or next(iter(TASKS[args.task_name]))
     args.out = args.out or f"tmp/{args.task_name}/{dataset}"
+    _find_data(args, dataset)
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     settings: dict[str, Any] = {"resolution": args.resolution, "inception": args.inception}
     if draws:
-        settings |= {"best_of": 4, "clip": find_clip(args.clip)}
+        # The original keeps CLIP's weights in the model's folder.
+        inside = [folder / NAME for folder in (Path(args.model_path), config.tokenizer) if folder is not None]
+        clip = args.clip or next((file for file in inside if file.is_file()), None)
+        settings |= {"best_of": 4, "clip": find_clip(clip, f"put the original's {NAME} into --model_path")}
     else:
         truth = find_truth(find_task(args.task_name, dataset), Path(args.annopath))
         settings |= {"truth": args.truth or truth, "options": {"seed": 42}}

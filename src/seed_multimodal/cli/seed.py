@@ -175,8 +175,8 @@ def _recon_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", default="pretrained", help="folder of the tokenizer (default: pretrained)")
     parser.add_argument("--out", "--outdir", dest="out", default="outputs/txt2img-samples", help="folder")
     add_device(parser, None, "by --precision")
-    parser.add_argument("--ckpt", help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: that next to "
-                        "the tokenizer, or in pretrained/)")
+    parser.add_argument("--ckpt", help="Stable Diffusion 1.4: sd-v1-4.ckpt, or a diffusers folder (default: "
+                        "that next to the tokenizer, or in pretrained/)")
     parser.add_argument("--ddim_steps", type=int, default=50, help="denoising steps (default: 50)")
     parser.add_argument("--scale", type=float, default=7.5, help="guidance (default: 7.5)")
     parser.add_argument("--n_samples", type=whole_number(1), default=6, help="images in a batch (default: 6)")

@@ -16,6 +16,7 @@ from seed_multimodal.disk import replacing, writing
 from seed_multimodal.errors import CheckpointError, DataError, GenerationError, first_line, how_to_install
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Line, Run, open_sample
+from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
@@ -31,10 +32,14 @@ BATCH = 32
 
 
 class ClipScores:
-    """Image and text encoder of a CLIP folder (transformers), in fp32. Raises CheckpointError: a part is missing."""
+    """Image and text encoder of a CLIP folder (transformers) or of OpenAI's file, in fp32. Raises CheckpointError: a
+    part is missing."""
 
     def __init__(self, place: Path, device: torch.device) -> None:
-        self.vision, self.texts = load_clip_vision(place, device=device, log=None), clip_texts(place, device)
+        if place.is_file():
+            self.vision, self.texts = load_openai_clip(place, device)
+        else:
+            self.vision, self.texts = load_clip_vision(place, device=device, log=None), clip_texts(place, device)
         self.transform = ImageTransform(self.vision.config.image_size, interpolation="bicubic")
 
     @torch.no_grad()
@@ -47,13 +52,13 @@ class ClipScores:
         return found
 
 
-def find_clip(given: str | Path | None) -> Path:
-    """The CLIP folder for ranking candidates. Raises CheckpointError: missing, with instructions."""
+def find_clip(given: str | Path | None, other: str = "generate one image per text (--best-of 1)") -> Path:
+    """The CLIP folder, or OpenAI's file, for ranking candidates. Raises CheckpointError: missing, with instructions;
+    `other`: a further one."""
     place = CLIP_FOLDER if given is None else Path(given)
-    if not place.is_dir():
-        raise CheckpointError(f"{place}: no CLIP folder to select the best of several images; put "
-                              f"openai/{CLIP_FOLDER.name} of the Hugging Face hub there, set --clip, or "
-                              "generate one image per text (--best-of 1).")
+    if not place.exists():
+        raise CheckpointError(f"{place}: no CLIP to select the best of several images; put openai/{CLIP_FOLDER.name} "
+                              f"of the Hugging Face hub there, set --clip, or {other}.")
     return place
 
 

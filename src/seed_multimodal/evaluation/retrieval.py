@@ -124,7 +124,11 @@ def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     encoder = load_clip_text(place, device=device, log=None)
     if not any((place / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(f"{place}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    tokenizer: Any = CLIPTokenizer.from_pretrained(str(place), local_files_only=True)
+    return text_embedder(encoder, CLIPTokenizer.from_pretrained(str(place), local_files_only=True), device)
+
+
+def text_embedder(encoder: Any, tokenizer: Any, device: torch.device) -> TextEncoder:
+    """Texts → normalised embeddings, by a CLIP text model and its tokenizer."""
     most = encoder.config.max_position_embeddings
 
     @torch.no_grad()

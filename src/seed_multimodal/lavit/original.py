@@ -72,7 +72,7 @@ class _Model(nn.Module):
     system: Lavit
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """What `.to`, `.cuda`, `.half` and the like call: without effect, since `device_id` and `model_dtype` decide."""
+        """What `.to`, `.cuda`, `.half` and the like call: without effect; `device_id` and `model_dtype` decide."""
         return self
 
     @property

@@ -267,7 +267,8 @@ class SystemConfig:
             missing = [(source, place) for key, (source, _) in origins.items()
                        if (place := self._missing(key)) and key != "safety"]
             shipped = SHIPPED_FAMILIES[self.system]
-            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} (of the server: "
+            flags = "LaVIT's evaluate.py: --model_path; the server" if self.system == "lavit" else "of the server"
+            raise CheckpointError(f"{self.name}: {hub.not_on_disk(missing)}, or take --model {shipped} ({flags}: "
                                   f"--system {shipped}), which runs now.")
         texts = [f"its {PARTS[self.system][key][0]} is not there"
                  + (f": put it at {place}" if place else " (seed assemble joins parts)")

@@ -112,6 +112,35 @@ def test_evaluate_captions(tiny_lavit_folder, tmp_path, monkeypatch, capsys):
     assert code == 0 and json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
 
 
+@pytest.mark.parametrize(("task", "dataset", "file"), [
+    ("caption", "coco", "data/coco/annotations/coco_karpathy_test.json"),
+    ("vqa", "gqa", "data/gqa/annotations/testdev_balanced_questions.json"),
+    ("text2image", "coco", "data/coco/annotations/coco_t2i_eval.json")])
+def test_evaluate_looks_in_the_places_of_the_original(task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch,
+                                                      capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--task_name", task, "--dataset", dataset, "--model_path", str(tiny_lavit_folder), "--device", "cpu"]
+    assert programs.evaluate_script("evaluate.py", "", flags) == 2
+    assert f"--annopath {file}: no such file" in capsys.readouterr().err
+    Path(file).parent.mkdir(parents=True)
+    Path(file).write_text("[]")
+    assert programs.evaluate_script("evaluate.py", "", flags) == 2
+    assert f"--imagepath data/{dataset}/images: no such folder" in capsys.readouterr().err
+    Path(f"data/{dataset}/images").mkdir()
+    if task == "text2image":
+        assert programs.evaluate_script("evaluate.py", "", flags) == 2
+        said = capsys.readouterr().err
+        assert "openai_clip_ViT-L-14.bin into --model_path" in said and "--best-of" not in said
+
+
+def test_evaluate_without_weights_names_its_own_flag(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("a.json").write_text('[{"image": "a.png", "question": "what?", "question_id": 1, "answer": "a"}]')
+    assert programs.evaluate_script("evaluate.py", "", ["--annopath", "a.json", "--imagepath", "."]) == 2
+    said = capsys.readouterr().err
+    assert "LaVIT-7B-v2" in said and "evaluate.py: --model_path" in said and "nano-lavit" in said
+
+
 # ---- notebooks
 
 
