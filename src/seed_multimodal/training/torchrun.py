@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from seed_multimodal.training.distributed import STOPPED
 
 
 class ProcessesStopped(SignalException):
-    """All processes of this node ended after SIGTERM, with these exit codes."""
+    """After SIGTERM the processes of this node ended with these exit codes, or at least the first failed one did."""
 
     def __init__(self, codes: list[int]) -> None:
         super().__init__("stopped by SIGTERM", signal.SIGTERM)
@@ -46,7 +47,12 @@ class SavingAgent(LocalElasticAgent):
         processes = [] if context is None else [handler.proc for handler in context.subprocess_handlers.values()]
         for process in processes:
             process.terminate()
-        raise ProcessesStopped([process.wait() for process in processes])
+        while any(process.poll() is None for process in processes):
+            if any(process.poll() not in (None, 0, STOPPED) for process in processes):
+                break  # the others would wait for it; torchrun kills them after its 30 seconds
+            time.sleep(0.2)
+        codes = [process.poll() for process in processes]
+        raise ProcessesStopped([code for code in codes if code is not None])
 
 
 def run_torchrun(arguments: Sequence[str]) -> int:
