@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from runner import DEFAULT_DIR, assert_close, assert_gradients, assert_same, part, read_case, read_json
 
+from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.generation import GenerationSettings, HiddenStates, ImageSpans, Prompt, generate
 from seed_multimodal.language.llama import ROTARY, force_special_ids
+from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.seed_x.processing import Box, SeedXPrompts, answer_text, place_images, read_boxes, without_words
 from seed_multimodal.seed_x.views import AnyResolution, patch_positions
-from seed_multimodal.seed_x.vision import Resampler, ResamplerConfig
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]
@@ -71,13 +71,13 @@ def check_lvlm(folder: Path) -> None:
 def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousLVLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes, settings = config["resampler"], AgentSettings(**config["variants"][variant])
+    sizes, settings = config["resampler"], config["variants"][variant]
     grid, heads, vision = (sizes[key] for key in ("grid_size", "num_heads", "vision_dim"))
     width, llm = config["llm"]["hidden_size"], LlamaForCausalLM(LlamaConfig(**config["llm"]))
     force_special_ids(llm)
-    model = ContinuousLVLM(llm, Resampler(ResamplerConfig(grid, width, heads, vision)),
-                           Resampler(ResamplerConfig(grid, vision, heads, width)), settings)
-    ignored = [f"*{ROTARY}"] + ([] if settings.add_patch_pos else ["patch_pos_embed"])
+    model = ContinuousLVLM(llm, Resampler(grid, width, heads, vision), Resampler(grid, vision, heads, width),
+                           **settings)
+    ignored = [f"*{ROTARY}"] + ([] if model.settings.add_patch_pos else ["patch_pos_embed"])
     assign_strictly(model, part(weights, "released"), "weights", allow_unexpected=ignored)
     return model
 
@@ -156,13 +156,21 @@ def check_generation(case: dict[str, Any], model: ContinuousLVLM, weights: Tenso
     prompt = Prompt(case["input_ids"], embeds, answered=[boi] if case["input_ids"][-1:] == [boi] else [])
     states, settings = HiddenStates(), GenerationSettings(do_sample=False, **case["kwargs"])
     answer = generate(model.llm, tokenizer, [prompt], settings, states=states, original=True)[0]
+    output = model.generate(
+        LlamaTokenizer(tokenizer), input_ids=torch.tensor([case["input_ids"]]),
+        image_embeds=inputs.get(f"gen.{name}.image_embeds"), ids_cmp_mask=torch.tensor([case["ids_cmp_mask"]]),
+        patch_positions=inputs.get(f"gen.{name}.patch_positions"),
+        num_img_gen_tokens=tokenizer.vocabulary.tokens_per_image, **case["kwargs"])
     head.copy_(before)
     drawn = [model.written_features(states.at(0, range(image.place, image.place + len(image.codes)))[None])
              for image in AnswerReader(tokenizer).read_all(answer).parts if isinstance(image, ImagePart)]
     assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
     assert_same((len(drawn) > 0, len(drawn)), (case["has_img_output"], case["num_gen_imgs"]), f"{name}: images")
+    for key in ("text", "has_img_output", "num_gen_imgs"):
+        assert_same(output[key], case[key], f"{name}: {key} of the original's method")
     if f"gen.{name}.img_gen_feat" in outputs:
-        assert_close(torch.cat(drawn), outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")
+        for features in (torch.cat(drawn), output["img_gen_feat"]):
+            assert_close(features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features")
 
 
 # ---- scripts

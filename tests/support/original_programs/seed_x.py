@@ -94,6 +94,7 @@ second.generate(image_pil=pair, latent_image=pair, **DRAWING)[0].save("rebuilt_w
 print("describe:", shown(answer("[INST] {image}Describe this image briefly. [/INST]\n", pair)["text"]))
 print("ask:", shown(answer("[INST] {image}What is on the left? [/INST]\n", pair)["text"]))
 print("find:", answer("[INST] {image}Where is the snowman? Show me the location. [/INST]\n", pair)["text"])
+print("complete:", answer("{image}In this picture there is a fox [[ <box_start>", pair)["text"])
 print("continue:", shown(answer("Question: {image}Describe this image briefly.\nAnswer:", fox)["text"]))
 
 # text to image, forced by <img> and asked for

@@ -74,8 +74,9 @@ def test_seed_x_by_hydra(home: Path) -> None:
     printed = dict(line.split(": ", 1) for line in run("seed_x.py", home) if ": " in line)
     assert "fox" in printed["describe"] and "snowman" in printed["describe"]
     assert "fox" in printed["ask"] and "<box_start>" in printed["find"]
-    assert printed["forced"] == "True 1" and printed["edit"] == "True 1"
-    for image in ("rebuilt.png", "rebuilt_with_condition.png", "forced.png", "edited.png"):
+    assert "<loc-" in printed["complete"]
+    assert printed["forced"] == printed["asked"] == printed["edit"] == "True 1"
+    for image in ("rebuilt.png", "rebuilt_with_condition.png", "forced.png", "asked.png", "edited.png"):
         assert Image.open(home / image).size == (64, 64)
     assert difference(home, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
 
