@@ -32,6 +32,7 @@ ALIASES = {
     "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
     "src.model.llama_xformer.LlamaForCausalLM.from_pretrained":
         "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
+    "src.model.peft_model.get_peft_model_with_resize_embedding": "seed_multimodal.compat.lora:seed_llama_lora",
     # SEED-X's (its programs read the same files as descriptions: `seed_x.original.TARGETS`)
     "transformers.LlamaTokenizer.from_pretrained":
         "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained",
@@ -43,8 +44,8 @@ ALIASES = {
     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained":
         "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained",
     "src.models.mllm.peft_models.get_peft_model_with_resize_embedding":
-        "seed_multimodal.compat.seed_x:get_peft_model_with_resize_embedding",
-    "peft.LoraConfig": "seed_multimodal.compat.seed_x:lora_config",
+        "seed_multimodal.compat.lora:seed_x_lora",
+    "peft.LoraConfig": "seed_multimodal.compat.lora:lora_config",
     "src.models.mllm.seed_x.ContinuousLVLM": "seed_multimodal.compat.seed_x:ContinuousLVLM",
     "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained":
         "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained",

@@ -89,36 +89,6 @@ class LlamaForCausalLM:
         return load_llm(folder, dtype=dtype)
 
 
-def get_peft_model_with_resize_embedding(model: Any, peft_config: Any = None, model_id: str | None = None,
-                                         vocab_size: int | None = None, torch_dtype: str = "bf16") -> Any:
-    """`src.models.mllm.peft_models.get_peft_model_with_resize_embedding`: a LoRA on `model`, new (`peft_config`) or
-    trained (`model_id`). New rows of the embeddings are the mean of the old ones, those of the head 3 times it; both
-    are trained whole. `torch_dtype` has no effect, as in the original."""
-    from peft import PeftModel, get_peft_model
-
-    if (peft_config is None) == (model_id is None):
-        raise ConfigError("get_peft_model_with_resize_embedding needs either peft_config or model_id.")
-    old = len(model.get_input_embeddings().weight)
-    if vocab_size is not None and vocab_size > old:
-        model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        for embedding, factor in ((model.get_input_embeddings(), 1), (model.get_output_embeddings(), 3)):
-            rows = embedding.weight.data
-            rows[old:] = factor * rows[:old].mean(dim=0, keepdim=True)
-    if model_id is not None:
-        return PeftModel.from_pretrained(model, local_folder(model_id) or model_id)
-    tuned = get_peft_model(model, peft_config)
-    tuned.get_input_embeddings().requires_grad_(True)
-    tuned.get_output_embeddings().requires_grad_(True)
-    return tuned
-
-
-def lora_config(**values: Any) -> Any:
-    """`peft.LoraConfig`, for YAML files that `seed_multimodal.config.instantiate` reads."""
-    from peft import LoraConfig
-
-    return LoraConfig(**values)
-
-
 class ContinuousLVLM(modeling.ContinuousLVLM):
     """`src.models.mllm.seed_x.ContinuousLVLM`, the agent."""
 
@@ -193,5 +163,4 @@ class ContinuousLVLM(modeling.ContinuousLVLM):
 
 
 __all__ = ["ContinuousLVLM", "DiscreteModleIdentity", "LlamaForCausalLM", "LlamaTokenizer", "Resampler",
-           "VisionTransformerWithAttnPool", "get_peft_model_with_resize_embedding", "lora_config",
-           "process_anyres_image"]
+           "VisionTransformerWithAttnPool", "process_anyres_image"]

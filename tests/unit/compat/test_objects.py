@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from seed_multimodal.compat.detokenizer import ResamplerXLV2, SDXLAdapter, SDXLAdapterWithLatentImage
+from seed_multimodal.compat.lora import seed_llama_lora, seed_x_lora
 from seed_multimodal.compat.seed_x import (
     ContinuousLVLM,
     LlamaForCausalLM,
-    get_peft_model_with_resize_embedding,
     process_anyres_image,
 )
 from seed_multimodal.config import ALIASES, find_target, instantiate
@@ -54,9 +54,10 @@ def parts(home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def test_every_import_path_has_what_a_yaml_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """hydra imports a `_target_`; ours and hydra's objects are the same."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    own = [name for name in ALIASES if name.startswith(("models.", "src.models.", "src.processer."))]
-    assert len(own) > 10
+    for folder in (ROOT / "MultiModalLLM", ROOT):
+        monkeypatch.syspath_prepend(str(folder))
+    own = [name for name in ALIASES if name.startswith(("models.", "src."))]
+    assert len(own) > 14
     for name in own:
         module, _, attribute = name.removesuffix(".from_pretrained").rpartition(".")
         found = getattr(importlib.import_module(module), attribute)
@@ -154,10 +155,30 @@ def test_lora_with_new_rows(home: Path) -> None:
     llm = LlamaForCausalLM.from_pretrained(home / "pretrained" / "seed_x" / "llm")
     old = llm.lm_head.weight.clone()
     with pytest.raises(ConfigError, match="either peft_config or model_id"):
-        get_peft_model_with_resize_embedding(llm)
-    tuned = get_peft_model_with_resize_embedding(llm, LoraConfig(r=2, target_modules=["q_proj"]),
+        seed_x_lora(llm)
+    tuned = seed_x_lora(llm, LoraConfig(r=2, target_modules=["q_proj"]),
                                                  vocab_size=len(old) + 3)
     rows = tuned.get_output_embeddings().weight
     assert len(rows) == len(old) + 3 and rows.requires_grad
     assert torch.allclose(rows[-1], 3 * old.mean(0), atol=1e-5)
     assert isinstance(ContinuousLVLM(tuned, torch.nn.Identity(), torch.nn.Identity()), torch.nn.Module)
+
+
+def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path: Path) -> None:
+    """As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same base."""
+    from peft import LoraConfig
+
+    from seed_multimodal.seed.original import SeedLlamaTokenizer
+
+    tokenizer = SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
+    text_only = LlamaForCausalLM.from_pretrained(tiny_folder / "seed_llama")
+    text_only.resize_token_embeddings(tokenizer.vocab_size, mean_resizing=False)
+    text_only.save_pretrained(tmp_path / "base")
+    options = {"r": 2, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    tuned = seed_llama_lora(text_only, LoraConfig(**options), tokenizer=tokenizer)
+    assert len(tuned.get_input_embeddings().weight) == len(tokenizer)
+    tuned.save_pretrained(tmp_path / "checkpoint-10")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    again = seed_llama_lora(base, model_id=str(tmp_path / "checkpoint-10"), tokenizer=tokenizer)
+    ids = torch.tensor([tokenizer.encode("hello<img>")])
+    assert torch.allclose(again(input_ids=ids).logits, tuned(input_ids=ids).logits, atol=1e-5)
