@@ -1,5 +1,6 @@
-"""What training reads of its data: bytes per sample of parquet tables by the size of their row groups, and bytes that all
-processes fetch of remote shards by range requests. The orders are training's, the files are computed; one JSON line each.
+"""What training reads of its data: bytes per sample of parquet tables by the size of their row groups, and bytes that
+all processes fetch of remote shards by range requests. The orders are training's, the files are only computed; one JSON
+line for each measurement.
 
     python benchmarks/reads.py
 """
@@ -22,7 +23,7 @@ from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 
 
 class Cache:
-    """Least recently used parts of files, up to a number of bytes; `read` counts the bytes of parts that are not there."""
+    """Parts of files, the last used ones up to a number of bytes; `read`: bytes of parts that were not there."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.held, self.read = limit, 0, 0
@@ -77,7 +78,8 @@ def read_shards(shards: int, world: int, workers: int, records: int = 10_000, re
 
 def run(options: argparse.Namespace) -> None:
     for rows in (100, 500, 1000, 5000):
-        print(json.dumps({"rows_of_a_group": rows, "megabytes_read_per_sample": round(read_table(rows), 2)}), flush=True)
+        read = round(read_table(rows), 2)
+        print(json.dumps({"rows_of_a_group": rows, "megabytes_read_per_sample": read}), flush=True)
     for shards in options.shards:
         for world in (1, 8, 64):
             fetched = round(read_shards(shards, world, 2), 2)

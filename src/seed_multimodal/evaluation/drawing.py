@@ -27,6 +27,7 @@ from seed_multimodal.seed.pipeline import SeedLlama
 from seed_multimodal.weights import load_state_dict
 
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
+FID_IMAGES = 2000  # below about the number of Inception's features (2,048) the covariance is singular
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # of github.com/toshas/torch-fidelity, release v0.2.0
 BATCH = 32
 
@@ -89,6 +90,14 @@ def fid(metric: Any, run: Run, samples: Sequence[Sample], drawn: Sequence[Path])
     return float(metric.compute())
 
 
+def fid_note(images: int) -> str:
+    """What to know about an FID of so few images, or ""."""
+    if images >= FID_IMAGES:
+        return ""
+    return (f"FID of {images:,} images is biased and not comparable with that of other numbers: its covariance needs "
+            f"{FID_IMAGES:,} or more.")
+
+
 def save_drawing(image: Image.Image, folder: Path, number: int, text: str, jpeg: bool = False) -> str:
     """Save as NUMBER_CAPTION.png; returns the file's name. Raises DataError: the disk refuses."""
     stem = "".join(letter if letter.isalnum() else "_" for letter in text).strip("_")[:60]
@@ -148,6 +157,8 @@ class Drawings:
             try:
                 metric = fid_metric(self.run.inception).to(self.system.images.device)
                 numbers["fid"] = round(fid(metric, self.run, drawn, files), 4)
+                if note := fid_note(len(drawn)):
+                    numbers["notes"] = [note]
             except (ImportError, CheckpointError) as error:
                 numbers["notes"] = [f"FID is not computed ({first_line(error)}): it needs the Inception weights and "
                                     f"{how_to_install('torchmetrics', 'torch_fidelity')}."]

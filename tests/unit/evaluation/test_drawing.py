@@ -14,7 +14,7 @@ from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation import drawing as module
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run, Task
-from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric, find_clip, save_drawing
+from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric, fid_note, find_clip, save_drawing
 from seed_multimodal.images.transforms import ImageTransform
 
 CPU = torch.device("cpu")
@@ -71,6 +71,10 @@ def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     expected = ((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
     assert distance == pytest.approx(expected, rel=1e-3)
+
+
+def test_fid_note():
+    assert "FID of 1,999 images is biased" in fid_note(1999) and not fid_note(2000)
 
 
 def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):

@@ -160,6 +160,10 @@ def _question(sample: Sample, *, required: bool = True) -> Fields:
 
 
 def _read_qa(sample: Sample) -> Read:
+    fields = sample.fields
+    if sample.keys["answer"] == "caption" and fields.get("caption") is None and fields.get("question") is not None:
+        raise BadRecord("missing key", f"{sample.where}: has a question, but no 'caption', which --fields journeydb "
+                        "(the default, as in the original) reads; use --fields vqa for questions with answers.")
     fields = {**_question(sample), "answer": sample.text("answer")}
     value = sample.image()
     several = value if isinstance(value, list) else [value]
@@ -207,7 +211,12 @@ def _edit_record(fields: Fields, codes: Codes) -> Fields:
 
 def _read_interleaved(sample: Sample) -> Read:
     """A document; unreadable images are dropped with their index, as in the original."""
-    images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
+    images: Any
+    texts: Any
+    if "text_list" in sample.fields and "image_info" in sample.fields:
+        images, texts = _mmc4_lists(sample.fields, sample.where)
+    else:
+        images, texts = (sample.fields.get(sample.keys[name]) for name in ("images", "texts"))
     if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images) or any(
             (image is None) == (text is None) or not isinstance(text, str | None)
             for image, text in zip(images, texts, strict=True)):
@@ -217,6 +226,31 @@ def _read_interleaved(sample: Sample) -> Read:
     if not sources:
         raise Dropped("no image")
     return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
+
+
+def _mmc4_lists(fields: Mapping[str, Any], where: str) -> tuple[list[Any], list[str | None]]:
+    """The parallel lists of a record of MMC4 as published: each image stands before the sentence that it matches.
+
+    `text_list`: sentences; `image_info`: for each image `matched_text_index`, and its base64 text (`image_base64`) or
+    its file (`image_name`).
+    """
+    sentences, infos = fields["text_list"], fields["image_info"]
+    if not isinstance(sentences, list) or not isinstance(infos, list):
+        raise BadRecord("images and texts", f"{where}: 'text_list' and 'image_info' must be lists.")
+    before: list[list[Any]] = [[] for _ in sentences]
+    for number, info in enumerate(infos):
+        name, index = f"image_info[{number}]", info.get("matched_text_index")
+        image = info.get("image_base64") or info.get("image_name")
+        if not isinstance(index, int) or not 0 <= index < len(sentences) or image is None:
+            raise BadRecord("images and texts", f"{where}: {name}: needs a matched_text_index from 0 to "
+                            f"{len(sentences) - 1}, and image_base64 or image_name.")
+        before[index].append(image)
+    images: list[Any] = []
+    texts: list[str | None] = []
+    for sentence, matched in zip(sentences, before, strict=True):
+        images += [*matched, None]
+        texts += [*[None for _ in matched], sentence]
+    return images, texts
 
 
 def _interleaved_record(fields: Fields, codes: Codes) -> Fields:

@@ -143,6 +143,11 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
         for source in settings.sources])
 
 
+def read_once(settings: LlmDataSettings) -> LlmDataSettings:
+    """The settings of held-out data: each record is read once."""
+    return replace(settings, sources=[replace(source, cycles=1) for source in settings.sources])
+
+
 def _sources(given: Any, where: str) -> list[SourceSettings]:
     """The sources; the default name is that of the first file or folder."""
     if isinstance(given, Mapping):

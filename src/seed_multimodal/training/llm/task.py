@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders import FEATURE_DECODERS
-from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, with_template
+from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings, read_once, with_template
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, known_peak
 from seed_multimodal.errors import ConfigError
@@ -184,11 +184,13 @@ class LlmTask(RunTask):
     def _held_out(self) -> list[LlmBatch]:
         """Evaluation batches, read before the first step so that errors show early; none: no evaluation.
 
-        All processes have the same number, since forward passes are collective under DDP and ZeRO-3.
+        A set that fits into the batches of all processes is used once, so that its loss is independent of their number.
+        All processes have the same number of batches, since forward passes are collective under DDP and ZeRO-3.
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
             return []
-        with LlmBatches(self.run.eval_data, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
+        settings = read_once(self.run.eval_data)
+        with LlmBatches(settings, self.tokenizer, rank=self.group.rank, world=self.group.world) as data:
             found = list(itertools.islice(data, self.settings.eval_batches))
         most = max(other["batches"] for other in self.group.gather({"batches": len(found)}))
         return found + [blank_batch()] * (most - len(found))

@@ -199,3 +199,28 @@ def test_run_video(make, codec, words, tmp_path):
     assert len({tuple(row) for row in rows_of}) == 4  # four colours
     assert decode(words, "sft.video", records[0]).count("<img>") == 8
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 2
+
+
+def test_run_interleaved_of_mmc4_as_published(make, codec, images, words, capfd):
+    """Images stand before the sentences that they match; missing files are dropped."""
+    inline = base64.b64encode((images / "6.png").read_bytes()).decode()
+    info = [{"image_name": "5.png", "raw_url": "https://x/5.png", "matched_text_index": 1, "matched_sim": 0.3},
+            {"image_name": "6.png", "image_base64": inline, "matched_text_index": 0},
+            {"image_name": "gone.png", "matched_text_index": 2}]
+    good = {"url": "x", "text_list": ["one", "two", "three"], "image_info": info, "similarity_matrix": [[0.1] * 3] * 3}
+    bad = [{**good, "image_info": [{**info[0], "matched_text_index": 9}]}, {**good, "image_info": [7]},
+           {**good, "text_list": "one"}, {**good, "text_list": [None, "two", "three"]}]
+    record, = make("interleaved", [good, *bad])
+    five, six = codes_of(codec, images, 5, 6)
+    assert record["image_ids"] == [six, None, five, None, None]
+    assert record["texts"] == [None, "one", None, "two", "three"]
+    text = decode(words, "pretrain.interleaved", record, reverse_ratio=0.0)
+    assert text.index("one") < text.index("two") < text.index("three")
+    said = capfd.readouterr().err
+    assert "gone.png" in said and said.count("skipped: ") == 4 and "matched_text_index from 0 to 2" in said
+
+
+def test_run_qa_of_vqa_records_without_fields(make, capfd):
+    """The original's default reads JourneyDB; the message names the preset."""
+    assert make("qa", [{"image": "0.png", "question": "what?", "answer": "a"}, {"image": "0.png", "caption": "c"}])
+    assert "has a question, but no 'caption'" in (said := capfd.readouterr().err) and "use --fields vqa" in said

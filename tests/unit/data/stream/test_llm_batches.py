@@ -20,7 +20,7 @@ import torch
 from warm_python import PYTHON
 
 from seed_multimodal.data.decoders.base import IGNORED
-from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError
@@ -213,7 +213,7 @@ def test_restore_with_other_data(mixed: Callable, words) -> None:
 SCRIPT = """
 import hashlib, json, multiprocessing, os, signal, sys
 from pathlib import Path
-from seed_multimodal.data.stream.config import read_data_settings
+from seed_multimodal.data.stream.config import read_data_settings, read_once
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -245,3 +245,18 @@ def test_restore_after_sigkill(mixed: Callable, words, tmp_path: Path, still_run
         assert lines[step] == f"{step} {hashlib.sha256(batch.input_ids.numpy().tobytes()).hexdigest()}"
         assert step <= 12 or same(next(fresh), batch)
     assert still_running(workers.split()) == []
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_held_out_data_is_read_once(mixed: Callable, words, numbers: Callable, packing: bool) -> None:
+    """By any number of processes, whatever the cycles of its sources."""
+    settings, once = read_once(read_data_settings(mixed(packing=packing))), 0
+    for world in (1, 2, 3):
+        seen, learned = Counter[int](), 0
+        for rank in range(world):
+            for batch in LlmBatches(settings, words, rank=rank, world=world):
+                seen.update(numbers(batch))
+                learned += batch.learned
+        assert seen == dict.fromkeys([*range(66), *range(1000, 1030), *range(2000, 2035)], 1)
+        once = once or learned
+        assert learned == once > 0
