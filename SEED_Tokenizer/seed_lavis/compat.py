@@ -11,10 +11,9 @@ Import LAVIS names from here, never from `lavis` directly:
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import sys
 from collections.abc import Iterator
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,9 +92,10 @@ def _import_parts(folder: Path) -> None:
     import lavis.tasks.image_text_pretrain  # noqa: F401
 
 
-if getattr(sys.modules.get("lavis"), "__file__", "") is None:
-    del sys.modules["lavis"]  # a plain folder of that name, such as our folder of YAML files
-_spec = importlib.util.find_spec("lavis")
+# The installed package: not the folder `lavis` next to this package, which is first on the path of programs here.
+_here = Path(__file__).resolve().parents[1]
+_elsewhere = [place for place in sys.path if Path(place or ".").resolve() != _here]
+_spec = None if sys.modules.get("lavis", "") is None else PathFinder.find_spec("lavis", _elsewhere)
 if _spec is None or _spec.origin is None:
     raise LavisMissing(f"LAVIS (salesforce-lavis 1.0.2) is not installed; install it with {INSTALL_HINT}.")
 import torch.distributed  # noqa: E402, F401

@@ -67,10 +67,11 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     """
     from seed_multimodal.language.engine import Engine
     from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
-    from seed_multimodal.seed.pipeline import SeedLlama
+    from seed_multimodal.seed.pipeline import SeedLlama, check_unclip
     from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
 
     words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
+    check_unclip(words.images.decoder_folder)  # before the language model is read
     parts = {"encoder": offload_encoder, "decoder": offload_decoder}
     words.images.offload([name for name, chosen in parts.items() if chosen])
     settings: dict[str, Any] = {} if dtype == "auto" else {"torch_dtype": dtype}

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replacing_path
+from seed_multimodal.disk import read_json_object, replacing_path
 from seed_multimodal.errors import CheckpointError, SeedWarning, counted, first_line
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -73,6 +73,18 @@ def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     if not files:
         raise CheckpointError(f"{source}: no weights (*.safetensors or *.bin).")
     return {name: value for file in files for name, value in load_state_dict(file, mapped=True).items()}
+
+
+def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | None:
+    """The first file that a model's folder lacks: `config.json`, a shard that an index lists, or any weights (then
+    `name`)."""
+    if not (folder / "config.json").is_file():
+        return folder / "config.json"
+    for index in sorted(folder.glob("*.index.json")):
+        shards = sorted(set(read_json_object(index).get("weight_map", {}).values()))
+        return next((folder / shard for shard in shards if not (folder / shard).is_file()), None)
+    some = any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())
+    return None if some else folder / name
 
 
 def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:

@@ -148,7 +148,7 @@ def _load(args: argparse.Namespace) -> Any:
         import torch
 
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else args.device
-    system = load_system(args)
+    system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
     if getattr(args, "keep_ratio", False):
         system.images.transform = replace(system.images.transform, keep_ratio=True)
     return system

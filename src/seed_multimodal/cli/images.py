@@ -143,7 +143,8 @@ def _require_codes(args: argparse.Namespace, codec: Any) -> None:
 
 def _load(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The system, and the keywords of its methods."""
-    return common.load_system(args), {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
+    system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
+    return system, {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
 
 
 def _each_image(args: argparse.Namespace, method: str, text: str | None, show: Callable[[str, Any], None]) -> int:

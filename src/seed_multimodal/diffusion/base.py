@@ -25,9 +25,12 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, SeedWarning, first_line
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.weights import refuse_tensors
+from seed_multimodal.weights import missing_weights, refuse_tensors
 
 DEFAULTS, VAE_ELSEWHERE = "seed_decode.json", "vae.json"
+FILES = {  # of parts without weights: any of these
+    "scheduler": ("scheduler_config.json",), "image_noising_scheduler": ("scheduler_config.json",),
+    "tokenizer": ("vocab.json", "tokenizer.json"), "feature_extractor": ("preprocessor_config.json",)}
 Generators = Sequence[torch.Generator]
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 CLASSES = {  # of a diffusers folder's sub-folders
@@ -219,6 +222,25 @@ class Detokenizer:
         if (place / LAYOUT).is_dir():
             parts["layout"] = LayoutDecoder.from_pretrained(place / LAYOUT)
         return parts
+
+    @classmethod
+    def check_parts(cls, place: Path, *names: str) -> None:
+        """Raise CheckpointError if a file of these parts is missing, without loading any."""
+        for name in names:
+            if not (place / OPTIONAL.get(name, "")).is_dir():
+                continue
+            folder = vae_folder(place) if name == "vae" else place / name
+            if not folder.is_dir():
+                missing: Path | None = folder
+            elif name in FILES:
+                missing = None if any((folder / one).is_file() for one in FILES[name]) else folder / FILES[name][0]
+            else:
+                is_clip = name in ("text_encoder", "safety_checker")
+                missing = missing_weights(folder, *(() if is_clip else ("diffusion_pytorch_model.safetensors",)))
+            if missing is not None:
+                kind = "folder" if missing == folder else "file"
+                raise CheckpointError(f"{missing}: no such {kind}, so the {cls.kind} folder is not complete; "
+                                      f"{cls.where}.")
 
     @classmethod
     def load_part(cls, place: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -53,6 +53,7 @@ class LavitDetokenizer(Detokenizer):
 
     kind, where, settings_class = "LaVIT pixel decoder", LAVIT_WHERE, LavitSettings
     part_names = ("decoder", *Detokenizer.part_names)
+    folders = ("scheduler", "unet", "vae")
 
     def __init__(self, unet: Any, vae: Any, scheduler: Any, *, decoder: CodeDecoder | None = None,
                  null_embeds: Tensor | None = None, **options: Any) -> None:
@@ -71,7 +72,8 @@ class LavitDetokenizer(Detokenizer):
             CheckpointError: missing (with download instructions), damaged or mismatched parts.
         """
         place = find_folder(folder, NEEDED, LAVIT_WHERE)
-        parts = cls.load_parts(place, dtype, "scheduler", "unet", "vae")
+        cls.check_parts(place, *cls.folders)
+        parts = cls.load_parts(place, dtype, *cls.folders)
         width = int(parts["unet"].config.cross_attention_dim)
         if decoder is not None and decoder.config.context_dim != width:
             raise CheckpointError(f"{place}: its U-Net reads width {width}, but the decoder of codes writes width "

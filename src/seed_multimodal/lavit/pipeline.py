@@ -157,12 +157,17 @@ class Lavit(MultimodalSystem):
         self.lemmatizer: Callable[[str], str] | None = None  # of short answers; None: spaCy's, loaded with the first
 
     @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        if config.pixels is not None and config.pixels.is_dir():
+            LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
+
+    @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
         parts: Any = config.require("llm", "tokenizer")
         words = LavitTokenizer.from_pretrained(parts.words or parts.llm)
+        images = load_images(config, runtimes)  # before the language model, which takes longest
         llm = load_language_model(parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype,
                                   quantization=runtimes.quantization)
-        images = load_images(config, runtimes)
         sizes, vocabulary, reader = images.writer.config, words.vocabulary, images.reader
         pairs = {"codes": (sizes.codebook_size, vocabulary.n_codes),
                  "patches": (sizes.patches, vocabulary.tokens_per_image),

@@ -44,6 +44,7 @@ class SeedDetokenizer(Detokenizer):
         """
         names = (*cls.folders, *(("safety_checker", "feature_extractor") if safety_checker else ()))
         place = find_folder(folder, [f"{name}/*" for name in names], cls.where)
+        cls.check_parts(place, *names)
         return cls(**cls.load_parts(place, dtype, *names)).to(device)
 
 

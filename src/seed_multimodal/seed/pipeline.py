@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -45,6 +46,7 @@ class CodeImages(ImageCodec):
     """
 
     progressive = True
+    decoder_folder: Path | None = None
     own_settings = ("codes", "negative_codes")
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *own_settings)
 
@@ -148,15 +150,19 @@ class SeedLlama(MultimodalSystem):
                                   f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together.")
 
     @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        check_unclip(config.detokenizer)
+
+    @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
         name, url, gguf = runtimes.engine
         parts: Any = config.require("tokenizer", *(() if name == "openai" else ("llm",)))
         words = MultimodalTokenizer.from_pretrained(parts.tokenizer)
+        images = load_images(config, runtimes)  # before the language model, which takes longest
         engine = None if name == "torch" else open_engine(name, words, parts.llm, url=url, gguf=gguf)
         llm = engine.llm if engine else load_language_model(
             parts.llm, device=runtimes.llm_home, dtype=runtimes.llm.dtype, quantization=runtimes.quantization,
             vocabulary=words.vocabulary)
-        images = load_images(config, runtimes)
         sizes = images.model.config
         if (sizes.codebook_size, sizes.num_query) != (words.vocabulary.n_codes, words.vocabulary.tokens_per_image):
             raise ConfigError(f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
@@ -199,6 +205,12 @@ class SeedLlama(MultimodalSystem):
         return next(codes) if is_image(item) else self.images.check_codes([item])[0].tolist()
 
 
+def check_unclip(folder: Path | None) -> None:
+    """Raise CheckpointError if a stable-unCLIP folder is there, but lacks a file."""
+    if folder is not None and folder.is_dir():
+        UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
+
+
 def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
     """The image tokenizer of a system, or one alone, with the resizing that it was trained on (to its own size, if none
     is given).
@@ -221,6 +233,7 @@ def load_images(config: SystemConfig, runtimes: Runtimes) -> CodeImages:
         load = partial(UnclipDetokenizer.from_pretrained, config.detokenizer, dtype=runtimes.drawing.dtype)
     codec = CodeImages(model, get_transform(**{"image_size": size, **config.transform}), load_decoder=load,
                        device=runtimes.images.device, drawing_device=runtimes.drawing.device, offload=runtimes.offload)
+    codec.decoder_folder = config.detokenizer if load is not None else None
     codec.name, codec.advice = str(config.tokenizer), (f": put a stable-unCLIP folder that draws its embeddings at "
                                                        f"{config.tokenizer}/{INSIDE}")
     return codec

@@ -50,6 +50,7 @@ class SdxlDetokenizer(Detokenizer):
 
     kind, where, settings_class = "SDXL", SDXL_WHERE, SdxlSettings
     part_names = ("layout", "resampler", "unet", "vae")
+    folders = ("scheduler", "vae")  # of SDXL
 
     def __init__(self, adapter: SDXLAdapter, vae: Any, scheduler: Any, *, null_embeds: Tensor | None = None,
                  **options: Any) -> None:
@@ -63,6 +64,7 @@ class SdxlDetokenizer(Detokenizer):
         """Load autoencoder and scheduler of SDXL (a diffusers folder or hub name; its U-Net's weights and text encoders
         are not read), and an adapter of either stage, as `SDXLAdapter.from_pretrained`. Raises `CheckpointError`."""
         place = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_WHERE)
+        cls.check_parts(place, *cls.folders)
         parts = cls.load_parts(place, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):
             weights = SDXLAdapter.from_pretrained(adapter, place, device=device, dtype=dtype, sizes=sizes)

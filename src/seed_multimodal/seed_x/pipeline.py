@@ -187,10 +187,16 @@ class SeedX(MultimodalSystem):
         super().__init__(config, tokenizer, agent.llm, images, log, **options)
 
     @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        if config.sdxl is not None and config.sdxl.is_dir():
+            SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
+
+    @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log = None) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
         words = MultimodalTokenizer.from_pretrained(config.tokenizer)  # type: ignore[arg-type]
-        agent, images = load_agent_model(config, words, runtimes), load_images(config, runtimes)
+        images = load_images(config, runtimes)  # before the language model, which takes longest
+        agent = load_agent_model(config, words, runtimes)
         read, made = agent.input_resampler.config, images.model.config.output_dim
         if made != (read.kv_dim or read.embed_dim):
             raise CheckpointError(f"{config.vision}: its features have width {made}, but {config.agent} reads width "

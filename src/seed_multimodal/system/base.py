@@ -85,7 +85,12 @@ class MultimodalSystem(Generator, HubUpload):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
         if engine != "torch" and config.system != "seed_llama":
             raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
+        # Missing files are reported before the first weights are loaded.
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
+        if engine == "torch":
+            config.check_language_model()
+        if load_decoder:
+            kind.check_decoder(config)
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
@@ -107,6 +112,11 @@ class MultimodalSystem(Generator, HubUpload):
         return save_system(self.config, folder, force=force)
 
     # ---- defined by families
+
+    @classmethod
+    def check_decoder(cls, config: SystemConfig) -> None:
+        """Raise CheckpointError if the de-tokenizer's folder is there, but lacks a file."""
+        raise NotImplementedError
 
     @classmethod
     def load(cls, config: SystemConfig, runtimes: Runtimes, log: Log) -> Self:

@@ -275,6 +275,18 @@ class SystemConfig:
                  for key in parts if (place := self._missing(key)) is not None]
         raise CheckpointError(f"{self.name}: {'; '.join(texts)}.")
 
+    def check_language_model(self) -> None:
+        """Raise CheckpointError if the language model's folder lacks a file."""
+        from seed_multimodal.weights import missing_weights
+
+        folder = self.llm
+        if folder is None or not folder.is_dir() or (folder / ADAPTER_CONFIG).is_file():
+            return
+        missing = missing_weights(folder)
+        if missing is not None:
+            raise CheckpointError(f"{missing}: no such file, so the language model of {self.name} is not complete; "
+                                  "download its folder again.")
+
     def _missing(self, key: str) -> str | None:
         """The first missing path of a part ("": no path); None: complete."""
         place = getattr(self, key)

@@ -192,7 +192,7 @@ def test_draw_with_nan_weights_fails(case: Case) -> None:
 
 
 def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no such folder; download .*pretrained/stable-diffusion-v1-4"):
+    with pytest.raises(CheckpointError, match=r"no such folder; put Stable Diffusion 1\.4 .*/stable-diffusion-v1-4"):
         open_case(tmp_path, "sd")
     for part in ("unet", "vae", "text_encoder"):
         folder = tmp_path / part / "sd"
@@ -208,7 +208,7 @@ def test_from_pretrained_of_incomplete_folders(place: Path, tmp_path: Path) -> N
             open_case(tmp_path / part, "sd")
     (folder / "scheduler" / "scheduler_config.json").unlink()
     shutil.rmtree(folder / "text_encoder")
-    with pytest.raises(CheckpointError, match="scheduler_config.json: no such file; download"):
+    with pytest.raises(CheckpointError, match="scheduler_config.json: no such file, so the Stable Diff"):
         open_case(tmp_path / "text_encoder", "sd")
     shutil.copytree(place / "lavit", tmp_path / "lavit")
     torch.save({"conv_in.weight": Path}, tmp_path / "lavit" / "unet" / "diffusion_pytorch_model.bin")
@@ -222,5 +222,5 @@ def test_vae_of_another_folder(place: Path, tmp_path: Path) -> None:
     (tmp_path / "lavit" / "vae.json").write_text(json.dumps({"folder": "../shared"}))
     assert np.array_equal(open_case(tmp_path, "lavit").draw([0], [1]), open_case(place, "lavit").draw([0], [1]))
     shutil.rmtree(tmp_path / "shared")
-    with pytest.raises(CheckpointError, match="shared: no such folder; download LaVIT"):
+    with pytest.raises(CheckpointError, match="shared: no such folder, so the LaVIT pixel decoder"):
         open_case(tmp_path, "lavit")

@@ -36,6 +36,17 @@ def test_register_in_a_fresh_process(start):
 
 
 @pytest.mark.process
+def test_plain_import_of_lavis(start):
+    """As in the original's folder, where the package lay; programs here find the prepared one."""
+    code = ("import lavis\nfrom lavis.common.registry import registry\nfrom lavis.models import BaseModel\n"
+            "from lavis.tasks.base_task import BaseTask\nprint(registry.get_path('library_root'), lavis.__path__[0])")
+    out, error = (process := start(sys.executable, "-c", code)).communicate(timeout=120)
+    assert process.returncode == 0, error
+    root, place = out.split()
+    assert root == place and "SEED_Tokenizer" not in place
+
+
+@pytest.mark.process
 def test_train_without_lavis(start):
     code = ("import sys; sys.modules['lavis'] = None\n"  # makes `import lavis` fail
             "import train; sys.exit(train.main(['--cfg-path', 'lavis/projects/nano/pretrain_qformer.yaml']))")

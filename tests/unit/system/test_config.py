@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from seed_multimodal.config import instantiate
 from seed_multimodal.configured import language_model
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.seed.pipeline import SeedLlama
+from seed_multimodal.system.base import MultimodalSystem
 from seed_multimodal.system.config import SystemConfig
 
 FOX = str(Path(__file__).resolve().parents[3] / "images" / "fox.png")
@@ -124,3 +126,34 @@ def test_draw_without_a_diffusion_model(tiny_folder: Path, tmp_path: Path) -> No
     system = SeedLlama.from_pretrained(home, device="cpu", log=None)
     with pytest.raises(CheckpointError, match="diffusion_model"):
         system.draw("a cat")
+
+
+@pytest.mark.parametrize(("folder", "missing", "language_model"), [
+    ("tiny_folder", "seed_tokenizer/diffusion_model/unet/diffusion_pytorch_model.safetensors", "seed_llama"),
+    ("tiny_folder", "seed_tokenizer/diffusion_model/scheduler/scheduler_config.json", "seed_llama"),
+    ("tiny_folder", "seed_tokenizer/diffusion_model/image_normalizer/config.json", "seed_llama"),
+    ("tiny_x_folder", "sdxl/vae/config.json", "llm"), ("tiny_lavit_folder", "pixels/unet/config.json", "llm")])
+def test_missing_files_are_reported_before_weights_are_read(
+    folder: str, missing: str, language_model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """The language model's weights are damaged, which would be the error if they were read."""
+    home = shutil.copytree(request.getfixturevalue(folder), tmp_path / "copy")
+    (home / language_model / "model.safetensors").write_bytes(b"damaged")
+    (home / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"{missing}: no such file, so the .* folder is not complete"):
+        MultimodalSystem.from_pretrained(home, device="cpu", log=None)
+    with pytest.raises(CheckpointError, match="weights cannot be read"):
+        MultimodalSystem.from_pretrained(home, device="cpu", log=None, load_decoder=False)
+
+
+def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(tiny_folder, tmp_path / "copy")
+    (home / "seed_llama" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="model.safetensors: no such file, so the language model of"):
+        MultimodalSystem.from_pretrained(home, device="cpu", log=None)
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    (home / "seed_llama" / first).write_bytes(b"damaged")
+    (home / "seed_llama" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": first, "b": second}}))
+    with pytest.raises(CheckpointError, match=f"{second}: no such file, so the language model of"):
+        MultimodalSystem.from_pretrained(home, device="cpu", log=None)

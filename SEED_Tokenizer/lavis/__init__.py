@@ -1,0 +1,14 @@
+"""`import lavis` in this folder: the installed salesforce-lavis with the parts that work with today's transformers.
+
+`registry`, `BaseModel`, builders, processors, tasks and runners can be imported; LAVIS's other models need the
+transformers of 2023 (`pip install salesforce-lavis` in an environment of its own).
+"""
+
+import sys
+from pathlib import Path
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+if str(SOURCE) not in sys.path:
+    sys.path.insert(0, str(SOURCE))  # runs from a checkout that is not installed
+
+import seed_lavis.compat  # noqa: E402, F401  (puts the installed package in the place of this one)
