@@ -4,8 +4,8 @@
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
     python benchmarks/serving.py --minutes 10 --clients 32              a soak: errors, and memory at start and end
 
-Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` sends an image that was not sent
-before, `draw` a text that is answered with an image.
+Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` and `ask` (a short question) send
+an image that was not sent before, `draw` a text that is answered with an image.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from shared import ROOT, base_parser, input_images, print_line, rounded, start, 
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.language import prompts as sentences
 
+KINDS = ("describe", "ask", "draw")
+REQUESTS = {"describe": sentences.DESCRIBE_PROMPT, "ask": f"What is on the left?{sentences.QA_SUFFIX}"}
 Times = tuple[float, float] | None  # seconds to the first piece and the last; None: an error
 
 
@@ -71,8 +74,8 @@ class Client:
             return {"messages": [{"role": "user", "content": "Please draw a fish."}], "force_image": True,
                     "seed": next(self.numbers), "max_tokens": 40}
         url = f"data:image/png;base64,{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
-        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "Describe the image."}]
-        return {"messages": [{"role": "user", "content": content}], "max_tokens": 32}
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": REQUESTS[kind]}]
+        return {"messages": [{"role": "user", "content": content}], "max_tokens": 256}
 
     def send(self, body: dict[str, Any]) -> Times:
         """Ask, and read the stream to its end."""
@@ -105,13 +108,13 @@ def figures(times: list[Times], seconds: float) -> dict[str, Any]:
 
 
 def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[str, Any]:
-    """Both kinds of requests, one after another from each client, for so many minutes."""
+    """All kinds of requests, one after another from each client, for so many minutes."""
     begin = time.perf_counter()
 
     def visit(number: int) -> list[Times]:
         times: list[Times] = []
         while time.perf_counter() < begin + 60 * minutes:
-            times.append(client.send(client.body(("describe", "draw")[(len(times) + number) % 2])))
+            times.append(client.send(client.body(KINDS[(len(times) + number) % len(KINDS)])))
         return times
 
     with ThreadPoolExecutor(clients) as pool:
@@ -124,7 +127,7 @@ def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[s
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time each kind of request with each number of clients, or both together for some minutes."""
+    """Time each kind of request with each number of clients, or all together for some minutes."""
     runtime = choose_device(options.device, options.dtype, log=None)
     settings = {"model": options.model, "device": str(runtime.device)}
     with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
@@ -133,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
             print_line("serving", runtime.device, {"variant": "soak", "clients": options.clients[-1], **settings},
                        soak(server, client, options.clients[-1], options.minutes))
             return
-        for kind in ("describe", "draw"):
+        for kind in options.kinds:
             plain = 0.0
             for clients in options.clients:
                 client.send_all(kind, clients, clients)  # warm-up
@@ -148,6 +151,7 @@ def run(options: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = base_parser(__doc__)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="numbers of clients")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of requests")
     parser.add_argument("--requests", type=int, default=32, help="for each number of clients, and four of each client")
     parser.add_argument("--minutes", type=float, default=0, help="ask for so long instead")
     start(run, parser)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,25 +95,37 @@ def detect(args: argparse.Namespace) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Change each image as instructed and save the results."""
-    outputs = common.Outputs(args.out, len(args.images))
+    outputs = common.Outputs(args.out, len(args.images) * args.num_images)
+    system, options = _load(args)
 
-    def show(name: str, image: Image.Image) -> None:
-        path = outputs.save(image, f"{Path(name).stem}_edited")
-        common.emit(args, {"image": name, "instruction": args.instruction, "edited": path}, f"{name}: {path}")
+    def work(names: Sequence[str]) -> list[Sequence[Image.Image]]:
+        edited = system.edit(list(names), args.instruction, num_images=args.num_images, **options)
+        return [*batched(edited, args.num_images)]
 
-    return _each_image(args, "edit", args.instruction, show)
+    def show(name: str, images: Sequence[Image.Image]) -> None:
+        saved, paths = _save_several(images, outputs, f"{Path(name).stem}_edited", "edited")
+        common.emit(args, {"image": name, "instruction": args.instruction, **saved}, f"{name}: {paths}")
+
+    return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
 def draw(args: argparse.Namespace) -> int:
     """Draw each text and save the images."""
-    outputs = common.Outputs(args.out, len(args.texts) * len(args.codes or [0]))
+    if args.codes and args.num_images > 1:
+        raise ConfigError("seed draw: give either --codes or --num-images.")
+    outputs = common.Outputs(args.out, len(args.texts) * len(args.codes or [0]) * args.num_images)
     system, options = _load(args)
 
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
-        return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
+        if args.codes:
+            return _for_counts(args.codes, lambda **codes: system.draw(texts, **options, **codes))
+        return [*batched(system.draw(texts, num_images=args.num_images, **options), args.num_images)]
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
-        saved, paths = _save_drawn(images, args.codes, outputs, common.slug(text), "image")
+        if args.codes:
+            saved, paths = _save_drawn(images, args.codes, outputs, common.slug(text), "image")
+        else:
+            saved, paths = _save_several(images, outputs, common.slug(text), "image")
         common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
     return common.run_batches(args, args.texts, show, work, args.batch_size)
@@ -162,6 +174,19 @@ def _for_counts(counts: Sequence[int] | None, draw: Callable[..., Sequence[Image
                 ) -> list[Sequence[Image.Image]]:
     """The images of each item: one, or one for each number of codes in `counts`."""
     return list(zip(*([draw(codes=count) for count in counts] if counts else [draw()]), strict=True))
+
+
+def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image.Image]]:
+    """The images in groups of `size`."""
+    for start in range(0, len(images), size):
+        yield images[start:start + size]
+
+
+def _save_several(images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
+                  ) -> tuple[dict[str, Any], str]:
+    """Save the images of one request; for JSON under `key` (one path, or a list of several), and in words."""
+    paths = [outputs.save(image, stem) for image in images]
+    return {key: paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
 
 
 def _save_drawn(images: Sequence[Image.Image], counts: Sequence[int] | None, outputs: common.Outputs, stem: str,

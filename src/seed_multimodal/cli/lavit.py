@@ -118,8 +118,8 @@ def _draw(args: argparse.Namespace) -> int:
     outputs = common.Outputs(args.out, len(args.prompt) * args.num_return_images)
     system = _load(args)
     options = {"seed": args.seed, **common.chosen_settings(args)}
-    if args.num_return_images > 1:  # greedy generation would make all the same
-        options |= {"num_images": args.num_return_images, "do_sample": True}
+    if args.num_return_images > 1:
+        options["num_images"] = args.num_return_images
 
     def save(text: str, images: Sequence[Any]) -> None:
         for image in images:

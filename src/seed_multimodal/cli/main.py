@@ -67,9 +67,11 @@ def _add_language_commands(commands: Any) -> None:
     detect.add_argument("phrase", help="such as: the red car (SEED-X)")
     draw = _command(commands, images.draw, "texts", out="outputs", drawing=True, **answering)
     _add_codes(draw)
+    _add_number(draw)
     add_size(draw)
     edit = _command(commands, images.edit, "images", out="outputs", drawing=True, **answering)
     edit.add_argument("instruction")
+    _add_number(edit)
     add_beside(edit)
     talk = _command(commands, chat.chat, out="outputs/chat", language=True, generation=True, drawing=True)
     talk.add_argument("--message", action="append", help="send this and stop; repeat for more turns")
@@ -80,6 +82,11 @@ def _add_language_commands(commands: Any) -> None:
 def _add_codes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--codes", type=_counts, metavar="N,N,…", help="progressive drawing: the image after the first "
                         "N codes; several numbers (4,8,16,32): one image each, and a sheet of them")
+
+
+def _add_number(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-n", "--num-images", type=whole_number(1), default=1, metavar="N", help="images of each "
+                        "request, with seeds one after another; from the second on the codes are sampled")
 
 
 def _counts(text: str) -> list[int]:

@@ -150,6 +150,18 @@ def test_draw_from_the_first_codes(seed, tmp_path):
     assert Path(record["sheet"]).name == "a_red_apple_codes.png"
 
 
+def test_draw_and_edit_save_several_images(seed, tmp_path):
+    flags = ("--seed", "1", "--steps", "2", "--json", "--out", str(tmp_path))
+    code, lines, _ = seed("draw", "a red apple", "a fish", "-n", "3", *flags)
+    apples, fishes = (record["image"] for record in records(lines))
+    assert code == 0 and [Path(path).name for path in apples] == [
+        "a_red_apple.png", "a_red_apple_2.png", "a_red_apple_3.png"]
+    assert len({str(pixels(path)) for path in apples}) == 3 and len(fishes) == 3
+    code, lines, _ = seed("edit", CAT, "Make it green.", "--num-images", "2", *flags)
+    assert code == 0 and len(records(lines)[0]["edited"]) == 2
+    assert seed("draw", "a red apple", "-n", "2", "--codes", "8", *flags)[0] == 2
+
+
 def test_draw_notes_unknown_words(seed, tiny_folder, tmp_path):
     home = shutil.copytree(tiny_folder, tmp_path / "nano")
     settings = json.loads((home / "system.json").read_text())

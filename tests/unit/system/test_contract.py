@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,8 +18,8 @@ from tiny_lavit import noise, same
 from transformers import AutoModelForCausalLM
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError, ImageError, RequestError
-from seed_multimodal.language.messages import Answer
-from seed_multimodal.system.base import MultimodalSystem
+from seed_multimodal.language.messages import Answer, user_message
+from seed_multimodal.system.base import VARIATION, MultimodalSystem
 
 FAMILIES = ("tiny", "tiny_x", "tiny_lavit")
 SAMPLING = {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
@@ -60,6 +61,26 @@ def test_draw_of_a_list(system: Any) -> None:
     four = system.draw("a fish", seed=5, num_images=4, **FEW, **SAMPLING)
     assert len(four) == 4 and same(four[2], system.draw("a fish", 7, **FEW, **SAMPLING))
     assert not same(four[0], four[1])
+
+
+def test_draw_of_several_images_samples_all_but_the_first(system: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the noise alone."""
+    greedy = {"do_sample": False}
+    for name in ("temperature", "top_p"):  # the random model is sure of its tokens
+        monkeypatch.setitem(VARIATION, name, SAMPLING[name])
+    if type(system).__name__ == "Lavit":  # the original's settings sample every image
+        system = copy.copy(system)
+        system.config = replace(system.config, generation={"draw": greedy})
+    conversations = [user_message([text]) for text in ("a blue fish", "a red apple")]
+
+    def answers(**options: Any) -> list[tuple[int, ...]]:
+        """The ids of five answers to each request."""
+        written = system._write_several(conversations, "draw", 5, range(10), options)
+        return [tuple(one.answer.ids) for one in written]
+
+    varied, equal_codes = answers(), answers(**greedy)
+    assert len(set(equal_codes[:5])) == 1 and varied[::5] == equal_codes[::5] and varied == answers()
+    assert (len(set(varied[:5])) > 1) == hasattr(system.images, "section")
 
 
 def test_edit_and_reconstruct_of_a_list(system: Any) -> None:
