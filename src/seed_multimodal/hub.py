@@ -18,6 +18,11 @@ from seed_multimodal.errors import CheckpointError, first_line
 SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-tokenizers
 LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
 SHIPPED = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
+# Shipped parts by family, for messages about missing ones.
+SHIPPED_LLMS = ("pretrained/nano/seed_llama (SEED-LLaMA), pretrained/nano-x/llm (SEED-X), "
+                "pretrained/nano-lavit/llm (LaVIT)")
+SHIPPED_WORDS = ("shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) and "
+                 "pretrained/nano-lavit/words (LaVIT)")
 UNCLIP_WHERE = ("download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a mirror "
                 "of it) and put it at pretrained/stable-diffusion-2-1-unclip")
 SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler are needed "
@@ -25,7 +30,7 @@ SDXL_WHERE = ("download the diffusers folder of SDXL base 1.0, of which unet/con
 SDXL_ADAPTER_WHERE = ("put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
                       "pretrained/seed_detokenizer/first_stage and second_stage")
 LAVIT_WHERE = ("download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, or pass "
-               "its path")
+               "its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)")
 WEIGHTS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")  # patterns of files in one folder
 SAFE, TORCH_COPIES = ("model.safetensors", "model.safetensors.index.json"), "pytorch_model*.bin*"
 

@@ -15,7 +15,7 @@ import torch
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, how_to_install
-from seed_multimodal.hub import PARTS, find_file
+from seed_multimodal.hub import PARTS, SHIPPED_LLMS, find_file
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import refuse_tensors, warn_tensors
@@ -75,7 +75,7 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
 
     origin = next((part.hub for part in PARTS.values() if Path(part.folder).name == Path(source).name), None)
     values = read_json_object(find_file(source, ("config.json",), (
-        f"download huggingface.co/{origin} into {source}, or use the nano model, which is in pretrained/nano"
+        f"download huggingface.co/{origin} into {source}, or use a shipped one: {SHIPPED_LLMS}"
         if origin else "give the folder of a LLaMA (config.json and *.safetensors)")))
     if values.get("model_type") != "llama":
         raise CheckpointError(f"{source}: a checkpoint of another model: model_type is {values.get('model_type')!r}, "

@@ -27,6 +27,7 @@ import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.hub import SHIPPED_WORDS
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 MODEL, ADDED, CONFIG, SPECIAL = (
@@ -181,7 +182,7 @@ def read_files(folder: Path, spelled: bool = True) -> TokenizerFiles:
     needed = (MODEL, ADDED) if spelled else (MODEL,)
     if not os.path.isdir(folder):
         raise CheckpointError(f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
-                              "pretrained/README.md lists the original one, pretrained/nano contains one.")
+                              f"pretrained/README.md lists the original ones; {SHIPPED_WORDS}.")
     raw = {name: (folder / name).read_bytes() for name in (MODEL, ADDED, CONFIG, SPECIAL) if (folder / name).is_file()}
     for name in needed:
         if not raw.get(name):
