@@ -38,6 +38,8 @@ TARGETS = {  # the originals' names → what describes such a part
     "src.models.tokenizer.discrete_models.DiscreteModleIdentity": f"{_HERE}:no_discrete_model",
     "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": f"{_HERE}:language_model",
     "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": f"{_HERE}:language_model_with_lora",
+    "src.models.mllm.peft_models.get_full_model_with_resize_embedding": f"{_HERE}:full_language_model",
+    "src.models.mllm.peft_models.get_model_with_resize_embedding": f"{_HERE}:full_language_model",
     "peft.LoraConfig": f"{_HERE}:lora",
     "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": f"{_HERE}:agent",
     "src.models.detokenizer.resampler.ResamplerXLV2": "seed_multimodal.seed_x.adapter:ResamplerSizes",
@@ -76,6 +78,11 @@ def language_model_with_lora(model: Described, peft_config: Mapping[str, Any], v
                              torch_dtype: str = "bf16") -> Described:
     """`get_peft_model_with_resize_embedding`; the last two had their effect in training."""
     return Described("llm", model.path, lora=peft_config)
+
+
+def full_language_model(model: Described, vocab_size: int | None = None, torch_dtype: str = "bf16") -> Described:
+    """`get_full_model_with_resize_embedding`, `get_model_with_resize_embedding`; the last two are of training."""
+    return model
 
 
 def vision_encoder(pretrained_model_path: str, **sizes: Any) -> Described:

@@ -14,7 +14,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.engine import fill_config
 from seed_multimodal.training.llm.cli import compose, main, translate
-from seed_multimodal.training.llm.config import TrainerSettings
+from seed_multimodal.training.llm.config import TrainerSettings, read_model_settings
 from seed_multimodal.training.llm.task import LlmTask
 from seed_multimodal.training.optimizers import OptimSettings
 
@@ -192,7 +192,6 @@ def test_read_with_a_wrong_setting(more, words, files, runs, tmp_path):
 
 def test_read_settings_with_a_target_that_is_not_allowed(files, runs, tmp_path):
     from seed_multimodal.data.stream.config import read_data_settings
-    from seed_multimodal.training.llm.config import read_model_settings
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):
         files[group].write_text("_target_: os.system\ncommand: touch /tmp/made\n")
@@ -266,3 +265,21 @@ def test_build_llm_loads_the_base_in_the_precision_of_the_run_or_the_file(runs, 
     assert frozen.dtype == {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[used]
     exact = torch.equal(frozen.float(), base.model.layers[0].mlp.up_proj.weight.float())
     assert exact == (used != "bf16") and all(p.dtype == torch.float32 for p in llm.parameters() if p.requires_grad)
+
+
+def test_read_model_settings_of_other_builders_of_the_originals():
+    """Those that no published file names."""
+    base = {"_target_": "transformers.LlamaForCausalLM.from_pretrained", "pretrained_model_name_or_path": "llama"}
+    lora = {"_target_": "peft.LoraConfig", "r": 2, "target_modules": ["q_proj"]}
+    seed, seed_x = "src.model.peft_model.get_", "src.models.mllm.peft_models.get_"
+    frozen = read_model_settings({"_target_": f"{seed}frozen_embedding_model", "model": base})
+    assert frozen.freeze_embeddings and frozen.path == "llama" and frozen.lora is None
+    trained = read_model_settings({"_target_": f"{seed}peft_model_with_trainable_embedding", "model": base,
+                                   "peft_config": lora})
+    assert trained.train_embeddings and trained.lora == {"r": 2, "target_modules": ["q_proj"]}
+    full = read_model_settings({"_target_": f"{seed_x}full_model_with_resize_embedding", "model": base,
+                                "vocab_size": 32330})
+    assert full.path == "llama" and full.lora is None and not full.freeze_embeddings
+    for name in (f"{seed}learnable_image_embedding_model", f"{seed_x}model_with_resize_embedding"):
+        with pytest.raises(ConfigError, match="has no counterpart: embeddings are not trained alone; use"):
+            read_model_settings({"_target_": name, "model": base})

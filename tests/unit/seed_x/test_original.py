@@ -303,3 +303,15 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(home: Path) -> None:
     system = SeedX.from_pretrained(weights, llm=weights / "seed_x" / "llm", agent=file.parent, device="cpu", log=None)
     ids = torch.tensor([[1, 5, 9, 13, 40]])
     assert torch.allclose(system.llm(input_ids=ids).logits, agent.llm(input_ids=ids).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["get_full_model_with_resize_embedding", "get_model_with_resize_embedding"])
+def test_language_models_of_builders_without_a_lora(name: str):
+    from seed_multimodal.config import instantiate_by
+    from seed_multimodal.seed_x.original import TARGETS, Described
+
+    base = {"_target_": "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": "llm"}
+    target = f"src.models.mllm.peft_models.{name}"
+    part = instantiate_by(TARGETS, {"_target_": target, "model": base, "vocab_size": 32330, "torch_dtype": "bf16"})
+    assert part == Described("llm", Path("llm"))

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.record import RecordFile
 from seed_multimodal.data.formats.sources import find_files, open_file, registered
+from seed_multimodal.data.original_pipes import ENCODED, advice
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import nearest, read_settings, setting
 
@@ -52,11 +53,11 @@ def read_input_settings(config: Mapping[str, Any] | str | Path, fields: str | di
     given: Any = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in given:
         target = str(given.pop("_target_"))
-        if target not in PIPES:
+        if target not in PIPES and not ENCODED.match(target):
             raise ConfigError(f"{where}: _target_ {target!r} is not one of the original input pipes"
-                              f"{nearest(target, PIPES)}.")
-        unused = ("data_dir", "max_length", "recursive", "_recursive_", "_convert_")
-        given = {**PIPES[target], **{key: value for key, value in given.items() if key not in unused},
+                              f"{advice(target) or nearest(target, PIPES)}.")
+        unused = ("data_dir", "max_length", "mask", "recursive", "_recursive_", "_convert_")
+        given = {**PIPES.get(target, {}), **{key: value for key, value in given.items() if key not in unused},
                  "files": given.get("data_dir")}
     if fields is not None:
         given["fields"] = fields

@@ -24,6 +24,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.original_pipes import advice
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
@@ -52,12 +53,14 @@ BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and 
     _SEED_X + "llava_jsonl_datapipes": ("seed_x.conversation", "jsonl"),
     _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
     "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
+    "src.data.mmc4.build_mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+    "src.data.mmc4.build_obelisc_datapipes_for_llm": ("pretrain.interleaved", "tar"),
 }
 # What the original's files leave to its code, by the module of their builders. Six packed rows hold about
 # the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
 _PACKED: dict[str, Any] = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
 ORIGINAL_DEFAULTS: dict[str, dict[str, Any]] = {
-    "src.data.torchdata_train": _PACKED, "src.data.torchdata_sft": _PACKED,
+    "src.data.torchdata_train": _PACKED, "src.data.torchdata_sft": _PACKED, "src.data.mmc4": _PACKED,
     "src.data.sft_clm": {"packing": False}, "src.data.image_text_pairs_clm": {"packing": False}}
 MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
 _HYDRA = ("_target_", "_recursive_", "_convert_")
@@ -221,5 +224,5 @@ def _released_source(pipe: Mapping[str, Any], weight: Any, where: str) -> dict[s
 
 
 def _unknown(target: Any, where: str) -> ConfigError:
-    return ConfigError(f"{where}: _target_ {target!r} is not one of the original data builders"
-                       f"{nearest(str(target), [*BUILDERS, *MIXERS])}.")
+    hint = advice(str(target)) or nearest(str(target), [*BUILDERS, *MIXERS])
+    return ConfigError(f"{where}: _target_ {target!r} is not one of the original data builders{hint}.")

@@ -59,8 +59,8 @@ def split_long(ids: np.ndarray, labels: np.ndarray, length: int, vocabulary: Ima
     """A document of texts and images split into pieces of at most `length`, never inside an image.
 
     A piece ends where a text or an image ends; only a text that does not fit into a row by itself is cut. A piece that
-    goes on after a text starts with its last token, so that each text token is a target once. Raises BadRecord: an
-    image does not fit into a row.
+    continues a text starts with the last token before the cut, so that each text token is a target once. Raises
+    BadRecord: an image does not fit into a row.
     """
     starts = _segment_starts(ids, vocabulary)
     pieces: list[Arrays] = []

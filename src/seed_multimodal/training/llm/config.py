@@ -23,6 +23,17 @@ ATTENTIONS = {"auto": "auto", "sdpa": "sdpa", "eager": "eager", "flex": "flex_at
 SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
 # The original's targets: PEFT model, base model, PEFT configuration.
 PEFT_TARGETS = ("src.model.peft_model.get_peft_model_with_resize_embedding", SEED_X_PEFT)
+# Original builders of models that no published file names: our settings, over those of their base.
+OTHER_MODELS: dict[str, dict[str, Any]] = {
+    "src.model.peft_model.get_frozen_embedding_model": {"freeze_embeddings": True},
+    "src.model.peft_model.get_peft_model_with_trainable_embedding": {"train_embeddings": True},
+    "src.models.mllm.peft_models.get_full_model_with_resize_embedding": {}}
+# … and what to use in place of those that train a part of the embeddings alone.
+NO_COUNTERPART = dict.fromkeys((
+    "src.model.peft_model.get_learnable_image_embedding_model",
+    "src.models.mllm.peft_models.get_model_with_resize_embedding"),
+    "embeddings are not trained alone; use get_peft_model_with_resize_embedding with modules_to_save: [embed_tokens, "
+    "lm_head] and a small r")
 BASE_TARGETS = (
     "src.model.llama_xformer.LlamaForCausalLM.from_pretrained", "transformers.LlamaForCausalLM.from_pretrained",
     "transformers.AutoModelForCausalLM.from_pretrained", "models.model_tools.get_pretrained_llama_causal_model",
@@ -137,12 +148,18 @@ def template_of(model: LlmModelSettings) -> str:
 
 def _original(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Our settings for an original file: a base, or PEFT around one."""
-    if node["_target_"] not in PEFT_TARGETS:
+    target = str(node["_target_"])
+    if target in NO_COUNTERPART:
+        raise ConfigError(f"{where}: _target_ {target!r} has no counterpart: {NO_COUNTERPART[target]}.")
+    if target in OTHER_MODELS and not node.get("peft_config"):
+        check_keys(node, (*_META, *_PEFT_KEYS), where)
+        return {**_base(node.get("model") or {}, f"{where}.model"), **OTHER_MODELS[target]}
+    if target not in (*PEFT_TARGETS, *OTHER_MODELS):
         return _base(node, where)
     check_keys(node, (*_META, *_PEFT_KEYS), where)
     base, peft, adapter = (node.get(key) for key in ("model", "peft_config", "model_id"))
-    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model")}
-    if node["_target_"] == SEED_X_PEFT:
+    values = {"dtype": node.get("torch_dtype"), **_base(base or {}, f"{where}.model"), **OTHER_MODELS.get(target, {})}
+    if target == SEED_X_PEFT:
         values |= {"train_embeddings": True, "embedding_init": "mean"}
     if peft:
         check_target(peft, LORA_TARGETS, f"{where}.peft_config")

@@ -11,6 +11,7 @@ import yaml
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import DECODERS, FEATURE_DECODERS
+from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
@@ -125,3 +126,26 @@ def test_read_data_settings_with_wrong_keys(change: dict[str, Any], message: str
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
     with pytest.raises(ConfigError, match=message):
         read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
+
+
+@pytest.mark.parametrize(("target", "words"), [
+    ("torchdata_train.build_retrieval_augmented_datapipes_for_llm", "decoder pretrain.interleaved"),
+    ("torchdata_train.build_coco_caption_eval_datapipes_for_llm", "seed eval caption"),
+    ("torchdata_train.build_caption_datapipes_with_pixels", "an extract_image_ids_… tool"),
+    ("torchdata_sft.build_video_gen_datapipes_for_llm", "not generated"),
+    ("torchdata_eval.build_edit_datapipes", "parallel_edit.py"),
+    ("torchdata_preprocess.build_m3it_datapipes_with_pixel_values", "--fields plain")])
+def test_read_data_settings_of_pipes_without_a_counterpart(target: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=f"is not one of the original data builders; here: .*{words}"):
+        read_data_settings({"_target_": f"src.data.{target}", "data_dir": "a"})
+
+
+@pytest.mark.parametrize("target", [
+    "torchdata_eval.build_edit_datapipes", "torchdata_eval.build_video_datapipes",
+    "torchdata_eval.build_coco_caption_datapipes", "torchdata_eval.build_caption_datapipes_with_pixels",
+    "torchdata_preprocess.build_mmc4_datapipes_with_pixels", "torchdata_train.build_caption_datapipes_with_pixels"])
+def test_read_input_settings_of_other_pipes(target: str) -> None:
+    settings = read_input_settings({"_target_": f"src.data.{target}", "data_dir": "a", "max_length": 77})
+    assert (settings.files, settings.format) == ("a", "auto")
+    with pytest.raises(ConfigError, match="--fields plain"):
+        read_input_settings({"_target_": "src.data.torchdata_preprocess.build_m3it_datapipes_with_pixel_values"})
