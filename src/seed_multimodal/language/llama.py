@@ -26,12 +26,17 @@ BITSANDBYTES, TORCHAO = ("8bit", "4bit"), ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
-def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
+def load_llm(folder_or_id: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str = torch.float32,
              quantization: str | None = None, vocabulary: ImageVocabulary | None = None) -> Any:
-    """Read a LLaMA folder or hub id for inference, straight to `device`; `quantization`: "8bit" or "4bit" through
-    bitsandbytes, "int8" or "int4" through torchao (`dtype` is then that of the rest). Raises `CheckpointError` for
-    missing, damaged, unsafe or foreign files and other words than those of `vocabulary`, `ConfigError` for an
-    impossible quantisation."""
+    """Read a LLaMA folder or hub id for inference, straight to `device`.
+
+    `dtype`: "auto" is that of the files, which then stay memory-mapped on a CPU.
+    `quantization`: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype` is then that of
+    the rest.
+
+    Raises `CheckpointError` for missing, damaged, unsafe or foreign files and other words than those of `vocabulary`,
+    `ConfigError` for an impossible quantisation.
+    """
     from transformers import GenerationConfig, LlamaForCausalLM
 
     device = torch.device(device)
@@ -86,7 +91,7 @@ def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> Any:
     return LlamaConfig.from_dict({**values, **SPECIAL})
 
 
-def _quantization(name: str | None, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _quantization(name: str | None, device: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
     """Arguments of `from_pretrained`."""
     from transformers import BitsAndBytesConfig, TorchAoConfig
 

@@ -183,6 +183,8 @@ class ZeroEngine(Engine):
         self._lone = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
         with keeping_buffers(self.module):
+            if self.stage == 3:
+                shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
             model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
         return model
 
@@ -266,6 +268,27 @@ def full_weights(module: nn.Module) -> dict[str, Tensor]:
 
     return {name: safe_get_full_fp32_param(parameter).detach().float().cpu()
             for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def shard_parameters(module: nn.Module, device: torch.device, dtype: torch.dtype, config: Mapping[str, Any]) -> None:
+    """Cast and shard a module for ZeRO-3, one parameter after another.
+
+    No process holds all weights in the run's precision or on its device. Weights on the CPU in the precision of their
+    safetensors files are mapped memory until then, which the processes of a node share.
+    """
+    import deepspeed
+
+    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)  # the present group
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    sharded: Any = None
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(device, dtype)
+        if sharded is None:
+            deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=dict(config))
+            sharded = parameter
+        else:
+            sharded.convert_to_zero_parameters(param_list=[parameter])
 
 
 @contextmanager

@@ -68,8 +68,11 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
 
-def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
-    """The optimizer of the trained parameters. Raises ConfigError: none, or none with a prefix of `part_rates`."""
+def build_optimizer(module: nn.Module, settings: OptimSettings, device: torch.device | None = None
+                    ) -> torch.optim.Optimizer:
+    """The optimizer of the trained parameters; `device`: on which it runs, None: that of the parameters.
+
+    Raises ConfigError: none, or none with a prefix of `part_rates`."""
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("Nothing to train: every parameter is frozen.")
@@ -85,9 +88,9 @@ def build_optimizer(module: nn.Module, settings: OptimSettings) -> torch.optim.O
     betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)
-    cuda = all(p.device.type == "cuda" for group in groups for p in group["params"])
+    devices = {(device or p.device).type for group in groups for p in group["params"]}
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, eps=settings.adam_epsilon,
-                             fused=True if cuda else None)
+                             fused=True if devices == {"cuda"} else None)
 
 
 class AdamWHf(torch.optim.Optimizer):

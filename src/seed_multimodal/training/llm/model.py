@@ -35,26 +35,29 @@ from seed_multimodal.weights import load_state_dict
 
 
 def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.device,
-              precision: str | None = None) -> nn.Module:
+              precision: str | None = None, *, sharded: bool = False) -> nn.Module:
     """The model on `device`, in train mode, with the tokenizer's vocabulary size.
 
     `precision`: of the run's forward passes; None: the frozen weights' dtype.
+    `sharded`: the engine casts and shards the weights (ZeRO-3); until then they stay on the CPU as in their files.
 
     Raises:
         ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
     """
     check(settings)
-    place, source, words = torch.device(device), settings.adapter, tokenizer.vocabulary
+    device = torch.device(device)
+    place = torch.device("cpu") if sharded else device
+    source, words = settings.adapter, tokenizer.vocabulary
     if source is not None and settings.lora is None:
         fields = recorded_lora(find_folder(source))
         whole = {"path": source, "sizes": None, "adapter": None}
         settings = check(replace(settings, **({"lora": fields} if fields is not None else whole)))
-    llama = _base(settings, tokenizer, place)
+    llama = _base(settings, tokenizer, place, sharded)
     rows = int(llama.config.vocab_size)
     force_special_ids(llama)
     fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
     half = (precision or settings.dtype) != "fp32"
-    llama.attentions = {packed: attention_kind(settings.attention, place, packed, half) for packed in (True, False)}
+    llama.attentions = {packed: attention_kind(settings.attention, device, packed, half) for packed in (True, False)}
     try:  # `loss.use_attention` may change it per batch
         llama.set_attn_implementation(llama.attentions[True])
     except (ImportError, ValueError) as error:  # flash without its package or on unsupported hardware
@@ -76,8 +79,9 @@ def build_llm(settings: LlmModelSettings, tokenizer: Any, device: str | torch.de
             raise ConfigError("The base gets new tokens, but freeze_embeddings leaves their rows untrained.")
         llama.get_input_embeddings().requires_grad_(False)
     llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
+    as_in_files = sharded and settings.lora is None
     for parameter in model.parameters():
-        if parameter.requires_grad:  # in place, so tied embeddings stay one parameter
+        if parameter.requires_grad and not as_in_files:  # in place, so tied embeddings stay one parameter
             parameter.data = parameter.data.float()
     if settings.gradient_checkpointing:
         enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
@@ -154,13 +158,13 @@ def attention_kind(name: str, device: torch.device, packed: bool = True, half: b
     return ATTENTIONS["flash" if half and is_flash_attn_2_available() else "flex"]
 
 
-def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device) -> Any:
-    """The LLaMA without adapters; in fp32 if fully trained."""
+def _base(settings: LlmModelSettings, tokenizer: Any, device: torch.device, sharded: bool) -> Any:
+    """The LLaMA without adapters; in fp32 if fully trained, as in its files if `sharded`."""
     dtype = DTYPES["fp32" if settings.lora is None else settings.dtype or "bf16"]
     if settings.sizes is not None:
         return _random(settings.sizes, tokenizer.vocabulary.size, settings.seed).to(dtype)
     folder = find_folder(str(settings.path))
-    llama = load_llm(folder, device=device, dtype=dtype, quantization=settings.quantization)
+    llama = load_llm(folder, device=device, dtype="auto" if sharded else dtype, quantization=settings.quantization)
     llama.name_or_path = portable(folder)  # PEFT writes it into adapter_config.json
     return llama
 

@@ -92,10 +92,11 @@ class LlmTask(RunTask):
     def prepare(self) -> None:
         """Build the model and its optimizer."""
         super().prepare()
-        self.llm = build_llm(self.run.model, self.tokenizer, self.device, self.settings.precision)
+        self.llm = build_llm(self.run.model, self.tokenizer, self.device, self.settings.precision,
+                             sharded=self.zero_stage == 3)
         self.width = int(find_llama(self.llm).config.hidden_size)
         self.module = self.make_module()
-        self.optimizer = build_optimizer(self.module, self.run.optim)
+        self.optimizer = build_optimizer(self.module, self.run.optim, self.device)
         self.meter.flops = token_flops(self.llm, 1.0)  # before ZeRO-3 shards the weights
         self.meter.peak = self.settings.peak_tflops or known_peak(self.device, DTYPES[self.settings.precision])
         if self.run.deepspeed is None:

@@ -154,7 +154,8 @@ class TuningTask(LlmTask):
             if found != needed:
                 raise ConfigError(f"agent: {name} is {found}, but must be {needed}: the language model is {self.width} "
                                   f"wide, the vision encoder's features {seen}.")
-        return build_agent(self.llm, agent).to(self.device)
+        module = build_agent(self.llm, agent)
+        return module if self.zero_stage == 3 else module.to(self.device)  # ZeRO-3 moves each parameter's shard
 
     def begin_step(self, step: int) -> bool:
         """Load the step's micro-batches and count their learned tokens and target images."""

@@ -129,6 +129,17 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]) ->
     assert model.config.vocab_size == WORDS and model.training
 
 
+def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Mapped memory, without a copy in fp32; the engine casts and shards them."""
+    LlamaForCausalLM.from_pretrained(bases["all"], dtype=torch.float16).save_pretrained(tmp_path)
+    model = build_llm(LlmModelSettings(path=str(tmp_path), dtype="bf16"), TOKENIZER, "cpu", "bf16", sharded=True)
+    assert {(p.dtype, p.requires_grad) for p in model.parameters()} == {(torch.float16, True)}
+    adapted = build_llm(LlmModelSettings(path=str(tmp_path), dtype="bf16", lora=LORA), TOKENIZER, "cpu", "bf16",
+                        sharded=True)
+    assert {(p.dtype, p.requires_grad) for p in adapted.parameters()} == {(torch.float16, False),
+                                                                         (torch.float32, True)}
+
+
 def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]) -> None:
     """As SEED-X's original: the mean of the old rows, in the head 3 times it; with one matrix for both its mean."""
     model = build(bases["text"], embedding_init="mean")
