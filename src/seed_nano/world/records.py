@@ -172,9 +172,9 @@ class _Maker:
         return _messages(asked, [sentence(describe(scene))], [request], [answer])
 
     def asides(self) -> Record:
-        """Small talk with an image, and what an image does not answer."""
-        request, answer = dialogues.small_talk(self.rng, True)
-        return _messages([next(self.scenes), request], [answer])
+        """An image with a question that it does not answer. Small talk comes without an image of its own: a request
+        about the image must not be taken for it."""
+        return _messages([next(self.scenes), self.rng.choice(VOCABULARY["unanswerable"])], [dialogues.UNKNOWN])
 
     def in_context(self) -> Record:
         """Two examples of one change (before, after, before, after) and a third scene; the answer is its change."""

@@ -92,7 +92,7 @@ def _fields(made: Mapping[str, Any], content: str) -> dict[str, Any]:
     fields = {"messages": [{"role": message["role"], "content": [
         {"image": part} if isinstance(part, View) else part for part in message["content"]]}
         for message in made["messages"]]}
-    if content in ("qa", "asides"):
+    if content in ("qa", "describe", "asides"):
         fields |= {"image": asked[0], "question": asked[1], "answer": answered[0]}
     elif content == "edits":
         fields |= {"source_image": asked[0], "instruction": asked[1], "target_image": answered[1]}

@@ -2,7 +2,8 @@
 
     <s>USER: [image]question\\nASSISTANT:answer[image]\\nUSER: question\\nASSISTANT:answer</s>
 
-Answers are learned, each up to the marker of the user's next turn (the stop string), the last one up to `</s>`.
+Answers are learned, each with `</s>` as the token that follows it. Before a further turn `</s>` is only a label: the
+sequence has the separator of turns in its place, as prompts have.
 Control words in texts stay plain text, as in prompts. White space next to an image is stripped, except at the end of a
 prompt before a learned answer, as at inference.
 """
@@ -50,7 +51,7 @@ class Chat(Decoder):
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         segments = segmented.segments
-        marker = self.tokenizer.encode_parts([get_template(self.options.template).turn_marker], strip=False)
+        separated = bool(get_template(self.options.template).turn_marker)
         ids, labels = [self.tokenizer.bos_id], [IGNORED]
         for place, segment in enumerate(segments):
             previous = segments[place - 1] if place else None
@@ -66,9 +67,10 @@ class Chat(Decoder):
             else:
                 piece = self.encode([part])
             ids += piece
-            ends = previous and previous.learned and not segment.learned and piece[:len(marker)] == marker
-            learned = len(piece) if segment.learned else len(marker) if ends else 0
-            labels += piece[:learned] + [IGNORED] * (len(piece) - learned)
+            labels += piece if segment.learned else [IGNORED] * len(piece)
+            answer_ended = previous is not None and previous.learned and not segment.learned
+            if answer_ended and separated:
+                labels[-len(piece)] = self.tokenizer.eos_id
         return [*ids, self.tokenizer.eos_id], [*labels, self.tokenizer.eos_id]
 
     def _part(self, part: Any, name: str, rng: SeededRandom) -> Part:

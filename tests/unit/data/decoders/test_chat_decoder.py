@@ -32,8 +32,9 @@ def decoded(words: MultimodalTokenizer, fields: dict[str, Any], **options: Any) 
     return sequence
 
 
-def learned(sequence: TokenSequence) -> list[int]:
-    assert all(label in (IGNORED, id) for label, id in zip(sequence.labels, sequence.ids, strict=True))
+def learned(words: MultimodalTokenizer, sequence: TokenSequence) -> list[int]:
+    pairs = zip(sequence.labels, sequence.ids, strict=True)
+    assert all(label in (IGNORED, words.eos_id, id) for label, id in pairs)
     return [label for label in sequence.labels if label != IGNORED]
 
 
@@ -46,16 +47,24 @@ def test_decode_encodes_the_prompt_as_at_inference(words, image, template):
                                                         for part in content]} for role, content in turns),
                            {"role": "assistant", "content": ["here ", {"codes": image}]}]}
     sequence = decoded(words, fields, template=template)
-    end = words.encode_parts([get_template(template).turn_marker], strip=False)  # where generation stops
+    end = [] if template == "plain" else [words.eos_id]  # the next turn follows without it
     assert sequence.ids == [*prompt, *answer, words.eos_id]
-    assert learned(sequence) == [*words.encode("a cat"), *end, *answer, words.eos_id]
-    assert bool(end) == (template != "plain")
+    assert learned(words, sequence) == [*words.encode("a cat"), *end, *answer, words.eos_id]
     assert sequence.ids.count(words.eos_id) == 1
+
+
+def test_decode_every_answer_has_the_end_token_as_label(words):
+    sequence = decoded(words, talk("q", "a cat", "and now", "a dog", "and now", "a fox"))
+    after_answers = [place for place, label in enumerate(sequence.labels) if label == words.eos_id]
+    assert len(after_answers) == 3
+    separator = words.encode_parts([get_template("vicuna").turn_marker], strip=False)
+    for place in after_answers[:-1]:
+        assert sequence.ids[place:place + len(separator)] == separator
 
 
 def test_decode_system_message(words):
     plain, brief = decoded(words, talk("q", "a")), decoded(words, {**talk("q", "a"), "system": "Be brief."})
-    assert brief.ids != plain.ids and learned(brief) == learned(plain)
+    assert brief.ids != plain.ids and learned(words, brief) == learned(words, plain)
     assert words.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
 
 

@@ -6,9 +6,11 @@ from collections import Counter
 import pytest
 
 from seed_multimodal.language.prompts import answer_in
+from seed_nano.world.dialogues import UNKNOWN
 from seed_nano.world.records import ASKED, EDIT_SORTS, KINDS, OWN, from_last_image, record_at, scenes_of, x_record_at
 from seed_nano.world.splits import SPLITS, held_out, scene_at
 from seed_nano.world.tasks import VERDICT_END
+from seed_nano.world.things import VOCABULARY
 from seed_nano.world.words import normalise
 
 NAMING = ("Where", "On which side", "Is there", "Can you see", "Do you see", "Does the picture")
@@ -18,6 +20,16 @@ def test_record_at_equals_the_records_of_the_shipped_weights() -> None:
     records = [record_at(kind, 3, index) for kind in KINDS for index in range(20)]
     records += [x_record_at(kind, 3, index) for kind in ("describe", "questions", "edits", *OWN) for index in range(20)]
     assert hashlib.sha256(repr(records).encode()).hexdigest()[:16] == "143639996fd94412"
+
+
+def test_small_talk_never_comes_with_an_image() -> None:
+    small_talk = {request for talk in VOCABULARY["small_talk"] for request in talk["asked"]}
+    for kind in ("asides", "talk", "describe"):
+        for index in range(100):
+            for message in record_at(kind, 2, index)["messages"][::2]:
+                assert len(message["content"]) == 1 or message["content"][-1] not in small_talk
+    answers = {record_at("asides", 2, index)["messages"][1]["content"][0] for index in range(20)}
+    assert answers == {UNKNOWN}
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at, scenes
+from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.words import describe, read_caption
 
 
@@ -27,6 +28,12 @@ def test_open_pairs_of_a_held_out_split():
     pairs = nano(split="val", size=32, number=50)
     assert (len(pairs), len(nano(split="val")), len(nano())) == (50, 1000, 100_000)
     assert pairs.read(9).captions == [describe(scenes("val")[9])] and pairs.key(9) == "scene val 9"
+
+
+def test_requests_to_describe_have_the_fields_of_questions() -> None:
+    records = [nano(content="describe", number=40).locate(row).fields for row in range(40)]
+    assert all(read_caption(fields["answer"]) and fields["image"] for fields in records)
+    assert {fields["question"] for fields in records} < set(DESCRIBE_REQUESTS)
 
 
 @pytest.mark.parametrize(("options", "error", "words"), [
