@@ -82,8 +82,9 @@ def test_calls_of_text2image_and_multimodal_synthesis() -> None:
 
 
 def test_calls_of_image_detokenize() -> None:
-    from models import LaVITDetokenizer
     from utils import convert_weights_to_bf16
+
+    from models import LaVITDetokenizer
 
     torch.manual_seed(42)
     model = LaVITDetokenizer(model_path=NANO, model_dtype="fp32", pixel_decoding="highres", use_xformers=False)

@@ -6,9 +6,10 @@ import pytest
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import open_image
-from seed_nano.world.scene import render
-from seed_nano.world.splits import scene_at, scenes
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
+from seed_nano.world.scene import render
+from seed_nano.world.source import open_nano
+from seed_nano.world.splits import scene_at, scenes
 from seed_nano.world.words import describe, read_caption
 
 
@@ -31,7 +32,8 @@ def test_open_pairs_of_a_held_out_split():
 
 
 def test_requests_to_describe_have_the_fields_of_questions() -> None:
-    records = [nano(content="describe", number=40).locate(row).fields for row in range(40)]
+    source = open_nano(content="describe", number=40)
+    records = [source.locate(row).fields for row in range(40)]
     assert all(read_caption(fields["answer"]) and fields["image"] for fields in records)
     assert {fields["question"] for fields in records} < set(DESCRIBE_REQUESTS)
 
