@@ -86,7 +86,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
 
     monkeypatch.setattr(pipeline.Seed2Tokenizer, "from_pretrained", stop)
     monkeypatch.setattr(original.Seed1Tokenizer, "from_pretrained", stop)
-    monkeypatch.setattr(pipeline, "load_llm", lambda *args, **options: dtypes.append(
+    monkeypatch.setattr(pipeline, "load_language_model", lambda *args, **options: dtypes.append(
         (str(options["quantization"]), options["dtype"])))
     words = tiny_folder / "seed_tokenizer"
     for load in (lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),
