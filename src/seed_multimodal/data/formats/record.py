@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 # Errors of an unusable record: it is named, skipped and counted, and only many of them in a row end a run.
 RECORD_FAULTS = (CodesError, DataError, ImageError)
 # What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
-_VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class FileReader(Protocol):
@@ -94,14 +94,21 @@ class BadRecord(DataError):
         return BadRecord, (self.kind, str(self))
 
 
-@contextmanager
-def bad_values(where: str) -> Iterator[None]:
-    """Convert the errors of unexpected values (another type, an empty list, NaN) of the record `where` to BadRecord."""
-    try:
-        yield
-    except _VALUE_ERRORS as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise BadRecord("unusable value", f"{where}: has a value that cannot be used ({reason}).") from error
+def unusable_value(error: BaseException, where: str) -> BadRecord:
+    """The error of a record for one of `VALUE_ERRORS`."""
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return BadRecord("unusable value", f"{where}: has a value that cannot be used ({reason}).")
+
+
+class bad_values(AbstractContextManager[None]):
+    """Converts errors of unexpected values (another type, an empty list, NaN) of the record `where` to BadRecord."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, VALUE_ERRORS):
+            raise unusable_value(error, self.where) from error
 
 
 def parse_json(data: bytes | str, where: str) -> Any:

@@ -34,7 +34,7 @@ from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
-from seed_multimodal.data.formats.record import Record, RecordFile, bad_values
+from seed_multimodal.data.formats.record import VALUE_ERRORS, Record, RecordFile, unusable_value
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent, log_line
@@ -132,9 +132,11 @@ class FileRecords:
     def read(self, index: int) -> Record:
         """One record, with `messages` if it is a conversation. Raises DataError: damaged or missing."""
         record = self.locate(index)
-        with bad_values(record.where):
+        try:  # as `bad_values`, which would take a tenth of the time
             record = record.parsed(self.open_files)
             record.fields = with_messages(record.fields, record.where)
+        except VALUE_ERRORS as error:
+            raise unusable_value(error, record.where) from error
         return record
 
 

@@ -74,6 +74,7 @@ def open_ranges(url: str, reads: Mapping[str, Any] = RANDOM) -> Any:
 
 def read_range(file: Any, offset: int, size: int) -> bytes:
     """Bytes of a file of `open_ranges`. As many as a block or more are read by one exact request, unless in order."""
+    # A local file has no cache.
     if size >= BLOCK and getattr(getattr(file, "cache", None), "name", "") == RANDOM["cache_type"]:
         found: bytes = file.fs.cat_file(file.path, start=offset, end=offset + size)
         return found
