@@ -6,7 +6,7 @@ import re
 
 # Inputs of pre-tokenization: the tool decides what is read of a record, the suffix of a file its format.
 ENCODED = re.compile(r"src\.data\.torchdata_(eval|preprocess|train)\.build_"
-                     r"(caption|coco_caption|edit|video|mmc4|llava|question_answer)_datapipes(_with_pixel\w*)?$")
+                     r"(caption|coco_caption|edit|video|mmc4|llava|question_answer)_datapipes(_with_pixels|_with_pixel_values)?$")
 # Part of a name -> what to use.
 _ADVICE = {
     "retrieval_augmented": "write each sample with its contexts as a document, decoder pretrain.interleaved",
@@ -15,7 +15,7 @@ _ADVICE = {
     "video_gen": "videos are read (sft.video, pretrain.video), not generated; a first frame is drawn by sft.qa",
     "caption_eval": "captions are scored by `seed eval caption`, not during training; held-out data is eval_data",
     "webdata": "name the same tars under the builders of torchdata_train",
-    "with_pixel": "pixels are encoded before training: name this file in --data of an extract_image_ids_… tool",
+    "with_pixels": "pixels are encoded before training: name this file in --data of an extract_image_ids_… tool",
     "llava": "encode the conversations by extract_image_ids_to_torchdata_parallel_chat.py, decoder chat",
     "coco_caption": "encode the captions by extract_image_ids_to_torchdata_parallel.py, decoder pretrain.caption",
     "edit_datapipes": "encode the edits by extract_image_ids_to_torchdata_parallel_edit.py, decoder sft.edit",
