@@ -69,6 +69,7 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
     from seed_multimodal.language.prompts import RELEASED_TASKS, template_for
     from seed_multimodal.seed.pipeline import SeedLlama, check_unclip
     from seed_multimodal.system.config import RELEASED_GENERATION, SystemConfig
+    from seed_multimodal.system.images import COMPILED_OFFLOAD
 
     words = load_tokenizer(tokenizer, image_transform, device=tokenizer_device, dtype=dtype)
     check_unclip(words.images.decoder_folder)  # before the language model is read
@@ -83,6 +84,8 @@ def system_from_configs(*, model: str | Path, tokenizer: str | Path, image_trans
                           template=template_for(llm.config.hidden_size), generation=dict(RELEASED_GENERATION))
     system = SeedLlama(config, words.text, llm, words.images)
     idle_on_cpu = offload_llm and getattr(llm, "hf_quantizer", None) is None  # quantised weights stay where they are
+    if idle_on_cpu and compiled:
+        raise ConfigError(COMPILED_OFFLOAD)
     device = llm.device if idle_on_cpu else None
     if idle_on_cpu:
         llm.to("cpu")

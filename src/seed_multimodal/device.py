@@ -7,6 +7,7 @@ originals. CPU and MPS compute in fp32, because half precision LayerNorms are sl
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -52,7 +53,7 @@ class Runtime:
 
 def choose_device(device: str | torch.device = "auto", dtype: str | torch.dtype = "auto",
                   log: Callable[[str], None] | None = print, *, fp16: str = "", doing: str = "Running") -> Runtime:
-    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons.
+    """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons. A GPU's device has its index.
 
     `fp16`: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported. Raises ConfigError: an unknown name,
     or a missing device.
@@ -91,18 +92,59 @@ def limit_threads(*models: nn.Module) -> None:
         torch.set_num_threads(1)
 
 
+class OffloadedWeights:
+    """Weights of a module on the CPU, which are copied to a device while the module computes.
+
+    `release` drops the copies instead of copying them back, so changes made to the weights between
+    `load` and `release` are lost. Only inference off-loads: LoRA is merged while a system is loaded,
+    and training keeps its weights on the device. Changes made after `release` are loaded next time.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device) -> None:
+        self.module = module
+        self.device = device
+        # Parameters and buffers, each with its data on the CPU; empty while that is in place.
+        self._cpu_weights: list[tuple[Tensor, Tensor]] = []
+
+    def load(self) -> None:
+        """Copy the weights to the device; without effect if they are there."""
+        if self._cpu_weights or self.device.type == "cpu":
+            return
+        try:
+            # Tied weights are one tensor, which both iterators name once.
+            with torch.inference_mode(False), torch.no_grad():
+                for tensor in itertools.chain(self.module.parameters(), self.module.buffers()):
+                    self._cpu_weights.append((tensor, tensor.data))
+                    tensor.data = tensor.data.to(self.device)
+        except BaseException:  # such as out of memory
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Put the CPU's weights back, and free the device's memory."""
+        if not self._cpu_weights:
+            return
+        for tensor, cpu_data in self._cpu_weights:
+            tensor.data = cpu_data
+        self._cpu_weights.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self.device.type == "mps":
+            torch.mps.empty_cache()
+
+
 @contextlib.contextmanager
-def on_device(part: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """An off-loaded `part` is on `device` inside, and back on the CPU afterwards; None: it stays where it is."""
-    if device is None or device.type == "cpu":
+def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """Context in which an off-loaded module is on `device`; None: it stays where it is."""
+    if device is None:
         yield
         return
-    part.to(device)
+    weights = OffloadedWeights(module, device)
+    weights.load()
     try:
         yield
     finally:
-        part.to("cpu")
-        torch.cuda.empty_cache()
+        weights.release()
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -126,16 +168,25 @@ def _resolve_device(device: str | torch.device) -> tuple[torch.device, str]:
     if device != "auto":
         if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(device)):  # "meta" would drop the weights
             raise ConfigError(f"Unknown device {str(device)!r}: use auto, cpu, cuda, cuda:N or mps.")
-        place = torch.device(device)
-        if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        place = _with_index(torch.device(device))
+        if place.type == "cuda" and place.index >= torch.cuda.device_count():
             raise ConfigError(f"Device {str(device)!r} was requested, but this machine has "
                               f"{torch.cuda.device_count() or 'no usable'} CUDA devices.")
         return place, ""
     if torch.cuda.is_available():
-        return torch.device("cuda"), "a CUDA device is present"
+        return _with_index(torch.device("cuda")), "a CUDA device is present"
     if torch.backends.mps.is_available():
-        return torch.device("mps"), "an Apple GPU is present"
+        return _with_index(torch.device("mps")), "an Apple GPU is present"
     return torch.device("cpu"), "no GPU found"
+
+
+def _with_index(device: torch.device) -> torch.device:
+    """The device as loaded tensors name it: `cuda:0`, not `cuda`, which would never compare equal."""
+    if device.type == "cpu" or device.index is not None:
+        return device
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        return torch.device("cuda", torch.cuda.current_device())  # that of `torch.cuda.set_device`
+    return torch.device(device.type, 0)
 
 
 def _resolve_dtype(dtype: str | torch.dtype, place: torch.device, fp16: str) -> tuple[torch.dtype, str]:

@@ -52,7 +52,7 @@ def test_choose_for_images_on_a_gpu(gpu: None) -> None:
     language = choose_device("auto", "auto", printed.append)
     images = choose_for_images(language.device, "auto", language, printed.append)
     assert (language.dtype, images.dtype) == (torch.bfloat16, torch.float16)
-    assert printed[1].startswith("Image encoder and decoder run on cuda in float16 (float16 as in the original")
+    assert printed[1].startswith("Image encoder and decoder run on cuda:0 in float16 (float16 as in the original")
     packed = choose_device("cuda:0", "auto", printed.append, fp16=BESIDE_8BIT)
     assert packed.dtype == torch.float16 and printed[2] == "Running on cuda:0 in float16 (float16 with 8-bit weights)."
     del printed[:]
@@ -60,6 +60,17 @@ def test_choose_for_images_on_a_gpu(gpu: None) -> None:
         runtime = choose_device("cuda", dtype, printed.append, fp16=RELEASED_FP16)
         assert choose_for_images("cuda", dtype, runtime, printed.append) == runtime
     assert len(printed) == 3 and choose_device("cpu", "auto", None, fp16=RELEASED_FP16).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("device", "resolved"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:0", "cuda:0")])
+def test_choose_device_fills_in_the_index(gpu: None, device: str, resolved: str) -> None:
+    assert choose_device(device, log=None).device == torch.device(resolved)
+
+
+def test_choose_device_fills_in_the_index_of_mps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("auto", log=None).device == choose_device("mps", log=None).device == torch.device("mps:0")
 
 
 def test_choose_device_with_an_unknown_name(gpu: None) -> None:
@@ -99,8 +110,8 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
         with pytest.raises(Loaded):
             load()
     half, full, brain = torch.float16, torch.float32, torch.bfloat16
-    assert dtypes == [("None", brain), ("cuda", half), ("8bit", half), ("cuda", half), ("8bit", brain), ("cuda", brain),
-                      ("cuda", half), ("cuda", half), ("cuda", full), ("cuda", half)]
+    assert dtypes == [("None", brain), ("cuda:0", half), ("8bit", half), ("cuda:0", half), ("8bit", brain),
+                      ("cuda:0", brain), ("cuda:0", half), ("cuda:0", half), ("cuda:0", full), ("cuda:0", half)]
 
 
 def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path: Path) -> None:

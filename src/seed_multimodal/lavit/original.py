@@ -209,8 +209,10 @@ class LaVITforGeneration(_Model):
 
     def generate_image_embeds(self, image_tokens: Tensor) -> Any:
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
-        return self.images.decoder.decoder([self.images.writer.embed_codes(codes.to(self.images.device))
-                                            for codes in self._codes(image_tokens)])
+        with self.images.encoding():  # `load_tokenizer=False` keeps the codebook on the CPU
+            embedded = [self.images.writer.embed_codes(codes.to(self.images.device))
+                        for codes in self._codes(image_tokens)]
+        return self.images.decoder.decoder(embedded)
 
     def pixel_decoding_origin(self, image_tokens: Tensor, width: int = 512, height: int = 512,
                               num_inference_steps: int = 50,

@@ -37,7 +37,15 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 from seed_multimodal.system.config import SystemConfig
-from seed_multimodal.system.images import OFFLOADED, ImageCodec, Log, Runtimes, family, one_seed_each
+from seed_multimodal.system.images import (
+    COMPILED_OFFLOAD,
+    OFFLOADED,
+    ImageCodec,
+    Log,
+    Runtimes,
+    family,
+    one_seed_each,
+)
 
 BATCH = 16
 BAR_FROM = 32  # number of requests that shows a progress bar
@@ -88,6 +96,9 @@ class MultimodalSystem(Generator, HubUpload):
             raise ConfigError(f"{config.name} is a {kind.__name__}; load it with that class or MultimodalSystem.")
         if engine != "torch" and config.system != "seed_llama":
             raise ConfigError(f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids.")
+        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
+        if compiled and "llm" in parked:
+            raise ConfigError(COMPILED_OFFLOAD)
         # Missing files are reported before the first weights are loaded.
         config.require("tokenizer", *(() if engine == "openai" else ("llm",)))
         if engine == "torch":
@@ -97,7 +108,6 @@ class MultimodalSystem(Generator, HubUpload):
         llm = choose_device(device, dtype, log=log, fp16=BESIDE_8BIT if quantization == "8bit" else "")
         images = choose_for_images(image_device or llm.device, dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
-        parked = (OFFLOADED if offload is True else set(offload or ())) - ({"llm"} if quantization else set())
         runtimes = Runtimes(llm, images, drawing, quantization, parked, load_decoder, (engine, url, gguf))
         system = kind.load(config, runtimes, log)
         if engine == "torch":

@@ -26,6 +26,8 @@ from seed_multimodal.system.config import SystemConfig
 Log = Callable[[str], None] | None
 FAMILIES = {"seed_llama": "seed.pipeline:SeedLlama", "seed_x": "seed_x.pipeline:SeedX", "lavit": "lavit.pipeline:Lavit"}
 OFFLOADED = frozenset(("llm", "encoder", "decoder"))
+COMPILED_OFFLOAD = ("--compile does not work with an off-loaded language model, whose weights "
+                    "change their address with every move: leave one of the two out.")
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def join_processes(device: str, timeout_minutes: float, *, group_of_one: bool = 
         if local >= torch.cuda.device_count():
             raise ConfigError(f"Local process {local} has no GPU: this node has {torch.cuda.device_count()}; start no "
                               "more processes per node than that.")
-        place = torch.device("cuda", place.index if place.index is not None and world == 1 else local)
+        place = torch.device("cuda", place.index if world == 1 else local)
         torch.cuda.set_device(place)
     elif place.type == "cpu":  # avoids DeepSpeed's warning about a missing GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

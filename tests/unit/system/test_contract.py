@@ -296,6 +296,12 @@ def test_from_pretrained_with_offload(system: Any) -> None:
     assert same(offloaded.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
 
 
+def test_from_pretrained_compiled_with_offload(tiny: Any) -> None:
+    for parts in (True, ("llm",)):
+        with pytest.raises(ConfigError, match="--compile does not work with an off-loaded language model"):
+            MultimodalSystem.from_pretrained(tiny.config, device="cpu", compiled=True, offload=parts, log=None)
+
+
 @pytest.mark.process
 @pytest.mark.slow
 def test_compile_of_the_image_tokenizer(tiny: Any) -> None:

@@ -32,7 +32,7 @@ class Encoder:
 
     def __init__(self, tokenizer: str | Mapping[str, Any], device: str, dtype: str, compile: bool) -> None:
         self.device = choose_device(device, "float32", log=None).device
-        if self.device.type == "cuda" and self.device.index is not None:
+        if self.device.type == "cuda":
             torch.cuda.set_device(self.device)  # else page-locked memory is allocated through the first GPU
         opened = _instantiate(tokenizer, str(self.device))
         codec = getattr(opened, "images", opened)
