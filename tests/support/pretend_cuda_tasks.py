@@ -1,0 +1,184 @@
+"""Every task of an embedded system on pretended CUDA devices; a table of tasks and placements.
+
+    python tests/support/pretend_cuda.py tests/support/pretend_cuda_tasks.py nano [PLACEMENT ...]
+
+Prints a line for each pair: `ok`, the error, or that the answer differs from the CPU's; the status
+is then 1.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pretend_cuda
+import torch
+from PIL import Image
+
+from seed_multimodal import MultimodalSystem
+
+FOX = Path(__file__).resolve().parents[2] / "images" / "fox_and_snowman.png"
+FEW = {"num_inference_steps": 1}
+SHORT = {"max_new_tokens": 12}
+IMAGE = {"max_new_tokens": 60, **FEW}
+EXACT = {"dtype": "float32"}  # answers are compared with the CPU's
+
+# The default precisions are bfloat16 and float16, which are slow on a CPU: only once.
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "default precisions": {"device": "cuda"},
+    "two devices": {"device": "cuda:0", "image_device": "cuda:1", **EXACT},
+    "offload": {"device": "cuda", "offload": True, **EXACT},
+    "offload, two devices": {
+        "device": "cuda:1",
+        "image_device": "cuda:0",
+        "drawing_device": "cuda:1",
+        "offload": True,
+        **EXACT,
+    },
+    "threads": {"device": "cuda", **EXACT},
+    "offload, threads": {"device": "cuda", "offload": True, **EXACT},
+}
+THREADS = 8
+IN_THREADS = ("describe", "ask", "sampling", "edit", "draw")
+BANDWIDTH = 200_000_000  # bytes a second: a move of the language model takes tens of milliseconds
+ROUNDS = 4  # of these tasks
+
+Task = Callable[[Any], Any]
+
+
+def common_tasks() -> dict[str, Task]:
+    """Tasks of all three systems."""
+    question = "What is on the left?"
+    night = [FOX, "Put it at night."]
+    return {
+        "describe": lambda s: s.describe(FOX),
+        "ask": lambda s: s.ask(FOX, question, **SHORT),
+        "two images": lambda s: s.ask([[FOX, FOX]], question, **SHORT),
+        "sampling": lambda s: s.ask(FOX, question, do_sample=True, seed=3, **SHORT),
+        "beams": lambda s: s.describe(FOX, num_beams=2, **SHORT),
+        "draw": lambda s: s.draw("a noto dog left of a tree", **FEW),
+        "fast preset": lambda s: s.draw("a noto dog left of a tree", preset="fast", **FEW),
+        "size": lambda s: s.draw("a noto dog left of a tree", height=64, width=96, **FEW),
+        "edit": lambda s: s.edit(FOX, "Put it at night.", **FEW),
+        "forced image": lambda s: (
+            s.chat([{"role": "user", "content": night}], force_image=True, **IMAGE).images
+        ),
+        "stream": stream,
+        "reconstruct": lambda s: s.reconstruct(FOX, **FEW),
+    }
+
+
+def stream(system: Any) -> Any:
+    """The kinds of events of a drawing with previews, and its image."""
+    request = [{"role": "user", "content": "Please draw a noto dog."}]
+    events = list(system.chat(request, stream=True, force_image=True, **IMAGE))
+    return [event["type"] for event in events], events[-1]["answer"].images
+
+
+def own_tasks(family: str) -> dict[str, Task]:
+    """Tasks of one family."""
+    if family == "seed_x":
+        return {"detect": lambda s: s.detect(FOX, "the snowman").text}
+    if family == "lavit":
+        guided = {"guidance": 4.0, "do_sample": True, "seed": 1, **FEW}
+        return {
+            "tokenize": lambda s: s.tokenize(FOX),
+            "guidance": lambda s: s.draw("a dog", **guided),
+            "negative prompt": lambda s: s.draw("a dog", negative_prompt="a cat", **guided),
+            "compose": lambda s: s.compose([FOX, "at night"], **FEW),
+        }
+    return {
+        "tokenize": lambda s: s.tokenize(FOX),
+        "negative codes": lambda s: s.images.draw(
+            s.tokenize(FOX), seeds=[0], negative_codes=list(range(32)), **FEW
+        ),
+        "first codes": lambda s: s.images.draw(s.tokenize(FOX), seeds=[0], codes=8, **FEW),
+    }
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two results are equal; images drawn in another batch may differ by rounding."""
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Image.Image):
+        return (
+            one.size == other.size
+            and np.abs(np.asarray(one, int) - np.asarray(other, int)).max() <= 2
+        )
+    return bool(one == other)
+
+
+def attempt(system: Any, task: Task) -> tuple[Any, str]:
+    """A result and an empty string, or None and the error in one line."""
+    try:
+        return task(system), ""
+    except Exception as error:  # noqa: BLE001  a row of the table
+        return None, f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+
+
+def verdicts_of(name: str, placement: str, expected: dict[str, Any]) -> dict[str, str]:
+    """What went wrong in each task; an empty string: nothing. `expected`: results on the CPU."""
+    options = PLACEMENTS[placement]
+    pretend_cuda.set_bandwidth(BANDWIDTH if "offload" in options else 0)
+    system = MultimodalSystem.from_pretrained(name, log=None, **options)
+    tasks = common_tasks() | own_tasks(system.config.system)
+    names = list(tasks)
+
+    # Weights that move may be used by the thread only that moves them.
+    users: set[int] = set()
+    system.llm.get_input_embeddings().register_forward_pre_hook(
+        lambda *_: users.add(threading.get_ident())
+    )
+    if "threads" in placement:
+        names = [task for task in names if task in IN_THREADS] * ROUNDS
+
+    # In threads tasks run beside each other.
+    with ThreadPoolExecutor(THREADS if "threads" in placement else 1) as pool:
+        results = list(pool.map(lambda task: attempt(system, tasks[task]), names))
+
+    verdicts = dict.fromkeys(names, "")
+    for task, (result, error) in zip(names, results, strict=True):
+        if error:
+            verdicts[task] = error
+        elif options.items() >= EXACT.items() and not same(result, expected[task]):
+            verdicts[task] = verdicts[task] or "another answer than on the CPU"
+    if "offload" in options:
+        verdicts["one user"] = (
+            "" if len(users) == 1 else f"{len(users)} threads used weights that one of them moves"
+        )
+    return verdicts
+
+
+def main() -> int:
+    """Print the table; returns 1 if anything failed."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    name, *placements = sys.argv[1:]
+    reference = MultimodalSystem.from_pretrained(name, log=None, device="cpu", **EXACT)
+    tasks = common_tasks() | own_tasks(reference.config.system)
+    expected = {task: run(reference) for task, run in tasks.items()}
+
+    failed = False
+    for placement in placements or PLACEMENTS:
+        start = time.process_time()
+        for task, verdict in verdicts_of(name, placement, expected).items():
+            failed = failed or bool(verdict)
+            print(f"{name:10} | {placement:20} | {task:15} | {verdict or 'ok'}", flush=True)
+        print(
+            f"{name:10} | {placement:20} | {time.process_time() - start:.1f} s of a core",
+            flush=True,
+        )
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
