@@ -410,6 +410,27 @@ void run(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
 }
 
+// Convolutions of float16 in float32, which is much faster on CPUs without float16 arithmetic.
+void run_convolution(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const size_t first = stack->size() - op.schema().arguments().size();
+  bool all_half = true;
+  for (size_t i = first; i < first + 3; ++i) {  // input, weight, bias
+    const c10::IValue& value = (*stack)[i];
+    all_half = all_half && (value.isNone() || value.toTensor().scalar_type() == at::kHalf);
+  }
+  if (!all_half) {
+    return run(op, stack);
+  }
+  for (size_t i = first; i < first + 3; ++i) {
+    c10::IValue& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = value.toTensor().to(at::kFloat);
+    }
+  }
+  run(op, stack);
+  stack->back() = stack->back().toTensor().to(at::kHalf);
+}
+
 at::Tensor& copy_(at::Tensor& target, const at::Tensor& source, bool non_blocking) {
   if (target.is_cpu() != source.is_cpu()) {
     const auto bytes = static_cast<int64_t>(source.nbytes());
@@ -446,10 +467,8 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   library.impl("copy_", &copy_);
   library.impl("_softmax", &softmax);
   library.impl("_log_softmax", &log_softmax);
-  // Operations with a kernel for all devices, which looks for a CUDA library inside.
-  for (const char* name : {"convolution"}) {
-    library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
-  }
+  // Its kernel for all devices looks for a CUDA library.
+  library.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_convolution>());
 }
 
 const int registered = [] {

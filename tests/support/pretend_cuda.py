@@ -52,7 +52,8 @@ def why_unavailable() -> str:
     """Why this machine cannot pretend CUDA devices, or an empty string."""
     if sys.platform != "linux":
         return "the pretended CUDA is for Linux"
-    if any((torch_folder() / "lib").glob("libtorch_[ch][ui][dp]*")):  # libtorch_cuda, libtorch_hip
+    libraries = torch_folder() / "lib"
+    if any((libraries / name).exists() for name in ("libtorch_cuda.so", "libtorch_hip.so")):
         return "this torch has GPU kernels of its own"
     if not any(map(shutil.which, COMPILERS)):
         return f"no C++ compiler ({', '.join(COMPILERS)})"
