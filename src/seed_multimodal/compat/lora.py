@@ -9,7 +9,7 @@ from typing import Any
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import local_folder
-from seed_multimodal.training.llm.model import fit_vocabulary
+from seed_multimodal.training.llm.model import add_embedding_rows, fit_vocabulary
 
 
 def seed_llama_lora(model: Any, peft_config: Any = None, model_id: str | None = None, tokenizer: Any = None,
@@ -27,10 +27,7 @@ def seed_x_lora(model: Any, peft_config: Any = None, model_id: str | None = None
     head 3 times it; with a new LoRA both are trained whole."""
     old = len(model.get_input_embeddings().weight)
     if vocab_size is not None and vocab_size > old:
-        model.resize_token_embeddings(vocab_size, mean_resizing=False)
-        for embedding, factor in ((model.get_input_embeddings(), 1), (model.get_output_embeddings(), 3)):
-            rows = embedding.weight.data
-            rows[old:] = factor * rows[:old].mean(dim=0, keepdim=True)
+        add_embedding_rows(model, vocab_size, embedding_init="mean")
     tuned = _with_lora(model, peft_config, model_id)
     if peft_config is not None:
         tuned.get_input_embeddings().requires_grad_(True)

@@ -156,8 +156,7 @@ def test_lora_with_new_rows(home: Path) -> None:
     old = llm.lm_head.weight.clone()
     with pytest.raises(ConfigError, match="either peft_config or model_id"):
         seed_x_lora(llm)
-    tuned = seed_x_lora(llm, LoraConfig(r=2, target_modules=["q_proj"]),
-                                                 vocab_size=len(old) + 3)
+    tuned = seed_x_lora(llm, LoraConfig(r=2, target_modules=["q_proj"]), vocab_size=len(old) + 3)
     rows = tuned.get_output_embeddings().weight
     assert len(rows) == len(old) + 3 and rows.requires_grad
     assert torch.allclose(rows[-1], 3 * old.mean(0), atol=1e-5)

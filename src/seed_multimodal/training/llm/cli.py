@@ -79,7 +79,7 @@ ALSO = {"resume_from_checkpoint": {"True": "auto"}, "mixed_precision": {"no": "f
 # FSDP's flags -> the flag and file of ZeRO-3, which shards weights, gradients and optimizer states, too.
 FSDP = {"fsdp": "--deepspeed configs/deepspeed/stage3_offload_bf16.json (or stage3_fp16.json)",
         "fsdp_plugin": "--deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml"}
-REFUSED = ("fsdp", "fsdp_plugin", "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
+REFUSED = (*FSDP, "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
 # Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest by the engine.
 IGNORED = ("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size", "coco_caption_root",
            "ignore_data_skip", "resume_steps", "data_seed", "project_name", "image_transform", "logging_nan_inf_filter",

@@ -122,7 +122,6 @@ def save_trained(model: nn.Module, folder: str | Path, state: Mapping[str, Tenso
     return Path(folder)
 
 
-@torch.no_grad()
 def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0, embedding_init: str = "normal") -> None:
     """Resize the embeddings to the tokenizer's vocabulary; new rows as `LlmModelSettings.embedding_init`. Raises
     ConfigError: a model of another vocabulary."""
@@ -132,12 +131,20 @@ def fit_vocabulary(llama: Any, tokenizer: Any, seed: int = 0, embedding_init: st
     if not words.n_text <= rows < words.size:
         raise ConfigError(f"The model has {rows} tokens, but the tokenizer has {words.n_text} text tokens and "
                           f"{words.size} tokens in all.")
-    llama.resize_token_embeddings(words.size, mean_resizing=False)
-    generator, spread = torch.Generator().manual_seed(seed), llama.config.initializer_range
+    add_embedding_rows(llama, words.size, seed, embedding_init)
+
+
+@torch.no_grad()
+def add_embedding_rows(llama: Any, size: int, seed: int = 0, embedding_init: str = "normal") -> None:
+    """Enlarge embeddings and head to `size` rows; the new ones as `LlmModelSettings.embedding_init`."""
+    rows = len(llama.get_input_embeddings().weight)
+    llama.resize_token_embeddings(size, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    spread = llama.config.initializer_range
     table, head = llama.get_input_embeddings().weight, llama.get_output_embeddings().weight
     for weight in (table,) if head is table else (table, head):
         if embedding_init == "normal":
-            new = torch.empty(words.size - rows, weight.shape[1]).normal_(0.0, spread, generator=generator)
+            new = torch.empty(size - rows, weight.shape[1]).normal_(0.0, spread, generator=generator)
         else:
             new = weight[:rows].float().mean(0) * (1.0 if weight is table else 3.0)
         weight[rows:] = new.to(weight)
